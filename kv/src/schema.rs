@@ -1,0 +1,216 @@
+//! What must agree between two models for one to attend to the other's KV.
+
+use std::fmt;
+
+use sha2::{Digest, Sha256};
+
+use crate::BLOCK_TOKENS;
+
+/// Element type of KV, in memory and on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KvDtype {
+    /// 4 bytes.
+    F32,
+    /// 2 bytes.
+    Bf16,
+    /// 2 bytes.
+    F16,
+}
+
+impl KvDtype {
+    /// Bytes per element.
+    pub const fn size_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+}
+
+impl fmt::Display for KvDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        })
+    }
+}
+
+impl std::str::FromStr for KvDtype {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
+            "f16" => Ok(Self::F16),
+            other => Err(format!("dtype must be f32, bf16 or f16, got {other:?}")),
+        }
+    }
+}
+
+/// Rotary embedding, as far as it decides what a key means.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeSpec {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Canonical text of the scaling: `none`, or its type and parameters.
+    pub scaling: String,
+}
+
+/// How KV is laid out and what it was computed by.
+///
+/// One layer of one block is `[K|V][kv_heads][block_tokens][head_dim]`, elements little-endian.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KvSchema {
+    /// Indices of the full model's layers whose KV is used, ascending.
+    pub layers: Vec<u32>,
+    /// KV heads per layer.
+    pub kv_heads: u32,
+    /// Elements per head.
+    pub head_dim: u32,
+    /// Rotary embedding already applied to the keys.
+    pub rope: RopeSpec,
+    /// Element type.
+    pub dtype: KvDtype,
+    /// Tokens per block.
+    pub block_tokens: u32,
+    /// Size of the vocabulary that both models share.
+    pub vocab_size: u32,
+    /// SHA-256 of tokenizer.json, lower-case hex.
+    pub tokenizer_sha256: String,
+    /// Fingerprint of the full model that computes the KV; `None` on a consumer that does not name one.
+    pub full_model: Option<String>,
+}
+
+/// Two schemas that may not share KV.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("kv schema mismatch: {field} is {producer} on the prefill side and {consumer} on the decode side")]
+pub struct SchemaMismatch {
+    /// The field that differs.
+    pub field: &'static str,
+    /// Its value on the side that computes the KV.
+    pub producer: String,
+    /// Its value on the side that attends to it.
+    pub consumer: String,
+}
+
+impl KvSchema {
+    /// Bytes of one layer of one block.
+    pub fn block_bytes(&self) -> usize {
+        2 * self.kv_heads as usize * self.block_tokens as usize * self.head_dim as usize * self.dtype.size_bytes()
+    }
+
+    /// May a decode node of schema `consumer` attend to KV that a prefill node of schema `self` computes?
+    ///
+    /// All fields must be equal, except that the consumer may use a subset of the layers, and may leave the full
+    /// model unnamed.
+    pub fn check_consumer(&self, consumer: &Self) -> Result<(), SchemaMismatch> {
+        let Self {
+            layers,
+            kv_heads,
+            head_dim,
+            rope,
+            dtype,
+            block_tokens,
+            vocab_size,
+            tokenizer_sha256,
+            full_model,
+        } = self;
+        fn same<T: PartialEq + fmt::Debug>(field: &'static str, p: &T, c: &T) -> Result<(), SchemaMismatch> {
+            if p == c {
+                return Ok(());
+            }
+            Err(SchemaMismatch { field, producer: format!("{p:?}"), consumer: format!("{c:?}") })
+        }
+        if consumer.layers.is_empty() || consumer.layers.iter().any(|l| !layers.contains(l)) {
+            same("layers", layers, &consumer.layers)?;
+        }
+        same("kv_heads", kv_heads, &consumer.kv_heads)?;
+        same("head_dim", head_dim, &consumer.head_dim)?;
+        same("rope.theta", &rope.theta, &consumer.rope.theta)?;
+        same("rope.scaling", &rope.scaling, &consumer.rope.scaling)?;
+        same("dtype", dtype, &consumer.dtype)?;
+        same("block_tokens", block_tokens, &consumer.block_tokens)?;
+        same("vocab_size", vocab_size, &consumer.vocab_size)?;
+        same("tokenizer_sha256", tokenizer_sha256, &consumer.tokenizer_sha256)?;
+        match (full_model, &consumer.full_model) {
+            (Some(p), Some(c)) => same("full_model", p, c),
+            (_, None) => Ok(()),
+            (None, Some(c)) => same("full_model", &String::new(), c),
+        }
+    }
+
+    /// A digest over every field but the full model: equal if and only if the KV bytes mean the same to both sides.
+    pub fn digest(&self) -> [u8; 32] {
+        let Self {
+            layers,
+            kv_heads,
+            head_dim,
+            rope,
+            dtype,
+            block_tokens,
+            vocab_size,
+            tokenizer_sha256,
+            full_model: _,
+        } = self;
+        let text = format!(
+            "{layers:?}|{kv_heads}|{head_dim}|{}|{}|{dtype}|{block_tokens}|{vocab_size}|{tokenizer_sha256}",
+            rope.theta, rope.scaling
+        );
+        Sha256::digest(text).into()
+    }
+
+    /// The schema of a cache that holds the default number of tokens per block.
+    pub fn with_default_blocks(mut self) -> Self {
+        self.block_tokens = BLOCK_TOKENS as u32;
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(crate) fn schema() -> KvSchema {
+        KvSchema {
+            layers: vec![0, 1, 2],
+            kv_heads: 2,
+            head_dim: 16,
+            rope: RopeSpec { theta: 10000.0, scaling: "none".into() },
+            dtype: KvDtype::F32,
+            block_tokens: 16,
+            vocab_size: 320,
+            tokenizer_sha256: "aa".into(),
+            full_model: Some("f".into()),
+        }
+    }
+
+    #[test]
+    fn a_subset_of_layers_may_share() {
+        let consumer = KvSchema { layers: vec![0, 2], full_model: None, ..schema() };
+        schema().check_consumer(&consumer).unwrap();
+        assert_eq!(schema().block_bytes(), 2 * 2 * 16 * 16 * 4);
+    }
+
+    #[test]
+    fn every_difference_is_named_with_both_values() {
+        let p = schema();
+        let cases: [(&str, KvSchema); 8] = [
+            ("layers", KvSchema { layers: vec![3], ..p.clone() }),
+            ("kv_heads", KvSchema { kv_heads: 3, ..p.clone() }),
+            ("head_dim", KvSchema { head_dim: 8, ..p.clone() }),
+            ("rope.theta", KvSchema { rope: RopeSpec { theta: 1.0, scaling: "none".into() }, ..p.clone() }),
+            ("dtype", KvSchema { dtype: KvDtype::Bf16, ..p.clone() }),
+            ("vocab_size", KvSchema { vocab_size: 9, ..p.clone() }),
+            ("tokenizer_sha256", KvSchema { tokenizer_sha256: "bb".into(), ..p.clone() }),
+            ("full_model", KvSchema { full_model: Some("g".into()), ..p.clone() }),
+        ];
+        for (field, consumer) in cases {
+            let e = p.check_consumer(&consumer).unwrap_err();
+            assert_eq!(e.field, field);
+            assert_ne!(e.producer, e.consumer);
+            assert_eq!(field == "full_model", p.digest() == consumer.digest());
+        }
+    }
+}
