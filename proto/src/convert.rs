@@ -1,0 +1,230 @@
+//! Wire to domain and back. Only a receiver converts from the wire, and refuses what a domain type cannot be.
+
+use overfill_kv::{KvDtype, KvSchema, OutputToken, RopeSpec, SamplingParams, Ticket};
+
+use crate::v1;
+
+/// A field of a received message with a value it may not have.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{field} must be {limit}, got {value}")]
+pub struct InvalidField {
+    /// Name of the field, as in the .proto file.
+    pub field: &'static str,
+    /// What it must be.
+    pub limit: String,
+    /// What it is.
+    pub value: String,
+}
+
+impl InvalidField {
+    /// The error for `field`.
+    pub fn new(field: &'static str, limit: impl Into<String>, value: impl ToString) -> Self {
+        Self { field, limit: limit.into(), value: value.to_string() }
+    }
+}
+
+impl From<InvalidField> for tonic::Status {
+    fn from(e: InvalidField) -> Self {
+        tonic::Status::invalid_argument(e.to_string())
+    }
+}
+
+/// A ticket from its 16 wire bytes.
+pub fn ticket_from_wire(bytes: &[u8]) -> Result<Ticket, InvalidField> {
+    Ticket::from_bytes(bytes).ok_or_else(|| InvalidField::new("ticket", "16 bytes", format!("{} bytes", bytes.len())))
+}
+
+impl From<KvDtype> for v1::KvDtype {
+    fn from(dtype: KvDtype) -> Self {
+        match dtype {
+            KvDtype::F32 => Self::F32,
+            KvDtype::Bf16 => Self::Bf16,
+            KvDtype::F16 => Self::F16,
+        }
+    }
+}
+
+impl From<&KvSchema> for v1::KvSchema {
+    fn from(schema: &KvSchema) -> Self {
+        let KvSchema {
+            layers,
+            kv_heads,
+            head_dim,
+            rope,
+            dtype,
+            block_tokens,
+            vocab_size,
+            tokenizer_sha256,
+            full_model,
+        } = schema;
+        Self {
+            layers: layers.clone(),
+            kv_heads: *kv_heads,
+            head_dim: *head_dim,
+            rope: Some(v1::RopeSpec { theta: rope.theta, scaling: rope.scaling.clone() }),
+            dtype: v1::KvDtype::from(*dtype).into(),
+            block_tokens: *block_tokens,
+            vocab_size: *vocab_size,
+            tokenizer_sha256: tokenizer_sha256.clone(),
+            full_model: full_model.clone().unwrap_or_default(),
+        }
+    }
+}
+
+impl TryFrom<v1::KvSchema> for KvSchema {
+    type Error = InvalidField;
+
+    fn try_from(wire: v1::KvSchema) -> Result<Self, InvalidField> {
+        const MAX_LAYERS: usize = 1024;
+        let dtype = match wire.dtype() {
+            v1::KvDtype::F32 => KvDtype::F32,
+            v1::KvDtype::Bf16 => KvDtype::Bf16,
+            v1::KvDtype::F16 => KvDtype::F16,
+            v1::KvDtype::Unspecified => {
+                return Err(InvalidField::new("kv_schema.dtype", "one of the KvDtype values", wire.dtype));
+            }
+        };
+        if wire.layers.is_empty() || wire.layers.len() > MAX_LAYERS {
+            return Err(InvalidField::new("kv_schema.layers", "1 to 1024 layers", wire.layers.len()));
+        }
+        if wire.layers.windows(2).any(|pair| pair[0] >= pair[1]) {
+            return Err(InvalidField::new("kv_schema.layers", "ascending", format!("{:?}", wire.layers)));
+        }
+        for (field, value, max) in [
+            ("kv_schema.kv_heads", wire.kv_heads, 4096),
+            ("kv_schema.head_dim", wire.head_dim, 4096),
+            ("kv_schema.block_tokens", wire.block_tokens, 4096),
+            ("kv_schema.vocab_size", wire.vocab_size, u32::MAX),
+        ] {
+            if value == 0 || value > max {
+                return Err(InvalidField::new(field, format!("in [1, {max}]"), value));
+            }
+        }
+        let rope = wire.rope.ok_or_else(|| InvalidField::new("kv_schema.rope", "present", "nothing"))?;
+        Ok(Self {
+            layers: wire.layers,
+            kv_heads: wire.kv_heads,
+            head_dim: wire.head_dim,
+            rope: RopeSpec { theta: rope.theta, scaling: rope.scaling },
+            dtype,
+            block_tokens: wire.block_tokens,
+            vocab_size: wire.vocab_size,
+            tokenizer_sha256: wire.tokenizer_sha256,
+            full_model: (!wire.full_model.is_empty()).then_some(wire.full_model),
+        })
+    }
+}
+
+impl From<&SamplingParams> for v1::SamplingParams {
+    fn from(params: &SamplingParams) -> Self {
+        let SamplingParams {
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            seed,
+            presence_penalty,
+            frequency_penalty,
+            repetition_penalty,
+            logit_bias,
+            logprobs,
+        } = params;
+        Self {
+            temperature: *temperature,
+            top_p: *top_p,
+            top_k: *top_k,
+            min_p: *min_p,
+            seed: *seed,
+            presence_penalty: *presence_penalty,
+            frequency_penalty: *frequency_penalty,
+            repetition_penalty: *repetition_penalty,
+            logit_bias: logit_bias.iter().map(|(token, bias)| (*token, *bias)).collect(),
+            logprobs: *logprobs,
+        }
+    }
+}
+
+/// The limits are not checked here: they need the vocabulary, see [`SamplingParams::validate`].
+impl From<v1::SamplingParams> for SamplingParams {
+    fn from(wire: v1::SamplingParams) -> Self {
+        Self {
+            temperature: wire.temperature,
+            top_p: wire.top_p,
+            top_k: wire.top_k,
+            min_p: wire.min_p,
+            seed: wire.seed,
+            presence_penalty: wire.presence_penalty,
+            frequency_penalty: wire.frequency_penalty,
+            repetition_penalty: wire.repetition_penalty,
+            logit_bias: wire.logit_bias.into_iter().collect(),
+            logprobs: wire.logprobs,
+        }
+    }
+}
+
+impl From<OutputToken> for v1::OutputToken {
+    fn from(token: OutputToken) -> Self {
+        Self {
+            token: token.token,
+            logprob: token.logprob,
+            top: token.top.into_iter().map(|(token, logprob)| v1::TokenLogprob { token, logprob }).collect(),
+        }
+    }
+}
+
+impl From<v1::OutputToken> for OutputToken {
+    fn from(wire: v1::OutputToken) -> Self {
+        Self {
+            token: wire.token,
+            logprob: wire.logprob,
+            top: wire.top.into_iter().map(|t| (t.token, t.logprob)).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn schema() -> KvSchema {
+        KvSchema {
+            layers: vec![0, 1, 3],
+            kv_heads: 2,
+            head_dim: 16,
+            rope: RopeSpec { theta: 1e4, scaling: "none".into() },
+            dtype: KvDtype::Bf16,
+            block_tokens: 16,
+            vocab_size: 320,
+            tokenizer_sha256: "ab".into(),
+            full_model: None,
+        }
+    }
+
+    #[test]
+    fn a_schema_survives_the_wire() {
+        let schema = schema();
+        assert_eq!(KvSchema::try_from(v1::KvSchema::from(&schema)).unwrap(), schema);
+    }
+
+    #[test]
+    fn impossible_schemas_are_refused_by_field() {
+        let wire = v1::KvSchema::from(&schema());
+        let refused = |change: &dyn Fn(&mut v1::KvSchema)| {
+            let mut wire = wire.clone();
+            change(&mut wire);
+            KvSchema::try_from(wire).unwrap_err().field
+        };
+        assert_eq!(refused(&|w| w.kv_heads = 0), "kv_schema.kv_heads");
+        assert_eq!(refused(&|w| w.head_dim = 1 << 20), "kv_schema.head_dim");
+        assert_eq!(refused(&|w| w.layers.clear()), "kv_schema.layers");
+        assert_eq!(refused(&|w| w.layers = vec![2, 1]), "kv_schema.layers");
+        assert_eq!(refused(&|w| w.dtype = 99), "kv_schema.dtype");
+        assert_eq!(refused(&|w| w.rope = None), "kv_schema.rope");
+    }
+
+    #[test]
+    fn a_ticket_is_16_bytes() {
+        assert!(ticket_from_wire(&[7; 16]).is_ok());
+        assert_eq!(ticket_from_wire(&[7; 15]).unwrap_err().to_string(), "ticket must be 16 bytes, got 15 bytes");
+    }
+}
