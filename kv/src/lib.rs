@@ -2,11 +2,15 @@
 //! holds them, and the protocol by which they change hands.
 
 pub mod ids;
+pub mod pool;
+pub mod prefix;
 pub mod sampling;
 pub mod schema;
 pub mod store;
 
 pub use ids::{BlockId, RequestId, Ticket};
+pub use pool::{BlockLease, BlockPool, NoRoom};
+pub use prefix::{BlockHash, block_hashes};
 pub use sampling::{OutputToken, SamplingParams};
 pub use schema::{KvDtype, KvSchema, RopeSpec, SchemaMismatch};
 pub use store::{KvStore, StoreError};

@@ -106,17 +106,8 @@ impl KvSchema {
     /// All fields must be equal, except that the consumer may use a subset of the layers, and may leave the full
     /// model unnamed.
     pub fn check_consumer(&self, consumer: &Self) -> Result<(), SchemaMismatch> {
-        let Self {
-            layers,
-            kv_heads,
-            head_dim,
-            rope,
-            dtype,
-            block_tokens,
-            vocab_size,
-            tokenizer_sha256,
-            full_model,
-        } = self;
+        let Self { layers, kv_heads, head_dim, rope, dtype, block_tokens, vocab_size, tokenizer_sha256, full_model } =
+            self;
         fn same<T: PartialEq + fmt::Debug>(field: &'static str, p: &T, c: &T) -> Result<(), SchemaMismatch> {
             if p == c {
                 return Ok(());
@@ -143,17 +134,8 @@ impl KvSchema {
 
     /// A digest over every field but the full model: equal if and only if the KV bytes mean the same to both sides.
     pub fn digest(&self) -> [u8; 32] {
-        let Self {
-            layers,
-            kv_heads,
-            head_dim,
-            rope,
-            dtype,
-            block_tokens,
-            vocab_size,
-            tokenizer_sha256,
-            full_model: _,
-        } = self;
+        let Self { layers, kv_heads, head_dim, rope, dtype, block_tokens, vocab_size, tokenizer_sha256, full_model: _ } =
+            self;
         let text = format!(
             "{layers:?}|{kv_heads}|{head_dim}|{}|{}|{dtype}|{block_tokens}|{vocab_size}|{tokenizer_sha256}",
             rope.theta, rope.scaling
