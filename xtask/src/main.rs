@@ -1,2 +1,38 @@
-//! (being written)
-fn main() {}
+//! The project's commands: `cargo xtask demo | test | ci | tidy`.
+
+mod demo;
+mod process;
+mod python;
+mod test;
+mod tidy;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+usage: cargo xtask COMMAND
+
+  demo [PROMPT]  build the release binary, start a local cluster on the demo pair, ask it something, stream the answer
+  test           everything that CI runs: format, lints, tidy checks, all tests
+  ci             the same as test
+  tidy           the project's own rules about its files";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let result = match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["demo"] => demo::run(None),
+        ["demo", prompt] => demo::run(Some(prompt)),
+        ["test" | "ci"] => test::run(),
+        ["tidy"] => tidy::run(),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(64);
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

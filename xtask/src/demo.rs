@@ -1,0 +1,69 @@
+//! `cargo xtask demo`: from a fresh clone to an answer.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::process::{cargo, run as sh, target};
+
+/// Five records and a question about all of them, in the language of the demo pair's task.
+const PROMPT: &str = "";
+
+/// Longest wait for the cluster's processes to end, in seconds.
+const END_SECONDS: u64 = 20;
+
+/// Builds, starts a cluster, asks, and shuts down.
+pub fn run(prompt: Option<&str>) -> Result<()> {
+    sh(&mut cargo(&["build", "--release", "--locked", "-p", "overfill-cli"]))?;
+    let binary = target().join("release/overfill");
+
+    eprintln!("\nStarting a router, a prefill node and a decode node on the demo pair.");
+    let mut up = Command::new(&binary)
+        .args(["up", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--print", "json", "--exit-with-stdin"])
+        .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "warn".into()))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("starting {} up", binary.display()))?;
+    let answered = ask(&binary, &mut up, prompt.unwrap_or(PROMPT));
+    let ended = end(up);
+    answered.and(ended)
+}
+
+fn ask(binary: &std::path::Path, up: &mut Child, prompt: &str) -> Result<()> {
+    let stdout = up.stdout.take().context("the cluster's output was not captured")?;
+    let mut line = String::new();
+    BufReader::new(stdout).read_line(&mut line).context("reading the cluster's addresses")?;
+    if line.is_empty() {
+        bail!("the cluster ended before it was ready; its own message is above");
+    }
+    let ready: serde_json::Value = serde_json::from_str(&line).with_context(|| format!("understanding {line:?}"))?;
+    let address = |key: &str| {
+        ready[key].as_str().map(str::to_owned).with_context(|| format!("the cluster did not say its {key} address"))
+    };
+    let (grpc, http) = (address("grpc")?, address("http")?);
+    eprintln!("Router: gRPC {grpc}, OpenAI API {http}/v1\n\n> {prompt}\n");
+    sh(Command::new(binary).args(["generate", "--router", &grpc, "--temperature", "0", "--max-tokens", "64", prompt]))
+}
+
+/// Closing its standard input ends the cluster, as this process's death would.
+fn end(mut up: Child) -> Result<()> {
+    drop(up.stdin.take());
+    let deadline = Instant::now() + Duration::from_secs(END_SECONDS);
+    loop {
+        if let Some(status) = up.try_wait().context("waiting for the cluster to end")? {
+            if !status.success() {
+                bail!("the cluster ended with {status}");
+            }
+            eprintln!("\nThe cluster has ended. `target/release/overfill up` keeps one running.");
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            up.kill().context("killing the cluster")?;
+            bail!("the cluster did not end within {END_SECONDS} s of being asked, and was killed");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

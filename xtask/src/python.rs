@@ -1,0 +1,57 @@
+//! A Python environment for the tests that compare with other people's code: the OpenAI client, NumPy, safetensors.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::process::{root, run, succeeds, target};
+
+/// Makes `target/venv` hold what `tests/python/requirements.txt` pins, and returns its interpreter.
+pub fn prepare() -> Result<PathBuf> {
+    let venv = target().join("venv");
+    let python = venv.join("bin/python");
+    let requirements = root().join("tests/python/requirements.txt");
+    let wanted =
+        std::fs::read_to_string(&requirements).with_context(|| format!("reading {}", requirements.display()))?;
+    let stamp = venv.join("requirements.txt");
+    if std::fs::read_to_string(&stamp).is_ok_and(|have| have == wanted) && succeeds(Command::new(&python).arg("-V")) {
+        return Ok(python);
+    }
+    create(&venv)?;
+    run(Command::new(&python)
+        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"])
+        .arg(&requirements))?;
+    std::fs::write(&stamp, wanted).with_context(|| format!("writing {}", stamp.display()))?;
+    Ok(python)
+}
+
+fn create(venv: &Path) -> Result<()> {
+    if !usable() {
+        install()?;
+    }
+    run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(venv))
+}
+
+/// Debian ships Python without `ensurepip`, which `venv` needs.
+fn usable() -> bool {
+    succeeds(Command::new("python3").args(["-c", "import venv, ensurepip"]))
+}
+
+fn install() -> Result<()> {
+    let root_user =
+        Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0".as_slice());
+    if !root_user || !succeeds(Command::new("apt-get").arg("--version")) {
+        bail!(
+            "the tests need python3 with its venv module; install it (Debian: apt install python3-venv) and try again"
+        );
+    }
+    run(Command::new("apt-get").args(["update", "-qq"]))?;
+    run(Command::new("apt-get")
+        .args(["install", "-y", "-qq", "--no-install-recommends", "python3", "python3-venv"])
+        .env("DEBIAN_FRONTEND", "noninteractive"))?;
+    if !usable() {
+        bail!("python3 still has no venv module after installing python3-venv");
+    }
+    Ok(())
+}
