@@ -1,0 +1,44 @@
+//! The files themselves, unparsed.
+
+use std::{fs, io, path::Path};
+
+use crate::TextError;
+
+/// Contents of the text files of a Hugging Face model folder. `None` where the folder has no such file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TextFiles {
+    /// `tokenizer.json`.
+    pub tokenizer_json: Vec<u8>,
+    /// `tokenizer_config.json`: special tokens, and in older folders the chat template.
+    pub tokenizer_config_json: Option<Vec<u8>>,
+    /// `chat_template.jinja`.
+    pub chat_template: Option<Vec<u8>>,
+    /// `generation_config.json`: end-of-text ids and default sampling.
+    pub generation_config_json: Option<Vec<u8>>,
+    /// `special_tokens_map.json`.
+    pub special_tokens_map_json: Option<Vec<u8>>,
+}
+
+impl TextFiles {
+    /// Reads them from a model's folder. Only `tokenizer.json` must be there.
+    pub fn from_folder(folder: &Path) -> Result<Self, TextError> {
+        let read = |name: &str| {
+            let path = folder.join(name);
+            match fs::read(&path) {
+                Ok(bytes) => Ok(Some(bytes)),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+                Err(source) => Err(TextError::Read { path: path.display().to_string(), source }),
+            }
+        };
+        Ok(Self {
+            tokenizer_json: read("tokenizer.json")?.ok_or_else(|| TextError::Read {
+                path: folder.join("tokenizer.json").display().to_string(),
+                source: io::ErrorKind::NotFound.into(),
+            })?,
+            tokenizer_config_json: read("tokenizer_config.json")?,
+            chat_template: read("chat_template.jinja")?,
+            generation_config_json: read("generation_config.json")?,
+            special_tokens_map_json: read("special_tokens_map.json")?,
+        })
+    }
+}

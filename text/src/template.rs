@@ -1,0 +1,200 @@
+//! Chat templates, rendered as Hugging Face's transformers renders them.
+
+use std::{collections::BTreeMap, io, time::SystemTime};
+
+use minijinja::{
+    Environment, Error, ErrorKind, Value, context,
+    value::{Kwargs, ViaDeserialize},
+};
+use serde::Serialize as _;
+
+use crate::{ChatMessage, TextError};
+
+const NAME: &str = "chat_template";
+
+/// A compiled template and the special tokens that it may name.
+pub(crate) struct ChatTemplate {
+    environment: Environment<'static>,
+    special_tokens: BTreeMap<String, String>,
+}
+
+impl ChatTemplate {
+    pub(crate) fn compile(source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self, TextError> {
+        let mut environment = Environment::new();
+        environment.set_trim_blocks(true);
+        environment.set_lstrip_blocks(true);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_function("strftime_now", |format: String| strftime(&format, SystemTime::now()));
+        environment.add_filter("tojson", to_json);
+        environment
+            .add_template_owned(NAME, without_generation_tags(source))
+            .map_err(|e| TextError::Invalid { file: "chat template", reason: e.to_string() })?;
+        Ok(Self { environment, special_tokens })
+    }
+
+    pub(crate) fn render(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String, TextError> {
+        let template = self.environment.get_template(NAME).map_err(|e| TextError::Template(e.to_string()))?;
+        let special = Value::from_serialize(&self.special_tokens);
+        template
+            .render(context! {
+                messages => messages,
+                tools => (),
+                documents => (),
+                add_generation_prompt => add_generation_prompt,
+                ..special
+            })
+            // The detail of `raise_exception` is the message; the place in the template helps nobody but its author.
+            .map_err(|e| TextError::Template(e.detail().map_or_else(|| e.to_string(), str::to_owned)))
+    }
+}
+
+/// Python's `json.dumps(value, ensure_ascii=False)`: minijinja's own filter escapes for HTML and leaves out the spaces.
+fn to_json(ViaDeserialize(value): ViaDeserialize<serde_json::Value>, options: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    let failed = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
+    let mut out = Vec::new();
+    match indent {
+        Some(n) => {
+            let spaces = " ".repeat(n.min(16));
+            let formatter = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter)).map_err(failed)?;
+        }
+        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, PythonJson)).map_err(failed)?,
+    }
+    let text = String::from_utf8(out).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
+    Ok(Value::from_safe_string(text))
+}
+
+struct PythonJson;
+
+impl serde_json::ser::Formatter for PythonJson {
+    fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+    fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        writer.write_all(b": ")
+    }
+}
+
+/// transformers marks the assistant's text with `{% generation %}` for training masks. It prints nothing.
+fn without_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let Some(length) = rest[start..].find("%}") else { break };
+        let tag = &rest[start..start + length + 2];
+        out.push_str(&rest[..start]);
+        match tag[2..tag.len() - 2].trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace()) {
+            "generation" => out.push_str(&tag.replace("generation", "if true")),
+            "endgeneration" => out.push_str(&tag.replace("endgeneration", "endif")),
+            _ => out.push_str(tag),
+        }
+        rest = &rest[start + length + 2..];
+    }
+    out.push_str(rest);
+    out
+}
+
+/// The directives that templates use, in UTC.
+fn strftime(format: &str, now: SystemTime) -> String {
+    const MONTHS: [&str; 12] = [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ];
+    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
+    let seconds = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let (days, second_of_day) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day) = civil(days);
+    let (month_name, day_name) = (MONTHS[month as usize - 1], DAYS[(days % 7) as usize]);
+    let mut out = String::new();
+    let mut chars = format.chars();
+    while let Some(c) = chars.next() {
+        if c != '%' {
+            out.push(c);
+            continue;
+        }
+        match chars.next() {
+            Some('Y') => out += &year.to_string(),
+            Some('y') => out += &format!("{:02}", year % 100),
+            Some('m') => out += &format!("{month:02}"),
+            Some('d') => out += &format!("{day:02}"),
+            Some('B') => out += month_name,
+            Some('b') => out += &month_name[..3],
+            Some('A') => out += day_name,
+            Some('a') => out += &day_name[..3],
+            Some('H') => out += &format!("{:02}", second_of_day / 3600),
+            Some('M') => out += &format!("{:02}", second_of_day / 60 % 60),
+            Some('S') => out += &format!("{:02}", second_of_day % 60),
+            Some('%') => out.push('%'),
+            Some(other) => out.extend(['%', other]),
+            None => out.push('%'),
+        }
+    }
+    out
+}
+
+/// Days since 1970 to (year, month, day), after Howard Hinnant's `civil_from_days`.
+fn civil(days: u64) -> (u64, u64, u64) {
+    let z = days + 719_468;
+    let (era, day_of_era) = (z / 146_097, z % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    (year_of_era + era * 400 + u64::from(month <= 2), month, day_of_year - (153 * shifted + 2) / 5 + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn render(source: &str) -> Result<String, TextError> {
+        let tokens = BTreeMap::from([("bos_token".to_owned(), "<s>".to_owned())]);
+        ChatTemplate::compile(source, tokens)?.render(&[ChatMessage::new("user", "a \"<b>\" é")], true)
+    }
+
+    #[test]
+    fn whitespace_is_trimmed_as_transformers_does() {
+        let source = "{{ bos_token }}{% for m in messages %}\n  {% if true %}\n[{{ m.role }}]\n  {% endif %}\n{% endfor %}\nend\n";
+        assert_eq!(render(source).unwrap(), "<s>[user]\nend");
+    }
+
+    #[test]
+    fn python_methods_json_and_absent_values() {
+        assert_eq!(render("{{ messages[0].content.strip().split(' ')[0].upper() }}").unwrap(), "A");
+        assert_eq!(render("{{ messages[0] | tojson }}").unwrap(), r#"{"content": "a \"<b>\" é", "role": "user"}"#);
+        assert_eq!(render("{{ [1, 2] | tojson(indent=2) }}").unwrap(), "[\n  1,\n  2\n]");
+        assert_eq!(render("{% if tools is none and eos_token is not defined %}ok{% endif %}").unwrap(), "ok");
+        assert_eq!(render("{%- generation -%} x {%- endgeneration -%}").unwrap(), "x");
+    }
+
+    #[test]
+    fn a_raised_exception_is_the_message() {
+        let e = render("{{ raise_exception('roles must alternate') }}").unwrap_err();
+        assert_eq!(e.to_string(), "chat template: roles must alternate");
+    }
+
+    #[test]
+    fn dates() {
+        let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_709_210_096);
+        assert_eq!(strftime("%d %b %Y %A %H:%M:%S %%", at), "29 Feb 2024 Thursday 12:34:56 %");
+    }
+}
