@@ -1,1 +1,21 @@
-//! (being written)
+//! What every service process does the same way: start, say that it is ready, show its state, and stop.
+//!
+//! A service crate gives [`process::run`] its checked configuration and a function that binds and serves; the rest
+//! (logs, signals, exit codes) happens here.
+
+pub mod admin;
+pub mod config;
+pub mod grpc;
+pub mod metrics;
+pub mod process;
+pub mod ready;
+pub mod shutdown;
+pub mod telemetry;
+
+pub use admin::{Admin, Health, serve_admin};
+pub use config::ConfigError;
+pub use metrics::{MetricsError, NodeMetrics};
+pub use process::{EXIT_CONFIG, EXIT_FAILURE, ProcessArgs};
+pub use ready::ReadyLine;
+pub use shutdown::Shutdown;
+pub use telemetry::{LogFormat, init_telemetry};

@@ -1,0 +1,46 @@
+//! Faults in a configuration.
+
+use std::fmt::Display;
+
+/// One setting that can't be used. A service collects all of them before it gives up.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("--{flag} must be {limit}, got {value}")]
+pub struct ConfigError {
+    /// Name of the flag, without dashes.
+    pub flag: &'static str,
+    /// What it must be.
+    pub limit: String,
+    /// What it is.
+    pub value: String,
+}
+
+impl ConfigError {
+    /// A fault of `--flag`.
+    pub fn new(flag: &'static str, limit: impl Display, value: impl Display) -> Self {
+        Self { flag, limit: limit.to_string(), value: value.to_string() }
+    }
+
+    /// Adds a fault to `faults` unless `ok`.
+    pub fn check(faults: &mut Vec<Self>, ok: bool, flag: &'static str, limit: impl Display, value: impl Display) {
+        if !ok {
+            faults.push(Self::new(flag, limit, value));
+        }
+    }
+
+    /// The result, where there is one; else its fault goes to `faults`.
+    pub fn collect<T, E: Display>(
+        faults: &mut Vec<Self>,
+        result: Result<T, E>,
+        flag: &'static str,
+        limit: impl Display,
+        value: impl Display,
+    ) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(e) => {
+                faults.push(Self::new(flag, limit, format_args!("{value} ({e})")));
+                None
+            }
+        }
+    }
+}

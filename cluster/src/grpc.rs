@@ -1,0 +1,22 @@
+//! How gRPC is served here: keep-alive that notices vanished clients, and no delay of small messages.
+
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tonic::transport::{Server, server::TcpIncoming};
+
+/// A client that does not answer a ping for this long is gone, and its requests with it.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// A server with this project's connection settings.
+pub fn server() -> Server {
+    Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+}
+
+/// The connections of a bound listener. Tokens are small messages: they must not wait for more of them.
+pub fn incoming(listener: TcpListener) -> TcpIncoming {
+    TcpIncoming::from(listener).with_nodelay(Some(true))
+}

@@ -1,0 +1,98 @@
+//! The frame of a service's `main`.
+
+use std::{error::Error, process::ExitCode};
+
+use clap::Args;
+
+use crate::{ConfigError, LogFormat, Shutdown, init_telemetry};
+
+/// Exit code of a process whose configuration can't be used (`EX_USAGE`).
+pub const EXIT_CONFIG: u8 = 64;
+/// Exit code of a process that could not start or go on.
+pub const EXIT_FAILURE: u8 = 1;
+
+/// Settings of every service process.
+#[derive(Clone, Debug, Default, Args)]
+pub struct ProcessArgs {
+    /// Form of log lines on standard error: text or json. Levels come from RUST_LOG.
+    #[arg(long, env = "OVERFILL_LOG_FORMAT", default_value_t)]
+    pub log_format: LogFormat,
+    /// End when standard input closes, so that a child process never outlives its parent.
+    #[arg(long)]
+    pub exit_with_stdin: bool,
+}
+
+/// The command line as `A`; help and faults are printed, and the exit code says which.
+pub fn parse_args<A: clap::Parser>() -> Result<A, ExitCode> {
+    A::try_parse().map_err(|e| {
+        let _ = e.print();
+        if e.use_stderr() { ExitCode::from(EXIT_CONFIG) } else { ExitCode::SUCCESS }
+    })
+}
+
+/// Runs one service: logs, signals, every configuration fault on a line of its own, and the exit code.
+///
+/// `serve` binds and serves until the shutdown begins and what runs has ended.
+pub async fn run<C, E: Into<Box<dyn Error>>>(
+    process: &ProcessArgs,
+    config: Result<C, Vec<ConfigError>>,
+    serve: impl AsyncFnOnce(C, Shutdown) -> Result<(), E>,
+) -> ExitCode {
+    init_telemetry(process.log_format);
+    let config = match config {
+        Ok(config) => config,
+        Err(faults) => {
+            for fault in faults {
+                eprintln!("error: {fault}");
+            }
+            return ExitCode::from(EXIT_CONFIG);
+        }
+    };
+    let shutdown = Shutdown::new();
+    let followed = shutdown.follow_signals().and_then(|()| match process.exit_with_stdin {
+        true => shutdown.follow_stdin(),
+        false => Ok(()),
+    });
+    if let Err(e) = followed {
+        eprintln!("error: listening for signals: {e}");
+        return ExitCode::from(EXIT_FAILURE);
+    }
+    match serve(config, shutdown).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {}", one_line(&*e.into()));
+            ExitCode::from(EXIT_FAILURE)
+        }
+    }
+}
+
+/// An error and its causes, each said once: many errors repeat their source in their own text.
+pub fn one_line(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text.replace('\n', " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("loading weights")]
+    struct Outer(#[source] Inner);
+    #[derive(Debug, thiserror::Error)]
+    #[error("no such file\nat all")]
+    struct Inner;
+
+    #[test]
+    fn causes_are_said_once_on_one_line() {
+        assert_eq!(one_line(&Outer(Inner)), "loading weights: no such file at all");
+    }
+}
