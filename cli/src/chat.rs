@@ -1,0 +1,60 @@
+//! `overfill chat`: a conversation, turn by turn.
+
+use std::io::{BufRead, IsTerminal, Write};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use overfill_proto::v1::{Message, Messages, generate_request::Prompt};
+
+use crate::generate::{Options, stream};
+use crate::router_client::RouterUrl;
+
+/// A conversation on standard input and output. An empty line or end of input ends it.
+#[derive(Args)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    router: RouterUrl,
+    /// First message, in the role of the system.
+    #[arg(long)]
+    system: Option<String>,
+    #[command(flatten)]
+    options: Options,
+}
+
+/// Runs the subcommand.
+pub async fn run(args: ChatArgs) -> Result<()> {
+    let mut client = args.router.connect().await?;
+    let mut messages: Vec<Message> = args.system.into_iter().map(|content| message("system", content)).collect();
+    while let Some(line) = read_line()? {
+        messages.push(message("user", line));
+        let prompt = Prompt::Messages(Messages { messages: messages.clone() });
+        match stream(&mut client, prompt, &args.options).await {
+            Ok(answer) => {
+                answer.print_timings(args.options.json());
+                messages.push(message("assistant", answer.text));
+            }
+            // A refused turn leaves the conversation as it was.
+            Err(error) => {
+                messages.pop();
+                eprintln!("error: {error:#}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn message(role: &str, content: String) -> Message {
+    Message { role: role.into(), content }
+}
+
+fn read_line() -> Result<Option<String>> {
+    let stdin = std::io::stdin();
+    if stdin.is_terminal() {
+        eprint!("> ");
+        std::io::stderr().flush().context("writing the prompt")?;
+    }
+    let mut line = String::new();
+    stdin.lock().read_line(&mut line).context("reading standard input")?;
+    let line = line.trim();
+    Ok((!line.is_empty()).then(|| line.to_owned()))
+}

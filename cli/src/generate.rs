@@ -1,0 +1,267 @@
+//! `overfill generate`: one prompt in, streamed text on stdout, one line of timings on stderr.
+
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use overfill_proto::v1::{self, generate_event::Event, generate_request::Prompt};
+
+use crate::router_client::{Client, RouterUrl, refusal};
+use crate::text;
+
+/// A streamed answer may be silent for at most this long.
+const SILENCE: Duration = Duration::from_secs(600);
+
+/// One completion.
+#[derive(Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    router: RouterUrl,
+    /// The prompt; read from standard input if neither it nor --token-ids is given.
+    prompt: Option<String>,
+    /// The prompt as token ids, comma-separated.
+    #[arg(long, value_delimiter = ',', conflicts_with = "prompt")]
+    token_ids: Vec<u32>,
+    #[command(flatten)]
+    options: Options,
+}
+
+/// What `generate` and `chat` share.
+#[derive(Args)]
+pub struct Options {
+    /// Which model; may be left out where only one is served.
+    #[arg(long, default_value = "")]
+    model: String,
+    /// Most tokens to generate; 0: as many as the context holds.
+    #[arg(long, default_value_t = 256)]
+    max_tokens: u32,
+    /// 0 is greedy.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f64,
+    /// Keep the likeliest tokens that together have this probability.
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f64,
+    /// Keep this many of the likeliest tokens; 0 keeps all.
+    #[arg(long, default_value_t = 0)]
+    top_k: u32,
+    /// Keep tokens at least this fraction as likely as the likeliest.
+    #[arg(long, default_value_t = 0.0)]
+    min_p: f64,
+    /// The same seed gives the same text.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Text that ends the output; may be repeated.
+    #[arg(long)]
+    stop: Vec<String>,
+    /// Go on past the end-of-text token.
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Print the timings as one line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What came of a request.
+pub struct Answer {
+    /// All of its text.
+    pub text: String,
+    spans: Vec<Span>,
+    finished: v1::GenerateFinished,
+    /// As this client saw them, the network included.
+    ttft_seconds: f64,
+    itl_seconds: f64,
+}
+
+/// Consecutive tokens of one model.
+#[derive(Debug, PartialEq)]
+struct Span {
+    first: usize,
+    last: usize,
+    model: String,
+    stage: v1::Role,
+}
+
+/// Runs the subcommand.
+pub async fn run(args: GenerateArgs) -> Result<()> {
+    let prompt = if !args.token_ids.is_empty() {
+        Prompt::TokenIds(v1::TokenIds { ids: args.token_ids })
+    } else if let Some(text) = args.prompt {
+        Prompt::Text(text)
+    } else {
+        let mut text = String::new();
+        std::io::stdin().read_to_string(&mut text).context("reading the prompt from standard input")?;
+        Prompt::Text(text)
+    };
+    let mut client = args.router.connect().await?;
+    let answer = stream(&mut client, prompt, &args.options).await?;
+    answer.print_timings(args.options.json);
+    Ok(())
+}
+
+/// Sends one request and prints the text as it comes.
+pub async fn stream(client: &mut Client, prompt: Prompt, options: &Options) -> Result<Answer> {
+    let start = Instant::now();
+    let mut events = client.generate(options.request(prompt)).await.map_err(refusal)?.into_inner();
+    let (mut text, mut spans, mut tokens) = (String::new(), Vec::new(), 0);
+    let (mut first, mut last) = (start, start);
+    loop {
+        let event = tokio::time::timeout(SILENCE, events.message())
+            .await
+            .with_context(|| format!("no token for {} s", SILENCE.as_secs()))?
+            .map_err(refusal)?;
+        match event.and_then(|e| e.event) {
+            Some(Event::Token(token)) => {
+                tokens += 1;
+                last = Instant::now();
+                if tokens == 1 {
+                    first = last;
+                }
+                extend(&mut spans, tokens, &token);
+                emit(&token.text)?;
+                text += &token.text;
+            }
+            Some(Event::Finished(finished)) => {
+                emit(&finished.text)?;
+                text += &finished.text;
+                println!();
+                let itl_seconds = (last - first).as_secs_f64() / (tokens.max(2) - 1) as f64;
+                return Ok(Answer { text, spans, finished, ttft_seconds: (first - start).as_secs_f64(), itl_seconds });
+            }
+            None => bail!("the router ended the stream without finishing the answer"),
+        }
+    }
+}
+
+fn emit(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("writing the answer")
+}
+
+fn extend(spans: &mut Vec<Span>, position: usize, token: &v1::GeneratedToken) {
+    match spans.last_mut() {
+        Some(span) if span.model == token.model && span.stage == token.stage() => span.last = position,
+        _ => spans.push(Span { first: position, last: position, model: token.model.clone(), stage: token.stage() }),
+    }
+}
+
+impl Options {
+    fn request(&self, prompt: Prompt) -> v1::GenerateRequest {
+        let Self { model, max_tokens, temperature, top_p, top_k, min_p, seed, stop, ignore_eos, json: _ } = self;
+        v1::GenerateRequest {
+            model: model.clone(),
+            prompt: Some(prompt),
+            sampling: Some(v1::SamplingParams {
+                temperature: *temperature,
+                top_p: *top_p,
+                top_k: *top_k,
+                min_p: *min_p,
+                seed: *seed,
+                repetition_penalty: 1.0,
+                ..Default::default()
+            }),
+            max_tokens: *max_tokens,
+            stop: stop.clone(),
+            ignore_eos: *ignore_eos,
+            deadline_seconds: 0.0,
+        }
+    }
+
+    /// Should timings be JSON?
+    pub fn json(&self) -> bool {
+        self.json
+    }
+}
+
+impl Answer {
+    /// One line on stderr: what it took, and which model made which token.
+    pub fn print_timings(&self, json: bool) {
+        eprintln!("{}", if json { self.json() } else { self.line() });
+    }
+
+    fn line(&self) -> String {
+        let timings = self.finished.timings.clone().unwrap_or_default();
+        let handoff = timings.handoff.unwrap_or_default();
+        let spans: Vec<String> = self.spans.iter().map(Span::describe).collect();
+        format!(
+            "[{} prompt tokens ({} cached), {} generated | TTFT {} | ITL {} | handoff {} in {} ({} not hidden) | {}{}]",
+            self.finished.prompt_tokens,
+            timings.prefill_cached_tokens,
+            self.finished.completion_tokens,
+            text::seconds(self.ttft_seconds),
+            text::seconds(self.itl_seconds),
+            text::bytes(handoff.bytes),
+            text::seconds(handoff.seconds),
+            text::seconds(handoff.exposed_seconds),
+            spans.join(", "),
+            if timings.migrations > 0 { format!(" | {} migrations", timings.migrations) } else { String::new() },
+        )
+    }
+
+    fn json(&self) -> String {
+        let timings = self.finished.timings.clone().unwrap_or_default();
+        let handoff = timings.handoff.unwrap_or_default();
+        let spans: Vec<_> = self
+            .spans
+            .iter()
+            .map(|s| serde_json::json!({"first": s.first, "last": s.last, "model": s.model, "stage": s.stage()}))
+            .collect();
+        serde_json::json!({
+            "prompt_tokens": self.finished.prompt_tokens,
+            "completion_tokens": self.finished.completion_tokens,
+            "prefill_cached_tokens": timings.prefill_cached_tokens,
+            "decode_held_tokens": timings.decode_held_tokens,
+            "queue_seconds": timings.queue_seconds,
+            "ttft_seconds": self.ttft_seconds,
+            "itl_seconds": self.itl_seconds,
+            "total_seconds": timings.total_seconds,
+            "handoff_bytes": handoff.bytes,
+            "handoff_seconds": handoff.seconds,
+            "handoff_exposed_seconds": handoff.exposed_seconds,
+            "prefill_node": timings.prefill_node,
+            "decode_node": timings.decode_node,
+            "migrations": timings.migrations,
+            "tokens": spans,
+        })
+        .to_string()
+    }
+}
+
+impl Span {
+    fn stage(&self) -> &'static str {
+        match self.stage {
+            v1::Role::Prefill => "prefill",
+            v1::Role::Decode => "decode",
+            v1::Role::Unspecified => "unknown",
+        }
+    }
+
+    fn describe(&self) -> String {
+        let which = if self.first == self.last {
+            format!("token {}", self.first)
+        } else {
+            format!("{}-{}", self.first, self.last)
+        };
+        format!("{which}: {} ({})", self.model, self.stage())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_of_one_model_are_one_span() {
+        let token = |model: &str, stage| v1::GeneratedToken {
+            model: model.into(),
+            stage: v1::Role::into(stage),
+            ..Default::default()
+        };
+        let mut spans = Vec::new();
+        extend(&mut spans, 1, &token("big", v1::Role::Prefill));
+        extend(&mut spans, 2, &token("small", v1::Role::Decode));
+        extend(&mut spans, 3, &token("small", v1::Role::Decode));
+        let lines: Vec<String> = spans.iter().map(Span::describe).collect();
+        assert_eq!(lines, ["token 1: big (prefill)", "2-3: small (decode)"]);
+    }
+}

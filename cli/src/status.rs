@@ -1,0 +1,96 @@
+//! `overfill status`: a router's nodes and models.
+
+use anyhow::Result;
+use clap::Args;
+use overfill_proto::v1;
+
+use crate::router_client::{RouterUrl, refusal};
+use crate::text::{bytes, table};
+
+/// What a router sees.
+#[derive(Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    router: RouterUrl,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the subcommand.
+pub async fn run(args: StatusArgs) -> Result<()> {
+    let mut client = args.router.connect().await?;
+    let nodes = client.list_nodes(v1::ListNodesRequest {}).await.map_err(refusal)?.into_inner().nodes;
+    let models = client.list_models(v1::ListModelsRequest {}).await.map_err(refusal)?.into_inner().models;
+    if args.json {
+        println!("{}", json(&nodes, &models));
+        return Ok(());
+    }
+    let header = ["NODE", "ROLE", "MODEL", "STATE", "RUNNING", "WAITING", "FREE BLOCKS", "HANDOFFS", "STRANDED"];
+    println!("{}", table(header, &nodes.iter().map(node_row).collect::<Vec<_>>()));
+    let header = ["SERVED MODEL", "FULL MODEL", "CONTEXT", "DECODE NODES"];
+    let rows: Vec<_> = models
+        .iter()
+        .map(|m| [m.name.clone(), m.full_model.clone(), m.max_context_tokens.to_string(), m.decode_nodes.to_string()])
+        .collect();
+    print!("{}", table(header, &rows));
+    Ok(())
+}
+
+fn role(info: &v1::NodeInfo) -> &'static str {
+    match info.role() {
+        v1::Role::Prefill => "prefill",
+        v1::Role::Decode => "decode",
+        v1::Role::Unspecified => "-",
+    }
+}
+
+fn state(node: &v1::Node, load: &v1::NodeLoad) -> String {
+    match (node.healthy, load.draining) {
+        (true, false) => "serving".into(),
+        (true, true) => "draining".into(),
+        (false, _) => format!("away: {}", node.error),
+    }
+}
+
+fn node_row(node: &v1::Node) -> [String; 9] {
+    let (info, load) = (node.info.clone().unwrap_or_default(), node.load.unwrap_or_default());
+    [
+        node.url.clone(),
+        role(&info).into(),
+        info.model.clone(),
+        state(node, &load),
+        load.running_requests.to_string(),
+        load.waiting_requests.to_string(),
+        format!("{}/{}", load.free_blocks, info.total_blocks),
+        load.open_handoffs.to_string(),
+        bytes(load.stranded_bytes),
+    ]
+}
+
+fn json(nodes: &[v1::Node], models: &[v1::ServedModel]) -> serde_json::Value {
+    let nodes: Vec<_> = nodes
+        .iter()
+        .map(|node| {
+            let (info, load) = (node.info.clone().unwrap_or_default(), node.load.unwrap_or_default());
+            serde_json::json!({
+                "url": node.url, "node_id": info.node_id, "role": role(&info), "model": info.model,
+                "healthy": node.healthy, "error": node.error, "draining": load.draining,
+                "running_requests": load.running_requests, "waiting_requests": load.waiting_requests,
+                "queued_tokens": load.queued_tokens, "free_blocks": load.free_blocks,
+                "total_blocks": info.total_blocks, "open_handoffs": load.open_handoffs,
+                "stranded_bytes": load.stranded_bytes, "max_context_tokens": info.max_context_tokens,
+            })
+        })
+        .collect();
+    let models: Vec<_> = models
+        .iter()
+        .map(|m| {
+            serde_json::json!({
+                "name": m.name, "full_model": m.full_model, "max_context_tokens": m.max_context_tokens,
+                "decode_nodes": m.decode_nodes,
+            })
+        })
+        .collect();
+    serde_json::json!({"nodes": nodes, "models": models})
+}

@@ -1,0 +1,212 @@
+//! The cluster's processes: started, listened to, and ended together.
+
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use overfill_cluster::{LogFormat, ReadyLine};
+use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::process::{Child, Command};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+/// How long a process may take to end after it was asked to, before it is killed.
+const END_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long the last words of a process that has ended may take to arrive.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A process to start: this binary with other arguments.
+pub struct Launch {
+    name: String,
+    args: Vec<String>,
+    model: String,
+}
+
+/// A process that serves.
+pub struct Started {
+    /// `prefill-0`, `decode-1`, `router`.
+    pub name: String,
+    /// Process id.
+    pub pid: u32,
+    /// Where it listens.
+    pub ready: ReadyLine,
+    /// The model it was started with, as given; empty for the router.
+    pub model: String,
+}
+
+/// All processes. Dropped, it kills what still runs.
+#[derive(Default)]
+pub struct Family {
+    running: JoinSet<Ended>,
+    router_stop: CancellationToken,
+    node_stop: CancellationToken,
+}
+
+struct Ended {
+    name: String,
+    status: std::io::Result<ExitStatus>,
+    reason: String,
+}
+
+impl Launch {
+    /// A service that ends with this process.
+    pub fn new(name: String, args: &[&str], log_format: LogFormat, model: String) -> Self {
+        let mut args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
+        args.extend(["--exit-with-stdin".to_owned(), "--log-format".to_owned(), log_format.to_string()]);
+        Self { name, args, model }
+    }
+}
+
+impl Started {
+    /// Its gRPC address.
+    pub fn grpc_url(&self) -> String {
+        format!("http://{}", self.ready.grpc)
+    }
+}
+
+impl Family {
+    /// Starts processes at once and waits until all of them serve; an error as soon as any process ends.
+    pub async fn start_all(&mut self, launches: Vec<Launch>) -> Result<Vec<Started>> {
+        let mut waiting = Vec::new();
+        for launch in launches {
+            waiting.push(self.start(launch)?);
+        }
+        let mut started = Vec::new();
+        for (name, pid, model, ready) in waiting {
+            tokio::select! {
+                biased;
+                Ok(ready) = ready => started.push(Started { name, pid, model, ready }),
+                // Also when its output closed without a ready line: then it is about to end, or was told to.
+                error = self.first_end() => return Err(error),
+            }
+        }
+        Ok(started)
+    }
+
+    fn start(&mut self, launch: Launch) -> Result<(String, u32, String, oneshot::Receiver<ReadyLine>)> {
+        let Launch { name, args, model } = launch;
+        let program = std::env::current_exe().context("finding this program's own file")?;
+        let mut child = Command::new(&program)
+            .args(&args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            // Ctrl-C is for this process; it ends the others in order.
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("starting {name} ({})", program.display()))?;
+        let pid = child.id().context("a process ended before it was started")?;
+        let stdout = child.stdout.take().context("no standard output")?;
+        let stderr = child.stderr.take().context("no standard error")?;
+        let (ready_sender, ready) = oneshot::channel();
+        let stop = if name == "router" { &self.router_stop } else { &self.node_stop }.clone();
+        let process_name = name.clone();
+        self.running.spawn(async move {
+            let mut readers = JoinSet::new();
+            readers.spawn(read_stdout(stdout, ready_sender));
+            let reason = Arc::new(Mutex::new(String::new()));
+            readers.spawn(forward_stderr(process_name.clone(), stderr, reason.clone()));
+            let status = wait(&mut child, &stop).await;
+            let _ =
+                tokio::time::timeout(LAST_WORDS_TIMEOUT, async { while readers.join_next().await.is_some() {} }).await;
+            let reason = std::mem::take(&mut *reason.lock().unwrap_or_else(PoisonError::into_inner));
+            Ended { name: process_name, status, reason }
+        });
+        Ok((name, pid, model, ready))
+    }
+
+    /// Waits until a process ends, and says which and why. Never returns while all of them run.
+    pub async fn first_end(&mut self) -> anyhow::Error {
+        match self.running.join_next().await {
+            Some(Ok(ended)) => ended.into_error(),
+            Some(Err(error)) => anyhow!("watching a process: {error}"),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Ends the router, so that nothing new reaches the nodes, then the nodes; waits for all of them.
+    pub async fn end(mut self) {
+        self.router_stop.cancel();
+        // The nodes are told at once when there is no router, or when it has ended.
+        let mut ended = Vec::new();
+        while let Some(result) = self.running.join_next().await {
+            let router = matches!(&result, Ok(ended) if ended.name == "router");
+            ended.extend(result);
+            if router {
+                break;
+            }
+            self.node_stop.cancel();
+        }
+        self.node_stop.cancel();
+        while let Some(result) = self.running.join_next().await {
+            ended.extend(result);
+        }
+        for Ended { name, status, .. } in ended {
+            match status {
+                Ok(status) if status.success() => tracing::debug!(name, "ended"),
+                Ok(status) => tracing::warn!(name, %status, "ended"),
+                Err(error) => tracing::warn!(name, %error, "waiting for its end"),
+            }
+        }
+    }
+}
+
+impl Ended {
+    fn into_error(self) -> anyhow::Error {
+        let Self { name, status, reason } = self;
+        let how = match status {
+            Ok(status) => status.to_string(),
+            Err(error) => error.to_string(),
+        };
+        if reason.is_empty() { anyhow!("{name} ended by itself ({how})") } else { anyhow!("{name}: {reason} ({how})") }
+    }
+}
+
+/// Waits for the end; once asked to stop, closes the standard input that the process ends with, and kills it if need be.
+async fn wait(child: &mut Child, stop: &CancellationToken) -> std::io::Result<ExitStatus> {
+    // `Child::wait` would close the standard input at once.
+    let stdin = child.stdin.take();
+    tokio::select! {
+        status = child.wait() => return status,
+        () = stop.cancelled() => drop(stdin),
+    }
+    match tokio::time::timeout(END_TIMEOUT, child.wait()).await {
+        Ok(status) => status,
+        Err(_) => {
+            child.start_kill()?;
+            child.wait().await
+        }
+    }
+}
+
+async fn read_stdout(stdout: impl AsyncRead + Unpin, ready: oneshot::Sender<ReadyLine>) {
+    let mut ready = Some(ready);
+    let mut lines = BufReader::new(stdout).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        match (ReadyLine::parse(&line), ready.take()) {
+            (Some(line), Some(sender)) => drop(sender.send(line)),
+            (_, sender) => ready = sender,
+        }
+    }
+}
+
+/// Passes log lines on under the process's name. What it says as its reason to end is kept for the one message about it.
+async fn forward_stderr(name: String, stderr: impl AsyncRead + Unpin, reason: Arc<Mutex<String>>) {
+    let mut lines = BufReader::new(stderr).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        match line.strip_prefix("error: ") {
+            Some(error) => {
+                let mut reason = reason.lock().unwrap_or_else(PoisonError::into_inner);
+                if !reason.is_empty() {
+                    reason.push_str("; ");
+                }
+                reason.push_str(error);
+            }
+            None => eprintln!("{name:<10} {line}"),
+        }
+    }
+}

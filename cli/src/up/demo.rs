@@ -1,0 +1,74 @@
+//! The demo pair, carried inside the binary.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
+
+/// Path below the pair's folder, and content.
+type File = (&'static str, &'static [u8]);
+
+const FILES: &[File] = &[];
+
+/// Writes the pair where models can be loaded from, once per version of it, and returns both folders.
+pub fn unpack() -> Result<(PathBuf, PathBuf)> {
+    if FILES.is_empty() {
+        bail!("this build carries no demo pair; name a model with --full DIR (and --decode DIR)");
+    }
+    let folder = cache_folder().join(format!("demo-{}", digest(FILES)));
+    if !folder.is_dir() {
+        place(FILES, &folder).with_context(|| format!("unpacking the demo pair to {}", folder.display()))?;
+    }
+    Ok((folder.join("full"), folder.join("decode")))
+}
+
+fn cache_folder() -> PathBuf {
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home);
+    cache.unwrap_or_else(std::env::temp_dir).join("overfill")
+}
+
+fn digest(files: &[File]) -> String {
+    let mut hash = Sha256::new();
+    for (name, content) in files {
+        hash.update(name.as_bytes());
+        hash.update(content.len().to_le_bytes());
+        hash.update(content);
+    }
+    hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The folder appears whole or not at all, also when two processes unpack at once.
+fn place(files: &[File], folder: &Path) -> Result<()> {
+    let parent = folder.parent().context("no parent folder")?;
+    fs::create_dir_all(parent)?;
+    let draft = parent.join(format!("draft-{}", std::process::id()));
+    for (name, content) in files {
+        let path = draft.join(name);
+        fs::create_dir_all(path.parent().unwrap_or(&draft))?;
+        fs::write(&path, content)?;
+    }
+    let renamed = fs::rename(&draft, folder);
+    if renamed.is_err() {
+        fs::remove_dir_all(&draft)?;
+    }
+    if folder.is_dir() { Ok(()) } else { renamed.map_err(Into::into) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unpacking_twice_leaves_one_whole_copy() {
+        let base = std::env::temp_dir().join(format!("overfill-demo-test-{}", std::process::id()));
+        let folder = base.join("demo");
+        let files: &[File] = &[("full/a", b"1"), ("decode/b", b"2")];
+        place(files, &folder).unwrap();
+        place(files, &folder).unwrap();
+        assert_eq!(fs::read(folder.join("decode/b")).unwrap(), b"2");
+        assert_eq!(fs::read_dir(&base).unwrap().count(), 1, "no draft is left");
+        fs::remove_dir_all(&base).unwrap();
+    }
+}
