@@ -1,1 +1,13 @@
-//! (being written)
+//! Whole-cluster tests: real processes of the real binary, talked to as clients would.
+//!
+//! Everything here blocks on plain threads: what is tested is the other side.
+
+pub mod cluster;
+pub mod completion;
+pub mod golden;
+pub mod wait;
+
+pub use cluster::{Cluster, Refused};
+pub use completion::{Completion, Request};
+pub use golden::Golden;
+pub use wait::wait_for;

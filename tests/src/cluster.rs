@@ -1,0 +1,239 @@
+//! A cluster of real processes, started by `overfill up`.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::PathBuf;
+use std::process::{Child, ChildStderr, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::sync_channel;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+use crate::wait::wait_for;
+
+/// Longest wait for a cluster to serve.
+const START_TIMEOUT: Duration = Duration::from_secs(180);
+
+/// Longest wait for one to end.
+const END_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Gauges that are 0 on an idle node.
+const IDLE_GAUGES: [&str; 5] = [
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "overfill_open_handoffs",
+    "overfill_stranded_bytes",
+];
+
+/// What `overfill up --print json` says.
+#[derive(Debug, Deserialize)]
+struct Ready {
+    grpc: String,
+    http: String,
+    processes: Vec<Process>,
+}
+
+/// One of the cluster's processes.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Process {
+    /// `prefill-0`, `decode-0`, `router`.
+    pub name: String,
+    /// Process id.
+    pub pid: u32,
+    /// URL of its metrics and health; `None` on the router, which shows them on its HTTP port.
+    pub admin: Option<String>,
+}
+
+/// A running cluster. Dropped, it is killed.
+pub struct Cluster {
+    up: Child,
+    stdin: Option<ChildStdin>,
+    stderr: Option<JoinHandle<String>>,
+    ready: Ready,
+}
+
+/// A cluster that ended instead of serving.
+#[derive(Debug)]
+pub struct Refused {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// All that it wrote.
+    pub stderr: String,
+}
+
+impl Refused {
+    /// The lines that say why.
+    pub fn reasons(&self) -> Vec<&str> {
+        self.stderr.lines().filter(|line| line.starts_with("error: ")).collect()
+    }
+}
+
+/// The binary under test, in the folder above the test executable's own.
+pub fn binary() -> Result<PathBuf> {
+    let executable = std::env::current_exe().context("finding the test executable")?;
+    let folder = executable.parent().and_then(|deps| deps.parent()).context("finding the target folder")?;
+    let binary = folder.join("overfill");
+    if !binary.is_file() {
+        bail!("{} is missing: build it first with `cargo build --workspace --bins`", binary.display());
+    }
+    Ok(binary)
+}
+
+impl Cluster {
+    /// Starts `overfill up` with `args` on free ports and waits until it serves.
+    pub fn start<S: AsRef<str>>(args: &[S]) -> Result<Self> {
+        let (mut up, stdin, stderr) = spawn(args)?;
+        let mut stdout = BufReader::new(up.stdout.take().context("no standard output")?);
+        let (sender, receiver) = sync_channel(1);
+        std::thread::spawn(move || {
+            let mut line = String::new();
+            let read = stdout.read_line(&mut line);
+            let _ = sender.send(read.map(|_| line));
+            // What else it prints must not fill the pipe.
+            let _ = std::io::copy(&mut stdout, &mut std::io::sink());
+        });
+        let line = match receiver.recv_timeout(START_TIMEOUT) {
+            Ok(line) => line.context("reading the cluster's addresses")?,
+            Err(_) => String::new(),
+        };
+        let Ok(ready) = serde_json::from_str(&line) else {
+            let _ = up.kill();
+            let status = up.wait()?;
+            bail!("the cluster did not start ({status}):\n{}", text(stderr));
+        };
+        Ok(Self { up, stdin: Some(stdin), stderr: Some(stderr), ready })
+    }
+
+    /// Starts `overfill up` with `args`, which must end by itself.
+    pub fn refused<S: AsRef<str>>(args: &[S]) -> Result<Refused> {
+        let (mut up, stdin, stderr) = spawn(args)?;
+        let status = wait_end(&mut up, START_TIMEOUT);
+        drop(stdin);
+        Ok(Refused { status: status?, stderr: text(stderr) })
+    }
+
+    /// Address of the OpenAI API, without `/v1`.
+    pub fn http(&self) -> &str {
+        &self.ready.http
+    }
+
+    /// Address of the router's gRPC.
+    pub fn grpc(&self) -> &str {
+        &self.ready.grpc
+    }
+
+    /// Every process but `up` itself.
+    pub fn processes(&self) -> &[Process] {
+        &self.ready.processes
+    }
+
+    /// Sends a signal (`KILL`, `TERM`) to one of the processes.
+    pub fn signal(&self, name: &str, signal: &str) -> Result<()> {
+        let process = self.processes().iter().find(|p| p.name == name).with_context(|| format!("no {name}"))?;
+        let status = Command::new("kill").args(["-s", signal, &process.pid.to_string()]).status()?;
+        if !status.success() {
+            bail!("kill -s {signal} {name}: {status}");
+        }
+        Ok(())
+    }
+
+    /// A gauge's value on one node, summed over its labels.
+    pub fn gauge(&self, process: &Process, name: &str) -> Result<f64> {
+        let admin = process.admin.as_ref().with_context(|| format!("{} has no admin port", process.name))?;
+        let text = ureq::get(&format!("{admin}/metrics")).timeout(Duration::from_secs(10)).call()?.into_string()?;
+        let mut sum = None;
+        for line in text.lines() {
+            let Some(rest) = line.strip_prefix(name) else { continue };
+            if rest.starts_with(['{', ' ']) {
+                let value: f64 = rest.rsplit(' ').next().unwrap_or_default().parse().context(line.to_owned())?;
+                sum = Some(sum.unwrap_or(0.0) + value);
+            }
+        }
+        sum.with_context(|| format!("{} shows no {name}", process.name))
+    }
+
+    /// Waits until no node holds anything for a request.
+    pub fn wait_idle(&self) -> Result<()> {
+        wait_for("idle nodes", || {
+            for process in self.processes().iter().filter(|p| p.admin.is_some() && p.name != "router") {
+                for name in IDLE_GAUGES {
+                    let value = self.gauge(process, name)?;
+                    if value != 0.0 {
+                        return Ok(Some(format!("{name} is {value} on {}", process.name)));
+                    }
+                }
+            }
+            Ok(None)
+        })
+    }
+
+    /// Ends the cluster as its parent's death would, and returns how it ended and what it wrote.
+    pub fn end(mut self) -> Result<Refused> {
+        drop(self.stdin.take());
+        self.wait()
+    }
+
+    /// Waits until the cluster has ended by itself.
+    pub fn wait(mut self) -> Result<Refused> {
+        let status = wait_end(&mut self.up, END_TIMEOUT)?;
+        Ok(Refused { status, stderr: self.stderr.take().map(text).unwrap_or_default() })
+    }
+
+    /// Process id of `overfill up` itself.
+    pub fn pid(&self) -> u32 {
+        self.up.id()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // Its children end with their standard input, which closes with it.
+        let _ = self.up.kill();
+        let _ = self.up.wait();
+        let Some(stderr) = self.stderr.take() else { return };
+        if std::thread::panicking() {
+            eprintln!("{}", text(stderr));
+        }
+    }
+}
+
+fn spawn<S: AsRef<str>>(args: &[S]) -> Result<(Child, ChildStdin, JoinHandle<String>)> {
+    let mut up = Command::new(binary()?)
+        .args(["up", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--print", "json", "--exit-with-stdin"])
+        .args(args.iter().map(AsRef::as_ref))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("starting the cluster")?;
+    let stdin = up.stdin.take().context("no standard input")?;
+    let stderr = up.stderr.take().context("no standard error")?;
+    Ok((up, stdin, std::thread::spawn(move || read_all(stderr))))
+}
+
+fn read_all(mut stderr: ChildStderr) -> String {
+    let mut bytes = Vec::new();
+    let _ = stderr.read_to_end(&mut bytes);
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn text(reader: JoinHandle<String>) -> String {
+    reader.join().unwrap_or_default()
+}
+
+fn wait_end(child: &mut Child, limit: Duration) -> Result<ExitStatus> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            bail!("the cluster did not end within {} s", limit.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

@@ -1,0 +1,184 @@
+//! Asking for completions over HTTP.
+
+use std::io::{BufRead, BufReader, Read};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::Cluster;
+
+/// Longest silence of the server.
+const TIMEOUT: Duration = Duration::from_secs(120);
+
+/// A request's body, built up field by field.
+#[derive(Clone, Debug)]
+pub struct Request(pub Value);
+
+/// An answer, or the first of several.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Completion {
+    /// Generated token ids.
+    pub tokens: Vec<u32>,
+    /// Their log-probabilities; empty unless asked for.
+    pub logprobs: Vec<f32>,
+    /// The alternatives, best first.
+    pub top: Vec<Vec<(u32, f32)>>,
+    /// Text.
+    pub text: String,
+    /// `stop` or `length`.
+    pub finish_reason: String,
+}
+
+impl Request {
+    /// Greedy, over token ids, reporting ids.
+    pub fn tokens(prompt: &[u32], max_tokens: u32) -> Self {
+        Self(json!({
+            "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
+            "ignore_eos": true, "return_token_ids": true,
+        }))
+    }
+
+    /// The same over text.
+    pub fn text(prompt: &str, max_tokens: u32) -> Self {
+        Self::tokens(&[], max_tokens).with("prompt", json!(prompt))
+    }
+
+    /// Sets a field.
+    pub fn with(mut self, field: &str, value: Value) -> Self {
+        self.0[field] = value;
+        self
+    }
+
+    /// Sends it to `/v1/completions` and waits for the whole answer.
+    pub fn send(&self, cluster: &Cluster) -> Result<Completion> {
+        let body = post(cluster, "/v1/completions", &self.0)?;
+        Completion::parse(&body)
+    }
+
+    /// Sends it to `/v1/completions` as a stream.
+    pub fn stream(&self, cluster: &Cluster) -> Result<Events> {
+        let body = self.clone().with("stream", json!(true)).0;
+        let response = ureq::post(&format!("{}/v1/completions", cluster.http()))
+            .timeout(TIMEOUT)
+            .send_json(body)
+            .map_err(explain)?;
+        Ok(Events(BufReader::new(response.into_reader())))
+    }
+}
+
+/// Posts JSON and parses the answer's; an error with the server's message unless it succeeded.
+pub fn post(cluster: &Cluster, path: &str, body: &Value) -> Result<Value> {
+    let response =
+        ureq::post(&format!("{}{path}", cluster.http())).timeout(TIMEOUT).send_json(body).map_err(explain)?;
+    response.into_json().context("the answer is not JSON")
+}
+
+/// Posts any bytes as JSON; the answer's status and body, whatever they are.
+pub fn post_raw(cluster: &Cluster, path: &str, body: &[u8]) -> Result<(u16, String)> {
+    let request = ureq::post(&format!("{}{path}", cluster.http())).timeout(TIMEOUT);
+    let response = match request.set("content-type", "application/json").send_bytes(body) {
+        Ok(response) | Err(ureq::Error::Status(_, response)) => response,
+        Err(error) => return Err(error.into()),
+    };
+    Ok((response.status(), response.into_string()?))
+}
+
+fn explain(error: ureq::Error) -> anyhow::Error {
+    match error {
+        ureq::Error::Status(code, response) => {
+            anyhow::anyhow!("HTTP {code}: {}", response.into_string().unwrap_or_default())
+        }
+        other => other.into(),
+    }
+}
+
+/// A stream of server-sent events. Dropped, its connection closes.
+pub struct Events(BufReader<Box<dyn Read + Send + Sync>>);
+
+impl Iterator for Events {
+    type Item = Result<Value>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let mut line = String::new();
+        loop {
+            line.clear();
+            match self.0.read_line(&mut line) {
+                Ok(0) => return Some(Err(anyhow::anyhow!("the stream ended without [DONE]"))),
+                Ok(_) => {}
+                Err(error) => return Some(Err(error.into())),
+            }
+            match line.trim_end().strip_prefix("data: ") {
+                Some("[DONE]") => return None,
+                Some(data) => return Some(serde_json::from_str(data).with_context(|| format!("not JSON: {data:?}"))),
+                None => {}
+            }
+        }
+    }
+}
+
+impl Events {
+    /// All of it as one answer.
+    pub fn collect_completion(self) -> Result<Completion> {
+        let mut all = Completion::default();
+        for event in self {
+            let event = event?;
+            if event["choices"].as_array().is_some_and(|choices| !choices.is_empty()) {
+                all.extend(Completion::parse(&event)?);
+            }
+        }
+        Ok(all)
+    }
+}
+
+impl Completion {
+    /// The first choice of a body or of one event.
+    pub fn parse(body: &Value) -> Result<Self> {
+        if !body["error"].is_null() {
+            bail!("the server answered with an error: {body}");
+        }
+        let choice = &body["choices"][0];
+        let mut completion = Self {
+            text: choice["text"].as_str().with_context(|| format!("no text in {body}"))?.to_owned(),
+            finish_reason: choice["finish_reason"].as_str().unwrap_or_default().to_owned(),
+            ..Self::default()
+        };
+        for id in choice["token_ids"].as_array().into_iter().flatten() {
+            completion.tokens.push(number(id)?);
+        }
+        let logprobs = &choice["logprobs"];
+        for value in logprobs["token_logprobs"].as_array().into_iter().flatten() {
+            completion.logprobs.push(value.as_f64().map_or(f32::NAN, |v| v as f32));
+        }
+        for entry in logprobs["top_logprobs"].as_array().into_iter().flatten() {
+            completion.top.push(top(entry)?);
+        }
+        Ok(completion)
+    }
+
+    fn extend(&mut self, more: Self) {
+        let Self { tokens, logprobs, top, text, finish_reason } = more;
+        self.tokens.extend(tokens);
+        self.logprobs.extend(logprobs);
+        self.top.extend(top);
+        self.text += &text;
+        if !finish_reason.is_empty() {
+            self.finish_reason = finish_reason;
+        }
+    }
+}
+
+fn number(value: &Value) -> Result<u32> {
+    value.as_u64().and_then(|n| u32::try_from(n).ok()).with_context(|| format!("{value} is not a token id"))
+}
+
+/// `{"token_id:17": -0.5, ...}`, best first.
+fn top(entry: &Value) -> Result<Vec<(u32, f32)>> {
+    let mut top = Vec::new();
+    for (token, logprob) in entry.as_object().into_iter().flatten() {
+        let id = token.strip_prefix("token_id:").with_context(|| format!("{token:?} is not of the form token_id:N"))?;
+        top.push((id.parse()?, logprob.as_f64().context("a log-probability that is not a number")? as f32));
+    }
+    top.sort_by(|a, b| b.1.total_cmp(&a.1));
+    Ok(top)
+}

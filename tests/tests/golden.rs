@@ -1,0 +1,78 @@
+//! The golden pairs through a running cluster: the arithmetic's truth, seen from outside.
+
+use anyhow::{Context, Result, ensure};
+use overfill_tests::completion::post;
+use overfill_tests::golden::check;
+use overfill_tests::{Cluster, Completion, Golden, Request};
+use serde_json::json;
+
+fn golden_request(prompt: &[u32], steps: usize, model: &str) -> Request {
+    Request::tokens(prompt, steps as u32)
+        .with("model", json!(model))
+        .with("logprobs", json!(5))
+        .with("return_tokens_as_token_ids", json!(true))
+}
+
+fn run(pair: &str) -> Result<()> {
+    let golden = Golden::load(pair)?;
+    let cluster = Cluster::start(&Golden::up_args(pair))?;
+    for (i, case) in golden.cases.iter().enumerate() {
+        for (model, expected) in [("small", &case.two_stage), ("big", &case.full_only)] {
+            let request = golden_request(&case.prompt, expected.len(), model);
+            let whole = request.send(&cluster)?;
+            check(expected, &whole).with_context(|| format!("{pair}, case {i}, {model}"))?;
+            let streamed = request.stream(&cluster)?.collect_completion()?;
+            ensure!(streamed == whole, "{pair}, case {i}, {model}: streamed {streamed:?}, whole {whole:?}");
+        }
+    }
+    text_and_chat(&golden, &cluster).with_context(|| pair.to_owned())?;
+    cluster.wait_idle()?;
+    let end = cluster.end()?;
+    ensure!(end.status.success(), "{pair}: the cluster ended with {}\n{}", end.status, end.stderr);
+    Ok(())
+}
+
+/// A text must give what its ids give, and messages what the chat template's ids give.
+fn text_and_chat(golden: &Golden, cluster: &Cluster) -> Result<()> {
+    let by_ids = Request::tokens(&golden.text.ids, 8).with("model", json!("small")).send(cluster)?;
+    let request = Request::text(&golden.text.text, 8).with("model", json!("small"));
+    let body = post(cluster, "/v1/completions", &request.0)?;
+    ensure!(body["usage"]["prompt_tokens"] == golden.text.ids.len(), "text: {body}");
+    ensure!(Completion::parse(&body)?.tokens == by_ids.tokens, "text: {body} instead of {by_ids:?}");
+
+    let by_ids = Request::tokens(&golden.chat.ids, 8).with("model", json!("small")).send(cluster)?;
+    let request = json!({
+        "model": "small", "messages": golden.chat.messages, "max_tokens": 8, "temperature": 0,
+        "ignore_eos": true, "return_token_ids": true,
+    });
+    let body = post(cluster, "/v1/chat/completions", &request)?;
+    ensure!(body["usage"]["prompt_tokens"] == golden.chat.ids.len(), "chat: {body}");
+    ensure!(body["choices"][0]["token_ids"] == json!(by_ids.tokens), "chat: {body} instead of {by_ids:?}");
+    ensure!(body["choices"][0]["message"]["content"] == json!(by_ids.text), "chat: {body} instead of {by_ids:?}");
+    Ok(())
+}
+
+#[test]
+fn llama_tied() -> Result<()> {
+    run("llama-tied")
+}
+
+#[test]
+fn llama_untied() -> Result<()> {
+    run("llama-untied")
+}
+
+#[test]
+fn qwen2() -> Result<()> {
+    run("qwen2")
+}
+
+#[test]
+fn qwen3() -> Result<()> {
+    run("qwen3")
+}
+
+#[test]
+fn llama_depth() -> Result<()> {
+    run("llama-depth")
+}
