@@ -1,6 +1,7 @@
 //! What the two stages agree on, without any I/O, clock or thread: names and layout of the KV cache, its blocks, who
 //! holds them, and the protocol by which they change hands.
 
+pub mod handoff;
 pub mod ids;
 pub mod pool;
 pub mod prefix;

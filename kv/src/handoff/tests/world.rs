@@ -1,0 +1,552 @@
+//! Two nodes, their pools and memories, a bad channel between them, and the invariants as checks.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{BlockId, BlockLease, BlockPool};
+
+const LAYERS: u32 = 2;
+const BLOCKS: u32 = 3;
+const POOL: usize = 10;
+
+/// One thing that happens. `u16`s choose among what is possible at that moment.
+#[derive(Clone, Copy, Debug)]
+pub enum Op {
+    /// A new attempt, if there is room for it.
+    Begin,
+    /// Something that moves an attempt on.
+    Step(u16),
+    /// A message overtakes, is repeated, lost, or damaged.
+    Reorder(u16),
+    Repeat(u16),
+    Lose(u16),
+    Damage(u16),
+    /// A message of an attempt reaches another one: a stranger with an old ticket.
+    Misdeliver(u16, u16),
+    /// A connection breaks: one side notices, or the other, or both.
+    Break(u16),
+    Cancel(u16),
+    Abort(u16),
+    /// The prefill process is gone; its blocks with it.
+    CrashSender(u16),
+    /// Prefill blunders: hands a piece over twice or commits early.
+    Blunder(u16),
+    /// Another request takes blocks on both nodes and fills them, or gives them back.
+    Compete,
+    Yield,
+    /// Seconds pass.
+    Wait(u8),
+}
+
+pub fn faulty_op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        4 => Just(Op::Begin),
+        60 => any::<u16>().prop_map(Op::Step),
+        1 => any::<u16>().prop_map(Op::Reorder),
+        1 => any::<u16>().prop_map(Op::Repeat),
+        1 => any::<u16>().prop_map(Op::Lose),
+        1 => any::<u16>().prop_map(Op::Damage),
+        1 => (any::<u16>(), any::<u16>()).prop_map(|(a, b)| Op::Misdeliver(a, b)),
+        1 => any::<u16>().prop_map(Op::Break),
+        1 => any::<u16>().prop_map(Op::Cancel),
+        1 => any::<u16>().prop_map(Op::Abort),
+        1 => any::<u16>().prop_map(Op::CrashSender),
+        1 => any::<u16>().prop_map(Op::Blunder),
+        3 => Just(Op::Compete),
+        3 => Just(Op::Yield),
+        2 => (0u8..20).prop_map(Op::Wait),
+    ]
+}
+
+/// What a (layer, block) of an attempt must contain; 0 is nobody's.
+fn content(attempt: usize, layer: u32, block: u32) -> u64 {
+    1 + (attempt as u64 * 100 + u64::from(layer) * 10 + u64::from(block))
+}
+const SCRIBBLE: u64 = u64::MAX;
+
+#[derive(Clone, Debug)]
+enum Message {
+    Hello(Hello),
+    /// The bytes as they were when the frame had left, and whether the channel spoilt them.
+    Layer(Piece, Vec<u64>, bool),
+    Ping,
+    Commit(Commit),
+    Garbage,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Answer {
+    Accept,
+    Refuse(RefuseReason),
+    Confirm,
+}
+
+type Memory = HashMap<(u32, BlockId), u64>;
+
+struct Attempt {
+    id: usize,
+    sender: SenderHandoff,
+    receiver: ReceiverHandoff,
+    sender_lease: Option<BlockLease>,
+    /// What prefill computed and still has to announce.
+    to_announce: Vec<Piece>,
+    committed: bool,
+    reading: Option<Piece>,
+    sender_stops: bool,
+    /// The transport's hold, and the owner's own.
+    write_hold: Option<Arc<BlockLease>>,
+    owner: Option<Arc<BlockLease>>,
+    target: Vec<BlockId>,
+    landing: Option<(Piece, Vec<u64>, bool)>,
+    writer_attached: bool,
+    writer_stops: bool,
+    to_receiver: Vec<Message>,
+    to_sender: Vec<Answer>,
+    accepts: usize,
+    receiver_outcome: Option<Result<u32, Failure>>,
+    sender_outcome: Option<Result<(), Failure>>,
+}
+
+pub struct World {
+    now: Duration,
+    sender_pool: BlockPool,
+    receiver_pool: BlockPool,
+    sender_memory: Memory,
+    receiver_memory: Memory,
+    attempts: Vec<Attempt>,
+    competitors: Vec<(BlockLease, BlockLease)>,
+}
+
+/// The enabled natural step of an attempt.
+#[derive(Clone, Copy)]
+enum Step {
+    Connect,
+    Announce,
+    Commit,
+    Sent,
+    SenderStopped,
+    Deliver,
+    Land,
+    WriterStopped,
+    Answer,
+    Decode,
+    Finish,
+}
+
+impl World {
+    pub fn new() -> Self {
+        Self {
+            now: Duration::ZERO,
+            sender_pool: BlockPool::new(POOL),
+            receiver_pool: BlockPool::new(POOL),
+            sender_memory: Memory::new(),
+            receiver_memory: Memory::new(),
+            attempts: Vec::new(),
+            competitors: Vec::new(),
+        }
+    }
+
+    pub fn succeeded(&self) -> usize {
+        let whole = |a: &&Attempt| a.receiver.state() == HandoffState::Done && a.sender_outcome == Some(Ok(()));
+        self.attempts.iter().filter(whole).count()
+    }
+
+    /// Applies an operation; false if there was nothing to do.
+    pub fn apply(&mut self, op: Op) -> bool {
+        let n = self.attempts.len();
+        match op {
+            Op::Begin => return self.begin(),
+            Op::Compete => return self.compete(),
+            Op::Yield => return self.competitors.pop().is_some(),
+            Op::Wait(seconds) => {
+                self.now += Duration::from_secs(u64::from(seconds));
+                self.tick();
+                return true;
+            }
+            _ if n == 0 => return false,
+            Op::Step(pick) => {
+                let enabled: Vec<(usize, Step)> =
+                    (0..n).flat_map(|i| self.enabled(i).into_iter().map(move |s| (i, s))).collect();
+                let Some((i, step)) = enabled.get(pick as usize % enabled.len().max(1)).copied() else { return false };
+                self.step(i, step, pick);
+            }
+            Op::Reorder(pick) => self.attempts[pick as usize % n].to_receiver.reverse(),
+            Op::Repeat(pick) => {
+                let a = &mut self.attempts[pick as usize % n];
+                let copies = (a.to_receiver.first().cloned(), a.to_sender.first().copied());
+                a.to_receiver.extend(copies.0);
+                a.to_sender.extend(copies.1);
+            }
+            Op::Lose(pick) => {
+                let a = &mut self.attempts[pick as usize % n];
+                drop((a.to_receiver.pop(), a.to_sender.pop()));
+            }
+            Op::Damage(pick) => match self.attempts[pick as usize % n].to_receiver.first_mut() {
+                Some(Message::Layer(_, data, spoilt)) => {
+                    data[0] = SCRIBBLE;
+                    *spoilt = true;
+                }
+                Some(other) => *other = Message::Garbage,
+                None => return false,
+            },
+            Op::Misdeliver(from, to) => {
+                let hello = self.attempts[from as usize % n].hello();
+                self.receive(to as usize % n, ReceiverEvent::Hello(hello));
+            }
+            Op::Break(pick) => {
+                let i = pick as usize % n;
+                let a = &mut self.attempts[i];
+                (a.to_receiver, a.to_sender) = (Vec::new(), Vec::new());
+                if pick & 0x100 == 0 {
+                    self.receive(i, ReceiverEvent::Lost);
+                }
+                if pick & 0x200 == 0 {
+                    self.send(i, SenderEvent::Lost);
+                }
+            }
+            Op::Cancel(pick) => {
+                let i = pick as usize % n;
+                self.receive(i, ReceiverEvent::Cancel);
+                self.attempts[i].owner = None;
+            }
+            Op::Abort(pick) => self.send(pick as usize % n, SenderEvent::Abort),
+            Op::CrashSender(pick) => {
+                let i = pick as usize % n;
+                self.attempts[i].reading = None;
+                self.send(i, SenderEvent::Stopped);
+            }
+            Op::Blunder(pick) => {
+                let event = if pick & 0x100 == 0 {
+                    SenderEvent::Commit { first_token: (pick as usize % n) as u32 }
+                } else {
+                    SenderEvent::LayerReady(Piece { layer: 0, first_block: u32::from(pick >> 9 & 3), blocks: 1 })
+                };
+                self.send(pick as usize % n, event);
+            }
+        }
+        true
+    }
+
+    fn begin(&mut self) -> bool {
+        let (Ok(source), Ok(target)) =
+            (self.sender_pool.allocate(BLOCKS as usize), self.receiver_pool.allocate(BLOCKS as usize))
+        else {
+            return false;
+        };
+        let id = self.attempts.len();
+        let spec = HandoffSpec {
+            ticket: Ticket([id as u8 + 1; 16]),
+            layers: LAYERS,
+            blocks: BLOCKS,
+            deadline: self.now + Duration::from_secs(60),
+            ..spec()
+        };
+        let first = spec.first_block;
+        let to_announce = (0..LAYERS)
+            .flat_map(|layer| {
+                [Piece { layer, first_block: first, blocks: 2 }, Piece { layer, first_block: first + 2, blocks: 1 }]
+            })
+            .collect();
+        let target = Arc::new(target);
+        self.attempts.push(Attempt {
+            id,
+            sender: SenderHandoff::new(spec.clone(), 1 + id as u32 % 2, self.now),
+            receiver: ReceiverHandoff::new(spec),
+            sender_lease: Some(source),
+            to_announce,
+            committed: false,
+            reading: None,
+            sender_stops: false,
+            target: target.blocks().to_vec(),
+            write_hold: Some(target.clone()),
+            owner: Some(target),
+            landing: None,
+            writer_attached: false,
+            writer_stops: false,
+            to_receiver: Vec::new(),
+            to_sender: Vec::new(),
+            accepts: 0,
+            receiver_outcome: None,
+            sender_outcome: None,
+        });
+        true
+    }
+
+    /// Other requests write to whatever blocks they are given: if those were not free, a check will see it.
+    fn compete(&mut self) -> bool {
+        let (Ok(a), Ok(b)) = (self.sender_pool.allocate(2), self.receiver_pool.allocate(2)) else { return false };
+        for layer in 0..LAYERS {
+            for id in a.blocks() {
+                self.sender_memory.insert((layer, *id), SCRIBBLE);
+            }
+            for id in b.blocks() {
+                self.receiver_memory.insert((layer, *id), SCRIBBLE);
+            }
+        }
+        self.competitors.push((a, b));
+        true
+    }
+
+    fn enabled(&self, i: usize) -> Vec<Step> {
+        let a = &self.attempts[i];
+        let alive = !a.sender.state().is_over();
+        let state = a.receiver.state();
+        [
+            (a.sender.state() == SenderState::Connecting, Step::Connect),
+            (alive && !a.to_announce.is_empty(), Step::Announce),
+            (alive && a.to_announce.is_empty() && !a.committed, Step::Commit),
+            (a.reading.is_some(), Step::Sent),
+            (a.sender_stops, Step::SenderStopped),
+            (!a.to_receiver.is_empty() && a.landing.is_none(), Step::Deliver),
+            (a.landing.is_some(), Step::Land),
+            (a.writer_stops, Step::WriterStopped),
+            (!a.to_sender.is_empty(), Step::Answer),
+            (state == HandoffState::Ready, Step::Decode),
+            (state == HandoffState::Decoding, Step::Finish),
+        ]
+        .into_iter()
+        .filter_map(|(on, step)| on.then_some(step))
+        .collect()
+    }
+
+    fn step(&mut self, i: usize, step: Step, pick: u16) {
+        match step {
+            Step::Connect => self.send(i, SenderEvent::Connected),
+            Step::Announce => {
+                let a = &mut self.attempts[i];
+                let piece = a.to_announce.remove(pick as usize % a.to_announce.len());
+                if let Some(lease) = &a.sender_lease {
+                    for block in piece.first_block..piece.first_block + piece.blocks {
+                        let id = lease.blocks()[(block - a.sender.spec().first_block) as usize];
+                        self.sender_memory.insert((piece.layer, id), content(a.id, piece.layer, block));
+                    }
+                }
+                self.send(i, SenderEvent::LayerReady(piece));
+            }
+            Step::Commit => {
+                self.attempts[i].committed = true;
+                self.send(i, SenderEvent::Commit { first_token: i as u32 });
+            }
+            Step::Sent => {
+                let a = &mut self.attempts[i];
+                let Some(piece) = a.reading.take() else { return };
+                let lease = a.sender_lease.as_ref().expect("KV-2: blocks are kept while they are read");
+                let data = (piece.first_block..piece.first_block + piece.blocks)
+                    .map(|b| {
+                        let id = lease.blocks()[(b - a.sender.spec().first_block) as usize];
+                        // A blunder may announce what was never computed.
+                        self.sender_memory.get(&(piece.layer, id)).copied().unwrap_or(SCRIBBLE)
+                    })
+                    .collect();
+                a.to_receiver.push(Message::Layer(piece, data, false));
+                self.send(i, SenderEvent::Sent);
+            }
+            Step::SenderStopped => {
+                self.attempts[i].sender_stops = false;
+                self.attempts[i].reading = None;
+                self.send(i, SenderEvent::Stopped);
+            }
+            Step::Deliver => {
+                let message = self.attempts[i].to_receiver.remove(0);
+                self.deliver(i, message);
+            }
+            Step::Land => {
+                let spoilt = self.land(i);
+                self.receive(i, ReceiverEvent::Landed { checksum_ok: !spoilt });
+            }
+            Step::WriterStopped => {
+                // The worst case: what was on its way lands before the writer is gone.
+                if self.attempts[i].landing.is_some() {
+                    self.land(i);
+                }
+                self.attempts[i].writer_stops = false;
+                self.attempts[i].writer_attached = false;
+                self.receive(i, ReceiverEvent::WriterStopped);
+            }
+            Step::Answer => match self.attempts[i].to_sender.remove(0) {
+                Answer::Accept => self.send(i, SenderEvent::Accepted),
+                Answer::Refuse(reason) => self.send(i, SenderEvent::Refused(reason)),
+                Answer::Confirm => self.send(i, SenderEvent::Confirmed),
+            },
+            Step::Decode => drop(self.receive(i, ReceiverEvent::DecodeStarted)),
+            Step::Finish => {
+                self.check_content(i);
+                self.receive(i, ReceiverEvent::Finished);
+                self.attempts[i].owner = None;
+            }
+        }
+    }
+
+    /// Bytes reach memory. KV-1: the blocks are still this attempt's.
+    fn land(&mut self, i: usize) -> bool {
+        let a = &mut self.attempts[i];
+        let Some((piece, data, spoilt)) = a.landing.take() else { return false };
+        assert!(a.write_hold.is_some(), "KV-1: a write landed in blocks that were given back");
+        for (k, value) in data.into_iter().enumerate() {
+            let id = a.target[(piece.first_block - a.receiver.spec().first_block) as usize + k];
+            self.receiver_memory.insert((piece.layer, id), value);
+        }
+        spoilt
+    }
+
+    fn deliver(&mut self, i: usize, message: Message) {
+        match message {
+            Message::Hello(hello) => drop(self.receive(i, ReceiverEvent::Hello(hello))),
+            // Frames only count on the connection that was accepted.
+            _ if !self.attempts[i].writer_attached => {}
+            Message::Layer(piece, data, spoilt) => {
+                if self.receive(i, ReceiverEvent::Layer(piece)) {
+                    self.attempts[i].landing = Some((piece, data, spoilt));
+                }
+            }
+            Message::Ping => drop(self.receive(i, ReceiverEvent::Ping)),
+            Message::Commit(commit) => drop(self.receive(i, ReceiverEvent::Commit(commit))),
+            Message::Garbage => drop(self.receive(i, ReceiverEvent::Garbage)),
+        }
+    }
+
+    /// Feeds the receiver and does what it says; true if it wants the announced bytes.
+    fn receive(&mut self, i: usize, event: ReceiverEvent) -> bool {
+        let actions = self.attempts[i].receiver.on_event(event, self.now);
+        let mut write = false;
+        for action in actions {
+            let a = &mut self.attempts[i];
+            match action {
+                ReceiverAction::Accept => {
+                    a.accepts += 1;
+                    a.writer_attached = true;
+                    a.to_sender.push(Answer::Accept);
+                }
+                ReceiverAction::Refuse(_) => {}
+                ReceiverAction::Write(_) => write = true,
+                ReceiverAction::Confirm => a.to_sender.push(Answer::Confirm),
+                ReceiverAction::Ready { first_token } => {
+                    assert_eq!(a.receiver_outcome, None, "KV-6: one outcome");
+                    a.receiver_outcome = Some(Ok(first_token));
+                    self.check_content(i);
+                }
+                ReceiverAction::Fail(failure) => {
+                    assert_eq!(a.receiver_outcome, None, "KV-6: one outcome");
+                    a.receiver_outcome = Some(Err(failure));
+                    a.owner = None;
+                }
+                ReceiverAction::StopWriter { tell } => {
+                    a.to_sender.extend(tell.map(Answer::Refuse));
+                    a.writer_stops = true;
+                }
+                ReceiverAction::ReleaseBlocks => {
+                    assert!(!a.writer_attached && a.landing.is_none(), "KV-1: released under a writer");
+                    assert!(a.write_hold.take().is_some(), "released twice");
+                }
+            }
+        }
+        write
+    }
+
+    fn send(&mut self, i: usize, event: SenderEvent) {
+        for action in self.attempts[i].sender.on_event(event, self.now) {
+            let a = &mut self.attempts[i];
+            match action {
+                SenderAction::SendHello(hello) => a.to_receiver.push(Message::Hello(hello)),
+                SenderAction::SendLayer(piece) => {
+                    assert_eq!(a.reading.replace(piece), None, "one frame at a time");
+                }
+                SenderAction::SendPing => a.to_receiver.push(Message::Ping),
+                SenderAction::SendCommit(commit) => a.to_receiver.push(Message::Commit(commit)),
+                SenderAction::Finish(outcome) => {
+                    assert_eq!(a.sender_outcome.replace(outcome), None, "KV-6: one outcome");
+                }
+                SenderAction::Disconnect => a.sender_stops = true,
+                SenderAction::ReleaseBlocks => {
+                    let confirmed = matches!(a.receiver_outcome, Some(Ok(_)));
+                    assert!(a.reading.is_none(), "KV-2: released while read");
+                    assert!(a.sender_outcome != Some(Ok(())) || confirmed, "KV-2: success without a confirmation");
+                    assert!(a.sender_lease.take().is_some(), "released twice");
+                }
+            }
+        }
+    }
+
+    fn tick(&mut self) {
+        for i in 0..self.attempts.len() {
+            self.receive(i, ReceiverEvent::Tick);
+            self.send(i, SenderEvent::Tick);
+        }
+    }
+
+    /// KV-5: what the request decodes over is what prefill computed for it, all of it.
+    fn check_content(&self, i: usize) {
+        let a = &self.attempts[i];
+        for layer in 0..LAYERS {
+            for (k, id) in a.target.iter().enumerate() {
+                let block = a.receiver.spec().first_block + k as u32;
+                let got = self.receiver_memory.get(&(layer, *id));
+                assert_eq!(got, Some(&content(a.id, layer, block)), "KV-5: layer {layer}, block {block}");
+            }
+        }
+        assert_eq!(a.receiver_outcome, Some(Ok(i as u32)), "KV-5: the first token is the sender's");
+    }
+
+    pub fn check(&self) {
+        for a in &self.attempts {
+            assert!(a.accepts <= 1, "KV-4: a ticket was taken twice");
+            if a.receiver.state() == HandoffState::Decoding {
+                self.check_content(a.id);
+            }
+            let told = a.receiver_outcome.is_some();
+            assert_eq!(
+                told,
+                !a.receiver.state().is_open(),
+                "KV-6: the owner is told when, and only when, it is decided"
+            );
+            assert_eq!(a.sender_outcome.is_some(), a.sender.state().is_over(), "KV-6: the same on the sender");
+            let overdue = self.now > a.receiver.spec().deadline;
+            assert!(!overdue || told, "KV-6: no outcome after the deadline");
+        }
+        for (layer, (_, theirs)) in (0..LAYERS).flat_map(|l| self.competitors.iter().map(move |c| (l, c))) {
+            for id in theirs.blocks() {
+                let got = self.receiver_memory[&(layer, *id)];
+                assert_eq!(got, SCRIBBLE, "KV-1: a block of another request was written");
+            }
+        }
+    }
+
+    /// One lease passes: tasks that were told to stop have stopped; owners that have a request decode it to its end.
+    pub fn settle(&mut self) {
+        self.competitors.clear();
+        self.now += Duration::from_secs(61);
+        self.tick();
+        for i in 0..self.attempts.len() {
+            for step in [Step::WriterStopped, Step::SenderStopped, Step::Decode, Step::Finish] {
+                let possible = self.enabled(i).into_iter().any(|s| s as usize == step as usize);
+                if possible {
+                    self.step(i, step, 0);
+                }
+            }
+            // An owner whose request came to nothing lets go.
+            if self.attempts[i].receiver.state().is_over() {
+                self.attempts[i].owner = None;
+            }
+        }
+    }
+
+    /// KV-3, and every attempt has its outcome.
+    pub fn check_settled(&self) {
+        for a in &self.attempts {
+            assert!(a.receiver_outcome.is_some() && a.sender_outcome.is_some(), "KV-6: no outcome after the deadline");
+            assert!(!a.receiver.is_stranded() && !a.sender.is_stranded());
+        }
+        assert_eq!(self.sender_pool.in_use(), 0, "KV-3: the sender's blocks are free after one lease");
+        assert_eq!(self.receiver_pool.in_use(), 0, "KV-3: the receiver's blocks are free after one lease");
+    }
+}
+
+impl Attempt {
+    fn hello(&self) -> Hello {
+        Hello { ticket: self.sender.spec().ticket, ..hello() }
+    }
+}
