@@ -3,7 +3,7 @@
 
 mod convert;
 
-pub use convert::InvalidField;
+pub use convert::{InvalidField, ticket_from_wire};
 
 /// Generated messages, clients and servers of package `overfill.v1`.
 #[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::large_futures)]

@@ -1,0 +1,249 @@
+//! The paged KV cache: one tensor a layer, `[blocks, K|V, kv_heads, 16, head_dim]`. What a handoff sends is what lies here.
+//!
+//! Engine and transport share the cache. Each layer has a lock of its own (the tensor's), held for one operation; which
+//! blocks either may touch is settled by the block pool.
+
+use std::{cell::RefCell, sync::Arc};
+
+use bytemuck::{cast_slice, cast_slice_mut};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Storage, Tensor, bail};
+use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, KvStore, StoreError};
+
+use crate::{
+    kernels::{
+        attention::{self, Heads, Span},
+        scatter::ScatterKv,
+    },
+    paged::SequenceSlice,
+};
+
+/// KV of all layers of one model on one node. Cheap to clone: clones share the memory.
+#[derive(Clone)]
+pub struct KvCache {
+    layers: Arc<Vec<Tensor>>,
+    num_blocks: usize,
+    sizes: Heads,
+    dtype: KvDtype,
+}
+
+fn tensor_dtype(dtype: KvDtype) -> DType {
+    match dtype {
+        KvDtype::F32 => DType::F32,
+        KvDtype::Bf16 => DType::BF16,
+        KvDtype::F16 => DType::F16,
+    }
+}
+
+impl KvCache {
+    pub(crate) fn new(layers: usize, num_blocks: usize, sizes: Heads, dtype: KvDtype, device: &Device) -> Result<Self> {
+        let shape = (num_blocks, 2, sizes.kv_heads, BLOCK_TOKENS, sizes.head_dim);
+        let layers = (0..layers).map(|_| Tensor::zeros(shape, tensor_dtype(dtype), device)).collect::<Result<_>>()?;
+        Ok(Self { layers: Arc::new(layers), num_blocks, sizes, dtype })
+    }
+
+    /// Bytes of the whole cache.
+    pub fn size_bytes(&self) -> usize {
+        self.layers.len() * self.num_blocks * self.block_bytes()
+    }
+
+    /// Writes the new keys and values of a batch into their blocks.
+    pub(crate) fn put(&self, layer: usize, batch: &[SequenceSlice<'_>], k: &Tensor, v: &Tensor) -> Result<()> {
+        let slots: Vec<(u32, u32)> = batch
+            .iter()
+            .flat_map(|slice| (slice.start..slice.start + slice.tokens.len()).map(|p| slot(slice.blocks, p)))
+            .collect();
+        let cache = &self.layers[layer];
+        if cache.device().is_cpu() {
+            let (k, v) = (k.contiguous()?, v.contiguous()?);
+            let op = ScatterKv { slots: &slots, kv_heads: self.sizes.kv_heads, head_dim: self.sizes.head_dim };
+            return cache.inplace_op3(&k, &v, &op);
+        }
+        self.put_with_tensors(layer, &slots, k, v)
+    }
+
+    /// The same with tensor operations alone, for devices without a kernel of ours.
+    fn put_with_tensors(&self, layer: usize, slots: &[(u32, u32)], k: &Tensor, v: &Tensor) -> Result<()> {
+        let Heads { kv_heads, head_dim, .. } = self.sizes;
+        let cache = &self.layers[layer];
+        let rows = cache.reshape(((), head_dim))?;
+        for (part, source) in [k, v].into_iter().enumerate() {
+            let index: Vec<u32> = slots
+                .iter()
+                .flat_map(|&(block, token)| {
+                    (0..kv_heads).map(move |head| {
+                        (((block as usize * 2 + part) * kv_heads + head) * BLOCK_TOKENS) as u32 + token
+                    })
+                })
+                .collect();
+            let count = index.len();
+            let index = Tensor::from_vec(index, (count, 1), cache.device())?.broadcast_as((count, head_dim))?.contiguous()?;
+            let source = source.reshape((count, head_dim))?.to_dtype(cache.dtype())?.contiguous()?;
+            rows.scatter_set(&index, &source, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Causal attention of a batch's queries over the keys and values in its blocks.
+    pub(crate) fn attend(&self, layer: usize, batch: &[SequenceSlice<'_>], q: &Tensor) -> Result<Tensor> {
+        let cache = &self.layers[layer];
+        if !cache.device().is_cpu() {
+            return self.attend_with_tensors(layer, batch, q);
+        }
+        let mut row = 0;
+        let spans: Vec<Span<'_>> = batch
+            .iter()
+            .map(|slice| {
+                let span = Span { row, tokens: slice.tokens.len(), start: slice.start, blocks: slice.blocks };
+                row += span.tokens;
+                span
+            })
+            .collect();
+        attention::attend(&q.contiguous()?, cache, &spans, self.sizes)
+    }
+
+    /// The same with tensor operations alone: gathers each sequence's blocks, then multiplies.
+    fn attend_with_tensors(&self, layer: usize, batch: &[SequenceSlice<'_>], q: &Tensor) -> Result<Tensor> {
+        let Heads { heads, kv_heads, head_dim } = self.sizes;
+        let group = heads / kv_heads;
+        let cache = &self.layers[layer];
+        let mut row = 0;
+        let mut outputs = Vec::with_capacity(batch.len());
+        for slice in batch {
+            let (tokens, context) = (slice.tokens.len(), slice.start + slice.tokens.len());
+            let blocks: Vec<u32> = slice.blocks[..context.div_ceil(BLOCK_TOKENS)].iter().map(|b| b.0).collect();
+            let count = blocks.len();
+            let gathered = cache.index_select(&Tensor::from_vec(blocks, count, cache.device())?, 0)?.to_dtype(q.dtype())?;
+            // [blocks, kv_heads, 16, d] to [kv_heads, context, d]
+            let part = |kv: usize| {
+                gathered
+                    .narrow(1, kv, 1)?
+                    .squeeze(1)?
+                    .transpose(0, 1)?
+                    .reshape((kv_heads, count * BLOCK_TOKENS, head_dim))?
+                    .narrow(1, 0, context)?
+                    .contiguous()
+            };
+            let (k, v) = (part(0)?, part(1)?);
+            let queries =
+                q.narrow(0, row, tokens)?.transpose(0, 1)?.contiguous()?.reshape((kv_heads, group * tokens, head_dim))?;
+            let scores = (queries.matmul(&k.t()?)? * (1.0 / (head_dim as f64).sqrt()))?.to_dtype(DType::F32)?;
+            let mask: Vec<f32> = (0..tokens)
+                .flat_map(|t| (0..context).map(move |c| if c <= slice.start + t { 0.0 } else { f32::NEG_INFINITY }))
+                .collect();
+            let mask = Tensor::from_vec(mask, (1, 1, tokens, context), cache.device())?;
+            let scores = scores.reshape((kv_heads, group, tokens, context))?.broadcast_add(&mask)?;
+            let weights = candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(q.dtype())?;
+            let out = weights.reshape((kv_heads, group * tokens, context))?.matmul(&v)?;
+            outputs.push(out.reshape((heads, tokens, head_dim))?.transpose(0, 1)?.contiguous()?);
+            row += tokens;
+        }
+        Tensor::cat(&outputs, 0)
+    }
+
+    fn check(&self, layer: usize, blocks: &[BlockId]) -> std::result::Result<(), StoreError> {
+        let (num_layers, num_blocks) = (self.layers.len(), self.num_blocks);
+        let outside = blocks.iter().find(|b| b.0 as usize >= num_blocks);
+        match outside.or((layer >= num_layers).then_some(&BlockId(0))) {
+            Some(block) => Err(StoreError::OutOfRange { layer, block: block.0, num_layers, num_blocks }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Block, and place in it, of a position.
+fn slot(blocks: &[BlockId], position: usize) -> (u32, u32) {
+    (blocks[position / BLOCK_TOKENS].0, (position % BLOCK_TOKENS) as u32)
+}
+
+fn bytes_of(storage: &CpuStorage) -> Result<&[u8]> {
+    match storage {
+        CpuStorage::F32(v) => Ok(cast_slice(v)),
+        CpuStorage::BF16(v) => Ok(cast_slice(v)),
+        CpuStorage::F16(v) => Ok(cast_slice(v)),
+        _ => bail!("kv must be f32, bf16 or f16"),
+    }
+}
+
+fn bytes_of_mut(storage: &mut CpuStorage) -> Result<&mut [u8]> {
+    match storage {
+        CpuStorage::F32(v) => Ok(cast_slice_mut(v)),
+        CpuStorage::BF16(v) => Ok(cast_slice_mut(v)),
+        CpuStorage::F16(v) => Ok(cast_slice_mut(v)),
+        _ => bail!("kv must be f32, bf16 or f16"),
+    }
+}
+
+/// Hands a layer's bytes to a closure, under the tensor's write lock.
+struct WithBytes<'a>(RefCell<&'a mut dyn FnMut(&mut [u8])>);
+
+impl InplaceOp1 for WithBytes<'_> {
+    fn name(&self) -> &'static str {
+        "with-bytes"
+    }
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
+        (self.0.borrow_mut())(bytes_of_mut(storage)?);
+        Ok(())
+    }}
+
+impl KvStore for KvCache {
+    fn num_layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    fn num_blocks(&self) -> usize {
+        self.num_blocks
+    }
+
+    fn block_bytes(&self) -> usize {
+        2 * self.sizes.kv_heads * BLOCK_TOKENS * self.sizes.head_dim * self.dtype.size_bytes()
+    }
+
+    fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> std::result::Result<(), StoreError> {
+        self.check(layer, blocks)?;
+        let size = self.block_bytes();
+        let fault = |e: candle_core::Error| StoreError::Device(e.to_string());
+        let cache = &self.layers[layer];
+        if cache.device().is_cpu() {
+            let (storage, _) = cache.storage_and_layout();
+            let Storage::Cpu(storage) = &*storage else { return Err(StoreError::Device("not CPU memory".into())) };
+            let bytes = bytes_of(storage).map_err(fault)?;
+            for (i, block) in blocks.iter().enumerate() {
+                f(i, &bytes[block.0 as usize * size..][..size]);
+            }
+            return Ok(());
+        }
+        for (i, block) in blocks.iter().enumerate() {
+            let copied = cache.narrow(0, block.0 as usize, 1).and_then(|t| t.to_device(&Device::Cpu)).map_err(fault)?;
+            let (storage, layout) = copied.storage_and_layout();
+            let Storage::Cpu(storage) = &*storage else { return Err(StoreError::Device("not CPU memory".into())) };
+            let start = layout.start_offset() * self.dtype.size_bytes();
+            f(i, &bytes_of(storage).map_err(fault)?[start..][..size]);
+        }
+        Ok(())
+    }
+
+    fn write(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &mut [u8])) -> std::result::Result<(), StoreError> {
+        self.check(layer, blocks)?;
+        let size = self.block_bytes();
+        let fault = |e: candle_core::Error| StoreError::Device(e.to_string());
+        let cache = &self.layers[layer];
+        if cache.device().is_cpu() {
+            let mut each = |bytes: &mut [u8]| {
+                for (i, block) in blocks.iter().enumerate() {
+                    f(i, &mut bytes[block.0 as usize * size..][..size]);
+                }
+            };
+            return cache.inplace_op1(&WithBytes(RefCell::new(&mut each))).map_err(fault);
+        }
+        for (i, block) in blocks.iter().enumerate() {
+            let shape = (1, 2, self.sizes.kv_heads, BLOCK_TOKENS, self.sizes.head_dim);
+            let staged = Tensor::zeros(shape, cache.dtype(), &Device::Cpu).map_err(fault)?;
+            staged.inplace_op1(&WithBytes(RefCell::new(&mut |bytes: &mut [u8]| f(i, bytes)))).map_err(fault)?;
+            staged
+                .to_device(cache.device())
+                .and_then(|t| cache.slice_set(&t, 0, block.0 as usize))
+                .map_err(fault)?;
+        }
+        Ok(())
+    }
+}

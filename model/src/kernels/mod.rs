@@ -1,0 +1,5 @@
+//! Loops over memory that no tensor operation expresses. Nothing above this module sees a memory layout.
+
+pub(crate) mod attention;
+pub(crate) mod element;
+pub(crate) mod scatter;

@@ -1,0 +1,182 @@
+//! A model folder, loaded and ready to serve.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use candle_core::{DType, Device};
+use overfill_kv::{BLOCK_TOKENS, KvDtype, KvSchema};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::{
+    Decoder, KvCache, LoadOptions, Logits, ModelConfig, ModelError, Ops, Provenance, SequenceSlice, Weights,
+    kernels::attention::Heads, paged,
+};
+
+/// A decoder with all that a node needs to know of it.
+pub struct Model {
+    folder: PathBuf,
+    name: String,
+    decoder: Decoder,
+    kv_dtype: KvDtype,
+    provenance: Option<Provenance>,
+    fingerprint: String,
+    tokenizer_sha256: String,
+    eos_token_ids: Vec<u32>,
+}
+
+impl Model {
+    /// Loads a Hugging Face folder. Configuration and tensor shapes are checked before memory is taken.
+    pub fn load(folder: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
+        let started = Instant::now();
+        let folder = folder.canonicalize().map_err(|e| ModelError::io(folder, e))?;
+        let device = options.device.open()?;
+        let config = ModelConfig::from_folder(&folder)?;
+        let provenance = Provenance::from_folder(&folder)?;
+        check_kept_layers(&folder, &config, provenance.as_ref())?;
+        let tokenizer_file = folder.join("tokenizer.json");
+        let tokenizer = fs::read(&tokenizer_file).map_err(|e| ModelError::io(&tokenizer_file, e))?;
+        let eos_token_ids = eos_token_ids(&folder, &config)?;
+        let weights = Weights::open(&folder)?;
+        let dtype = options.weights.dtype();
+        // A CPU computes in f32 whatever the weights are; a GPU in the type of the weights.
+        let compute = if device.is_cpu() { DType::F32 } else { dtype };
+        let decoder = Decoder::build(&config, Ops::Fused, compute, &mut |name, shape| {
+            Ok(weights.load(name, shape, &device)?.to_dtype(dtype)?)
+        })?;
+        let name = folder.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
+        tracing::info!(
+            model = %folder.display(), weights = %options.weights, kv = %options.kv_dtype, device = %options.device,
+            seconds = started.elapsed().as_secs_f64(), "loaded the model"
+        );
+        Ok(Self {
+            fingerprint: weights.fingerprint()?,
+            folder,
+            name,
+            decoder,
+            kv_dtype: options.kv_dtype,
+            provenance,
+            tokenizer_sha256: Sha256::digest(tokenizer).iter().map(|byte| format!("{byte:02x}")).collect(),
+            eos_token_ids,
+        })
+    }
+
+    /// Its geometry.
+    pub fn config(&self) -> &ModelConfig {
+        self.decoder.config()
+    }
+
+    /// Its folder, absolute.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Name of its folder.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Names exactly these weights; see [`Weights::fingerprint`].
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// Ids that end a text, from generation_config.json, else config.json.
+    pub fn eos_token_ids(&self) -> &[u32] {
+        &self.eos_token_ids
+    }
+
+    /// Longest sequence in tokens.
+    pub fn max_context_tokens(&self) -> usize {
+        self.config().max_position_embeddings
+    }
+
+    /// What this model's KV is, as a producer of its own (no overfill.json), or as a consumer of the full model's.
+    pub fn kv_schema(&self) -> KvSchema {
+        let config = self.config();
+        let all = || (0..config.num_hidden_layers as u32).collect();
+        let (layers, full_model) = match &self.provenance {
+            Some(p) => (
+                p.kept_layers.clone().unwrap_or_else(all),
+                p.full_model.as_ref().and_then(|full| full.fingerprint.clone()),
+            ),
+            None => (all(), None),
+        };
+        KvSchema {
+            layers,
+            kv_heads: config.num_key_value_heads as u32,
+            head_dim: config.head_dim as u32,
+            rope: config.rope_spec(),
+            dtype: self.kv_dtype,
+            block_tokens: BLOCK_TOKENS as u32,
+            vocab_size: config.vocab_size as u32,
+            tokenizer_sha256: self.tokenizer_sha256.clone(),
+            full_model,
+        }
+    }
+
+    /// The schema of the KV that this model computes as the full model of a prefill node.
+    pub fn producer_schema(&self) -> KvSchema {
+        let layers = (0..self.config().num_hidden_layers as u32).collect();
+        KvSchema { layers, full_model: Some(self.fingerprint.clone()), ..self.kv_schema() }
+    }
+
+    /// Bytes that one block takes over all layers.
+    pub fn block_bytes(&self) -> usize {
+        let layers = self.config().num_hidden_layers;
+        layers * self.kv_schema().block_bytes()
+    }
+
+    /// An empty cache of `num_blocks` blocks for this model.
+    pub fn new_cache(&self, num_blocks: usize) -> Result<KvCache, ModelError> {
+        let config = self.config();
+        let device: &Device = self.decoder.device();
+        Ok(KvCache::new(config.num_hidden_layers, num_blocks, heads(config), self.kv_dtype, device)?)
+    }
+
+    /// Runs a ragged batch. The KV of every slice's tokens is written into its blocks; `on_layer(l)` is called as soon
+    /// as that of layer `l` is there. Logits come for the tokens that the slices ask for.
+    pub fn forward(
+        &self,
+        cache: &KvCache,
+        batch: &[SequenceSlice<'_>],
+        on_layer: &mut dyn FnMut(usize),
+    ) -> Result<Logits, ModelError> {
+        paged::forward(&self.decoder, cache, batch, on_layer)
+    }
+}
+
+pub(crate) fn heads(config: &ModelConfig) -> Heads {
+    Heads { heads: config.num_attention_heads, kv_heads: config.num_key_value_heads, head_dim: config.head_dim }
+}
+
+/// overfill.json must name as many layers as config.json has.
+fn check_kept_layers(folder: &Path, config: &ModelConfig, p: Option<&Provenance>) -> Result<(), ModelError> {
+    let Some(kept) = p.and_then(|p| p.kept_layers.as_ref()) else { return Ok(()) };
+    if kept.len() == config.num_hidden_layers {
+        return Ok(());
+    }
+    let supported = format!("as many layers as config.json's num_hidden_layers ({})", config.num_hidden_layers);
+    Err(ModelError::unsupported(&folder.join(Provenance::FILE), "kept_layers", format!("{kept:?}"), &supported))
+}
+
+fn eos_token_ids(folder: &Path, config: &ModelConfig) -> Result<Vec<u32>, ModelError> {
+    let file = folder.join("generation_config.json");
+    let generation: Value = match fs::read(&file) {
+        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| ModelError::malformed(&file, e))?,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Value::Null,
+        Err(e) => return Err(ModelError::io(&file, e)),
+    };
+    let field = "eos_token_id";
+    let value = generation.get(field).or(config.raw.get(field)).unwrap_or(&Value::Null);
+    let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
+    let ids = match value {
+        Value::Null => Some(Vec::new()),
+        Value::Array(ids) => ids.iter().map(id).collect(),
+        one => id(one).map(|id| vec![id]),
+    };
+    ids.ok_or_else(|| ModelError::unsupported(&file, field, value, "a token id, or a list of them"))
+}

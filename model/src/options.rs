@@ -1,0 +1,167 @@
+//! How a model is loaded: from where, onto what, in which types.
+
+use std::{fmt, path::PathBuf, str::FromStr};
+
+use candle_core::{DType, Device};
+use overfill_kv::KvDtype;
+
+use crate::ModelError;
+
+/// Element type of the weights in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightDtype {
+    /// 4 bytes; exact for every stored type.
+    F32,
+    /// 2 bytes.
+    Bf16,
+    /// 2 bytes.
+    F16,
+}
+
+impl WeightDtype {
+    /// The tensor library's name for it.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
+        }
+    }
+}
+
+impl fmt::Display for WeightDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        })
+    }
+}
+
+impl FromStr for WeightDtype {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
+            "f16" => Ok(Self::F16),
+            other => Err(format!("dtype must be f32, bf16 or f16, got {other:?}")),
+        }
+    }
+}
+
+/// Where a model computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceSpec {
+    /// This machine's processors.
+    Cpu,
+    /// An NVIDIA GPU, by number.
+    Cuda(usize),
+}
+
+impl fmt::Display for DeviceSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(n) => write!(f, "cuda:{n}"),
+        }
+    }
+}
+
+impl FromStr for DeviceSpec {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match (s, s.strip_prefix("cuda:").map(str::parse)) {
+            ("cpu", _) => Ok(Self::Cpu),
+            ("cuda", _) => Ok(Self::Cuda(0)),
+            (_, Some(Ok(n))) => Ok(Self::Cuda(n)),
+            _ => Err(format!("device must be cpu or cuda:N, got {s:?}")),
+        }
+    }
+}
+
+impl DeviceSpec {
+    /// Opens the device; an error that says what is missing where there is none.
+    pub fn open(self) -> Result<Device, ModelError> {
+        let fault = |reason: String| ModelError::Device { device: self.to_string(), reason };
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Cuda(_) if !cfg!(feature = "cuda") => Err(fault(
+                "this binary was built without GPU support; build it with `--features cuda`, or use --device cpu".into(),
+            )),
+            // Opening the driver aborts, rather than fails, where its library is not installed.
+            Self::Cuda(n) => match std::panic::catch_unwind(|| Device::new_cuda(n)) {
+                Ok(device) => device.map_err(|e| fault(e.to_string())),
+                Err(_) => Err(fault("the CUDA driver library (libcuda) could not be loaded".into())),
+            },
+        }
+    }
+}
+
+/// How a model is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Where it computes.
+    pub device: DeviceSpec,
+    /// Type of its weights in memory.
+    pub weights: WeightDtype,
+    /// Type of its KV, in memory and on the wire.
+    pub kv_dtype: KvDtype,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { device: DeviceSpec::Cpu, weights: WeightDtype::F32, kv_dtype: KvDtype::F32 }
+    }
+}
+
+/// The folder of `model`: the path itself where it is a folder, else a hub id (`owner/name`, or `owner/name@revision`)
+/// whose files are taken from the Hugging Face cache or downloaded into it.
+pub fn resolve(model: &str) -> Result<PathBuf, ModelError> {
+    let path = PathBuf::from(model);
+    if path.is_dir() {
+        return Ok(path);
+    }
+    let fault = |reason: String| ModelError::Hub { id: model.into(), reason };
+    let looks_like_an_id = model.matches('/').count() == 1 && !model.starts_with(['/', '.', '~']);
+    if !looks_like_an_id {
+        return Err(fault("no such folder, and not a hub id of the form owner/name".into()));
+    }
+    let (id, revision) = model.split_once('@').unwrap_or((model, "main"));
+    let hub = |e: hf_hub::api::sync::ApiError| fault(format!("no such folder, and from the hub: {e}"));
+    let api = hf_hub::api::sync::ApiBuilder::from_env().with_progress(true).build().map_err(hub)?;
+    let repo = api.repo(hf_hub::Repo::with_revision(id.into(), hf_hub::RepoType::Model, revision.into()));
+    let config = repo.get("config.json").map_err(hub)?;
+    for file in repo.info().map_err(hub)?.siblings.iter().map(|s| s.rfilename.as_str()) {
+        let wanted = !file.contains('/') && [".safetensors", ".json", ".jinja"].iter().any(|end| file.ends_with(end));
+        if wanted && file != "config.json" {
+            repo.get(file).map_err(hub)?;
+        }
+    }
+    config.parent().map(PathBuf::from).ok_or_else(|| fault("the hub's cache has no folder".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_parse() {
+        assert_eq!("cuda:3".parse(), Ok(DeviceSpec::Cuda(3)));
+        assert_eq!("cpu".parse(), Ok(DeviceSpec::Cpu));
+        assert!("cuda:x".parse::<DeviceSpec>().is_err());
+        assert!("gpu".parse::<DeviceSpec>().is_err());
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn a_gpu_without_support_is_a_clear_error() {
+        assert!(DeviceSpec::Cuda(0).open().unwrap_err().to_string().contains("--features cuda"));
+    }
+
+    #[test]
+    fn a_folder_that_is_not_there_is_named() {
+        assert!(resolve("/no/such/folder").unwrap_err().to_string().starts_with("model /no/such/folder: no such"));
+    }
+}

@@ -1,0 +1,215 @@
+//! The golden pairs: what PyTorch computes over the same weights, in one process and one cache.
+
+use std::path::{Path, PathBuf};
+
+use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, KvStore, OutputToken, blocks_for};
+use overfill_model::{KvCache, LoadOptions, Model, ModelError, SequenceSlice, Want, WeightDtype, report};
+use serde::Deserialize;
+
+#[derive(Deserialize)]
+struct Expected {
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    prompt: Vec<u32>,
+    two_stage: Vec<Step>,
+    full_only: Vec<Step>,
+}
+
+#[derive(Deserialize)]
+struct Step {
+    token: u32,
+    top: Vec<(u32, f32)>,
+}
+
+const PAIRS: [&str; 5] = ["llama-tied", "llama-untied", "llama-depth", "qwen2", "qwen3"];
+
+fn folder(pair: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(pair)
+}
+
+fn expected(pair: &str) -> Expected {
+    serde_json::from_slice(&std::fs::read(folder(pair).join("expected.json")).unwrap()).unwrap()
+}
+
+fn load(pair: &str, which: &str, options: &LoadOptions) -> Model {
+    Model::load(&folder(pair).join(which), options).unwrap()
+}
+
+/// Prefills `prompt` in chunks of `chunk` tokens; reports the first token.
+fn prefill(model: &Model, cache: &KvCache, prompt: &[u32], blocks: &[BlockId], chunk: usize) -> OutputToken {
+    let mut start = 0;
+    loop {
+        let tokens = &prompt[start..prompt.len().min(start + chunk)];
+        let last = start + tokens.len() == prompt.len();
+        let want = if last { Want::Last } else { Want::Nothing };
+        let logits = model.forward(cache, &[SequenceSlice { tokens, start, blocks, want }], &mut |_| {}).unwrap();
+        if last {
+            return greedy(logits.row(0));
+        }
+        start += tokens.len();
+    }
+}
+
+fn greedy(logits: &[f32]) -> OutputToken {
+    let best = report(logits, 0, 1).top[0].0;
+    report(logits, best, 5)
+}
+
+/// Copies the layers that `decode` uses out of the full model's cache, as a handoff does.
+fn hand_over(full: &KvCache, decode_model: &Model, decode: &KvCache, blocks: &[BlockId]) {
+    for (wire, layer) in decode_model.kv_schema().layers.iter().enumerate() {
+        let mut bytes: Vec<Vec<u8>> = Vec::new();
+        full.read(*layer as usize, blocks, &mut |_, b| bytes.push(b.to_vec())).unwrap();
+        decode.write(wire, blocks, &mut |i, b| b.copy_from_slice(&bytes[i])).unwrap();
+    }
+}
+
+/// Greedy steps over both stages: as many as the reference has.
+fn generate(full: &Model, decode: &Model, prompt: &[u32], steps: usize, chunk: usize) -> Vec<OutputToken> {
+    // Blocks out of order and not from 0: a table is a table.
+    let count = blocks_for(prompt.len() + steps);
+    let blocks: Vec<BlockId> = (0..count as u32).map(|b| BlockId(count as u32 + 1 - b)).collect();
+    let (full_cache, decode_cache) = (full.new_cache(count + 2).unwrap(), decode.new_cache(count + 2).unwrap());
+    let mut out = vec![prefill(full, &full_cache, prompt, &blocks, chunk)];
+    hand_over(&full_cache, decode, &decode_cache, &blocks);
+    for step in 1..steps {
+        let tokens = [out[step - 1].token];
+        let slice = SequenceSlice { tokens: &tokens, start: prompt.len() + step - 1, blocks: &blocks, want: Want::Last };
+        let logits = decode.forward(&decode_cache, &[slice], &mut |_| {}).unwrap();
+        out.push(greedy(logits.row(0)));
+    }
+    out
+}
+
+/// Greatest distance of a log-probability up to the first step that is too close to call (and its tokens agree till there).
+fn compare(got: &[OutputToken], expected: &[Step], label: &str) -> f32 {
+    let mut greatest = 0.0_f32;
+    for (i, (got, step)) in got.iter().zip(expected).enumerate() {
+        if step.top[0].1 - step.top[1].1 < 0.02 && got.token != step.token {
+            break;
+        }
+        assert_eq!(got.token, step.token, "{label} step {i}");
+        for (token, logprob) in &step.top {
+            if let Some(found) = got.top.iter().find(|t| t.0 == *token) {
+                greatest = greatest.max((found.1 - logprob).abs());
+            }
+        }
+        assert!((got.top[0].1 - step.top[0].1).abs() < 0.5, "{label} step {i}");
+    }
+    greatest
+}
+
+#[test]
+fn two_stage_and_full_only_hold_in_f32() {
+    let options = LoadOptions::default();
+    for pair in PAIRS {
+        let (full, decode) = (load(pair, "full", &options), load(pair, "decode", &options));
+        full.producer_schema().check_consumer(&decode.kv_schema()).unwrap();
+        for (n, case) in expected(pair).cases.iter().enumerate() {
+            for chunk in [BLOCK_TOKENS, 1000] {
+                for (decoder, steps, arm) in [(&decode, &case.two_stage, "two_stage"), (&full, &case.full_only, "full_only")] {
+                    let got = generate(&full, decoder, &case.prompt, steps.len(), chunk);
+                    let distance = compare(&got, steps, &format!("{pair} case {n} {arm} chunk {chunk}"));
+                    assert!(distance < 1e-3, "{pair} case {n} {arm} chunk {chunk}: {distance}");
+                }
+            }
+        }
+    }
+}
+
+/// Wider rounding moves the log-probabilities; by how much is printed, and bounded well below what a wrong layout does.
+#[test]
+fn narrow_types_stay_near() {
+    for (weights, kv_dtype) in [(WeightDtype::Bf16, KvDtype::Bf16), (WeightDtype::F16, KvDtype::F16), (WeightDtype::F32, KvDtype::Bf16)] {
+        let options = LoadOptions { weights, kv_dtype, ..LoadOptions::default() };
+        for pair in PAIRS {
+            let (full, decode) = (load(pair, "full", &options), load(pair, "decode", &options));
+            let mut greatest = 0.0_f32;
+            for case in &expected(pair).cases {
+                // One step of each stage: later ones follow tokens that rounding may change.
+                let got = generate(&full, &decode, &case.prompt, 2, 1000);
+                for (got, step) in got.iter().zip(&case.two_stage) {
+                    for (token, logprob) in &step.top {
+                        if let Some(found) = got.top.iter().find(|t| t.0 == *token) {
+                            greatest = greatest.max((found.1 - logprob).abs());
+                        }
+                    }
+                    if got.token != step.token {
+                        break;
+                    }
+                }
+            }
+            println!("{pair}: weights {weights}, kv {kv_dtype}: greatest distance of a log-probability {greatest:.4}");
+            assert!(greatest < 0.15, "{pair} {weights} {kv_dtype}: {greatest}");
+        }
+    }
+}
+
+#[test]
+fn a_batch_gives_what_each_gives_alone() {
+    let options = LoadOptions::default();
+    for pair in ["llama-tied", "qwen3"] {
+        let model = load(pair, "full", &options);
+        let cases = expected(pair).cases;
+        let cache = model.new_cache(512).unwrap();
+        let mut next = 0_u32;
+        let tables: Vec<Vec<BlockId>> = cases
+            .iter()
+            .map(|case| {
+                let count = blocks_for(case.prompt.len()) as u32;
+                next += count;
+                (next - count..next).map(BlockId).collect()
+            })
+            .collect();
+        let batch: Vec<SequenceSlice<'_>> = cases
+            .iter()
+            .zip(&tables)
+            .map(|(case, blocks)| SequenceSlice { tokens: &case.prompt, start: 0, blocks, want: Want::Last })
+            .collect();
+        let mut layers = Vec::new();
+        let together = model.forward(&cache, &batch, &mut |layer| layers.push(layer)).unwrap();
+        assert_eq!(layers, (0..model.config().num_hidden_layers).collect::<Vec<_>>());
+        assert_eq!(together.rows(), cases.len());
+        for (i, slice) in batch.iter().enumerate() {
+            let alone = model.forward(&cache, &[*slice], &mut |_| {}).unwrap();
+            for (a, b) in alone.row(0).iter().zip(together.row(i)) {
+                assert!((a - b).abs() < 1e-4, "{pair} case {i}: {a} alone, {b} in the batch");
+            }
+        }
+    }
+}
+
+#[test]
+fn faults_of_a_folder_are_one_line() {
+    let copy = |change: &dyn Fn(&Path)| -> String {
+        let folder_copy = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(folder("llama-tied").join("full")).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), folder_copy.path().join(entry.file_name())).unwrap();
+        }
+        change(folder_copy.path());
+        let error: ModelError = Model::load(folder_copy.path(), &LoadOptions::default()).err().unwrap();
+        assert!(!error.to_string().contains('\n'));
+        error.to_string()
+    };
+    let edit = |field: &'static str, value: serde_json::Value| {
+        move |folder: &Path| {
+            let file = folder.join("config.json");
+            let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+            config[field] = value.clone();
+            std::fs::write(&file, config.to_string()).unwrap();
+        }
+    };
+    let wrong = copy(&edit("intermediate_size", 161.into()));
+    assert!(wrong.contains("model.safetensors: tensor model.layers.0.mlp.gate_proj.weight has shape [160, 64]"), "{wrong}");
+    assert!(wrong.contains("asks for [161, 64]"), "{wrong}");
+    let missing = copy(&edit("tie_word_embeddings", false.into()));
+    assert!(missing.contains("tensor lm_head.weight is missing"), "{missing}");
+    let none = copy(&|folder| std::fs::remove_file(folder.join("model.safetensors")).unwrap());
+    assert!(none.contains("model.safetensors: No such file"), "{none}");
+    let broken = copy(&|folder| std::fs::write(folder.join("model.safetensors"), b"not weights").unwrap());
+    assert!(broken.contains("model.safetensors: "), "{broken}");
+}
