@@ -1,6 +1,6 @@
 //! How gRPC is served here: keep-alive that notices vanished clients, and no delay of small messages.
 
-use std::time::Duration;
+use std::{io, net::SocketAddr, time::Duration};
 
 use tokio::net::TcpListener;
 use tonic::transport::{Server, server::TcpIncoming};
@@ -19,4 +19,18 @@ pub fn server() -> Server {
 /// The connections of a bound listener. Tokens are small messages: they must not wait for more of them.
 pub fn incoming(listener: TcpListener) -> TcpIncoming {
     TcpIncoming::from(listener).with_nodelay(Some(true))
+}
+
+/// An address that could not be listened on.
+#[derive(Debug, thiserror::Error)]
+#[error("listening on {address} (--{flag}): {source}")]
+pub struct BindError {
+    flag: &'static str,
+    address: SocketAddr,
+    source: io::Error,
+}
+
+/// Listens on the `address` that `--flag` gave; port 0 takes a free one.
+pub async fn bind(flag: &'static str, address: SocketAddr) -> Result<TcpListener, BindError> {
+    TcpListener::bind(address).await.map_err(|source| BindError { flag, address, source })
 }

@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod config;
 pub mod grpc;
+pub mod load;
 pub mod metrics;
 pub mod process;
 pub mod ready;
@@ -14,6 +15,7 @@ pub mod telemetry;
 
 pub use admin::{Admin, Health, serve_admin};
 pub use config::ConfigError;
+pub use load::{Load, LoadState};
 pub use metrics::{MetricsError, NodeMetrics};
 pub use process::{EXIT_CONFIG, EXIT_FAILURE, ProcessArgs};
 pub use ready::ReadyLine;

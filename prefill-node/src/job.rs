@@ -1,0 +1,290 @@
+//! One prompt: as it arrives, while it runs, and what its requester hears.
+
+use std::{sync::Arc, time::Duration};
+
+use overfill_cluster::load::{Counted, LoadState, QueuedTokens};
+use overfill_kv::{
+    BLOCK_TOKENS, BlockHash, BlockId, BlockLease, BlockPool, KvSchema, KvStore, OutputToken, RequestId, SamplingParams,
+    Ticket, blocks_for,
+};
+use overfill_transport::{HandoffError, KvSender, SendPlan, TransferConfig, TransferStats};
+use tokio::{
+    runtime,
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+
+use crate::scheduler::{self, Progress};
+
+/// Most tokens of a chunk whose every logit is wanted: at a vocabulary of 128 k, a row takes half a megabyte.
+const PROMPT_LOGPROBS_CHUNK: usize = 128;
+
+/// Events that a job can have in its channel: started, log-probabilities, first token, and one to spare. The engine
+/// never waits for a requester.
+pub const JOB_EVENTS: usize = 4;
+
+/// A checked request.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Its name.
+    pub id: RequestId,
+    /// The prompt; at least one token.
+    pub tokens: Vec<u32>,
+    /// The last of `tokens` that are earlier output: penalties count them as such.
+    pub generated: usize,
+    /// How the first token is chosen.
+    pub sampling: SamplingParams,
+    /// Report every prompt token's log-probability.
+    pub prompt_logprobs: bool,
+    /// Where the KV goes.
+    pub handoff: Option<Handoff>,
+    /// When it has failed.
+    pub deadline: Instant,
+}
+
+/// Where a prompt's KV goes.
+#[derive(Clone, Debug)]
+pub struct Handoff {
+    /// The right to write there.
+    pub ticket: Ticket,
+    /// `host:port`.
+    pub endpoint: String,
+    /// The receiver's.
+    pub schema: KvSchema,
+    /// Leading blocks that the receiver holds already.
+    pub held_blocks: usize,
+}
+
+/// What a requester hears, in this order.
+#[derive(Debug)]
+pub enum Event {
+    /// The prompt has its blocks.
+    Started {
+        /// Tokens whose KV was here already.
+        cached_tokens: usize,
+        /// Arrival until now.
+        queued: Duration,
+        /// The outcome of the handoff, where there is one.
+        transfer: Option<Transfer>,
+    },
+    /// Of prompt tokens 1, 2, ...
+    PromptLogprobs(Vec<OutputToken>),
+    /// The first token of the output.
+    FirstToken {
+        /// It.
+        token: OutputToken,
+        /// Start until now.
+        computed_in: Duration,
+    },
+    /// The engine could not go on with it.
+    Failed(String),
+}
+
+/// Resolves when a handoff has ended.
+pub type Transfer = oneshot::Receiver<Result<TransferStats, HandoffError>>;
+
+/// A request in the engine's queue.
+pub struct Job {
+    /// The request.
+    pub request: Request,
+    /// Names of the prompt's full blocks.
+    pub hashes: Vec<BlockHash>,
+    /// When it came.
+    pub arrived: Instant,
+    /// To its requester; closed when that one has gone.
+    pub events: mpsc::Sender<Event>,
+    pub(crate) waiting: Counted,
+    pub(crate) queued_tokens: QueuedTokens,
+}
+
+impl Job {
+    /// Blocks for the whole prompt, the leading ones from the prefix cache where they are known; `None` if there is no
+    /// room now.
+    pub(crate) fn take_blocks(&self, pool: &BlockPool) -> Option<(BlockLease, usize)> {
+        let total = blocks_for(self.request.tokens.len());
+        // Log-probabilities need every token's logits, so every token is computed.
+        let cacheable = match self.request.prompt_logprobs {
+            true => 0,
+            false => scheduler::cacheable_blocks(self.request.tokens.len()),
+        };
+        let mut lease = pool.lookup(&self.hashes[..cacheable]);
+        let cached = lease.len();
+        lease.append(pool.allocate(total - cached).ok()?);
+        Some((lease, cached))
+    }
+}
+
+/// What a job needs of its surroundings to hand KV over.
+pub(crate) struct HandoffContext {
+    pub runtime: runtime::Handle,
+    pub store: Arc<dyn KvStore>,
+    pub config: TransferConfig,
+    pub load: Arc<LoadState>,
+}
+
+/// A prompt in the batch.
+pub(crate) struct Running {
+    pub request: Request,
+    pub hashes: Vec<BlockHash>,
+    pub blocks: Vec<BlockId>,
+    /// Tokens whose KV is there.
+    pub computed: usize,
+    pub logprobs: Vec<OutputToken>,
+    arrived: Instant,
+    started: Instant,
+    events: mpsc::Sender<Event>,
+    sender: Option<KvSender>,
+    queued_tokens: QueuedTokens,
+    _lease: Arc<BlockLease>,
+    _running: Counted,
+}
+
+impl Running {
+    /// Starts a job that has its blocks, of which `cached` hold their KV already.
+    pub fn start(job: Job, lease: BlockLease, cached: usize, context: &HandoffContext) -> Self {
+        let Job { request, hashes, arrived, events, waiting, mut queued_tokens } = job;
+        drop(waiting);
+        let started = Instant::now();
+        let blocks = lease.blocks().to_vec();
+        let lease = Arc::new(lease);
+        queued_tokens.computed(cached * BLOCK_TOKENS);
+        let (sender, transfer) = match &request.handoff {
+            Some(handoff) => {
+                let (sender, transfer) = context.start(&request, handoff, &blocks, &lease);
+                for layer in handoff.schema.layers.iter().filter(|_| handoff.held_blocks < cached) {
+                    sender.layer_ready(*layer as usize, handoff.held_blocks as u32..cached as u32);
+                }
+                (Some(sender), Some(transfer))
+            }
+            None => (None, None),
+        };
+        let metrics = context.load.metrics();
+        metrics.prompt_tokens.inc_by(request.tokens.len() as u64);
+        metrics.prefix_cache_queries.inc_by(request.tokens.len() as u64);
+        metrics.prefix_cache_hits.inc_by((cached * BLOCK_TOKENS) as u64);
+        let running = Self {
+            computed: cached * BLOCK_TOKENS,
+            logprobs: Vec::new(),
+            request,
+            hashes,
+            blocks,
+            arrived,
+            started,
+            events,
+            sender,
+            queued_tokens,
+            _lease: lease,
+            _running: context.load.count_running(),
+        };
+        let cached_tokens = running.computed;
+        running.tell(Event::Started { cached_tokens, queued: started - arrived, transfer });
+        running
+    }
+
+    /// Has the requester gone?
+    pub fn is_cancelled(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// For the scheduler.
+    pub fn progress(&self) -> Progress {
+        let max_chunk = if self.request.prompt_logprobs { PROMPT_LOGPROBS_CHUNK } else { usize::MAX };
+        Progress { computed: self.computed, total: self.request.tokens.len(), max_chunk }
+    }
+
+    /// The KV of `layer` is final in `blocks` of the prompt: what the receiver lacks of it may leave.
+    pub fn layer_ready(&self, layer: usize, blocks: &std::ops::Range<usize>) {
+        let (Some(sender), Some(handoff)) = (&self.sender, &self.request.handoff) else { return };
+        let blocks = blocks.start.max(handoff.held_blocks)..blocks.end;
+        if !blocks.is_empty() && handoff.schema.layers.contains(&(layer as u32)) {
+            sender.layer_ready(layer, blocks.start as u32..blocks.end as u32);
+        }
+    }
+
+    /// The prompt is computed up to `end`. Its full blocks become findable.
+    pub fn advance(&mut self, end: usize, pool: &BlockPool) {
+        let full = self.computed / BLOCK_TOKENS..end / BLOCK_TOKENS;
+        pool.publish(&self.blocks[full.clone()], &self.hashes[full]);
+        self.queued_tokens.computed(end - self.computed);
+        self.computed = end;
+    }
+
+    /// The prompt is done: its requester and its receiver get the first token.
+    pub fn finish(mut self, token: OutputToken, load: &LoadState) {
+        if self.request.prompt_logprobs {
+            let tokens = std::mem::take(&mut self.logprobs);
+            self.tell(Event::PromptLogprobs(tokens));
+        }
+        if let Some(sender) = &self.sender {
+            sender.commit(token.token);
+        }
+        load.metrics().generation_tokens.inc();
+        load.metrics().time_to_first_token_seconds.observe(self.arrived.elapsed().as_secs_f64());
+        self.tell(Event::FirstToken { token, computed_in: self.started.elapsed() });
+    }
+
+    /// The engine can't go on with it.
+    pub fn fail(self, reason: &str) {
+        self.tell(Event::Failed(reason.to_owned()));
+    }
+
+    fn tell(&self, event: Event) {
+        // The channel has room for all that a job can say; closed, nobody wants to hear it.
+        let _ = self.events.try_send(event);
+    }
+}
+
+impl HandoffContext {
+    /// Starts the sending side of one handoff.
+    fn start(
+        &self,
+        request: &Request,
+        handoff: &Handoff,
+        blocks: &[BlockId],
+        lease: &Arc<BlockLease>,
+    ) -> (KvSender, Transfer) {
+        let to_send = blocks.len().saturating_sub(handoff.held_blocks);
+        let plan = SendPlan {
+            endpoint: handoff.endpoint.clone(),
+            ticket: handoff.ticket,
+            request_id: request.id.clone(),
+            schema: handoff.schema.clone(),
+            blocks: blocks.to_vec(),
+            lease: lease.clone(),
+            first_block: handoff.held_blocks as u32,
+            prompt_tokens: request.tokens.len() as u32,
+            // A chunk has at least a block, and what was cached is one piece more.
+            max_pieces: handoff.schema.layers.len() * (to_send + 1),
+            deadline: request.deadline,
+        };
+        let bytes = (to_send * handoff.schema.layers.len() * handoff.schema.block_bytes()) as u64;
+        let open = self.load.count_handoff();
+        let load = self.load.clone();
+        let _runtime = self.runtime.enter();
+        let (sender, mut ended) = KvSender::start(plan, self.store.clone(), self.config.clone());
+        let (mut tell, transfer) = oneshot::channel();
+        self.runtime.spawn(async move {
+            let outcome = tokio::select! {
+                outcome = &mut ended => outcome,
+                () = tell.closed() => {
+                    // KV-2: the blocks stay the receiver's until it has confirmed or the deadline is over.
+                    let _stranded = load.count_stranded(bytes);
+                    (&mut ended).await
+                }
+            };
+            drop(open);
+            match &outcome {
+                Ok(Ok(stats)) => {
+                    load.metrics().transfer_bytes.inc_by(stats.bytes);
+                    load.metrics().transfer_seconds.observe(stats.seconds);
+                    load.metrics().transfer_exposed_seconds.observe(stats.exposed_seconds);
+                }
+                _ => load.metrics().transfer_failures.inc(),
+            }
+            if let Ok(outcome) = outcome {
+                let _ = tell.send(outcome);
+            }
+        });
+        (sender, transfer)
+    }
+}

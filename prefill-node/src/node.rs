@@ -1,0 +1,205 @@
+//! The node: bound, then run.
+
+use std::{future::pending, io, net::SocketAddr, sync::Arc};
+
+use overfill_cluster::{
+    Admin, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown,
+    grpc::{self, BindError},
+    serve_admin,
+};
+use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema};
+use overfill_model::{KvCache, Model, ModelError};
+use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1, v1::prefill_server::PrefillServer};
+use overfill_text::{TextError, TextFiles};
+use overfill_transport::TransferConfig;
+use tokio::{net::TcpListener, sync::oneshot, task::JoinError};
+
+use crate::{
+    args::Config,
+    engine::{self, Limits},
+    request::RequestLimits,
+    service::PrefillService,
+};
+
+/// Why a node could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// An address is taken or not this machine's.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The model can't be served.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Its text files can't be read.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// A fault of the program.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    /// A server failed.
+    #[error("serving: {0}")]
+    Serve(#[from] tonic::transport::Error),
+    /// The system refused a thread or a socket.
+    #[error("system: {0}")]
+    Io(#[from] io::Error),
+    /// gRPC reflection could not be set up: a fault of the program.
+    #[error("reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    /// Loading the model panicked.
+    #[error("loading the model: {0}")]
+    Loading(#[from] JoinError),
+    /// The engine's thread ended while the node was serving.
+    #[error("the engine ended unexpectedly")]
+    EngineEnded,
+}
+
+/// A prefill node whose listeners are bound and whose model is loaded.
+pub struct PrefillNode {
+    config: Config,
+    grpc: TcpListener,
+    admin: TcpListener,
+    grpc_address: SocketAddr,
+    admin_address: SocketAddr,
+    model: Model,
+    cache: KvCache,
+    files: TextFiles,
+    pool: BlockPool,
+    load: Arc<LoadState>,
+}
+
+impl PrefillNode {
+    /// Binds the listeners, then loads the model.
+    pub async fn bind(config: Config) -> Result<Self, NodeError> {
+        let grpc = grpc::bind("listen", config.listen).await?;
+        let admin = grpc::bind("admin", config.admin).await?;
+        let Config { model: folder, load: options, kv_blocks, .. } = config.clone();
+        let load = move || -> Result<_, NodeError> {
+            let files = TextFiles::from_folder(&folder)?;
+            let model = Model::load(&folder, &options)?;
+            let cache = model.new_cache(kv_blocks)?;
+            Ok((files, model, cache))
+        };
+        let (files, model, cache) = tokio::task::spawn_blocking(load).await??;
+        let pool = BlockPool::new(kv_blocks);
+        let metrics = NodeMetrics::new(config.served_model_name.as_deref().unwrap_or(model.name()))?;
+        Ok(Self {
+            grpc_address: grpc.local_addr()?,
+            admin_address: admin.local_addr()?,
+            load: LoadState::new(pool.clone(), metrics, None),
+            config,
+            grpc,
+            admin,
+            model,
+            cache,
+            files,
+            pool,
+        })
+    }
+
+    /// Where it serves.
+    pub fn ready_line(&self) -> ReadyLine {
+        ReadyLine {
+            role: "prefill".into(),
+            grpc: self.grpc_address,
+            http: None,
+            kv: None,
+            admin: Some(self.admin_address),
+        }
+    }
+
+    /// What it is doing; stays valid while it runs.
+    pub fn load(&self) -> Arc<LoadState> {
+        self.load.clone()
+    }
+
+    /// Its blocks; stays valid while it runs.
+    pub fn pool(&self) -> BlockPool {
+        self.pool.clone()
+    }
+
+    fn info(&self, schema: &KvSchema, max_context_tokens: usize) -> v1::NodeInfo {
+        let node_id = self.config.node_id.clone().unwrap_or_else(|| format!("prefill-{}", self.grpc_address));
+        v1::NodeInfo {
+            node_id,
+            incarnation: format!("{:016x}", rand::random::<u64>()),
+            role: v1::Role::Prefill.into(),
+            model: self.config.served_model_name.clone().unwrap_or_else(|| self.model.name().to_owned()),
+            kv_schema: Some(schema.into()),
+            max_context_tokens: max_context_tokens as u32,
+            total_blocks: self.config.kv_blocks as u32,
+            max_running_requests: self.config.max_running as u32,
+            kv_endpoint: String::new(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            weight_dtype: self.config.load.weights.to_string(),
+            eos_token_ids: self.model.eos_token_ids().to_vec(),
+        }
+    }
+
+    /// Serves until the shutdown begins and what runs then has ended.
+    pub async fn run(self, shutdown: Shutdown) -> Result<(), NodeError> {
+        let schema = self.model.producer_schema();
+        let max_context_tokens = self.model.max_context_tokens().min(self.config.kv_blocks * BLOCK_TOKENS);
+        let info = self.info(&schema, max_context_tokens);
+        let limits = Limits {
+            max_batch_tokens: self.config.max_batch_tokens,
+            max_running: self.config.max_running,
+            max_waiting: self.config.max_waiting,
+        };
+        let load = self.load;
+        let transfer = TransferConfig::default();
+        let (engine, mut engine_end) =
+            engine::start(self.model, self.cache, self.pool, load.clone(), limits, transfer)?;
+        let service = PrefillService {
+            engine,
+            limits: RequestLimits { schema, max_context_tokens, default_deadline: self.config.default_deadline },
+            info,
+            files: Arc::new(self.files),
+            load: load.clone(),
+            shutdown: shutdown.clone(),
+        };
+        let service = PrefillServer::new(service)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+
+        let mut admin = Admin::new(load.metrics().registry.clone(), &shutdown);
+        let gauges = load.clone();
+        admin.refresh = Arc::new(move || gauges.refresh_metrics());
+        let (_admin_end, admin_ended) = oneshot::channel::<()>();
+        shutdown.spawn("admin", serve_admin(self.admin, admin, async { drop(admin_ended.await) }));
+
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<PrefillServer<PrefillService>>().await;
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1()?;
+        let stop = {
+            let shutdown = shutdown.clone();
+            async move {
+                shutdown.cancelled().await;
+                load.drain();
+                health.set_not_serving::<PrefillServer<PrefillService>>().await;
+            }
+        };
+        let server = grpc::server()
+            .add_service(service)
+            .add_service(health_service)
+            .add_service(reflection)
+            .serve_with_incoming_shutdown(grpc::incoming(self.grpc), stop);
+        tokio::select! {
+            served = server => served?,
+            () = ended(&mut engine_end) => return Err(NodeError::EngineEnded),
+        }
+        // The service is gone, and with it the last way into the engine.
+        ended(&mut engine_end).await;
+        Ok(())
+    }
+}
+
+/// Resolves when the engine's thread has ended.
+async fn ended(end: &mut oneshot::Receiver<()>) {
+    match end.await {
+        Err(_) => {}
+        Ok(()) => pending().await,
+    }
+}
