@@ -1,1 +1,105 @@
-//! (being written)
+//! KV bytes from a prefill node to a decode node, over TCP.
+//!
+//! A connection carries one handoff. The decode node reserves blocks under a ticket ([`KvReceiver::reserve`]); the
+//! prefill node connects with that ticket ([`KvSender::start`]) and sends the KV of each layer as soon as it is
+//! computed. Frames carry several blocks of one layer, straight from the sender's KV memory into the receiver's, each
+//! with a length limit and a checksum. A commit closes the handoff; only when it agrees with what arrived may the
+//! request decode.
+//!
+//! All decisions (who may write, when blocks are free, when a handoff is over) are made by the state machines of
+//! [`overfill_kv::handoff`]; this crate moves bytes and time to them and does what they say. The wire is in [`frame`].
+
+#![warn(clippy::large_futures)]
+
+pub mod bench;
+mod connection;
+pub mod frame;
+mod memory;
+mod payload;
+mod receiver;
+mod sender;
+
+use std::time::Duration;
+
+pub use memory::MemoryStore;
+use overfill_kv::handoff::Failure;
+pub use receiver::{IncomingHandoff, KvReceiver, Reservation};
+pub use sender::{KvSender, SendPlan};
+
+/// Limits of the KV plane. Both sides of a handoff should have the same.
+#[derive(Clone, Debug)]
+pub struct TransferConfig {
+    /// Longest silence of the other side before it is taken for dead.
+    pub idle_timeout: Duration,
+    /// Longest payload of a frame; a block that is longer travels alone.
+    pub max_frame_bytes: usize,
+    /// How long a new connection may take to show its ticket.
+    pub hello_timeout: Duration,
+    /// Connections that a receiver serves at once; more are refused.
+    pub max_connections: usize,
+}
+
+impl Default for TransferConfig {
+    fn default() -> Self {
+        Self {
+            idle_timeout: Duration::from_secs(10),
+            max_frame_bytes: 512 * 1024,
+            hello_timeout: Duration::from_secs(5),
+            max_connections: 256,
+        }
+    }
+}
+
+impl TransferConfig {
+    /// Longest payload of a frame when a block of a layer has `block_bytes`.
+    fn frame_limit(&self, block_bytes: usize) -> usize {
+        self.max_frame_bytes.max(block_bytes)
+    }
+}
+
+/// One handoff, as its sender or receiver measured it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TransferStats {
+    /// Bytes of KV.
+    pub bytes: u64,
+    /// From the first frame to the commit's confirmation.
+    pub seconds: f64,
+    /// The part of it after the sender's owner had called [`KvSender::commit`]: what the overlap with the computation
+    /// did not hide.
+    pub exposed_seconds: f64,
+}
+
+/// What a whole handoff brought.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Committed {
+    /// The full model's first token.
+    pub first_token: u32,
+    /// As the receiver measured it.
+    pub stats: TransferStats,
+}
+
+/// Why a handoff came to nothing.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum HandoffError {
+    /// As the state machine decided.
+    #[error(transparent)]
+    Failed(#[from] Failure),
+    /// The connection could not be made or broke.
+    #[error("kv connection to {endpoint}: {message}")]
+    Connection {
+        /// As in the plan.
+        endpoint: String,
+        /// The system's message.
+        message: String,
+    },
+    /// A plan or reservation that cannot be carried out; nothing was sent.
+    #[error("handoff plan: {field} must be {limit}, got {value}")]
+    Plan {
+        /// Its name.
+        field: &'static str,
+        /// What it must be.
+        limit: String,
+        /// What it is.
+        value: String,
+    },
+}

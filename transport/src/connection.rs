@@ -1,0 +1,172 @@
+//! One connection at the receiver: hello, frames, commit. Every frame is put to the attempt's state machine before a
+//! byte of it is written.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use overfill_kv::handoff::{Hello, ReceiverAction, ReceiverEvent, RefuseReason};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::frame::{self, Answer, COMMIT_BYTES, CRC_BYTES, HEADER_BYTES, HELLO_BYTES, Header};
+use crate::payload::{Incoming, MoveError, read_full, write_full};
+use crate::receiver::{Entry, Shared};
+
+/// After a refusal, what the sender has on its way is read and thrown away for this long: closing at once would reset
+/// the connection, and the reason would not arrive.
+const LINGER: Duration = Duration::from_millis(500);
+
+/// Longest wait for an answer of a few bytes to leave.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+
+pub(crate) async fn serve(shared: &Shared, stream: &TcpStream, peer: SocketAddr) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%peer, %error, "setting TCP_NODELAY");
+    }
+    let mut bytes = [0; HELLO_BYTES];
+    let hello = match timeout(shared.config.hello_timeout, read_full(stream, &mut bytes)).await {
+        Ok(Ok(())) => frame::decode_hello(&bytes),
+        Ok(Err(_)) | Err(_) => None,
+    };
+    let Some(hello) = hello else {
+        tracing::debug!(%peer, "closing a kv connection that did not begin with a hello of this version");
+        return;
+    };
+    let refused = match shared.find(&hello.ticket) {
+        Some(entry) => handoff(shared, &entry, stream, hello).await,
+        None => Some(RefuseReason::Ticket),
+    };
+    if let Some(reason) = refused {
+        tracing::debug!(%peer, ticket = ?hello.ticket, %reason, "refusing a kv connection");
+        refuse(stream, reason).await;
+    }
+}
+
+async fn refuse(stream: &TcpStream, reason: RefuseReason) {
+    let answer = frame::encode_answer(Answer::Refuse(reason));
+    let linger = async {
+        write_full(stream, &answer).await?;
+        socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write)?;
+        let mut scratch = [0; 4096];
+        loop {
+            read_full(stream, &mut scratch).await?;
+        }
+    };
+    let _: Result<Result<(), std::io::Error>, _> = timeout(LINGER, linger).await;
+}
+
+/// Reports the end of the writing task, however it ends (KV-1, KV-3). Made before anything may be written.
+struct Writer<'a>(&'a Entry);
+
+impl Drop for Writer<'_> {
+    fn drop(&mut self) {
+        self.0.on_event(ReceiverEvent::WriterStopped);
+    }
+}
+
+/// Runs one attempt's connection; returns the reason to refuse it with, if any.
+async fn handoff(shared: &Shared, entry: &Entry, stream: &TcpStream, hello: Hello) -> Option<RefuseReason> {
+    for action in entry.on_event(ReceiverEvent::Hello(hello)) {
+        match action {
+            ReceiverAction::Refuse(reason) => return Some(reason),
+            ReceiverAction::Accept => {
+                let writer = Writer(entry);
+                let confirm = tokio::select! {
+                    biased;
+                    () = entry.stop.cancelled() => false,
+                    confirm = frames(shared, entry, stream) => confirm,
+                };
+                drop(writer);
+                if !confirm {
+                    return entry.tell();
+                }
+                let answer = frame::encode_answer(Answer::Confirm);
+                if !matches!(timeout(ANSWER_TIMEOUT, write_full(stream, &answer)).await, Ok(Ok(()))) {
+                    tracing::debug!(request = %entry.request_id, "the sender did not wait for its confirmation");
+                }
+                return None;
+            }
+            _ => {}
+        }
+    }
+    None
+}
+
+/// Accepts, then takes frames until the state machine wants no more; true if it wants to confirm.
+async fn frames(shared: &Shared, entry: &Entry, stream: &TcpStream) -> bool {
+    let result = async {
+        write_full(stream, &frame::encode_answer(Answer::Accept)).await?;
+        let mut incoming = Incoming::new(stream);
+        loop {
+            let mut header = [0; HEADER_BYTES];
+            read_full(stream, &mut header).await?;
+            let actions = match frame::decode_header(&header) {
+                Some(Header::Layer(piece, length)) => {
+                    let block_bytes = shared.schema.block_bytes();
+                    let expected = u64::from(piece.blocks) * block_bytes as u64;
+                    // Before anything is allocated or written for it.
+                    let fits =
+                        u64::from(length) == expected && length as usize <= shared.config.frame_limit(block_bytes);
+                    if !fits {
+                        entry.on_event(ReceiverEvent::Garbage)
+                    } else if entry.on_event(ReceiverEvent::Layer(piece)).contains(&ReceiverAction::Write(piece)) {
+                        let blocks = entry.blocks_of(piece.first_block, piece.blocks);
+                        let layer = piece.layer as usize;
+                        let checksum_ok = incoming.frame(&header, &*shared.store, layer, blocks).await?;
+                        entry.on_event(ReceiverEvent::Landed { checksum_ok })
+                    } else {
+                        Vec::new()
+                    }
+                }
+                Some(Header::Ping) => match read_sealed::<{ HEADER_BYTES + CRC_BYTES }>(stream, &header).await? {
+                    Some(_) => entry.on_event(ReceiverEvent::Ping),
+                    None => entry.on_event(ReceiverEvent::Garbage),
+                },
+                Some(Header::Commit { first_token }) => {
+                    const N: usize = HEADER_BYTES + COMMIT_BYTES + CRC_BYTES;
+                    let payload = read_sealed::<N>(stream, &header)
+                        .await?
+                        .and_then(|bytes| bytes[HEADER_BYTES..HEADER_BYTES + COMMIT_BYTES].try_into().ok());
+                    match payload {
+                        Some(payload) => {
+                            let (commit, exposed) = frame::decode_commit(first_token, &payload);
+                            entry.on_commit(commit, Duration::from_micros(exposed))
+                        }
+                        None => entry.on_event(ReceiverEvent::Garbage),
+                    }
+                }
+                None => entry.on_event(ReceiverEvent::Garbage),
+            };
+            if actions.contains(&ReceiverAction::Confirm) {
+                return Ok(true);
+            }
+            if entry.stop.is_cancelled() {
+                return Ok(false);
+            }
+            // Frames may come faster than they are read; other tasks want this thread, too.
+            tokio::task::yield_now().await;
+        }
+    }
+    .await;
+    match result {
+        Ok(confirm) => confirm,
+        Err(MoveError::Io(error)) => {
+            tracing::debug!(request = %entry.request_id, %error, "kv connection ended");
+            entry.on_event(ReceiverEvent::Lost);
+            false
+        }
+        Err(MoveError::Store(error)) => {
+            tracing::error!(request = %entry.request_id, %error, "writing received kv");
+            entry.on_event(ReceiverEvent::StoreFailed);
+            false
+        }
+    }
+}
+
+/// The rest of a short frame; `None` if its checksum is wrong.
+async fn read_sealed<const N: usize>(stream: &TcpStream, header: &[u8]) -> std::io::Result<Option<[u8; N]>> {
+    let mut bytes = [0; N];
+    bytes[..HEADER_BYTES].copy_from_slice(header);
+    read_full(stream, &mut bytes[HEADER_BYTES..]).await?;
+    Ok(frame::is_sealed(&bytes).then_some(bytes))
+}

@@ -1,0 +1,232 @@
+//! The wire. All numbers are little-endian; lengths are known before anything is allocated.
+//!
+//! ```text
+//! sender   -> receiver   hello    "OFKV" version:u16 0:u16 ticket:[16] digest:[32] first_block:u32 prompt_tokens:u32 crc:u32
+//! receiver -> sender     answer   kind:u8 reason:u8 0:u16 crc:u32          accept | refuse | confirm
+//! sender   -> receiver   frame    kind:u8 0:[3] length:u32 a:u32 b:u32 c:u32   payload:[length]   crc:u32
+//!     layer   a = layer, b = first block, c = blocks; the payload is theirs, in order
+//!     ping    nothing
+//!     commit  a = first token; payload = frames:u64 bytes:u64 exposed_micros:u64
+//! ```
+//!
+//! The checksum is CRC-32 over everything before it. It comes last so that a sender need not read a payload twice.
+
+use overfill_kv::Ticket;
+use overfill_kv::handoff::{Commit, Hello, Piece, RefuseReason};
+
+/// Version of this wire; others are refused.
+pub const VERSION: u16 = 1;
+/// Bytes of a hello.
+pub const HELLO_BYTES: usize = 68;
+/// Bytes of an answer.
+pub const ANSWER_BYTES: usize = 8;
+/// Bytes of a frame before its payload.
+pub const HEADER_BYTES: usize = 20;
+/// Bytes of a checksum.
+pub const CRC_BYTES: usize = 4;
+/// Bytes of a commit's payload.
+pub const COMMIT_BYTES: usize = 24;
+
+const MAGIC: &[u8; 4] = b"OFKV";
+const KIND_LAYER: u8 = 1;
+const KIND_PING: u8 = 2;
+const KIND_COMMIT: u8 = 3;
+const ANSWER_ACCEPT: u8 = 1;
+const ANSWER_REFUSE: u8 = 2;
+const ANSWER_CONFIRM: u8 = 3;
+
+/// What a frame is, before its payload is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Header {
+    /// Blocks of a layer, and how many bytes are said to follow.
+    Layer(Piece, u32),
+    /// A sign of life.
+    Ping,
+    /// The end; `COMMIT_BYTES` follow.
+    Commit {
+        /// The full model's first token.
+        first_token: u32,
+    },
+}
+
+/// What a receiver says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The ticket is taken.
+    Accept,
+    /// The attempt is over.
+    Refuse(RefuseReason),
+    /// Everything is here.
+    Confirm,
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    bytes[at..at + 4].iter().rev().fold(0, |n, b| n << 8 | u32::from(*b))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    bytes[at..at + 8].iter().rev().fold(0, |n, b| n << 8 | u64::from(*b))
+}
+
+fn seal<const N: usize>(mut bytes: [u8; N]) -> [u8; N] {
+    let crc = crc32fast::hash(&bytes[..N - CRC_BYTES]);
+    bytes[N - CRC_BYTES..].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
+/// Is the checksum at the end of `bytes` right?
+pub(crate) fn is_sealed(bytes: &[u8]) -> bool {
+    let (body, crc) = bytes.split_at(bytes.len() - CRC_BYTES);
+    crc32fast::hash(body).to_le_bytes() == *crc
+}
+
+/// Bytes of a hello.
+pub fn encode_hello(hello: &Hello) -> [u8; HELLO_BYTES] {
+    let mut out = [0; HELLO_BYTES];
+    out[..4].copy_from_slice(MAGIC);
+    out[4..6].copy_from_slice(&VERSION.to_le_bytes());
+    out[8..24].copy_from_slice(&hello.ticket.0);
+    out[24..56].copy_from_slice(&hello.schema_digest);
+    out[56..60].copy_from_slice(&hello.first_block.to_le_bytes());
+    out[60..64].copy_from_slice(&hello.prompt_tokens.to_le_bytes());
+    seal(out)
+}
+
+/// A hello; `None` for anything else, or another version.
+pub fn decode_hello(bytes: &[u8; HELLO_BYTES]) -> Option<Hello> {
+    let known = bytes[..4] == *MAGIC && bytes[4..6] == VERSION.to_le_bytes() && bytes[6..8] == [0; 2];
+    if !known || !is_sealed(bytes) {
+        return None;
+    }
+    let mut schema_digest = [0; 32];
+    schema_digest.copy_from_slice(&bytes[24..56]);
+    Some(Hello {
+        ticket: Ticket::from_bytes(&bytes[8..24])?,
+        schema_digest,
+        first_block: u32_at(bytes, 56),
+        prompt_tokens: u32_at(bytes, 60),
+    })
+}
+
+/// Bytes of an answer.
+pub fn encode_answer(answer: Answer) -> [u8; ANSWER_BYTES] {
+    let (kind, reason) = match answer {
+        Answer::Accept => (ANSWER_ACCEPT, 0),
+        Answer::Refuse(reason) => (ANSWER_REFUSE, reason as u8),
+        Answer::Confirm => (ANSWER_CONFIRM, 0),
+    };
+    seal([kind, reason, 0, 0, 0, 0, 0, 0])
+}
+
+/// An answer; `None` for anything else.
+pub fn decode_answer(bytes: &[u8; ANSWER_BYTES]) -> Option<Answer> {
+    if !is_sealed(bytes) {
+        return None;
+    }
+    match (bytes[0], bytes[1]) {
+        (ANSWER_ACCEPT, 0) => Some(Answer::Accept),
+        (ANSWER_REFUSE, reason) => RefuseReason::from_code(reason).map(Answer::Refuse),
+        (ANSWER_CONFIRM, 0) => Some(Answer::Confirm),
+        _ => None,
+    }
+}
+
+/// Bytes of a frame before its payload.
+pub fn encode_header(header: &Header) -> [u8; HEADER_BYTES] {
+    let (kind, length, a, b, c) = match *header {
+        Header::Layer(piece, length) => (KIND_LAYER, length, piece.layer, piece.first_block, piece.blocks),
+        Header::Ping => (KIND_PING, 0, 0, 0, 0),
+        Header::Commit { first_token } => (KIND_COMMIT, COMMIT_BYTES as u32, first_token, 0, 0),
+    };
+    let mut out = [0; HEADER_BYTES];
+    out[0] = kind;
+    for (slot, value) in out[4..].chunks_exact_mut(4).zip([length, a, b, c]) {
+        slot.copy_from_slice(&value.to_le_bytes());
+    }
+    out
+}
+
+/// What a frame is; `None` for anything that no frame begins with. The length of a layer is for the caller to check.
+pub fn decode_header(bytes: &[u8; HEADER_BYTES]) -> Option<Header> {
+    let [length, a, b, c] = [4, 8, 12, 16].map(|at| u32_at(bytes, at));
+    match bytes[..4] {
+        [KIND_LAYER, 0, 0, 0] => Some(Header::Layer(Piece { layer: a, first_block: b, blocks: c }, length)),
+        [KIND_PING, 0, 0, 0] if length == 0 => Some(Header::Ping),
+        [KIND_COMMIT, 0, 0, 0] if length as usize == COMMIT_BYTES => Some(Header::Commit { first_token: a }),
+        _ => None,
+    }
+}
+
+/// A whole ping.
+pub fn encode_ping() -> [u8; HEADER_BYTES + CRC_BYTES] {
+    let mut out = [0; HEADER_BYTES + CRC_BYTES];
+    out[..HEADER_BYTES].copy_from_slice(&encode_header(&Header::Ping));
+    seal(out)
+}
+
+/// A whole commit. `exposed_micros`: time since the sender's owner committed.
+pub fn encode_commit(commit: &Commit, exposed_micros: u64) -> [u8; HEADER_BYTES + COMMIT_BYTES + CRC_BYTES] {
+    let mut out = [0; HEADER_BYTES + COMMIT_BYTES + CRC_BYTES];
+    out[..HEADER_BYTES].copy_from_slice(&encode_header(&Header::Commit { first_token: commit.first_token }));
+    let numbers = [commit.frames, commit.bytes, exposed_micros];
+    for (slot, value) in out[HEADER_BYTES..].chunks_exact_mut(8).zip(numbers) {
+        slot.copy_from_slice(&value.to_le_bytes());
+    }
+    seal(out)
+}
+
+/// The payload of a commit, and `exposed_micros`.
+pub fn decode_commit(first_token: u32, payload: &[u8; COMMIT_BYTES]) -> (Commit, u64) {
+    let [frames, bytes, exposed_micros] = [0, 8, 16].map(|at| u64_at(payload, at));
+    (Commit { first_token, frames, bytes }, exposed_micros)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello() -> Hello {
+        Hello { ticket: Ticket([3; 16]), schema_digest: [9; 32], first_block: 5, prompt_tokens: 1234 }
+    }
+
+    #[test]
+    fn what_is_encoded_is_decoded() {
+        assert_eq!(decode_hello(&encode_hello(&hello())), Some(hello()));
+        for answer in [Answer::Accept, Answer::Refuse(RefuseReason::Checksum), Answer::Confirm] {
+            assert_eq!(decode_answer(&encode_answer(answer)), Some(answer));
+        }
+        let piece = Piece { layer: 27, first_block: 0x0102_0304, blocks: 8 };
+        for header in [Header::Layer(piece, 524_288), Header::Ping, Header::Commit { first_token: 7 }] {
+            assert_eq!(decode_header(&encode_header(&header)), Some(header));
+        }
+        let commit = Commit { first_token: 7, frames: 1 << 40, bytes: 99 };
+        let bytes = encode_commit(&commit, 12);
+        let payload = bytes[HEADER_BYTES..HEADER_BYTES + COMMIT_BYTES].try_into().unwrap();
+        assert_eq!(decode_commit(7, payload), (commit, 12));
+    }
+
+    #[test]
+    fn every_flipped_bit_of_a_hello_or_answer_is_seen() {
+        let (hello, answer) = (encode_hello(&hello()), encode_answer(Answer::Confirm));
+        for bit in 0..HELLO_BYTES * 8 {
+            let mut bad = hello;
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(decode_hello(&bad), None, "bit {bit}");
+        }
+        for bit in 0..ANSWER_BYTES * 8 {
+            let mut bad = answer;
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(decode_answer(&bad), None, "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn unknown_frames_are_none() {
+        let mut bytes = encode_header(&Header::Ping);
+        bytes[0] = 9;
+        assert_eq!(decode_header(&bytes), None);
+        let mut long_ping = encode_header(&Header::Ping);
+        long_ping[4] = 1;
+        assert_eq!(decode_header(&long_ping), None);
+    }
+}
