@@ -1,0 +1,105 @@
+//! Dense attention over rectangular batches, with gradients: what training and evaluation attend with.
+
+use std::sync::Arc;
+
+use candle_core::{Result, Tensor, bail};
+use overfill_model::Attention;
+
+use crate::fused::{Visibility, masked_softmax};
+
+/// Keys and values of one layer, each `[batch, kv_heads, columns, head_dim]`.
+type LayerKv = (Tensor, Tensor);
+
+/// Keys and values of a batch of prompts.
+#[derive(Clone)]
+pub struct PromptKv {
+    /// Per layer.
+    pub layers: Vec<LayerKv>,
+    /// Valid columns per batch row; the rest is padding.
+    pub lengths: Vec<usize>,
+    /// Columns, padding included.
+    pub columns: usize,
+}
+
+impl PromptKv {
+    /// The layers that a depth-cut decoder uses, in its order; all of them where it names none.
+    pub fn select(self, kept: Option<&[u32]>) -> Result<Self> {
+        let Some(kept) = kept else { return Ok(self) };
+        let pick = |l: &u32| match self.layers.get(*l as usize) {
+            Some(pair) => Ok(pair.clone()),
+            None => bail!("kept_layers names layer {l}, the full model has {}", self.layers.len()),
+        };
+        Ok(Self { layers: kept.iter().map(pick).collect::<Result<_>>()?, ..self })
+    }
+}
+
+/// Causal attention within each row of a `[batch, queries]` rectangle, after a prompt, if any, that all queries of the
+/// row see. Rows are padded at the end, so padding is seen by padding only.
+pub struct DenseAttention<'a> {
+    batch: usize,
+    prompt: Option<&'a PromptKv>,
+    visibility: Arc<Visibility>,
+    /// Own keys and values so far, where they are kept.
+    own: Option<Vec<LayerKv>>,
+}
+
+impl<'a> DenseAttention<'a> {
+    /// For `batch` rows of `queries` tokens each, over `prompt`.
+    pub fn new(batch: usize, queries: usize, prompt: Option<&'a PromptKv>) -> Self {
+        let visibility = Visibility {
+            prompt: prompt.map_or(0, |p| p.columns),
+            prompt_lengths: prompt.map_or_else(|| vec![0; batch], |p| p.lengths.clone()),
+            past: 0,
+            queries,
+        };
+        Self { batch, prompt, visibility: Arc::new(visibility), own: None }
+    }
+
+    /// Keeps own keys and values, for [`DenseAttention::into_prompt`] or [`DenseAttention::advance`].
+    pub fn keeping(self) -> Self {
+        Self { own: Some(Vec::new()), ..self }
+    }
+
+    /// What was kept, as the prompt of later queries; `lengths` are the rows' valid tokens.
+    pub fn into_prompt(self, lengths: Vec<usize>) -> PromptKv {
+        PromptKv { layers: self.own.unwrap_or_default(), lengths, columns: self.visibility.queries }
+    }
+
+    /// The next call attends with `queries` new tokens per row, over all that was kept.
+    pub fn advance(&mut self, queries: usize) {
+        let old = self.visibility.as_ref().clone();
+        self.visibility = Arc::new(Visibility { past: old.past + old.queries, queries, ..old });
+    }
+}
+
+impl Attention for DenseAttention<'_> {
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (n, heads, width) = q.dims3()?;
+        let kv_heads = k.dim(1)?;
+        let (batch, queries) = (self.batch, self.visibility.queries);
+        let by_head = |x: &Tensor| x.reshape((batch, queries, kv_heads, width))?.transpose(1, 2)?.contiguous();
+        let (mut k, mut v) = (by_head(k)?, by_head(v)?);
+        if let Some(own) = &mut self.own {
+            if let Some((past_k, past_v)) = own.get(layer) {
+                (k, v) = (Tensor::cat(&[past_k, &k], 2)?, Tensor::cat(&[past_v, &v], 2)?);
+                own[layer] = (k.clone(), v.clone());
+            } else {
+                own.push((k.clone(), v.clone()));
+            }
+        }
+        if let Some(prompt) = self.prompt {
+            let Some((prompt_k, prompt_v)) = prompt.layers.get(layer) else {
+                bail!("no prompt KV for layer {layer}, there are {} layers", prompt.layers.len());
+            };
+            (k, v) = (Tensor::cat(&[prompt_k, &k], 2)?, Tensor::cat(&[prompt_v, &v], 2)?);
+        }
+        // Query heads of one KV head lie together: [batch, kv_heads, groups * queries, width], no key is repeated.
+        let groups = heads / kv_heads;
+        let q = q.reshape((batch, queries, kv_heads, groups, width))?.permute((0, 2, 3, 1, 4))?.contiguous()?;
+        let q = q.reshape((batch, kv_heads, groups * queries, width))?;
+        let scores = q.matmul(&k.transpose(2, 3)?)?;
+        let weights = masked_softmax(&scores, &self.visibility, 1.0 / (width as f32).sqrt())?;
+        let out = weights.matmul(&v)?.reshape((batch, kv_heads, groups, queries, width))?;
+        out.permute((0, 3, 1, 2, 4))?.contiguous()?.reshape((n, heads, width))
+    }
+}

@@ -1,0 +1,154 @@
+//! Exact match and cross-entropy of the arms by fine-tuning budget.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device};
+use serde::{Deserialize, Serialize};
+
+use super::{data, recipe, report};
+use crate::{
+    data::{Example, load},
+    eval::{Arm, Score},
+    prune::prune,
+    train::{TrainConfig, load_text, train},
+};
+
+/// Fine-tuning steps that are compared.
+pub const BUDGETS: [usize; 4] = [50, 100, 200, 400];
+/// What the model from scratch gets beyond them: seven times the largest.
+pub const LONG: usize = 7 * BUDGETS[3];
+
+/// A way to get a small decode model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ArmKind {
+    /// The full model, both stages; no fine-tuning.
+    Full,
+    /// The full model prefills, the pruned one decodes over its KV, fine-tuned so.
+    Overfill,
+    /// The pruned model does both stages, fine-tuned on the same data.
+    PrunedOnly,
+    /// A model of the pruned size from random weights, both stages, the same data.
+    Scratch,
+}
+
+impl ArmKind {
+    /// In prose.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Overfill => "OverFill",
+            Self::PrunedOnly => "pruned-only",
+            Self::Scratch => "from scratch",
+        }
+    }
+}
+
+/// One measurement.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Cell {
+    /// Which way.
+    pub arm: ArmKind,
+    /// Fine-tuning steps.
+    pub steps: usize,
+    /// Of the fine-tuning data, its order, and random weights.
+    pub seed: u64,
+    /// On the held-out prompts, which are the same for all.
+    #[serde(flatten)]
+    pub score: Score,
+    /// Seconds of fine-tuning.
+    pub seconds: f64,
+}
+
+/// Measures what `out/cells.jsonl` does not have yet, then writes `table.json`, `table.md` and `exact-match.svg`.
+///
+/// `full` is the demo's full model. Work goes to `work`, which may be removed afterwards.
+pub fn measure(full: &Path, out: &Path, work: &Path, seeds: &[u64], only_render: bool) -> Result<()> {
+    fs::create_dir_all(out).with_context(|| format!("creating {}", out.display()))?;
+    let file = out.join("cells.jsonl");
+    if !only_render {
+        for seed in seeds {
+            measure_seed(full, &file, &work.join(format!("seed-{seed}")), *seed)?;
+        }
+    }
+    report::write(out, &read(&file)?)
+}
+
+fn measure_seed(full: &Path, file: &Path, work: &Path, seed: u64) -> Result<()> {
+    // Prompts are held out by a rule on their records, so another seed's data can't contain one.
+    let pairs = LONG * recipe::BATCH;
+    let shared = work.join("shared");
+    data::write(&shared, &data::DataConfig { seed: 0, conversations: 0, more_conversations: 0, pairs: 512, held_out: recipe::HELD_OUT })?;
+    data::write(work, &data::DataConfig { seed: 1000 + seed, conversations: 0, more_conversations: 0, pairs, held_out: 0 })?;
+    let pruned = work.join("pruned");
+    let mut pruning = recipe::pruning(full, &shared, &pruned);
+    pruning.progress = false;
+    prune(&pruning)?;
+    let (held_out, _) = load(&shared.join("held-out.jsonl"), &load_text(full)?, usize::MAX)?;
+
+    let run = Run { full, pruned: &pruned, data: work.join("pairs.jsonl"), work, seed, held_out: &held_out };
+    let mut plan = vec![(ArmKind::Full, 0)];
+    for steps in BUDGETS {
+        plan.extend([ArmKind::Overfill, ArmKind::PrunedOnly, ArmKind::Scratch].map(|arm| (arm, steps)));
+    }
+    plan.push((ArmKind::Scratch, LONG));
+    for (arm, steps) in plan {
+        let known = read(file)?.iter().any(|c| (c.arm, c.steps, c.seed) == (arm, steps, seed));
+        if !known {
+            let cell = run.cell(arm, steps)?;
+            let mut out = OpenOptions::new().create(true).append(true).open(file).context("opening the cells")?;
+            let line = serde_json::to_string(&cell)?;
+            println!("{line}");
+            writeln!(out, "{line}").context("writing a cell")?;
+        }
+    }
+    Ok(())
+}
+
+struct Run<'a> {
+    full: &'a Path,
+    pruned: &'a Path,
+    data: PathBuf,
+    work: &'a Path,
+    seed: u64,
+    held_out: &'a [Example],
+}
+
+impl Run<'_> {
+    fn cell(&self, arm: ArmKind, steps: usize) -> Result<Cell> {
+        let out = self.work.join("trained");
+        let over = (arm == ArmKind::Overfill).then_some(self.full);
+        let settings = recipe::training(self.pruned, over, &self.data, &out, steps.max(1), self.seed);
+        let settings = TrainConfig { random_init: arm == ArmKind::Scratch, progress: false, ..settings };
+        let load = |folder: &Path| Arm::alone(folder, DType::F32, &Device::Cpu);
+        let (model, seconds) = match arm {
+            ArmKind::Full => (load(self.full)?, 0.0),
+            _ => {
+                let seconds = train(&settings)?.seconds;
+                let model = match over {
+                    Some(full) => Arm::two_stage(full, &out, DType::F32, &Device::Cpu)?,
+                    None => load(&out)?,
+                };
+                (model, seconds)
+            }
+        };
+        let score = model.score(self.held_out, 50)?;
+        Ok(Cell { arm, steps, seed: self.seed, score, seconds: (seconds * 10.0).round() / 10.0 })
+    }
+}
+
+/// All measurements so far; none where there is no file.
+fn read(file: &Path) -> Result<Vec<Cell>> {
+    let Ok(opened) = File::open(file) else { return Ok(Vec::new()) };
+    let mut cells = Vec::new();
+    for line in BufReader::new(opened).lines() {
+        let line = line.with_context(|| format!("reading {}", file.display()))?;
+        cells.push(serde_json::from_str(&line).with_context(|| format!("reading {}", file.display()))?);
+    }
+    Ok(cells)
+}

@@ -1,0 +1,137 @@
+//! How the demo pair is made: the settings of every stage, and the one function that runs them all.
+
+use std::{fs, path::Path, time::Instant};
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device};
+use overfill_model::{DeviceSpec, WeightDtype};
+use serde_json::json;
+
+use super::data::{self, DataConfig};
+use crate::{
+    data::load,
+    eval::{Arm, Score},
+    folder,
+    optim::OptimConfig,
+    prune::{Norm, PruneConfig, Width, prune},
+    train::{TrainConfig, load_text, train},
+};
+
+/// Rows per step, of all stages.
+pub const BATCH: usize = 16;
+/// Steps that train the full model: a curriculum, then more of full difficulty with a fresh schedule.
+pub const FULL_STEPS: (usize, usize) = (1100, 700);
+/// Steps that fine-tune the decode model.
+pub const DECODE_STEPS: usize = 400;
+/// Widths of the decode model; the full model's are 64 and 192.
+pub const DECODE_WIDTHS: (usize, usize) = (36, 108);
+/// Prompts that are held out.
+pub const HELD_OUT: usize = 200;
+
+/// Settings of a training run of the demo. `full` is the frozen full model, for OverFill's way.
+pub fn training(student: &Path, full: Option<&Path>, data: &Path, out: &Path, steps: usize, seed: u64) -> TrainConfig {
+    TrainConfig {
+        student: student.into(),
+        random_init: false,
+        full: full.map(Into::into),
+        data: data.into(),
+        out: out.into(),
+        batch: BATCH,
+        accumulate: 1,
+        max_tokens: 2048,
+        seed,
+        shuffle: true,
+        dtype: WeightDtype::F32,
+        save_dtype: WeightDtype::F32,
+        device: DeviceSpec::Cpu,
+        optim: OptimConfig {
+            learning_rate: 3e-3,
+            beta1: 0.9,
+            beta2: 0.98,
+            eps: 1e-8,
+            weight_decay: 0.01,
+            clip: 1.0,
+            warmup_steps: (steps as f64 * 0.06).ceil() as usize,
+            total_steps: steps,
+            final_share: 0.05,
+        },
+        checkpoint_every: 0,
+        resume: false,
+        stop_after: None,
+        progress: true,
+    }
+}
+
+/// Settings that train the full model from random weights, over `work/conversations.jsonl` in its order.
+pub fn full_training(work: &Path, out: &Path, seed: u64) -> TrainConfig {
+    let config = training(&work.join("full"), None, &work.join("conversations.jsonl"), out, FULL_STEPS.0, seed);
+    TrainConfig { random_init: true, shuffle: false, ..config }
+}
+
+/// Settings that go on training it, over `work/more-conversations.jsonl`.
+pub fn full_training_goes_on(begun: &Path, work: &Path, out: &Path, seed: u64) -> TrainConfig {
+    let mut config = training(begun, None, &work.join("more-conversations.jsonl"), out, FULL_STEPS.1, seed);
+    config.optim.learning_rate = 2e-3;
+    config
+}
+
+/// Settings that cut the decode model.
+pub fn pruning(full: &Path, work: &Path, out: &Path) -> PruneConfig {
+    PruneConfig {
+        model: full.into(),
+        out: out.into(),
+        calibration: work.join("pairs.jsonl"),
+        samples: 512,
+        sample_tokens: 512,
+        hidden: Width::Channels(DECODE_WIDTHS.0),
+        intermediate: Width::Channels(DECODE_WIDTHS.1),
+        multiple_of: 1,
+        norm: Norm::L2,
+        layers: None,
+        device: DeviceSpec::Cpu,
+        progress: true,
+    }
+}
+
+/// Data of the demo: as much as its stages read.
+pub fn data_config(seed: u64) -> DataConfig {
+    DataConfig {
+        seed,
+        conversations: FULL_STEPS.0 * BATCH,
+        more_conversations: FULL_STEPS.1 * BATCH,
+        pairs: DECODE_STEPS * BATCH,
+        held_out: HELD_OUT,
+    }
+}
+
+/// Scores of a pair on the held-out prompts: the full model alone, and the two stages.
+pub fn score(full: &Path, decode: &Path, held_out: &Path) -> Result<(Score, Score)> {
+    let (examples, _) = load(held_out, &load_text(full)?, usize::MAX)?;
+    let alone = Arm::alone(full, DType::F32, &Device::Cpu)?.score(&examples, 50)?;
+    Ok((alone, Arm::two_stage(full, decode, DType::F32, &Device::Cpu)?.score(&examples, 50)?))
+}
+
+/// Makes the demo pair: `out/full`, `out/decode`, and `out/scores.json` with both scores and the seconds of each stage.
+pub fn make_pair(out: &Path, seed: u64) -> Result<()> {
+    let (full, decode, work) = (out.join("full"), out.join("decode"), out.join("work"));
+    let (begun, pruned) = (work.join("begun"), work.join("pruned"));
+    data::write(&work, &data_config(seed))?;
+    let started = Instant::now();
+    train(&full_training(&work, &begun, seed)).context("training the full model")?;
+    train(&full_training_goes_on(&begun, &work, &full, seed)).context("training the full model")?;
+    let of_full = started.elapsed().as_secs_f64();
+    prune(&pruning(&full, &work, &pruned)).context("cutting the decode model")?;
+    let pairs = work.join("pairs.jsonl");
+    train(&training(&pruned, Some(&full), &pairs, &decode, DECODE_STEPS, seed)).context("training the decode model")?;
+    let of_decode = started.elapsed().as_secs_f64() - of_full;
+
+    let (alone, two_stage) = score(&full, &decode, &work.join("held-out.jsonl"))?;
+    let scores = json!({"full": alone, "overfill": two_stage,
+                        "seconds": {"full": of_full.round(), "decode": of_decode.round()}});
+    println!("{scores:#}");
+    folder::write_json(&out.join("scores.json"), &scores)?;
+    for folder in [&full, &decode] {
+        fs::remove_file(folder.join("loss.jsonl")).context("removing a loss log")?;
+    }
+    fs::remove_dir_all(&work).with_context(|| format!("removing {}", work.display()))
+}

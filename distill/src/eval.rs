@@ -1,0 +1,99 @@
+//! Scores of the arms on held-out prompts: greedy exact match, and cross-entropy.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use candle_core::{D, DType, Device, Tensor};
+use overfill_model::{Decoder, Provenance};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    attention::DenseAttention,
+    batch::{prefill, respond},
+    data::Example,
+    fused::cross_entropy_sum,
+    train::{check_pair, load_frozen},
+};
+
+/// A model that prefills and one that decodes: the same one, or a full model and the one cut from it.
+pub struct Arm {
+    prefill: Decoder,
+    /// `None` where the prefilling model decodes too.
+    decode: Option<Decoder>,
+    kept_layers: Option<Vec<u32>>,
+}
+
+/// What an arm scored.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    /// Share of responses that greedy decoding gives token for token, end-of-text token included.
+    pub exact_match: f64,
+    /// Mean over the response tokens from the second on, in nats per token; the first is the prefilling model's.
+    pub cross_entropy: f64,
+    /// Prompts.
+    pub examples: usize,
+}
+
+impl Arm {
+    /// One model for both stages.
+    pub fn alone(folder: &Path, dtype: DType, device: &Device) -> Result<Self> {
+        Ok(Self { prefill: load_frozen(folder, dtype, device)?, decode: None, kept_layers: None })
+    }
+
+    /// `full` prefills, `decode` decodes over its KV.
+    pub fn two_stage(full: &Path, decode: &Path, dtype: DType, device: &Device) -> Result<Self> {
+        let kept_layers = Provenance::from_folder(decode)?.and_then(|p| p.kept_layers);
+        let (prefill, decode) = (load_frozen(full, dtype, device)?, load_frozen(decode, dtype, device)?);
+        check_pair(prefill.config(), decode.config())?;
+        Ok(Self { prefill, decode: Some(decode), kept_layers })
+    }
+
+    fn decoder(&self) -> &Decoder {
+        self.decode.as_ref().unwrap_or(&self.prefill)
+    }
+
+    /// Greedy decoding of `steps[i]` tokens after each prompt, all prompts at once; an end-of-text token ends nothing.
+    pub fn generate(&self, prompts: &[&[u32]], steps: &[usize]) -> Result<Vec<Vec<u32>>> {
+        let prefilled = prefill(&self.prefill, prompts)?;
+        let kv = prefilled.kv.select(self.kept_layers.as_deref())?;
+        let mut attention = DenseAttention::new(prompts.len(), 1, Some(&kv)).keeping();
+        let mut next: Vec<u32> = prefilled.logits.argmax(D::Minus1)?.to_vec1()?;
+        let mut outputs: Vec<Vec<u32>> = next.iter().map(|t| vec![*t]).collect();
+        let model = self.decoder();
+        for step in 1..steps.iter().copied().max().unwrap_or(0) {
+            let positions: Vec<u32> = kv.lengths.iter().map(|n| (n + step - 1) as u32).collect();
+            let tokens = Tensor::from_vec(next, prompts.len(), model.device())?;
+            let hidden = model.forward(&tokens, &positions, &mut attention, None)?;
+            attention.advance(1);
+            next = model.logits(&hidden)?.argmax(D::Minus1)?.to_vec1()?;
+            outputs.iter_mut().zip(&next).for_each(|(output, token)| output.push(*token));
+        }
+        outputs.iter_mut().zip(steps).for_each(|(output, n)| output.truncate(*n));
+        Ok(outputs)
+    }
+
+    /// Scores the arm on the last response of every example, `batch` at a time.
+    pub fn score(&self, examples: &[Example], batch: usize) -> Result<Score> {
+        let mut pairs: Vec<(&[u32], &[u32])> = examples.iter().map(Example::last_response).collect();
+        if pairs.iter().any(|(prompt, response)| prompt.is_empty() || response.len() < 2) {
+            bail!("every example needs a prompt and a response of two tokens or more");
+        }
+        pairs.sort_by_key(|(prompt, _)| prompt.len());
+        let (mut exact, mut loss, mut tokens) = (0, 0.0, 0);
+        for pairs in pairs.chunks(batch.max(1)) {
+            let (prompts, responses): (Vec<&[u32]>, Vec<&[u32]>) = pairs.iter().copied().unzip();
+            let lengths: Vec<usize> = responses.iter().map(|r| r.len()).collect();
+            let outputs = self.generate(&prompts, &lengths)?;
+            exact += outputs.iter().zip(&responses).filter(|(output, response)| output == *response).count();
+            let kv = prefill(&self.prefill, &prompts)?.kv.select(self.kept_layers.as_deref())?;
+            let (logits, targets) = respond(self.decoder(), &kv, &responses)?;
+            tokens += targets.len();
+            loss += f64::from(cross_entropy_sum(&logits, targets)?.to_scalar::<f32>()?);
+        }
+        Ok(Score {
+            exact_match: exact as f64 / examples.len() as f64,
+            cross_entropy: loss / tokens as f64,
+            examples: examples.len(),
+        })
+    }
+}

@@ -1,0 +1,66 @@
+//! Writing Hugging Face model folders.
+
+use std::{collections::HashMap, fs, path::Path};
+
+use anyhow::{Context, Result};
+use candle_core::Tensor;
+use overfill_model::{ModelConfig, Provenance, WeightDtype};
+use serde_json::Value;
+
+/// Files of a model folder that its relatives share.
+const TEXT_FILES: [&str; 6] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+];
+
+/// Writes `value`, indented, with a newline at the end.
+pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(value)?;
+    text.push('\n');
+    fs::write(path, text).with_context(|| format!("writing {}", path.display()))
+}
+
+/// Copies tokenizer, chat template and generation configuration, as far as `from` has them.
+pub fn copy_text_files(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to).with_context(|| format!("creating {}", to.display()))?;
+    for name in TEXT_FILES {
+        let source = from.join(name);
+        if source.exists() {
+            fs::copy(&source, to.join(name)).with_context(|| format!("copying {}", source.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// config.json, with the element type of the weights beside it.
+pub fn write_config(folder: &Path, config: &ModelConfig, dtype: WeightDtype) -> Result<()> {
+    let mut json = config.to_json();
+    if let Value::Object(map) = &mut json {
+        map.remove("dtype");
+        let name = match dtype {
+            WeightDtype::F32 => "float32",
+            WeightDtype::Bf16 => "bfloat16",
+            WeightDtype::F16 => "float16",
+        };
+        map.insert("torch_dtype".into(), Value::from(name));
+    }
+    write_json(&folder.join("config.json"), &json)
+}
+
+/// overfill.json.
+pub fn write_provenance(folder: &Path, provenance: &Provenance) -> Result<()> {
+    write_json(&folder.join(Provenance::FILE), provenance)
+}
+
+/// model.safetensors, replaced in one step: a reader sees the old file or the new one.
+pub fn write_tensors(path: &Path, tensors: &HashMap<String, Tensor>) -> Result<()> {
+    let part = path.with_extension("part");
+    // Tools of the Python side refuse a file that does not say so.
+    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    safetensors::serialize_to_file(tensors, Some(metadata), &part).with_context(|| format!("writing {}", path.display()))?;
+    fs::rename(&part, path).with_context(|| format!("writing {}", path.display()))
+}

@@ -1,0 +1,207 @@
+//! AdamW, gradient clipping and the learning-rate schedule, with all state in the open so that a checkpoint holds it.
+
+use std::collections::{BTreeMap, HashMap};
+
+use candle_core::{DType, Device, Result, Tensor, Var, backprop::GradStore, bail};
+
+/// Settings of the optimiser.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct OptimConfig {
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled decay of matrices; norms and biases are not decayed.
+    pub weight_decay: f64,
+    /// Largest norm of the whole gradient; 0 leaves it alone.
+    pub clip: f64,
+    /// Steps of linear warm-up.
+    pub warmup_steps: usize,
+    /// Steps in all; the cosine ends there.
+    pub total_steps: usize,
+    /// Where the cosine ends, as a share of the peak.
+    pub final_share: f64,
+}
+
+impl OptimConfig {
+    /// Learning rate of step `step`, counted from 0.
+    pub fn rate(&self, step: usize) -> f64 {
+        if step < self.warmup_steps {
+            return self.learning_rate * (step + 1) as f64 / self.warmup_steps as f64;
+        }
+        let span = self.total_steps.saturating_sub(self.warmup_steps).max(1);
+        let progress = ((step - self.warmup_steps) as f64 / span as f64).min(1.0);
+        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
+        self.learning_rate * (self.final_share + (1.0 - self.final_share) * cosine)
+    }
+}
+
+/// Trainable parameters by Hugging Face name, in name order, always f32.
+pub type Params = BTreeMap<String, Var>;
+
+/// Sums gradients by parameter, over micro-batches.
+#[derive(Default)]
+pub struct Gradients(BTreeMap<String, Tensor>);
+
+impl Gradients {
+    /// Adds what one backward pass left.
+    pub fn add(&mut self, params: &Params, grads: &GradStore) -> Result<()> {
+        for (name, var) in params {
+            if let Some(grad) = grads.get(var) {
+                let sum = match self.0.get(name) {
+                    Some(old) => (old + grad)?,
+                    None => grad.clone(),
+                };
+                self.0.insert(name.clone(), sum);
+            }
+        }
+        Ok(())
+    }
+
+    /// Euclidean norm over all parameters.
+    pub fn norm(&self) -> Result<f64> {
+        let mut sum = 0.0;
+        for grad in self.0.values() {
+            sum += f64::from(grad.sqr()?.sum_all()?.to_scalar::<f32>()?);
+        }
+        Ok(sum.sqrt())
+    }
+}
+
+/// AdamW (Loshchilov and Hutter), decay decoupled from the gradient.
+pub struct AdamW {
+    config: OptimConfig,
+    moments: BTreeMap<String, (Tensor, Tensor)>,
+    step: usize,
+}
+
+impl AdamW {
+    /// With moments at zero.
+    pub fn new(config: OptimConfig, params: &Params) -> Result<Self> {
+        let zeros = |var: &Var| -> Result<_> { Ok((var.zeros_like()?, var.zeros_like()?)) };
+        let moments = params.iter().map(|(name, var)| Ok((name.clone(), zeros(var)?))).collect::<Result<_>>()?;
+        Ok(Self { config, moments, step: 0 })
+    }
+
+    /// Steps taken.
+    pub fn step(&self) -> usize {
+        self.step
+    }
+
+    /// One update. `scale` is applied to the summed gradients first (one over the tokens they sum); returns the norm
+    /// of the scaled gradient before clipping.
+    pub fn update(&mut self, params: &Params, grads: &Gradients, scale: f64) -> Result<f64> {
+        let norm = grads.norm()? * scale;
+        if !norm.is_finite() {
+            bail!("training diverged: the gradient's norm is {norm} at step {}", self.step);
+        }
+        let c = &self.config;
+        let factor = if c.clip > 0.0 && norm > c.clip { scale * c.clip / norm } else { scale };
+        let rate = c.rate(self.step);
+        self.step += 1;
+        let (bias1, bias2) = (1.0 - c.beta1.powi(self.step as i32), 1.0 - c.beta2.powi(self.step as i32));
+        for (name, var) in params {
+            let (Some(grad), Some(moments)) = (grads.0.get(name), self.moments.get_mut(name)) else { continue };
+            let grad = (grad * factor)?;
+            let first = ((&moments.0 * c.beta1)? + (&grad * (1.0 - c.beta1))?)?;
+            let second = ((&moments.1 * c.beta2)? + (grad.sqr()? * (1.0 - c.beta2))?)?;
+            let change = ((&first / bias1)? / ((&second / bias2)?.sqrt()? + c.eps)?)?;
+            let decay = if var.rank() > 1 { 1.0 - rate * c.weight_decay } else { 1.0 };
+            var.set(&((var.as_detached_tensor() * decay)? - (change * rate)?)?)?;
+            *moments = (first, second);
+        }
+        Ok(norm)
+    }
+
+    /// State for a checkpoint: `first.NAME` and `second.NAME`.
+    pub fn state(&self) -> HashMap<String, Tensor> {
+        let both = |(name, (first, second)): (&String, &(Tensor, Tensor))| {
+            [(format!("first.{name}"), first.clone()), (format!("second.{name}"), second.clone())]
+        };
+        self.moments.iter().flat_map(both).collect()
+    }
+
+    /// Back to a checkpoint's state after `step` updates.
+    pub fn restore(&mut self, mut state: HashMap<String, Tensor>, step: usize, device: &Device) -> Result<()> {
+        for (name, moments) in &mut self.moments {
+            let mut take = |kind: &str| match state.remove(&format!("{kind}.{name}")) {
+                Some(t) if t.shape() == moments.0.shape() => t.to_device(device)?.to_dtype(DType::F32),
+                Some(t) => bail!("checkpoint: {kind}.{name} has shape {:?}, expected {:?}", t.dims(), moments.0.dims()),
+                None => bail!("checkpoint: {kind}.{name} is missing"),
+            };
+            let pair = (take("first")?, take("second")?);
+            *moments = pair;
+        }
+        self.step = step;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> OptimConfig {
+        OptimConfig {
+            learning_rate: 0.1,
+            beta1: 0.9,
+            beta2: 0.98,
+            eps: 1e-8,
+            weight_decay: 0.01,
+            clip: 1.0,
+            warmup_steps: 4,
+            total_steps: 20,
+            final_share: 0.05,
+        }
+    }
+
+    #[test]
+    fn the_rate_rises_then_falls_to_its_share() {
+        let c = config();
+        assert!((c.rate(0) - 0.025).abs() < 1e-12);
+        assert!((c.rate(4) - 0.1).abs() < 1e-12);
+        assert!((c.rate(20) - 0.005).abs() < 1e-12);
+        assert!((4..20).all(|s| c.rate(s) >= c.rate(s + 1)));
+    }
+
+    /// Two updates by hand, in f64: clipping, both moments, bias correction, and decay of matrices alone.
+    #[test]
+    fn updates_equal_the_formula() {
+        let device = Device::Cpu;
+        let w = Var::from_tensor(&Tensor::new(&[[1.0f32, -2.0]], &device).unwrap()).unwrap();
+        let b = Var::from_tensor(&Tensor::new(&[0.5f32], &device).unwrap()).unwrap();
+        let params: Params = [("w".to_string(), w.clone()), ("b".to_string(), b.clone())].into();
+        let c = config();
+        let mut adam = AdamW::new(c.clone(), &params).unwrap();
+        let mut expected = [1.0f64, -2.0, 0.5];
+        let (mut m, mut v) = ([0.0f64; 3], [0.0f64; 3]);
+        for step in 0..2 {
+            // loss = sum(w^2) * 3 + b * 2: gradient 6w and 2.
+            let loss = ((w.sqr().unwrap().sum_all().unwrap() * 3.0).unwrap() + (b.sum_all().unwrap() * 2.0).unwrap()).unwrap();
+            let mut grads = Gradients::default();
+            grads.add(&params, &loss.backward().unwrap()).unwrap();
+            adam.update(&params, &grads, 1.0).unwrap();
+
+            let mut g = [6.0 * expected[0], 6.0 * expected[1], 2.0];
+            let norm = g.iter().map(|x| x * x).sum::<f64>().sqrt();
+            g.iter_mut().for_each(|x| *x *= (1.0 / norm).min(1.0));
+            for i in 0..3 {
+                m[i] = 0.9 * m[i] + 0.1 * g[i];
+                v[i] = 0.98 * v[i] + 0.02 * g[i] * g[i];
+                let (mh, vh) = (m[i] / (1.0 - 0.9f64.powi(step + 1)), v[i] / (1.0 - 0.98f64.powi(step + 1)));
+                let rate = c.rate(step as usize);
+                let decay = if i < 2 { 1.0 - rate * 0.01 } else { 1.0 };
+                expected[i] = expected[i] * decay - rate * mh / (vh.sqrt() + 1e-8);
+            }
+        }
+        let mut got = w.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        got.extend(b.to_vec1::<f32>().unwrap());
+        for (g, e) in got.iter().zip(expected) {
+            assert!((f64::from(*g) - e).abs() < 1e-5, "{got:?} {expected:?}");
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! How much each channel matters (Minitron's activation-based rule, as OverFill uses it).
+//!
+//! For a hidden channel: over the layers, the sum of |mean over tokens of input_layernorm's output| and of the same of
+//! post_attention_layernorm's; for an intermediate channel: the mean over tokens of down_proj's input. Then the L1 or L2
+//! norm over samples. Sums are kept in f64, one number per channel, so samples stream through.
+
+use std::str::FromStr;
+
+use anyhow::Result;
+use candle_core::{DType, Tensor};
+use overfill_model::{Decoder, Site};
+
+use crate::{attention::DenseAttention, batch::Rectangle};
+
+/// How the samples' scores become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Norm {
+    /// Sum of magnitudes.
+    L1,
+    /// Root of the sum of squares.
+    L2,
+}
+
+impl FromStr for Norm {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "l1" => Ok(Self::L1),
+            "l2" => Ok(Self::L2),
+            other => Err(format!("norm must be l1 or l2, got {other:?}")),
+        }
+    }
+}
+
+impl std::fmt::Display for Norm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::L1 => "l1",
+            Self::L2 => "l2",
+        })
+    }
+}
+
+/// Scores over the samples seen so far.
+pub struct Importance {
+    norm: Norm,
+    hidden: Vec<f64>,
+    /// Per layer.
+    intermediate: Vec<Vec<f64>>,
+}
+
+impl Importance {
+    /// Of no sample yet, for a model's widths.
+    pub fn new(norm: Norm, hidden: usize, intermediate: usize, layers: usize) -> Self {
+        Self { norm, hidden: vec![0.0; hidden], intermediate: vec![vec![0.0; intermediate]; layers] }
+    }
+
+    /// Runs one sample through the model.
+    pub fn observe(&mut self, model: &Decoder, tokens: &[u32]) -> Result<()> {
+        let batch = Rectangle::new(&[tokens], &[0], model.device())?;
+        let mut attention = DenseAttention::new(1, batch.columns, None);
+        let mut hidden = vec![0.0; self.hidden.len()];
+        let (norm, intermediate) = (self.norm, &mut self.intermediate);
+        let mut see = |site, layer: usize, x: &Tensor| {
+            let means = x.to_dtype(DType::F32)?.mean(0)?.to_vec1::<f32>()?;
+            match site {
+                Site::InputNorm | Site::PostAttentionNorm => {
+                    hidden.iter_mut().zip(&means).for_each(|(sum, mean)| *sum += f64::from(*mean).abs());
+                }
+                Site::DownInput => accumulate(norm, &mut intermediate[layer], means.into_iter().map(f64::from)),
+            }
+            Ok(())
+        };
+        model.forward(&batch.tokens, &batch.positions, &mut attention, Some(&mut see))?;
+        accumulate(norm, &mut self.hidden, hidden.into_iter());
+        Ok(())
+    }
+
+    /// The `keep` most important hidden channels, ascending.
+    pub fn hidden_channels(&self, keep: usize) -> Vec<u32> {
+        top(&self.hidden, keep)
+    }
+
+    /// The same of each layer's MLP.
+    pub fn intermediate_channels(&self, layer: usize, keep: usize) -> Vec<u32> {
+        top(&self.intermediate[layer], keep)
+    }
+}
+
+/// The norm is taken without its last step, the root, which changes no order.
+fn accumulate(norm: Norm, sums: &mut [f64], scores: impl Iterator<Item = f64>) {
+    for (sum, score) in sums.iter_mut().zip(scores) {
+        *sum += match norm {
+            Norm::L1 => score.abs(),
+            Norm::L2 => score * score,
+        };
+    }
+}
+
+/// Indices of the `keep` largest scores, ascending; of equal scores the lower index goes first.
+fn top(scores: &[f64], keep: usize) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..scores.len() as u32).collect();
+    order.sort_by(|a, b| scores[*b as usize].total_cmp(&scores[*a as usize]));
+    order.truncate(keep);
+    order.sort_unstable();
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_are_kept_in_their_order() {
+        assert_eq!(top(&[0.1, 3.0, 0.2, 3.0, 5.0], 3), [1, 3, 4]);
+        assert_eq!(top(&[1.0, 1.0, 1.0], 2), [0, 1]);
+    }
+
+    #[test]
+    fn norms_over_samples() {
+        let mut sums = [0.0; 2];
+        accumulate(Norm::L2, &mut sums, [3.0, -1.0].into_iter());
+        accumulate(Norm::L2, &mut sums, [0.0, -2.0].into_iter());
+        assert_eq!(sums, [9.0, 5.0]);
+        let mut sums = [0.0; 1];
+        accumulate(Norm::L1, &mut sums, [-3.0].into_iter());
+        assert_eq!(sums, [3.0]);
+    }
+}

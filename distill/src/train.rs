@@ -1,0 +1,333 @@
+//! Fine-tuning: a student alone, or a student under the KV of a frozen full model.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device, Tensor, Var};
+use indicatif::{ProgressBar, ProgressStyle};
+use overfill_model::{Decoder, DeviceSpec, ModelConfig, Ops, Provenance, WeightDtype, Weights};
+use overfill_text::{TextFiles, TextModel};
+use serde_json::json;
+
+use crate::{
+    batch::{Rectangle, pick, prefill, respond},
+    attention::DenseAttention,
+    checkpoint::{self, LossLog},
+    data::{self, Example},
+    folder,
+    fused::cross_entropy_sum,
+    optim::{AdamW, Gradients, OptimConfig, Params},
+    random::Random,
+};
+
+/// A training run.
+#[derive(Clone, Debug)]
+pub struct TrainConfig {
+    /// Folder of the model to train.
+    pub student: PathBuf,
+    /// Start from random weights: only the student's configuration and tokenizer are read.
+    pub random_init: bool,
+    /// Folder of the frozen full model that prefills every prompt; none trains the student alone.
+    pub full: Option<PathBuf>,
+    /// JSONL.
+    pub data: PathBuf,
+    /// Folder to write the trained model to.
+    pub out: PathBuf,
+    /// Rows per forward pass.
+    pub batch: usize,
+    /// Forward passes per step.
+    pub accumulate: usize,
+    /// Longest example in tokens.
+    pub max_tokens: usize,
+    /// Of the order of examples, and of random weights.
+    pub seed: u64,
+    /// Take examples in random order; else in the file's.
+    pub shuffle: bool,
+    /// Type of the computation; parameters and the optimiser's state are f32 always.
+    pub dtype: WeightDtype,
+    /// Type of the weights written.
+    pub save_dtype: WeightDtype,
+    /// Where to compute.
+    pub device: DeviceSpec,
+    /// Optimiser and schedule; its `total_steps` is the length of the run.
+    pub optim: OptimConfig,
+    /// Steps between checkpoints; 0 writes none.
+    pub checkpoint_every: usize,
+    /// Go on from the newest checkpoint in `out`.
+    pub resume: bool,
+    /// Stop after this step, for a run in parts; the schedule is that of the whole run.
+    pub stop_after: Option<usize>,
+    /// Draw a progress bar.
+    pub progress: bool,
+}
+
+/// What a run did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trained {
+    /// Mean loss in nats per token over the last steps (at most 20).
+    pub loss: f64,
+    /// Tokens the loss was taken over.
+    pub learned_tokens: u64,
+    /// Seconds in steps, of this process.
+    pub seconds: f64,
+}
+
+impl TrainConfig {
+    /// Everything that decides the result, for the checkpoint and for overfill.json.
+    fn describe(&self) -> serde_json::Value {
+        json!({
+            "mode": if self.full.is_some() { "overfill" } else { "plain" },
+            "random_init": self.random_init,
+            "data": self.data.file_name().map(|n| n.to_string_lossy().into_owned()),
+            "steps": self.optim.total_steps, "batch": self.batch, "accumulate": self.accumulate,
+            "max_tokens": self.max_tokens, "seed": self.seed, "shuffle": self.shuffle,
+            "dtype": self.dtype.to_string(), "optimizer": self.optim,
+        })
+    }
+}
+
+/// Loads a model's tokenizer.
+pub fn load_text(folder: &Path) -> Result<TextModel> {
+    Ok(TextModel::from_files(&TextFiles::from_folder(folder)?)?)
+}
+
+/// Loads a model for the forward pass only.
+pub fn load_frozen(folder: &Path, dtype: DType, device: &Device) -> Result<Decoder> {
+    let config = ModelConfig::from_folder(folder)?;
+    let weights = Weights::open(folder)?;
+    let mut tensors = HashMap::new();
+    for (name, shape) in config.tensor_shapes() {
+        let tensor = weights.load(&name, &shape, device)?.to_dtype(dtype)?;
+        tensors.insert(name, tensor);
+    }
+    Ok(Decoder::from_tensors(&config, &tensors, Ops::Fused)?)
+}
+
+/// Random weights: deviation `1/sqrt(inputs)`, less for what adds to the residual; norms 1, biases 0.
+fn random_params(config: &ModelConfig, seed: u64, device: &Device) -> Result<Params> {
+    let residual = 1.0 / (2.0 * config.num_hidden_layers as f64).sqrt();
+    let mut params = Params::new();
+    for (name, shape) in config.tensor_shapes() {
+        let mut random = Random::new(seed, &name);
+        let (count, inputs) = (shape.iter().product::<usize>(), *shape.last().unwrap_or(&1));
+        let adds = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
+        let deviation = (inputs as f64).sqrt().recip() * if adds { residual } else { 1.0 };
+        let value = |_| match shape.len() {
+            1 if name.ends_with(".bias") => 0.0,
+            1 => 1.0,
+            _ => (random.normal() * deviation) as f32,
+        };
+        let values: Vec<f32> = (0..count).map(value).collect();
+        params.insert(name, Var::from_tensor(&Tensor::from_vec(values, shape, device)?)?);
+    }
+    Ok(params)
+}
+
+fn load_params(folder: &Path, config: &ModelConfig, device: &Device) -> Result<Params> {
+    let weights = Weights::open(folder)?;
+    let mut params = Params::new();
+    for (name, shape) in config.tensor_shapes() {
+        let tensor = weights.load(&name, &shape, device)?.to_dtype(DType::F32)?;
+        params.insert(name, Var::from_tensor(&tensor)?);
+    }
+    Ok(params)
+}
+
+struct Trainer {
+    config: ModelConfig,
+    params: Params,
+    full: Option<Decoder>,
+    kept_layers: Option<Vec<u32>>,
+    dtype: DType,
+    device: Device,
+}
+
+impl Trainer {
+    /// The student's graph over the current parameters.
+    fn student(&self) -> Result<Decoder> {
+        let cast = |(name, var): (&String, &Var)| Ok((name.clone(), var.as_tensor().to_dtype(self.dtype)?));
+        let tensors = self.params.iter().map(cast).collect::<Result<HashMap<_, _>>>()?;
+        Ok(Decoder::from_tensors(&self.config, &tensors, Ops::Differentiable)?)
+    }
+
+    /// Summed loss over the learned tokens of some examples, and their number.
+    fn loss(&self, student: &Decoder, examples: &[&Example]) -> Result<(Tensor, usize)> {
+        let (logits, targets) = match &self.full {
+            Some(full) => {
+                let (prompts, responses): (Vec<&[u32]>, Vec<&[u32]>) = examples.iter().map(|e| e.last_response()).unzip();
+                let kv = prefill(full, &prompts)?.kv.select(self.kept_layers.as_deref())?;
+                respond(student, &kv, &responses)?
+            }
+            None => self.whole(student, examples)?,
+        };
+        let count = targets.len();
+        Ok((cross_entropy_sum(&logits, targets)?, count))
+    }
+
+    /// Logits and targets of every learned token, the student reading all that is before it.
+    fn whole(&self, student: &Decoder, examples: &[&Example]) -> Result<(Tensor, Vec<u32>)> {
+        let inputs: Vec<&[u32]> = examples.iter().map(|e| &e.tokens[..e.tokens.len() - 1]).collect();
+        let batch = Rectangle::new(&inputs, &vec![0; inputs.len()], &self.device)?;
+        let (mut rows, mut targets) = (Vec::new(), Vec::new());
+        for (r, example) in examples.iter().enumerate() {
+            for i in (1..example.tokens.len()).filter(|i| example.learned[*i]) {
+                rows.push((r * batch.columns + i - 1) as u32);
+                targets.push(example.tokens[i]);
+            }
+        }
+        let mut attention = DenseAttention::new(batch.rows, batch.columns, None);
+        let hidden = student.forward(&batch.tokens, &batch.positions, &mut attention, None)?;
+        Ok((student.logits(&pick(&hidden, rows)?)?, targets))
+    }
+}
+
+/// Batches in training order, epoch after epoch: a function of the settings alone, so that a resumed run sees the same.
+struct Order<'a> {
+    config: &'a TrainConfig,
+    lengths: Vec<usize>,
+    epoch: usize,
+    batches: std::vec::IntoIter<Vec<usize>>,
+}
+
+impl Order<'_> {
+    fn next(&mut self) -> Vec<usize> {
+        loop {
+            if let Some(batch) = self.batches.next() {
+                return batch;
+            }
+            let c = self.config;
+            self.batches = data::epoch(&self.lengths, c.batch, c.shuffle, c.seed, self.epoch).into_iter();
+            self.epoch += 1;
+        }
+    }
+}
+
+/// Trains, and writes the model folder.
+pub fn train(config: &TrainConfig) -> Result<Trained> {
+    if config.batch == 0 || config.accumulate == 0 || config.optim.total_steps == 0 {
+        bail!("batch, accumulate and steps must be 1 or more");
+    }
+    if config.dtype == WeightDtype::F16 {
+        bail!("dtype f16: training computes in f32 or bf16, whose range gradients fit");
+    }
+    let device = config.device.open()?;
+    let text = load_text(&config.student)?;
+    let model = ModelConfig::from_folder(&config.student)?;
+    let mut provenance = Provenance::from_folder(&config.student)?.unwrap_or_default();
+    let params = if config.random_init {
+        random_params(&model, config.seed, &device)?
+    } else {
+        load_params(&config.student, &model, &device)?
+    };
+    let full = config.full.as_deref().map(|full| load_frozen(full, config.dtype.dtype(), &device)).transpose()?;
+    if let Some(full) = &full {
+        check_pair(full.config(), &model)?;
+    }
+    let (mut examples, left_out) = data::load(&config.data, &text, config.max_tokens)?;
+    if full.is_some() {
+        // The full model gives the first token, so a response needs a second to learn; and a prompt, to prefill.
+        examples.retain(|e| !e.last_response().0.is_empty() && e.last_response().1.len() > 1);
+        if examples.is_empty() {
+            bail!("{}: no example with a prompt and two tokens of response", config.data.display());
+        }
+    }
+    if let Some(token) = examples.iter().flat_map(|e| &e.tokens).find(|t| **t as usize >= model.vocab_size) {
+        bail!("the tokenizer gives token {token}, config.json's vocab_size is {}", model.vocab_size);
+    }
+    if left_out > 0 {
+        tracing::warn!(left_out, max_tokens = config.max_tokens, "examples without a response within max_tokens");
+    }
+
+    folder::copy_text_files(&config.student, &config.out)?;
+    let kept_layers = provenance.kept_layers.clone();
+    let trainer = Trainer { config: model, params, full, kept_layers, dtype: config.dtype.dtype(), device };
+    let mut adam = AdamW::new(config.optim.clone(), &trainer.params)?;
+    let described = config.describe();
+    if config.resume {
+        checkpoint::restore(&config.out, &described, &trainer.params, &mut adam, &trainer.device)?;
+    }
+    let mut log = LossLog::open(&config.out.join("loss.jsonl"), adam.step())?;
+    let lengths = examples.iter().map(|e| e.tokens.len()).collect();
+    let mut order = Order { config, lengths, epoch: 0, batches: Vec::new().into_iter() };
+    for _ in 0..adam.step() * config.accumulate {
+        order.next();
+    }
+
+    let bar = progress_bar(config, adam.step())?;
+    let mut recent = Vec::new();
+    let mut done = Trained { loss: f64::NAN, learned_tokens: 0, seconds: 0.0 };
+    let end = config.stop_after.unwrap_or(usize::MAX).min(config.optim.total_steps);
+    while adam.step() < end {
+        let started = Instant::now();
+        let step = adam.step();
+        let rate = config.optim.rate(step);
+        let (mut grads, mut sum, mut count) = (Gradients::default(), 0.0, 0);
+        for _ in 0..config.accumulate {
+            let batch: Vec<&Example> = order.next().iter().map(|i| &examples[*i]).collect();
+            let student = trainer.student()?;
+            let (loss, tokens) = trainer.loss(&student, &batch)?;
+            grads.add(&trainer.params, &loss.backward()?)?;
+            sum += f64::from(loss.to_scalar::<f32>()?);
+            count += tokens;
+        }
+        let norm = adam.update(&trainer.params, &grads, 1.0 / count as f64)?;
+        let (loss, seconds) = (sum / count as f64, started.elapsed().as_secs_f64());
+        log.write(&json!({"step": step + 1, "loss": loss, "learning_rate": rate, "gradient_norm": norm,
+                          "tokens": count, "seconds": seconds}))?;
+        recent.push(loss);
+        done.learned_tokens += count as u64;
+        done.seconds += seconds;
+        bar.inc(1);
+        bar.set_message(format!("loss {loss:.4}"));
+        if config.checkpoint_every > 0 && adam.step().is_multiple_of(config.checkpoint_every) {
+            checkpoint::save(&config.out, &described, &trainer.params, &adam)?;
+        }
+    }
+    bar.finish_and_clear();
+    let tail = &recent[recent.len().saturating_sub(20)..];
+    done.loss = tail.iter().sum::<f64>() / tail.len().max(1) as f64;
+
+    let tensors = trainer.params.iter().map(|(name, var)| {
+        Ok((name.clone(), var.as_detached_tensor().to_device(&Device::Cpu)?.to_dtype(config.save_dtype.dtype())?))
+    });
+    folder::write_tensors(&config.out.join("model.safetensors"), &tensors.collect::<Result<_>>()?)?;
+    folder::write_config(&config.out, &trainer.config, config.save_dtype)?;
+    provenance.version = 1;
+    provenance.training = Some(described);
+    folder::write_provenance(&config.out, &provenance)?;
+    Ok(done)
+}
+
+/// May `student` attend to the KV of `full`?
+pub fn check_pair(full: &ModelConfig, student: &ModelConfig) -> Result<()> {
+    let facts = |c: &ModelConfig| {
+        [
+            ("num_key_value_heads", c.num_key_value_heads.to_string()),
+            ("head_dim", c.head_dim.to_string()),
+            ("vocab_size", c.vocab_size.to_string()),
+            ("rope_theta", c.rope_theta.to_string()),
+            ("rope_scaling", c.rope_scaling.to_string()),
+        ]
+    };
+    for ((field, of_full), (_, of_student)) in facts(full).into_iter().zip(facts(student)) {
+        if of_full != of_student {
+            bail!("the student can't use the full model's KV: {field} is {of_full} there and {of_student} here");
+        }
+    }
+    Ok(())
+}
+
+fn progress_bar(config: &TrainConfig, at: usize) -> Result<ProgressBar> {
+    if !config.progress {
+        return Ok(ProgressBar::hidden());
+    }
+    let bar = ProgressBar::new(config.optim.total_steps as u64);
+    let style = ProgressStyle::with_template("{wide_bar} step {pos}/{len} {msg} {elapsed} (left {eta})");
+    bar.set_style(style.context("progress bar")?);
+    bar.set_position(at as u64);
+    Ok(bar)
+}

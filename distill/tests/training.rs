@@ -1,0 +1,125 @@
+//! Training over real files: resuming, both modes, and what evaluation says of the result.
+
+use std::{collections::HashMap, path::Path};
+
+use candle_core::{DType, Device, Tensor};
+use overfill_distill::{
+    demo::{data, recipe},
+    eval::Arm,
+    examples,
+    prune::{Width, prune},
+    train::{TrainConfig, train},
+};
+use tempfile::TempDir;
+
+/// Data, and a full model with a few steps behind it: random enough to be wrong, trained enough to be certain.
+fn world() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let sizes = data::DataConfig { seed: 5, conversations: 64, more_conversations: 0, pairs: 64, held_out: 12 };
+    data::write(dir.path(), &sizes).unwrap();
+    let config = quick(recipe::full_training(dir.path(), &dir.path().join("trained"), 5), 4);
+    train(&config).unwrap();
+    dir
+}
+
+fn quick(config: TrainConfig, steps: usize) -> TrainConfig {
+    let mut config = TrainConfig { batch: 4, progress: false, ..config };
+    config.optim.total_steps = steps;
+    config.optim.warmup_steps = 1;
+    config
+}
+
+fn tensors(folder: &Path) -> HashMap<String, Vec<u32>> {
+    let bits = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect();
+    let tensors = candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap();
+    tensors.iter().map(|(name, t)| (name.clone(), bits(t))).collect()
+}
+
+#[test]
+fn a_resumed_run_equals_an_unbroken_one_bit_for_bit() {
+    let dir = world();
+    let (full, pairs) = (dir.path().join("trained"), dir.path().join("pairs.jsonl"));
+    let at = |name: &str| dir.path().join(name);
+    for over in [None, Some(full.as_path())] {
+        let run = |out: &Path| TrainConfig {
+            accumulate: 2,
+            checkpoint_every: 3,
+            ..quick(recipe::training(&full, over, &pairs, out, 7, 1), 7)
+        };
+        let mode = if over.is_some() { "over" } else { "alone" };
+        let (whole, parts) = (at(&format!("whole-{mode}")), at(&format!("parts-{mode}")));
+        train(&run(&whole)).unwrap();
+        // Cut off at step 4, one after the checkpoint: the steps after it are done again.
+        train(&TrainConfig { stop_after: Some(4), ..run(&parts) }).unwrap();
+        train(&TrainConfig { resume: true, ..run(&parts) }).unwrap();
+        assert_eq!(tensors(&whole), tensors(&parts));
+        let log = |out: &Path| {
+            let text = std::fs::read_to_string(out.join("loss.jsonl")).unwrap();
+            let line = |l: &str| serde_json::from_str::<serde_json::Value>(l).unwrap();
+            text.lines().map(line).map(|l| (l["step"].clone(), l["loss"].clone())).collect::<Vec<_>>()
+        };
+        assert_eq!(log(&whole), log(&parts));
+        assert_eq!(log(&whole).len(), 7);
+
+        let mut other = TrainConfig { resume: true, ..run(&parts) };
+        other.optim.learning_rate *= 2.0;
+        let refusal = train(&other).unwrap_err().to_string();
+        assert!(refusal.contains("optimizer was"), "{refusal}");
+    }
+}
+
+/// Splitting the work between two models changes nothing when both are the same.
+#[test]
+fn the_full_model_as_its_own_decoder_equals_the_full_model_token_for_token() {
+    let dir = world();
+    let full = dir.path().join("trained");
+    let examples = examples(&dir.path().join("held-out.jsonl"), &full, 2048).unwrap();
+    let prompts: Vec<&[u32]> = examples.iter().map(|e| e.last_response().0).collect();
+    let steps = vec![20; prompts.len()];
+    let two_stage = Arm::two_stage(&full, &full, DType::F32, &Device::Cpu).unwrap();
+    let outputs = two_stage.generate(&prompts, &steps).unwrap();
+    let alone = Arm::alone(&full, DType::F32, &Device::Cpu).unwrap();
+    assert_eq!(outputs, alone.generate(&prompts, &steps).unwrap());
+    // And equals a model that reads the whole text anew for every token, one prompt at a time.
+    for (prompt, output) in prompts.iter().zip(&outputs).take(3) {
+        let mut text = prompt.to_vec();
+        for token in output {
+            let next = alone.generate(&[&text], &[1]).unwrap();
+            assert_eq!(next, [[*token]]);
+            text.push(*token);
+        }
+    }
+    let (a, b) = (two_stage.score(&examples, 5).unwrap(), alone.score(&examples, 12).unwrap());
+    assert_eq!(a.exact_match, b.exact_match);
+    assert!((a.cross_entropy - b.cross_entropy).abs() < 1e-4);
+}
+
+#[test]
+fn a_pruned_model_learns_under_the_full_models_kv() {
+    let dir = world();
+    let (full, pruned, out) = (dir.path().join("trained"), dir.path().join("pruned"), dir.path().join("decode"));
+    let mut pruning = recipe::pruning(&full, dir.path(), &pruned);
+    (pruning.samples, pruning.progress, pruning.hidden) = (8, false, Width::Ratio(0.45));
+    pruning.layers = Some(vec![0, 2]);
+    let kept = prune(&pruning).unwrap();
+    assert_eq!((kept.hidden.len(), kept.layers.as_slice()), (35, [0, 2].as_slice()));
+    let config = quick(recipe::training(&pruned, Some(&full), &dir.path().join("pairs.jsonl"), &out, 12, 0), 12);
+    let before = Arm::two_stage(&full, &pruned, DType::F32, &Device::Cpu).unwrap();
+    train(&config).unwrap();
+    let after = Arm::two_stage(&full, &out, DType::F32, &Device::Cpu).unwrap();
+    let examples = examples(&dir.path().join("held-out.jsonl"), &full, 2048).unwrap();
+    let (before, after) = (before.score(&examples, 12).unwrap(), after.score(&examples, 12).unwrap());
+    assert!(after.cross_entropy < before.cross_entropy, "{before:?} {after:?}");
+}
+
+#[test]
+fn bf16_trains_too() {
+    let dir = world();
+    let config = quick(recipe::full_training(dir.path(), &dir.path().join("bf16"), 1), 2);
+    let config = TrainConfig {
+        dtype: overfill_model::WeightDtype::Bf16,
+        save_dtype: overfill_model::WeightDtype::Bf16,
+        ..config
+    };
+    assert!(train(&config).unwrap().loss.is_finite());
+}
