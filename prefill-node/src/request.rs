@@ -103,8 +103,8 @@ impl RequestLimits {
         let schema = KvSchema::try_from(schema)?;
         self.schema.check_consumer(&schema)?;
         let held = held_tokens as usize;
-        if !held.is_multiple_of(BLOCK_TOKENS) || held > prompt_tokens {
-            let limit = format!("a multiple of {BLOCK_TOKENS}, at most the {prompt_tokens} prompt tokens");
+        if !held.is_multiple_of(BLOCK_TOKENS) || held >= prompt_tokens {
+            let limit = format!("a multiple of {BLOCK_TOKENS} below the {prompt_tokens} prompt tokens");
             return Err(InvalidField::new("handoff.held_tokens", limit, held).into());
         }
         Ok(Handoff { ticket, endpoint: kv_endpoint, schema, held_blocks: held / BLOCK_TOKENS })

@@ -1,0 +1,183 @@
+//! The node's settings: as given, and as checked.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use overfill_cluster::{ConfigError, ProcessArgs};
+use overfill_kv::{BLOCK_TOKENS, KvDtype};
+use overfill_model::{DeviceSpec, LoadOptions, WeightDtype};
+
+/// A node that continues requests over the full model's KV.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// The model that decodes: a Hugging Face folder, or a hub id.
+    #[arg(long, env = "OVERFILL_MODEL")]
+    pub model: String,
+    /// Name under which the model is served; by default that of its folder.
+    #[arg(long, env = "OVERFILL_SERVED_MODEL_NAME")]
+    pub served_model_name: Option<String>,
+    /// Name of this node; by default its role and address.
+    #[arg(long, env = "OVERFILL_NODE_ID")]
+    pub node_id: Option<String>,
+    /// Where to compute: cpu, or cuda:N.
+    #[arg(long, env = "OVERFILL_DEVICE", default_value = "cpu")]
+    pub device: String,
+    /// Type of the weights in memory: f32, bf16 or f16.
+    #[arg(long, env = "OVERFILL_DTYPE", default_value = "bf16")]
+    pub dtype: String,
+    /// Type of the KV cache in memory and on the wire, the same on all nodes: f32, bf16 or f16.
+    #[arg(long, env = "OVERFILL_KV_DTYPE", default_value = "bf16")]
+    pub kv_dtype: String,
+    /// Tokens that the KV cache holds.
+    #[arg(long, env = "OVERFILL_KV_POOL_TOKENS", default_value_t = 65536)]
+    pub kv_pool_tokens: usize,
+    /// Address of the gRPC service.
+    #[arg(long, env = "OVERFILL_LISTEN", default_value = "127.0.0.1:0")]
+    pub listen: String,
+    /// Address of /health, /live and /metrics.
+    #[arg(long, env = "OVERFILL_ADMIN", default_value = "127.0.0.1:0")]
+    pub admin: String,
+    /// Address at which KV is received.
+    #[arg(long, env = "OVERFILL_KV_LISTEN", default_value = "127.0.0.1:0")]
+    pub kv_listen: String,
+    /// That address as prefill nodes must dial it, host:port; by default the one that is listened on.
+    #[arg(long, env = "OVERFILL_KV_ADVERTISE")]
+    pub kv_advertise: Option<String>,
+    /// Most requests decoded at once.
+    #[arg(long, env = "OVERFILL_MAX_RUNNING", default_value_t = 32)]
+    pub max_running: usize,
+    /// Most requests waiting; more are refused.
+    #[arg(long, env = "OVERFILL_MAX_WAITING", default_value_t = 256)]
+    pub max_waiting: usize,
+    /// Seconds that a request may take when it does not say.
+    #[arg(long, env = "OVERFILL_DEFAULT_DEADLINE_SECONDS", default_value_t = 600.0)]
+    pub default_deadline_seconds: f64,
+    /// Settings of every service process.
+    #[command(flatten)]
+    pub process: ProcessArgs,
+}
+
+/// Checked settings.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Folder of the model.
+    pub model: PathBuf,
+    /// Name under which it is served; `None`: its folder's.
+    pub served_model_name: Option<String>,
+    /// Name of this node; `None`: its role and address.
+    pub node_id: Option<String>,
+    /// How it is loaded.
+    pub load: LoadOptions,
+    /// Blocks of the KV cache.
+    pub kv_blocks: usize,
+    /// Of the gRPC service.
+    pub listen: SocketAddr,
+    /// Of the admin port.
+    pub admin: SocketAddr,
+    /// Where KV is received.
+    pub kv_listen: SocketAddr,
+    /// What prefill nodes dial; `None`: the address that is listened on.
+    pub kv_advertise: Option<String>,
+    /// Most requests decoded at once.
+    pub max_running: usize,
+    /// Most requests waiting.
+    pub max_waiting: usize,
+    /// For requests without a deadline of their own.
+    pub default_deadline: Duration,
+}
+
+impl Args {
+    /// Checks everything, and reports every fault.
+    pub fn validate(self) -> Result<Config, Vec<ConfigError>> {
+        let Self {
+            model,
+            served_model_name,
+            node_id,
+            device,
+            dtype,
+            kv_dtype,
+            kv_pool_tokens,
+            listen,
+            admin,
+            kv_listen,
+            kv_advertise,
+            max_running,
+            max_waiting,
+            default_deadline_seconds,
+            process: _,
+        } = self;
+        let f = &mut Vec::new();
+        let address = "an IP address and port";
+        let folder =
+            ConfigError::collect(f, overfill_model::resolve(&model), "model", "a model folder or hub id", model);
+        let device = ConfigError::collect(f, device.parse::<DeviceSpec>(), "device", "cpu or cuda:N", &device);
+        let weights = ConfigError::collect(f, dtype.parse::<WeightDtype>(), "dtype", "f32, bf16 or f16", &dtype);
+        let kv = ConfigError::collect(f, kv_dtype.parse::<KvDtype>(), "kv-dtype", "f32, bf16 or f16", &kv_dtype);
+        let listen = ConfigError::collect(f, listen.parse(), "listen", address, &listen);
+        let admin = ConfigError::collect(f, admin.parse(), "admin", address, &admin);
+        let kv_listen = ConfigError::collect(f, kv_listen.parse::<SocketAddr>(), "kv-listen", address, &kv_listen);
+        let name_ok = |name: &Option<String>| name.as_ref().is_none_or(|n| !n.trim().is_empty());
+        let block = BLOCK_TOKENS;
+        ConfigError::check(f, name_ok(&served_model_name), "served-model-name", "a name", "an empty text");
+        ConfigError::check(f, name_ok(&node_id), "node-id", "a name", "an empty text");
+        let pool_ok = (block..=MAX_POOL_TOKENS).contains(&kv_pool_tokens);
+        ConfigError::check(f, pool_ok, "kv-pool-tokens", format!("in [{block}, {MAX_POOL_TOKENS}]"), kv_pool_tokens);
+        let advertise = kv_advertise.as_deref().unwrap_or("host:1");
+        let advertise_ok = advertise.rsplit_once(':').is_some_and(|(h, p)| !h.is_empty() && p.parse::<u16>().is_ok());
+        ConfigError::check(f, advertise_ok, "kv-advertise", "host:port", advertise);
+        let everywhere = kv_listen.is_some_and(|address| address.ip().is_unspecified()) && kv_advertise.is_none();
+        ConfigError::check(f, !everywhere, "kv-advertise", "given when --kv-listen is all addresses", "nothing");
+        ConfigError::check(f, (1..=4096).contains(&max_running), "max-running", "in [1, 4096]", max_running);
+        ConfigError::check(f, (1..=65536).contains(&max_waiting), "max-waiting", "in [1, 65536]", max_waiting);
+        let deadline_ok = default_deadline_seconds > 0.0 && default_deadline_seconds <= MAX_DEADLINE_SECONDS;
+        let limit = format!("in (0, {MAX_DEADLINE_SECONDS}]");
+        ConfigError::check(f, deadline_ok, "default-deadline-seconds", limit, default_deadline_seconds);
+        match (folder, device, weights, kv, listen, admin, kv_listen) {
+            (Some(model), Some(device), Some(weights), Some(kv_dtype), Some(listen), Some(admin), Some(kv_listen))
+                if f.is_empty() =>
+            {
+                Ok(Config {
+                    model,
+                    served_model_name,
+                    node_id,
+                    load: LoadOptions { device, weights, kv_dtype },
+                    kv_blocks: kv_pool_tokens / block,
+                    listen,
+                    admin,
+                    kv_listen,
+                    kv_advertise,
+                    max_running,
+                    max_waiting,
+                    default_deadline: Duration::from_secs_f64(default_deadline_seconds),
+                })
+            }
+            _ => Err(std::mem::take(f)),
+        }
+    }
+}
+
+/// Block ids are 32 bits; this is far below, and far above any memory.
+const MAX_POOL_TOKENS: usize = 1 << 30;
+/// Longest deadline of a request, in seconds.
+pub(crate) const MAX_DEADLINE_SECONDS: f64 = 86400.0;
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn every_fault_is_reported_at_once() {
+        let line = "x --model /no/such --device gpu --kv-listen nowhere --kv-advertise host --max-running 0";
+        let faults = Cli::parse_from(line.split(' ')).args.validate().unwrap_err();
+        let flags: Vec<_> = faults.iter().map(|f| f.flag).collect();
+        assert_eq!(flags, ["model", "device", "kv-listen", "kv-advertise", "max-running"]);
+        assert_eq!(faults[4].to_string(), "--max-running must be in [1, 4096], got 0");
+    }
+}

@@ -1,0 +1,307 @@
+//! The thread that owns the model: continuous batching. Requests join and leave between any two steps.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc as std_mpsc,
+    },
+    thread,
+    time::Duration,
+};
+
+use overfill_cluster::LoadState;
+use overfill_kv::{BlockPool, KvStore, block_hashes};
+use overfill_model::{KvCache, Model, SequenceSlice, Want, sample};
+use tokio::sync::{mpsc, oneshot};
+use tracing::{debug, error};
+
+use crate::{
+    scheduler::{self, Growth, Occupancy},
+    sequence::{CLIENT_EVENTS, Event, Job, Request, Reserved, Sequence, Swapped},
+};
+
+/// How long the engine sleeps when it has requests but can compute none: what it waits for (blocks that a handoff lets
+/// go, a client that reads, a client that goes away) sends it no message.
+const POLL: Duration = Duration::from_millis(5);
+
+/// What bounds the engine.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Most requests that hold blocks.
+    pub max_running: usize,
+    /// Most requests waiting.
+    pub max_waiting: usize,
+}
+
+/// A request that the engine does not take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// Too many wait already.
+    #[error("{0} requests are waiting, which is the most")]
+    QueueFull(usize),
+    /// The node is shutting down, or the engine has ended.
+    #[error("the node is shutting down")]
+    Draining,
+}
+
+enum Command {
+    Submit(Job),
+    Ready { arrival: u64, first_token: u32 },
+}
+
+/// The way into the engine. The engine ends when all handles are gone and its work is done.
+#[derive(Clone)]
+pub struct EngineHandle {
+    commands: std_mpsc::SyncSender<Command>,
+    load: Arc<LoadState>,
+    arrivals: Arc<AtomicU64>,
+    max_waiting: usize,
+}
+
+impl EngineHandle {
+    /// Queues a request; returns its place in the order of arrival and its events. Dropping the receiver cancels it.
+    pub fn submit(&self, request: Request) -> Result<(u64, mpsc::Receiver<Event>), Refused> {
+        if self.load.is_draining() {
+            return Err(Refused::Draining);
+        }
+        let waiting = self.load.try_wait(self.max_waiting).ok_or(Refused::QueueFull(self.max_waiting))?;
+        let (events, receiver) = mpsc::channel(CLIENT_EVENTS);
+        let hashes = request.producer.as_ref().map(|producer| block_hashes(&request.tokens, producer));
+        let arrival = self.arrivals.fetch_add(1, Ordering::Relaxed);
+        self.send(Command::Submit(Job { arrival, request, hashes: hashes.unwrap_or_default(), events, waiting }))?;
+        self.load.publish();
+        Ok((arrival, receiver))
+    }
+
+    /// The KV of a request is here and verified.
+    pub fn ready(&self, arrival: u64, first_token: u32) -> Result<(), Refused> {
+        self.send(Command::Ready { arrival, first_token })
+    }
+
+    fn send(&self, command: Command) -> Result<(), Refused> {
+        self.commands.try_send(command).map_err(|e| match e {
+            std_mpsc::TrySendError::Full(_) => Refused::QueueFull(self.max_waiting),
+            std_mpsc::TrySendError::Disconnected(_) => Refused::Draining,
+        })
+    }
+}
+
+/// Starts the engine's thread. The second value resolves when it has ended, for whatever reason.
+pub fn start(
+    model: Model,
+    cache: KvCache,
+    pool: BlockPool,
+    load: Arc<LoadState>,
+    limits: Limits,
+) -> io::Result<(EngineHandle, oneshot::Receiver<()>)> {
+    // Each waiting request has one message here at most, and each that holds blocks another.
+    let (sender, commands) = std_mpsc::sync_channel(limits.max_waiting + limits.max_running);
+    let handle = EngineHandle {
+        commands: sender,
+        load: load.clone(),
+        arrivals: Arc::default(),
+        max_waiting: limits.max_waiting,
+    };
+    let engine = Engine {
+        model,
+        cache,
+        pool,
+        load,
+        limits,
+        commands,
+        waiting: VecDeque::new(),
+        swapped: VecDeque::new(),
+        reserved: HashMap::new(),
+        running: Vec::new(),
+    };
+    let (ended, end) = oneshot::channel();
+    thread::Builder::new().name("decode-engine".into()).spawn(move || {
+        let _ended: oneshot::Sender<()> = ended;
+        engine.run();
+    })?;
+    Ok((handle, end))
+}
+
+struct Engine {
+    model: Model,
+    cache: KvCache,
+    pool: BlockPool,
+    load: Arc<LoadState>,
+    limits: Limits,
+    commands: std_mpsc::Receiver<Command>,
+    /// New requests, in order of arrival.
+    waiting: VecDeque<Job>,
+    /// Taken out of the batch, in order of arrival.
+    swapped: VecDeque<Swapped>,
+    /// Their KV is on its way.
+    reserved: HashMap<u64, Reserved>,
+    /// In the batch, in order of arrival.
+    running: Vec<Sequence>,
+}
+
+impl Engine {
+    fn run(mut self) {
+        let mut computed = true;
+        while self.receive(computed) {
+            self.waiting.retain(|job| !job.events.is_closed());
+            self.swapped.retain(|request| !request.is_cancelled());
+            self.reserved.retain(|_, request| !request.is_cancelled());
+            self.running.retain(|sequence| !sequence.is_cancelled());
+            self.resume();
+            self.reserve();
+            computed = self.step();
+            self.load.publish();
+        }
+        debug!("the engine has ended");
+    }
+
+    /// Takes what has come; waits only if nothing could be computed. False when nothing is left and nothing can come.
+    fn receive(&mut self, computed: bool) -> bool {
+        let idle =
+            self.running.is_empty() && self.waiting.is_empty() && self.swapped.is_empty() && self.reserved.is_empty();
+        if idle || !computed {
+            let received = match idle {
+                true => self.commands.recv().map_err(|_| std_mpsc::RecvTimeoutError::Disconnected),
+                false => self.commands.recv_timeout(POLL),
+            };
+            match received {
+                Ok(command) => self.take(command),
+                Err(std_mpsc::RecvTimeoutError::Disconnected) if idle => return false,
+                Err(_) => {}
+            }
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            self.take(command);
+        }
+        true
+    }
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Submit(job) => self.waiting.push_back(job),
+            Command::Ready { arrival, first_token } => {
+                // Gone if its client has.
+                let Some(reserved) = self.reserved.remove(&arrival) else { return };
+                let sequence = reserved.ready(first_token, &self.pool);
+                match sequence.finish() {
+                    Some(finish) => sequence.tell(Event::Finished(finish)),
+                    None => self.seat(sequence),
+                }
+            }
+        }
+    }
+
+    fn seat(&mut self, sequence: Sequence) {
+        let place = self.running.partition_point(|other| other.arrival < sequence.arrival);
+        self.running.insert(place, sequence);
+    }
+
+    fn seated(&self) -> usize {
+        self.running.len() + self.reserved.len()
+    }
+
+    /// Brings requests back that were taken out, the oldest first.
+    fn resume(&mut self) {
+        while let Some(first) = self.swapped.front() {
+            let seated = self.seated();
+            let node = Occupancy { available: self.pool.available(), seated, max_seated: self.limits.max_running };
+            if !node.admits(first.blocks) {
+                return;
+            }
+            let Ok(lease) = self.pool.allocate(first.blocks) else { return };
+            let Some(first) = self.swapped.pop_front() else { return };
+            match first.swap_in(lease, &self.cache, &self.load) {
+                Ok(sequence) => self.seat(sequence),
+                Err(e) => error!(error = %e, "copying KV back from host memory"),
+            }
+        }
+    }
+
+    /// Sets blocks aside for new requests, first come, first served, once nobody who was taken out waits.
+    fn reserve(&mut self) {
+        while self.swapped.is_empty() {
+            let Some(job) = self.waiting.pop_front() else { return };
+            match job.reserve(&self.pool, self.seated(), self.limits.max_running, &self.load) {
+                Ok(reserved) => drop(self.reserved.insert(reserved.arrival, reserved)),
+                Err(job) => return self.waiting.push_front(job),
+            }
+        }
+    }
+
+    /// Gives every sequence that steps its block, and takes the youngest out where there is none.
+    fn make_room(&mut self) {
+        loop {
+            let seats: Vec<_> = self.running.iter().map(Sequence::seat).collect();
+            // Nobody else allocates, so what is available stays so.
+            match scheduler::next_growth(&seats, self.pool.available() > 0) {
+                Some(Growth::Grow(i)) => match self.pool.allocate(1) {
+                    Ok(lease) => self.running[i].grow(lease),
+                    Err(_) => self.swap_out(self.running.len() - 1),
+                },
+                Some(Growth::Preempt(i)) => self.swap_out(i),
+                None => return,
+            }
+        }
+    }
+
+    fn swap_out(&mut self, i: usize) {
+        let sequence = self.running.remove(i);
+        debug!(request = %sequence.request.id, blocks = sequence.blocks.len(), "taken out of the batch");
+        match sequence.swap_out(&self.cache as &dyn KvStore, &self.load) {
+            Ok(request) => {
+                let place = self.swapped.partition_point(|other| other.arrival < request.arrival);
+                self.swapped.insert(place, request);
+            }
+            Err((sequence, e)) => {
+                error!(error = %e, "copying KV to host memory");
+                sequence.tell(Event::Failed(format!("copying KV to host memory: {e}")));
+            }
+        }
+    }
+
+    /// One token for every sequence whose client keeps up. False if there was none.
+    fn step(&mut self) -> bool {
+        self.make_room();
+        let stepping: Vec<usize> = (0..self.running.len()).filter(|i| self.running[*i].steps()).collect();
+        if stepping.is_empty() {
+            return false;
+        }
+        let slices: Vec<_> = stepping.iter().map(|i| slice(&self.running[*i])).collect();
+        let result = self.model.forward(&self.cache, &slices, &mut |_| {});
+        let logits = match result {
+            Ok(logits) => logits,
+            Err(e) => {
+                error!(error = %e, sequences = stepping.len(), "computing a step");
+                for i in stepping.into_iter().rev() {
+                    self.running.remove(i).tell(Event::Failed(format!("computing a token: {e}")));
+                }
+                return true;
+            }
+        };
+        let metrics = self.load.metrics();
+        for (row, i) in stepping.iter().enumerate() {
+            let sequence = &mut self.running[*i];
+            let (prompt, output) = sequence.prompt_and_output();
+            let position = sequence.tokens.len();
+            let token = sample(logits.row(row), &sequence.request.sampling, prompt, output, position);
+            metrics.inter_token_latency_seconds.observe(sequence.push(token).as_secs_f64());
+            metrics.generation_tokens.inc();
+        }
+        self.running.retain(|sequence| match sequence.finish() {
+            Some(finish) => {
+                sequence.tell(Event::Finished(finish));
+                false
+            }
+            None => true,
+        });
+        true
+    }
+}
+
+fn slice(sequence: &Sequence) -> SequenceSlice<'_> {
+    let start = sequence.tokens.len() - 1;
+    SequenceSlice { tokens: &sequence.tokens[start..], start, blocks: &sequence.blocks, want: Want::Last }
+}

@@ -1,0 +1,218 @@
+//! The node: bound, then run.
+
+use std::{future::pending, io, net::SocketAddr, sync::Arc};
+
+use overfill_cluster::{
+    Admin, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown,
+    grpc::{self, BindError},
+    serve_admin,
+};
+use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema};
+use overfill_model::{KvCache, Model, ModelError};
+use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1, v1::decode_server::DecodeServer};
+use overfill_transport::{KvReceiver, TransferConfig};
+use tokio::{
+    net::TcpListener,
+    sync::oneshot,
+    task::{JoinError, JoinHandle},
+};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::{
+    args::Config,
+    engine::{self, Limits},
+    request::RequestLimits,
+    service::DecodeService,
+};
+
+/// Why a node could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// An address is taken or not this machine's.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The model can't be served.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A fault of the program.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    /// A server failed.
+    #[error("serving: {0}")]
+    Serve(#[from] tonic::transport::Error),
+    /// The system refused a thread or a socket.
+    #[error("system: {0}")]
+    Io(#[from] io::Error),
+    /// gRPC reflection could not be set up: a fault of the program.
+    #[error("reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    /// Loading the model panicked.
+    #[error("loading the model: {0}")]
+    Loading(#[from] JoinError),
+    /// The KV plane's task panicked.
+    #[error("receiving KV: {0}")]
+    Receiving(#[source] JoinError),
+    /// The engine's thread ended while the node was serving.
+    #[error("the engine ended unexpectedly")]
+    EngineEnded,
+}
+
+/// A decode node whose listeners are bound and whose model is loaded.
+pub struct DecodeNode {
+    config: Config,
+    grpc: TcpListener,
+    admin: TcpListener,
+    grpc_address: SocketAddr,
+    admin_address: SocketAddr,
+    kv_address: SocketAddr,
+    receiver: KvReceiver,
+    receiving: JoinHandle<()>,
+    /// Ends the KV plane: later than the shutdown's beginning, so that open handoffs come to their end.
+    receiver_stop: DropGuard,
+    model: Model,
+    cache: KvCache,
+    pool: BlockPool,
+    load: Arc<LoadState>,
+}
+
+impl DecodeNode {
+    /// Binds the listeners, then loads the model.
+    pub async fn bind(config: Config) -> Result<Self, NodeError> {
+        let grpc = grpc::bind("listen", config.listen).await?;
+        let admin = grpc::bind("admin", config.admin).await?;
+        let kv = grpc::bind("kv-listen", config.kv_listen).await?;
+        let kv_address = kv.local_addr()?;
+        let Config { model: folder, load: options, kv_blocks, .. } = config.clone();
+        let load = move || -> Result<_, NodeError> {
+            let model = Model::load(&folder, &options)?;
+            let cache = model.new_cache(kv_blocks)?;
+            Ok((model, cache))
+        };
+        let (model, cache) = tokio::task::spawn_blocking(load).await??;
+        let pool = BlockPool::new(kv_blocks);
+        let metrics = NodeMetrics::new(config.served_model_name.as_deref().unwrap_or(model.name()))?;
+        let stop = CancellationToken::new();
+        let store = Arc::new(cache.clone());
+        let transfer = TransferConfig::default();
+        let (receiver, receiving) = KvReceiver::start(kv, model.kv_schema(), store, transfer, stop.clone());
+        let counted = receiver.clone();
+        let receiving_load = Box::new(move || (counted.open_handoffs(), counted.stranded_bytes()));
+        Ok(Self {
+            grpc_address: grpc.local_addr()?,
+            admin_address: admin.local_addr()?,
+            kv_address,
+            receiver,
+            receiving,
+            receiver_stop: stop.drop_guard(),
+            load: LoadState::new(pool.clone(), metrics, Some(receiving_load)),
+            config,
+            grpc,
+            admin,
+            model,
+            cache,
+            pool,
+        })
+    }
+
+    /// Where it serves.
+    pub fn ready_line(&self) -> ReadyLine {
+        ReadyLine {
+            role: "decode".into(),
+            grpc: self.grpc_address,
+            http: None,
+            kv: Some(self.kv_address),
+            admin: Some(self.admin_address),
+        }
+    }
+
+    /// What it is doing; stays valid while it runs.
+    pub fn load(&self) -> Arc<LoadState> {
+        self.load.clone()
+    }
+
+    /// Its blocks; stays valid while it runs.
+    pub fn pool(&self) -> BlockPool {
+        self.pool.clone()
+    }
+
+    fn info(&self, schema: &KvSchema, max_context_tokens: usize) -> v1::NodeInfo {
+        let node_id = self.config.node_id.clone().unwrap_or_else(|| format!("decode-{}", self.grpc_address));
+        v1::NodeInfo {
+            node_id,
+            incarnation: format!("{:016x}", rand::random::<u64>()),
+            role: v1::Role::Decode.into(),
+            model: self.config.served_model_name.clone().unwrap_or_else(|| self.model.name().to_owned()),
+            kv_schema: Some(schema.into()),
+            max_context_tokens: max_context_tokens as u32,
+            total_blocks: self.config.kv_blocks as u32,
+            max_running_requests: self.config.max_running as u32,
+            kv_endpoint: self.config.kv_advertise.clone().unwrap_or_else(|| self.kv_address.to_string()),
+            version: env!("CARGO_PKG_VERSION").into(),
+            weight_dtype: self.config.load.weights.to_string(),
+            eos_token_ids: self.model.eos_token_ids().to_vec(),
+        }
+    }
+
+    /// Serves until the shutdown begins and what runs then has ended.
+    pub async fn run(self, shutdown: Shutdown) -> Result<(), NodeError> {
+        let schema = self.model.kv_schema();
+        let max_context_tokens = self.model.max_context_tokens().min(self.config.kv_blocks * BLOCK_TOKENS);
+        let info = self.info(&schema, max_context_tokens);
+        let limits = Limits { max_running: self.config.max_running, max_waiting: self.config.max_waiting };
+        let load = self.load;
+        let (engine, mut engine_end) = engine::start(self.model, self.cache, self.pool, load.clone(), limits)?;
+        let service = DecodeService {
+            engine,
+            limits: RequestLimits { schema, max_context_tokens, default_deadline: self.config.default_deadline },
+            info,
+            receiver: self.receiver,
+            load: load.clone(),
+            shutdown: shutdown.clone(),
+        };
+        let service = DecodeServer::new(service)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+
+        let mut admin = Admin::new(load.metrics().registry.clone(), &shutdown);
+        let gauges = load.clone();
+        admin.refresh = Arc::new(move || gauges.refresh_metrics());
+        let (_admin_end, admin_ended) = oneshot::channel::<()>();
+        shutdown.spawn("admin", serve_admin(self.admin, admin, async { drop(admin_ended.await) }));
+
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<DecodeServer<DecodeService>>().await;
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1()?;
+        let stop = {
+            let shutdown = shutdown.clone();
+            async move {
+                shutdown.cancelled().await;
+                load.drain();
+                health.set_not_serving::<DecodeServer<DecodeService>>().await;
+            }
+        };
+        let server = grpc::server()
+            .add_service(service)
+            .add_service(health_service)
+            .add_service(reflection)
+            .serve_with_incoming_shutdown(grpc::incoming(self.grpc), stop);
+        tokio::select! {
+            served = server => served?,
+            () = ended(&mut engine_end) => return Err(NodeError::EngineEnded),
+        }
+        // The service is gone, and with it the last way into the engine.
+        ended(&mut engine_end).await;
+        drop(self.receiver_stop);
+        self.receiving.await.map_err(NodeError::Receiving)
+    }
+}
+
+/// Resolves when the engine's thread has ended.
+async fn ended(end: &mut oneshot::Receiver<()>) {
+    match end.await {
+        Err(_) => {}
+        Ok(()) => pending().await,
+    }
+}

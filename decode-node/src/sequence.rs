@@ -1,0 +1,297 @@
+//! One request: as it arrives, while its KV is on its way, while it decodes, while it has to wait again.
+
+use std::{sync::Arc, time::Duration};
+
+use overfill_cluster::{LoadState, load::Counted};
+use overfill_kv::{
+    BlockHash, BlockId, BlockLease, BlockPool, KvStore, OutputToken, RequestId, SamplingParams, StoreError, blocks_for,
+};
+use tokio::{sync::mpsc, time::Instant};
+
+use crate::scheduler::{self, Occupancy, Seat};
+
+/// Events that a client may leave in its channel before its sequence sits out.
+pub const CLIENT_EVENTS: usize = 64;
+/// Places in the channel that a step may need: a token, and the end.
+const STEP_EVENTS: usize = 2;
+
+/// A checked request.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Its name.
+    pub id: RequestId,
+    /// The prompt; at least one token.
+    pub tokens: Vec<u32>,
+    /// The last of `tokens` that are earlier output: penalties count them as such.
+    pub generated: usize,
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// Most tokens of output, the prefill node's first one included; at least 2.
+    pub max_tokens: usize,
+    /// Any of these ends the output, as its last token.
+    pub stop_token_ids: Vec<u32>,
+    /// Fingerprint of the model that computes the prompt's KV.
+    pub producer: Option<String>,
+    /// When it has failed.
+    pub deadline: Instant,
+}
+
+/// Why an output ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// A stop token.
+    Stop,
+    /// `max_tokens`.
+    Length,
+}
+
+/// What a client hears, in this order.
+#[derive(Debug)]
+pub enum Event {
+    /// The request has its blocks.
+    Reserved {
+        /// Those that are to be filled.
+        to_fill: Arc<BlockLease>,
+        /// Leading blocks of the prompt that are here already.
+        held_blocks: usize,
+    },
+    /// The second, third, ... token of the output.
+    Token(OutputToken),
+    /// The last event.
+    Finished(Finish),
+    /// The engine could not go on with it. The last event.
+    Failed(String),
+}
+
+/// A request in the engine's queue.
+pub struct Job {
+    /// Place in the order of arrival.
+    pub arrival: u64,
+    /// The request.
+    pub request: Request,
+    /// Names of the prompt's full blocks, if their producer is known.
+    pub hashes: Vec<BlockHash>,
+    /// To its client; closed when that one has gone.
+    pub events: mpsc::Sender<Event>,
+    pub(crate) waiting: Counted,
+}
+
+impl Job {
+    /// Sets blocks for the prompt aside; gives the job back if there is no room now.
+    pub fn reserve(
+        self,
+        pool: &BlockPool,
+        seated: usize,
+        max_seated: usize,
+        load: &Arc<LoadState>,
+    ) -> Result<Reserved, Self> {
+        let tokens = self.request.tokens.len();
+        let held = pool.lookup(&self.hashes[..scheduler::holdable_blocks(tokens).min(self.hashes.len())]);
+        let missing = blocks_for(tokens) - held.len();
+        let node = Occupancy { available: pool.available(), seated, max_seated };
+        let to_fill = match node.admits(missing).then(|| pool.allocate(missing)) {
+            Some(Ok(lease)) => Arc::new(lease),
+            _ => return Err(self),
+        };
+        let metrics = load.metrics();
+        metrics.prompt_tokens.inc_by(tokens as u64);
+        metrics.prefix_cache_queries.inc_by(tokens as u64);
+        metrics.prefix_cache_hits.inc_by((held.len() * overfill_kv::BLOCK_TOKENS) as u64);
+        let Self { arrival, request, hashes, events, waiting } = self;
+        drop(waiting);
+        let _ = events.try_send(Event::Reserved { to_fill: to_fill.clone(), held_blocks: held.len() });
+        Ok(Reserved { arrival, request, hashes, events, held, to_fill, seat: load.count_running() })
+    }
+}
+
+/// A request whose KV is on its way.
+pub struct Reserved {
+    /// Place in the order of arrival.
+    pub arrival: u64,
+    request: Request,
+    hashes: Vec<BlockHash>,
+    events: mpsc::Sender<Event>,
+    held: BlockLease,
+    to_fill: Arc<BlockLease>,
+    seat: Counted,
+}
+
+impl Reserved {
+    /// Has its client gone?
+    pub fn is_cancelled(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// The KV is here and verified: decoding begins. The prompt's full blocks become findable: they are the producer's,
+    /// and what this node's model writes goes behind them.
+    pub fn ready(self, first_token: u32, pool: &BlockPool) -> Sequence {
+        let Self { arrival, request, hashes, events, held, to_fill, seat } = self;
+        let blocks: Vec<BlockId> = held.blocks().iter().chain(to_fill.blocks()).copied().collect();
+        pool.publish(&blocks, &hashes);
+        let mut tokens = request.tokens.clone();
+        tokens.push(first_token);
+        Sequence {
+            arrival,
+            request,
+            tokens,
+            blocks,
+            events,
+            last_token_at: Instant::now(),
+            _prompt: Some((held, to_fill)),
+            grown: None,
+            _seat: seat,
+        }
+    }
+}
+
+/// A request that decodes.
+pub struct Sequence {
+    /// Place in the order of arrival.
+    pub arrival: u64,
+    /// As it came.
+    pub request: Request,
+    /// Prompt and output. The KV of all but the last is in `blocks`.
+    pub tokens: Vec<u32>,
+    /// From position 0 on.
+    pub blocks: Vec<BlockId>,
+    events: mpsc::Sender<Event>,
+    last_token_at: Instant,
+    /// The prompt's blocks, as reserved; none once they were swapped out.
+    _prompt: Option<(BlockLease, Arc<BlockLease>)>,
+    /// All others.
+    grown: Option<BlockLease>,
+    _seat: Counted,
+}
+
+impl Sequence {
+    /// Has its client gone?
+    pub fn is_cancelled(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// For the scheduler.
+    pub fn seat(&self) -> Seat {
+        Seat {
+            lacks_block: self.blocks.len() < blocks_for(self.tokens.len()),
+            sits_out: self.events.capacity() < STEP_EVENTS,
+        }
+    }
+
+    /// Can its next token be computed now?
+    pub fn steps(&self) -> bool {
+        let Seat { lacks_block, sits_out } = self.seat();
+        !lacks_block && !sits_out
+    }
+
+    /// Takes over more blocks.
+    pub fn grow(&mut self, lease: BlockLease) {
+        self.blocks.extend_from_slice(lease.blocks());
+        match &mut self.grown {
+            Some(grown) => grown.append(lease),
+            None => self.grown = Some(lease),
+        }
+    }
+
+    /// Prompt, and output so far, as penalties count them.
+    pub fn prompt_and_output(&self) -> (&[u32], &[u32]) {
+        self.tokens.split_at(self.request.tokens.len() - self.request.generated)
+    }
+
+    /// The end, if the output has come to it.
+    pub fn finish(&self) -> Option<Finish> {
+        let output = &self.tokens[self.request.tokens.len()..];
+        match output.last() {
+            Some(last) if self.request.stop_token_ids.contains(last) => Some(Finish::Stop),
+            _ => (output.len() >= self.request.max_tokens).then_some(Finish::Length),
+        }
+    }
+
+    /// The next token of the output; returns the time since the last one.
+    pub fn push(&mut self, token: OutputToken) -> Duration {
+        self.tokens.push(token.token);
+        self.tell(Event::Token(token));
+        let now = Instant::now();
+        now - std::mem::replace(&mut self.last_token_at, now)
+    }
+
+    /// Says a last word.
+    pub fn tell(&self, event: Event) {
+        // Room was looked for before the step; closed, nobody wants to hear it.
+        let _ = self.events.try_send(event);
+    }
+
+    /// Copies the KV to host memory and gives the blocks back.
+    pub fn swap_out(self, store: &dyn KvStore, load: &Arc<LoadState>) -> Result<Swapped, (Box<Self>, StoreError)> {
+        let size = store.block_bytes();
+        let mut layers = Vec::with_capacity(store.num_layers());
+        for layer in 0..store.num_layers() {
+            let mut bytes = vec![0; self.blocks.len() * size];
+            let mut copy = |i: usize, block: &[u8]| bytes[i * size..][..size].copy_from_slice(block);
+            if let Err(e) = store.read(layer, &self.blocks, &mut copy) {
+                return Err((Box::new(self), e));
+            }
+            layers.push(bytes);
+        }
+        load.metrics().preemptions.inc();
+        Ok(Swapped {
+            arrival: self.arrival,
+            blocks: self.blocks.len(),
+            layers,
+            request: self.request,
+            tokens: self.tokens,
+            events: self.events,
+            last_token_at: self.last_token_at,
+            _waiting: load.count_waiting(),
+        })
+    }
+}
+
+/// A request that was taken out of the batch.
+pub struct Swapped {
+    /// Place in the order of arrival.
+    pub arrival: u64,
+    /// Blocks that it had, and needs again.
+    pub blocks: usize,
+    /// For each layer, the bytes of its blocks.
+    layers: Vec<Vec<u8>>,
+    request: Request,
+    tokens: Vec<u32>,
+    events: mpsc::Sender<Event>,
+    last_token_at: Instant,
+    _waiting: Counted,
+}
+
+impl Swapped {
+    /// Has its client gone?
+    pub fn is_cancelled(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// Copies the KV back, into the blocks of `lease`.
+    pub fn swap_in(
+        self,
+        lease: BlockLease,
+        store: &dyn KvStore,
+        load: &Arc<LoadState>,
+    ) -> Result<Sequence, StoreError> {
+        let size = store.block_bytes();
+        for (layer, bytes) in self.layers.iter().enumerate() {
+            let mut copy = |i: usize, block: &mut [u8]| block.copy_from_slice(&bytes[i * size..][..size]);
+            if let Err(e) = store.write(layer, lease.blocks(), &mut copy) {
+                let _ = self.events.try_send(Event::Failed(format!("copying KV back: {e}")));
+                return Err(e);
+            }
+        }
+        Ok(Sequence {
+            arrival: self.arrival,
+            request: self.request,
+            tokens: self.tokens,
+            blocks: lease.blocks().to_vec(),
+            events: self.events,
+            last_token_at: self.last_token_at,
+            _prompt: None,
+            grown: Some(lease),
+            _seat: load.count_running(),
+        })
+    }
+}
