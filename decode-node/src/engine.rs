@@ -48,7 +48,7 @@ pub enum Refused {
 }
 
 enum Command {
-    Submit(Job),
+    Submit(Box<Job>),
     Ready { arrival: u64, first_token: u32 },
 }
 
@@ -71,7 +71,8 @@ impl EngineHandle {
         let (events, receiver) = mpsc::channel(CLIENT_EVENTS);
         let hashes = request.producer.as_ref().map(|producer| block_hashes(&request.tokens, producer));
         let arrival = self.arrivals.fetch_add(1, Ordering::Relaxed);
-        self.send(Command::Submit(Job { arrival, request, hashes: hashes.unwrap_or_default(), events, waiting }))?;
+        let job = Job { arrival, request, hashes: hashes.unwrap_or_default(), events, waiting };
+        self.send(Command::Submit(Box::new(job)))?;
         self.load.publish();
         Ok((arrival, receiver))
     }
@@ -133,7 +134,7 @@ struct Engine {
     limits: Limits,
     commands: std_mpsc::Receiver<Command>,
     /// New requests, in order of arrival.
-    waiting: VecDeque<Job>,
+    waiting: VecDeque<Box<Job>>,
     /// Taken out of the batch, in order of arrival.
     swapped: VecDeque<Swapped>,
     /// Their KV is on its way.

@@ -79,12 +79,12 @@ pub struct Job {
 impl Job {
     /// Sets blocks for the prompt aside; gives the job back if there is no room now.
     pub fn reserve(
-        self,
+        self: Box<Self>,
         pool: &BlockPool,
         seated: usize,
         max_seated: usize,
         load: &Arc<LoadState>,
-    ) -> Result<Reserved, Self> {
+    ) -> Result<Reserved, Box<Self>> {
         let tokens = self.request.tokens.len();
         let held = pool.lookup(&self.hashes[..scheduler::holdable_blocks(tokens).min(self.hashes.len())]);
         let missing = blocks_for(tokens) - held.len();
@@ -97,7 +97,7 @@ impl Job {
         metrics.prompt_tokens.inc_by(tokens as u64);
         metrics.prefix_cache_queries.inc_by(tokens as u64);
         metrics.prefix_cache_hits.inc_by((held.len() * overfill_kv::BLOCK_TOKENS) as u64);
-        let Self { arrival, request, hashes, events, waiting } = self;
+        let Self { arrival, request, hashes, events, waiting } = *self;
         drop(waiting);
         let _ = events.try_send(Event::Reserved { to_fill: to_fill.clone(), held_blocks: held.len() });
         Ok(Reserved { arrival, request, hashes, events, held, to_fill, seat: load.count_running() })
