@@ -62,5 +62,17 @@ pub fn write_tensors(path: &Path, tensors: &HashMap<String, Tensor>) -> Result<(
     // Tools of the Python side refuse a file that does not say so.
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     safetensors::serialize_to_file(tensors, Some(metadata), &part).with_context(|| format!("writing {}", path.display()))?;
-    fs::rename(&part, path).with_context(|| format!("writing {}", path.display()))
+    publish(&part, path)
+}
+
+/// Gives a finished file its name. The safetensors writer leaves it readable by its owner alone; a model folder is
+/// read by services of other users too.
+pub fn publish(part: &Path, path: &Path) -> Result<()> {
+    let context = || format!("writing {}", path.display());
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(part, fs::Permissions::from_mode(0o644)).with_context(context)?;
+    }
+    fs::rename(part, path).with_context(context)
 }

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{BufRead, BufReader, Write},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use anyhow::{Context, Result};
@@ -81,17 +81,15 @@ pub fn measure(full: &Path, out: &Path, work: &Path, seeds: &[u64], only_render:
 
 fn measure_seed(full: &Path, file: &Path, work: &Path, seed: u64) -> Result<()> {
     // Prompts are held out by a rule on their records, so another seed's data can't contain one.
-    let pairs = LONG * recipe::BATCH;
     let shared = work.join("shared");
     data::write(&shared, &data::DataConfig { seed: 0, conversations: 0, more_conversations: 0, pairs: 512, held_out: recipe::HELD_OUT })?;
-    data::write(work, &data::DataConfig { seed: 1000 + seed, conversations: 0, more_conversations: 0, pairs, held_out: 0 })?;
     let pruned = work.join("pruned");
     let mut pruning = recipe::pruning(full, &shared, &pruned);
     pruning.progress = false;
     prune(&pruning)?;
     let (held_out, _) = load(&shared.join("held-out.jsonl"), &load_text(full)?, usize::MAX)?;
 
-    let run = Run { full, pruned: &pruned, data: work.join("pairs.jsonl"), work, seed, held_out: &held_out };
+    let run = Run { full, pruned: &pruned, work, seed, held_out: &held_out };
     let mut plan = vec![(ArmKind::Full, 0)];
     for steps in BUDGETS {
         plan.extend([ArmKind::Overfill, ArmKind::PrunedOnly, ArmKind::Scratch].map(|arm| (arm, steps)));
@@ -113,7 +111,6 @@ fn measure_seed(full: &Path, file: &Path, work: &Path, seed: u64) -> Result<()> 
 struct Run<'a> {
     full: &'a Path,
     pruned: &'a Path,
-    data: PathBuf,
     work: &'a Path,
     seed: u64,
     held_out: &'a [Example],
@@ -123,7 +120,11 @@ impl Run<'_> {
     fn cell(&self, arm: ArmKind, steps: usize) -> Result<Cell> {
         let out = self.work.join("trained");
         let over = (arm == ArmKind::Overfill).then_some(self.full);
-        let settings = recipe::training(self.pruned, over, &self.data, &out, steps.max(1), self.seed);
+        // A larger budget's data begin with a smaller one's; none is seen twice. Another seed than the demo pair's.
+        let (seed, pairs) = (1000 + self.seed, steps * recipe::BATCH);
+        data::write(self.work, &data::DataConfig { seed, conversations: 0, more_conversations: 0, pairs, held_out: 0 })?;
+        let pairs = self.work.join("pairs.jsonl");
+        let settings = recipe::training(self.pruned, over, &pairs, &out, steps.max(1), self.seed);
         let settings = TrainConfig { random_init: arm == ArmKind::Scratch, progress: false, ..settings };
         let load = |folder: &Path| Arm::alone(folder, DType::F32, &Device::Cpu);
         let (model, seconds) = match arm {

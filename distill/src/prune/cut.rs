@@ -12,6 +12,8 @@ use indicatif::ProgressBar;
 use overfill_model::{ModelConfig, Weights};
 use safetensors::{Dtype, View};
 
+use crate::folder::publish;
+
 /// What is kept of a full model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kept {
@@ -140,5 +142,5 @@ pub fn write(weights: &Weights, full: &ModelConfig, kept: &Kept, out: &Path, bar
     if let Some(fault) = fault.into_inner().ok().flatten() {
         return Err(fault).with_context(context);
     }
-    std::fs::rename(&part, &path).with_context(context)
+    publish(&part, &path)
 }
