@@ -89,7 +89,7 @@ impl Decoder {
     }
 
     /// From whatever `get(name, shape)` gives. `compute` is the type of the activations.
-    pub(crate) fn build(
+    pub fn build(
         config: &ModelConfig,
         ops: Ops,
         compute: DType,
