@@ -14,8 +14,47 @@ pub trait KvStore: Send + Sync {
     fn block_bytes(&self) -> usize;
     /// Calls `f` with the bytes of each block in turn. The store may be locked meanwhile: `f` must not block.
     fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError>;
-    /// Calls `f` with each block's bytes to be overwritten. The store may be locked meanwhile: `f` must not block.
+    /// Calls `f` with each block's bytes, all to be overwritten. The store may be locked meanwhile: `f` must not block.
     fn write(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), StoreError>;
+
+    /// As [`Self::read`], but calls `f` once with all blocks, where they lie. False, without a call, if they do not lie
+    /// in memory of this process.
+    fn view(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&[&[u8]])) -> Result<bool, StoreError> {
+        let _ = (layer, blocks, f);
+        Ok(false)
+    }
+
+    /// As [`Self::view`], to write: what `f` leaves alone stays as it is. `blocks` are distinct; if they are not, `f`
+    /// is not called and the answer is false.
+    fn edit(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&mut [&mut [u8]])) -> Result<bool, StoreError> {
+        let _ = (layer, blocks, f);
+        Ok(false)
+    }
+}
+
+/// The places of `blocks` in `memory`, a layer of blocks of `block_bytes`; `None` if one is outside.
+pub fn blocks_in<'a>(memory: &'a [u8], block_bytes: usize, blocks: &[BlockId]) -> Option<Vec<&'a [u8]>> {
+    blocks.iter().map(|b| memory.get(b.0 as usize * block_bytes..)?.get(..block_bytes)).collect()
+}
+
+/// As [`blocks_in`], to write; `None` also if a block is there twice. O(n log n) in the number of blocks.
+pub fn blocks_in_mut<'a>(
+    mut memory: &'a mut [u8],
+    block_bytes: usize,
+    blocks: &[BlockId],
+) -> Option<Vec<&'a mut [u8]>> {
+    let mut order: Vec<usize> = (0..blocks.len()).collect();
+    order.sort_unstable_by_key(|i| blocks[*i]);
+    let mut places: Vec<Option<&'a mut [u8]>> = blocks.iter().map(|_| None).collect();
+    let mut passed = 0;
+    for i in order {
+        let skip = (blocks[i].0 as usize * block_bytes).checked_sub(passed)?;
+        let (place, rest) = memory.split_at_mut_checked(skip)?.1.split_at_mut_checked(block_bytes)?;
+        places[i] = Some(place);
+        memory = rest;
+        passed += skip + block_bytes;
+    }
+    places.into_iter().collect()
 }
 
 /// A store that could not be read or written.
@@ -36,4 +75,26 @@ pub enum StoreError {
     /// The device's.
     #[error("kv memory: {0}")]
     Device(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_found_in_the_order_asked_for() {
+        let mut memory: Vec<u8> = (0..12).collect();
+        let ids = [3, 0, 2].map(BlockId);
+        assert_eq!(blocks_in(&memory, 3, &ids).unwrap(), [&[9, 10, 11], &[0, 1, 2], &[6, 7, 8]]);
+        let places = blocks_in_mut(&mut memory, 3, &ids).unwrap();
+        assert_eq!(places, [&[9, 10, 11], &[0, 1, 2], &[6, 7, 8]]);
+    }
+
+    #[test]
+    fn blocks_outside_or_twice_are_none() {
+        let mut memory = vec![0; 12];
+        assert!(blocks_in(&memory, 3, &[BlockId(4)]).is_none());
+        assert!(blocks_in_mut(&mut memory, 3, &[BlockId(4)]).is_none());
+        assert!(blocks_in_mut(&mut memory, 3, &[BlockId(1), BlockId(1)]).is_none());
+    }
 }

@@ -8,7 +8,7 @@ use overfill_kv::handoff::{Hello, ReceiverAction, ReceiverEvent, RefuseReason};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::frame::{self, Answer, COMMIT_BYTES, CRC_BYTES, HEADER_BYTES, HELLO_BYTES, Header};
+use crate::frame::{self, Answer, COMMIT_BYTES, HEADER_BYTES, HELLO_BYTES, Header, SUM_BYTES};
 use crate::payload::{Incoming, MoveError, read_full, write_full};
 use crate::receiver::{Entry, Shared};
 
@@ -118,12 +118,12 @@ async fn frames(shared: &Shared, entry: &Entry, stream: &TcpStream) -> bool {
                         Vec::new()
                     }
                 }
-                Some(Header::Ping) => match read_sealed::<{ HEADER_BYTES + CRC_BYTES }>(stream, &header).await? {
+                Some(Header::Ping) => match read_sealed::<{ HEADER_BYTES + SUM_BYTES }>(stream, &header).await? {
                     Some(_) => entry.on_event(ReceiverEvent::Ping),
                     None => entry.on_event(ReceiverEvent::Garbage),
                 },
                 Some(Header::Commit { first_token }) => {
-                    const N: usize = HEADER_BYTES + COMMIT_BYTES + CRC_BYTES;
+                    const N: usize = HEADER_BYTES + COMMIT_BYTES + SUM_BYTES;
                     let payload = read_sealed::<N>(stream, &header)
                         .await?
                         .and_then(|bytes| bytes[HEADER_BYTES..HEADER_BYTES + COMMIT_BYTES].try_into().ok());

@@ -43,7 +43,7 @@ impl Default for TransferConfig {
     fn default() -> Self {
         Self {
             idle_timeout: Duration::from_secs(10),
-            max_frame_bytes: 512 * 1024,
+            max_frame_bytes: 1024 * 1024,
             hello_timeout: Duration::from_secs(5),
             max_connections: 256,
         }

@@ -1,5 +1,6 @@
 //! KV in plain memory.
 
+use overfill_kv::store::{blocks_in, blocks_in_mut};
 use overfill_kv::{BlockId, KvStore, StoreError};
 use parking_lot::RwLock;
 
@@ -27,27 +28,6 @@ impl MemoryStore {
         for (slot, layer) in self.layers.iter().zip(layers) {
             *slot.write() = layer;
         }
-    }
-
-    /// As [`KvStore::read`], of blocks that the caller knows to exist.
-    pub fn view(&self, layer: usize, blocks: &[BlockId], mut f: impl FnMut(usize, &[u8])) {
-        let memory = self.layers[layer].read();
-        for (i, block) in blocks.iter().enumerate() {
-            f(i, &memory[self.place(*block)]);
-        }
-    }
-
-    /// As [`KvStore::write`], of blocks that the caller knows to exist.
-    pub fn edit(&self, layer: usize, blocks: &[BlockId], mut f: impl FnMut(usize, &mut [u8])) {
-        let mut memory = self.layers[layer].write();
-        for (i, block) in blocks.iter().enumerate() {
-            f(i, &mut memory[self.place(*block)]);
-        }
-    }
-
-    fn place(&self, block: BlockId) -> std::ops::Range<usize> {
-        let at = block.0 as usize * self.block_bytes;
-        at..at + self.block_bytes
     }
 
     fn check(&self, layer: usize, blocks: &[BlockId]) -> Result<(), StoreError> {
@@ -78,14 +58,28 @@ impl KvStore for MemoryStore {
     }
 
     fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError> {
-        self.check(layer, blocks)?;
-        self.view(layer, blocks, f);
+        self.view(layer, blocks, &mut |all| all.iter().enumerate().for_each(|(i, bytes)| f(i, bytes)))?;
         Ok(())
     }
 
     fn write(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), StoreError> {
-        self.check(layer, blocks)?;
-        self.edit(layer, blocks, f);
+        self.edit(layer, blocks, &mut |all| all.iter_mut().enumerate().for_each(|(i, bytes)| f(i, bytes)))?;
         Ok(())
+    }
+
+    fn view(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&[&[u8]])) -> Result<bool, StoreError> {
+        self.check(layer, blocks)?;
+        let places = self.layers[layer].read();
+        let places = blocks_in(&places, self.block_bytes, blocks);
+        places.as_deref().map(f);
+        Ok(places.is_some())
+    }
+
+    fn edit(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&mut [&mut [u8]])) -> Result<bool, StoreError> {
+        self.check(layer, blocks)?;
+        let mut memory = self.layers[layer].write();
+        let mut places = blocks_in_mut(&mut memory, self.block_bytes, blocks);
+        places.as_deref_mut().map(f);
+        Ok(places.is_some())
     }
 }

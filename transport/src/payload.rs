@@ -1,21 +1,20 @@
-//! Bytes between a socket and KV memory, in order, checksummed, and without a copy of our own where blocks are large.
+//! Bytes between a socket and KV memory, in order, checksummed, and without a copy of our own where that memory can be
+//! addressed.
 //!
 //! KV memory may be locked while it is read or written, so nothing waits in there: the closures move what the socket
 //! takes or has at that moment, and the waiting is done outside.
 
-use std::io::{self, ErrorKind, IoSlice};
+use std::hash::Hasher;
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 
 use overfill_kv::{BlockId, KvStore, StoreError};
 use tokio::net::TcpStream;
+use twox_hash::XxHash3_64;
 
-use crate::frame::CRC_BYTES;
+use crate::frame::SUM_BYTES;
 
-/// Blocks at least this long move directly between socket and KV memory; for shorter ones a call to the system each
-/// costs more than a copy.
-const DIRECT_BYTES: usize = 16 * 1024;
-
-/// Most bytes per call to the system, so that the checksum finds them in cache.
-const CHUNK_BYTES: usize = 256 * 1024;
+/// Most bytes per call to the system: few calls, and yet what was summed is still in cache when it is sent.
+pub(crate) const CHUNK_BYTES: usize = 512 * 1024;
 
 /// Why a payload did not move.
 #[derive(Debug, thiserror::Error)]
@@ -43,23 +42,6 @@ pub(crate) async fn read_full(stream: &TcpStream, buf: &mut [u8]) -> io::Result<
 /// Writes all of `buf` to the socket.
 pub(crate) async fn write_full(stream: &TcpStream, buf: &[u8]) -> io::Result<()> {
     Outgoing::new(stream).with(buf).flush().await
-}
-
-/// How far a payload has moved; carried over every wait.
-#[derive(Default)]
-struct Progress {
-    /// Whole blocks behind us.
-    blocks: usize,
-    /// Bytes of the next block that have moved.
-    at: usize,
-    /// Bytes of the next block that are in the checksum.
-    hashed: usize,
-}
-
-impl Progress {
-    fn next_block(&mut self) {
-        *self = Self { blocks: self.blocks + 1, at: 0, hashed: 0 };
-    }
 }
 
 /// The writing half. Small parts are kept back and leave together with the next large one.
@@ -104,13 +86,14 @@ impl<'a> Outgoing<'a> {
     }
 
     /// One call to the system: what was kept back, then `chunk`. Returns the bytes of `chunk` that left.
-    fn try_send(&mut self, chunk: &[u8]) -> io::Result<usize> {
-        if self.small.is_empty() {
-            return self.stream.try_write(chunk);
-        }
-        let parts = [IoSlice::new(&self.small[self.sent..]), IoSlice::new(chunk)];
-        let n = self.stream.try_write_vectored(&parts)?;
+    fn try_send(&mut self, chunk: &[&[u8]]) -> io::Result<usize> {
         let kept_back = self.small.len() - self.sent;
+        let mut parts = Vec::with_capacity(chunk.len() + 1);
+        if kept_back > 0 {
+            parts.push(IoSlice::new(&self.small[self.sent..]));
+        }
+        parts.extend(chunk.iter().map(|part| IoSlice::new(part)));
+        let n = self.stream.try_write_vectored(&parts)?;
         if n < kept_back {
             self.sent += n;
             return Ok(0);
@@ -129,75 +112,71 @@ impl<'a> Outgoing<'a> {
         layer: usize,
         ids: &[BlockId],
     ) -> Result<(), MoveError> {
-        let mut crc = crc32fast::Hasher::new();
-        crc.update(header);
+        let mut sum = XxHash3_64::new();
+        sum.write(header);
         self.push(header);
-        if store.block_bytes() < DIRECT_BYTES {
-            self.frame_staged(store, layer, ids, &mut crc).await?;
-        } else {
-            self.frame_direct(store, layer, ids, &mut crc).await?;
-        }
-        self.push(&crc.finalize().to_le_bytes());
-        Ok(())
-    }
-
-    async fn frame_staged(
-        &mut self,
-        store: &dyn KvStore,
-        layer: usize,
-        ids: &[BlockId],
-        crc: &mut crc32fast::Hasher,
-    ) -> Result<(), MoveError> {
-        let mut staging = std::mem::take(&mut self.staging);
-        staging.clear();
-        store.read(layer, ids, &mut |_, bytes| staging.extend_from_slice(bytes))?;
-        crc.update(&staging);
-        let mut at = 0;
-        while at < staging.len() {
-            match self.try_send(&staging[at..]) {
-                Ok(n) => at += n,
-                Err(e) if e.kind() == ErrorKind::WouldBlock => self.stream.writable().await?,
-                Err(e) => return Err(e.into()),
-            }
-        }
-        self.staging = staging;
-        Ok(())
-    }
-
-    async fn frame_direct(
-        &mut self,
-        store: &dyn KvStore,
-        layer: usize,
-        ids: &[BlockId],
-        crc: &mut crc32fast::Hasher,
-    ) -> Result<(), MoveError> {
+        let length = ids.len() * store.block_bytes();
         let mut p = Progress::default();
-        while p.blocks < ids.len() {
-            let mut stopped: Option<io::Error> = None;
-            store.read(layer, &ids[p.blocks..], &mut |_, bytes| {
-                while stopped.is_none() && p.at < bytes.len() {
-                    let end = bytes.len().min(p.at + CHUNK_BYTES);
-                    if p.hashed < end {
-                        crc.update(&bytes[p.hashed..end]);
-                        p.hashed = end;
-                    }
-                    match self.try_send(&bytes[p.at..end]) {
-                        Ok(n) => p.at += n,
-                        Err(e) => stopped = Some(e),
-                    }
-                }
-                if stopped.is_none() {
-                    p.next_block();
-                }
-            })?;
-            match stopped {
-                Some(e) if e.kind() != ErrorKind::WouldBlock => return Err(e.into()),
-                Some(_) => self.stream.writable().await?,
-                None => {}
+        if store.view(layer, ids, &mut |_| ())? {
+            while p.at < length {
+                let mut blocked = Ok(());
+                store.view(layer, ids, &mut |blocks| blocked = self.send_now(blocks, &mut p, &mut sum))?;
+                self.wait_writable(blocked).await?;
             }
+        } else {
+            let mut staging = std::mem::take(&mut self.staging);
+            staging.clear();
+            store.read(layer, ids, &mut |_, bytes| staging.extend_from_slice(bytes))?;
+            while p.at < length {
+                let blocked = self.send_now(&[&staging], &mut p, &mut sum);
+                self.wait_writable(blocked).await?;
+            }
+            self.staging = staging;
+        }
+        self.push(&sum.finish().to_le_bytes());
+        Ok(())
+    }
+
+    /// Sends from where `p` stands until everything has left or the socket takes no more.
+    fn send_now(&mut self, blocks: &[&[u8]], p: &mut Progress, sum: &mut XxHash3_64) -> io::Result<()> {
+        let length: usize = blocks.iter().map(|b| b.len()).sum();
+        while p.at < length {
+            let end = length.min(p.at + CHUNK_BYTES);
+            for part in window(blocks, p.hashed, end.max(p.hashed)) {
+                sum.write(part);
+            }
+            p.hashed = p.hashed.max(end);
+            let chunk: Vec<&[u8]> = window(blocks, p.at, end).collect();
+            p.at += self.try_send(&chunk)?;
         }
         Ok(())
     }
+
+    async fn wait_writable(&self, result: io::Result<()>) -> io::Result<()> {
+        match result {
+            Err(e) if e.kind() == ErrorKind::WouldBlock => self.stream.writable().await,
+            other => other,
+        }
+    }
+}
+
+/// How far a payload has moved, in bytes; carried over every wait.
+#[derive(Default)]
+struct Progress {
+    at: usize,
+    /// Bytes that are in the checksum.
+    hashed: usize,
+}
+
+/// The parts of `blocks`, which are equally long, that make up bytes `from..to` of all of them together.
+fn window<'b>(blocks: &[&'b [u8]], from: usize, to: usize) -> impl Iterator<Item = &'b [u8]> {
+    let size = blocks.first().map_or(1, |b| b.len().max(1));
+    let first = (from / size).min(blocks.len());
+    let last = to.div_ceil(size).clamp(first, blocks.len());
+    blocks[first..last].iter().enumerate().map(move |(i, block)| {
+        let start = (first + i) * size;
+        &block[from.saturating_sub(start)..(to - start).min(size)]
+    })
 }
 
 /// The reading half of one frame's payload and checksum.
@@ -219,63 +198,79 @@ impl<'a> Incoming<'a> {
         layer: usize,
         ids: &[BlockId],
     ) -> Result<bool, MoveError> {
-        let mut crc = crc32fast::Hasher::new();
-        crc.update(header);
-        let staged = store.block_bytes() < DIRECT_BYTES;
-        if staged {
-            self.staging.resize(ids.len() * store.block_bytes(), 0);
-            read_full(self.stream, &mut self.staging).await?;
-            crc.update(&self.staging);
-        } else {
-            self.frame_direct(store, layer, ids, &mut crc).await?;
-        }
-        let mut sent = [0; CRC_BYTES];
-        read_full(self.stream, &mut sent).await?;
-        let right = crc.finalize().to_le_bytes() == sent;
-        if staged && right {
-            let blocks = self.staging.chunks_exact(store.block_bytes());
-            let mut blocks = blocks.into_iter();
-            store.write(layer, ids, &mut |_, bytes| {
-                if let Some(block) = blocks.next() {
-                    bytes.copy_from_slice(block);
+        let mut sum = XxHash3_64::new();
+        sum.write(header);
+        let length = ids.len() * store.block_bytes();
+        let mut at = 0;
+        let direct = store.edit(layer, ids, &mut |_| ())?;
+        if direct {
+            while at < length {
+                let mut blocked = Ok(());
+                store.edit(layer, ids, &mut |blocks| {
+                    blocked = receive_now(self.stream, blocks, &mut at, &mut sum);
+                })?;
+                match blocked {
+                    Err(e) if e.kind() == ErrorKind::WouldBlock => self.stream.readable().await?,
+                    other => other?,
                 }
-            })?;
+            }
+        } else {
+            self.staging.resize(length, 0);
+            read_full(self.stream, &mut self.staging).await?;
+            sum.write(&self.staging);
+        }
+        let mut sent = [0; SUM_BYTES];
+        read_full(self.stream, &mut sent).await?;
+        let right = sum.finish().to_le_bytes() == sent;
+        if right && !direct {
+            let size = store.block_bytes();
+            store.write(layer, ids, &mut |i, bytes| bytes.copy_from_slice(&self.staging[i * size..][..size]))?;
         }
         Ok(right)
     }
+}
 
-    async fn frame_direct(
-        &mut self,
-        store: &dyn KvStore,
-        layer: usize,
-        ids: &[BlockId],
-        crc: &mut crc32fast::Hasher,
-    ) -> Result<(), MoveError> {
-        let mut p = Progress::default();
-        while p.blocks < ids.len() {
-            let mut stopped: Option<io::Error> = None;
-            store.write(layer, &ids[p.blocks..], &mut |_, bytes| {
-                while stopped.is_none() && p.at < bytes.len() {
-                    let end = bytes.len().min(p.at + CHUNK_BYTES);
-                    match self.stream.try_read(&mut bytes[p.at..end]) {
-                        Ok(0) => stopped = Some(ErrorKind::UnexpectedEof.into()),
-                        Ok(n) => {
-                            crc.update(&bytes[p.at..p.at + n]);
-                            p.at += n;
-                        }
-                        Err(e) => stopped = Some(e),
-                    }
-                }
-                if stopped.is_none() {
-                    p.next_block();
-                }
-            })?;
-            match stopped {
-                Some(e) if e.kind() != ErrorKind::WouldBlock => return Err(e.into()),
-                Some(_) => self.stream.readable().await?,
-                None => {}
+/// Reads into `blocks`, from byte `at` of all of them together, until they are full or the socket has no more.
+fn receive_now(stream: &TcpStream, blocks: &mut [&mut [u8]], at: &mut usize, sum: &mut XxHash3_64) -> io::Result<()> {
+    let size = blocks.first().map_or(1, |b| b.len().max(1));
+    let length = size * blocks.len();
+    while *at < length {
+        let end = length.min(*at + CHUNK_BYTES);
+        let (first, skip) = (*at / size, *at % size);
+        let mut parts: Vec<IoSliceMut<'_>> = Vec::with_capacity(end.div_ceil(size) - first);
+        for (i, block) in blocks[first..end.div_ceil(size)].iter_mut().enumerate() {
+            let from = if i == 0 { skip } else { 0 };
+            let to = (end - (first + i) * size).min(size);
+            parts.push(IoSliceMut::new(&mut block[from..to]));
+        }
+        let n = stream.try_read_vectored(&mut parts)?;
+        if n == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        let mut left = n;
+        for part in &parts {
+            let take = left.min(part.len());
+            sum.write(&part[..take]);
+            left -= take;
+        }
+        *at += n;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_cuts_across_blocks() {
+        let blocks: [&[u8]; 3] = [b"abcd", b"efgh", b"ijkl"];
+        let cut = |from, to| window(&blocks, from, to).map(|p| p.to_vec()).collect::<Vec<_>>().concat();
+        let all = b"abcdefghijkl";
+        for from in 0..=all.len() {
+            for to in from..=all.len() {
+                assert_eq!(cut(from, to), all[from..to], "{from}..{to}");
             }
         }
-        Ok(())
     }
 }

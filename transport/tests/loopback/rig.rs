@@ -1,0 +1,291 @@
+//! A decode node's and a prefill node's KV plane in one process.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use overfill_kv::handoff::{Failure, Hello};
+use overfill_kv::{
+    BlockId, BlockLease, BlockPool, KvDtype, KvSchema, KvStore, RequestId, RopeSpec, StoreError, Ticket,
+};
+use overfill_transport::{
+    HandoffError, IncomingHandoff, KvReceiver, KvSender, MemoryStore, Reservation, SendPlan, TransferConfig,
+    TransferStats,
+};
+use parking_lot::{Condvar, Mutex};
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// Five blocks, the last one partly filled.
+pub const PROMPT_TOKENS: u32 = 70;
+const BLOCKS: usize = 5;
+const SOURCE_LAYERS: usize = 3;
+
+pub struct Rig {
+    pub schema: KvSchema,
+    pub config: TransferConfig,
+    pub source: Arc<dyn KvStore>,
+    pub source_pool: BlockPool,
+    pub target: Arc<dyn KvStore>,
+    pub target_pool: BlockPool,
+    pub receiver: KvReceiver,
+    pub endpoint: String,
+    pub shutdown: CancellationToken,
+    pub serving: JoinHandle<()>,
+    requests: usize,
+}
+
+fn schema() -> KvSchema {
+    KvSchema {
+        // Of the three layers of the source.
+        layers: vec![0, 2],
+        kv_heads: 2,
+        head_dim: 64,
+        rope: RopeSpec { theta: 1e4, scaling: "none".into() },
+        dtype: KvDtype::F32,
+        block_tokens: 16,
+        vocab_size: 320,
+        tokenizer_sha256: "aa".into(),
+        full_model: None,
+    }
+}
+
+async fn serve(
+    schema: &KvSchema,
+    target: &Arc<dyn KvStore>,
+    config: &TransferConfig,
+) -> (KvReceiver, JoinHandle<()>, String, CancellationToken) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = listener.local_addr().unwrap().to_string();
+    let shutdown = CancellationToken::new();
+    let (receiver, serving) =
+        KvReceiver::start(listener, schema.clone(), target.clone(), config.clone(), shutdown.clone());
+    (receiver, serving, endpoint, shutdown)
+}
+
+impl Rig {
+    pub async fn new(config: TransferConfig) -> Self {
+        Self::with_room(config, 2).await
+    }
+
+    /// Room for so many requests.
+    pub async fn with_room(config: TransferConfig, requests: usize) -> Self {
+        let schema = schema();
+        let room = requests * BLOCKS;
+        let source: Arc<dyn KvStore> = Arc::new(MemoryStore::new(SOURCE_LAYERS, room, schema.block_bytes()));
+        let target: Arc<dyn KvStore> = Arc::new(MemoryStore::new(schema.layers.len(), room, schema.block_bytes()));
+        for layer in 0..SOURCE_LAYERS {
+            for block in 0..room {
+                source.write(layer, &[BlockId(block as u32)], &mut |_, bytes| fill(bytes, layer, block)).unwrap();
+            }
+        }
+        let (receiver, serving, endpoint, shutdown) = serve(&schema, &target, &config).await;
+        let (source_pool, target_pool) = (BlockPool::new(room), BlockPool::new(room));
+        Self {
+            schema,
+            config,
+            source,
+            source_pool,
+            target,
+            target_pool,
+            receiver,
+            endpoint,
+            shutdown,
+            serving,
+            requests,
+        }
+    }
+
+    /// The same with another kind of memory around the target's.
+    pub async fn with_target(mut self, wrap: impl FnOnce(Arc<dyn KvStore>) -> Arc<dyn KvStore>) -> Self {
+        self.target = wrap(self.target);
+        (self.receiver, self.serving, self.endpoint, self.shutdown) =
+            serve(&self.schema, &self.target, &self.config).await;
+        self
+    }
+
+    pub fn block_bytes(&self) -> u64 {
+        self.schema.block_bytes() as u64
+    }
+
+    pub fn reserve(&self, ticket: [u8; 16], first_block: u32) -> IncomingHandoff {
+        let lease = self.target_pool.allocate(BLOCKS - first_block as usize).unwrap();
+        self.reserve_with(ticket, first_block, lease, Duration::from_secs(20))
+    }
+
+    pub fn reserve_any(&self, ticket: [u8; 16]) -> (IncomingHandoff, Vec<BlockId>) {
+        let lease = self.target_pool.allocate(BLOCKS).unwrap();
+        let blocks = lease.blocks().to_vec();
+        (self.reserve_with(ticket, 0, lease, Duration::from_secs(20)), blocks)
+    }
+
+    pub fn reserve_with(
+        &self,
+        ticket: [u8; 16],
+        first_block: u32,
+        lease: BlockLease,
+        within: Duration,
+    ) -> IncomingHandoff {
+        self.receiver.reserve(Reservation {
+            ticket: Ticket(ticket),
+            request_id: RequestId("r".into()),
+            lease: Arc::new(lease),
+            first_block,
+            prompt_tokens: PROMPT_TOKENS,
+            deadline: Instant::now() + within,
+        })
+    }
+
+    pub fn plan(&self, ticket: [u8; 16], first_block: u32) -> SendPlan {
+        let lease = self.source_pool.allocate(BLOCKS).unwrap();
+        SendPlan {
+            endpoint: self.endpoint.clone(),
+            ticket: Ticket(ticket),
+            request_id: RequestId("r".into()),
+            schema: self.schema.clone(),
+            blocks: (0..BLOCKS as u32).map(BlockId).collect(),
+            lease: Arc::new(lease),
+            first_block,
+            prompt_tokens: PROMPT_TOKENS,
+            max_pieces: 2 * SOURCE_LAYERS,
+            deadline: Instant::now() + Duration::from_secs(20),
+        }
+    }
+
+    pub fn send(
+        &self,
+        ticket: [u8; 16],
+        first_block: u32,
+    ) -> (KvSender, JoinHandle<Result<TransferStats, HandoffError>>) {
+        KvSender::start(self.plan(ticket, first_block), self.source.clone(), self.config.clone())
+    }
+
+    pub fn announce_all(&self, sender: &KvSender) {
+        for layer in 0..SOURCE_LAYERS {
+            sender.layer_ready(layer, 0..BLOCKS as u32);
+        }
+    }
+
+    pub fn hello(&self, ticket: [u8; 16]) -> Hello {
+        Hello {
+            ticket: Ticket(ticket),
+            schema_digest: self.schema.digest(),
+            first_block: 0,
+            prompt_tokens: PROMPT_TOKENS,
+        }
+    }
+
+    /// The first request's blocks have the source's content from `first_block` on.
+    pub fn check_arrived(&self, first_block: u32) {
+        let ids: Vec<BlockId> = (0..(BLOCKS as u32 - first_block)).map(BlockId).collect();
+        self.check_blocks(&ids, first_block);
+    }
+
+    pub fn check_blocks(&self, ids: &[BlockId], first_block: u32) {
+        for (wire, layer) in self.schema.layers.iter().enumerate() {
+            let check = &mut |i: usize, bytes: &[u8]| {
+                let mut expected = vec![0; bytes.len()];
+                fill(&mut expected, *layer as usize, first_block as usize + i);
+                assert!(bytes == expected, "layer {layer}, block {i} differs");
+            };
+            self.target.read(wire, ids, check).unwrap();
+        }
+    }
+
+    pub fn is_idle(&self) -> bool {
+        assert!(self.requests > 0);
+        self.source_pool.in_use() == 0 && self.target_pool.in_use() == 0 && self.receiver.open_handoffs() == 0
+    }
+}
+
+fn fill(bytes: &mut [u8], layer: usize, block: usize) {
+    bytes.iter_mut().enumerate().for_each(|(i, b)| *b = (layer * 101 + block * 7 + i + i / 251) as u8);
+}
+
+pub fn failed<T>(failure: Failure) -> Result<T, HandoffError> {
+    Err(HandoffError::Failed(failure))
+}
+
+/// Waits for a state; the limit is only there to end a test that would hang.
+pub async fn until(what: &str, state: impl Fn() -> bool) {
+    let wait = async {
+        while !state() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), wait).await.unwrap_or_else(|_| panic!("waited in vain until {what}"));
+}
+
+/// Memory that is not this process's: no `view`, no `edit`.
+pub struct Staged(pub Arc<dyn KvStore>);
+
+impl KvStore for Staged {
+    fn num_layers(&self) -> usize {
+        self.0.num_layers()
+    }
+    fn num_blocks(&self) -> usize {
+        self.0.num_blocks()
+    }
+    fn block_bytes(&self) -> usize {
+        self.0.block_bytes()
+    }
+    fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError> {
+        self.0.read(layer, blocks, f)
+    }
+    fn write(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), StoreError> {
+        self.0.write(layer, blocks, f)
+    }
+}
+
+/// Holds a writer in the middle of a write.
+#[derive(Clone, Default)]
+pub struct Gate(Arc<(Mutex<(bool, bool)>, Condvar)>);
+
+struct Gated {
+    gate: Gate,
+    inner: Arc<dyn KvStore>,
+}
+
+impl Gate {
+    pub fn around(&self, inner: Arc<dyn KvStore>) -> Arc<dyn KvStore> {
+        Arc::new(Gated { gate: self.clone(), inner })
+    }
+    pub fn close(&self) {
+        self.0.0.lock().0 = true;
+    }
+    pub fn is_held(&self) -> bool {
+        self.0.0.lock().1
+    }
+    pub fn open(&self) {
+        self.0.0.lock().0 = false;
+        self.0.1.notify_all();
+    }
+    fn pass(&self) {
+        let mut state = self.0.0.lock();
+        while state.0 {
+            state.1 = true;
+            self.0.1.wait(&mut state);
+        }
+        state.1 = false;
+    }
+}
+
+impl KvStore for Gated {
+    fn num_layers(&self) -> usize {
+        self.inner.num_layers()
+    }
+    fn num_blocks(&self) -> usize {
+        self.inner.num_blocks()
+    }
+    fn block_bytes(&self) -> usize {
+        self.inner.block_bytes()
+    }
+    fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError> {
+        self.inner.read(layer, blocks, f)
+    }
+    fn write(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), StoreError> {
+        self.gate.pass();
+        self.inner.write(layer, blocks, f)
+    }
+}
