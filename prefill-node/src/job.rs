@@ -215,12 +215,14 @@ impl Running {
             let tokens = std::mem::take(&mut self.logprobs);
             self.tell(Event::PromptLogprobs(tokens));
         }
-        if let Some(sender) = &self.sender {
-            sender.commit(token.token);
-        }
         load.metrics().generation_tokens.inc();
         load.metrics().time_to_first_token_seconds.observe(self.arrived.elapsed().as_secs_f64());
+        let first_token = token.token;
+        // Before the commit: the outcome of the handoff is the later event.
         self.tell(Event::FirstToken { token, computed_in: self.started.elapsed() });
+        if let Some(sender) = &self.sender {
+            sender.commit(first_token);
+        }
     }
 
     /// The engine can't go on with it.

@@ -1,0 +1,272 @@
+//! Both nodes in one process, without a router: batching, handoff, cancelling, preemption, shutdown.
+
+mod pair;
+
+use anyhow::{Result, bail, ensure};
+use futures::future::try_join_all;
+use overfill_kv::SamplingParams;
+use overfill_proto::v1::{FinishReason, decode_event::Event as Decoded, prefill_event::Event as Prefilled};
+use overfill_tests::{
+    Golden,
+    golden::{PAIRS, TOLERANCE},
+};
+use pair::{Ask, Pair, Sizes, next_decoded, next_prefilled};
+use tonic::Code;
+
+/// A prompt of `length` tokens that differs from those of other `salt`s from the first token on.
+fn prompt(salt: u32, length: u32) -> Vec<u32> {
+    (0..length).map(|i| 2 + (salt * 37 + i * 11 + i * i * salt) % 300).collect()
+}
+
+/// Requests of many lengths, half of them sampled.
+fn mixed(count: u32, max_tokens: u32) -> Vec<Ask> {
+    let ask = |i: u32| {
+        let mut ask = Ask::greedy(&prompt(i, 1 + i * 9), max_tokens);
+        if i % 2 == 1 {
+            ask.sampling = SamplingParams { seed: u64::from(i), presence_penalty: 0.5, ..SamplingParams::default() };
+        }
+        ask
+    };
+    (0..count).map(ask).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn golden_pairs_give_the_references_tokens() -> Result<()> {
+    for name in PAIRS {
+        let pair = Pair::start(name, Sizes::default()).await?;
+        for (i, case) in Golden::load(name)?.cases.iter().enumerate() {
+            let mut ask = Ask::greedy(&case.prompt, case.two_stage.len() as u32);
+            ask.sampling.logprobs = Some(0);
+            let answer = pair.run(&ask).await?;
+            let actual = answer.tokens.iter().zip(&answer.logprobs);
+            for (step, (expected, (token, logprob))) in case.two_stage.iter().zip(actual).enumerate() {
+                if expected.token != *token {
+                    let margin = expected.top[0].1 - expected.top[1].1;
+                    ensure!(margin < 0.02, "{name}, case {i}, step {step}: {token}, not {}", expected.token);
+                    break;
+                }
+                let distance = (expected.top[0].1 - logprob).abs();
+                ensure!(distance < TOLERANCE, "{name}, case {i}, step {step}: log-probability off by {distance}");
+            }
+            ensure!(answer.tokens.len() == case.two_stage.len() && answer.finish == FinishReason::Length);
+        }
+        pair.wait_idle().await?;
+        pair.end().await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn among_sixteen_others_a_request_gives_the_same_tokens() -> Result<()> {
+    let pair = Pair::start("llama-tied", Sizes::default()).await?;
+    let asks = mixed(17, 40);
+    let mut alone = Vec::new();
+    for ask in &asks {
+        alone.push(pair.run(ask).await?.tokens);
+    }
+    let together = try_join_all(asks.iter().map(|ask| pair.run(ask))).await?;
+    for (i, (alone, together)) in alone.iter().zip(&together).enumerate() {
+        ensure!(*alone == together.tokens, "request {i}: {alone:?} alone, {:?} among others", together.tokens);
+    }
+    pair.wait_idle().await?;
+    pair.end().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_token_is_the_last_one() -> Result<()> {
+    let pair = Pair::start("llama-tied", Sizes::default()).await?;
+    let mut ask = Ask::greedy(&prompt(3, 21), 12);
+    let whole = pair.run(&ask).await?.tokens;
+    let Some(at) = (2..whole.len()).find(|i| !whole[..*i].contains(&whole[*i])) else {
+        bail!("no new token: {whole:?}")
+    };
+    ask.stop = vec![whole[at]];
+    let answer = pair.run(&ask).await?;
+    ensure!(answer.tokens == whole[..=at] && answer.finish == FinishReason::Stop, "{answer:?}");
+    pair.end().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn both_sides_reuse_a_prefix() -> Result<()> {
+    let pair = Pair::start("llama-tied", Sizes::default()).await?;
+    let ask = Ask::greedy(&prompt(5, 100), 8);
+    let first = pair.run(&ask).await?;
+    ensure!((first.cached_tokens, first.held_tokens) == (0, 0), "{first:?}");
+    let again = pair.run(&ask).await?;
+    // 100 tokens are six full blocks and a part.
+    ensure!((again.cached_tokens, again.held_tokens) == (96, 96), "{again:?}");
+    ensure!(again.tokens == first.tokens, "{first:?}, then {again:?}");
+    ensure!(again.transferred_bytes * 7 == first.transferred_bytes, "{first:?}, then {again:?}");
+    // A shared beginning, another end: and the same as without a cache.
+    let mut longer = ask.clone();
+    longer.prompt.truncate(50);
+    longer.prompt.extend(prompt(6, 70));
+    let shared = pair.run(&longer).await?;
+    ensure!((shared.cached_tokens, shared.held_tokens) == (48, 48), "{shared:?}");
+    let fresh = Pair::start("llama-tied", Sizes::default()).await?;
+    ensure!(fresh.run(&longer).await?.tokens == shared.tokens);
+    pair.wait_idle().await?;
+    fresh.end().await?;
+    pair.end().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cancelled_at_any_phase_everything_is_free() -> Result<()> {
+    let sizes = Sizes { decode_blocks: 40, prefill_blocks: 40, max_batch_tokens: 16, ..Sizes::default() };
+    let pair = Pair::start("llama-tied", sizes).await?;
+    let ask = Ask::greedy(&prompt(1, 300), 300);
+
+    // Reserved, and nobody sends.
+    let reserved = pair.reserve(&ask).await?;
+    ensure!(pair.decode_pool.in_use() == 19);
+    drop(reserved);
+    pair.wait_idle().await?;
+
+    // Waiting behind another; both go.
+    let (holds, _) = pair.reserve(&ask).await?;
+    let (holds_too, _) = pair.reserve(&ask).await?;
+    let waits = pair.decode.clone().decode(pair.decode_request(&ask)).await?;
+    ensure!(pair.decode_load.load().waiting == 1, "{:?}", pair.decode_load.load());
+    drop(waits);
+    drop((holds, holds_too));
+    pair.wait_idle().await?;
+
+    // While the prompt is computed and its KV is on its way: first the one side goes, then the other.
+    for decode_goes_first in [true, false] {
+        let (decoding, reserved) = pair.reserve(&ask).await?;
+        let request = pair.prefill_request(&ask, Some(reserved));
+        let mut prefilling = pair.prefill.clone().prefill(request).await?.into_inner();
+        let Prefilled::Started(_) = next_prefilled(&mut prefilling).await? else { bail!("not started") };
+        match decode_goes_first {
+            true => drop(decoding),
+            false => drop(prefilling),
+        }
+        pair.wait_idle().await?;
+    }
+
+    // While it decodes.
+    let (mut decoding, reserved) = pair.reserve(&ask).await?;
+    let request = pair.prefill_request(&ask, Some(reserved));
+    let mut prefilling = pair.prefill.clone().prefill(request).await?.into_inner();
+    while !matches!(next_prefilled(&mut prefilling).await?, Prefilled::Transferred(_)) {}
+    while !matches!(next_decoded(&mut decoding).await?, Decoded::Token(_)) {}
+    drop(decoding);
+    pair.wait_idle().await?;
+    pair.end().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn taken_out_of_the_batch_a_request_gives_the_same_tokens() -> Result<()> {
+    let roomy = Pair::start("llama-tied", Sizes::default()).await?;
+    let asks: Vec<Ask> =
+        (0..6).map(|i| Ask { prompt: prompt(i, 20 + i), ..mixed(6, 90)[i as usize].clone() }).collect();
+    let expected = try_join_all(asks.iter().map(|ask| roomy.run(ask))).await?;
+    roomy.end().await?;
+    // Each needs seven or eight blocks at its end.
+    let tight = Pair::start("llama-tied", Sizes { decode_blocks: 12, ..Sizes::default() }).await?;
+    let actual = try_join_all(asks.iter().map(|ask| tight.run(ask))).await?;
+    for (i, (expected, actual)) in expected.iter().zip(&actual).enumerate() {
+        ensure!(expected.tokens == actual.tokens, "request {i}: {expected:?} with room, {actual:?} without");
+    }
+    ensure!(tight.decode_load.metrics().preemptions.get() > 0, "nobody was taken out");
+    tight.wait_idle().await?;
+    tight.end().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn prompts_without_room_wait_their_turn() -> Result<()> {
+    let pair = Pair::start("llama-tied", Sizes { prefill_blocks: 5, max_batch_tokens: 32, ..Sizes::default() }).await?;
+    let asks: Vec<Ask> = (0..8).map(|i| Ask::greedy(&prompt(i, 60 + i), 6)).collect();
+    let answers = try_join_all(asks.iter().map(|ask| pair.run(ask))).await?;
+    let roomy = Pair::start("llama-tied", Sizes::default()).await?;
+    for (ask, answer) in asks.iter().zip(&answers) {
+        ensure!(roomy.run(ask).await?.tokens == answer.tokens);
+    }
+    pair.wait_idle().await?;
+    roomy.end().await?;
+    pair.end().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn prompt_logprobs_do_not_depend_on_chunks_or_cache() -> Result<()> {
+    let mut seen = Vec::new();
+    for max_batch_tokens in [16, 512] {
+        let pair = Pair::start("qwen2", Sizes { max_batch_tokens, ..Sizes::default() }).await?;
+        let mut request = pair.prefill_request(&Ask::greedy(&prompt(2, 75), 2), None);
+        request.prompt_logprobs = true;
+        if let Some(sampling) = &mut request.sampling {
+            sampling.logprobs = Some(2);
+        }
+        for _ in 0..2 {
+            let mut stream = pair.prefill.clone().prefill(request.clone()).await?.into_inner();
+            let Prefilled::Started(started) = next_prefilled(&mut stream).await? else { bail!("not started") };
+            ensure!(started.cached_tokens == 0);
+            let Prefilled::PromptLogprobs(prompt) = next_prefilled(&mut stream).await? else { bail!("no logprobs") };
+            let Prefilled::FirstToken(first) = next_prefilled(&mut stream).await? else { bail!("no first token") };
+            let ids: Vec<u32> = prompt.tokens.iter().map(|t| t.token).collect();
+            ensure!(ids == request.prompt_tokens[1..], "{ids:?}");
+            ensure!(prompt.tokens.iter().all(|t| t.top.len() == 2 && t.logprob < 0.0));
+            let logprobs: Vec<f32> = prompt.tokens.iter().chain(&first.token).map(|t| t.logprob).collect();
+            seen.push(logprobs);
+        }
+        pair.wait_idle().await?;
+        pair.end().await?;
+    }
+    for other in &seen[1..] {
+        ensure!(seen[0].iter().zip(other).all(|(a, b)| (a - b).abs() < 1e-4), "{seen:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_served_is_refused_by_name() -> Result<()> {
+    let pair = Pair::start("llama-tied", Sizes { decode_blocks: 8, max_waiting: 1, ..Sizes::default() }).await?;
+    let ask = Ask::greedy(&prompt(1, 100), 20);
+    let refused = |status: Option<tonic::Status>, code, part: &str| -> Result<()> {
+        let Some(status) = status else { bail!("not refused: {part}") };
+        ensure!(status.code() == code && status.message().contains(part), "{status:?}");
+        Ok(())
+    };
+    let mut request = pair.decode_request(&ask);
+    request.max_tokens = 29;
+    let status = pair.decode.clone().decode(request).await.err();
+    refused(status, Code::InvalidArgument, "max_tokens must be in [2, 28]")?;
+
+    let (decoding, mut reserved) = pair.reserve(&ask).await?;
+    if let Some(schema) = &mut reserved.kv_schema {
+        schema.full_model = "another".into();
+    }
+    let request = pair.prefill_request(&ask, Some(reserved));
+    let status = pair.prefill.clone().prefill(request).await.err();
+    refused(status, Code::FailedPrecondition, "kv schema mismatch: full_model")?;
+
+    // One holds the blocks, one waits, and the third is one too many.
+    let waits = pair.decode.clone().decode(pair.decode_request(&ask)).await?;
+    let status = pair.decode.clone().decode(pair.decode_request(&ask)).await.err();
+    refused(status, Code::ResourceExhausted, "1 requests are waiting")?;
+    drop((decoding, waits));
+    pair.wait_idle().await?;
+    pair.end().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_runs_at_shutdown_is_finished() -> Result<()> {
+    let pair = Pair::start("llama-tied", Sizes::default()).await?;
+    let ask = Ask::greedy(&prompt(1, 40), 400);
+    let (mut decoding, reserved) = pair.reserve(&ask).await?;
+    let request = pair.prefill_request(&ask, Some(reserved));
+    let mut prefilling = pair.prefill.clone().prefill(request).await?.into_inner();
+    while !matches!(next_prefilled(&mut prefilling).await?, Prefilled::Transferred(_)) {}
+    pair.begin_shutdown();
+    let mut tokens = 1;
+    loop {
+        match next_decoded(&mut decoding).await? {
+            Decoded::Token(_) => tokens += 1,
+            Decoded::Finished(_) => break,
+            _ => {}
+        }
+    }
+    ensure!(tokens == 400, "{tokens} tokens");
+    drop((decoding, prefilling));
+    pair.end().await
+}
