@@ -1,0 +1,193 @@
+//! Settings, raw and checked.
+
+use std::{net::SocketAddr, time::Duration};
+
+use overfill_cluster::{ConfigError, ProcessArgs};
+
+/// Settings as given on the command line or in the environment.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// gRPC address of a prefill node; repeat it or separate several by commas.
+    #[arg(long = "prefill-url", env = "OVERFILL_PREFILL_URL", value_delimiter = ',')]
+    pub prefill_url: Vec<String>,
+    /// gRPC address of a decode node; repeat it or separate several by commas.
+    #[arg(long = "decode-url", env = "OVERFILL_DECODE_URL", value_delimiter = ',')]
+    pub decode_url: Vec<String>,
+    /// Where the OpenAI API is served, with /health, /live and /metrics.
+    #[arg(long, env = "OVERFILL_HTTP", default_value = "127.0.0.1:8080")]
+    pub http: String,
+    /// Where gRPC is served.
+    #[arg(long, env = "OVERFILL_GRPC", default_value = "127.0.0.1:50051")]
+    pub grpc: String,
+    /// Most sequences on the nodes at once.
+    #[arg(long, env = "OVERFILL_MAX_RUNNING", default_value_t = 256)]
+    pub max_running: u32,
+    /// Most sequences waiting for a place; beyond that requests are refused with 429.
+    #[arg(long, env = "OVERFILL_MAX_WAITING", default_value_t = 1024)]
+    pub max_waiting: u32,
+    /// Time a request may take in all, unless it says otherwise.
+    #[arg(long, env = "OVERFILL_DEFAULT_DEADLINE_SECONDS", default_value_t = 600.0)]
+    pub default_deadline_seconds: f64,
+    /// Of that, the longest wait for a place, or for a node that has room.
+    #[arg(long, env = "OVERFILL_MAX_QUEUE_SECONDS", default_value_t = 60.0)]
+    pub max_queue_seconds: f64,
+    /// Passes over the nodes that one request may take when nodes fail under it.
+    #[arg(long, env = "OVERFILL_MAX_ATTEMPTS", default_value_t = 4)]
+    pub max_attempts: u32,
+    /// Largest HTTP request body.
+    #[arg(long, env = "OVERFILL_MAX_BODY_BYTES", default_value_t = 16 << 20)]
+    pub max_body_bytes: usize,
+    /// Settings of the process.
+    #[command(flatten)]
+    pub process: ProcessArgs,
+}
+
+/// Settings that can be used.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// `http://host:port` of each prefill node.
+    pub prefill_urls: Vec<String>,
+    /// `http://host:port` of each decode node.
+    pub decode_urls: Vec<String>,
+    /// Where HTTP is served; port 0 picks one.
+    pub http: SocketAddr,
+    /// Where gRPC is served; port 0 picks one.
+    pub grpc: SocketAddr,
+    /// Most sequences on the nodes at once.
+    pub max_running: usize,
+    /// Most sequences waiting.
+    pub max_waiting: usize,
+    /// Time a request may take in all.
+    pub default_deadline: Duration,
+    /// Longest wait for a place or a node with room.
+    pub max_queue: Duration,
+    /// Passes over the nodes per request.
+    pub max_attempts: u32,
+    /// Largest HTTP body.
+    pub max_body_bytes: usize,
+}
+
+impl Config {
+    /// A router for these nodes on free local ports, everything else as by default. For tests and benches.
+    pub fn local(prefill_urls: Vec<String>, decode_urls: Vec<String>) -> Self {
+        Self {
+            prefill_urls,
+            decode_urls,
+            http: SocketAddr::from(([127, 0, 0, 1], 0)),
+            grpc: SocketAddr::from(([127, 0, 0, 1], 0)),
+            max_running: 256,
+            max_waiting: 1024,
+            default_deadline: Duration::from_secs(600),
+            max_queue: Duration::from_secs(60),
+            max_attempts: 4,
+            max_body_bytes: 16 << 20,
+        }
+    }
+}
+
+impl Args {
+    /// Checks everything and reports every fault at once.
+    pub fn validate(self) -> Result<Config, Vec<ConfigError>> {
+        let Self {
+            prefill_url,
+            decode_url,
+            http,
+            grpc,
+            max_running,
+            max_waiting,
+            default_deadline_seconds,
+            max_queue_seconds,
+            max_attempts,
+            max_body_bytes,
+            process: _,
+        } = self;
+        let mut faults = Vec::new();
+        let mut urls = |flag, list: Vec<String>| {
+            ConfigError::check(&mut faults, !list.is_empty(), flag, "given at least once", "nothing");
+            for url in &list {
+                let usable = url.starts_with("http://") && tonic::transport::Endpoint::from_shared(url.clone()).is_ok();
+                ConfigError::check(&mut faults, usable, flag, "like http://127.0.0.1:50061", url);
+            }
+            list
+        };
+        let prefill_urls = urls("prefill-url", prefill_url);
+        let decode_urls = urls("decode-url", decode_url);
+        let mut address = |flag, text: String| {
+            ConfigError::collect(&mut faults, text.parse(), flag, "an address like 127.0.0.1:8080", &text)
+        };
+        let (http, grpc) = (address("http", http), address("grpc", grpc));
+        let mut duration = |flag, seconds: f64| {
+            ConfigError::collect(
+                &mut faults,
+                match seconds > 0.0 {
+                    true => Duration::try_from_secs_f64(seconds).map_err(|e| e.to_string()),
+                    false => Err("not above 0".to_owned()),
+                },
+                flag,
+                "a number of seconds above 0",
+                seconds,
+            )
+        };
+        let default_deadline = duration("default-deadline-seconds", default_deadline_seconds);
+        let max_queue = duration("max-queue-seconds", max_queue_seconds);
+        // The bounds are held in semaphores, whose size is limited.
+        let counts = 1..=1_000_000;
+        ConfigError::check(&mut faults, counts.contains(&max_running), "max-running", "in [1, 1000000]", max_running);
+        ConfigError::check(&mut faults, max_waiting <= 1_000_000, "max-waiting", "at most 1000000", max_waiting);
+        ConfigError::check(&mut faults, max_attempts >= 1, "max-attempts", "at least 1", max_attempts);
+        ConfigError::check(&mut faults, max_body_bytes >= 1024, "max-body-bytes", "at least 1024", max_body_bytes);
+        match (http, grpc, default_deadline, max_queue, faults.is_empty()) {
+            (Some(http), Some(grpc), Some(default_deadline), Some(max_queue), true) => Ok(Config {
+                prefill_urls,
+                decode_urls,
+                http,
+                grpc,
+                max_running: max_running as usize,
+                max_waiting: max_waiting as usize,
+                default_deadline,
+                max_queue,
+                max_attempts,
+                max_body_bytes,
+            }),
+            _ => Err(faults),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn validate(args: &[&str]) -> Result<Config, Vec<ConfigError>> {
+        Cli::try_parse_from([&["router"], args].concat()).unwrap().args.validate()
+    }
+
+    #[test]
+    fn lists_take_commas_and_repeats() {
+        let config = validate(&[
+            "--prefill-url",
+            "http://a:1,http://b:1",
+            "--decode-url",
+            "http://c:1",
+            "--decode-url",
+            "http://d:1",
+        ])
+        .unwrap();
+        assert_eq!((config.prefill_urls.len(), config.decode_urls.len()), (2, 2));
+    }
+
+    #[test]
+    fn every_fault_is_reported() {
+        let faults = validate(&["--prefill-url", "a:1", "--http", "x", "--max-running", "0"]).unwrap_err();
+        let flags: Vec<_> = faults.iter().map(|f| f.flag).collect();
+        assert_eq!(flags, ["prefill-url", "decode-url", "http", "max-running"]);
+    }
+}

@@ -1,0 +1,112 @@
+//! The one error type of a request, and how it looks over gRPC. (Over HTTP: [`crate::openai::error`].)
+
+use std::time::Duration;
+
+use overfill_text::TextError;
+use tonic::{Code, Status};
+
+/// Why a request ended without an answer.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum GenerateError {
+    /// The request can't be served as it is.
+    #[error("{message}")]
+    Invalid {
+        /// The field at fault, where one is.
+        field: Option<String>,
+        /// What is wrong: names field, limit and value.
+        message: String,
+    },
+    /// Prompt and output don't fit the model's context.
+    #[error(
+        "this model's context holds {limit} tokens, but the request needs {value}: {prompt} of the prompt, {output} to generate"
+    )]
+    ContextLength {
+        /// Tokens that the context holds.
+        limit: u32,
+        /// Tokens asked for, in all.
+        value: u64,
+        /// Of these, the prompt's.
+        prompt: u64,
+        /// And those to generate.
+        output: u64,
+    },
+    /// No such model.
+    #[error("the model {model:?} does not exist; served are: {served}")]
+    UnknownModel {
+        /// As asked for.
+        model: String,
+        /// The names there are.
+        served: String,
+    },
+    /// The waiting room is full.
+    #[error("the queue is full: {limit} requests are running or waiting")]
+    QueueFull {
+        /// How many may.
+        limit: usize,
+    },
+    /// Nodes there are, but none had room in time.
+    #[error("no node had room within {} s{detail}", waited.as_secs_f64())]
+    NoRoom {
+        /// How long the request waited.
+        waited: Duration,
+        /// What a node said, with its separator.
+        detail: String,
+    },
+    /// A role has no node.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The request's time is over.
+    #[error("the deadline of {} s has passed", .0.as_secs_f64())]
+    Deadline(Duration),
+    /// Nodes failed, each attempt on others.
+    #[error("gave up after {attempts} attempts: {last}")]
+    Failed {
+        /// Passes made.
+        attempts: u32,
+        /// What ended the last one.
+        last: String,
+    },
+    /// Our own fault.
+    #[error("internal: {0}")]
+    Internal(String),
+}
+
+impl GenerateError {
+    /// A fault of `field`.
+    pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Invalid { field: Some(field.into()), message: message.into() }
+    }
+
+    /// `field must be limit, got value`.
+    pub fn limit(field: &str, limit: impl std::fmt::Display, value: impl std::fmt::Display) -> Self {
+        Self::invalid(field, format!("{field} must be {limit}, got {value}"))
+    }
+
+    /// The label under which the request's end is counted.
+    pub fn reason(&self) -> &'static str {
+        "error"
+    }
+}
+
+impl From<TextError> for GenerateError {
+    fn from(e: TextError) -> Self {
+        match e {
+            TextError::NoChatTemplate | TextError::Template(_) => Self::invalid("messages", e.to_string()),
+            other => Self::Internal(other.to_string()),
+        }
+    }
+}
+
+impl From<GenerateError> for Status {
+    fn from(e: GenerateError) -> Self {
+        let code = match &e {
+            GenerateError::Invalid { .. } | GenerateError::ContextLength { .. } => Code::InvalidArgument,
+            GenerateError::UnknownModel { .. } => Code::NotFound,
+            GenerateError::QueueFull { .. } | GenerateError::NoRoom { .. } => Code::ResourceExhausted,
+            GenerateError::Unavailable(_) | GenerateError::Failed { .. } => Code::Unavailable,
+            GenerateError::Deadline(_) => Code::DeadlineExceeded,
+            GenerateError::Internal(_) => Code::Internal,
+        };
+        Status::new(code, e.to_string())
+    }
+}

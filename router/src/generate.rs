@@ -1,0 +1,312 @@
+//! The way of one request: from attempt to attempt, tokens to text, until its end.
+
+use std::{pin::pin, sync::Arc, time::Duration};
+
+use async_stream::try_stream;
+use futures::{Stream, StreamExt as _};
+use overfill_proto::v1;
+use overfill_text::{Detokenizer, StopMatcher, TextError};
+use parking_lot::Mutex;
+use tokio::time::{Instant, timeout_at};
+use tracing::{debug, warn};
+
+use crate::{
+    GenerateError,
+    admission::{Admission, Place},
+    affinity::Affinity,
+    attempt::{self, AttemptError, Event, Plan},
+    metrics::{Metrics, RequestMetrics},
+    node::ServedModel,
+    nodes::Nodes,
+    request::{Finished, Generation, Output, StopCause},
+};
+
+/// Prompt blocks whose prefill node is remembered: 64 Ki blocks are a million tokens.
+const AFFINITY_BLOCKS: usize = 1 << 16;
+/// Wait at least this long before the same nodes are asked again.
+const RETRY_PAUSE: Duration = Duration::from_millis(20);
+/// And at most this long, even if nothing seems to have changed.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What all requests share.
+#[derive(Clone)]
+pub struct Core {
+    /// The nodes.
+    pub nodes: Nodes,
+    /// Who may run.
+    pub admission: Admission,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// Time a request has, unless it says otherwise.
+    pub default_time: Duration,
+    affinity: Arc<Mutex<Affinity>>,
+    max_queue: Duration,
+    max_attempts: u32,
+}
+
+impl Core {
+    /// From the parts of a router.
+    pub fn new(nodes: Nodes, metrics: Arc<Metrics>, config: &crate::Config) -> Self {
+        Self {
+            nodes,
+            admission: Admission::new(config.max_running, config.max_waiting),
+            metrics,
+            default_time: config.default_deadline,
+            affinity: Arc::new(Mutex::new(Affinity::new(AFFINITY_BLOCKS))),
+            max_queue: config.max_queue,
+            max_attempts: config.max_attempts,
+        }
+    }
+
+    /// The model of this name; with an empty name, the only one.
+    pub fn model(&self, name: &str) -> Result<Arc<ServedModel>, GenerateError> {
+        let view = self.nodes.view();
+        if view.models.is_empty() {
+            let role = if view.prefill.is_empty() { v1::Role::Prefill } else { v1::Role::Decode };
+            return Err(GenerateError::Unavailable(self.nodes.trouble(role)));
+        }
+        let found = match name {
+            "" if view.models.len() == 1 => view.models.values().next(),
+            name => view.models.get(name),
+        };
+        found.cloned().ok_or_else(|| GenerateError::UnknownModel {
+            model: name.to_owned(),
+            served: view.models.keys().cloned().collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// Generates. Everything lives in the stream: dropping it ends the request on every node.
+    pub fn generate(
+        &self,
+        place: Place,
+        generation: Generation,
+    ) -> impl Stream<Item = Result<Output, GenerateError>> + Send + use<> {
+        let core = self.clone();
+        let mut metrics = core.metrics.request(&generation.model.name, generation.prompt.len());
+        let arrived = generation.arrived;
+        try_stream! {
+            let mut outputs = pin!(core.outputs(place, generation));
+            let mut last = arrived;
+            let mut first = true;
+            while let Some(output) = outputs.next().await {
+                match &output {
+                    Ok(Output::Token { .. }) => {
+                        let now = Instant::now();
+                        metrics.token(first, now - last);
+                        (first, last) = (false, now);
+                    }
+                    Ok(Output::Finished(finished)) => {
+                        count_end(&mut metrics, finished, arrived);
+                    }
+                    Ok(Output::PromptLogprobs(_)) => {}
+                    Err(e) => {
+                        warn!(error = %e, "request failed");
+                        metrics.finished(e.reason(), arrived.elapsed());
+                    }
+                }
+                yield output?;
+            }
+        }
+    }
+
+    fn outputs(self, place: Place, generation: Generation) -> impl Stream<Item = Result<Output, GenerateError>> + Send {
+        let generation = Arc::new(generation);
+        try_stream! {
+            let g = &*generation;
+            let deadline = g.deadline();
+            let queue_end = deadline.min(g.arrived + self.max_queue);
+            let waited = || GenerateError::NoRoom { waited: g.arrived.elapsed(), detail: String::new() };
+            let _running = place.run(queue_end).await.ok_or_else(waited)?;
+            let mut progress = Progress::new(g)?;
+            progress.timings.queue_seconds = g.arrived.elapsed().as_secs_f64();
+            let mut changes = self.nodes.changes();
+            let mut avoid: Vec<u64> = Vec::new();
+            let mut attempts = 0;
+            let mut refusal = String::new();
+            // Reset by every token: a long text may survive more failures than one prompt may cause.
+            let mut wait_end = queue_end;
+            loop {
+                changes.mark_unchanged();
+                let plan = progress.plan(&generation, avoid.clone());
+                let mut events = pin!(attempt::run(self.nodes.clone(), self.affinity.clone(), plan));
+                let failure = loop {
+                    let event = match events.next().await {
+                        Some(Ok(event)) => event,
+                        Some(Err(e)) => break e,
+                        // Only an attempt for a single token ends without saying so, and `token` has seen that.
+                        None => break AttemptError::Failed { nodes: Vec::new(), message: "ended early".into() },
+                    };
+                    let finished = match event {
+                        Event::Token(token, stage) => {
+                            if g.max_tokens == 0 {
+                                Some(progress.finish(v1::FinishReason::Length, None)?)
+                            } else {
+                                let (text, end) = progress.token(token.token)?;
+                                wait_end = deadline.min(Instant::now() + self.max_queue);
+                                yield Output::Token { token, text, stage };
+                                end.map(|(reason, stop)| progress.finish(reason, stop)).transpose()?
+                            }
+                        }
+                        Event::Finished(reason) => Some(progress.finish(reason, None)?),
+                        Event::PromptLogprobs(logprobs) => {
+                            progress.prompt_logprobs = false;
+                            yield Output::PromptLogprobs(logprobs);
+                            None
+                        }
+                        other => {
+                            progress.note(other);
+                            None
+                        }
+                    };
+                    if let Some(finished) = finished {
+                        yield Output::Finished(finished);
+                        return;
+                    }
+                };
+                let detail = match failure {
+                    AttemptError::Deadline => Err(GenerateError::Deadline(g.time))?,
+                    AttemptError::Refused(message) => Err(GenerateError::Invalid { field: None, message })?,
+                    AttemptError::Failed { nodes, message } => {
+                        attempts += 1;
+                        if attempts >= self.max_attempts {
+                            Err(GenerateError::Failed { attempts, last: message.clone() })?;
+                        }
+                        warn!(request = %g.request_id, error = %message, attempts, "attempt failed, trying again");
+                        progress.migrated();
+                        avoid.extend(nodes);
+                        continue;
+                    }
+                    AttemptError::NoRoom { node, message } => {
+                        debug!(request = %g.request_id, %message, "no room");
+                        refusal = format!(": {message}");
+                        avoid.push(node);
+                        continue;
+                    }
+                    AttemptError::NoNode(role) if avoid.is_empty() => self.nodes.trouble(role),
+                    // Those avoided are better than none, after a pause.
+                    AttemptError::NoNode(_) => refusal.clone(),
+                };
+                let nobody = avoid.is_empty();
+                avoid.clear();
+                if Instant::now() >= wait_end {
+                    Err(match nobody {
+                        true => GenerateError::Unavailable(detail),
+                        false => GenerateError::NoRoom { waited: g.arrived.elapsed(), detail },
+                    })?;
+                }
+                tokio::time::sleep_until(wait_end.min(Instant::now() + RETRY_PAUSE)).await;
+                // Whatever ended the wait, the next attempt shows what has become of it.
+                let _ = timeout_at(wait_end.min(Instant::now() + RETRY_INTERVAL), changes.changed()).await;
+            }
+        }
+    }
+}
+
+fn count_end(metrics: &mut RequestMetrics, finished: &Finished, arrived: Instant) {
+    let reason = if finished.reason == v1::FinishReason::Stop { "stop" } else { "length" };
+    for _ in 0..finished.timings.migrations {
+        metrics.migrated();
+    }
+    metrics.finished(reason, arrived.elapsed());
+}
+
+/// How far a request has come, over all attempts.
+struct Progress<'a> {
+    request: &'a Generation,
+    detokenizer: Detokenizer,
+    stops: StopMatcher,
+    output: Vec<u32>,
+    prompt_logprobs: bool,
+    first_token: Option<Instant>,
+    last_token: Instant,
+    timings: v1::Timings,
+}
+
+type End = (v1::FinishReason, Option<StopCause>);
+
+impl<'a> Progress<'a> {
+    fn new(request: &'a Generation) -> Result<Self, TextError> {
+        Ok(Self {
+            detokenizer: request.model.text.detokenizer(&request.prompt, request.skip_special)?,
+            stops: StopMatcher::new(request.stop.clone(), request.include_stop),
+            output: Vec::new(),
+            prompt_logprobs: request.prompt_logprobs,
+            first_token: None,
+            last_token: request.arrived,
+            timings: v1::Timings::default(),
+            request,
+        })
+    }
+
+    fn plan(&self, generation: &Arc<Generation>, avoid: Vec<u64>) -> Plan {
+        let tokens = match self.output.is_empty() {
+            true => generation.prompt.clone(),
+            false => generation.prompt.iter().chain(&self.output).copied().collect(),
+        };
+        Plan {
+            generation: generation.clone(),
+            tokens,
+            generated: self.output.len() as u32,
+            // Scoring alone takes one token's computation, whose result is not used.
+            remaining: (generation.max_tokens - self.output.len() as u32).max(1),
+            prompt_logprobs: self.prompt_logprobs,
+            avoid,
+        }
+    }
+
+    fn note(&mut self, event: Event) {
+        match event {
+            Event::Reserved { node, held_tokens } => {
+                self.timings.decode_node = node;
+                self.timings.decode_held_tokens = held_tokens;
+            }
+            Event::Started { node, cached_tokens } => {
+                self.timings.prefill_node = node;
+                self.timings.prefill_cached_tokens = cached_tokens;
+            }
+            Event::Ready(stats) => self.timings.handoff = stats,
+            Event::PromptLogprobs(_) | Event::Token(..) | Event::Finished(_) => {}
+        }
+    }
+
+    fn migrated(&mut self) {
+        self.timings.migrations += 1;
+    }
+
+    /// Takes the next token: its text, and the end if this is it.
+    fn token(&mut self, id: u32) -> Result<(String, Option<End>), TextError> {
+        self.last_token = Instant::now();
+        self.first_token.get_or_insert(self.last_token);
+        self.output.push(id);
+        if self.request.stop_token_ids.contains(&id) {
+            let own = !self.request.model.eos_token_ids.contains(&id);
+            return Ok((String::new(), Some((v1::FinishReason::Stop, own.then_some(StopCause::Token(id))))));
+        }
+        let (text, found) = self.stops.push(&self.detokenizer.push(id)?);
+        if let Some(found) = found {
+            let cause = StopCause::Text(self.request.stop[found.stop].clone());
+            return Ok((text, Some((v1::FinishReason::Stop, Some(cause)))));
+        }
+        let full = self.output.len() as u32 >= self.request.max_tokens;
+        Ok((text, full.then_some((v1::FinishReason::Length, None))))
+    }
+
+    fn finish(&mut self, reason: v1::FinishReason, stop: Option<StopCause>) -> Result<Finished, TextError> {
+        let text = match stop {
+            Some(StopCause::Text(_)) => String::new(),
+            // The held-back end of a character may complete a stop text no more: it is a replacement character.
+            _ => self.stops.push(&self.detokenizer.flush()?).0 + &self.stops.flush(),
+        };
+        let since = |at: Instant| (at - self.request.arrived).as_secs_f64();
+        let completion_tokens = self.output.len() as u32;
+        let mut timings = self.timings.clone();
+        if let Some(first) = self.first_token {
+            timings.ttft_seconds = since(first);
+            timings.mean_itl_seconds =
+                (self.last_token - first).as_secs_f64() / f64::from(completion_tokens.max(2) - 1);
+        }
+        timings.total_seconds = since(Instant::now());
+        let prompt_tokens = self.request.prompt.len() as u32;
+        Ok(Finished { reason, stop, text, prompt_tokens, completion_tokens, timings })
+    }
+}

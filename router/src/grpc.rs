@@ -1,0 +1,149 @@
+//! The gRPC face: `overfill.v1.Router`.
+
+use std::{pin::Pin, time::Duration};
+
+use futures::{Stream, StreamExt as _};
+use overfill_kv::SamplingParams;
+use overfill_proto::v1::{self, generate_event, generate_request, router_server};
+use overfill_text::ChatMessage;
+use tokio::time::Instant;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    GenerateError,
+    generate::Core,
+    request::{self, Generation, Output},
+};
+
+/// Longest time that a request may ask for: a day.
+const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+
+/// The service.
+pub struct RouterService {
+    core: Core,
+}
+
+impl RouterService {
+    /// Over these nodes.
+    pub fn new(core: Core) -> Self {
+        Self { core }
+    }
+
+    async fn check(&self, wire: v1::GenerateRequest) -> Result<Generation, GenerateError> {
+        let arrived = Instant::now();
+        let v1::GenerateRequest { model, prompt, sampling, max_tokens, stop, ignore_eos, deadline_seconds } = wire;
+        let model = self.core.model(&model)?;
+        let prompt = match prompt {
+            Some(generate_request::Prompt::Text(text)) => encode(&model.text, text, true).await?,
+            Some(generate_request::Prompt::Messages(messages)) => {
+                let messages = messages.messages.into_iter().map(|m| ChatMessage::new(m.role, m.content));
+                let text = model.text.apply_chat_template(&messages.collect::<Vec<_>>(), true)?;
+                encode(&model.text, text, false).await?
+            }
+            Some(generate_request::Prompt::TokenIds(ids)) => ids.ids,
+            None => {
+                return Err(GenerateError::invalid(
+                    "prompt",
+                    "prompt must be text, messages or token_ids, got nothing",
+                ));
+            }
+        };
+        request::check_prompt(&model, &prompt)?;
+        request::check_stops(&stop)?;
+        let max_tokens = request::check_length(&model, prompt.len(), (max_tokens > 0).then_some(max_tokens))?;
+        let sampling = match sampling {
+            Some(sampling) => sampling.into(),
+            None => SamplingParams { seed: request::random_seed(), ..SamplingParams::default() },
+        };
+        sampling
+            .validate(model.vocab_size as usize)
+            .map_err(|e| GenerateError::limit(&format!("sampling.{}", e.field), e.limit, e.value))?;
+        let time = match deadline_seconds {
+            0.0 => self.core.default_time,
+            seconds if seconds > 0.0 && seconds <= MAX_DEADLINE.as_secs_f64() => Duration::from_secs_f64(seconds),
+            other => return Err(GenerateError::limit("deadline_seconds", "in [0, 86400]", other)),
+        };
+        Ok(Generation {
+            request_id: request::new_request_id(),
+            prompt: prompt.into(),
+            sampling,
+            max_tokens,
+            stop_token_ids: if ignore_eos { [].into() } else { model.eos_token_ids.clone() },
+            stop,
+            include_stop: false,
+            skip_special: true,
+            prompt_logprobs: false,
+            arrived,
+            time,
+            model,
+        })
+    }
+}
+
+/// Texts longer than this are tokenised on a thread where that disturbs nobody.
+const LONG_TEXT_BYTES: usize = 16 << 10;
+
+/// Token ids of `text`.
+pub(crate) async fn encode(
+    model: &std::sync::Arc<overfill_text::TextModel>,
+    text: String,
+    add_special: bool,
+) -> Result<Vec<u32>, GenerateError> {
+    if text.len() <= LONG_TEXT_BYTES {
+        return Ok(model.encode(&text, add_special)?);
+    }
+    let model = model.clone();
+    let encoded = tokio::task::spawn_blocking(move || model.encode(&text, add_special)).await;
+    Ok(encoded.map_err(|e| GenerateError::Internal(e.to_string()))??)
+}
+
+fn event(output: Output, model: &str, full_model: &str) -> Option<v1::GenerateEvent> {
+    let event = match output {
+        Output::PromptLogprobs(_) => return None,
+        Output::Token { token, text, stage } => generate_event::Event::Token(v1::GeneratedToken {
+            token: Some(token.into()),
+            text,
+            stage: stage.into(),
+            model: if stage == v1::Role::Prefill { full_model } else { model }.to_owned(),
+        }),
+        Output::Finished(finished) => generate_event::Event::Finished(v1::GenerateFinished {
+            reason: finished.reason.into(),
+            text: finished.text,
+            prompt_tokens: finished.prompt_tokens,
+            completion_tokens: finished.completion_tokens,
+            timings: Some(finished.timings),
+        }),
+    };
+    Some(v1::GenerateEvent { event: Some(event) })
+}
+
+#[tonic::async_trait]
+impl router_server::Router for RouterService {
+    type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::GenerateEvent, Status>> + Send>>;
+
+    async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        let generation = self.check(request.into_inner()).await?;
+        let place = self.core.admission.enter(1)?.pop().ok_or_else(|| Status::internal("admission gave no place"))?;
+        let (model, full_model) = (generation.model.name.clone(), generation.model.full_model.clone());
+        let events = self.core.generate(place, generation).filter_map(move |output| {
+            let event = output.map(|output| event(output, &model, &full_model)).map_err(Status::from).transpose();
+            std::future::ready(event)
+        });
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn list_models(&self, _: Request<v1::ListModelsRequest>) -> Result<Response<v1::ListModelsResponse>, Status> {
+        let view = self.core.nodes.view();
+        let models = view.models.values().map(|model| v1::ServedModel {
+            name: model.name.clone(),
+            max_context_tokens: model.max_context_tokens,
+            decode_nodes: view.decode.iter().filter(|node| node.info.model == model.name).count() as u32,
+            full_model: model.full_model.clone(),
+        });
+        Ok(Response::new(v1::ListModelsResponse { models: models.collect() }))
+    }
+
+    async fn list_nodes(&self, _: Request<v1::ListNodesRequest>) -> Result<Response<v1::ListNodesResponse>, Status> {
+        Ok(Response::new(v1::ListNodesResponse { nodes: self.core.nodes.list() }))
+    }
+}

@@ -1,0 +1,110 @@
+//! What the router counts.
+
+use std::{sync::Arc, time::Duration};
+
+use overfill_cluster::metrics::{MetricsError, SECONDS_BUCKETS, register};
+use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+
+/// The router's metrics. Series of requests carry `model_name`.
+#[derive(Clone)]
+pub struct Metrics {
+    /// All of them.
+    pub registry: Registry,
+    /// Sequences on the nodes.
+    pub running: IntGauge,
+    /// Sequences waiting here.
+    pub waiting: IntGauge,
+    /// Nodes by `role` and `state` (`up`, `down`).
+    pub nodes: IntGaugeVec,
+    success: IntCounterVec,
+    prompt_tokens: IntCounterVec,
+    generation_tokens: IntCounterVec,
+    migrations: IntCounterVec,
+    first_token: HistogramVec,
+    inter_token: HistogramVec,
+    whole: HistogramVec,
+}
+
+impl Metrics {
+    /// A registry with everything at zero.
+    pub fn new() -> Result<Self, MetricsError> {
+        let r = &Registry::new();
+        let counter = |name, help, labels: &[&str]| register(r, IntCounterVec::new(Opts::new(name, help), labels)?);
+        let seconds = |name, help| {
+            let options = HistogramOpts::new(name, help).buckets(SECONDS_BUCKETS.to_vec());
+            register(r, HistogramVec::new(options, &["model_name"])?)
+        };
+        let model = &["model_name"];
+        Ok(Self {
+            running: register(r, IntGauge::new("vllm:num_requests_running", "Sequences on the nodes.")?)?,
+            waiting: register(r, IntGauge::new("vllm:num_requests_waiting", "Sequences waiting in the router.")?)?,
+            nodes: register(
+                r,
+                IntGaugeVec::new(Opts::new("overfill_nodes", "Known nodes by role and state."), &["role", "state"])?,
+            )?,
+            success: counter(
+                "vllm:request_success_total",
+                "Sequences ended, by reason: stop, length, abort, error.",
+                &["model_name", "finished_reason"],
+            )?,
+            prompt_tokens: counter("vllm:prompt_tokens_total", "Prompt tokens taken.", model)?,
+            generation_tokens: counter("vllm:generation_tokens_total", "Tokens given to clients.", model)?,
+            migrations: counter("overfill_migrations_total", "Attempts begun anew after a node failed.", model)?,
+            first_token: seconds("vllm:time_to_first_token_seconds", "Seconds from arrival to the first token.")?,
+            inter_token: seconds("vllm:inter_token_latency_seconds", "Seconds between two tokens of a sequence.")?,
+            whole: seconds("vllm:e2e_request_latency_seconds", "Seconds from arrival to the end.")?,
+            registry: r.clone(),
+        })
+    }
+
+    /// The series of one sequence. If it is dropped before [`RequestMetrics::finished`], the client went away.
+    pub fn request(self: &Arc<Self>, model: &str, prompt_tokens: usize) -> RequestMetrics {
+        self.prompt_tokens.with_label_values(&[model]).inc_by(prompt_tokens as u64);
+        RequestMetrics {
+            first_token: self.first_token.with_label_values(&[model]),
+            inter_token: self.inter_token.with_label_values(&[model]),
+            generation_tokens: self.generation_tokens.with_label_values(&[model]),
+            metrics: self.clone(),
+            model: model.to_owned(),
+            ended: false,
+        }
+    }
+}
+
+/// Counts one sequence. Looked up once, so that a token costs two additions.
+pub struct RequestMetrics {
+    metrics: Arc<Metrics>,
+    model: String,
+    first_token: prometheus::Histogram,
+    inter_token: prometheus::Histogram,
+    generation_tokens: prometheus::IntCounter,
+    ended: bool,
+}
+
+impl RequestMetrics {
+    /// A token arrived, this long after the one before; the first one, after the request.
+    pub fn token(&self, first: bool, after: Duration) {
+        self.generation_tokens.inc();
+        if first { &self.first_token } else { &self.inter_token }.observe(after.as_secs_f64());
+    }
+
+    /// A failed attempt is followed by another.
+    pub fn migrated(&self) {
+        self.metrics.migrations.with_label_values(&[&self.model]).inc();
+    }
+
+    /// The end.
+    pub fn finished(&mut self, reason: &str, after: Duration) {
+        self.ended = true;
+        self.metrics.success.with_label_values(&[self.model.as_str(), reason]).inc();
+        self.metrics.whole.with_label_values(&[&self.model]).observe(after.as_secs_f64());
+    }
+}
+
+impl Drop for RequestMetrics {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.metrics.success.with_label_values(&[self.model.as_str(), "abort"]).inc();
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! `POST /v1/completions`.
+
+use async_stream::try_stream;
+use axum::{
+    Json,
+    body::Bytes,
+    response::{IntoResponse as _, Response},
+};
+use futures::StreamExt as _;
+use overfill_kv::SamplingParams;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use super::{
+    batch::{self, Batch, Choice, Merged, Prompt, Usage},
+    error::ApiError,
+    fields::{Common, Fields},
+    logprobs::{CompletionLogprobs, Names},
+    sse,
+};
+use crate::{
+    GenerateError,
+    generate::Core,
+    grpc::encode,
+    request::{self, Output},
+};
+
+/// Tokens generated when a request doesn't say: OpenAI's number.
+const DEFAULT_MAX_TOKENS: u32 = 16;
+
+#[derive(Deserialize)]
+#[serde(
+    untagged,
+    expecting = "expected a string, a list of strings, a list of token ids, or a list of lists of token ids"
+)]
+enum Prompts {
+    Text(String),
+    Ids(Vec<u32>),
+    Texts(Vec<String>),
+    IdLists(Vec<Vec<u32>>),
+}
+
+struct Completion {
+    id: String,
+    batch: Batch,
+    prompts: Vec<Prompt>,
+    /// Alternatives per token, if log-probabilities were asked for.
+    logprobs: Option<u32>,
+    echo: bool,
+}
+
+#[derive(Serialize)]
+struct ChoiceBody {
+    index: usize,
+    text: String,
+    logprobs: Option<CompletionLogprobs>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Value,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
+}
+
+/// Serves one request.
+pub async fn create(core: Core, body: Bytes) -> Result<Response, ApiError> {
+    let completion = parse(&core, &body).await?;
+    let merged = completion.batch.start(&core, &completion.prompts).await?;
+    if completion.batch.common.stream {
+        return Ok(completion.stream(merged));
+    }
+    let choices = batch::collect(merged, completion.prompts.len() * completion.batch.common.n).await?;
+    Ok(Json(completion.whole(&choices)).into_response())
+}
+
+async fn parse(core: &Core, body: &Bytes) -> Result<Completion, ApiError> {
+    let arrived = Instant::now();
+    let mut fields = Fields::parse(body)?;
+    let model = core.model(&fields.take::<String>("model")?.unwrap_or_default())?;
+    let common = Common::take(&mut fields, model.text.generation_defaults())?;
+    let logprobs = fields.take_count("logprobs")?;
+    let echo: bool = fields.take("echo")?.unwrap_or(false);
+    let max_tokens = fields
+        .take_count("max_tokens")?
+        .or(model.text.generation_defaults().max_new_tokens)
+        .unwrap_or(DEFAULT_MAX_TOKENS);
+    if max_tokens == 0 && !echo {
+        return Err(GenerateError::limit("max_tokens", "at least 1 (0 only with echo)", 0).into());
+    }
+    let add_special = fields.take("add_special_tokens")?.unwrap_or(true);
+    let prompt = fields.take("prompt")?.ok_or_else(|| GenerateError::invalid("prompt", "prompt is missing"))?;
+    fields.finish()?;
+    let (texts, ids) = match prompt {
+        Prompts::Text(text) => (vec![text], Vec::new()),
+        Prompts::Texts(texts) => (texts, Vec::new()),
+        Prompts::Ids(ids) => (Vec::new(), vec![ids]),
+        Prompts::IdLists(lists) => (Vec::new(), lists),
+    };
+    let mut prompts = Vec::with_capacity(texts.len() + ids.len());
+    for text in texts {
+        prompts.push(Prompt { tokens: encode(&model.text, text.clone(), add_special).await?.into(), text });
+    }
+    for ids in ids {
+        // Only an echo shows it.
+        let text = if echo {
+            model.text.decode(&ids, common.skip_special).map_err(GenerateError::from)?
+        } else {
+            String::new()
+        };
+        prompts.push(Prompt { tokens: ids.into(), text });
+    }
+    let batch = Batch {
+        sampling: SamplingParams { logprobs, ..common.sampling.clone() },
+        max_tokens: Some(max_tokens),
+        prompt_logprobs: echo && logprobs.is_some(),
+        model,
+        common,
+        arrived,
+    };
+    Ok(Completion { id: format!("cmpl-{}", request::new_request_id()), batch, prompts, logprobs, echo })
+}
+
+impl Completion {
+    fn names(&self) -> Names<'_> {
+        Names { text: &self.batch.model.text, as_ids: self.batch.common.tokens_as_ids }
+    }
+
+    fn prompt(&self, index: usize) -> &Prompt {
+        &self.prompts[index / self.batch.common.n]
+    }
+
+    fn whole(&self, choices: &[Choice]) -> Value {
+        let mut usage = Usage::default();
+        let mut bodies = Vec::with_capacity(choices.len());
+        for (index, choice) in choices.iter().enumerate() {
+            let prompt = self.prompt(index);
+            let mut body = self.body(index);
+            let mut offset = 0;
+            if self.echo {
+                body.text = prompt.text.clone();
+                self.prompt_logprobs(&mut body, prompt, choice, &mut offset);
+            }
+            body.text += &choice.text;
+            if let Some(logprobs) = &mut body.logprobs {
+                choice.tokens.iter().for_each(|t| logprobs.push(t.token, Some(t), self.names(), &mut offset));
+            }
+            if self.batch.common.return_token_ids {
+                body.token_ids = Some(choice.ids());
+                body.prompt_token_ids = Some(prompt.tokens.to_vec());
+            }
+            if let Some(finished) = &choice.finished {
+                body.finish_reason = Some(batch::finish_reason(finished));
+                body.stop_reason = batch::stop_reason(finished);
+                usage.add(finished, index % self.batch.common.n == 0);
+            }
+            bodies.push(body);
+        }
+        let mut whole = self.frame(json!(bodies));
+        whole["usage"] = json!(usage);
+        whole
+    }
+
+    fn body(&self, index: usize) -> ChoiceBody {
+        ChoiceBody {
+            index,
+            text: String::new(),
+            logprobs: self.logprobs.map(|_| CompletionLogprobs::default()),
+            finish_reason: None,
+            stop_reason: Value::Null,
+            token_ids: None,
+            prompt_token_ids: None,
+        }
+    }
+
+    fn prompt_logprobs(&self, body: &mut ChoiceBody, prompt: &Prompt, choice: &Choice, offset: &mut usize) {
+        let Some(logprobs) = &mut body.logprobs else { return };
+        let reports = std::iter::once(None).chain(choice.prompt_logprobs.iter().map(Some));
+        prompt.tokens.iter().zip(reports).for_each(|(token, r)| logprobs.push(*token, r, self.names(), offset));
+    }
+
+    fn frame(&self, choices: Value) -> Value {
+        json!({"id": self.id, "object": "text_completion", "created": super::now(), "model": self.batch.model.name,
+               "choices": choices})
+    }
+
+    fn stream(self, mut merged: Merged) -> Response {
+        sse::response(try_stream! {
+            let common = &self.batch.common;
+            let count = self.prompts.len() * common.n;
+            let mut usage = Usage::default();
+            let mut offsets = vec![0; count];
+            let mut begun = vec![false; count];
+            let mut scores: Vec<Choice> = (0..count).map(|_| Choice::default()).collect();
+            while let Some((index, output)) = merged.next().await {
+                let mut body = self.body(index);
+                let offset = &mut offsets[index];
+                let output = output?;
+                if let Output::PromptLogprobs(_) = &output {
+                    scores[index].take(output);
+                    continue;
+                }
+                let first = !std::mem::replace(&mut begun[index], true);
+                if first {
+                    let prompt = self.prompt(index);
+                    if self.echo {
+                        body.text = prompt.text.clone();
+                        self.prompt_logprobs(&mut body, prompt, &std::mem::take(&mut scores[index]), offset);
+                    }
+                    body.prompt_token_ids = common.return_token_ids.then(|| prompt.tokens.to_vec());
+                }
+                let mut ids = Vec::new();
+                match output {
+                    Output::PromptLogprobs(_) => {}
+                    Output::Token { token, text, .. } => {
+                        // A chunk that says nothing is left out.
+                        if text.is_empty() && !first && self.logprobs.is_none() && !common.return_token_ids {
+                            continue;
+                        }
+                        body.text += &text;
+                        ids.push(token.token);
+                        if let Some(logprobs) = &mut body.logprobs {
+                            logprobs.push(token.token, Some(&token), self.names(), offset);
+                        }
+                    }
+                    Output::Finished(finished) => {
+                        body.text += &finished.text;
+                        body.finish_reason = Some(batch::finish_reason(&finished));
+                        body.stop_reason = batch::stop_reason(&finished);
+                        if !(self.echo && first) {
+                            body.logprobs = None;
+                        }
+                        usage.add(&finished, index % common.n == 0);
+                    }
+                }
+                body.token_ids = common.return_token_ids.then_some(ids);
+                let mut chunk = self.frame(json!([body]));
+                if common.include_usage {
+                    chunk["usage"] = Value::Null;
+                }
+                yield sse::event(&chunk)?;
+            }
+            if common.include_usage {
+                let mut chunk = self.frame(json!([]));
+                chunk["usage"] = json!(usage);
+                yield sse::event(&chunk)?;
+            }
+        })
+    }
+}

@@ -1,0 +1,87 @@
+//! Errors in OpenAI's shape.
+
+use axum::{
+    body::Body,
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde_json::{Value, json};
+
+use crate::GenerateError;
+
+/// Clients are asked to come back after so many seconds when there is no room.
+const RETRY_AFTER_SECONDS: u64 = 1;
+
+/// An error on its way to an HTTP client.
+#[derive(Debug)]
+pub struct ApiError {
+    status: StatusCode,
+    kind: &'static str,
+    code: Option<&'static str>,
+    param: Option<String>,
+    message: String,
+    retry: bool,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: String) -> Self {
+        Self { status, kind, code, param: None, message, retry: false }
+    }
+
+    /// A request that is wrong in itself.
+    pub fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", None, message.into())
+    }
+
+    /// With another status.
+    pub fn with_status(self, status: StatusCode) -> Self {
+        Self { status, ..self }
+    }
+
+    /// `{"error": {...}}`, as a whole answer or as an event of a stream.
+    pub fn body(&self) -> Value {
+        let Self { status: _, kind, code, param, message, retry: _ } = self;
+        json!({"error": {"message": message, "type": kind, "param": param, "code": code}})
+    }
+}
+
+impl From<GenerateError> for ApiError {
+    fn from(e: GenerateError) -> Self {
+        let message = e.to_string();
+        let invalid = "invalid_request_error";
+        match e {
+            GenerateError::Invalid { field, .. } => Self { param: field, ..Self::bad_request(message) },
+            GenerateError::ContextLength { .. } => {
+                Self::new(StatusCode::BAD_REQUEST, invalid, Some("context_length_exceeded"), message)
+            }
+            GenerateError::UnknownModel { .. } => {
+                let error = Self::new(StatusCode::NOT_FOUND, invalid, Some("model_not_found"), message);
+                Self { param: Some("model".into()), ..error }
+            }
+            GenerateError::QueueFull { .. } | GenerateError::NoRoom { .. } => {
+                let status = StatusCode::TOO_MANY_REQUESTS;
+                Self { retry: true, ..Self::new(status, "rate_limit_error", Some("rate_limit_exceeded"), message) }
+            }
+            GenerateError::Unavailable(_) | GenerateError::Failed { .. } => {
+                let status = StatusCode::SERVICE_UNAVAILABLE;
+                Self { retry: true, ..Self::new(status, "server_error", Some("service_unavailable"), message) }
+            }
+            GenerateError::Deadline(_) => {
+                Self::new(StatusCode::GATEWAY_TIMEOUT, "server_error", Some("deadline_exceeded"), message)
+            }
+            GenerateError::Internal(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = Response::new(Body::from(self.body().to_string()));
+        *response.status_mut() = self.status;
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if self.retry {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_SECONDS));
+        }
+        response
+    }
+}

@@ -1,0 +1,252 @@
+//! A request's JSON, taken apart field by field, so that every fault names its field and nothing is ignored unseen.
+
+use std::collections::BTreeMap;
+
+use axum::body::Bytes;
+use overfill_kv::SamplingParams;
+use overfill_text::GenerationDefaults;
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::{Map, Value};
+use tracing::debug;
+
+use super::error::ApiError;
+use crate::{GenerateError, request};
+
+/// Most choices per prompt.
+const MAX_N: usize = 128;
+
+/// Fields that would change the answer if they were honoured, each with the value that asks for nothing.
+const UNSUPPORTED: &[(&str, &str)] = &[
+    ("tools", "[]"),
+    ("tool_choice", "\"none\""),
+    ("functions", "[]"),
+    ("function_call", "\"none\""),
+    ("response_format", "{\"type\":\"text\"}"),
+    ("modalities", "[\"text\"]"),
+    ("audio", "null"),
+    ("suffix", "\"\""),
+    ("best_of", "1"),
+    ("use_beam_search", "false"),
+    ("length_penalty", "1.0"),
+    ("min_tokens", "0"),
+    ("bad_words", "[]"),
+    ("allowed_token_ids", "null"),
+    ("logits_processors", "[]"),
+    ("guided_json", "null"),
+    ("guided_regex", "null"),
+    ("guided_choice", "null"),
+    ("guided_grammar", "null"),
+    ("structured_outputs", "null"),
+    ("prompt_logprobs", "null"),
+    ("prompt_embeds", "null"),
+    ("truncate_prompt_tokens", "null"),
+    ("documents", "[]"),
+    ("chat_template", "null"),
+    ("chat_template_kwargs", "{}"),
+    ("continue_final_message", "false"),
+    ("web_search_options", "null"),
+    ("kv_transfer_params", "null"),
+];
+
+/// The fields not yet taken.
+pub struct Fields(Map<String, Value>);
+
+impl Fields {
+    /// From a request's body.
+    pub fn parse(body: &Bytes) -> Result<Self, ApiError> {
+        match serde_json::from_slice(body) {
+            Ok(Value::Object(map)) => Ok(Self(map)),
+            Ok(_) => Err(ApiError::bad_request("the request body must be a JSON object")),
+            Err(e) => Err(ApiError::bad_request(format!("the request body is not valid JSON: {e}"))),
+        }
+    }
+
+    /// Takes a field; `None` if it is absent or null.
+    pub fn take<T: DeserializeOwned>(&mut self, name: &str) -> Result<Option<T>, GenerateError> {
+        match self.0.remove(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match serde_json::from_value(value) {
+                Ok(value) => Ok(Some(value)),
+                Err(e) => Err(GenerateError::invalid(name, format!("{name}: {e}"))),
+            },
+        }
+    }
+
+    /// Takes a whole number in the range of `u32`.
+    pub fn take_count(&mut self, name: &str) -> Result<Option<u32>, GenerateError> {
+        let value: Option<i64> = self.take(name)?;
+        let check = |n| u32::try_from(n).map_err(|_| GenerateError::limit(name, "in [0, 4294967295]", n));
+        value.map(check).transpose()
+    }
+
+    /// Refuses what is left if it is known and would have mattered. What is unknown is ignored, as by vLLM.
+    pub fn finish(self) -> Result<(), GenerateError> {
+        for (name, value) in self.0 {
+            let Some((_, neutral)) = UNSUPPORTED.iter().find(|(known, _)| *known == name) else {
+                debug!(field = %name, "ignoring a field");
+                continue;
+            };
+            let asks_nothing = match &value {
+                Value::Null | Value::Bool(false) => true,
+                Value::Array(list) if list.is_empty() => true,
+                // Without tools there is nothing to choose from.
+                Value::String(s) if name == "tool_choice" => s == "auto" || s == "none",
+                Value::Number(n) => serde_json::from_str(neutral).is_ok_and(|neutral: f64| n.as_f64() == Some(neutral)),
+                value => serde_json::from_str(neutral).is_ok_and(|neutral: Value| *value == neutral),
+            };
+            if !asks_nothing {
+                return Err(GenerateError::invalid(&name, format!("{name} is not supported")));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What completions and chat completions share.
+#[derive(Clone, Debug)]
+pub struct Common {
+    /// Answer as server-sent events?
+    pub stream: bool,
+    /// End the stream with the usage.
+    pub include_usage: bool,
+    /// Choices per prompt.
+    pub n: usize,
+    /// The seed is the first choice's; `None`: one drawn for each.
+    pub seed: Option<u64>,
+    /// Without the seed and log-probabilities.
+    pub sampling: SamplingParams,
+    /// Texts that end a choice.
+    pub stop: Vec<String>,
+    /// Keep the stop text.
+    pub include_stop: bool,
+    /// Tokens that end a choice, besides the model's.
+    pub stop_token_ids: Vec<u32>,
+    /// Go on at the model's own end of text.
+    pub ignore_eos: bool,
+    /// Leave special tokens out of the text.
+    pub skip_special: bool,
+    /// Report ids of prompt and output.
+    pub return_token_ids: bool,
+    /// Write tokens of log-probabilities as `token_id:17`.
+    pub tokens_as_ids: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a string or a list of strings")]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+#[derive(Deserialize)]
+struct StreamOptions {
+    include_usage: Option<bool>,
+}
+
+impl Common {
+    /// Takes its fields. What a request leaves open is as the model's generation config says, else as OpenAI does.
+    pub fn take(fields: &mut Fields, defaults: &GenerationDefaults) -> Result<Self, GenerateError> {
+        let stream = fields.take("stream")?.unwrap_or(false);
+        let options: Option<StreamOptions> = fields.take("stream_options")?;
+        if options.is_some() && !stream {
+            return Err(GenerateError::invalid("stream_options", "stream_options needs stream to be true"));
+        }
+        let n: i64 = fields.take("n")?.unwrap_or(1);
+        let n = usize::try_from(n)
+            .ok()
+            .filter(|n| (1..=MAX_N).contains(n))
+            .ok_or_else(|| GenerateError::limit("n", format!("in [1, {MAX_N}]"), n))?;
+        let stop = match fields.take("stop")? {
+            None => Vec::new(),
+            Some(OneOrMany::One(stop)) => vec![stop],
+            Some(OneOrMany::Many(stops)) => stops,
+        };
+        request::check_stops(&stop)?;
+        let top_k: Option<i64> = fields.take("top_k")?;
+        let top_k = match top_k {
+            // vLLM's way of saying "off".
+            Some(-1) => Some(0),
+            Some(k) => Some(u32::try_from(k).map_err(|_| GenerateError::limit("top_k", "-1 or at least 0", k))?),
+            None => None,
+        };
+        let seed: Option<i64> = fields.take("seed")?;
+        let off = SamplingParams::default();
+        let mut number =
+            |name: &str, default: f64| -> Result<f64, GenerateError> { Ok(fields.take(name)?.unwrap_or(default)) };
+        let mut sampling = SamplingParams {
+            temperature: number("temperature", defaults.temperature.unwrap_or(off.temperature))?,
+            top_p: number("top_p", defaults.top_p.unwrap_or(off.top_p))?,
+            top_k: top_k.or(defaults.top_k).unwrap_or(off.top_k),
+            min_p: number("min_p", defaults.min_p.unwrap_or(off.min_p))?,
+            presence_penalty: number("presence_penalty", off.presence_penalty)?,
+            frequency_penalty: number("frequency_penalty", off.frequency_penalty)?,
+            repetition_penalty: number(
+                "repetition_penalty",
+                defaults.repetition_penalty.unwrap_or(off.repetition_penalty),
+            )?,
+            logit_bias: BTreeMap::new(),
+            logprobs: None,
+            seed: 0,
+        };
+        let bias: BTreeMap<String, f32> = fields.take("logit_bias")?.unwrap_or_default();
+        for (token, bias) in bias {
+            let id = token.parse().map_err(|_| GenerateError::limit("logit_bias", "of token ids", &token))?;
+            sampling.logit_bias.insert(id, bias);
+        }
+        Ok(Self {
+            stream,
+            include_usage: options.and_then(|o| o.include_usage).unwrap_or(false),
+            n,
+            seed: seed.map(|seed| seed as u64),
+            sampling,
+            stop,
+            include_stop: fields.take("include_stop_str_in_output")?.unwrap_or(false),
+            stop_token_ids: fields.take("stop_token_ids")?.unwrap_or_default(),
+            ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
+            skip_special: fields.take("skip_special_tokens")?.unwrap_or(true),
+            return_token_ids: fields.take("return_token_ids")?.unwrap_or(false),
+            tokens_as_ids: fields.take("return_tokens_as_token_ids")?.unwrap_or(false),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fields(json: &str) -> Fields {
+        Fields::parse(&Bytes::copy_from_slice(json.as_bytes())).unwrap()
+    }
+
+    #[test]
+    fn faults_name_the_field() {
+        let take =
+            |json: &str| Common::take(&mut fields(json), &GenerationDefaults::default()).unwrap_err().to_string();
+        assert!(take(r#"{"temperature": "hot"}"#).starts_with("temperature: invalid type"));
+        assert_eq!(take(r#"{"n": 0}"#), "n must be in [1, 128], got 0");
+        assert_eq!(take(r#"{"stop": [""]}"#), "stop must be texts of 1 to 1024 bytes, got 0");
+        assert_eq!(take(r#"{"logit_bias": {"x": 1}}"#), "logit_bias must be of token ids, got x");
+        assert!(take(r#"{"stop": 3}"#).contains("expected a string or a list of strings"));
+    }
+
+    #[test]
+    fn unsupported_fields_are_refused_only_if_they_ask_for_something() {
+        fields(
+            r#"{"tools": [], "response_format": {"type": "text"}, "user": "u", "tool_choice": "auto", "best_of": 1,
+                   "min_tokens": 0, "suffix": null}"#,
+        )
+        .finish()
+        .unwrap();
+        for json in [r#"{"tools": [{}]}"#, r#"{"response_format": {"type": "json_object"}}"#, r#"{"best_of": 2}"#] {
+            assert!(fields(json).finish().unwrap_err().to_string().ends_with("is not supported"));
+        }
+    }
+
+    #[test]
+    fn the_model_fills_what_the_request_leaves_open() {
+        let defaults = GenerationDefaults { temperature: Some(0.6), top_k: Some(20), ..Default::default() };
+        let common = Common::take(&mut fields(r#"{"top_k": -1, "seed": -1, "stop": "x"}"#), &defaults).unwrap();
+        assert_eq!((common.sampling.temperature, common.sampling.top_k), (0.6, 0));
+        assert_eq!((common.seed, common.stop.len()), (Some(u64::MAX), 1));
+    }
+}

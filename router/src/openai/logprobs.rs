@@ -1,0 +1,135 @@
+//! Log-probabilities in the two shapes of the API.
+
+use overfill_kv::OutputToken;
+use overfill_text::TextModel;
+use serde::{Serialize, Serializer, ser::SerializeMap as _};
+
+/// JSON has no infinity.
+const LOWEST: f32 = -9999.0;
+
+/// Writes tokens as text, or as `token_id:17`.
+#[derive(Clone, Copy)]
+pub struct Names<'a> {
+    /// The tokenizer.
+    pub text: &'a TextModel,
+    /// As ids?
+    pub as_ids: bool,
+}
+
+impl Names<'_> {
+    fn name(&self, token: u32) -> String {
+        if self.as_ids { format!("token_id:{token}") } else { self.text.token_text(token) }
+    }
+}
+
+fn finite(logprob: f32) -> f32 {
+    // NaN too: `max` gives the other one.
+    logprob.max(LOWEST)
+}
+
+/// `logprobs` of a completion's choice: parallel lists.
+#[derive(Default, Serialize)]
+pub struct CompletionLogprobs {
+    text_offset: Vec<usize>,
+    token_logprobs: Vec<Option<f32>>,
+    tokens: Vec<String>,
+    top_logprobs: Vec<Option<Ranked>>,
+}
+
+/// A JSON object whose entries keep their order, best first.
+struct Ranked(Vec<(String, f32)>);
+
+impl Serialize for Ranked {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (token, logprob) in &self.0 {
+            map.serialize_entry(token, logprob)?;
+        }
+        map.end()
+    }
+}
+
+impl CompletionLogprobs {
+    /// Adds a token; `offset` counts characters of the tokens' names and is moved on. The first token of a prompt has
+    /// no log-probability.
+    pub fn push(&mut self, token: u32, report: Option<&OutputToken>, names: Names<'_>, offset: &mut usize) {
+        let name = names.name(token);
+        self.text_offset.push(*offset);
+        *offset += name.chars().count();
+        self.token_logprobs.push(report.map(|r| finite(r.logprob)));
+        self.top_logprobs.push(report.map(|r| {
+            let mut ranked: Vec<(String, f32)> = Vec::with_capacity(r.top.len() + 1);
+            // The chosen token is always among them. Of several with one name, the likeliest stays.
+            for (id, logprob) in std::iter::once(&(r.token, r.logprob)).chain(&r.top) {
+                let name = names.name(*id);
+                match ranked.iter_mut().find(|(known, _)| *known == name) {
+                    Some((_, known)) => *known = known.max(finite(*logprob)),
+                    None => ranked.push((name, finite(*logprob))),
+                }
+            }
+            ranked.sort_by(|a, b| b.1.total_cmp(&a.1));
+            Ranked(ranked)
+        }));
+        self.tokens.push(name);
+    }
+}
+
+/// `logprobs` of a chat completion's choice.
+#[derive(Serialize)]
+pub struct ChatLogprobs {
+    content: Vec<ChatToken>,
+}
+
+#[derive(Serialize)]
+struct ChatToken {
+    #[serde(flatten)]
+    token: TokenLogprob,
+    top_logprobs: Vec<TokenLogprob>,
+}
+
+#[derive(Serialize)]
+struct TokenLogprob {
+    token: String,
+    logprob: f32,
+    bytes: Vec<u8>,
+}
+
+impl ChatLogprobs {
+    /// Of these tokens.
+    pub fn new(tokens: &[OutputToken], names: Names<'_>) -> Self {
+        let entry = |id: u32, logprob: f32| TokenLogprob {
+            token: names.name(id),
+            logprob: finite(logprob),
+            bytes: names.text.token_text(id).into_bytes(),
+        };
+        let content = tokens.iter().map(|t| ChatToken {
+            token: entry(t.token, t.logprob),
+            top_logprobs: t.top.iter().map(|(id, logprob)| entry(*id, *logprob)).collect(),
+        });
+        Self { content: content.collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_chosen_token_is_always_listed() {
+        let text = TextModel::from_files(&crate::simulated::text_files()).unwrap();
+        let report = OutputToken { token: 70, logprob: -3.0, top: vec![(68, -0.1), (69, f32::NEG_INFINITY)] };
+        let mut offset = 0;
+        let mut logprobs = CompletionLogprobs::default();
+        logprobs.push(71, None, Names { text: &text, as_ids: false }, &mut offset);
+        logprobs.push(70, Some(&report), Names { text: &text, as_ids: false }, &mut offset);
+        assert_eq!(
+            serde_json::to_string(&logprobs).unwrap(),
+            r#"{"text_offset":[0,1],"token_logprobs":[null,-3.0],"tokens":["D","C"],"top_logprobs":[null,{"A":-0.1,"C":-3.0,"B":-9999.0}]}"#
+        );
+        let chat = ChatLogprobs::new(&[report], Names { text: &text, as_ids: true });
+        let json = serde_json::to_value(&chat).unwrap();
+        assert_eq!(json["content"][0]["token"], "token_id:70");
+        assert_eq!(json["content"][0]["bytes"], serde_json::json!([67]));
+        assert_eq!(json["content"][0]["top_logprobs"].as_array().unwrap().len(), 2);
+    }
+}

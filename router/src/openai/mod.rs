@@ -1,0 +1,79 @@
+//! The OpenAI HTTP API, with vLLM's extensions.
+
+pub mod batch;
+mod chat;
+mod completions;
+pub mod error;
+mod fields;
+mod logprobs;
+mod sse;
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::{
+    Json, Router,
+    body::Bytes,
+    extract::{DefaultBodyLimit, Path, State, rejection::BytesRejection},
+    http::StatusCode,
+    response::Response,
+    routing::{get, post},
+};
+use error::ApiError;
+use serde_json::{Value, json};
+
+use crate::{GenerateError, generate::Core, node::ServedModel};
+
+/// The routes.
+pub fn routes(core: Core, max_body_bytes: usize) -> Router {
+    Router::new()
+        .route("/v1/completions", post(completions))
+        .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/models", get(models))
+        .route("/v1/models/{*name}", get(model))
+        .fallback(async || ApiError::bad_request("no such path").with_status(StatusCode::NOT_FOUND))
+        .method_not_allowed_fallback(async || {
+            ApiError::bad_request("no such method for this path").with_status(StatusCode::METHOD_NOT_ALLOWED)
+        })
+        .layer(DefaultBodyLimit::max(max_body_bytes))
+        .with_state(core)
+}
+
+/// The body, or why there is none: too long a one is 413.
+fn body(result: Result<Bytes, BytesRejection>) -> Result<Bytes, ApiError> {
+    result.map_err(|e| ApiError::bad_request(e.body_text()).with_status(e.status()))
+}
+
+async fn completions(State(core): State<Core>, bytes: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
+    Box::pin(completions::create(core, body(bytes)?)).await
+}
+
+async fn chat_completions(
+    State(core): State<Core>,
+    bytes: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    Box::pin(chat::create(core, body(bytes)?)).await
+}
+
+fn card(model: &ServedModel) -> Value {
+    json!({"id": model.name, "object": "model", "created": model.created, "owned_by": "overfill",
+           "root": model.full_model, "parent": null, "max_model_len": model.max_context_tokens})
+}
+
+async fn models(State(core): State<Core>) -> Json<Value> {
+    let view = core.nodes.view();
+    Json(json!({"object": "list", "data": view.models.values().map(|m| card(m)).collect::<Vec<_>>()}))
+}
+
+async fn model(State(core): State<Core>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
+    let view = core.nodes.view();
+    let model = view.models.get(&name).ok_or_else(|| GenerateError::UnknownModel {
+        served: view.models.keys().cloned().collect::<Vec<_>>().join(", "),
+        model: name,
+    })?;
+    Ok(Json(card(model)))
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}

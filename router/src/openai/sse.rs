@@ -1,0 +1,40 @@
+//! Server-sent events.
+
+use axum::{
+    body::{Body, Bytes},
+    http::{HeaderValue, header},
+    response::Response,
+};
+use futures::{Stream, StreamExt as _};
+use serde::Serialize;
+
+use super::error::ApiError;
+use crate::GenerateError;
+
+/// The end of every stream.
+const DONE: &[u8] = b"data: [DONE]\n\n";
+
+/// One event.
+pub fn event(data: &impl Serialize) -> Result<Bytes, GenerateError> {
+    let mut out = b"data: ".to_vec();
+    serde_json::to_writer(&mut out, data).map_err(|e| GenerateError::Internal(e.to_string()))?;
+    out.extend_from_slice(b"\n\n");
+    Ok(out.into())
+}
+
+/// A response of these events. An error becomes the last event before the end mark: never a silent end.
+pub fn response(events: impl Stream<Item = Result<Bytes, GenerateError>> + Send + 'static) -> Response {
+    let events = events
+        .map(|event| match event {
+            Ok(bytes) => bytes,
+            Err(e) => Bytes::from(format!("data: {}\n\n", ApiError::from(e).body())),
+        })
+        .chain(futures::stream::iter([Bytes::from_static(DONE)]))
+        .map(Ok::<_, std::convert::Infallible>);
+    let mut response = Response::new(Body::from_stream(events));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response
+}

@@ -1,0 +1,137 @@
+//! A request that has passed every check that does not need a node.
+
+use std::{sync::Arc, time::Duration};
+
+use overfill_kv::{OutputToken, RequestId, SamplingParams};
+use overfill_proto::v1;
+use rand::Rng as _;
+use tokio::time::Instant;
+
+use crate::{GenerateError, node::ServedModel};
+
+/// Most stop strings per request.
+pub const MAX_STOPS: usize = 16;
+/// Longest stop string, in bytes.
+pub const MAX_STOP_BYTES: usize = 1024;
+
+/// One sequence to generate.
+#[derive(Clone)]
+pub struct Generation {
+    /// The same on every node that works on it.
+    pub request_id: RequestId,
+    /// The model that answers.
+    pub model: Arc<ServedModel>,
+    /// At least one token.
+    pub prompt: Arc<[u32]>,
+    /// Checked.
+    pub sampling: SamplingParams,
+    /// 0 only with `prompt_logprobs`: the prompt is scored and nothing is generated.
+    pub max_tokens: u32,
+    /// Tokens that end the text, the model's own included unless it is to be ignored.
+    pub stop_token_ids: Arc<[u32]>,
+    /// Texts that end it.
+    pub stop: Vec<String>,
+    /// Is the stop text part of the output?
+    pub include_stop: bool,
+    /// Leave special tokens out of the text.
+    pub skip_special: bool,
+    /// Report the prompt's log-probabilities.
+    pub prompt_logprobs: bool,
+    /// When it came.
+    pub arrived: Instant,
+    /// How long it may take from then.
+    pub time: Duration,
+}
+
+impl Generation {
+    /// When its time is over.
+    pub fn deadline(&self) -> Instant {
+        self.arrived + self.time
+    }
+}
+
+/// What comes out of a [`Generation`], in this order: prompt log-probabilities if asked for, tokens, one end.
+#[derive(Clone, Debug)]
+pub enum Output {
+    /// Of prompt tokens 1, 2, ...
+    PromptLogprobs(Vec<OutputToken>),
+    /// The next token.
+    Token {
+        /// Which, and its log-probabilities.
+        token: OutputToken,
+        /// Text that is certain now.
+        text: String,
+        /// The stage that chose it.
+        stage: v1::Role,
+    },
+    /// The end.
+    Finished(Finished),
+}
+
+/// How a sequence ended.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    /// Why.
+    pub reason: v1::FinishReason,
+    /// Which stop text or stop token; `None` for the model's own end of text, and for length.
+    pub stop: Option<StopCause>,
+    /// Text held back until now.
+    pub text: String,
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens generated.
+    pub completion_tokens: u32,
+    /// Where the time went.
+    pub timings: v1::Timings,
+}
+
+/// What a request named as its end, and met.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StopCause {
+    /// A stop string.
+    Text(String),
+    /// One of the request's own stop tokens.
+    Token(u32),
+}
+
+/// Checks the stop strings.
+pub fn check_stops(stops: &[String]) -> Result<(), GenerateError> {
+    if stops.len() > MAX_STOPS {
+        return Err(GenerateError::limit("stop", format!("at most {MAX_STOPS} texts"), stops.len()));
+    }
+    match stops.iter().find(|s| s.is_empty() || s.len() > MAX_STOP_BYTES) {
+        Some(s) => Err(GenerateError::limit("stop", format!("texts of 1 to {MAX_STOP_BYTES} bytes"), s.len())),
+        None => Ok(()),
+    }
+}
+
+/// Checks the prompt's tokens against the model.
+pub fn check_prompt(model: &ServedModel, prompt: &[u32]) -> Result<(), GenerateError> {
+    if prompt.is_empty() {
+        return Err(GenerateError::invalid("prompt", "prompt must have at least one token, got 0"));
+    }
+    match prompt.iter().find(|&&id| id >= model.vocab_size) {
+        Some(id) => Err(GenerateError::limit("prompt", format!("of token ids below {}", model.vocab_size), id)),
+        None => Ok(()),
+    }
+}
+
+/// How many tokens may be generated: as asked, which must fit; or all that fit.
+pub fn check_length(model: &ServedModel, prompt: usize, asked: Option<u32>) -> Result<u32, GenerateError> {
+    let (limit, prompt) = (model.max_context_tokens, prompt as u64);
+    let output = u64::from(asked.unwrap_or(1));
+    if prompt + output > u64::from(limit) {
+        return Err(GenerateError::ContextLength { limit, value: prompt + output, prompt, output });
+    }
+    Ok(asked.unwrap_or(limit - prompt as u32))
+}
+
+/// A new name, unlike any other.
+pub fn new_request_id() -> RequestId {
+    RequestId(format!("{:032x}", rand::rng().random::<u128>()))
+}
+
+/// A seed for a request that gives none.
+pub fn random_seed() -> u64 {
+    rand::rng().random()
+}

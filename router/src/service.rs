@@ -1,0 +1,152 @@
+//! The process: listeners, servers, and their end.
+
+use std::{io, net::SocketAddr, process::ExitCode, sync::Arc};
+
+use axum::serve::ListenerExt as _;
+use overfill_cluster::{Admin, Health, MetricsError, ReadyLine, Shutdown, grpc, process};
+use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1};
+use tokio::net::TcpListener;
+use tracing::info;
+
+use crate::{Args, Config, generate::Core, grpc::RouterService, metrics::Metrics, nodes::Nodes, openai};
+
+/// Why the router could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum RouterError {
+    /// An address is taken, or not ours.
+    #[error("listening on {address}")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// A fault of the program.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    /// A fault of the program.
+    #[error("building the reflection service: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    /// A server ended by itself.
+    #[error("serving gRPC")]
+    Grpc(#[from] tonic::transport::Error),
+    /// A server ended by itself.
+    #[error("serving HTTP")]
+    Http(#[from] io::Error),
+}
+
+/// A router with its listeners bound.
+pub struct Router {
+    config: Config,
+    http: TcpListener,
+    grpc: TcpListener,
+    http_address: SocketAddr,
+    grpc_address: SocketAddr,
+}
+
+impl Router {
+    /// Binds both listeners.
+    pub async fn bind(config: Config) -> Result<Self, RouterError> {
+        let bind =
+            async |address| TcpListener::bind(address).await.map_err(|source| RouterError::Bind { address, source });
+        let (http, grpc) = (bind(config.http).await?, bind(config.grpc).await?);
+        let (http_address, grpc_address) = (http.local_addr()?, grpc.local_addr()?);
+        Ok(Self { config, http, grpc, http_address, grpc_address })
+    }
+
+    /// Where HTTP is served.
+    pub fn http_address(&self) -> SocketAddr {
+        self.http_address
+    }
+
+    /// Where gRPC is served.
+    pub fn grpc_address(&self) -> SocketAddr {
+        self.grpc_address
+    }
+
+    /// Serves until the shutdown has begun and the last request has ended.
+    pub async fn run(self, shutdown: Shutdown) -> Result<(), RouterError> {
+        let Self { config, http, grpc: grpc_listener, .. } = self;
+        let metrics = Arc::new(Metrics::new()?);
+        // Running requests still need the nodes after the shutdown has begun: their tasks end with this one.
+        let membership = Shutdown::new();
+        let nodes = Nodes::follow(&config.prefill_urls, &config.decode_urls, &membership);
+        let core = Core::new(nodes, metrics.clone(), &config);
+
+        let (reporter, health) = tonic_health::server::health_reporter();
+        reporter.set_serving::<v1::router_server::RouterServer<RouterService>>().await;
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1()?;
+        let service = v1::router_server::RouterServer::new(RouterService::new(core.clone()))
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let stop = shutdown.token();
+        let grpc_server = grpc::server()
+            .add_service(service)
+            .add_service(health)
+            .add_service(reflection)
+            .serve_with_incoming_shutdown(grpc::incoming(grpc_listener), stop.cancelled_owned());
+
+        let app = openai::routes(core.clone(), config.max_body_bytes).merge(admin(core, metrics, &shutdown).routes());
+        let http = http.tap_io(|connection| {
+            // Tokens are small messages: they must not wait for more of them. A failure costs only latency.
+            let _ = connection.set_nodelay(true);
+        });
+        let stop = shutdown.token();
+        let http_server = axum::serve(http, app).with_graceful_shutdown(stop.cancelled_owned()).into_future();
+
+        let result = tokio::try_join!(async { grpc_server.await.map_err(RouterError::from) }, async {
+            http_server.await.map_err(RouterError::from)
+        });
+        shutdown.begin();
+        membership.begin();
+        info!("router has ended");
+        result.map(|_| ())
+    }
+}
+
+/// `/health`, `/live` and `/metrics`, off the router's state.
+fn admin(core: Core, metrics: Arc<Metrics>, shutdown: &Shutdown) -> Admin {
+    let (shutdown, nodes) = (shutdown.clone(), core.nodes.clone());
+    let health = move || {
+        let view = nodes.view();
+        if shutdown.has_begun() {
+            return Health::NotServing("shutting down".into());
+        }
+        let missing = match (view.prefill.is_empty(), view.decode.is_empty(), view.models.is_empty()) {
+            (true, _, _) => Some(v1::Role::Prefill),
+            (false, false, false) => None,
+            _ => Some(v1::Role::Decode),
+        };
+        missing.map_or(Health::Serving, |role| Health::NotServing(nodes.trouble(role)))
+    };
+    let refreshed = metrics.clone();
+    let refresh = move || {
+        refreshed.running.set(core.admission.running() as i64);
+        refreshed.waiting.set(core.admission.waiting() as i64);
+        refreshed.nodes.reset();
+        for node in core.nodes.list() {
+            let role = match node.info.as_ref().map(v1::NodeInfo::role) {
+                Some(v1::Role::Prefill) => "prefill",
+                _ => "decode",
+            };
+            refreshed.nodes.with_label_values(&[role, if node.healthy { "up" } else { "down" }]).inc();
+        }
+    };
+    Admin { registry: metrics.registry.clone(), health: Arc::new(health), refresh: Arc::new(refresh) }
+}
+
+/// The router as a program: from settings to exit code.
+pub async fn main(args: Args) -> ExitCode {
+    let process = args.process.clone();
+    process::run(&process, args.validate(), async |config, shutdown| {
+        let router = Router::bind(config).await?;
+        let (http, grpc) = (router.http_address(), router.grpc_address());
+        info!(%http, %grpc, "router is ready");
+        ReadyLine { role: "router".into(), grpc, http: Some(http), kv: None, admin: Some(http) }.print();
+        router.run(shutdown).await
+    })
+    .await
+}

@@ -1,0 +1,321 @@
+//! Nodes without a model, for tests and benches of the router alone.
+//!
+//! They speak the real protocol over real sockets; only the tokens are made up, as a function of all tokens before
+//! (or read from a script), so that a request gives the same output however often it is moved between nodes.
+
+mod decode;
+mod prefill;
+
+use std::{
+    collections::HashMap,
+    io,
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicI64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use overfill_cluster::grpc;
+use overfill_kv::{KvDtype, KvSchema, RopeSpec};
+use overfill_proto::v1;
+use overfill_text::TextFiles;
+use parking_lot::Mutex;
+use tokio::{
+    net::TcpListener,
+    sync::{oneshot, watch},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+/// Id of the end-of-text token of [`text_files`]; bytes are ids 3 to 258.
+pub const EOS: u32 = 1;
+
+/// What a simulated node is.
+#[derive(Clone)]
+pub struct Options {
+    /// Its model's name.
+    pub model: String,
+    /// Of its KV.
+    pub schema: KvSchema,
+    /// Tokenizer and template; prefill nodes only.
+    pub files: TextFiles,
+    /// Prompt + output.
+    pub max_context_tokens: u32,
+    /// Time per prompt.
+    pub prefill_time: Duration,
+    /// Time per token.
+    pub token_time: Duration,
+    /// The output's tokens, over and over; without it they are letters that depend on all tokens before.
+    pub script: Option<Vec<u32>>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let files = text_files();
+        Self {
+            model: "simulated".into(),
+            schema: KvSchema {
+                layers: vec![0, 1],
+                kv_heads: 1,
+                head_dim: 8,
+                rope: RopeSpec { theta: 1e4, scaling: "none".into() },
+                dtype: KvDtype::F32,
+                block_tokens: 16,
+                vocab_size: 259,
+                tokenizer_sha256: sha256(&files),
+                full_model: Some("simulated".into()),
+            },
+            files,
+            max_context_tokens: 4096,
+            prefill_time: Duration::ZERO,
+            token_time: Duration::ZERO,
+            script: None,
+        }
+    }
+}
+
+fn sha256(files: &TextFiles) -> String {
+    use sha2::{Digest, Sha256};
+    Sha256::digest(&files.tokenizer_json).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A byte-level tokenizer: begin, end, one reserved, then a token per byte.
+pub fn text_files() -> TextFiles {
+    let mut extra = 256u32;
+    let mut vocab = serde_json::Map::new();
+    let special = ["<|bos|>", "<|eos|>", "<|turn|>"];
+    for (id, name) in special.iter().enumerate() {
+        vocab.insert((*name).into(), id.into());
+    }
+    for byte in 0..=255u8 {
+        // The byte-level alphabet of GPT-2: printable Latin-1 stands for itself, the rest is moved up.
+        let c = match byte {
+            b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => Some(char::from(byte)),
+            _ => {
+                extra += 1;
+                char::from_u32(extra - 1)
+            }
+        };
+        vocab.insert(c.into_iter().collect(), (u32::from(byte) + 3).into());
+    }
+    let added: Vec<_> = special
+        .iter()
+        .enumerate()
+        .map(|(id, name)| {
+            serde_json::json!({"id": id, "content": name, "single_word": false, "lstrip": false, "rstrip": false,
+                               "normalized": false, "special": true})
+        })
+        .collect();
+    let byte_level =
+        serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
+        "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []},
+    });
+    TextFiles {
+        tokenizer_json: tokenizer.to_string().into_bytes(),
+        tokenizer_config_json: Some(br#"{"bos_token": "<|bos|>", "eos_token": "<|eos|>"}"#.to_vec()),
+        chat_template: Some(
+            b"{{ bos_token }}{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}\n{% endfor %}".to_vec(),
+        ),
+        generation_config_json: Some(br#"{"eos_token_id": 1}"#.to_vec()),
+        special_tokens_map_json: None,
+    }
+}
+
+/// The ids of `text` under [`text_files`].
+pub fn bytes_as_tokens(text: &str) -> Vec<u32> {
+    text.bytes().map(|byte| u32::from(byte) + 3).collect()
+}
+
+/// A running node. Dropping it stops it.
+pub struct SimulatedNode {
+    /// Where it is.
+    pub url: String,
+    state: Arc<State>,
+    stop: CancellationToken,
+}
+
+impl Drop for SimulatedNode {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl SimulatedNode {
+    /// A node that prefills.
+    pub async fn prefill(options: Options) -> io::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        Self::serve(listener, v1::Role::Prefill, options)
+    }
+
+    /// A node that decodes.
+    pub async fn decode(options: Options) -> io::Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        Self::serve(listener, v1::Role::Decode, options)
+    }
+
+    /// A node of either role on a bound listener.
+    pub fn serve(listener: TcpListener, role: v1::Role, options: Options) -> io::Result<Self> {
+        let url = format!("http://{}", listener.local_addr()?);
+        let state = Arc::new(State {
+            info: v1::NodeInfo {
+                node_id: url.trim_start_matches("http://").to_owned(),
+                incarnation: format!("{:032x}", rand::random::<u128>()),
+                role: role.into(),
+                model: options.model.clone(),
+                kv_schema: Some((&options.schema).into()),
+                max_context_tokens: options.max_context_tokens,
+                total_blocks: 1 << 20,
+                max_running_requests: 64,
+                kv_endpoint: String::new(),
+                version: env!("CARGO_PKG_VERSION").into(),
+                weight_dtype: "f32".into(),
+                eos_token_ids: vec![EOS],
+            },
+            options,
+            load: watch::Sender::new(v1::NodeLoad { free_blocks: 1 << 20, ..Default::default() }),
+            active: AtomicUsize::new(0),
+            taken: AtomicUsize::new(0),
+            fail_after: AtomicI64::new(-1),
+            full: watch::Sender::new(false),
+            paused: watch::Sender::new(false),
+        });
+        let stop = CancellationToken::new();
+        let server = match role {
+            v1::Role::Prefill => {
+                grpc::server().add_service(v1::prefill_server::PrefillServer::new(prefill::Service(state.clone())))
+            }
+            _ => grpc::server().add_service(v1::decode_server::DecodeServer::new(decode::Service(state.clone()))),
+        };
+        let ended = stop.clone();
+        tokio::spawn(server.serve_with_incoming_shutdown(grpc::incoming(listener), ended.cancelled_owned()));
+        Ok(Self { url, state, stop })
+    }
+
+    /// Requests on it now.
+    pub fn active(&self) -> usize {
+        self.state.active.load(Ordering::SeqCst)
+    }
+
+    /// Requests that it ever took.
+    pub fn taken(&self) -> usize {
+        self.state.taken.load(Ordering::SeqCst)
+    }
+
+    /// It fails once, when it has given this many more tokens.
+    pub fn fail_after(&self, tokens: u32) {
+        self.state.fail_after.store(i64::from(tokens), Ordering::SeqCst);
+    }
+
+    /// While set it refuses requests for want of room.
+    pub fn set_full(&self, full: bool) {
+        self.state.full.send_replace(full);
+        self.state.load.send_modify(|load| load.free_blocks = if full { 0 } else { 1 << 20 });
+    }
+
+    /// While set it gives no token.
+    pub fn set_paused(&self, paused: bool) {
+        self.state.paused.send_replace(paused);
+    }
+}
+
+struct State {
+    options: Options,
+    info: v1::NodeInfo,
+    load: watch::Sender<v1::NodeLoad>,
+    active: AtomicUsize,
+    taken: AtomicUsize,
+    /// Tokens until a failure; negative: never.
+    fail_after: AtomicI64,
+    full: watch::Sender<bool>,
+    paused: watch::Sender<bool>,
+}
+
+/// Counts a request for as long as it lives.
+struct Active(Arc<State>);
+
+impl Active {
+    fn new(state: &Arc<State>) -> Result<Self, Status> {
+        if *state.full.borrow() {
+            return Err(Status::resource_exhausted("0 blocks are free"));
+        }
+        state.active.fetch_add(1, Ordering::SeqCst);
+        state.taken.fetch_add(1, Ordering::SeqCst);
+        state.load.send_modify(|load| load.running_requests += 1);
+        Ok(Self(state.clone()))
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Ordering::SeqCst);
+        self.0.load.send_modify(|load| load.running_requests -= 1);
+    }
+}
+
+impl State {
+    fn describe(&self) -> v1::DescribeResponse {
+        v1::DescribeResponse { info: Some(self.info.clone()), load: Some(*self.load.borrow()) }
+    }
+
+    /// Time passes; then the node may fail, if a test wants it to.
+    async fn step(&self, time: Duration) -> Result<(), Status> {
+        // The sender is part of `self`.
+        let _ = self.paused.subscribe().wait_for(|paused| !paused).await;
+        if !time.is_zero() {
+            tokio::time::sleep(time).await;
+        }
+        match self.fail_after.fetch_sub(1, Ordering::SeqCst) {
+            0 => Err(Status::unavailable("simulated failure")),
+            n if n < 0 => {
+                self.fail_after.store(-1, Ordering::SeqCst);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The made-up continuation of a prompt.
+struct Continuation {
+    hash: u64,
+    index: usize,
+    script: Option<Vec<u32>>,
+}
+
+impl Continuation {
+    /// After `tokens`, of which the last `generated` are output.
+    fn new(options: &Options, tokens: &[u32], generated: u32) -> Self {
+        let mut this = Self { hash: 0xcbf2_9ce4_8422_2325, index: generated as usize, script: options.script.clone() };
+        tokens.iter().for_each(|token| this.mix(*token));
+        this
+    }
+
+    fn mix(&mut self, token: u32) {
+        self.hash = (self.hash ^ u64::from(token)).wrapping_mul(0x0000_0100_0000_01b3);
+    }
+
+    fn next(&mut self, logprobs: Option<u32>) -> v1::OutputToken {
+        let token = match &self.script {
+            Some(script) => script[self.index % script.len()],
+            None => u32::from(b'a') + 3 + ((self.hash >> 32) % 26) as u32,
+        };
+        self.index += 1;
+        self.mix(token);
+        output(token, logprobs)
+    }
+}
+
+/// A token with made-up log-probabilities: itself the likeliest, then the ids after it.
+fn output(token: u32, logprobs: Option<u32>) -> v1::OutputToken {
+    let Some(n) = logprobs else { return v1::OutputToken { token, logprob: f32::NAN, top: Vec::new() } };
+    let top = (0..n).map(|i| v1::TokenLogprob { token: (token + i) % 259, logprob: -0.5 - i as f32 }).collect();
+    v1::OutputToken { token, logprob: -0.5, top }
+}
+
+/// Handoffs between the simulated nodes of this process, by ticket: what is handed over is the first token.
+static HANDOFFS: LazyLock<Mutex<HashMap<Vec<u8>, oneshot::Sender<u32>>>> = LazyLock::new(Mutex::default);

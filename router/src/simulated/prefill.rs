@@ -1,0 +1,72 @@
+//! The prefill side.
+
+use std::{pin::Pin, sync::Arc};
+
+use async_stream::try_stream;
+use futures::{Stream, StreamExt as _};
+use overfill_proto::v1::{self, prefill_event, prefill_server};
+use tokio_stream::wrappers::WatchStream;
+use tonic::{Request, Response, Status};
+
+use super::{Active, Continuation, HANDOFFS, State, output};
+
+pub(super) struct Service(pub(super) Arc<State>);
+
+type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+fn event(event: prefill_event::Event) -> v1::PrefillEvent {
+    v1::PrefillEvent { event: Some(event) }
+}
+
+#[tonic::async_trait]
+impl prefill_server::Prefill for Service {
+    type WatchLoadStream = Events<v1::NodeLoad>;
+    type PrefillStream = Events<v1::PrefillEvent>;
+
+    async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
+        Ok(Response::new(self.0.describe()))
+    }
+
+    async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {
+        Ok(Response::new(Box::pin(WatchStream::new(self.0.load.subscribe()).map(Ok))))
+    }
+
+    async fn model_files(&self, _: Request<v1::ModelFilesRequest>) -> Result<Response<v1::ModelFilesResponse>, Status> {
+        let files = self.0.options.files.clone();
+        Ok(Response::new(v1::ModelFilesResponse {
+            tokenizer_json: files.tokenizer_json,
+            tokenizer_config_json: files.tokenizer_config_json.unwrap_or_default(),
+            chat_template: files.chat_template.unwrap_or_default(),
+            generation_config_json: files.generation_config_json.unwrap_or_default(),
+            special_tokens_map_json: files.special_tokens_map_json.unwrap_or_default(),
+        }))
+    }
+
+    async fn prefill(&self, request: Request<v1::PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
+        let state = self.0.clone();
+        let active = Active::new(&state)?;
+        let request = request.into_inner();
+        Ok(Response::new(Box::pin(try_stream! {
+            let _active = active;
+            yield event(prefill_event::Event::Started(v1::PrefillStarted { cached_tokens: 0, queue_seconds: 0.0 }));
+            state.step(state.options.prefill_time).await?;
+            let logprobs = request.sampling.as_ref().and_then(|s| s.logprobs);
+            if request.prompt_logprobs {
+                let tokens = request.prompt_tokens.iter().skip(1).map(|t| output(*t, logprobs.or(Some(0)))).collect();
+                yield event(prefill_event::Event::PromptLogprobs(v1::PromptLogprobs { tokens }));
+            }
+            let mut continuation =
+                Continuation::new(&state.options, &request.prompt_tokens, request.generated_tokens);
+            let token = continuation.next(logprobs);
+            let first = token.token;
+            yield event(prefill_event::Event::FirstToken(v1::FirstToken { token: Some(token), prefill_seconds: 0.0 }));
+            if let Some(target) = request.handoff {
+                let receiver = HANDOFFS.lock().remove(&target.ticket);
+                receiver
+                    .and_then(|receiver| receiver.send(first).ok())
+                    .ok_or_else(|| Status::failed_precondition("the ticket is not valid"))?;
+                yield event(prefill_event::Event::Transferred(v1::TransferStats::default()));
+            }
+        })))
+    }
+}

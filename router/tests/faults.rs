@@ -1,0 +1,185 @@
+//! Cancellation, overload and failing nodes.
+
+mod support;
+
+use std::time::Duration;
+
+use overfill_kv::KvDtype;
+use overfill_proto::v1::{self, generate_event::Event, generate_request::Prompt};
+use overfill_router::simulated::Options;
+use serde_json::json;
+use support::{Rig, receive, rig, rig_with, unready_rig, wait_for};
+use tokio::io::AsyncReadExt as _;
+
+fn slow() -> Options {
+    Options { token_time: Duration::from_millis(2), ..Options::default() }
+}
+
+async fn generate(rig: &Rig, max_tokens: u32) -> Result<(String, Vec<u32>, v1::GenerateFinished), tonic::Status> {
+    let request = v1::GenerateRequest { prompt: Some(Prompt::Text("hello".into())), max_tokens, ..Default::default() };
+    let mut events = rig.client().await.generate(request).await?.into_inner();
+    let (mut text, mut ids) = (String::new(), Vec::new());
+    while let Some(event) = events.message().await? {
+        match event.event.unwrap() {
+            Event::Token(token) => {
+                text += &token.text;
+                ids.push(token.token.unwrap().token);
+            }
+            Event::Finished(finished) => return Ok((text + &finished.text, ids, finished)),
+        }
+    }
+    panic!("the stream ended without an end")
+}
+
+#[tokio::test]
+async fn a_request_over_grpc_reports_its_way() {
+    let rig = rig(Options::default()).await;
+    let (text, ids, finished) = generate(&rig, 40).await.unwrap();
+    assert_eq!((text.len(), ids.len(), finished.completion_tokens), (40, 40, 40));
+    assert_eq!(finished.reason(), v1::FinishReason::Length);
+    let timings = finished.timings.unwrap();
+    assert_eq!((timings.migrations, timings.handoff.unwrap().bytes), (0, 1024));
+    assert!(timings.prefill_node != timings.decode_node && timings.ttft_seconds > 0.0);
+}
+
+#[tokio::test]
+async fn a_failing_decode_node_is_replaced_without_a_repeated_token() {
+    let rig = rig_with(&[slow()], &[slow(), slow()], |_| {}).await;
+    let (text, ids, _) = generate(&rig, 40).await.unwrap();
+    for _ in 0..2 {
+        for node in &rig.decode {
+            node.fail_after(7);
+        }
+        let (again, same, finished) = generate(&rig, 40).await.unwrap();
+        assert_eq!((again, same), (text.clone(), ids.clone()));
+        assert!(finished.timings.unwrap().migrations >= 1);
+    }
+    assert!(rig.metric("overfill_migrations_total{model_name=\"simulated\"}").await >= 2.0);
+    wait_for(async || rig.active() == 0).await;
+}
+
+#[tokio::test]
+async fn a_failing_prefill_node_is_replaced() {
+    let rig = rig_with(&[slow(), slow()], &[slow()], |_| {}).await;
+    rig.prefill.iter().for_each(|node| node.fail_after(0));
+    let (_, ids, finished) = generate(&rig, 10).await.unwrap();
+    assert_eq!(ids.len(), 10);
+    assert!(finished.timings.unwrap().migrations >= 1);
+}
+
+#[tokio::test]
+async fn attempts_are_bounded_and_the_end_is_never_silent() {
+    let rig = rig_with(&[Options::default()], &[Options::default()], |c| c.max_attempts = 1).await;
+    rig.decode[0].fail_after(3);
+    let answer = rig.complete(json!({"prompt": "x", "max_tokens": 20, "stream": true})).await;
+    let events = answer.events();
+    assert_eq!(events.iter().filter(|e| e["choices"].is_array()).count(), 4);
+    let message = events.last().unwrap()["error"]["message"].as_str().unwrap();
+    assert!(message.contains("gave up after 1 attempts") && message.contains("simulated failure"), "{message}");
+
+    rig.decode[0].fail_after(3);
+    let answer = rig.complete(json!({"prompt": "x", "max_tokens": 20})).await;
+    assert_eq!(answer.status, 503);
+    wait_for(async || rig.active() == 0).await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_frees_both_nodes() {
+    let rig = rig(Options::default()).await;
+    for stream in [true, false] {
+        for paused in [&rig.decode[0], &rig.prefill[0]] {
+            let before = rig.decode[0].taken();
+            paused.set_paused(true);
+            let body = json!({"prompt": "x", "max_tokens": 20, "stream": stream}).to_string();
+            let mut connection = rig.send("POST", "/v1/completions", &body).await;
+            wait_for(async || rig.decode[0].taken() > before && rig.active() >= 1).await;
+            if stream && std::ptr::eq(paused, &rig.decode[0]) {
+                // The first token does not wait for the decode node.
+                let mut start = [0; 12];
+                connection.read_exact(&mut start).await.unwrap();
+                assert_eq!(&start, b"HTTP/1.1 200");
+            }
+            drop(connection);
+            wait_for(async || rig.active() == 0).await;
+            paused.set_paused(false);
+            assert_eq!(rig.metric("vllm:num_requests_running").await, 0.0);
+        }
+    }
+    // gRPC: dropping the stream is enough.
+    rig.decode[0].set_paused(true);
+    let request = v1::GenerateRequest { prompt: Some(Prompt::Text("x".into())), max_tokens: 9, ..Default::default() };
+    let mut events = rig.client().await.generate(request).await.unwrap().into_inner();
+    events.message().await.unwrap().unwrap();
+    drop(events);
+    wait_for(async || rig.active() == 0).await;
+    let aborted = "vllm:request_success_total{finished_reason=\"abort\",model_name=\"simulated\"}";
+    wait_for(async || rig.metric(aborted).await == 5.0).await;
+}
+
+#[tokio::test]
+async fn a_full_queue_is_429_and_waiting_ones_get_their_turn() {
+    let options = [Options::default()];
+    let rig = rig_with(&options, &options, |c| (c.max_running, c.max_waiting) = (1, 1)).await;
+    rig.decode[0].set_paused(true);
+    let body = json!({"prompt": "x", "max_tokens": 3}).to_string();
+    let first = rig.send("POST", "/v1/completions", &body).await;
+    wait_for(async || rig.metric("vllm:num_requests_running").await == 1.0).await;
+    let second = rig.send("POST", "/v1/completions", &body).await;
+    wait_for(async || rig.metric("vllm:num_requests_waiting").await == 1.0).await;
+    let third = receive(rig.send("POST", "/v1/completions", &body).await).await;
+    assert_eq!(third.status, 429);
+    assert!(third.head.contains("retry-after: 1"), "{}", third.head);
+    assert_eq!(third.json()["error"]["code"], "rate_limit_exceeded");
+    let status = generate(&rig, 3).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+    rig.decode[0].set_paused(false);
+    assert_eq!((receive(first).await.status, receive(second).await.status), (200, 200));
+}
+
+#[tokio::test]
+async fn nodes_without_room_are_waited_for() {
+    let options = [Options::default()];
+    let rig = rig_with(&options, &options, |c| c.max_queue = Duration::from_millis(200)).await;
+    rig.decode[0].set_full(true);
+    let answer = rig.complete(json!({"prompt": "x", "max_tokens": 3})).await;
+    assert_eq!(answer.status, 429, "{}", answer.body);
+    assert!(answer.body.contains("0 blocks are free"), "{}", answer.body);
+
+    let rig = support::rig(Options::default()).await;
+    rig.decode[0].set_full(true);
+    let waiting = rig.send("POST", "/v1/completions", &json!({"prompt": "x", "max_tokens": 3}).to_string()).await;
+    wait_for(async || rig.metric("vllm:num_requests_running").await == 1.0).await;
+    rig.decode[0].set_full(false);
+    assert_eq!(receive(waiting).await.status, 200);
+}
+
+#[tokio::test]
+async fn nodes_that_may_not_share_kv_are_named() {
+    let mut other = Options::default();
+    other.schema.dtype = KvDtype::Bf16;
+    let rig = unready_rig(&[Options::default()], &[other], |_| {}).await;
+    let mut client = rig.client().await;
+    wait_for(async || {
+        let nodes = client.list_nodes(v1::ListNodesRequest {}).await.unwrap().into_inner().nodes;
+        nodes.iter().any(|n| n.error.contains("dtype is F32 on the prefill side and Bf16 on the decode side"))
+    })
+    .await;
+    let answer = rig.complete(json!({"prompt": "x"})).await;
+    assert_eq!(answer.status, 503);
+    assert!(answer.body.contains("kv schema mismatch"), "{}", answer.body);
+    assert!(answer.head.contains("retry-after"));
+    assert_eq!(rig.get("/health").await.status, 503);
+}
+
+#[tokio::test]
+async fn a_conversation_stays_on_its_prefill_node() {
+    let rig = rig_with(&[slow(), slow()], &[slow()], |_| {}).await;
+    let mut prompt = vec![68; 64];
+    for _ in 0..4 {
+        rig.complete(json!({"prompt": prompt, "max_tokens": 2})).await;
+        prompt.extend([69; 32]);
+    }
+    let mut taken: Vec<_> = rig.prefill.iter().map(|n| n.taken()).collect();
+    taken.sort_unstable();
+    assert_eq!(taken, [0, 4]);
+}
