@@ -7,6 +7,7 @@ use std::{cell::RefCell, sync::Arc};
 
 use bytemuck::{cast_slice, cast_slice_mut};
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Storage, Tensor, bail};
+use overfill_kv::store::{blocks_in, blocks_in_mut};
 use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, KvStore, StoreError};
 
 use crate::{
@@ -76,7 +77,8 @@ impl KvCache {
                 })
                 .collect();
             let count = index.len();
-            let index = Tensor::from_vec(index, (count, 1), cache.device())?.broadcast_as((count, head_dim))?.contiguous()?;
+            let index =
+                Tensor::from_vec(index, (count, 1), cache.device())?.broadcast_as((count, head_dim))?.contiguous()?;
             let source = source.reshape((count, head_dim))?.to_dtype(cache.dtype())?.contiguous()?;
             rows.scatter_set(&index, &source, 0)?;
         }
@@ -112,7 +114,8 @@ impl KvCache {
             let (tokens, context) = (slice.tokens.len(), slice.start + slice.tokens.len());
             let blocks: Vec<u32> = slice.blocks[..context.div_ceil(BLOCK_TOKENS)].iter().map(|b| b.0).collect();
             let count = blocks.len();
-            let gathered = cache.index_select(&Tensor::from_vec(blocks, count, cache.device())?, 0)?.to_dtype(q.dtype())?;
+            let gathered =
+                cache.index_select(&Tensor::from_vec(blocks, count, cache.device())?, 0)?.to_dtype(q.dtype())?;
             // [blocks, kv_heads, 16, d] to [kv_heads, context, d]
             let part = |kv: usize| {
                 gathered
@@ -124,8 +127,11 @@ impl KvCache {
                     .contiguous()
             };
             let (k, v) = (part(0)?, part(1)?);
-            let queries =
-                q.narrow(0, row, tokens)?.transpose(0, 1)?.contiguous()?.reshape((kv_heads, group * tokens, head_dim))?;
+            let queries = q.narrow(0, row, tokens)?.transpose(0, 1)?.contiguous()?.reshape((
+                kv_heads,
+                group * tokens,
+                head_dim,
+            ))?;
             let scores = (queries.matmul(&k.t()?)? * (1.0 / (head_dim as f64).sqrt()))?.to_dtype(DType::F32)?;
             let mask: Vec<f32> = (0..tokens)
                 .flat_map(|t| (0..context).map(move |c| if c <= slice.start + t { 0.0 } else { f32::NEG_INFINITY }))
@@ -183,7 +189,8 @@ impl InplaceOp1 for WithBytes<'_> {
     fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
         (self.0.borrow_mut())(bytes_of_mut(storage)?);
         Ok(())
-    }}
+    }
+}
 
 impl KvStore for KvCache {
     fn num_layers(&self) -> usize {
@@ -198,20 +205,18 @@ impl KvStore for KvCache {
         2 * self.sizes.kv_heads * BLOCK_TOKENS * self.sizes.head_dim * self.dtype.size_bytes()
     }
 
-    fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> std::result::Result<(), StoreError> {
-        self.check(layer, blocks)?;
+    fn read(
+        &self,
+        layer: usize,
+        blocks: &[BlockId],
+        f: &mut dyn FnMut(usize, &[u8]),
+    ) -> std::result::Result<(), StoreError> {
+        if self.view(layer, blocks, &mut |all| all.iter().enumerate().for_each(|(i, bytes)| f(i, bytes)))? {
+            return Ok(());
+        }
         let size = self.block_bytes();
         let fault = |e: candle_core::Error| StoreError::Device(e.to_string());
         let cache = &self.layers[layer];
-        if cache.device().is_cpu() {
-            let (storage, _) = cache.storage_and_layout();
-            let Storage::Cpu(storage) = &*storage else { return Err(StoreError::Device("not CPU memory".into())) };
-            let bytes = bytes_of(storage).map_err(fault)?;
-            for (i, block) in blocks.iter().enumerate() {
-                f(i, &bytes[block.0 as usize * size..][..size]);
-            }
-            return Ok(());
-        }
         for (i, block) in blocks.iter().enumerate() {
             let copied = cache.narrow(0, block.0 as usize, 1).and_then(|t| t.to_device(&Device::Cpu)).map_err(fault)?;
             let (storage, layout) = copied.storage_and_layout();
@@ -222,28 +227,59 @@ impl KvStore for KvCache {
         Ok(())
     }
 
-    fn write(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &mut [u8])) -> std::result::Result<(), StoreError> {
-        self.check(layer, blocks)?;
-        let size = self.block_bytes();
+    fn write(
+        &self,
+        layer: usize,
+        blocks: &[BlockId],
+        f: &mut dyn FnMut(usize, &mut [u8]),
+    ) -> std::result::Result<(), StoreError> {
+        if self.edit(layer, blocks, &mut |all| all.iter_mut().enumerate().for_each(|(i, bytes)| f(i, bytes)))? {
+            return Ok(());
+        }
         let fault = |e: candle_core::Error| StoreError::Device(e.to_string());
         let cache = &self.layers[layer];
-        if cache.device().is_cpu() {
-            let mut each = |bytes: &mut [u8]| {
-                for (i, block) in blocks.iter().enumerate() {
-                    f(i, &mut bytes[block.0 as usize * size..][..size]);
-                }
-            };
-            return cache.inplace_op1(&WithBytes(RefCell::new(&mut each))).map_err(fault);
-        }
         for (i, block) in blocks.iter().enumerate() {
             let shape = (1, 2, self.sizes.kv_heads, BLOCK_TOKENS, self.sizes.head_dim);
             let staged = Tensor::zeros(shape, cache.dtype(), &Device::Cpu).map_err(fault)?;
             staged.inplace_op1(&WithBytes(RefCell::new(&mut |bytes: &mut [u8]| f(i, bytes)))).map_err(fault)?;
-            staged
-                .to_device(cache.device())
-                .and_then(|t| cache.slice_set(&t, 0, block.0 as usize))
-                .map_err(fault)?;
+            staged.to_device(cache.device()).and_then(|t| cache.slice_set(&t, 0, block.0 as usize)).map_err(fault)?;
         }
         Ok(())
+    }
+
+    fn view(
+        &self,
+        layer: usize,
+        blocks: &[BlockId],
+        f: &mut dyn FnMut(&[&[u8]]),
+    ) -> std::result::Result<bool, StoreError> {
+        self.check(layer, blocks)?;
+        let (storage, _) = self.layers[layer].storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else { return Ok(false) };
+        let bytes = bytes_of(storage).map_err(|e| StoreError::Device(e.to_string()))?;
+        let places = blocks_in(bytes, self.block_bytes(), blocks);
+        places.as_deref().map(f);
+        Ok(places.is_some())
+    }
+
+    fn edit(
+        &self,
+        layer: usize,
+        blocks: &[BlockId],
+        f: &mut dyn FnMut(&mut [&mut [u8]]),
+    ) -> std::result::Result<bool, StoreError> {
+        self.check(layer, blocks)?;
+        let cache = &self.layers[layer];
+        if !cache.device().is_cpu() {
+            return Ok(false);
+        }
+        let (size, mut done) = (self.block_bytes(), false);
+        let mut all = |bytes: &mut [u8]| {
+            let mut places = blocks_in_mut(bytes, size, blocks);
+            places.as_deref_mut().map(&mut *f);
+            done = places.is_some();
+        };
+        cache.inplace_op1(&WithBytes(RefCell::new(&mut all))).map_err(|e| StoreError::Device(e.to_string()))?;
+        Ok(done)
     }
 }
