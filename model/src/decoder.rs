@@ -31,6 +31,9 @@ pub enum Site {
 /// Sees the activations of a forward pass: site, layer, activations.
 pub type Observer<'a> = dyn FnMut(Site, usize, &Tensor) -> Result<()> + 'a;
 
+/// Gives the weight tensor of a name and shape, or says why not.
+pub type TensorSource<'a> = dyn FnMut(&str, &[usize]) -> std::result::Result<Tensor, ModelError> + 'a;
+
 /// Which implementation of norm and rope.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ops {
@@ -93,7 +96,7 @@ impl Decoder {
         config: &ModelConfig,
         ops: Ops,
         compute: DType,
-        get: &mut dyn FnMut(&str, &[usize]) -> std::result::Result<Tensor, ModelError>,
+        get: &mut TensorSource<'_>,
     ) -> std::result::Result<Self, ModelError> {
         let mut tensors = HashMap::new();
         for (name, shape) in config.tensor_shapes() {
