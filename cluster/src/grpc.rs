@@ -9,9 +9,14 @@ use tonic::transport::{Server, server::TcpIncoming};
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 
+/// Requests that one connection may have: a router sends all of its requests over one, and what is too much is the
+/// queue's to say, not the transport's (whose default would hold up the two hundred and first in silence).
+const MAX_STREAMS: u32 = 1 << 16;
+
 /// A server with this project's connection settings.
 pub fn server() -> Server {
     Server::builder()
+        .max_concurrent_streams(MAX_STREAMS)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
 }

@@ -1,14 +1,20 @@
 //! What a node is doing now: counted where it happens, watched by routers, shown as gauges.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
 };
 
 use overfill_kv::BlockPool;
 use tokio::sync::watch;
 
 use crate::NodeMetrics;
+
+/// How old a watched load may be when nothing has told of a change.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A snapshot of the node's load.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,6 +94,19 @@ impl LoadState {
     pub fn publish(&self) {
         let load = self.load();
         self.watch.send_if_modified(|last| std::mem::replace(last, load) != load);
+    }
+
+    /// Resolves when the load is another one than `watch` has seen last.
+    ///
+    /// Looks by itself now and then: a block that the KV plane lets go of tells nobody.
+    pub async fn changed(&self, watch: &mut watch::Receiver<Load>) {
+        loop {
+            tokio::select! {
+                // The sender is in `self`, so there is no other outcome than a change.
+                _ = watch.changed() => return,
+                () = tokio::time::sleep(LOOK_INTERVAL) => self.publish(),
+            }
+        }
     }
 
     /// Sets the gauges.

@@ -191,6 +191,7 @@ impl DecodeNode {
                 shutdown.cancelled().await;
                 load.drain();
                 health.set_not_serving::<DecodeServer<DecodeService>>().await;
+                health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
             }
         };
         let server = grpc::server()

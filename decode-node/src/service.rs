@@ -98,6 +98,11 @@ enum Next {
     Deadline,
 }
 
+/// A handoff that has failed: the other node's fault, or time is up.
+fn ended_handoff(deadline: Instant, message: &str) -> Status {
+    if Instant::now() < deadline { Status::unavailable(message) } else { Status::deadline_exceeded(message) }
+}
+
 /// The next event; a handoff that is awaited may come first.
 async fn next(events: &mut mpsc::Receiver<Event>, handoff: Option<&mut IncomingHandoff>, deadline: Instant) -> Next {
     let committed = async {
@@ -125,7 +130,8 @@ impl v1::decode_server::Decode for DecodeService {
     }
 
     async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {
-        let (mut watch, shutdown) = (self.load.watch(), self.shutdown.clone());
+        let (state, shutdown) = (self.load.clone(), self.shutdown.clone());
+        let mut watch = state.watch();
         Ok(Response::new(Box::pin(async_stream::stream! {
             loop {
                 let load = *watch.borrow_and_update();
@@ -135,7 +141,7 @@ impl v1::decode_server::Decode for DecodeService {
                 }
                 sleep(LOAD_INTERVAL).await;
                 tokio::select! {
-                    changed = watch.changed() => if changed.is_err() { return },
+                    () = state.changed(&mut watch) => {}
                     () = shutdown.cancelled() => {}
                 }
             }
@@ -198,7 +204,7 @@ impl v1::decode_server::Decode for DecodeService {
                         ending.because("error");
                         load.metrics().transfer_failures.inc();
                         warn!(request = %id, error = reason, "handoff failed");
-                        Err(Status::unavailable(format!("taking the prompt's KV over: {reason}")))?;
+                        Err(ended_handoff(deadline, &format!("taking the prompt's KV over: {reason}")))?;
                     }
                     Next::Engine(Some(Event::Token(token))) => yield event(Wire::Token(token.into())),
                     Next::Engine(Some(Event::Finished(finish))) => {

@@ -179,6 +179,7 @@ impl PrefillNode {
                 shutdown.cancelled().await;
                 load.drain();
                 health.set_not_serving::<PrefillServer<PrefillService>>().await;
+                health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
             }
         };
         let server = grpc::server()

@@ -101,11 +101,15 @@ impl Drop for Ending {
 /// The outcome of a handoff, once there is one; never, while there is no handoff.
 async fn outcome(
     transfer: &mut Option<oneshot::Receiver<Result<TransferStats, HandoffError>>>,
+    deadline: Instant,
 ) -> Result<TransferStats, Status> {
     let Some(receiver) = transfer else { return std::future::pending().await };
     match receiver.await {
         Ok(Ok(stats)) => Ok(stats),
-        Ok(Err(e)) => Err(Status::unavailable(format!("handing the prompt's KV over: {e}"))),
+        Ok(Err(e)) if Instant::now() < deadline => {
+            Err(Status::unavailable(format!("handing the prompt's KV over: {e}")))
+        }
+        Ok(Err(e)) => Err(Status::deadline_exceeded(format!("handing the prompt's KV over: {e}"))),
         Err(_) => Err(Status::internal("the handoff ended without an outcome")),
     }
 }
@@ -121,7 +125,8 @@ impl v1::prefill_server::Prefill for PrefillService {
     }
 
     async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {
-        let (mut watch, shutdown) = (self.load.watch(), self.shutdown.clone());
+        let (state, shutdown) = (self.load.clone(), self.shutdown.clone());
+        let mut watch = state.watch();
         Ok(Response::new(Box::pin(async_stream::stream! {
             loop {
                 let load = *watch.borrow_and_update();
@@ -131,7 +136,7 @@ impl v1::prefill_server::Prefill for PrefillService {
                 }
                 sleep(LOAD_INTERVAL).await;
                 tokio::select! {
-                    changed = watch.changed() => if changed.is_err() { return },
+                    () = state.changed(&mut watch) => {}
                     () = shutdown.cancelled() => {}
                 }
             }
@@ -170,7 +175,7 @@ impl v1::prefill_server::Prefill for PrefillService {
                 let next = tokio::select! {
                     biased;
                     next = events.recv(), if !computed => Next::Engine(next),
-                    stats = outcome(&mut transfer) => Next::Handoff(stats),
+                    stats = outcome(&mut transfer, deadline) => Next::Handoff(stats),
                     () = sleep_until(deadline) => Next::Deadline,
                 };
                 match next {

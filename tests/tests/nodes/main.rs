@@ -87,6 +87,29 @@ async fn a_stop_token_is_the_last_one() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migrated_request_goes_on_as_if_nothing_had_happened() -> Result<()> {
+    // With one model on both sides: else the earlier output's KV is the full model's after a migration.
+    let pair = Pair::start("llama-tied", Sizes { decoder: "full", ..Sizes::default() }).await?;
+    for sampling in [
+        SamplingParams { seed: 7, frequency_penalty: 0.9, repetition_penalty: 1.3, ..SamplingParams::default() },
+        SamplingParams { presence_penalty: 1.5, ..SamplingParams::greedy() },
+    ] {
+        let whole = Ask { sampling, ..Ask::greedy(&prompt(4, 37), 40) };
+        let expected = pair.run(&whole).await?.tokens;
+        for at in [1, 13, 30] {
+            let mut rest = whole.clone();
+            rest.prompt.extend(&expected[..at]);
+            rest.generated = at as u32;
+            rest.max_tokens -= at as u32;
+            let actual = pair.run(&rest).await?.tokens;
+            ensure!(actual == expected[at..], "after {at}: {actual:?}, not {:?}", &expected[at..]);
+        }
+    }
+    pair.wait_idle().await?;
+    pair.end().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn both_sides_reuse_a_prefix() -> Result<()> {
     let pair = Pair::start("llama-tied", Sizes::default()).await?;
     let ask = Ask::greedy(&prompt(5, 100), 8);

@@ -24,11 +24,20 @@ pub struct Sizes {
     pub max_batch_tokens: usize,
     pub max_running: usize,
     pub max_waiting: usize,
+    /// `decode`, or `full` for the full model on both sides.
+    pub decoder: &'static str,
 }
 
 impl Default for Sizes {
     fn default() -> Self {
-        Self { prefill_blocks: 256, decode_blocks: 256, max_batch_tokens: 64, max_running: 32, max_waiting: 64 }
+        Self {
+            prefill_blocks: 256,
+            decode_blocks: 256,
+            max_batch_tokens: 64,
+            max_running: 32,
+            max_waiting: 64,
+            decoder: "decode",
+        }
     }
 }
 
@@ -52,11 +61,13 @@ pub struct Ask {
     pub max_tokens: u32,
     pub sampling: SamplingParams,
     pub stop: Vec<u32>,
+    /// Of the prompt, the last tokens that are earlier output.
+    pub generated: u32,
 }
 
 impl Ask {
     pub fn greedy(prompt: &[u32], max_tokens: u32) -> Self {
-        Self { prompt: prompt.to_vec(), max_tokens, sampling: SamplingParams::greedy(), stop: Vec::new() }
+        Self { prompt: prompt.to_vec(), max_tokens, sampling: SamplingParams::greedy(), stop: Vec::new(), generated: 0 }
     }
 }
 
@@ -95,7 +106,7 @@ impl Pair {
         })
         .await?;
         let decode = DecodeNode::bind(overfill_decode_node::Config {
-            model: folder(name, "decode").into(),
+            model: folder(name, sizes.decoder).into(),
             served_model_name: None,
             node_id: None,
             load: load_options(),
@@ -133,7 +144,7 @@ impl Pair {
             max_tokens: ask.max_tokens,
             stop_token_ids: ask.stop.clone(),
             deadline_seconds: 0.0,
-            generated_tokens: 0,
+            generated_tokens: ask.generated,
             producer: self.producer.clone(),
         }
     }
@@ -151,7 +162,7 @@ impl Pair {
             }),
             prompt_logprobs: false,
             deadline_seconds: 0.0,
-            generated_tokens: 0,
+            generated_tokens: ask.generated,
         }
     }
 
