@@ -285,7 +285,8 @@ impl EvalArgs {
         let device = self.device.open()?;
         let dtype = self.dtype.dtype();
         let alone = |model: &Option<String>| model.as_deref().map(resolve).transpose();
-        let folders = [("full", alone(&self.full)?), ("pruned-only", alone(&self.pruned)?), ("scratch", alone(&self.scratch)?)];
+        let folders =
+            [("full", alone(&self.full)?), ("pruned-only", alone(&self.pruned)?), ("scratch", alone(&self.scratch)?)];
         let decode = alone(&self.decode)?;
         let Some(any) = folders.iter().find_map(|(_, folder)| folder.clone()) else {
             bail!("name at least one model: --full, --pruned or --scratch");
@@ -308,8 +309,10 @@ impl EvalArgs {
         for (name, score) in &scores {
             println!("{name:<12} {:>11.4} {:>26.4} {:>9}", score.exact_match, score.cross_entropy, score.examples);
         }
-        let json: serde_json::Map<_, _> =
-            scores.iter().map(|(name, score)| Ok(((*name).into(), serde_json::to_value(score)?))).collect::<Result<_>>()?;
+        let json: serde_json::Map<_, _> = scores
+            .iter()
+            .map(|(name, score)| Ok(((*name).into(), serde_json::to_value(score)?)))
+            .collect::<Result<_>>()?;
         println!("{}", serde_json::to_string(&json)?);
         match &self.json {
             Some(path) => folder::write_json(path, &json),

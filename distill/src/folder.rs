@@ -61,7 +61,8 @@ pub fn write_tensors(path: &Path, tensors: &HashMap<String, Tensor>) -> Result<(
     let part = path.with_extension("part");
     // Tools of the Python side refuse a file that does not say so.
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    safetensors::serialize_to_file(tensors, Some(metadata), &part).with_context(|| format!("writing {}", path.display()))?;
+    safetensors::serialize_to_file(tensors, Some(metadata), &part)
+        .with_context(|| format!("writing {}", path.display()))?;
     publish(&part, path)
 }
 

@@ -181,7 +181,8 @@ mod tests {
         let (mut m, mut v) = ([0.0f64; 3], [0.0f64; 3]);
         for step in 0..2 {
             // loss = sum(w^2) * 3 + b * 2: gradient 6w and 2.
-            let loss = ((w.sqr().unwrap().sum_all().unwrap() * 3.0).unwrap() + (b.sum_all().unwrap() * 2.0).unwrap()).unwrap();
+            let loss =
+                ((w.sqr().unwrap().sum_all().unwrap() * 3.0).unwrap() + (b.sum_all().unwrap() * 2.0).unwrap()).unwrap();
             let mut grads = Gradients::default();
             grads.add(&params, &loss.backward().unwrap()).unwrap();
             adam.update(&params, &grads, 1.0).unwrap();

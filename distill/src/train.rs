@@ -14,8 +14,8 @@ use overfill_text::{TextFiles, TextModel};
 use serde_json::json;
 
 use crate::{
-    batch::{Rectangle, pick, prefill, respond},
     attention::DenseAttention,
+    batch::{Rectangle, pick, prefill, respond},
     checkpoint::{self, LossLog},
     data::{self, Example},
     folder,
@@ -158,7 +158,8 @@ impl Trainer {
     fn loss(&self, student: &Decoder, examples: &[&Example]) -> Result<(Tensor, usize)> {
         let (logits, targets) = match &self.full {
             Some(full) => {
-                let (prompts, responses): (Vec<&[u32]>, Vec<&[u32]>) = examples.iter().map(|e| e.last_response()).unzip();
+                let (prompts, responses): (Vec<&[u32]>, Vec<&[u32]>) =
+                    examples.iter().map(|e| e.last_response()).unzip();
                 let kv = prefill(full, &prompts)?.kv.select(self.kept_layers.as_deref())?;
                 respond(student, &kv, &responses)?
             }

@@ -124,10 +124,7 @@ fn the_folder_holds_the_kept_part_of_every_tensor() {
         by_row.iter().map(cut).collect::<Vec<_>>()
     };
     let name = |layer: u32| format!("model.layers.{layer}.mlp.down_proj.weight");
-    assert_eq!(
-        rows(&load(out, &name(0))),
-        pick(&load(&model, &name(1)), &kept.hidden, &kept.intermediate[0])
-    );
+    assert_eq!(rows(&load(out, &name(0))), pick(&load(&model, &name(1)), &kept.hidden, &kept.intermediate[0]));
     let every: Vec<u32> = (0..full.vocab_size as u32).collect();
     assert_eq!(rows(&load(out, "lm_head.weight")), pick(&load(&model, "lm_head.weight"), &every, &kept.hidden));
 

@@ -125,7 +125,9 @@ mod tests {
         let ids = text.encode(prompt, true).unwrap();
         assert_eq!(ids.len(), 1 + prompt.split(' ').count());
         assert_eq!(ids[0], 0);
-        for any in [prompt, "Kim's  cat\n\tsat:on,the.mat? ", "zażółć 你好 👩‍👩‍👧 \u{0}\u{7f}", " ", "", "16kim ??..., <|x|>"] {
+        for any in
+            [prompt, "Kim's  cat\n\tsat:on,the.mat? ", "zażółć 你好 👩‍👩‍👧 \u{0}\u{7f}", " ", "", "16kim ??..., <|x|>"]
+        {
             let ids = text.encode(any, false).unwrap();
             assert_eq!(text.decode(&ids, true).unwrap(), any);
         }

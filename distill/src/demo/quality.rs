@@ -82,7 +82,10 @@ pub fn measure(full: &Path, out: &Path, work: &Path, seeds: &[u64], only_render:
 fn measure_seed(full: &Path, file: &Path, work: &Path, seed: u64) -> Result<()> {
     // Prompts are held out by a rule on their records, so another seed's data can't contain one.
     let shared = work.join("shared");
-    data::write(&shared, &data::DataConfig { seed: 0, conversations: 0, more_conversations: 0, pairs: 512, held_out: recipe::HELD_OUT })?;
+    data::write(
+        &shared,
+        &data::DataConfig { seed: 0, conversations: 0, more_conversations: 0, pairs: 512, held_out: recipe::HELD_OUT },
+    )?;
     let pruned = work.join("pruned");
     let mut pruning = recipe::pruning(full, &shared, &pruned);
     pruning.progress = false;
@@ -122,7 +125,10 @@ impl Run<'_> {
         let over = (arm == ArmKind::Overfill).then_some(self.full);
         // A larger budget's data begin with a smaller one's; none is seen twice. Another seed than the demo pair's.
         let (seed, pairs) = (1000 + self.seed, steps * recipe::BATCH);
-        data::write(self.work, &data::DataConfig { seed, conversations: 0, more_conversations: 0, pairs, held_out: 0 })?;
+        data::write(
+            self.work,
+            &data::DataConfig { seed, conversations: 0, more_conversations: 0, pairs, held_out: 0 },
+        )?;
         let pairs = self.work.join("pairs.jsonl");
         let settings = recipe::training(self.pruned, over, &pairs, &out, steps.max(1), self.seed);
         let settings = TrainConfig { random_init: arm == ArmKind::Scratch, progress: false, ..settings };

@@ -50,14 +50,15 @@ pub fn write(out: &Path, cells: &[Cell]) -> Result<()> {
 fn markdown(groups: &Groups<'_>) -> String {
     let mut text = String::new();
     let measures: [(&str, fn(&Cell) -> f64, usize); 2] = [
-        ("Exact match, mean over seeds (lowest to highest)", |c| c.score.exact_match, 2),
+        ("Exact match, mean over seeds (lowest to highest)", |c| c.score.exact_match, 3),
         ("Cross-entropy in nats per token, mean over seeds (lowest to highest)", |c| c.score.cross_entropy, 3),
     ];
     for (title, value, digits) in measures {
         // Writing to a String can't fail.
         let _ = writeln!(text, "{title}:\n\n| steps | pruned-only | OverFill | from scratch |\n|---|---|---|---|");
         for steps in BUDGETS.into_iter().chain([LONG]) {
-            let column = |arm| match groups.get(&(arm, steps)).and_then(|cells| spread(cells.iter().map(|c| value(c)))) {
+            let column = |arm| match groups.get(&(arm, steps)).and_then(|cells| spread(cells.iter().map(|c| value(c))))
+            {
                 None => "-".to_string(),
                 Some(Spread { mean, low, high }) => format!("{mean:.digits$} ({low:.digits$} to {high:.digits$})"),
             };
@@ -87,8 +88,11 @@ fn plot(path: &Path, groups: &Groups<'_>) -> Result<(), Box<dyn std::error::Erro
         .y_desc("exact match")
         .x_label_formatter(&|x| format!("{x:.0}"))
         .draw()?;
-    let arms =
-        [(ArmKind::Overfill, RGBColor(0, 114, 178)), (ArmKind::PrunedOnly, RGBColor(213, 94, 0)), (ArmKind::Scratch, RGBColor(110, 110, 110))];
+    let arms = [
+        (ArmKind::Overfill, RGBColor(0, 114, 178)),
+        (ArmKind::PrunedOnly, RGBColor(213, 94, 0)),
+        (ArmKind::Scratch, RGBColor(110, 110, 110)),
+    ];
     for (arm, color) in arms {
         let of_arm = || groups.iter().filter(|((a, _), _)| *a == arm);
         let means = of_arm().filter_map(|((_, steps), cells)| {

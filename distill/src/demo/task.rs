@@ -15,9 +15,8 @@ const NAMES: [&str; 24] = [
     "kim", "ana", "ben", "lou", "max", "eva", "tom", "ida", "leo", "mia", "jan", "zoe", "sam", "amy", "rob", "una",
     "ned", "liv", "gus", "fay", "hal", "joy", "pia", "ray",
 ];
-const JOBS: [&str; 12] = [
-    "nurse", "baker", "pilot", "judge", "tailor", "miner", "clerk", "farmer", "cook", "painter", "sailor", "teacher",
-];
+const JOBS: [&str; 12] =
+    ["nurse", "baker", "pilot", "judge", "tailor", "miner", "clerk", "farmer", "cook", "painter", "sailor", "teacher"];
 const PETS: [&str; 10] = ["mice", "dog", "cat", "parrot", "snake", "rabbit", "goat", "horse", "turtle", "fish"];
 const COUNTRIES: [(&str, [&str; 3]); 6] = [
     ("norway", ["molde", "bergen", "tromso"]),
@@ -29,8 +28,23 @@ const COUNTRIES: [(&str, [&str; 3]); 6] = [
 ];
 const AGES: usize = 20;
 const OTHER: [&str; 17] = [
-    ":", ",", ".", "?", "list", "everyone", "by", "pet", "job", "what", "country", "is", "from", "backwards", "describe",
-    "the", "age",
+    ":",
+    ",",
+    ".",
+    "?",
+    "list",
+    "everyone",
+    "by",
+    "pet",
+    "job",
+    "what",
+    "country",
+    "is",
+    "from",
+    "backwards",
+    "describe",
+    "the",
+    "age",
 ];
 
 /// Every word of the task, in the order of its token ids.

@@ -40,7 +40,8 @@ impl Kept {
     fn axes(&self, name: &str) -> [Option<Arc<Vec<u32>>>; 2] {
         let hidden = || Some(self.hidden.clone());
         let inner = || {
-            let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+            let layer =
+                name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
             layer.map(|layer| self.intermediate[layer].clone())
         };
         // Names end in `module.weight` or `module.bias`; a bias has rows only.

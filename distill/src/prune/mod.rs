@@ -146,8 +146,7 @@ fn calibrate(config: &PruneConfig, full: &ModelConfig, weights: &Weights) -> Res
     let compute = if device.is_cpu() { DType::F32 } else { stored };
     let model = Decoder::build(full, Ops::Fused, compute, &mut |name, shape| weights.load(name, shape, &device))?;
     let bar = bar(config.progress, config.samples as u64, "calibrating")?;
-    let mut importance =
-        Importance::new(config.norm, full.hidden_size, full.intermediate_size, full.num_hidden_layers);
+    let mut importance = Importance::new(config.norm, full.hidden_size, full.intermediate_size, full.num_hidden_layers);
     samples::stream(&config.calibration, &text, config.samples, config.sample_tokens, |tokens| {
         bar.inc(1);
         importance.observe(&model, tokens)
