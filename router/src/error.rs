@@ -81,11 +81,6 @@ impl GenerateError {
     pub fn limit(field: &str, limit: impl std::fmt::Display, value: impl std::fmt::Display) -> Self {
         Self::invalid(field, format!("{field} must be {limit}, got {value}"))
     }
-
-    /// The label under which the request's end is counted.
-    pub fn reason(&self) -> &'static str {
-        "error"
-    }
 }
 
 impl From<TextError> for GenerateError {

@@ -100,8 +100,11 @@ impl Core {
                     }
                     Ok(Output::PromptLogprobs(_)) => {}
                     Err(e) => {
-                        warn!(error = %e, "request failed");
-                        metrics.finished(e.reason(), arrived.elapsed());
+                        match e {
+                            GenerateError::Invalid { .. } => debug!(error = %e, "request refused"),
+                            _ => warn!(error = %e, "request failed"),
+                        }
+                        metrics.finished("error", arrived.elapsed());
                     }
                 }
                 yield output?;
@@ -116,7 +119,7 @@ impl Core {
             let deadline = g.deadline();
             let queue_end = deadline.min(g.arrived + self.max_queue);
             let waited = || GenerateError::NoRoom { waited: g.arrived.elapsed(), detail: String::new() };
-            let _running = place.run(queue_end).await.ok_or_else(waited)?;
+            let running = place.run(queue_end).await.ok_or_else(waited)?;
             let mut progress = Progress::new(g)?;
             progress.timings.queue_seconds = g.arrived.elapsed().as_secs_f64();
             let mut changes = self.nodes.changes();
@@ -128,7 +131,7 @@ impl Core {
             loop {
                 changes.mark_unchanged();
                 let plan = progress.plan(&generation, avoid.clone());
-                let mut events = pin!(attempt::run(self.nodes.clone(), self.affinity.clone(), plan));
+                let mut events = Box::pin(attempt::run(self.nodes.clone(), self.affinity.clone(), plan));
                 let failure = loop {
                     let event = match events.next().await {
                         Some(Ok(event)) => event,
@@ -159,6 +162,8 @@ impl Core {
                         }
                     };
                     if let Some(finished) = finished {
+                        // The nodes are free now, however slowly the client reads.
+                        drop((events, running));
                         yield Output::Finished(finished);
                         return;
                     }

@@ -41,8 +41,10 @@ pub struct Batch {
     pub common: Common,
     /// With log-probabilities if they were asked for.
     pub sampling: SamplingParams,
-    /// `None`: what the context holds.
+    /// As asked: it must fit the context.
     pub max_tokens: Option<u32>,
+    /// When nothing was asked: at most this, and what the context holds.
+    pub default_max_tokens: u32,
     /// Score the prompt?
     pub prompt_logprobs: bool,
     /// When the request came.
@@ -52,7 +54,7 @@ pub struct Batch {
 impl Batch {
     /// Starts every sequence and waits for the first sign of life, so that what fails at once fails as a whole answer.
     pub async fn start(&self, core: &Core, prompts: &[Prompt]) -> Result<Merged, GenerateError> {
-        let Self { model, common, sampling, max_tokens, prompt_logprobs, arrived } = self;
+        let Self { model, common, sampling, max_tokens, default_max_tokens, prompt_logprobs, arrived } = self;
         sampling.validate(model.vocab_size as usize).map_err(|e| GenerateError::limit(e.field, e.limit, e.value))?;
         let stop_token_ids: Arc<[u32]> = match common.ignore_eos {
             true => common.stop_token_ids.clone().into(),
@@ -62,7 +64,9 @@ impl Batch {
         for prompt in prompts {
             request::check_prompt(model, &prompt.tokens)?;
             let scoring = *max_tokens == Some(0);
-            let fits = request::check_length(model, prompt.tokens.len(), if scoring { Some(1) } else { *max_tokens })?;
+            let asked = if scoring { Some(1) } else { *max_tokens };
+            let fits = request::check_length(model, prompt.tokens.len(), asked)?;
+            let fits = if asked.is_none() { fits.min(*default_max_tokens) } else { fits };
             for choice in 0..common.n {
                 let seed = common.seed.map_or_else(request::random_seed, |seed| seed.wrapping_add(choice as u64));
                 generations.push(Generation {

@@ -102,8 +102,7 @@ async fn parse(core: &Core, body: &Bytes) -> Result<Chat, ApiError> {
         return Err(GenerateError::invalid("top_logprobs", "top_logprobs needs logprobs to be true").into());
     }
     let old: Option<u32> = fields.take_count("max_tokens")?;
-    let max_tokens =
-        fields.take_count("max_completion_tokens")?.or(old).or(model.text.generation_defaults().max_new_tokens);
+    let max_tokens = fields.take_count("max_completion_tokens")?.or(old);
     if max_tokens == Some(0) {
         return Err(GenerateError::limit("max_completion_tokens", "at least 1", 0).into());
     }
@@ -121,6 +120,7 @@ async fn parse(core: &Core, body: &Bytes) -> Result<Chat, ApiError> {
     let batch = Batch {
         sampling: SamplingParams { logprobs: logprobs.then_some(top_logprobs.unwrap_or(0)), ..common.sampling.clone() },
         max_tokens,
+        default_max_tokens: model.text.generation_defaults().max_new_tokens.unwrap_or(u32::MAX),
         prompt_logprobs: false,
         model,
         common,

@@ -81,11 +81,8 @@ async fn parse(core: &Core, body: &Bytes) -> Result<Completion, ApiError> {
     let common = Common::take(&mut fields, model.text.generation_defaults())?;
     let logprobs = fields.take_count("logprobs")?;
     let echo: bool = fields.take("echo")?.unwrap_or(false);
-    let max_tokens = fields
-        .take_count("max_tokens")?
-        .or(model.text.generation_defaults().max_new_tokens)
-        .unwrap_or(DEFAULT_MAX_TOKENS);
-    if max_tokens == 0 && !echo {
+    let max_tokens = fields.take_count("max_tokens")?;
+    if max_tokens == Some(0) && !echo {
         return Err(GenerateError::limit("max_tokens", "at least 1 (0 only with echo)", 0).into());
     }
     let add_special = fields.take("add_special_tokens")?.unwrap_or(true);
@@ -112,7 +109,8 @@ async fn parse(core: &Core, body: &Bytes) -> Result<Completion, ApiError> {
     }
     let batch = Batch {
         sampling: SamplingParams { logprobs, ..common.sampling.clone() },
-        max_tokens: Some(max_tokens),
+        max_tokens,
+        default_max_tokens: model.text.generation_defaults().max_new_tokens.unwrap_or(DEFAULT_MAX_TOKENS),
         prompt_logprobs: echo && logprobs.is_some(),
         model,
         common,
