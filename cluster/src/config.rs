@@ -27,20 +27,14 @@ impl ConfigError {
         }
     }
 
-    /// The result, where there is one; else its fault goes to `faults`.
-    pub fn collect<T, E: Display>(
+    /// The result, where there is one; else a fault goes to `faults`.
+    pub fn collect<T, E>(
         faults: &mut Vec<Self>,
         result: Result<T, E>,
         flag: &'static str,
         limit: impl Display,
         value: impl Display,
     ) -> Option<T> {
-        match result {
-            Ok(value) => Some(value),
-            Err(e) => {
-                faults.push(Self::new(flag, limit, format_args!("{value} ({e})")));
-                None
-            }
-        }
+        result.inspect_err(|_| faults.push(Self::new(flag, limit, value))).ok()
     }
 }

@@ -107,8 +107,9 @@ impl Args {
         } = self;
         let f = &mut Vec::new();
         let address = "an IP address and port";
-        let folder =
-            ConfigError::collect(f, overfill_model::resolve(&model), "model", "a model folder or hub id", model);
+        let folder = overfill_model::resolve(&model)
+            .inspect_err(|e| f.push(ConfigError::new("model", "a model folder or hub id", e)))
+            .ok();
         let device = ConfigError::collect(f, device.parse::<DeviceSpec>(), "device", "cpu or cuda:N", &device);
         let weights = ConfigError::collect(f, dtype.parse::<WeightDtype>(), "dtype", "f32, bf16 or f16", &dtype);
         let kv = ConfigError::collect(f, kv_dtype.parse::<KvDtype>(), "kv-dtype", "f32, bf16 or f16", &kv_dtype);

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 #[derive(Parser)]
-#[command(name = "overfill-decode", version, about)]
+#[command(name = "overfill-decode", version)]
 struct Cli {
     #[command(flatten)]
     args: overfill_decode_node::Args,

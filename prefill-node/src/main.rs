@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 #[derive(Parser)]
-#[command(name = "overfill-prefill", version, about)]
+#[command(name = "overfill-prefill", version)]
 struct Cli {
     #[command(flatten)]
     args: overfill_prefill_node::Args,
