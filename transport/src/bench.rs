@@ -59,7 +59,7 @@ pub async fn loopback(bytes: usize) -> Result<LoopbackReport, HandoffError> {
     let blocks = (bytes / layers / schema.block_bytes()).max(1);
     let store = || Arc::new(MemoryStore::new(layers, blocks, schema.block_bytes()));
     let (source, target) = (store(), store());
-    fill(&*source);
+    fill(&source);
 
     let mut report =
         LoopbackReport { bytes: (layers * blocks * schema.block_bytes()) as u64, ..LoopbackReport::default() };
@@ -70,7 +70,7 @@ pub async fn loopback(bytes: usize) -> Result<LoopbackReport, HandoffError> {
         KvReceiver::start(listener, schema.clone(), target.clone(), config.clone(), shutdown.clone());
     for round in 0..ROUNDS {
         let rate = |took: Duration| report.bytes as f64 / took.as_secs_f64();
-        let memcpy = rate(memcpy(&*source, &*target));
+        let memcpy = rate(memcpy(&source, &target));
         let tcp = rate(bare_tcp(source.clone(), target.clone(), CHUNK_BYTES).await.map_err(local)?);
         let handoff = rate(handoff(&receiver, &endpoint, &schema, &source, &config, round).await?);
         report.memcpy_bytes_per_second = report.memcpy_bytes_per_second.max(memcpy);

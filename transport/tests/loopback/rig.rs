@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// Five blocks, the last one partly filled.
-pub const PROMPT_TOKENS: u32 = 70;
+const PROMPT_TOKENS: u32 = 70;
 const BLOCKS: usize = 5;
 const SOURCE_LAYERS: usize = 3;
 
@@ -33,7 +33,6 @@ pub struct Rig {
     pub endpoint: String,
     pub shutdown: CancellationToken,
     pub serving: JoinHandle<()>,
-    requests: usize,
 }
 
 fn schema() -> KvSchema {
@@ -82,19 +81,7 @@ impl Rig {
         }
         let (receiver, serving, endpoint, shutdown) = serve(&schema, &target, &config).await;
         let (source_pool, target_pool) = (BlockPool::new(room), BlockPool::new(room));
-        Self {
-            schema,
-            config,
-            source,
-            source_pool,
-            target,
-            target_pool,
-            receiver,
-            endpoint,
-            shutdown,
-            serving,
-            requests,
-        }
+        Self { schema, config, source, source_pool, target, target_pool, receiver, endpoint, shutdown, serving }
     }
 
     /// The same with another kind of memory around the target's.
@@ -194,7 +181,6 @@ impl Rig {
     }
 
     pub fn is_idle(&self) -> bool {
-        assert!(self.requests > 0);
         self.source_pool.in_use() == 0 && self.target_pool.in_use() == 0 && self.receiver.open_handoffs() == 0
     }
 }
