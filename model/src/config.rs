@@ -4,7 +4,8 @@ use std::{fmt, fs, path::Path};
 
 use serde_json::{Map, Value, json};
 
-use overfill_kv::RopeSpec;
+use half::{bf16, f16};
+use overfill_kv::{KvDtype, RopeSpec};
 
 use crate::ModelError;
 
@@ -92,6 +93,8 @@ pub struct ModelConfig {
     pub rope_theta: f64,
     /// Their scaling.
     pub rope_scaling: RopeScaling,
+    /// Type that the rotary frequencies are rounded to before use; see [`frequency_rounding`].
+    pub frequency_rounding: KvDtype,
     /// Is the output head the embedding?
     pub tie_word_embeddings: bool,
     /// Bias on q, k, v.
@@ -239,6 +242,7 @@ impl ModelConfig {
             rms_norm_eps: f.number("rms_norm_eps", Some(1e-6))?,
             rope_theta,
             rope_scaling,
+            frequency_rounding: frequency_rounding(&raw),
             tie_word_embeddings: f.flag("tie_word_embeddings", false)?,
             qkv_bias: family == Family::Qwen2 || attention_bias,
             o_bias: family != Family::Qwen2 && attention_bias,
@@ -262,6 +266,13 @@ impl ModelConfig {
         ] {
             map.insert(field.into(), value);
         }
+        // What the model was made under stays true whatever type its weights are written in.
+        let rounding = match self.frequency_rounding {
+            KvDtype::F32 => "float32",
+            KvDtype::Bf16 => "bfloat16",
+            KvDtype::F16 => "float16",
+        };
+        map.insert("rope_frequency_dtype".into(), json!(rounding));
         // One entry a layer: it must not outlive a layer cut.
         if let Some(Value::Array(types)) = map.get_mut("layer_types") {
             types.truncate(self.num_hidden_layers);
@@ -276,7 +287,11 @@ impl ModelConfig {
 
     /// Rotary embedding, as a KV schema states it.
     pub fn rope_spec(&self) -> RopeSpec {
-        RopeSpec { theta: self.rope_theta, scaling: self.rope_scaling.to_string() }
+        let scaling = match self.frequency_rounding {
+            KvDtype::F32 => self.rope_scaling.to_string(),
+            rounding => format!("{} frequencies={rounding}", self.rope_scaling),
+        };
+        RopeSpec { theta: self.rope_theta, scaling }
     }
 
     /// Rotary frequencies in radians per token, `[head_dim / 2]`, in f32 as the reference implementation has them
@@ -300,7 +315,12 @@ impl ModelConfig {
                 }
             }
         };
-        (0..self.head_dim / 2).map(base).map(scale).collect()
+        let round = |freq: f32| match self.frequency_rounding {
+            KvDtype::F32 => freq,
+            KvDtype::Bf16 => bf16::from_f32(freq).to_f32(),
+            KvDtype::F16 => f16::from_f32(freq).to_f32(),
+        };
+        (0..self.head_dim / 2).map(base).map(scale).map(round).collect()
     }
 
     /// Every weight tensor by its Hugging Face name, with its shape.
@@ -336,6 +356,22 @@ impl ModelConfig {
             out.push(("lm_head.weight".into(), vec![self.vocab_size, h]));
         }
         out
+    }
+}
+
+/// Type that the frequencies are rounded to.
+///
+/// A model that is cast as a whole (`model.to(torch.bfloat16)`) has its table of frequencies cast with it, and computes
+/// with the rounded ones from then on, in whatever type; one that is loaded in a narrow type keeps f32. The folder does
+/// not say which a model was made under, unless it has `rope_frequency_dtype`, a field of ours that wins. Without it
+/// the rule is the one that the reference values of `tests/golden` pin: `dtype`, which transformers writes since 4.56, is
+/// taken at its word; `torch_dtype`, which the published checkpoints of the supported families carry, means f32. It is
+/// part of the KV schema, so that a pair never mixes the two.
+fn frequency_rounding(raw: &Map<String, Value>) -> KvDtype {
+    match raw.get("rope_frequency_dtype").or(raw.get("dtype")).and_then(Value::as_str) {
+        Some("bfloat16") => KvDtype::Bf16,
+        Some("float16") => KvDtype::F16,
+        _ => KvDtype::F32,
     }
 }
 
@@ -388,6 +424,21 @@ mod tests {
         let mut new = llama();
         new["rope_parameters"] = llama3;
         assert_eq!(parse(old).unwrap().rope_spec(), parse(new).unwrap().rope_spec());
+    }
+
+    #[test]
+    fn frequencies_are_rounded_where_the_folder_says_so() {
+        let with = |field: &str| {
+            let mut config = llama();
+            config[field] = json!("bfloat16");
+            parse(config).unwrap()
+        };
+        let (published, cast) = (with("torch_dtype"), with("dtype"));
+        assert_ne!(published.rope_spec(), cast.rope_spec());
+        for (exact, rounded) in published.inverse_frequencies().into_iter().zip(cast.inverse_frequencies()) {
+            assert!((exact - rounded).abs() <= exact / 256.0);
+            assert_eq!(rounded, bf16::from_f32(exact).to_f32());
+        }
     }
 
     #[test]
