@@ -8,16 +8,19 @@ use anyhow::{Context, Result, bail};
 
 use crate::process::{cargo, run as sh, target};
 
-/// Five records and a question about all of them, in the language of the demo pair's task.
-const PROMPT: &str = "";
+/// Three records and a question about all of them, in the language of the demo pair's task. The countries stand nowhere
+/// in the prompt: they are knowledge of the full model's, taken over by the pruned one.
+const PROMPT: &str = "kim : molde , nurse , mice , 16 . ana : turin , pilot , cat , 9 . ben : kyoto , cook , goat , 12 . \
+                      what country is everyone from ?";
 
 /// Longest wait for the cluster's processes to end, in seconds.
 const END_SECONDS: u64 = 20;
 
 /// Builds, starts a cluster, asks, and shuts down.
 pub fn run(prompt: Option<&str>) -> Result<()> {
-    sh(&mut cargo(&["build", "--release", "--locked", "-p", "overfill-cli"]))?;
-    let binary = target().join("release/overfill");
+    // The same build as the tests': its dependencies are optimised, and nobody compiles them twice.
+    sh(&mut cargo(&["build", "--locked", "--workspace", "--bins"]))?;
+    let binary = target().join("debug/overfill");
 
     eprintln!("\nStarting a router, a prefill node and a decode node on the demo pair.");
     let mut up = Command::new(&binary)
@@ -57,7 +60,7 @@ fn end(mut up: Child) -> Result<()> {
             if !status.success() {
                 bail!("the cluster ended with {status}");
             }
-            eprintln!("\nThe cluster has ended. `target/release/overfill up` keeps one running.");
+            eprintln!("\nThe cluster has ended. `target/debug/overfill up` keeps one running.");
             return Ok(());
         }
         if Instant::now() >= deadline {
