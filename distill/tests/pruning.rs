@@ -1,5 +1,7 @@
 //! Pruning of the golden models: the channels that are kept, against NumPy, and the folder that is written.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 use std::{
     io::Write,
     path::{Path, PathBuf},

@@ -1,5 +1,7 @@
 //! Training over real files: resuming, both modes, and what evaluation says of the result.
 
+#![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
+
 use std::{collections::HashMap, path::Path};
 
 use candle_core::{DType, Device, Tensor};

@@ -23,6 +23,9 @@ fn spread(values: impl Iterator<Item = f64>) -> Option<Spread> {
     Some(Spread { mean: values.iter().sum::<f64>() / values.len() as f64, low, high })
 }
 
+/// One of a cell's numbers.
+type Measure = fn(&Cell) -> f64;
+
 type Groups<'a> = BTreeMap<(ArmKind, usize), Vec<&'a Cell>>;
 
 /// Writes `table.json`, `table.md` and `exact-match.svg` into `out`.
@@ -49,7 +52,7 @@ pub fn write(out: &Path, cells: &[Cell]) -> Result<()> {
 
 fn markdown(groups: &Groups<'_>) -> String {
     let mut text = String::new();
-    let measures: [(&str, fn(&Cell) -> f64, usize); 2] = [
+    let measures: [(&str, Measure, usize); 2] = [
         ("Exact match, mean over seeds (lowest to highest)", |c| c.score.exact_match, 3),
         ("Cross-entropy in nats per token, mean over seeds (lowest to highest)", |c| c.score.cross_entropy, 3),
     ];
