@@ -109,6 +109,18 @@ impl LoadState {
         }
     }
 
+    /// Resolves when nothing runs, waits or changes hands any more.
+    pub async fn drained(&self) {
+        let mut watch = self.watch();
+        loop {
+            let Load { running, waiting, open_handoffs, .. } = *watch.borrow_and_update();
+            if running + waiting + open_handoffs == 0 {
+                return;
+            }
+            self.changed(&mut watch).await;
+        }
+    }
+
     /// Sets the gauges.
     pub fn refresh_metrics(&self) {
         let load = self.load();

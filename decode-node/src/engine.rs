@@ -13,8 +13,9 @@ use std::{
 };
 
 use overfill_cluster::LoadState;
-use overfill_kv::{BlockPool, KvStore, block_hashes};
+use overfill_kv::{BlockPool, KvStore, OutputToken, block_hashes};
 use overfill_model::{KvCache, Model, SequenceSlice, Want, sample};
+use rayon::prelude::*;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error};
 
@@ -147,10 +148,10 @@ impl Engine {
     fn run(mut self) {
         let mut computed = true;
         while self.receive(computed) {
-            self.waiting.retain(|job| !job.events.is_closed());
-            self.swapped.retain(|request| !request.is_cancelled());
-            self.reserved.retain(|_, request| !request.is_cancelled());
-            self.running.retain(|sequence| !sequence.is_cancelled());
+            self.waiting.retain(|job| !job.is_over());
+            self.swapped.retain(|request| !request.is_over());
+            self.reserved.retain(|_, request| !request.is_over());
+            self.running.retain(|sequence| !sequence.is_over());
             self.resume();
             self.reserve();
             computed = self.step();
@@ -282,13 +283,16 @@ impl Engine {
                 return true;
             }
         };
-        let metrics = self.load.metrics();
-        for (row, i) in stepping.iter().enumerate() {
-            let sequence = &mut self.running[*i];
+        // Stateless, so the rows may be sampled in any order; with a large vocabulary it is worth several processors.
+        let choose = |(row, i): (usize, &usize)| {
+            let sequence: &Sequence = &self.running[*i];
             let (prompt, output) = sequence.prompt_and_output();
-            let position = sequence.tokens.len();
-            let token = sample(logits.row(row), &sequence.request.sampling, prompt, output, position);
-            metrics.inter_token_latency_seconds.observe(sequence.push(token).as_secs_f64());
+            sample(logits.row(row), &sequence.request.sampling, prompt, output, sequence.tokens.len())
+        };
+        let tokens: Vec<OutputToken> = stepping.par_iter().enumerate().map(choose).collect();
+        let metrics = self.load.metrics();
+        for (i, token) in stepping.iter().zip(tokens) {
+            metrics.inter_token_latency_seconds.observe(self.running[*i].push(token).as_secs_f64());
             metrics.generation_tokens.inc();
         }
         self.running.retain(|sequence| match sequence.finish() {

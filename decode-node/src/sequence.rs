@@ -76,7 +76,17 @@ pub struct Job {
     pub(crate) waiting: Counted,
 }
 
+/// Has a client gone, or its time? The service watches the time, too, but not while its client does not read.
+fn is_over(events: &mpsc::Sender<Event>, request: &Request) -> bool {
+    events.is_closed() || Instant::now() >= request.deadline
+}
+
 impl Job {
+    /// Has its client gone, or its time?
+    pub fn is_over(&self) -> bool {
+        is_over(&self.events, &self.request)
+    }
+
     /// Sets blocks for the prompt aside; gives the job back if there is no room now.
     pub fn reserve(
         self: Box<Self>,
@@ -117,9 +127,9 @@ pub struct Reserved {
 }
 
 impl Reserved {
-    /// Has its client gone?
-    pub fn is_cancelled(&self) -> bool {
-        self.events.is_closed()
+    /// Has its client gone, or its time?
+    pub fn is_over(&self) -> bool {
+        is_over(&self.events, &self.request)
     }
 
     /// The KV is here and verified: decoding begins. The prompt's full blocks become findable: they are the producer's,
@@ -164,9 +174,9 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// Has its client gone?
-    pub fn is_cancelled(&self) -> bool {
-        self.events.is_closed()
+    /// Has its client gone, or its time?
+    pub fn is_over(&self) -> bool {
+        is_over(&self.events, &self.request)
     }
 
     /// For the scheduler.
@@ -262,9 +272,9 @@ pub struct Swapped {
 }
 
 impl Swapped {
-    /// Has its client gone?
-    pub fn is_cancelled(&self) -> bool {
-        self.events.is_closed()
+    /// Has its client gone, or its time?
+    pub fn is_over(&self) -> bool {
+        is_over(&self.events, &self.request)
     }
 
     /// Copies the KV back, into the blocks of `lease`.

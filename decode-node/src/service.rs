@@ -98,8 +98,8 @@ enum Next {
     Deadline,
 }
 
-/// A handoff that has failed: the other node's fault, or time is up.
-fn ended_handoff(deadline: Instant, message: &str) -> Status {
+/// What has ended before its time: by a fault of another part, or because time is up.
+fn ended_early(deadline: Instant, message: &str) -> Status {
     if Instant::now() < deadline { Status::unavailable(message) } else { Status::deadline_exceeded(message) }
 }
 
@@ -204,7 +204,7 @@ impl v1::decode_server::Decode for DecodeService {
                         ending.because("error");
                         load.metrics().transfer_failures.inc();
                         warn!(request = %id, error = reason, "handoff failed");
-                        Err(ended_handoff(deadline, &format!("taking the prompt's KV over: {reason}")))?;
+                        Err(ended_early(deadline, &format!("taking the prompt's KV over: {reason}")))?;
                     }
                     Next::Engine(Some(Event::Token(token))) => yield event(Wire::Token(token.into())),
                     Next::Engine(Some(Event::Finished(finish))) => {
@@ -225,7 +225,7 @@ impl v1::decode_server::Decode for DecodeService {
                     }
                     Next::Engine(None) => {
                         ending.because("error");
-                        Err(Status::unavailable("the engine has ended"))?;
+                        Err(ended_early(deadline, "the engine has let the request go"))?;
                     }
                     Next::Deadline => {
                         ending.because("error");

@@ -123,8 +123,8 @@ struct Engine {
 impl Engine {
     fn run(mut self) {
         while self.receive() {
-            self.waiting.retain(|job| !job.events.is_closed());
-            self.running.retain(|job| !job.is_cancelled());
+            self.waiting.retain(|job| !job.is_over());
+            self.running.retain(|job| !job.is_over());
             self.admit();
             if !self.running.is_empty() {
                 self.step();

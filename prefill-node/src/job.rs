@@ -98,6 +98,11 @@ pub struct Job {
 }
 
 impl Job {
+    /// Has the requester gone, or its time? The service watches the time, too, but not while its client does not read.
+    pub(crate) fn is_over(&self) -> bool {
+        self.events.is_closed() || Instant::now() >= self.request.deadline
+    }
+
     /// Blocks for the whole prompt, the leading ones from the prefix cache where they are known; `None` if there is no
     /// room now.
     pub(crate) fn take_blocks(&self, pool: &BlockPool) -> Option<(BlockLease, usize)> {
@@ -181,9 +186,9 @@ impl Running {
         running
     }
 
-    /// Has the requester gone?
-    pub fn is_cancelled(&self) -> bool {
-        self.events.is_closed()
+    /// Has the requester gone, or its time?
+    pub fn is_over(&self) -> bool {
+        self.events.is_closed() || Instant::now() >= self.request.deadline
     }
 
     /// For the scheduler.

@@ -1,6 +1,6 @@
 //! The node: bound, then run.
 
-use std::{future::pending, io, net::SocketAddr, sync::Arc};
+use std::{future::pending, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use overfill_cluster::{
     Admin, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown,
@@ -20,6 +20,9 @@ use crate::{
     request::RequestLimits,
     service::PrefillService,
 };
+
+/// How long a client may take to read the end of its stream once the node has nothing else to do.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// Why a node could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -162,8 +165,9 @@ impl PrefillNode {
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
 
         let mut admin = Admin::new(load.metrics().registry.clone(), &shutdown);
-        let gauges = load.clone();
-        admin.refresh = Arc::new(move || gauges.refresh_metrics());
+        let state = load.clone();
+        let refreshed = load.clone();
+        admin.refresh = Arc::new(move || refreshed.refresh_metrics());
         let (_admin_end, admin_ended) = oneshot::channel::<()>();
         shutdown.spawn("admin", serve_admin(self.admin, admin, async { drop(admin_ended.await) }));
 
@@ -189,12 +193,20 @@ impl PrefillNode {
             .serve_with_incoming_shutdown(grpc::incoming(self.grpc), stop);
         tokio::select! {
             served = server => served?,
+            () = abandoned(&shutdown, &state) => return Ok(()),
             () = ended(&mut engine_end) => return Err(NodeError::EngineEnded),
         }
         // The service is gone, and with it the last way into the engine.
         ended(&mut engine_end).await;
         Ok(())
     }
+}
+
+/// Resolves when a shutdown has nothing left to wait for but clients who do not read their last words.
+async fn abandoned(shutdown: &Shutdown, load: &LoadState) {
+    shutdown.cancelled().await;
+    load.drained().await;
+    tokio::time::sleep(LAST_WORDS).await;
 }
 
 /// Resolves when the engine's thread has ended.

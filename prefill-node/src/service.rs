@@ -98,6 +98,11 @@ impl Drop for Ending {
     }
 }
 
+/// What has ended before its time: by a fault of another part, or because time is up.
+fn ended_early(deadline: Instant, message: &str) -> Status {
+    if Instant::now() < deadline { Status::unavailable(message) } else { Status::deadline_exceeded(message) }
+}
+
 /// The outcome of a handoff, once there is one; never, while there is no handoff.
 async fn outcome(
     transfer: &mut Option<oneshot::Receiver<Result<TransferStats, HandoffError>>>,
@@ -106,11 +111,8 @@ async fn outcome(
     let Some(receiver) = transfer else { return std::future::pending().await };
     match receiver.await {
         Ok(Ok(stats)) => Ok(stats),
-        Ok(Err(e)) if Instant::now() < deadline => {
-            Err(Status::unavailable(format!("handing the prompt's KV over: {e}")))
-        }
-        Ok(Err(e)) => Err(Status::deadline_exceeded(format!("handing the prompt's KV over: {e}"))),
-        Err(_) => Err(Status::internal("the handoff ended without an outcome")),
+        Ok(Err(e)) => Err(ended_early(deadline, &format!("handing the prompt's KV over: {e}"))),
+        Err(_) => Err(ended_early(deadline, "the handoff ended without an outcome")),
     }
 }
 
@@ -218,7 +220,7 @@ impl v1::prefill_server::Prefill for PrefillService {
                     }
                     Next::Engine(None) => {
                         ending.because("error");
-                        Err(Status::unavailable("the engine has ended"))?;
+                        Err(ended_early(deadline, "the engine has let the request go"))?;
                     }
                     Next::Deadline => {
                         ending.because("error");

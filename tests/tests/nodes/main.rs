@@ -273,6 +273,34 @@ async fn what_cannot_be_served_is_refused_by_name() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn at_its_deadline_a_request_is_ended_everywhere() -> Result<()> {
+    let pair = Pair::start("llama-tied", Sizes::default()).await?;
+    let mut request = pair.decode_request(&Ask::greedy(&prompt(1, 40), 20));
+    request.deadline_seconds = 0.2;
+    let mut stream = pair.decode.clone().decode(request).await?.into_inner();
+    let Decoded::Reserved(reserved) = next_decoded(&mut stream).await? else { bail!("not reserved") };
+    // Nobody sends.
+    let Err(e) = next_decoded(&mut stream).await else { bail!("an event without KV") };
+    let code = e.downcast_ref::<tonic::Status>().map(tonic::Status::code);
+    ensure!(code == Some(Code::DeadlineExceeded), "{e:?}");
+    pair.wait_idle().await?;
+    // Its ticket is void.
+    let late = pair.prefill_request(&Ask::greedy(&prompt(1, 40), 20), Some(reserved));
+    let mut prefilling = pair.prefill.clone().prefill(late).await?.into_inner();
+    let ended = loop {
+        match next_prefilled(&mut prefilling).await {
+            Ok(Prefilled::Transferred(stats)) => bail!("{stats:?} over a void ticket"),
+            Ok(_) => {}
+            Err(e) => break e,
+        }
+    };
+    let code = ended.downcast_ref::<tonic::Status>().map(tonic::Status::code);
+    ensure!(code == Some(Code::Unavailable), "{ended:?}");
+    pair.wait_idle().await?;
+    pair.end().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_runs_at_shutdown_is_finished() -> Result<()> {
     let pair = Pair::start("llama-tied", Sizes::default()).await?;
     let ask = Ask::greedy(&prompt(1, 40), 400);
