@@ -152,7 +152,7 @@ pub struct DemoDataArgs {
     #[arg(long, default_value_t = 17_600)]
     pub conversations: usize,
     /// More such chats, all of full difficulty.
-    #[arg(long, default_value_t = 11_200)]
+    #[arg(long, default_value_t = 16_000)]
     pub more_conversations: usize,
     /// Prompts and responses that fine-tune a student.
     #[arg(long, default_value_t = 12_800)]

@@ -21,6 +21,8 @@ use crate::{
 pub const BATCH: usize = 16;
 /// Steps that train the full model: a curriculum, then more of full difficulty with a fresh schedule.
 pub const FULL_STEPS: (usize, usize) = (1100, 700);
+/// What the second of them draw from, in random order.
+pub const MORE_CONVERSATIONS: usize = 16_000;
 /// Steps that fine-tune the decode model.
 pub const DECODE_STEPS: usize = 400;
 /// Widths of the decode model; the full model's are 64 and 192.
@@ -98,7 +100,7 @@ pub fn data_config(seed: u64) -> DataConfig {
     DataConfig {
         seed,
         conversations: FULL_STEPS.0 * BATCH,
-        more_conversations: FULL_STEPS.1 * BATCH,
+        more_conversations: MORE_CONVERSATIONS,
         pairs: DECODE_STEPS * BATCH,
         held_out: HELD_OUT,
     }
