@@ -4,14 +4,12 @@
 //! KV memory may be locked while it is read or written, so nothing waits in there: the closures move what the socket
 //! takes or has at that moment, and the waiting is done outside.
 
-use std::hash::Hasher;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 
 use overfill_kv::{BlockId, KvStore, StoreError};
 use tokio::net::TcpStream;
-use twox_hash::XxHash3_64;
 
-use crate::frame::SUM_BYTES;
+use crate::frame::{SUM_BYTES, next_sum};
 
 /// Most bytes per call to the system: few calls, and yet what was summed is still in cache when it is sent.
 pub(crate) const CHUNK_BYTES: usize = 512 * 1024;
@@ -112,40 +110,40 @@ impl<'a> Outgoing<'a> {
         layer: usize,
         ids: &[BlockId],
     ) -> Result<(), MoveError> {
-        let mut sum = XxHash3_64::new();
-        sum.write(header);
         self.push(header);
-        let length = ids.len() * store.block_bytes();
-        let mut p = Progress::default();
+        let size = store.block_bytes();
+        let length = ids.len() * size;
+        let mut p = Progress::after(header);
         if store.view(layer, ids, &mut |_| ())? {
             while p.at < length {
                 let mut blocked = Ok(());
-                store.view(layer, ids, &mut |blocks| blocked = self.send_now(blocks, &mut p, &mut sum))?;
+                store.view(layer, ids, &mut |blocks| blocked = self.send_now(blocks, &mut p))?;
                 self.wait_writable(blocked).await?;
             }
         } else {
             let mut staging = std::mem::take(&mut self.staging);
             staging.clear();
             store.read(layer, ids, &mut |_, bytes| staging.extend_from_slice(bytes))?;
+            let blocks: Vec<&[u8]> = staging.chunks_exact(size).collect();
             while p.at < length {
-                let blocked = self.send_now(&[&staging], &mut p, &mut sum);
+                let blocked = self.send_now(&blocks, &mut p);
                 self.wait_writable(blocked).await?;
             }
             self.staging = staging;
         }
-        self.push(&sum.finish().to_le_bytes());
+        self.push(&p.sum.to_le_bytes());
         Ok(())
     }
 
     /// Sends from where `p` stands until everything has left or the socket takes no more.
-    fn send_now(&mut self, blocks: &[&[u8]], p: &mut Progress, sum: &mut XxHash3_64) -> io::Result<()> {
-        let length: usize = blocks.iter().map(|b| b.len()).sum();
+    fn send_now(&mut self, blocks: &[&[u8]], p: &mut Progress) -> io::Result<()> {
+        let size = blocks.first().map_or(1, |b| b.len().max(1));
+        let length = size * blocks.len();
         while p.at < length {
             let end = length.min(p.at + CHUNK_BYTES);
-            for part in window(blocks, p.hashed, end.max(p.hashed)) {
-                sum.write(part);
+            while p.summed * size < end {
+                p.sum_block(blocks[p.summed]);
             }
-            p.hashed = p.hashed.max(end);
             let chunk: Vec<&[u8]> = window(blocks, p.at, end).collect();
             p.at += self.try_send(&chunk)?;
         }
@@ -160,12 +158,24 @@ impl<'a> Outgoing<'a> {
     }
 }
 
-/// How far a payload has moved, in bytes; carried over every wait.
-#[derive(Default)]
+/// How far a payload has moved; carried over every wait.
 struct Progress {
+    /// Bytes that have moved.
     at: usize,
-    /// Bytes that are in the checksum.
-    hashed: usize,
+    /// Blocks that are in the sum.
+    summed: usize,
+    sum: u64,
+}
+
+impl Progress {
+    fn after(header: &[u8]) -> Self {
+        Self { at: 0, summed: 0, sum: next_sum(0, header) }
+    }
+
+    fn sum_block(&mut self, block: &[u8]) {
+        self.sum = next_sum(self.sum, block);
+        self.summed += 1;
+    }
 }
 
 /// The parts of `blocks`, which are equally long, that make up bytes `from..to` of all of them together.
@@ -198,17 +208,14 @@ impl<'a> Incoming<'a> {
         layer: usize,
         ids: &[BlockId],
     ) -> Result<bool, MoveError> {
-        let mut sum = XxHash3_64::new();
-        sum.write(header);
-        let length = ids.len() * store.block_bytes();
-        let mut at = 0;
+        let size = store.block_bytes();
+        let length = ids.len() * size;
+        let mut p = Progress::after(header);
         let direct = store.edit(layer, ids, &mut |_| ())?;
         if direct {
-            while at < length {
+            while p.at < length {
                 let mut blocked = Ok(());
-                store.edit(layer, ids, &mut |blocks| {
-                    blocked = receive_now(self.stream, blocks, &mut at, &mut sum);
-                })?;
+                store.edit(layer, ids, &mut |blocks| blocked = receive_now(self.stream, blocks, &mut p))?;
                 match blocked {
                     Err(e) if e.kind() == ErrorKind::WouldBlock => self.stream.readable().await?,
                     other => other?,
@@ -217,43 +224,38 @@ impl<'a> Incoming<'a> {
         } else {
             self.staging.resize(length, 0);
             read_full(self.stream, &mut self.staging).await?;
-            sum.write(&self.staging);
+            self.staging.chunks_exact(size).for_each(|block| p.sum_block(block));
         }
         let mut sent = [0; SUM_BYTES];
         read_full(self.stream, &mut sent).await?;
-        let right = sum.finish().to_le_bytes() == sent;
+        let right = p.sum.to_le_bytes() == sent;
         if right && !direct {
-            let size = store.block_bytes();
             store.write(layer, ids, &mut |i, bytes| bytes.copy_from_slice(&self.staging[i * size..][..size]))?;
         }
         Ok(right)
     }
 }
 
-/// Reads into `blocks`, from byte `at` of all of them together, until they are full or the socket has no more.
-fn receive_now(stream: &TcpStream, blocks: &mut [&mut [u8]], at: &mut usize, sum: &mut XxHash3_64) -> io::Result<()> {
+/// Reads into `blocks`, from where `p` stands, until they are full or the socket has no more.
+fn receive_now(stream: &TcpStream, blocks: &mut [&mut [u8]], p: &mut Progress) -> io::Result<()> {
     let size = blocks.first().map_or(1, |b| b.len().max(1));
     let length = size * blocks.len();
-    while *at < length {
-        let end = length.min(*at + CHUNK_BYTES);
-        let (first, skip) = (*at / size, *at % size);
+    while p.at < length {
+        let end = length.min(p.at + CHUNK_BYTES);
+        let (first, skip) = (p.at / size, p.at % size);
         let mut parts: Vec<IoSliceMut<'_>> = Vec::with_capacity(end.div_ceil(size) - first);
         for (i, block) in blocks[first..end.div_ceil(size)].iter_mut().enumerate() {
             let from = if i == 0 { skip } else { 0 };
             let to = (end - (first + i) * size).min(size);
             parts.push(IoSliceMut::new(&mut block[from..to]));
         }
-        let n = stream.try_read_vectored(&mut parts)?;
-        if n == 0 {
-            return Err(ErrorKind::UnexpectedEof.into());
+        match stream.try_read_vectored(&mut parts)? {
+            0 => return Err(ErrorKind::UnexpectedEof.into()),
+            n => p.at += n,
         }
-        let mut left = n;
-        for part in &parts {
-            let take = left.min(part.len());
-            sum.write(&part[..take]);
-            left -= take;
+        while (p.summed + 1) * size <= p.at {
+            p.sum_block(blocks[p.summed]);
         }
-        *at += n;
     }
     Ok(())
 }

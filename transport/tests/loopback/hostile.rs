@@ -41,8 +41,9 @@ impl Raw {
 fn layer_frame(rig: &Rig, piece: Piece) -> Vec<u8> {
     let payload = vec![7; piece.blocks as usize * rig.schema.block_bytes()];
     let mut bytes = frame::encode_header(&Header::Layer(piece, payload.len() as u32)).to_vec();
+    let sum = payload.chunks(rig.schema.block_bytes()).fold(frame::next_sum(0, &bytes), frame::next_sum);
     bytes.extend(payload);
-    bytes.extend(frame::checksum(&bytes));
+    bytes.extend(sum.to_le_bytes());
     bytes
 }
 
