@@ -4,6 +4,9 @@ use std::{net::SocketAddr, time::Duration};
 
 use overfill_cluster::{ConfigError, ProcessArgs};
 
+/// Longest time that can be set: a day.
+const MAX_SECONDS: f64 = 86_400.0;
+
 /// Settings as given on the command line or in the environment.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
@@ -119,12 +122,12 @@ impl Args {
         let mut duration = |flag, seconds: f64| {
             ConfigError::collect(
                 &mut faults,
-                match seconds > 0.0 {
+                match seconds > 0.0 && seconds <= MAX_SECONDS {
                     true => Duration::try_from_secs_f64(seconds).map_err(|e| e.to_string()),
-                    false => Err("not above 0".to_owned()),
+                    false => Err("out of range".to_owned()),
                 },
                 flag,
-                "a number of seconds above 0",
+                "above 0 and at most 86400",
                 seconds,
             )
         };
@@ -186,8 +189,9 @@ mod tests {
 
     #[test]
     fn every_fault_is_reported() {
-        let faults = validate(&["--prefill-url", "a:1", "--http", "x", "--max-running", "0"]).unwrap_err();
+        let faults = validate(&["--prefill-url=a:1", "--http=x", "--max-running=0", "--default-deadline-seconds=1e18"])
+            .unwrap_err();
         let flags: Vec<_> = faults.iter().map(|f| f.flag).collect();
-        assert_eq!(flags, ["prefill-url", "decode-url", "http", "max-running"]);
+        assert_eq!(flags, ["prefill-url", "decode-url", "http", "default-deadline-seconds", "max-running"]);
     }
 }

@@ -67,6 +67,8 @@ enum JoinError {
     Tokenizer { schema: String, file: String },
     #[error("the node ended its load reports")]
     Ended,
+    #[error("the node is draining")]
+    Draining,
 }
 
 impl From<tonic::Status> for JoinError {
@@ -217,6 +219,9 @@ impl Nodes {
         if info.role() != role {
             let value = info.role().as_str_name().to_owned();
             return Err(JoinError::Field { field: "role", limit: role.as_str_name().into(), value });
+        }
+        if load.is_some_and(|load| load.draining) {
+            return Err(JoinError::Draining);
         }
         let schema = KvSchema::try_from(info.kv_schema.clone().unwrap_or_default()).map_err(|e| JoinError::Field {
             field: e.field,

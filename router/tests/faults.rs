@@ -1,12 +1,14 @@
 //! Cancellation, overload and failing nodes.
 
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::time::Duration;
 
 use overfill_kv::KvDtype;
 use overfill_proto::v1::{self, generate_event::Event, generate_request::Prompt};
-use overfill_router::simulated::Options;
+use overfill_router::simulated::{Options, SimulatedNode};
 use serde_json::json;
 use support::{Rig, receive, rig, rig_with, unready_rig, wait_for};
 use tokio::io::AsyncReadExt as _;
@@ -182,4 +184,23 @@ async fn a_conversation_stays_on_its_prefill_node() {
     let mut taken: Vec<_> = rig.prefill.iter().map(|n| n.taken()).collect();
     taken.sort_unstable();
     assert_eq!(taken, [0, 4]);
+}
+
+#[tokio::test]
+async fn a_node_that_is_away_is_waited_for_and_found_again() {
+    let mut rig = rig(Options::default()).await;
+    let address = rig.decode.remove(0).url.replace("http://", "");
+    wait_for(async || rig.get("/health").await.status == 503).await;
+    let waiting = rig.send("POST", "/v1/completions", &json!({"prompt": "x", "max_tokens": 3}).to_string()).await;
+    wait_for(async || rig.metric("vllm:num_requests_running").await == 1.0).await;
+    // The old listener may live a moment longer.
+    let mut listener = None;
+    wait_for(async || {
+        listener = tokio::net::TcpListener::bind(&address).await.ok();
+        listener.is_some()
+    })
+    .await;
+    rig.decode.push(SimulatedNode::serve(listener.unwrap(), v1::Role::Decode, Options::default()).unwrap());
+    assert_eq!(receive(waiting).await.status, 200);
+    assert_eq!(rig.get("/health").await.status, 200);
 }

@@ -1,5 +1,7 @@
 //! The shapes of the OpenAI API, over simulated nodes.
 
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use overfill_router::simulated::{EOS, Options, bytes_as_tokens};

@@ -1,5 +1,7 @@
 //! The golden models' tokenizers and templates give the ids that transformers gave.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::{Path, PathBuf};
 
 use overfill_text::{ChatMessage, TextFiles, TextModel};

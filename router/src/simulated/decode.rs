@@ -42,7 +42,8 @@ impl decode_server::Decode for Service {
     }
 
     async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {
-        Ok(Response::new(Box::pin(WatchStream::new(self.0.load.subscribe()).map(Ok))))
+        let stop = self.0.stop.clone().cancelled_owned();
+        Ok(Response::new(Box::pin(WatchStream::new(self.0.load.subscribe()).map(Ok).take_until(stop))))
     }
 
     async fn decode(&self, request: Request<v1::DecodeRequest>) -> Result<Response<Self::DecodeStream>, Status> {

@@ -131,17 +131,16 @@ pub fn bytes_as_tokens(text: &str) -> Vec<u32> {
     text.bytes().map(|byte| u32::from(byte) + 3).collect()
 }
 
-/// A running node. Dropping it stops it.
+/// A running node. Dropping it ends it: it takes nothing new and its load reports end, what runs goes on.
 pub struct SimulatedNode {
     /// Where it is.
     pub url: String,
     state: Arc<State>,
-    stop: CancellationToken,
 }
 
 impl Drop for SimulatedNode {
     fn drop(&mut self) {
-        self.stop.cancel();
+        self.state.stop.cancel();
     }
 }
 
@@ -183,17 +182,17 @@ impl SimulatedNode {
             fail_after: AtomicI64::new(-1),
             full: watch::Sender::new(false),
             paused: watch::Sender::new(false),
+            stop: CancellationToken::new(),
         });
-        let stop = CancellationToken::new();
         let server = match role {
             v1::Role::Prefill => {
                 grpc::server().add_service(v1::prefill_server::PrefillServer::new(prefill::Service(state.clone())))
             }
             _ => grpc::server().add_service(v1::decode_server::DecodeServer::new(decode::Service(state.clone()))),
         };
-        let ended = stop.clone();
-        tokio::spawn(server.serve_with_incoming_shutdown(grpc::incoming(listener), ended.cancelled_owned()));
-        Ok(Self { url, state, stop })
+        let stop = state.stop.clone().cancelled_owned();
+        tokio::spawn(server.serve_with_incoming_shutdown(grpc::incoming(listener), stop));
+        Ok(Self { url, state })
     }
 
     /// Requests on it now.
@@ -233,6 +232,7 @@ struct State {
     fail_after: AtomicI64,
     full: watch::Sender<bool>,
     paused: watch::Sender<bool>,
+    stop: CancellationToken,
 }
 
 /// Counts a request for as long as it lives.

@@ -28,7 +28,8 @@ impl prefill_server::Prefill for Service {
     }
 
     async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {
-        Ok(Response::new(Box::pin(WatchStream::new(self.0.load.subscribe()).map(Ok))))
+        let stop = self.0.stop.clone().cancelled_owned();
+        Ok(Response::new(Box::pin(WatchStream::new(self.0.load.subscribe()).map(Ok).take_until(stop))))
     }
 
     async fn model_files(&self, _: Request<v1::ModelFilesRequest>) -> Result<Response<v1::ModelFilesResponse>, Status> {
