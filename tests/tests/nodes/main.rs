@@ -179,6 +179,41 @@ async fn cancelled_at_any_phase_everything_is_free() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn among_cancellations_the_others_get_their_tokens() -> Result<()> {
+    let roomy = Pair::start("llama-tied", Sizes::default()).await?;
+    let asks: Vec<Ask> = mixed(12, 50).into_iter().cycle().take(36).collect();
+    let mut expected = Vec::new();
+    for ask in &asks[..12] {
+        expected.push(roomy.run(ask).await?.tokens);
+    }
+    roomy.end().await?;
+    let sizes =
+        Sizes { decode_blocks: 24, prefill_blocks: 16, max_batch_tokens: 32, max_running: 6, ..Sizes::default() };
+    let tight = Pair::start("llama-tied", sizes).await?;
+    let run = |i: usize| {
+        let (tight, ask, expected) = (&tight, &asks[i], &expected[i % 12]);
+        async move {
+            if i.is_multiple_of(3) {
+                // Goes away after so many events of the decode node: the reservation, the handoff, tokens.
+                let (mut decoding, reserved) = tight.reserve(ask).await?;
+                let request = tight.prefill_request(ask, Some(reserved));
+                let _prefilling = tight.prefill.clone().prefill(request).await?;
+                for _ in 0..i % 7 {
+                    next_decoded(&mut decoding).await?;
+                }
+                return Ok(());
+            }
+            let actual = tight.run(ask).await?.tokens;
+            ensure!(actual == *expected, "request {i}: {actual:?}, not {expected:?}");
+            Ok(())
+        }
+    };
+    try_join_all((0..asks.len()).map(run)).await?;
+    tight.wait_idle().await?;
+    tight.end().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn taken_out_of_the_batch_a_request_gives_the_same_tokens() -> Result<()> {
     let roomy = Pair::start("llama-tied", Sizes::default()).await?;
     let asks: Vec<Ask> =
