@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use overfill_proto::v1::{Message, Messages, generate_request::Prompt};
 
-use crate::generate::{Options, stream};
+use crate::generate::{Options, message, stream};
 use crate::router_client::RouterUrl;
 
 /// A conversation on standard input and output. An empty line or end of input ends it.
@@ -41,10 +41,6 @@ pub async fn run(args: ChatArgs) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn message(role: &str, content: String) -> Message {
-    Message { role: role.into(), content }
 }
 
 fn read_line() -> Result<Option<String>> {

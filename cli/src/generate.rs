@@ -23,6 +23,9 @@ pub struct GenerateArgs {
     /// The prompt as token ids, comma-separated.
     #[arg(long, value_delimiter = ',', conflicts_with = "prompt")]
     token_ids: Vec<u32>,
+    /// Send the prompt as a user's message, through the model's chat template.
+    #[arg(long, conflicts_with = "token_ids")]
+    chat: bool,
     #[command(flatten)]
     options: Options,
 }
@@ -84,19 +87,31 @@ struct Span {
 
 /// Runs the subcommand.
 pub async fn run(args: GenerateArgs) -> Result<()> {
-    let prompt = if !args.token_ids.is_empty() {
-        Prompt::TokenIds(v1::TokenIds { ids: args.token_ids })
-    } else if let Some(text) = args.prompt {
-        Prompt::Text(text)
+    let prompt = if args.token_ids.is_empty() {
+        let text = args.prompt.map_or_else(read_prompt, Ok)?;
+        if args.chat {
+            Prompt::Messages(v1::Messages { messages: vec![message("user", text)] })
+        } else {
+            Prompt::Text(text)
+        }
     } else {
-        let mut text = String::new();
-        std::io::stdin().read_to_string(&mut text).context("reading the prompt from standard input")?;
-        Prompt::Text(text)
+        Prompt::TokenIds(v1::TokenIds { ids: args.token_ids })
     };
     let mut client = args.router.connect().await?;
     let answer = stream(&mut client, prompt, &args.options).await?;
     answer.print_timings(args.options.json);
     Ok(())
+}
+
+fn read_prompt() -> Result<String> {
+    let mut text = String::new();
+    std::io::stdin().read_to_string(&mut text).context("reading the prompt from standard input")?;
+    Ok(text)
+}
+
+/// A message of a conversation.
+pub fn message(role: &str, content: String) -> v1::Message {
+    v1::Message { role: role.into(), content }
 }
 
 /// Sends one request and prints the text as it comes.

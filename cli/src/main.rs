@@ -1,7 +1,9 @@
 //! `overfill`: the whole project in one binary. A file per subcommand; this one only parses and forwards.
 
+mod bench;
 mod chat;
 mod generate;
+mod models;
 mod router_client;
 mod status;
 mod text;
@@ -23,13 +25,23 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run a whole cluster on this machine: a router, prefill nodes and decode nodes.
-    Up(up::UpArgs),
+    Up(Box<up::UpArgs>),
+    /// Run a prefill node: the full model over prompts.
+    Prefill(Box<overfill_prefill_node::Args>),
+    /// Run a decode node: a pruned model over the full model's KV.
+    Decode(Box<overfill_decode_node::Args>),
+    /// Run a router: gRPC and the OpenAI API for clients.
+    Router(Box<overfill_router::Args>),
     /// Ask a router for one completion.
-    Generate(generate::GenerateArgs),
+    Generate(Box<generate::GenerateArgs>),
     /// Talk with a model through a router.
-    Chat(chat::ChatArgs),
+    Chat(Box<chat::ChatArgs>),
     /// Show a router's nodes and models.
     Status(status::StatusArgs),
+    /// Measure the engine, the KV handoff and the router on this machine.
+    Bench(Box<bench::BenchArgs>),
+    #[command(flatten)]
+    Models(models::ModelCommand),
 }
 
 fn main() -> ExitCode {
@@ -39,23 +51,27 @@ fn main() -> ExitCode {
     };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return failure(&error.into()),
+        Err(error) => return exit_code(Err(error.into())),
     };
-    let result = runtime.block_on(async {
-        match cli.command {
-            Command::Up(args) => up::run(args).await,
-            Command::Generate(args) => generate::run(args).await,
-            Command::Chat(args) => chat::run(args).await,
-            Command::Status(args) => status::run(args).await,
-        }
-    });
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => failure(&error),
+    match cli.command {
+        Command::Up(args) => exit_code(runtime.block_on(up::run(*args))),
+        Command::Prefill(args) => runtime.block_on(overfill_prefill_node::main(*args)),
+        Command::Decode(args) => runtime.block_on(overfill_decode_node::main(*args)),
+        Command::Router(args) => runtime.block_on(overfill_router::main(*args)),
+        Command::Generate(args) => exit_code(runtime.block_on(generate::run(*args))),
+        Command::Chat(args) => exit_code(runtime.block_on(chat::run(*args))),
+        Command::Status(args) => exit_code(runtime.block_on(status::run(args))),
+        Command::Bench(args) => exit_code(bench::run(&args)),
+        Command::Models(command) => exit_code(command.run()),
     }
 }
 
-fn failure(error: &anyhow::Error) -> ExitCode {
-    eprintln!("error: {}", overfill_cluster::process::one_line(error.as_ref()));
-    ExitCode::from(overfill_cluster::EXIT_FAILURE)
+fn exit_code(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", overfill_cluster::process::one_line(error.as_ref()));
+            ExitCode::from(overfill_cluster::EXIT_FAILURE)
+        }
+    }
 }

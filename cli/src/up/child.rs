@@ -18,6 +18,9 @@ const END_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long the last words of a process that has ended may take to arrive.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Name and role of the one router.
+pub const ROUTER: &str = "router";
+
 /// A process to start: this binary with other arguments.
 pub struct Launch {
     name: String,
@@ -41,6 +44,7 @@ pub struct Started {
 #[derive(Default)]
 pub struct Family {
     running: JoinSet<Ended>,
+    router_runs: bool,
     router_stop: CancellationToken,
     node_stop: CancellationToken,
 }
@@ -103,7 +107,8 @@ impl Family {
         let stdout = child.stdout.take().context("no standard output")?;
         let stderr = child.stderr.take().context("no standard error")?;
         let (ready_sender, ready) = oneshot::channel();
-        let stop = if name == "router" { &self.router_stop } else { &self.node_stop }.clone();
+        self.router_runs |= name == ROUTER;
+        let stop = if name == ROUTER { &self.router_stop } else { &self.node_stop }.clone();
         let process_name = name.clone();
         self.running.spawn(async move {
             let mut readers = JoinSet::new();
@@ -122,7 +127,10 @@ impl Family {
     /// Waits until a process ends, and says which and why. Never returns while all of them run.
     pub async fn first_end(&mut self) -> anyhow::Error {
         match self.running.join_next().await {
-            Some(Ok(ended)) => ended.into_error(),
+            Some(Ok(ended)) => {
+                self.router_runs &= ended.name != ROUTER;
+                ended.into_error()
+            }
             Some(Err(error)) => anyhow!("watching a process: {error}"),
             None => std::future::pending().await,
         }
@@ -131,31 +139,36 @@ impl Family {
     /// Ends the router, so that nothing new reaches the nodes, then the nodes; waits for all of them.
     pub async fn end(mut self) {
         self.router_stop.cancel();
-        // The nodes are told at once when there is no router, or when it has ended.
-        let mut ended = Vec::new();
-        while let Some(result) = self.running.join_next().await {
-            let router = matches!(&result, Ok(ended) if ended.name == "router");
-            ended.extend(result);
-            if router {
-                break;
-            }
+        if !self.router_runs {
             self.node_stop.cancel();
         }
-        self.node_stop.cancel();
         while let Some(result) = self.running.join_next().await {
-            ended.extend(result);
-        }
-        for Ended { name, status, .. } in ended {
-            match status {
-                Ok(status) if status.success() => tracing::debug!(name, "ended"),
-                Ok(status) => tracing::warn!(name, %status, "ended"),
-                Err(error) => tracing::warn!(name, %error, "waiting for its end"),
+            match result {
+                Ok(ended) => {
+                    if ended.name == ROUTER {
+                        self.node_stop.cancel();
+                    }
+                    ended.log();
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "watching a process");
+                    self.node_stop.cancel();
+                }
             }
         }
     }
 }
 
 impl Ended {
+    fn log(self) {
+        let Self { name, status, reason } = self;
+        match status {
+            Ok(status) if status.success() => tracing::debug!(name, "ended"),
+            Ok(status) => tracing::warn!(name, %status, reason, "ended"),
+            Err(error) => tracing::warn!(name, %error, "waiting for its end"),
+        }
+    }
+
     fn into_error(self) -> anyhow::Error {
         let Self { name, status, reason } = self;
         let how = match status {

@@ -3,19 +3,40 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
 /// Path below the pair's folder, and content.
 type File = (&'static str, &'static [u8]);
 
-const FILES: &[File] = &[];
+/// Files of both models. A relative path here is one in the repository's `demo` folder.
+macro_rules! files {
+    ($($path:literal),* $(,)?) => {
+        &[$(($path, include_bytes!(concat!("../../../demo/", $path)))),*]
+    };
+}
+
+const FILES: &[File] = files![
+    "full/chat_template.jinja",
+    "full/config.json",
+    "full/generation_config.json",
+    "full/model.safetensors",
+    "full/overfill.json",
+    "full/special_tokens_map.json",
+    "full/tokenizer.json",
+    "full/tokenizer_config.json",
+    "decode/chat_template.jinja",
+    "decode/config.json",
+    "decode/generation_config.json",
+    "decode/model.safetensors",
+    "decode/overfill.json",
+    "decode/special_tokens_map.json",
+    "decode/tokenizer.json",
+    "decode/tokenizer_config.json",
+];
 
 /// Writes the pair where models can be loaded from, once per version of it, and returns both folders.
 pub fn unpack() -> Result<(PathBuf, PathBuf)> {
-    if FILES.is_empty() {
-        bail!("this build carries no demo pair; name a model with --full DIR (and --decode DIR)");
-    }
     let folder = cache_folder().join(format!("demo-{}", digest(FILES)));
     if !folder.is_dir() {
         place(FILES, &folder).with_context(|| format!("unpacking the demo pair to {}", folder.display()))?;

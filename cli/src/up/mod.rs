@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use overfill_cluster::{LogFormat, Shutdown, init_telemetry};
 
-use child::{Family, Launch, Started};
+use child::{Family, Launch, ROUTER, Started};
 use models::Named;
 
 /// Longest time a node may take to load its model.
@@ -151,9 +151,9 @@ impl UpArgs {
             urls.join(",")
         };
         let (prefill, decode) = (urls("prefill"), urls("decode"));
-        let mut args = vec!["router", "--prefill-url", &prefill, "--decode-url", &decode];
+        let mut args = vec![ROUTER, "--prefill-url", &prefill, "--decode-url", &decode];
         args.extend(["--http", &self.http, "--grpc", &self.grpc]);
         args.extend(self.router_arg.iter().map(String::as_str));
-        Launch::new("router".into(), &args, self.log_format, String::new())
+        Launch::new(ROUTER.into(), &args, self.log_format, String::new())
     }
 }

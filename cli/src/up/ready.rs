@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use overfill_proto::v1::{ListNodesRequest, Node};
 
-use super::child::Started;
+use super::child::{ROUTER, Started};
 use crate::router_client::{self, refusal};
 
 /// How long the router may take to see all nodes.
@@ -39,7 +39,7 @@ fn describe(node: &Node) -> String {
 }
 
 fn router(started: &[Started]) -> Result<&Started> {
-    started.iter().find(|s| s.ready.role == "router").context("there is no router")
+    started.iter().find(|s| s.ready.role == ROUTER).context("there is no router")
 }
 
 fn router_urls(started: &[Started]) -> Result<(String, String)> {
@@ -52,7 +52,7 @@ fn router_urls(started: &[Started]) -> Result<(String, String)> {
 pub fn text(started: &[Started]) -> Result<String> {
     let (grpc, http) = router_urls(started)?;
     let mut out = format!("\noverfill is up; Ctrl-C ends it.\n\n  OpenAI API  {http}/v1\n  gRPC        {grpc}\n");
-    for node in started.iter().filter(|s| s.ready.role != "router") {
+    for node in started.iter().filter(|s| s.ready.role != ROUTER) {
         let admin = node.ready.admin.map(|admin| format!(", metrics http://{admin}/metrics")).unwrap_or_default();
         out += &format!("  {:<10}  {}{admin}, {}\n", node.name, node.grpc_url(), node.model);
     }
