@@ -33,7 +33,8 @@ impl Drop for Rig {
 
 /// One node of each role.
 pub async fn rig(options: Options) -> Rig {
-    rig_with(&[options.clone()], &[options], |_| {}).await
+    let options = std::slice::from_ref(&options);
+    rig_with(options, options, |_| {}).await
 }
 
 pub async fn rig_with(prefill: &[Options], decode: &[Options], change: impl FnOnce(&mut Config)) -> Rig {
