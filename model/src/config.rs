@@ -193,7 +193,9 @@ impl ModelConfig {
             .iter()
             .find(|(class, kind, _)| architecture.map_or(model_type == Some(kind), |a| a == *class))
             .map(|(_, _, family)| *family)
-            .ok_or_else(|| f.bad("architectures", "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"))?;
+            .ok_or_else(|| {
+                f.bad("architectures", "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM")
+            })?;
         if let Some(act) = f.present("hidden_act").filter(|a| a.as_str() != Some("silu")) {
             return Err(ModelError::unsupported(file, "hidden_act", act, "silu"));
         }
@@ -202,7 +204,9 @@ impl ModelConfig {
         let num_attention_heads = f.size("num_attention_heads")?;
         let num_key_value_heads = f.size_or("num_key_value_heads", Some(num_attention_heads))?;
         if num_attention_heads % num_key_value_heads != 0 {
-            return Err(f.bad("num_key_value_heads", &format!("a divisor of num_attention_heads ({num_attention_heads})")));
+            return Err(
+                f.bad("num_key_value_heads", &format!("a divisor of num_attention_heads ({num_attention_heads})"))
+            );
         }
         let head_dim = match family {
             Family::Qwen3 => f.size_or("head_dim", Some(128))?,
@@ -397,7 +401,10 @@ mod tests {
         assert_ne!(config.head_dim * config.num_attention_heads, config.hidden_size);
         let q = config.tensor_shapes().into_iter().find(|(n, _)| n.ends_with("0.self_attn.q_proj.weight")).unwrap();
         assert_eq!(q.1, [3072, 1689]);
-        assert_eq!(parse(config.to_json()).unwrap(), ModelConfig { raw: config.to_json().as_object().unwrap().clone(), ..config });
+        assert_eq!(
+            parse(config.to_json()).unwrap(),
+            ModelConfig { raw: config.to_json().as_object().unwrap().clone(), ..config }
+        );
     }
 
     #[test]
@@ -407,7 +414,10 @@ mod tests {
             config[field] = value;
             parse(config).unwrap_err().to_string()
         };
-        assert!(with("architectures", json!(["GPT2LMHeadModel"])).starts_with("m/config.json: architectures is [\"GPT2LMHeadModel\"], supported: Llama"));
+        assert!(
+            with("architectures", json!(["GPT2LMHeadModel"]))
+                .starts_with("m/config.json: architectures is [\"GPT2LMHeadModel\"], supported: Llama")
+        );
         assert!(with("hidden_act", json!("gelu")).contains("hidden_act is \"gelu\", supported: silu"));
         assert!(with("num_key_value_heads", json!(7)).contains("a divisor of num_attention_heads (24)"));
         assert!(with("hidden_size", json!(-1)).contains("hidden_size is -1"));

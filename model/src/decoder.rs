@@ -74,10 +74,18 @@ impl Decoder {
     /// From tensors by Hugging Face name, all of one type; activations have that type too.
     ///
     /// With [`Ops::Differentiable`] and tensors of variables, gradients reach the variables.
-    pub fn from_tensors(config: &ModelConfig, tensors: &HashMap<String, Tensor>, ops: Ops) -> std::result::Result<Self, ModelError> {
+    pub fn from_tensors(
+        config: &ModelConfig,
+        tensors: &HashMap<String, Tensor>,
+        ops: Ops,
+    ) -> std::result::Result<Self, ModelError> {
         let compute = tensors.values().next().map_or(DType::F32, Tensor::dtype);
         Self::build(config, ops, compute, &mut |name, shape| {
-            let missing = || ModelError::MissingTensor { file: "(in memory)".into(), name: name.into(), expected: shape.to_vec() };
+            let missing = || ModelError::MissingTensor {
+                file: "(in memory)".into(),
+                name: name.into(),
+                expected: shape.to_vec(),
+            };
             let tensor = tensors.get(name).ok_or_else(missing)?;
             if tensor.dims() != shape {
                 return Err(ModelError::WrongShape {
@@ -105,7 +113,9 @@ impl Decoder {
         }
         // Every name was just inserted by the same list, so a miss is a fault of this crate.
         let mut take = |name: &str| {
-            tensors.remove(name).ok_or_else(|| candle_core::Error::Msg(format!("{name} is not among the tensor shapes")))
+            tensors
+                .remove(name)
+                .ok_or_else(|| candle_core::Error::Msg(format!("{name} is not among the tensor shapes")))
         };
         let embedding = take("model.embed_tokens.weight")?;
         let norm = take("model.norm.weight")?.to_dtype(compute)?;
@@ -119,9 +129,11 @@ impl Decoder {
                 Linear::new(weight, bias, compute)
             };
             let (qkv, o, mlp) = (config.qkv_bias, config.o_bias, config.mlp_bias);
-            let (q, k, v) = (linear("self_attn.q_proj", qkv)?, linear("self_attn.k_proj", qkv)?, linear("self_attn.v_proj", qkv)?);
+            let (q, k, v) =
+                (linear("self_attn.q_proj", qkv)?, linear("self_attn.k_proj", qkv)?, linear("self_attn.v_proj", qkv)?);
             let o = linear("self_attn.o_proj", o)?;
-            let (gate, up, down) = (linear("mlp.gate_proj", mlp)?, linear("mlp.up_proj", mlp)?, linear("mlp.down_proj", mlp)?);
+            let (gate, up, down) =
+                (linear("mlp.gate_proj", mlp)?, linear("mlp.up_proj", mlp)?, linear("mlp.down_proj", mlp)?);
             let mut norm = |name: &str| take(name)?.to_dtype(compute);
             let qk_norm = config.qk_norm();
             blocks.push(Block {

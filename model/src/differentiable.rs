@@ -243,7 +243,8 @@ mod tests {
         let gradients = |y: &Tensor| (y * weights.as_detached_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
         let (of_fused, of_plain) = (gradients(&fused), gradients(&plain));
         let close = |a: &Tensor, b: &Tensor| {
-            let gap = (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+            let gap =
+                (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
             assert!(gap < 1e-4, "gap {gap}");
         };
         close(&fused, &plain);

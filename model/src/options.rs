@@ -88,7 +88,8 @@ impl DeviceSpec {
         match self {
             Self::Cpu => Ok(Device::Cpu),
             Self::Cuda(_) if !cfg!(feature = "cuda") => Err(fault(
-                "this binary was built without GPU support; build it with `--features cuda`, or use --device cpu".into(),
+                "this binary was built without GPU support; build it with `--features cuda`, or use --device cpu"
+                    .into(),
             )),
             // Opening the driver aborts, rather than fails, where its library is not installed.
             Self::Cuda(n) => match std::panic::catch_unwind(|| Device::new_cuda(n)) {

@@ -78,7 +78,9 @@ pub(crate) fn forward(
         let end = slice.start + slice.tokens.len();
         if slice.tokens.is_empty() || slice.blocks.len() < blocks_for(end) {
             let (count, blocks) = (slice.tokens.len(), slice.blocks.len());
-            return Err(candle_core::Error::Msg(format!("a slice of {count} tokens up to {end} has {blocks} blocks")).into());
+            return Err(
+                candle_core::Error::Msg(format!("a slice of {count} tokens up to {end} has {blocks} blocks")).into()
+            );
         }
         let first = tokens.len();
         tokens.extend_from_slice(slice.tokens);

@@ -58,7 +58,12 @@ impl Provenance {
         if let Some(layers) = &read.kept_layers
             && (layers.is_empty() || layers.windows(2).any(|pair| pair[0] >= pair[1]))
         {
-            return Err(ModelError::unsupported(&file, "kept_layers", format!("{layers:?}"), "ascending layer indices"));
+            return Err(ModelError::unsupported(
+                &file,
+                "kept_layers",
+                format!("{layers:?}"),
+                "ascending layer indices",
+            ));
         }
         Ok(Some(read))
     }

@@ -178,7 +178,8 @@ mod tests {
     fn penalties_count_as_vllm_does() {
         let logits = vec![1.0, 1.1, 1.2];
         let greedy = SamplingParams::greedy;
-        let pick = |params: SamplingParams, prompt: &[u32], output: &[u32]| sample(&logits, &params, prompt, output, 9).token;
+        let pick =
+            |params: SamplingParams, prompt: &[u32], output: &[u32]| sample(&logits, &params, prompt, output, 9).token;
         assert_eq!(pick(greedy(), &[2], &[2]), 2);
         assert_eq!(pick(SamplingParams { presence_penalty: 0.5, ..greedy() }, &[1], &[2]), 1);
         assert_eq!(pick(SamplingParams { frequency_penalty: 0.06, ..greedy() }, &[], &[2, 2]), 1);

@@ -42,7 +42,8 @@ impl Weights {
         let index_file = folder.join("model.safetensors.index.json");
         let mut names: Vec<String> = if index_file.exists() {
             let bytes = fs::read(&index_file).map_err(|e| ModelError::io(&index_file, e))?;
-            let index: ShardIndex = serde_json::from_slice(&bytes).map_err(|e| ModelError::malformed(&index_file, e))?;
+            let index: ShardIndex =
+                serde_json::from_slice(&bytes).map_err(|e| ModelError::malformed(&index_file, e))?;
             index.weight_map.into_values().collect()
         } else {
             vec!["model.safetensors".into()]

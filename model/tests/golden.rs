@@ -77,7 +77,8 @@ fn generate(full: &Model, decode: &Model, prompt: &[u32], steps: usize, chunk: u
     hand_over(&full_cache, decode, &decode_cache, &blocks);
     for step in 1..steps {
         let tokens = [out[step - 1].token];
-        let slice = SequenceSlice { tokens: &tokens, start: prompt.len() + step - 1, blocks: &blocks, want: Want::Last };
+        let slice =
+            SequenceSlice { tokens: &tokens, start: prompt.len() + step - 1, blocks: &blocks, want: Want::Last };
         let logits = decode.forward(&decode_cache, &[slice], &mut |_| {}).unwrap();
         out.push(greedy(logits.row(0)));
     }
@@ -110,7 +111,9 @@ fn two_stage_and_full_only_hold_in_f32() {
         full.producer_schema().check_consumer(&decode.kv_schema()).unwrap();
         for (n, case) in expected(pair).cases.iter().enumerate() {
             for chunk in [BLOCK_TOKENS, 1000] {
-                for (decoder, steps, arm) in [(&decode, &case.two_stage, "two_stage"), (&full, &case.full_only, "full_only")] {
+                for (decoder, steps, arm) in
+                    [(&decode, &case.two_stage, "two_stage"), (&full, &case.full_only, "full_only")]
+                {
                     let got = generate(&full, decoder, &case.prompt, steps.len(), chunk);
                     let distance = compare(&got, steps, &format!("{pair} case {n} {arm} chunk {chunk}"));
                     assert!(distance < 1e-3, "{pair} case {n} {arm} chunk {chunk}: {distance}");
@@ -123,7 +126,9 @@ fn two_stage_and_full_only_hold_in_f32() {
 /// Wider rounding moves the log-probabilities; by how much is printed, and bounded well below what a wrong layout does.
 #[test]
 fn narrow_types_stay_near() {
-    for (weights, kv_dtype) in [(WeightDtype::Bf16, KvDtype::Bf16), (WeightDtype::F16, KvDtype::F16), (WeightDtype::F32, KvDtype::Bf16)] {
+    for (weights, kv_dtype) in
+        [(WeightDtype::Bf16, KvDtype::Bf16), (WeightDtype::F16, KvDtype::F16), (WeightDtype::F32, KvDtype::Bf16)]
+    {
         let options = LoadOptions { weights, kv_dtype, ..LoadOptions::default() };
         for pair in PAIRS {
             let (full, decode) = (load(pair, "full", &options), load(pair, "decode", &options));
@@ -204,7 +209,10 @@ fn faults_of_a_folder_are_one_line() {
         }
     };
     let wrong = copy(&edit("intermediate_size", 161.into()));
-    assert!(wrong.contains("model.safetensors: tensor model.layers.0.mlp.gate_proj.weight has shape [160, 64]"), "{wrong}");
+    assert!(
+        wrong.contains("model.safetensors: tensor model.layers.0.mlp.gate_proj.weight has shape [160, 64]"),
+        "{wrong}"
+    );
     assert!(wrong.contains("asks for [161, 64]"), "{wrong}");
     let missing = copy(&edit("tie_word_embeddings", false.into()));
     assert!(missing.contains("tensor lm_head.weight is missing"), "{missing}");
