@@ -184,13 +184,22 @@ pub fn run(
         let opened = timeout_at(deadline, client.prefill(request)).await.map_err(|_| AttemptError::Deadline)?;
         let mut prefill = opened.map_err(|status| failed(&prefiller, &[prefiller.key], status))?.into_inner();
 
-        // Until the first token: the prefill node speaks, and the decode node can only fail.
+        // Until the first token the prefill node speaks. The decode node gets that token by another way, with the KV,
+        // and may be the first to say so: its words wait until the client has seen the first token.
+        let mut early = None;
         loop {
             let event = tokio::select! {
                 biased;
                 event = prefill.message() => event.map_err(|status| failed(&prefiller, &[prefiller.key], status)),
-                event = next_decode(&mut decode) => {
-                    let status = event.err().unwrap_or_else(|| Status::unknown("spoke or ended before the first token"));
+                event = next_decode(&mut decode), if early.is_none() => {
+                    let status = match event {
+                        Ok(Some(event)) => {
+                            early = Some(event);
+                            continue;
+                        }
+                        Ok(None) => Status::unknown("the stream ended before the first token"),
+                        Err(status) => status,
+                    };
                     // Its handoff may have failed because of the prefill node: avoid both, if others are there.
                     Err(failed(&decoder, &both, status))
                 }
@@ -226,7 +235,7 @@ pub fn run(
             let give_up = trouble.as_ref().filter(|_| !ready).map_or(deadline, |(_, at)| deadline.min(*at));
             let event = tokio::select! {
                 biased;
-                event = stream.message() => {
+                event = next_event(&mut early, &mut stream) => {
                     let blamed = if ready { &both[..1] } else { &both[..] };
                     event.map_err(|status| failed(&decoder, blamed, status))
                 }
@@ -274,6 +283,17 @@ async fn next_decode(stream: &mut Option<DecodeStream>) -> Result<Option<v1::Dec
     match stream {
         Some((stream, _)) => stream.message().await,
         None => std::future::pending().await,
+    }
+}
+
+/// The decode node's next event, which may have come before its time.
+async fn next_event(
+    early: &mut Option<v1::DecodeEvent>,
+    stream: &mut tonic::Streaming<v1::DecodeEvent>,
+) -> Result<Option<v1::DecodeEvent>, Status> {
+    match early.take() {
+        Some(event) => Ok(Some(event)),
+        None => stream.message().await,
     }
 }
 

@@ -45,6 +45,16 @@ async fn a_request_over_grpc_reports_its_way() {
 }
 
 #[tokio::test]
+async fn a_decode_node_may_speak_before_the_first_token() {
+    let late = Options { report_delay: Duration::from_millis(50), ..Options::default() };
+    let rig = rig(late).await;
+    let (_, ids, finished) = generate(&rig, 40).await.unwrap();
+    assert_eq!((ids.len(), finished.timings.unwrap().migrations), (40, 0));
+    assert_eq!(ids, generate(&support::rig(Options::default()).await, 40).await.unwrap().1);
+    assert_eq!((rig.prefill[0].taken(), rig.decode[0].taken()), (1, 1));
+}
+
+#[tokio::test]
 async fn a_failing_decode_node_is_replaced_without_a_repeated_token() {
     let rig = rig_with(&[slow()], &[slow(), slow()], |_| {}).await;
     let (text, ids, _) = generate(&rig, 40).await.unwrap();

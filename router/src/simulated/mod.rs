@@ -46,6 +46,8 @@ pub struct Options {
     pub prefill_time: Duration,
     /// Time per token.
     pub token_time: Duration,
+    /// A prefill node reports the first token this long after it has handed it over: the decode node speaks first.
+    pub report_delay: Duration,
     /// The output's tokens, over and over; without it they are letters that depend on all tokens before.
     pub script: Option<Vec<u32>>,
 }
@@ -70,6 +72,7 @@ impl Default for Options {
             max_context_tokens: 4096,
             prefill_time: Duration::ZERO,
             token_time: Duration::ZERO,
+            report_delay: Duration::ZERO,
             script: None,
         }
     }

@@ -60,12 +60,24 @@ impl prefill_server::Prefill for Service {
                 Continuation::new(&state.options, &request.prompt_tokens, request.generated_tokens);
             let token = continuation.next(logprobs);
             let first = token.token;
-            yield event(prefill_event::Event::FirstToken(v1::FirstToken { token: Some(token), prefill_seconds: 0.0 }));
+            let first_token = prefill_event::Event::FirstToken(v1::FirstToken { token: Some(token), prefill_seconds: 0.0 });
+            let delay = state.options.report_delay;
+            let mut first_token = Some(event(first_token));
+            if delay.is_zero() && let Some(first_token) = first_token.take() {
+                yield first_token;
+            }
+            let with_handoff = request.handoff.is_some();
             if let Some(target) = request.handoff {
                 let receiver = HANDOFFS.lock().remove(&target.ticket);
                 receiver
                     .and_then(|receiver| receiver.send(first).ok())
                     .ok_or_else(|| Status::failed_precondition("the ticket is not valid"))?;
+            }
+            if let Some(first_token) = first_token {
+                tokio::time::sleep(delay).await;
+                yield first_token;
+            }
+            if with_handoff {
                 yield event(prefill_event::Event::Transferred(v1::TransferStats::default()));
             }
         })))
