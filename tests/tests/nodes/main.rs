@@ -154,7 +154,8 @@ async fn cancelled_at_any_phase_everything_is_free() -> Result<()> {
     drop((holds, holds_too));
     pair.wait_idle().await?;
 
-    // While the prompt is computed and its KV is on its way: first the one side goes, then the other.
+    // While the prompt is computed and its KV is on its way: first the one side goes, then the other. (A prefill that is
+    // given up before it has connected leaves the reservation alone: that is its stream's to end.)
     for decode_goes_first in [true, false] {
         let (decoding, reserved) = pair.reserve(&ask).await?;
         let request = pair.prefill_request(&ask, Some(reserved));
@@ -162,7 +163,7 @@ async fn cancelled_at_any_phase_everything_is_free() -> Result<()> {
         let Prefilled::Started(_) = next_prefilled(&mut prefilling).await? else { bail!("not started") };
         match decode_goes_first {
             true => drop(decoding),
-            false => drop(prefilling),
+            false => drop((prefilling, decoding)),
         }
         pair.wait_idle().await?;
     }
