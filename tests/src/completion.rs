@@ -3,13 +3,16 @@
 use std::io::{BufRead, BufReader, Read};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::Cluster;
 
 /// Longest silence of the server.
 const TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Largest distance of a log-probability between two runs of the same request, in f32.
+const SAME: f32 = 1e-4;
 
 /// A request's body, built up field by field.
 #[derive(Clone, Debug)]
@@ -154,6 +157,18 @@ impl Completion {
             completion.top.push(top(entry)?);
         }
         Ok(completion)
+    }
+
+    /// The same answer to the same request: equal but for the last bits of log-probabilities, which depend on how a
+    /// prompt was cut into chunks, and so on what the prefix cache already held.
+    pub fn check_same(&self, other: &Self) -> Result<()> {
+        let exact = |c: &Self| (c.tokens.clone(), c.text.clone(), c.finish_reason.clone(), c.top.len());
+        ensure!(exact(self) == exact(other), "{:?} instead of {:?}", exact(self), exact(other));
+        ensure!(self.logprobs.len() == other.logprobs.len(), "another number of log-probabilities");
+        for (i, (a, b)) in self.logprobs.iter().zip(&other.logprobs).enumerate() {
+            ensure!((a - b).abs() <= SAME, "token {i}: log-probability {a} instead of {b}");
+        }
+        Ok(())
     }
 
     fn extend(&mut self, more: Self) {

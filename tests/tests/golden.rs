@@ -22,7 +22,7 @@ fn run(pair: &str) -> Result<()> {
             let whole = request.send(&cluster)?;
             check(expected, &whole).with_context(|| format!("{pair}, case {i}, {model}"))?;
             let streamed = request.stream(&cluster)?.collect_completion()?;
-            ensure!(streamed == whole, "{pair}, case {i}, {model}: streamed {streamed:?}, whole {whole:?}");
+            streamed.check_same(&whole).with_context(|| format!("{pair}, case {i}, {model}, streamed"))?;
         }
     }
     text_and_chat(&golden, &cluster).with_context(|| pair.to_owned())?;
