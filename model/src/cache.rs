@@ -180,7 +180,9 @@ fn bytes_of_mut(storage: &mut CpuStorage) -> Result<&mut [u8]> {
 }
 
 /// Hands a layer's bytes to a closure, under the tensor's write lock.
-struct WithBytes<'a>(RefCell<&'a mut dyn FnMut(&mut [u8])>);
+struct WithBytes<'a>(RefCell<&'a mut Overwrite<'a>>);
+
+type Overwrite<'a> = dyn FnMut(&mut [u8]) + 'a;
 
 impl InplaceOp1 for WithBytes<'_> {
     fn name(&self) -> &'static str {

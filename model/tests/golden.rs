@@ -1,5 +1,8 @@
 //! The golden pairs: what PyTorch computes over the same weights, in one process and one cache.
 
+// The lint spares `#[test]` functions, but not the helpers that they share.
+#![allow(clippy::unwrap_used)]
+
 use std::path::{Path, PathBuf};
 
 use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, KvStore, OutputToken, blocks_for};
