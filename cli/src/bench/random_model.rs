@@ -8,18 +8,18 @@ use overfill_model::ModelConfig;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
-const HIDDEN: usize = 768;
-const INTERMEDIATE: usize = 2048;
+const HIDDEN: usize = 512;
+const INTERMEDIATE: usize = 1408;
 const VOCABULARY: usize = 8192;
 
-/// Writes a Llama of about 80 million parameters whose widths are cut by `ratio`, as pruning cuts them.
+/// Writes a Llama of about 28 million parameters whose widths are cut by `ratio`, as pruning cuts them.
 pub fn write(folder: &Path, ratio: f64) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
     let cut = |width: usize| (width as f64 * (1.0 - ratio)) as usize;
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": cut(HIDDEN), "intermediate_size": cut(INTERMEDIATE), "num_hidden_layers": 12,
-        "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": VOCABULARY,
+        "hidden_size": cut(HIDDEN), "intermediate_size": cut(INTERMEDIATE), "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": VOCABULARY,
         "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": true,
         "eos_token_id": 0, "bos_token_id": 1, "torch_dtype": "bfloat16",
     });
