@@ -4,6 +4,7 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::Stream;
 use overfill_cluster::{Load, LoadState, Shutdown};
+use overfill_kv::handoff::{Failure, RefuseReason};
 use overfill_proto::v1;
 use overfill_text::TextFiles;
 use overfill_transport::{HandoffError, TransferStats};
@@ -11,7 +12,7 @@ use tokio::{
     sync::oneshot,
     time::{Instant, sleep, sleep_until},
 };
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tracing::{debug, warn};
 
 use crate::{
@@ -111,6 +112,10 @@ async fn outcome(
     let Some(receiver) = transfer else { return std::future::pending().await };
     match receiver.await {
         Ok(Ok(stats)) => Ok(stats),
+        // The client has gone, and the decode node heard of it first: nobody's fault.
+        Ok(Err(HandoffError::Failed(Failure::Refused(RefuseReason::Cancelled)))) => {
+            Err(Status::cancelled("the decode node's side of the request was cancelled"))
+        }
         Ok(Err(e)) => Err(ended_early(deadline, &format!("handing the prompt's KV over: {e}"))),
         Err(_) => Err(ended_early(deadline, "the handoff ended without an outcome")),
     }
@@ -212,6 +217,10 @@ impl v1::prefill_server::Prefill for PrefillService {
                         ending.because("length");
                         yield event(Wire::Transferred(wire_stats(stats)));
                         break;
+                    }
+                    Next::Handoff(Err(status)) if status.code() == Code::Cancelled => {
+                        debug!(request = %id, "the decode node's side was cancelled");
+                        Err(status)?;
                     }
                     Next::Handoff(Err(status)) => {
                         warn!(request = %id, error = status.message(), "handoff failed");
