@@ -24,7 +24,8 @@ impl StopMatcher {
 
     /// Takes new text; gives what is certain now, and the match if there is one: the text then ends for good.
     ///
-    /// Of several matches the one that begins first counts; of those, the first in the list.
+    /// Of several matches the one that is complete first counts, for a stream can't wait for what may follow; of those, the
+    /// one that begins first.
     pub fn push(&mut self, text: &str) -> (String, Option<StopMatch>) {
         if self.done {
             return (String::new(), None);
@@ -38,9 +39,12 @@ impl StopMatcher {
             .iter()
             .enumerate()
             .filter(|(_, stop)| !stop.is_empty())
-            .filter_map(|(i, stop)| Some((self.held.find(stop.as_str())?, i)))
+            .filter_map(|(i, stop)| {
+                let at = self.held.find(stop.as_str())?;
+                Some((at + stop.len(), at, i))
+            })
             .min();
-        if let Some((at, stop)) = found {
+        if let Some((_, at, stop)) = found {
             self.done = true;
             let mut text = std::mem::take(&mut self.held);
             text.truncate(if self.keep_stop { at + self.stops[stop].len() } else { at });
@@ -87,6 +91,21 @@ mod tests {
     }
 
     #[test]
+    fn the_first_complete_match_counts() {
+        for pieces in [&["aaé", "b"][..], &["aaéb"], &["a", "a", "é", "b"]] {
+            let mut m = StopMatcher::new(stops(&["aéb", "é"]), false);
+            let mut out = String::new();
+            let mut found = None;
+            for piece in pieces {
+                let (text, stop) = m.push(piece);
+                out += &text;
+                found = found.or(stop);
+            }
+            assert_eq!((out.as_str(), found), ("aa", Some(StopMatch { stop: 1 })));
+        }
+    }
+
+    #[test]
     fn what_was_held_is_text_at_the_end() {
         let mut m = StopMatcher::new(stops(&["world"]), false);
         assert_eq!(m.push("hello wor"), ("hello ".into(), None));
@@ -105,8 +124,9 @@ mod tests {
         #[test]
         fn pieces_do_not_matter(text in "[abé]{0,40}", cut in prop::collection::vec(1usize..5, 1..20),
                                 list in prop::collection::vec("[abé]{1,4}", 1..4)) {
-            let expected = match list.iter().filter_map(|s| text.find(s.as_str())).min() {
-                Some(at) => text[..at].to_owned(),
+            let matches = list.iter().filter_map(|s| text.find(s.as_str()).map(|at| (at + s.len(), at)));
+            let expected = match matches.min() {
+                Some((_, at)) => text[..at].to_owned(),
                 None => text.clone(),
             };
             let mut m = StopMatcher::new(list, false);
