@@ -14,7 +14,7 @@ use std::{
 
 use overfill_cluster::LoadState;
 use overfill_kv::{BlockPool, KvStore, OutputToken, block_hashes};
-use overfill_model::{KvCache, Model, SequenceSlice, Want, sample};
+use overfill_model::{KvCache, Logits, Model, SequenceSlice, Want, sample};
 use rayon::prelude::*;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error};
@@ -118,6 +118,7 @@ pub fn start(
         swapped: VecDeque::new(),
         reserved: HashMap::new(),
         running: Vec::new(),
+        logits: Logits::default(),
     };
     let (ended, end) = oneshot::channel();
     thread::Builder::new().name("decode-engine".into()).spawn(move || {
@@ -142,6 +143,7 @@ struct Engine {
     reserved: HashMap<u64, Reserved>,
     /// In the batch, in order of arrival.
     running: Vec<Sequence>,
+    logits: Logits,
 }
 
 impl Engine {
@@ -272,17 +274,14 @@ impl Engine {
             return false;
         }
         let slices: Vec<_> = stepping.iter().map(|i| slice(&self.running[*i])).collect();
-        let result = self.model.forward(&self.cache, &slices, &mut |_| {});
-        let logits = match result {
-            Ok(logits) => logits,
-            Err(e) => {
-                error!(error = %e, sequences = stepping.len(), "computing a step");
-                for i in stepping.into_iter().rev() {
-                    self.running.remove(i).tell(Event::Failed(format!("computing a token: {e}")));
-                }
-                return true;
+        if let Err(e) = self.model.forward(&self.cache, &slices, &mut |_| {}, &mut self.logits) {
+            error!(error = %e, sequences = stepping.len(), "computing a step");
+            for i in stepping.into_iter().rev() {
+                self.running.remove(i).tell(Event::Failed(format!("computing a token: {e}")));
             }
-        };
+            return true;
+        }
+        let logits = &self.logits;
         // Stateless, so the rows may be sampled in any order; with a large vocabulary it is worth several processors.
         let choose = |(row, i): (usize, &usize)| {
             let sequence: &Sequence = &self.running[*i];

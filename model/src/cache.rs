@@ -12,8 +12,10 @@ use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, KvStore, StoreError};
 
 use crate::{
     kernels::{
-        attention::{self, Heads, Span},
-        scatter::ScatterKv,
+        attention::{self, AttentionScratch, Heads},
+        element::Element,
+        scatter::{Slot, scatter},
+        simd::Isa,
     },
     paged::SequenceSlice,
 };
@@ -47,32 +49,59 @@ impl KvCache {
         self.layers.len() * self.num_blocks * self.block_bytes()
     }
 
-    /// Writes the new keys and values of a batch into their blocks.
-    pub(crate) fn put(&self, layer: usize, batch: &[SequenceSlice<'_>], k: &Tensor, v: &Tensor) -> Result<()> {
-        let slots: Vec<(u32, u32)> = batch
-            .iter()
-            .flat_map(|slice| (slice.start..slice.start + slice.tokens.len()).map(|p| slot(slice.blocks, p)))
-            .collect();
-        let cache = &self.layers[layer];
-        if cache.device().is_cpu() {
-            let (k, v) = (k.contiguous()?, v.contiguous()?);
-            let op = ScatterKv { slots: &slots, kv_heads: self.sizes.kv_heads, head_dim: self.sizes.head_dim };
-            return cache.inplace_op3(&k, &v, &op);
+    /// Writes the keys and values of new tokens into their slots, on the CPU. `qkv` is `[n, heads + 2 kv_heads, head_dim]`.
+    pub(crate) fn put(&self, layer: usize, slots: &[Slot], qkv: &[f32]) -> Result<()> {
+        fn put<T: Element>(cache: &mut [T], slots: &[Slot], qkv: &[f32], sizes: Heads) {
+            let Heads { heads, kv_heads, head_dim } = sizes;
+            for (slot, row) in slots.iter().zip(qkv.chunks_exact((heads + 2 * kv_heads) * head_dim)) {
+                let (k, v) = row[heads * head_dim..].split_at(kv_heads * head_dim);
+                scatter(cache, *slot, 0, k, head_dim);
+                scatter(cache, *slot, 1, v, head_dim);
+            }
         }
-        self.put_with_tensors(layer, &slots, k, v)
+        let sizes = self.sizes;
+        let mut all = |storage: &mut CpuStorage| match storage {
+            CpuStorage::F32(cache) => put(cache, slots, qkv, sizes),
+            CpuStorage::BF16(cache) => put(cache, slots, qkv, sizes),
+            CpuStorage::F16(cache) => put(cache, slots, qkv, sizes),
+            _ => {}
+        };
+        self.layers[layer].inplace_op1(&WithStorage(RefCell::new(&mut all)))
     }
 
-    /// The same with tensor operations alone, for devices without a kernel of ours.
-    fn put_with_tensors(&self, layer: usize, slots: &[(u32, u32)], k: &Tensor, v: &Tensor) -> Result<()> {
+    /// Causal attention of a batch's queries over the keys and values in its blocks, on the CPU. `q` and `out` are
+    /// `[n, heads, head_dim]`.
+    pub(crate) fn attend(
+        &self,
+        isa: Isa,
+        layer: usize,
+        batch: &[SequenceSlice<'_>],
+        q: &[f32],
+        out: &mut [f32],
+        scratch: &mut AttentionScratch,
+    ) -> Result<()> {
+        let (storage, _) = self.layers[layer].storage_and_layout();
+        match &*storage {
+            Storage::Cpu(CpuStorage::F32(cache)) => attention::attend(isa, q, cache, batch, self.sizes, out, scratch),
+            Storage::Cpu(CpuStorage::BF16(cache)) => attention::attend(isa, q, cache, batch, self.sizes, out, scratch),
+            Storage::Cpu(CpuStorage::F16(cache)) => attention::attend(isa, q, cache, batch, self.sizes, out, scratch),
+            _ => bail!("kv must be f32, bf16 or f16 on the CPU"),
+        }
+        Ok(())
+    }
+
+    /// As [`Self::put`], with tensor operations alone, for devices without a kernel of ours. `k` and `v` are
+    /// `[n, kv_heads, head_dim]`.
+    pub(crate) fn put_with_tensors(&self, layer: usize, slots: &[Slot], k: &Tensor, v: &Tensor) -> Result<()> {
         let Heads { kv_heads, head_dim, .. } = self.sizes;
         let cache = &self.layers[layer];
         let rows = cache.reshape(((), head_dim))?;
         for (part, source) in [k, v].into_iter().enumerate() {
             let index: Vec<u32> = slots
                 .iter()
-                .flat_map(|&(block, token)| {
+                .flat_map(|slot| {
                     (0..kv_heads).map(move |head| {
-                        (((block as usize * 2 + part) * kv_heads + head) * BLOCK_TOKENS) as u32 + token
+                        (((slot.block as usize * 2 + part) * kv_heads + head) * BLOCK_TOKENS) as u32 + slot.token
                     })
                 })
                 .collect();
@@ -85,26 +114,8 @@ impl KvCache {
         Ok(())
     }
 
-    /// Causal attention of a batch's queries over the keys and values in its blocks.
-    pub(crate) fn attend(&self, layer: usize, batch: &[SequenceSlice<'_>], q: &Tensor) -> Result<Tensor> {
-        let cache = &self.layers[layer];
-        if !cache.device().is_cpu() {
-            return self.attend_with_tensors(layer, batch, q);
-        }
-        let mut row = 0;
-        let spans: Vec<Span<'_>> = batch
-            .iter()
-            .map(|slice| {
-                let span = Span { row, tokens: slice.tokens.len(), start: slice.start, blocks: slice.blocks };
-                row += span.tokens;
-                span
-            })
-            .collect();
-        attention::attend(&q.contiguous()?, cache, &spans, self.sizes)
-    }
-
-    /// The same with tensor operations alone: gathers each sequence's blocks, then multiplies.
-    fn attend_with_tensors(&self, layer: usize, batch: &[SequenceSlice<'_>], q: &Tensor) -> Result<Tensor> {
+    /// As [`Self::attend`], with tensor operations alone: gathers each sequence's blocks, then multiplies.
+    pub(crate) fn attend_with_tensors(&self, layer: usize, batch: &[SequenceSlice<'_>], q: &Tensor) -> Result<Tensor> {
         let Heads { heads, kv_heads, head_dim } = self.sizes;
         let group = heads / kv_heads;
         let cache = &self.layers[layer];
@@ -156,11 +167,6 @@ impl KvCache {
     }
 }
 
-/// Block, and place in it, of a position.
-fn slot(blocks: &[BlockId], position: usize) -> (u32, u32) {
-    (blocks[position / BLOCK_TOKENS].0, (position % BLOCK_TOKENS) as u32)
-}
-
 fn bytes_of(storage: &CpuStorage) -> Result<&[u8]> {
     match storage {
         CpuStorage::F32(v) => Ok(cast_slice(v)),
@@ -179,19 +185,25 @@ fn bytes_of_mut(storage: &mut CpuStorage) -> Result<&mut [u8]> {
     }
 }
 
-/// Hands a layer's bytes to a closure, under the tensor's write lock.
-struct WithBytes<'a>(RefCell<&'a mut Overwrite<'a>>);
+/// Hands a layer's storage to a closure, under the tensor's write lock.
+struct WithStorage<'a>(RefCell<&'a mut dyn FnMut(&mut CpuStorage)>);
 
-type Overwrite<'a> = dyn FnMut(&mut [u8]) + 'a;
-
-impl InplaceOp1 for WithBytes<'_> {
+impl InplaceOp1 for WithStorage<'_> {
     fn name(&self) -> &'static str {
-        "with-bytes"
+        "with-storage"
     }
     fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
-        (self.0.borrow_mut())(bytes_of_mut(storage)?);
+        (self.0.borrow_mut())(storage);
         Ok(())
     }
+}
+
+/// Hands a CPU tensor's bytes to a closure, under its write lock.
+fn with_bytes(tensor: &Tensor, f: &mut dyn FnMut(&mut [u8])) -> Result<()> {
+    let mut result = Ok(());
+    let mut all = |storage: &mut CpuStorage| result = bytes_of_mut(storage).map(&mut *f);
+    tensor.inplace_op1(&WithStorage(RefCell::new(&mut all)))?;
+    result
 }
 
 impl KvStore for KvCache {
@@ -243,7 +255,7 @@ impl KvStore for KvCache {
         for (i, block) in blocks.iter().enumerate() {
             let shape = (1, 2, self.sizes.kv_heads, BLOCK_TOKENS, self.sizes.head_dim);
             let staged = Tensor::zeros(shape, cache.dtype(), &Device::Cpu).map_err(fault)?;
-            staged.inplace_op1(&WithBytes(RefCell::new(&mut |bytes: &mut [u8]| f(i, bytes)))).map_err(fault)?;
+            with_bytes(&staged, &mut |bytes| f(i, bytes)).map_err(fault)?;
             staged.to_device(cache.device()).and_then(|t| cache.slice_set(&t, 0, block.0 as usize)).map_err(fault)?;
         }
         Ok(())
@@ -281,7 +293,7 @@ impl KvStore for KvCache {
             places.as_deref_mut().map(&mut *f);
             done = places.is_some();
         };
-        cache.inplace_op1(&WithBytes(RefCell::new(&mut all))).map_err(|e| StoreError::Device(e.to_string()))?;
+        with_bytes(cache, &mut all).map_err(|e| StoreError::Device(e.to_string()))?;
         Ok(done)
     }
 }

@@ -73,7 +73,29 @@ pub enum ModelError {
     },
     /// A fault in the computation.
     #[error("computing: {0}")]
-    Compute(#[from] candle_core::Error),
+    Compute(candle_core::Error),
+}
+
+impl From<candle_core::Error> for ModelError {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Compute(plain(error))
+    }
+}
+
+impl From<std::io::Error> for ModelError {
+    /// Only memory for weights is asked of the system without a file to name.
+    fn from(error: std::io::Error) -> Self {
+        Self::Io { file: "memory for weights".into(), source: error }
+    }
+}
+
+/// The error without the backtraces that the tensor library prints with it: an error is one line.
+pub(crate) fn plain(error: candle_core::Error) -> candle_core::Error {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => plain(*inner),
+        candle_core::Error::Context { inner, .. } => plain(*inner),
+        other => other,
+    }
 }
 
 impl ModelError {

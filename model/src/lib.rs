@@ -6,6 +6,7 @@
 
 mod cache;
 mod config;
+mod cpu;
 mod decoder;
 mod differentiable;
 mod error;
@@ -23,7 +24,7 @@ pub use config::{Family, ModelConfig, RopeScaling};
 pub use decoder::{Attention, Decoder, Observer, Ops, Site};
 pub use error::ModelError;
 pub use loading::Model;
-pub use options::{DeviceSpec, LoadOptions, WeightDtype, resolve};
+pub use options::{DeviceSpec, LoadOptions, WeightFormat, resolve};
 pub use paged::{Logits, SequenceSlice, Want};
 pub use provenance::{FullModel, Provenance};
 pub use sampler::{report, sample};

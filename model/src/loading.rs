@@ -6,21 +6,29 @@ use std::{
     time::Instant,
 };
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use overfill_kv::{BLOCK_TOKENS, KvDtype, KvSchema};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::{
     Decoder, KvCache, LoadOptions, Logits, ModelConfig, ModelError, Ops, Provenance, SequenceSlice, Weights,
-    kernels::attention::Heads, paged,
+    cpu::CpuDecoder, kernels::attention::Heads, paged,
 };
+
+/// Who computes.
+enum Engine {
+    /// Kernels of ours.
+    Cpu(Box<CpuDecoder>),
+    /// The tensor library.
+    Device(Decoder),
+}
 
 /// A decoder with all that a node needs to know of it.
 pub struct Model {
     folder: PathBuf,
     name: String,
-    decoder: Decoder,
+    engine: Engine,
     kv_dtype: KvDtype,
     provenance: Option<Provenance>,
     fingerprint: String,
@@ -41,12 +49,18 @@ impl Model {
         let tokenizer = fs::read(&tokenizer_file).map_err(|e| ModelError::io(&tokenizer_file, e))?;
         let eos_token_ids = eos_token_ids(&folder, &config)?;
         let weights = Weights::open(&folder)?;
-        let dtype = options.weights.dtype();
-        // A CPU computes in f32 whatever the weights are; a GPU in the type of the weights.
-        let compute = if device.is_cpu() { DType::F32 } else { dtype };
-        let decoder = Decoder::build(&config, Ops::Fused, compute, &mut |name, shape| {
-            Ok(weights.load(name, shape, &device)?.to_dtype(dtype)?)
-        })?;
+        let engine = match &device {
+            Device::Cpu => Engine::Cpu(Box::new(CpuDecoder::load(&config, &weights, options.weights.packed())?)),
+            device => {
+                let dtype = options.weights.dtype().ok_or_else(|| ModelError::Device {
+                    device: options.device.to_string(),
+                    reason: format!("weights {}, supported here: f32, bf16, f16", options.weights),
+                })?;
+                Engine::Device(Decoder::build(&config, Ops::Fused, dtype, &mut |name, shape| {
+                    Ok(weights.load(name, shape, device)?.to_dtype(dtype)?)
+                })?)
+            }
+        };
         let name = folder.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
         tracing::info!(
             model = %folder.display(), weights = %options.weights, kv = %options.kv_dtype, device = %options.device,
@@ -56,7 +70,7 @@ impl Model {
             fingerprint: weights.fingerprint()?,
             folder,
             name,
-            decoder,
+            engine,
             kv_dtype: options.kv_dtype,
             provenance,
             tokenizer_sha256: Sha256::digest(tokenizer).iter().map(|byte| format!("{byte:02x}")).collect(),
@@ -66,7 +80,18 @@ impl Model {
 
     /// Its geometry.
     pub fn config(&self) -> &ModelConfig {
-        self.decoder.config()
+        match &self.engine {
+            Engine::Cpu(decoder) => decoder.config(),
+            Engine::Device(decoder) => decoder.config(),
+        }
+    }
+
+    /// Bytes of its weights in memory, where they are packed for a CPU.
+    pub fn weight_bytes(&self) -> Option<usize> {
+        match &self.engine {
+            Engine::Cpu(decoder) => Some(decoder.weight_bytes()),
+            Engine::Device(_) => None,
+        }
     }
 
     /// Its folder, absolute.
@@ -133,7 +158,10 @@ impl Model {
     /// An empty cache of `num_blocks` blocks for this model.
     pub fn new_cache(&self, num_blocks: usize) -> Result<KvCache, ModelError> {
         let config = self.config();
-        let device: &Device = self.decoder.device();
+        let device = match &self.engine {
+            Engine::Cpu(_) => &Device::Cpu,
+            Engine::Device(decoder) => decoder.device(),
+        };
         Ok(KvCache::new(config.num_hidden_layers, num_blocks, heads(config), self.kv_dtype, device)?)
     }
 
@@ -143,9 +171,14 @@ impl Model {
         &self,
         cache: &KvCache,
         batch: &[SequenceSlice<'_>],
-        on_layer: &mut dyn FnMut(usize),
-    ) -> Result<Logits, ModelError> {
-        paged::forward(&self.decoder, cache, batch, on_layer)
+        on_layer: &mut (dyn FnMut(usize) + Send),
+        logits: &mut Logits,
+    ) -> Result<(), ModelError> {
+        paged::check(batch, self.config().vocab_size)?;
+        match &self.engine {
+            Engine::Cpu(decoder) => decoder.forward(cache, batch, on_layer, logits),
+            Engine::Device(decoder) => Ok(paged::forward(decoder, cache, batch, on_layer, logits)?),
+        }
     }
 }
 

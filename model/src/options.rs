@@ -5,49 +5,69 @@ use std::{fmt, path::PathBuf, str::FromStr};
 use candle_core::{DType, Device};
 use overfill_kv::KvDtype;
 
-use crate::ModelError;
+use crate::{ModelError, error::plain, kernels::packed::Format};
 
-/// Element type of the weights in memory.
+/// How weights lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WeightDtype {
+pub enum WeightFormat {
     /// 4 bytes; exact for every stored type.
     F32,
     /// 2 bytes.
     Bf16,
     /// 2 bytes.
     F16,
+    /// 8 bits and a scale for each 32 weights of an output, as GGUF's Q8_0.
+    Int8,
+    /// 8 bits and a scale for each output.
+    Int8Channel,
+    /// 4 bits and a scale for each 32 weights of an output, as GGUF's Q4_0; the head in 8 bits.
+    Int4,
 }
 
-impl WeightDtype {
-    /// The tensor library's name for it.
-    pub fn dtype(self) -> DType {
+impl WeightFormat {
+    const NAMES: [(Self, &str); 6] = [
+        (Self::F32, "f32"),
+        (Self::Bf16, "bf16"),
+        (Self::F16, "f16"),
+        (Self::Int8, "int8"),
+        (Self::Int8Channel, "int8-channel"),
+        (Self::Int4, "int4"),
+    ];
+
+    /// As the kernels name it.
+    pub(crate) fn packed(self) -> Format {
         match self {
-            Self::F32 => DType::F32,
-            Self::Bf16 => DType::BF16,
-            Self::F16 => DType::F16,
+            Self::F32 => Format::F32,
+            Self::Bf16 => Format::Bf16,
+            Self::F16 => Format::F16,
+            Self::Int8 => Format::Int8,
+            Self::Int8Channel => Format::Int8Channel,
+            Self::Int4 => Format::Int4,
+        }
+    }
+
+    /// As the tensor library names it, which has no integer weights.
+    pub(crate) fn dtype(self) -> Option<DType> {
+        match self {
+            Self::F32 => Some(DType::F32),
+            Self::Bf16 => Some(DType::BF16),
+            Self::F16 => Some(DType::F16),
+            Self::Int8 | Self::Int8Channel | Self::Int4 => None,
         }
     }
 }
 
-impl fmt::Display for WeightDtype {
+impl fmt::Display for WeightFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-            Self::F16 => "f16",
-        })
+        f.write_str(Self::NAMES.iter().find(|(format, _)| format == self).map_or("", |(_, name)| name))
     }
 }
 
-impl FromStr for WeightDtype {
+impl FromStr for WeightFormat {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
-        match s {
-            "f32" => Ok(Self::F32),
-            "bf16" => Ok(Self::Bf16),
-            "f16" => Ok(Self::F16),
-            other => Err(format!("dtype must be f32, bf16 or f16, got {other:?}")),
-        }
+        let found = Self::NAMES.iter().find(|(_, name)| *name == s).map(|(format, _)| *format);
+        found.ok_or_else(|| format!("weights must be f32, bf16, f16, int8, int8-channel or int4, got {s:?}"))
     }
 }
 
@@ -93,7 +113,7 @@ impl DeviceSpec {
             )),
             // Opening the driver aborts, rather than fails, where its library is not installed.
             Self::Cuda(n) => match std::panic::catch_unwind(|| Device::new_cuda(n)) {
-                Ok(device) => device.map_err(|e| fault(e.to_string())),
+                Ok(device) => device.map_err(|e| fault(plain(e).to_string())),
                 Err(_) => Err(fault("the CUDA driver library (libcuda) could not be loaded".into())),
             },
         }
@@ -105,15 +125,15 @@ impl DeviceSpec {
 pub struct LoadOptions {
     /// Where it computes.
     pub device: DeviceSpec,
-    /// Type of its weights in memory.
-    pub weights: WeightDtype,
+    /// How its weights lie in memory.
+    pub weights: WeightFormat,
     /// Type of its KV, in memory and on the wire.
     pub kv_dtype: KvDtype,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { device: DeviceSpec::Cpu, weights: WeightDtype::F32, kv_dtype: KvDtype::F32 }
+        Self { device: DeviceSpec::Cpu, weights: WeightFormat::F32, kv_dtype: KvDtype::F32 }
     }
 }
 

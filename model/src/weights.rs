@@ -3,10 +3,13 @@
 use std::{
     collections::HashMap,
     fs,
+    ops::Range,
     path::{Path, PathBuf},
 };
 
 use candle_core::{Device, Tensor, safetensors::MmapedSafetensors};
+use half::{bf16, f16};
+use safetensors::tensor::TensorView;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
@@ -83,13 +86,20 @@ impl Weights {
 
     /// Loads a tensor in its stored type, refusing any other shape than `shape`.
     pub fn load(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor, ModelError> {
-        let Some((file, mapped)) = self.find(name) else {
-            return Err(ModelError::MissingTensor {
-                file: self.folder.clone(),
-                name: name.into(),
-                expected: shape.to_vec(),
-            });
-        };
+        self.checked(name, shape)?;
+        match self.find(name) {
+            Some((_, mapped)) => Ok(mapped.load(name, device)?),
+            None => Err(self.missing(name, shape)),
+        }
+    }
+
+    fn missing(&self, name: &str, shape: &[usize]) -> ModelError {
+        ModelError::MissingTensor { file: self.folder.clone(), name: name.into(), expected: shape.to_vec() }
+    }
+
+    /// A tensor that is there, of this shape, and of a type that can be read.
+    fn checked(&self, name: &str, shape: &[usize]) -> Result<(&Path, TensorView<'_>), ModelError> {
+        let Some((file, mapped)) = self.find(name) else { return Err(self.missing(name, shape)) };
         let view = mapped.get(name).map_err(|e| ModelError::malformed(file, e))?;
         if view.shape() != shape {
             return Err(ModelError::WrongShape {
@@ -104,7 +114,37 @@ impl Weights {
             let dtype = format!("{:?}", view.dtype());
             return Err(ModelError::unsupported(file, &format!("dtype of {name}"), dtype, "BF16, F16, F32, F64"));
         }
-        Ok(mapped.load(name, device)?)
+        Ok((file, view))
+    }
+
+    /// Some rows of a tensor of shape `shape`, as f32. `out` is as long as they are.
+    pub fn read_rows(
+        &self,
+        name: &str,
+        shape: &[usize],
+        rows: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<(), ModelError> {
+        let (file, view) = self.checked(name, shape)?;
+        let width: usize = shape[1..].iter().product();
+        let data = view.data();
+        let bytes_each = data.len() / shape.iter().product::<usize>().max(1);
+        let from = data
+            .get(rows.start * width * bytes_each..rows.end * width * bytes_each)
+            .filter(|from| from.len() == out.len() * bytes_each)
+            .ok_or_else(|| ModelError::malformed(file, format!("{name} has no rows {rows:?} of {} values", out.len())))?;
+        let values = from.chunks_exact(bytes_each).zip(out);
+        match view.dtype() {
+            safetensors::Dtype::BF16 => values.for_each(|(b, out)| *out = bf16::from_le_bytes([b[0], b[1]]).to_f32()),
+            safetensors::Dtype::F16 => values.for_each(|(b, out)| *out = f16::from_le_bytes([b[0], b[1]]).to_f32()),
+            safetensors::Dtype::F32 => {
+                values.for_each(|(b, out)| *out = f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+            }
+            _ => values.for_each(|(b, out)| {
+                *out = f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32;
+            }),
+        }
+        Ok(())
     }
 
     /// A short name for exactly these weights: the SHA-256 over every tensor's name, type, shape and both ends of its

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use overfill_cluster::{ConfigError, ProcessArgs};
 use overfill_kv::{BLOCK_TOKENS, KvDtype};
-use overfill_model::{DeviceSpec, LoadOptions, WeightDtype};
+use overfill_model::{DeviceSpec, LoadOptions, WeightFormat};
 
 /// A node that runs the full model over prompts and hands their KV over.
 #[derive(Clone, Debug, clap::Args)]
@@ -105,7 +105,7 @@ impl Args {
             .inspect_err(|e| f.push(ConfigError::new("model", "a model folder or hub id", e)))
             .ok();
         let device = ConfigError::collect(f, device.parse::<DeviceSpec>(), "device", "cpu or cuda:N", &device);
-        let weights = ConfigError::collect(f, dtype.parse::<WeightDtype>(), "dtype", "f32, bf16 or f16", &dtype);
+        let weights = ConfigError::collect(f, dtype.parse::<WeightFormat>(), "dtype", "f32, bf16 or f16", &dtype);
         let kv = ConfigError::collect(f, kv_dtype.parse::<KvDtype>(), "kv-dtype", "f32, bf16 or f16", &kv_dtype);
         let listen = ConfigError::collect(f, listen.parse(), "listen", address, &listen);
         let admin = ConfigError::collect(f, admin.parse(), "admin", address, &admin);

@@ -99,7 +99,7 @@ pub fn start(
     };
     let handle = EngineHandle { jobs: sender, load: load.clone(), producer, max_waiting: limits.max_waiting };
     let engine =
-        Engine { model, cache, pool, load, limits, context, jobs, waiting: VecDeque::new(), running: Vec::new() };
+        Engine { model, cache, pool, load, limits, context, jobs, waiting: VecDeque::new(), running: Vec::new(), logits: Logits::default() };
     let (ended, end) = oneshot::channel();
     thread::Builder::new().name("prefill-engine".into()).spawn(move || {
         let _ended: oneshot::Sender<()> = ended;
@@ -118,6 +118,7 @@ struct Engine {
     jobs: std_mpsc::Receiver<Job>,
     waiting: VecDeque<Job>,
     running: Vec<Running>,
+    logits: Logits,
 }
 
 impl Engine {
@@ -178,8 +179,8 @@ impl Engine {
                 job.layer_ready(layer, blocks);
             }
         };
-        match self.model.forward(&self.cache, &slices, &mut on_layer) {
-            Ok(logits) => self.advance(&chunks, &logits),
+        match self.model.forward(&self.cache, &slices, &mut on_layer, &mut self.logits) {
+            Ok(()) => self.advance(&chunks),
             Err(e) => {
                 error!(error = %e, prompts = chunks.len(), "computing a batch");
                 let failed: Vec<usize> = chunks.iter().map(|chunk| chunk.job).collect();
@@ -192,7 +193,8 @@ impl Engine {
     }
 
     /// Takes the results of a step.
-    fn advance(&mut self, chunks: &[Chunk], logits: &Logits) {
+    fn advance(&mut self, chunks: &[Chunk]) {
+        let logits = &self.logits;
         let mut rows = 0..logits.rows();
         let mut done = Vec::new();
         for chunk in chunks {

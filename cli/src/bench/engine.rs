@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use overfill_kv::{BlockId, blocks_for};
-use overfill_model::{KvCache, Model, SequenceSlice, Want};
+use overfill_model::{KvCache, Logits, Model, SequenceSlice, Want};
 
 use super::report::{Report, median};
 
@@ -49,10 +49,12 @@ fn prefill(model: &Model, prompt_tokens: usize) -> Result<f64> {
 }
 
 fn run_prompt(model: &Model, cache: &KvCache, tokens: &[u32], blocks: &[BlockId]) -> Result<()> {
+    let mut logits = Logits::default();
     for (i, chunk) in tokens.chunks(CHUNK).enumerate() {
         let start = i * CHUNK;
         let want = if start + chunk.len() == tokens.len() { Want::Last } else { Want::Nothing };
-        model.forward(cache, &[SequenceSlice { tokens: chunk, start, blocks, want }], &mut |_| {})?;
+        let slice = SequenceSlice { tokens: chunk, start, blocks, want };
+        model.forward(cache, &[slice], &mut |_| {}, &mut logits)?;
     }
     Ok(())
 }
@@ -66,6 +68,7 @@ fn decode(model: &Model, batch: usize) -> Result<f64> {
     for blocks in &sequences {
         run_prompt(model, &cache, &prompt, blocks)?;
     }
+    let mut logits = Logits::default();
     let mut next = vec![1_u32; batch];
     let start = Instant::now();
     for step in 0..STEPS {
@@ -79,7 +82,7 @@ fn decode(model: &Model, batch: usize) -> Result<f64> {
                 want: Want::Last,
             })
             .collect();
-        let logits = model.forward(&cache, &slices, &mut |_| {})?;
+        model.forward(&cache, &slices, &mut |_| {}, &mut logits)?;
         let chosen = (0..batch).map(|row| best(logits.row(row)).context("no logits")).collect::<Result<_>>()?;
         next = chosen;
     }

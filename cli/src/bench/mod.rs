@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use overfill_cluster::{LogFormat, init_telemetry};
 use overfill_kv::KvDtype;
-use overfill_model::{DeviceSpec, LoadOptions, Model, WeightDtype, resolve};
+use overfill_model::{DeviceSpec, LoadOptions, Model, WeightFormat, resolve};
 
 use report::Report;
 
@@ -30,7 +30,7 @@ pub struct BenchArgs {
     device: DeviceSpec,
     /// Weights: f32, bf16 or f16.
     #[arg(long, default_value = "bf16")]
-    dtype: WeightDtype,
+    dtype: WeightFormat,
     /// KV cache: f32, bf16 or f16.
     #[arg(long, default_value = "bf16")]
     kv_dtype: KvDtype,

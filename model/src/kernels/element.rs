@@ -1,37 +1,41 @@
 //! Elements of a KV cache.
 
-use half::{bf16, f16, slice::HalfFloatSliceExt};
+use half::{bf16, f16};
+
+use super::simd::Simd;
 
 /// A type that KV may be stored in; arithmetic is in f32.
 pub(crate) trait Element: Copy + Send + Sync {
     /// Rounds to nearest.
     fn from_f32(value: f32) -> Self;
-    /// The values as f32, in `scratch` where they are stored otherwise.
-    fn widen<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32];
+    /// Exact.
+    fn to_f32(self) -> f32;
+    /// As many values as a vector has lanes, as f32.
+    ///
+    /// # Safety
+    /// They are there, and the processor has the instruction set.
+    #[allow(unsafe_code)]
+    unsafe fn load<S: Simd>(from: *const Self) -> S::F;
 }
 
-impl Element for f32 {
-    fn from_f32(value: f32) -> Self {
-        value
-    }
-    fn widen<'a>(values: &'a [Self], _scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        values
-    }
-}
-
-macro_rules! half_element {
-    ($t:ty) => {
+macro_rules! element {
+    ($t:ty, $from_f32:expr, $load:ident as $pointer:ty) => {
         impl Element for $t {
             fn from_f32(value: f32) -> Self {
-                <$t>::from_f32(value)
+                $from_f32(value)
             }
-            fn widen<'a>(values: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
-                scratch.resize(values.len(), 0.0);
-                values.convert_to_f32_slice(scratch);
-                scratch
+            fn to_f32(self) -> f32 {
+                self.into()
+            }
+            #[inline(always)]
+            #[allow(unsafe_code)]
+            unsafe fn load<S: Simd>(from: *const Self) -> S::F {
+                // SAFETY: the caller's; f16 is its bits.
+                unsafe { S::$load(from.cast::<$pointer>()) }
             }
         }
     };
 }
-half_element!(bf16);
-half_element!(f16);
+element!(f32, std::convert::identity, load as f32);
+element!(bf16, bf16::from_f32, load_bf16 as bf16);
+element!(f16, f16::from_f32, load_f16 as u16);

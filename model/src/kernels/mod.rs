@@ -2,4 +2,9 @@
 
 pub(crate) mod attention;
 pub(crate) mod element;
+pub(crate) mod inputs;
+pub(crate) mod matmul;
+pub(crate) mod packed;
+pub(crate) mod rows;
 pub(crate) mod scatter;
+pub(crate) mod simd;

@@ -1,0 +1,321 @@
+//! The decoder block of all supported families over packed weights; see [`crate::Decoder`] for the same in tensors.
+
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use rayon::prelude::*;
+
+use super::{
+    linear::{GatedLinear, Linear, Source},
+    workspace::{Widths, Workspace},
+};
+use crate::{
+    KvCache, Logits, ModelConfig, ModelError, SequenceSlice, Weights,
+    kernels::{
+        attention::Heads,
+        packed::Format,
+        rows::{rms_norm, rms_norm_in_place, rope},
+        simd::Isa,
+    },
+};
+
+/// Elements of activations below which their rows are not worth sharing out.
+const WORTH_SHARING: usize = 1 << 15;
+/// Between two reports on loading.
+const REPORT_SECONDS: f64 = 2.0;
+
+struct Block {
+    input_norm: Vec<f32>,
+    /// q, k and v, one below the other.
+    qkv: Linear,
+    /// Norms of q's and k's heads.
+    qk_norm: Option<[Vec<f32>; 2]>,
+    o: Linear,
+    post_attention_norm: Vec<f32>,
+    gate_up: GatedLinear,
+    down: Linear,
+}
+
+/// A model on the CPU.
+pub(crate) struct CpuDecoder {
+    config: ModelConfig,
+    isa: Isa,
+    inverse_frequencies: Vec<f32>,
+    /// `[vocab, hidden]`; none where the head is tied to it.
+    embedding: Option<Linear>,
+    blocks: Vec<Block>,
+    norm: Vec<f32>,
+    head: Linear,
+    workspace: Mutex<Workspace>,
+}
+
+impl CpuDecoder {
+    /// Packs the weights of a model folder, in parallel, from the mapped files.
+    pub(crate) fn load(config: &ModelConfig, weights: &Weights, format: Format) -> Result<Self, ModelError> {
+        let vector = |name: String, count: usize| {
+            let mut out = vec![0.0; count];
+            weights.read_rows(&name, &[count], 0..count, &mut out)?;
+            Ok::<_, ModelError>(out)
+        };
+        let (h, m, d) = (config.hidden_size, config.intermediate_size, config.head_dim);
+        let (q, kv) = (config.num_attention_heads * d, config.num_key_value_heads * d);
+        // Logits of four bits would be coarse, and the embedding is the head where they are tied.
+        let head_format = if format == Format::Int4 { Format::Int8 } else { format };
+        let matrix = |name: &str| {
+            let source = Source { name: name.into(), shape: [config.vocab_size, h], weights };
+            Linear::stacked(head_format, &[source], None)
+        };
+        let embedding = matrix("model.embed_tokens.weight")?;
+        let (embedding, head) = match config.tie_word_embeddings {
+            true => (None, embedding),
+            false => (Some(embedding), matrix("lm_head.weight")?),
+        };
+        let mut reported = Instant::now();
+        let mut blocks = Vec::with_capacity(config.num_hidden_layers);
+        for layer in 0..config.num_hidden_layers {
+            let name = |part: &str| format!("model.layers.{layer}.{part}");
+            let source = |part: &str, rows, columns| Source {
+                name: name(&format!("{part}.weight")),
+                shape: [rows, columns],
+                weights,
+            };
+            let bias = |has: bool, part: &str, count| {
+                has.then(|| vector(name(&format!("{part}.bias")), count)).transpose()
+            };
+            let qkv_bias = match config.qkv_bias {
+                true => {
+                    let parts = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)];
+                    let parts = parts.map(|(part, count)| bias(true, &format!("self_attn.{part}"), count));
+                    let mut all = Vec::new();
+                    for part in parts {
+                        all.extend(part?.unwrap_or_default());
+                    }
+                    Some(all)
+                }
+                false => None,
+            };
+            let mlp_bias = match (bias(config.mlp_bias, "mlp.gate_proj", m)?, bias(config.mlp_bias, "mlp.up_proj", m)?) {
+                (Some(gate), Some(up)) => Some([gate, up]),
+                _ => None,
+            };
+            let qk_norm = match config.qk_norm() {
+                true => Some([
+                    vector(name("self_attn.q_norm.weight"), d)?,
+                    vector(name("self_attn.k_norm.weight"), d)?,
+                ]),
+                false => None,
+            };
+            blocks.push(Block {
+                input_norm: vector(name("input_layernorm.weight"), h)?,
+                qkv: Linear::stacked(
+                    format,
+                    &[
+                        source("self_attn.q_proj", q, h),
+                        source("self_attn.k_proj", kv, h),
+                        source("self_attn.v_proj", kv, h),
+                    ],
+                    qkv_bias,
+                )?,
+                qk_norm,
+                o: Linear::stacked(
+                    format,
+                    &[source("self_attn.o_proj", h, q)],
+                    bias(config.o_bias, "self_attn.o_proj", h)?,
+                )?,
+                post_attention_norm: vector(name("post_attention_layernorm.weight"), h)?,
+                gate_up: GatedLinear::new(
+                    format,
+                    &source("mlp.gate_proj", m, h),
+                    &source("mlp.up_proj", m, h),
+                    mlp_bias,
+                )?,
+                down: Linear::stacked(
+                    format,
+                    &[source("mlp.down_proj", h, m)],
+                    bias(config.mlp_bias, "mlp.down_proj", h)?,
+                )?,
+            });
+            if reported.elapsed().as_secs_f64() > REPORT_SECONDS {
+                reported = Instant::now();
+                tracing::info!(layers = layer + 1, of = config.num_hidden_layers, "packing weights");
+            }
+        }
+        Ok(Self {
+            config: config.clone(),
+            isa: Isa::best(),
+            inverse_frequencies: config.inverse_frequencies(),
+            embedding,
+            blocks,
+            norm: vector("model.norm.weight".into(), h)?,
+            head,
+            workspace: Mutex::default(),
+        })
+    }
+
+    /// The model's geometry.
+    pub(crate) fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Bytes of the packed weights.
+    pub(crate) fn weight_bytes(&self) -> usize {
+        let of = |b: &Block| {
+            b.qkv.size_bytes() + b.o.size_bytes() + b.gate_up.size_bytes() + b.down.size_bytes()
+        };
+        let embedding = self.embedding.as_ref().map_or(0, Linear::size_bytes);
+        self.head.size_bytes() + embedding + self.blocks.iter().map(of).sum::<usize>()
+    }
+
+    /// Runs a batch whose slices have been checked; see [`crate::Model::forward`].
+    pub(crate) fn forward(
+        &self,
+        cache: &KvCache,
+        batch: &[SequenceSlice<'_>],
+        on_layer: &mut (dyn FnMut(usize) + Send),
+        logits: &mut Logits,
+    ) -> Result<(), ModelError> {
+        // Within the pool from here on: work is then shared out without waking this thread for each piece.
+        rayon::scope(|_| self.run(cache, batch, on_layer, logits))
+    }
+
+    fn run(
+        &self,
+        cache: &KvCache,
+        batch: &[SequenceSlice<'_>],
+        on_layer: &mut (dyn FnMut(usize) + Send),
+        logits: &mut Logits,
+    ) -> Result<(), ModelError> {
+        let isa = self.isa;
+        let sizes = crate::loading::heads(&self.config);
+        let widths = self.widths(sizes);
+        let mut workspace = self.workspace.lock();
+        let w = &mut *workspace;
+        w.prepare(batch, &widths, &self.inverse_frequencies);
+        self.embed(batch, &mut w.x);
+        for (layer, block) in self.blocks.iter().enumerate() {
+            self.norm(&w.x, &block.input_norm, &mut w.normed);
+            block.qkv.forward(isa, &w.normed, &mut w.quantised, &mut w.qkv);
+            self.position(block, sizes, w);
+            cache.put(layer, &w.slots, &w.qkv)?;
+            on_layer(layer);
+            cache.attend(isa, layer, batch, &w.q, &mut w.attended, &mut w.attention)?;
+            block.o.add(isa, &w.attended, &mut w.quantised, &mut w.x);
+
+            self.norm(&w.x, &block.post_attention_norm, &mut w.normed);
+            block.gate_up.forward(isa, &w.normed, &mut w.quantised, &mut w.inner);
+            block.down.add(isa, &w.inner, &mut w.quantised, &mut w.x);
+        }
+        let hidden = self.config.hidden_size;
+        w.normed.resize(w.wanted.len() * hidden, 0.0);
+        for (row, normed) in w.wanted.iter().zip(w.normed.chunks_exact_mut(hidden)) {
+            rms_norm(isa, &w.x[row * hidden..][..hidden], &self.norm, self.config.rms_norm_eps as f32, normed);
+        }
+        let out = logits.reset(w.wanted.len(), self.head.outputs());
+        if !w.wanted.is_empty() {
+            self.head.forward(isa, &w.normed, &mut w.quantised, out);
+        }
+        Ok(())
+    }
+
+    fn widths(&self, Heads { heads, kv_heads, head_dim }: Heads) -> Widths {
+        Widths {
+            hidden: self.config.hidden_size,
+            qkv: (heads + 2 * kv_heads) * head_dim,
+            heads: heads * head_dim,
+            inner: self.config.intermediate_size,
+        }
+    }
+
+    fn embed(&self, batch: &[SequenceSlice<'_>], x: &mut [f32]) {
+        let table = self.embedding.as_ref().unwrap_or(&self.head);
+        let tokens = batch.iter().flat_map(|slice| slice.tokens);
+        for (token, x) in tokens.zip(x.chunks_exact_mut(self.config.hidden_size)) {
+            table.row(*token as usize, x);
+        }
+    }
+
+    fn norm(&self, x: &[f32], weight: &[f32], out: &mut [f32]) {
+        let (hidden, eps) = (self.config.hidden_size, self.config.rms_norm_eps as f32);
+        if x.len() < WORTH_SHARING {
+            let rows = x.chunks_exact(hidden).zip(out.chunks_exact_mut(hidden));
+            rows.for_each(|(x, out)| rms_norm(self.isa, x, weight, eps, out));
+        } else {
+            let rows = x.par_chunks_exact(hidden).zip(out.par_chunks_exact_mut(hidden));
+            rows.for_each(|(x, out)| rms_norm(self.isa, x, weight, eps, out));
+        }
+    }
+
+    /// Norms and rotates the heads of q and k, and takes q out.
+    fn position(&self, block: &Block, Heads { heads, kv_heads, head_dim }: Heads, w: &mut Workspace) {
+        let eps = self.config.rms_norm_eps as f32;
+        let (width, q_width, half) = ((heads + 2 * kv_heads) * head_dim, heads * head_dim, head_dim / 2);
+        let row = |qkv: &mut [f32], q: &mut [f32], cos: &[f32], sin: &[f32]| {
+            for (i, head) in qkv[..(heads + kv_heads) * head_dim].chunks_exact_mut(head_dim).enumerate() {
+                if let Some(norms) = &block.qk_norm {
+                    rms_norm_in_place(self.isa, head, &norms[usize::from(i >= heads)], eps);
+                }
+                rope(head, cos, sin);
+            }
+            q.copy_from_slice(&qkv[..q_width]);
+        };
+        if w.qkv.len() < WORTH_SHARING {
+            let rows = w.qkv.chunks_exact_mut(width).zip(w.q.chunks_exact_mut(q_width));
+            let rows = rows.zip(w.cos.chunks_exact(half).zip(w.sin.chunks_exact(half)));
+            rows.for_each(|((qkv, q), (cos, sin))| row(qkv, q, cos, sin));
+        } else {
+            let rows = w.qkv.par_chunks_exact_mut(width).zip(w.q.par_chunks_exact_mut(q_width));
+            let rows = rows.zip(w.cos.par_chunks_exact(half).zip(w.sin.par_chunks_exact(half)));
+            rows.for_each(|((qkv, q), (cos, sin))| row(qkv, q, cos, sin));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use candle_core::Device;
+    use overfill_kv::{BlockId, KvDtype};
+
+    use super::*;
+    use crate::{Decoder, Ops, Want, loading::heads, paged};
+
+    /// GPUs run the tensor operations; here they run on the CPU, so that both ways are seen to agree.
+    #[test]
+    fn kernels_and_tensor_operations_agree() {
+        for pair in ["llama-tied", "llama-untied", "llama-depth", "qwen2", "qwen3"] {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(pair).join("full");
+            let config = ModelConfig::from_folder(&folder).unwrap();
+            let weights = Weights::open(&folder).unwrap();
+            let kernels = CpuDecoder::load(&config, &weights, Format::F32).unwrap();
+            let tensors = Decoder::build(&config, Ops::Fused, candle_core::DType::F32, &mut |name, shape| {
+                Ok(weights.load(name, shape, &Device::Cpu)?.to_dtype(candle_core::DType::F32)?)
+            })
+            .unwrap();
+            let tokens: Vec<u32> = (0..70).map(|i| i * 7 % config.vocab_size as u32).collect();
+            let blocks: Vec<BlockId> = (0..5).rev().map(BlockId).collect();
+            let other: Vec<BlockId> = (5..7).map(BlockId).collect();
+            let cache = || {
+                KvCache::new(config.num_hidden_layers, 7, heads(&config), KvDtype::Bf16, &Device::Cpu).unwrap()
+            };
+            let caches = [cache(), cache()];
+            let slice = |tokens, start, blocks, want| SequenceSlice { tokens, start, blocks, want };
+            let steps = [
+                vec![slice(&tokens[..37], 0, &blocks[..], Want::Nothing), slice(&tokens[3..20], 0, &other[..], Want::All)],
+                vec![slice(&tokens[37..70], 37, &blocks[..], Want::Last), slice(&tokens[9..10], 17, &other[..], Want::Last)],
+            ];
+            for batch in &steps {
+                let mut got = [Logits::default(), Logits::default()];
+                kernels.forward(&caches[0], batch, &mut |_| {}, &mut got[0]).unwrap();
+                paged::forward(&tensors, &caches[1], batch, &mut |_| {}, &mut got[1]).unwrap();
+                assert!(got[0].rows() > 0 && got[0].rows() == got[1].rows());
+                for row in 0..got[0].rows() {
+                    for (a, b) in got[0].row(row).iter().zip(got[1].row(row)) {
+                        // KV is rounded to bf16: what lies near the middle between two may go either way.
+                        assert!((a - b).abs() < 2e-2, "{pair} row {row}: {a} by kernels, {b} by tensors");
+                    }
+                }
+            }
+        }
+    }
+}

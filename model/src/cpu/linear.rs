@@ -1,0 +1,146 @@
+//! A linear layer: packed weights and a bias. No caller sees layout or type.
+
+use std::ops::Range;
+
+use crate::{
+    ModelError, Weights,
+    kernels::{
+        inputs::Quantised,
+        matmul::multiply,
+        packed::{Format, PANEL, Packed},
+        rows::SiluMul,
+        simd::Isa,
+    },
+};
+use crate::kernels::inputs::Inputs;
+
+/// A weight tensor in a model's files.
+pub(crate) struct Source<'a> {
+    pub(crate) name: String,
+    /// `[out, in]`.
+    pub(crate) shape: [usize; 2],
+    pub(crate) weights: &'a Weights,
+}
+
+impl Source<'_> {
+    /// Reads rows of it that are there, into `out`, which has room for more.
+    fn read(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ModelError> {
+        let rows = rows.start.min(self.shape[0])..rows.end.min(self.shape[0]);
+        let count = rows.len() * self.shape[1];
+        self.weights.read_rows(&self.name, &self.shape, rows, &mut out[..count])
+    }
+}
+
+/// `y = x W^T + b`.
+pub(crate) struct Linear {
+    matrix: Packed,
+    /// `[out]`.
+    bias: Option<Vec<f32>>,
+}
+
+impl Linear {
+    /// One layer of the rows of `sources`, one after the other.
+    pub(crate) fn stacked(format: Format, sources: &[Source<'_>], bias: Option<Vec<f32>>) -> Result<Self, ModelError> {
+        let columns = sources[0].shape[1];
+        let rows = sources.iter().map(|s| s.shape[0]).sum();
+        let matrix = Packed::pack(format, rows, columns, |panel, out| {
+            let wanted = panel * PANEL..(panel + 1) * PANEL;
+            let mut first = 0;
+            for source in sources {
+                let of = |row: usize| row.saturating_sub(first).min(source.shape[0]);
+                let part = of(wanted.start)..of(wanted.end);
+                if !part.is_empty() {
+                    let at = (first + part.start - wanted.start) * columns;
+                    source.read(part, &mut out[at..])?;
+                }
+                first += source.shape[0];
+            }
+            Ok::<_, ModelError>(())
+        })?;
+        Ok(Self { matrix, bias })
+    }
+
+    /// Bytes of its weights.
+    pub(crate) fn size_bytes(&self) -> usize {
+        self.matrix.size_bytes()
+    }
+
+    /// Outputs.
+    pub(crate) fn outputs(&self) -> usize {
+        self.matrix.rows()
+    }
+
+    /// One row of the weights, `[in]`.
+    pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
+        self.matrix.row(row, out);
+    }
+
+    /// `out = x W^T + b`: `[rows, in]` to `[rows, out]`.
+    pub(crate) fn forward(&self, isa: Isa, x: &[f32], buffer: &mut Quantised, out: &mut [f32]) {
+        let inputs = Inputs::new(self.matrix.format(), x, self.matrix.columns(), buffer);
+        multiply(isa, &self.matrix, inputs, 1, out, self.matrix.rows(), |column, [sums, _], out| {
+            out.copy_from_slice(&sums[..out.len()]);
+            self.add_bias(column, out);
+        });
+    }
+
+    /// `out += x W^T + b`.
+    pub(crate) fn add(&self, isa: Isa, x: &[f32], buffer: &mut Quantised, out: &mut [f32]) {
+        let inputs = Inputs::new(self.matrix.format(), x, self.matrix.columns(), buffer);
+        multiply(isa, &self.matrix, inputs, 1, out, self.matrix.rows(), |column, [sums, _], out| {
+            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+            self.add_bias(column, out);
+        });
+    }
+
+    fn add_bias(&self, column: usize, out: &mut [f32]) {
+        if let Some(bias) = &self.bias {
+            out.iter_mut().zip(&bias[column..]).for_each(|(out, bias)| *out += bias);
+        }
+    }
+}
+
+/// `silu(x G^T + g) * (x U^T + u)`, the first half of a gated MLP, as one pass: panels of both matrices take turns.
+pub(crate) struct GatedLinear {
+    matrix: Packed,
+    outputs: usize,
+    /// Of gate and up.
+    bias: Option<[Vec<f32>; 2]>,
+}
+
+impl GatedLinear {
+    pub(crate) fn new(
+        format: Format,
+        gate: &Source<'_>,
+        up: &Source<'_>,
+        bias: Option<[Vec<f32>; 2]>,
+    ) -> Result<Self, ModelError> {
+        let [outputs, columns] = gate.shape;
+        let matrix = Packed::pack(format, 2 * outputs.next_multiple_of(PANEL), columns, |panel, out| {
+            let first = panel / 2 * PANEL;
+            let source = if panel % 2 == 0 { gate } else { up };
+            source.read(first..first + PANEL, out)
+        })?;
+        Ok(Self { matrix, outputs, bias })
+    }
+
+    pub(crate) fn size_bytes(&self) -> usize {
+        self.matrix.size_bytes()
+    }
+
+    /// `[rows, in]` to `[rows, out]`.
+    pub(crate) fn forward(&self, isa: Isa, x: &[f32], buffer: &mut Quantised, out: &mut [f32]) {
+        let inputs = Inputs::new(self.matrix.format(), x, self.matrix.columns(), buffer);
+        multiply(isa, &self.matrix, inputs, 2, out, self.outputs, |column, [gate, up], out| match &self.bias {
+            None => isa.run(SiluMul { gate, up, out }),
+            Some(bias) => {
+                let mut biased = [[0.0; PANEL]; 2];
+                for ((biased, sums), bias) in biased.iter_mut().zip([gate, up]).zip(bias) {
+                    let bias = bias[column..].iter().chain(std::iter::repeat(&0.0));
+                    biased.iter_mut().zip(sums.iter().zip(bias)).for_each(|(to, (sum, bias))| *to = sum + bias);
+                }
+                isa.run(SiluMul { gate: &biased[0], up: &biased[1], out });
+            }
+        });
+    }
+}

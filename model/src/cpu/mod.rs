@@ -1,0 +1,8 @@
+//! Serving on a CPU: the forward pass over packed weights and paged KV, without a tensor library, whose every operation
+//! would allocate and walk over its operands anew. What it computes is what [`crate::Decoder`] computes.
+
+mod decoder;
+mod linear;
+mod workspace;
+
+pub(crate) use decoder::CpuDecoder;

@@ -1,0 +1,73 @@
+//! Memory of a forward pass, kept from one to the next: after the first of its size, a step allocates nothing.
+
+use crate::{
+    SequenceSlice, Want,
+    kernels::{attention::AttentionScratch, inputs::Quantised, scatter::Slot},
+};
+
+/// All that a step of `n` tokens writes besides KV.
+#[derive(Default)]
+pub(crate) struct Workspace {
+    /// `[n, hidden]`: the residual stream.
+    pub(crate) x: Vec<f32>,
+    /// `[n, hidden]`.
+    pub(crate) normed: Vec<f32>,
+    /// `[n, (heads + 2 kv_heads) * head_dim]`: queries, keys, values.
+    pub(crate) qkv: Vec<f32>,
+    /// `[n, heads * head_dim]`.
+    pub(crate) q: Vec<f32>,
+    /// `[n, heads * head_dim]`.
+    pub(crate) attended: Vec<f32>,
+    /// `[n, intermediate]`.
+    pub(crate) inner: Vec<f32>,
+    /// `[n, head_dim / 2]` each.
+    pub(crate) cos: Vec<f32>,
+    pub(crate) sin: Vec<f32>,
+    /// `[n]`: where each token's KV goes.
+    pub(crate) slots: Vec<Slot>,
+    /// Rows whose logits are asked for.
+    pub(crate) wanted: Vec<usize>,
+    pub(crate) quantised: Quantised,
+    pub(crate) attention: AttentionScratch,
+}
+
+/// Widths of a model's activations.
+pub(crate) struct Widths {
+    pub(crate) hidden: usize,
+    pub(crate) qkv: usize,
+    pub(crate) heads: usize,
+    pub(crate) inner: usize,
+}
+
+impl Workspace {
+    /// Makes room for a batch, and works out where its tokens are.
+    pub(crate) fn prepare(&mut self, batch: &[SequenceSlice<'_>], widths: &Widths, inverse_frequencies: &[f32]) {
+        let n: usize = batch.iter().map(|slice| slice.tokens.len()).sum();
+        self.x.resize(n * widths.hidden, 0.0);
+        self.normed.resize(n * widths.hidden, 0.0);
+        self.qkv.resize(n * widths.qkv, 0.0);
+        self.q.resize(n * widths.heads, 0.0);
+        self.attended.resize(n * widths.heads, 0.0);
+        self.inner.resize(n * widths.inner, 0.0);
+        self.cos.clear();
+        self.sin.clear();
+        self.slots.clear();
+        self.wanted.clear();
+        for slice in batch {
+            let first = self.slots.len();
+            for position in slice.start..slice.start + slice.tokens.len() {
+                self.slots.push(Slot::of(slice.blocks, position));
+                for frequency in inverse_frequencies {
+                    let (sin, cos) = (position as f32 * frequency).sin_cos();
+                    self.sin.push(sin);
+                    self.cos.push(cos);
+                }
+            }
+            match slice.want {
+                Want::Nothing => {}
+                Want::Last => self.wanted.push(self.slots.len() - 1),
+                Want::All => self.wanted.extend(first..self.slots.len()),
+            }
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! Weight matrices as the kernels read them: panels of 32 rows, in each of which what one step of a kernel needs lies
+//! together.
+//!
+//! A panel holds 32 rows of the matrix (32 outputs) and all K columns (inputs). A vector register holds one input's
+//! weights for as many outputs, so one input, broadcast, meets a register of weights: no sums across lanes, and any K.
+//!
+//! | format | a panel is | bytes a weight |
+//! |---|---|---|
+//! | f32, f16 | `[K][32]` | 4, 2 |
+//! | bf16 | `[K/2][32][2]`: shifting and masking a register widens it | 2 |
+//! | int8 | `[K/32]` groups of `{[32] f16 scales, [8][32][4] bytes}` | 1.0625 |
+//! | int8-channel | `{[32] f32 scales}`, then `[K/32][8][32][4]` bytes | 1 |
+//! | int4 | `[K/32]` groups of `{[32] f16 scales, [4][32][4] bytes}`: input j in low halves, j + 4 in high ones | 0.5625 |
+//!
+//! int8 and int4 quantise as llama.cpp's Q8_0 and Q4_0 do (one scale for 32 inputs), so files of those types lose nothing more.
+//! Integers are stored as unsigned bytes, with 128 or 8 added; see [`super::simd::Simd`].
+
+use half::{bf16, f16};
+use memmap2::MmapMut;
+use rayon::prelude::*;
+
+/// Outputs in a panel.
+pub(crate) const PANEL: usize = 32;
+/// Inputs that share a scale.
+pub(crate) const GROUP: usize = 32;
+/// Bytes of a group's f16 scales.
+pub(crate) const SCALES_BYTES: usize = 2 * PANEL;
+
+/// How a packed matrix stores its weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Format {
+    F32,
+    F16,
+    Bf16,
+    /// A scale for each output and 32 inputs.
+    Int8,
+    /// A scale for each output.
+    Int8Channel,
+    /// A scale for each output and 32 inputs.
+    Int4,
+}
+
+impl Format {
+    /// Bytes of a panel of a matrix with so many columns.
+    pub(crate) fn panel_bytes(self, columns: usize) -> usize {
+        let groups = columns.div_ceil(GROUP);
+        match self {
+            Self::F32 => columns * PANEL * 4,
+            Self::F16 => columns * PANEL * 2,
+            Self::Bf16 => columns.next_multiple_of(2) * PANEL * 2,
+            Self::Int8 => groups * self.group_bytes(),
+            Self::Int8Channel => 4 * PANEL + groups * self.group_bytes(),
+            Self::Int4 => groups * self.group_bytes(),
+        }
+    }
+
+    /// Bytes of a group of an integer format.
+    pub(crate) fn group_bytes(self) -> usize {
+        match self {
+            Self::Int8Channel => PANEL * GROUP,
+            Self::Int4 => SCALES_BYTES + PANEL * GROUP / 2,
+            _ => SCALES_BYTES + PANEL * GROUP,
+        }
+    }
+
+    /// Are inputs quantised too?
+    pub(crate) fn is_integer(self) -> bool {
+        matches!(self, Self::Int8 | Self::Int8Channel | Self::Int4)
+    }
+}
+
+/// A matrix `[rows, columns]`, packed. It owns its memory.
+pub(crate) struct Packed {
+    format: Format,
+    rows: usize,
+    columns: usize,
+    memory: MmapMut,
+}
+
+impl Packed {
+    /// Packs a matrix whose rows `read(panel, values)` gives, 32 at a time as `[32][columns]` f32 (all zero before the call:
+    /// rows that there are not may stay so). Panels are packed in parallel, and nothing but one panel a thread exists
+    /// unpacked.
+    pub(crate) fn pack<E: Send + From<std::io::Error>>(
+        format: Format,
+        rows: usize,
+        columns: usize,
+        read: impl Fn(usize, &mut [f32]) -> Result<(), E> + Sync,
+    ) -> Result<Self, E> {
+        let panel_bytes = format.panel_bytes(columns);
+        let mut memory = MmapMut::map_anon((rows.div_ceil(PANEL) * panel_bytes).max(1))?;
+        // Large pages: a decode step walks through all of this memory. A kernel without them is no fault.
+        #[cfg(target_os = "linux")]
+        let _ = memory.advise(memmap2::Advice::HugePage);
+        memory.par_chunks_exact_mut(panel_bytes).enumerate().try_for_each_init(Vec::new, |values, (i, panel)| {
+            values.clear();
+            values.resize(PANEL * columns, 0.0);
+            read(i, values)?;
+            pack_panel(format, values, columns, panel);
+            Ok::<_, E>(())
+        })?;
+        Ok(Self { format, rows, columns, memory })
+    }
+
+    pub(crate) fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Outputs.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs.
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Bytes of memory.
+    pub(crate) fn size_bytes(&self) -> usize {
+        self.memory.len()
+    }
+
+    /// How many panels there are.
+    pub(crate) fn panels(&self) -> usize {
+        self.rows.div_ceil(PANEL)
+    }
+
+    pub(crate) fn panel(&self, i: usize) -> &[u8] {
+        let size = self.format.panel_bytes(self.columns);
+        &self.memory[i * size..][..size]
+    }
+
+    /// One row as f32, `[columns]`: a tied embedding is read so.
+    pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
+        let (panel, lane) = (self.panel(row / PANEL), row % PANEL);
+        let half = |i: usize| [panel[2 * i], panel[2 * i + 1]];
+        let group_bytes = self.format.group_bytes();
+        for (k, out) in out.iter_mut().enumerate().take(self.columns) {
+            let (group, within) = (k / GROUP, k % GROUP);
+            let start = group * group_bytes;
+            let scale = || f16::from_le_bytes([panel[start + 2 * lane], panel[start + 2 * lane + 1]]).to_f32();
+            *out = match self.format {
+                Format::F32 => {
+                    let at = (k * PANEL + lane) * 4;
+                    f32::from_le_bytes([panel[at], panel[at + 1], panel[at + 2], panel[at + 3]])
+                }
+                Format::F16 => f16::from_le_bytes(half(k * PANEL + lane)).to_f32(),
+                Format::Bf16 => bf16::from_le_bytes(half((k / 2 * PANEL + lane) * 2 + k % 2)).to_f32(),
+                Format::Int8 => {
+                    let byte = panel[start + SCALES_BYTES + int8_at(within, lane)];
+                    (f32::from(byte) - 128.0) * scale()
+                }
+                Format::Int8Channel => {
+                    let at = 4 * lane;
+                    let scale = f32::from_le_bytes([panel[at], panel[at + 1], panel[at + 2], panel[at + 3]]);
+                    (f32::from(panel[4 * PANEL + start + int8_at(within, lane)]) - 128.0) * scale
+                }
+                Format::Int4 => {
+                    let (at, shift) = int4_at(within, lane);
+                    (f32::from(panel[start + SCALES_BYTES + at] >> shift & 15) - 8.0) * scale()
+                }
+            };
+        }
+    }
+}
+
+/// Place, in a group's bytes, of input `k` (0 to 31) and output `lane`.
+fn int8_at(k: usize, lane: usize) -> usize {
+    (k / 4 * PANEL + lane) * 4 + k % 4
+}
+
+/// The same for int4, and how far its four bits are shifted.
+fn int4_at(k: usize, lane: usize) -> (usize, u32) {
+    ((k / 8 * PANEL + lane) * 4 + k % 4, if k % 8 < 4 { 0 } else { 4 })
+}
+
+/// Packs `[32][columns]` values.
+fn pack_panel(format: Format, values: &[f32], columns: usize, panel: &mut [u8]) {
+    let put2 = |panel: &mut [u8], i: usize, bytes: [u8; 2]| panel[2 * i..][..2].copy_from_slice(&bytes);
+    let group_bytes = format.group_bytes();
+    for (lane, row) in values.chunks_exact(columns).enumerate() {
+        match format {
+            Format::F32 => {
+                for (k, value) in row.iter().enumerate() {
+                    panel[(k * PANEL + lane) * 4..][..4].copy_from_slice(&value.to_le_bytes());
+                }
+            }
+            Format::F16 => {
+                for (k, value) in row.iter().enumerate() {
+                    put2(panel, k * PANEL + lane, f16::from_f32(*value).to_le_bytes());
+                }
+            }
+            Format::Bf16 => {
+                for (k, value) in row.iter().enumerate() {
+                    put2(panel, (k / 2 * PANEL + lane) * 2 + k % 2, bf16::from_f32(*value).to_le_bytes());
+                }
+            }
+            Format::Int8 => {
+                for (group, values) in panel.chunks_exact_mut(group_bytes).zip(row.chunks(GROUP)) {
+                    let (scales, bytes) = group.split_at_mut(SCALES_BYTES);
+                    let scale = f16::from_f32(greatest(values) / 127.0);
+                    put2(scales, lane, scale.to_le_bytes());
+                    put_int8(bytes, lane, values, scale.to_f32());
+                }
+            }
+            Format::Int8Channel => {
+                let (scales, groups) = panel.split_at_mut(4 * PANEL);
+                let scale = greatest(row) / 127.0;
+                scales[4 * lane..][..4].copy_from_slice(&scale.to_le_bytes());
+                for (bytes, values) in groups.chunks_exact_mut(group_bytes).zip(row.chunks(GROUP)) {
+                    put_int8(bytes, lane, values, scale);
+                }
+            }
+            Format::Int4 => {
+                for (group, values) in panel.chunks_exact_mut(group_bytes).zip(row.chunks(GROUP)) {
+                    let (scales, bytes) = group.split_at_mut(SCALES_BYTES);
+                    // The greatest becomes -8: that end of the range has one step more.
+                    let extreme = values.iter().copied().fold(0.0, |a: f32, b| if b.abs() > a.abs() { b } else { a });
+                    let scale = f16::from_f32(extreme / -8.0);
+                    put2(scales, lane, scale.to_le_bytes());
+                    let inverse = inverse(scale.to_f32());
+                    for k in 0..GROUP {
+                        let quantised = (values.get(k).unwrap_or(&0.0) * inverse + 8.5).clamp(0.0, 15.0) as u8;
+                        let (at, shift) = int4_at(k, lane);
+                        bytes[at] |= quantised << shift;
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn put_int8(bytes: &mut [u8], lane: usize, values: &[f32], scale: f32) {
+    let inverse = inverse(scale);
+    for k in 0..GROUP {
+        let quantised = (values.get(k).unwrap_or(&0.0) * inverse).round().clamp(-127.0, 127.0);
+        bytes[int8_at(k, lane)] = (quantised + 128.0) as u8;
+    }
+}
+
+fn greatest(values: &[f32]) -> f32 {
+    values.iter().fold(0.0, |a: f32, b| a.max(b.abs()))
+}
+
+/// 0 where there is nothing to scale.
+fn inverse(scale: f32) -> f32 {
+    if scale == 0.0 { 0.0 } else { 1.0 / scale }
+}

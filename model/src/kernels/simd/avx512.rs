@@ -1,0 +1,149 @@
+//! AVX-512 with VNNI: 16 lanes, 32 registers, and an instruction for dot products of bytes.
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use super::{Kernel, Simd};
+
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512;
+
+/// # Safety
+/// The processor has AVX-512 F, BW and VNNI, and what comes before them.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
+#[allow(unsafe_code)]
+pub(crate) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: as the caller promises.
+    unsafe { kernel.run::<Avx512>() }
+}
+
+// SAFETY of every block below: the trait's caller vouches for the instruction set and for what pointers point to; all
+// loads and stores are the unaligned ones.
+#[allow(unsafe_code, clippy::undocumented_unsafe_blocks)]
+impl Simd for Avx512 {
+    const LANES: usize = 16;
+    type F = __m512;
+    type Int8 = __m512i;
+    type Inputs8 = __m512i;
+    type Sums8 = __m512i;
+    type Int4 = __m512i;
+    type Inputs4 = __m512i;
+    type Sums4 = __m512i;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(value) }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, value: __m512) {
+        unsafe { _mm512_storeu_ps(to, value) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul_add(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn sum(value: __m512) -> f32 {
+        unsafe { _mm512_reduce_add_ps(value) }
+    }
+    #[inline(always)]
+    unsafe fn scale_by_power(value: __m512, shifted: __m512) -> __m512 {
+        unsafe {
+            let power = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
+            _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value), power))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> __m512 {
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_pairs(from: *const bf16) -> (__m512, __m512) {
+        unsafe {
+            let pairs = _mm512_loadu_si512(from.cast());
+            let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(odd))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn int8(from: *const u8) -> __m512i {
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn inputs8(from: *const i8) -> __m512i {
+        unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn sums8(start: i32) -> __m512i {
+        unsafe { _mm512_set1_epi32(start) }
+    }
+    #[inline(always)]
+    unsafe fn dot8(sums: __m512i, weights: __m512i, inputs: __m512i) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(sums, weights, inputs) }
+    }
+    #[inline(always)]
+    unsafe fn sums8_to_f32(sums: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(sums) }
+    }
+    #[inline(always)]
+    unsafe fn int4(from: *const u8) -> [__m512i; 2] {
+        unsafe {
+            let bytes = _mm512_loadu_si512(from.cast());
+            let low = _mm512_set1_epi8(15);
+            [_mm512_and_si512(bytes, low), _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), low)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn inputs4(from: *const i8) -> __m512i {
+        unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn sums4() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    unsafe fn dot4(sums: __m512i, weights: __m512i, inputs: __m512i) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(sums, weights, inputs) }
+    }
+    #[inline(always)]
+    unsafe fn sums4_to_f32(sums: __m512i, start: i32) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_add_epi32(sums, _mm512_set1_epi32(start))) }
+    }
+}

@@ -1,0 +1,218 @@
+//! Vectors: the few operations that the kernels are made of, for each instruction set, and the choice between them.
+//!
+//! A kernel is written once, over [`Simd`], and compiled once for each instruction set: [`Isa::run`] enters it through a
+//! function that has the set's features enabled, and everything below is inlined into that function.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod portable;
+
+use std::sync::OnceLock;
+
+use half::bf16;
+
+/// `LANES` values of f32, and dot products of bytes, four to a lane.
+///
+/// Integer products: a weight is a byte from 0 to 255 (int8, stored with 128 added) or from 0 to 15 (int4, with 8 added),
+/// an input a signed byte from -127 to 127. What was added comes out through the start value of the sums: minus 128 (or 8)
+/// times the sum of the inputs.
+///
+/// # Safety
+/// The methods may be called only where the processor has the instruction set, and with pointers to as many values as
+/// each says.
+#[allow(unsafe_code)]
+pub(crate) trait Simd: Copy + 'static {
+    /// Values in a vector.
+    const LANES: usize;
+    /// f32 vector.
+    type F: Copy;
+    /// Four int8 weights to a lane.
+    type Int8: Copy;
+    /// Four inputs, the same in each lane, to go with int8 weights.
+    type Inputs8: Copy;
+    /// i32 sums of int8 products.
+    type Sums8: Copy;
+    /// Four int4 weights to a lane.
+    type Int4: Copy;
+    /// Four inputs, the same in each lane, to go with int4 weights.
+    type Inputs4: Copy;
+    /// Sums of at most [`super::GROUP`] int4 products.
+    type Sums4: Copy;
+
+    unsafe fn splat(value: f32) -> Self::F;
+    unsafe fn load(from: *const f32) -> Self::F;
+    unsafe fn store(to: *mut f32, value: Self::F);
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`.
+    unsafe fn mul_add(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// Sum over the lanes, always in the same order.
+    unsafe fn sum(value: Self::F) -> f32;
+    /// `value * 2^n`, where `n` is in the low bits of `shifted` = 1.5 * 2^23 + n.
+    unsafe fn scale_by_power(value: Self::F, shifted: Self::F) -> Self::F;
+    /// `LANES` bf16 values.
+    unsafe fn load_bf16(from: *const bf16) -> Self::F;
+    /// `2 * LANES` bf16 values: those at even places, and those at odd ones.
+    unsafe fn load_bf16_pairs(from: *const bf16) -> (Self::F, Self::F);
+    /// `LANES` f16 values, given by their bits.
+    unsafe fn load_f16(from: *const u16) -> Self::F;
+    /// Asks for a cache line that will be read soon; any address will do.
+    unsafe fn prefetch(from: *const u8);
+
+    /// `4 * LANES` weights.
+    unsafe fn int8(from: *const u8) -> Self::Int8;
+    /// Four inputs.
+    unsafe fn inputs8(from: *const i8) -> Self::Inputs8;
+    /// Sums that begin with `start` = -128 * (sum of the inputs to come).
+    unsafe fn sums8(start: i32) -> Self::Sums8;
+    unsafe fn dot8(sums: Self::Sums8, weights: Self::Int8, inputs: Self::Inputs8) -> Self::Sums8;
+    unsafe fn sums8_to_f32(sums: Self::Sums8) -> Self::F;
+
+    /// `8 * LANES` weights, two to a byte: those in the low halves, then those in the high ones.
+    unsafe fn int4(from: *const u8) -> [Self::Int4; 2];
+    /// Four inputs.
+    unsafe fn inputs4(from: *const i8) -> Self::Inputs4;
+    unsafe fn sums4() -> Self::Sums4;
+    unsafe fn dot4(sums: Self::Sums4, weights: Self::Int4, inputs: Self::Inputs4) -> Self::Sums4;
+    /// The sums with `start` = -8 * (sum of the inputs) added.
+    unsafe fn sums4_to_f32(sums: Self::Sums4, start: i32) -> Self::F;
+
+    /// e^x within 2 units in the last place, for x <= 88; 0 or the least normal number for very small x.
+    #[inline(always)]
+    unsafe fn exp(x: Self::F) -> Self::F {
+        // 2^n * e^r with |r| <= ln(2) / 2 (Cephes, expf).
+        const SHIFT: f32 = 12_582_912.0;
+        let c = [1.987_569_1e-4_f32, 1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
+        // SAFETY: the caller's promise is passed on.
+        unsafe {
+            let x = Self::max(x, Self::splat(-87.3));
+            let shifted = Self::mul_add(x, Self::splat(std::f32::consts::LOG2_E), Self::splat(SHIFT));
+            let n = Self::sub(shifted, Self::splat(SHIFT));
+            let r = Self::mul_add(n, Self::splat(-0.693_359_4), x);
+            let r = Self::mul_add(n, Self::splat(2.121_944_4e-4), r);
+            let mut p = Self::splat(c[0]);
+            for coefficient in &c[1..] {
+                p = Self::mul_add(p, r, Self::splat(*coefficient));
+            }
+            let p = Self::add(Self::mul_add(Self::mul(p, r), r, r), Self::splat(1.0));
+            Self::scale_by_power(p, shifted)
+        }
+    }
+}
+
+/// A computation that is compiled for each instruction set.
+pub(crate) trait Kernel {
+    /// What it gives.
+    type Output;
+    /// Must be `#[inline(always)]`, and so must everything it calls that touches a vector.
+    ///
+    /// # Safety
+    /// The processor has the instruction set `S`.
+    #[allow(unsafe_code)]
+    unsafe fn run<S: Simd>(self) -> Self::Output;
+}
+
+/// An instruction set with kernels of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Isa {
+    /// Plain Rust, which the compiler vectorises as it can.
+    Portable,
+    /// AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// AVX-512 F, BW and VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// Every 64-bit ARM.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+}
+
+impl Isa {
+    /// All that this processor has, the best last.
+    pub(crate) fn available() -> &'static [Self] {
+        static AVAILABLE: OnceLock<Vec<Isa>> = OnceLock::new();
+        AVAILABLE.get_or_init(|| {
+            #[allow(unused_mut)]
+            let mut found = vec![Self::Portable];
+            #[cfg(target_arch = "x86_64")]
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+                found.push(Self::Avx2);
+                if is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vnni")
+                {
+                    found.push(Self::Avx512);
+                }
+            }
+            #[cfg(target_arch = "aarch64")]
+            found.push(Self::Neon);
+            found
+        })
+    }
+
+    /// The best that this processor has.
+    pub(crate) fn best() -> Self {
+        *Self::available().last().unwrap_or(&Self::Portable)
+    }
+
+    /// Runs a kernel. `self` comes from [`Self::available`].
+    #[inline]
+    #[allow(unsafe_code)]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: `available` offers an instruction set only where the processor has it.
+        unsafe {
+            match self {
+                Self::Portable => kernel.run::<portable::Portable>(),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx2 => avx2::enter(kernel),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx512 => avx512::enter(kernel),
+                #[cfg(target_arch = "aarch64")]
+                Self::Neon => kernel.run::<neon::Neon>(),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Exp<'a>(&'a mut [f32]);
+
+    impl Kernel for Exp<'_> {
+        type Output = ();
+        #[inline(always)]
+        #[allow(unsafe_code)]
+        unsafe fn run<S: Simd>(self) {
+            for chunk in self.0.chunks_exact_mut(S::LANES) {
+                // SAFETY: a chunk has LANES values.
+                unsafe { S::store(chunk.as_mut_ptr(), S::exp(S::load(chunk.as_ptr()))) }
+            }
+        }
+    }
+
+    #[test]
+    fn exp_is_exp() {
+        for isa in Isa::available() {
+            let inputs: Vec<f32> = (0..160_000).map(|i| -87.0 + i as f32 * 0.001).collect();
+            let mut values = inputs.clone();
+            isa.run(Exp(&mut values));
+            for (x, got) in inputs.iter().zip(&values) {
+                let exact = f64::from(*x).exp();
+                assert!((f64::from(*got) - exact).abs() <= exact * 3e-7, "{isa:?}: exp({x}) = {got}, not {exact}");
+            }
+            let mut small = vec![f32::NEG_INFINITY; 16];
+            isa.run(Exp(&mut small));
+            assert!(small.iter().all(|v| (0.0..2e-38).contains(v)), "{isa:?}: {small:?}");
+        }
+    }
+}
