@@ -151,7 +151,7 @@ impl DecodeNode {
             max_running_requests: self.config.max_running as u32,
             kv_endpoint: self.config.kv_advertise.clone().unwrap_or_else(|| self.kv_address.to_string()),
             version: env!("CARGO_PKG_VERSION").into(),
-            weight_dtype: self.config.load.weights.to_string(),
+            weights: self.config.load.weights.to_string(),
             eos_token_ids: self.model.eos_token_ids().to_vec(),
         }
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use overfill_model::{DeviceSpec, WeightFormat, resolve};
+use overfill_model::{DeviceSpec, WeightDtype, resolve};
 
 use crate::{
     data::load,
@@ -78,10 +78,10 @@ pub struct DistillArgs {
     pub random_init: bool,
     /// Type of the computation: f32 or bf16.
     #[arg(long, default_value = "f32")]
-    pub dtype: WeightFormat,
+    pub dtype: WeightDtype,
     /// Type of the written weights: f32, bf16 or f16.
     #[arg(long, default_value = "f32")]
-    pub save_dtype: WeightFormat,
+    pub save_dtype: WeightDtype,
     /// cpu or cuda:N.
     #[arg(long, default_value = "cpu")]
     pub device: DeviceSpec,
@@ -270,7 +270,7 @@ pub struct EvalArgs {
     pub max_tokens: usize,
     /// Type of weights and computation: f32, bf16 or f16.
     #[arg(long, default_value = "f32")]
-    pub dtype: WeightFormat,
+    pub dtype: WeightDtype,
     /// cpu or cuda:N.
     #[arg(long, default_value = "cpu")]
     pub device: DeviceSpec,

@@ -4,7 +4,7 @@ use std::{collections::HashMap, fs, path::Path};
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
-use overfill_model::{ModelConfig, Provenance, WeightFormat};
+use overfill_model::{ModelConfig, Provenance, WeightDtype};
 use serde_json::Value;
 
 /// Files of a model folder that its relatives share.
@@ -37,14 +37,14 @@ pub fn copy_text_files(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// config.json, with the element type of the weights beside it.
-pub fn write_config(folder: &Path, config: &ModelConfig, dtype: WeightFormat) -> Result<()> {
+pub fn write_config(folder: &Path, config: &ModelConfig, dtype: WeightDtype) -> Result<()> {
     let mut json = config.to_json();
     if let Value::Object(map) = &mut json {
         map.remove("dtype");
         let name = match dtype {
-            WeightFormat::F32 => "float32",
-            WeightFormat::Bf16 => "bfloat16",
-            WeightFormat::F16 => "float16",
+            WeightDtype::F32 => "float32",
+            WeightDtype::Bf16 => "bfloat16",
+            WeightDtype::F16 => "float16",
         };
         map.insert("torch_dtype".into(), Value::from(name));
     }

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var};
 use indicatif::{ProgressBar, ProgressStyle};
-use overfill_model::{Decoder, DeviceSpec, ModelConfig, Ops, Provenance, WeightFormat, Weights};
+use overfill_model::{Decoder, DeviceSpec, ModelConfig, Ops, Provenance, WeightDtype, Weights};
 use overfill_text::{TextFiles, TextModel};
 use serde_json::json;
 
@@ -48,9 +48,9 @@ pub struct TrainConfig {
     /// Take examples in random order; else in the file's.
     pub shuffle: bool,
     /// Type of the computation; parameters and the optimiser's state are f32 always.
-    pub dtype: WeightFormat,
+    pub dtype: WeightDtype,
     /// Type of the weights written.
-    pub save_dtype: WeightFormat,
+    pub save_dtype: WeightDtype,
     /// Where to compute.
     pub device: DeviceSpec,
     /// Optimiser and schedule; its `total_steps` is the length of the run.
@@ -212,7 +212,7 @@ pub fn train(config: &TrainConfig) -> Result<Trained> {
     if config.batch == 0 || config.accumulate == 0 || config.optim.total_steps == 0 {
         bail!("batch, accumulate and steps must be 1 or more");
     }
-    if config.dtype == WeightFormat::F16 {
+    if config.dtype == WeightDtype::F16 {
         bail!("dtype f16: training computes in f32 or bf16, whose range gradients fit");
     }
     let device = config.device.open()?;

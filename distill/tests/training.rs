@@ -119,8 +119,8 @@ fn bf16_trains_too() {
     let dir = world();
     let config = quick(recipe::full_training(dir.path(), &dir.path().join("bf16"), 1), 2);
     let config = TrainConfig {
-        dtype: overfill_model::WeightFormat::Bf16,
-        save_dtype: overfill_model::WeightFormat::Bf16,
+        dtype: overfill_model::WeightDtype::Bf16,
+        save_dtype: overfill_model::WeightDtype::Bf16,
         ..config
     };
     assert!(train(&config).unwrap().loss.is_finite());

@@ -4,6 +4,7 @@
 //! The same [`Decoder`] serves and trains: what differs is where attention finds keys and values ([`Attention`]), and
 //! whether its operations keep a gradient ([`Ops`]).
 
+pub mod bench;
 mod cache;
 mod config;
 mod cpu;
@@ -24,7 +25,7 @@ pub use config::{Family, ModelConfig, RopeScaling};
 pub use decoder::{Attention, Decoder, Observer, Ops, Site};
 pub use error::ModelError;
 pub use loading::Model;
-pub use options::{DeviceSpec, LoadOptions, WeightFormat, resolve};
+pub use options::{DeviceSpec, LoadOptions, WeightDtype, WeightFormat, resolve};
 pub use paged::{Logits, SequenceSlice, Want};
 pub use provenance::{FullModel, Provenance};
 pub use sampler::{report, sample};

@@ -54,8 +54,9 @@ impl Model {
             device => {
                 let dtype = options.weights.dtype().ok_or_else(|| ModelError::Device {
                     device: options.device.to_string(),
-                    reason: format!("weights {}, supported here: f32, bf16, f16", options.weights),
+                    reason: format!("weights are {}, supported here: f32, bf16, f16", options.weights),
                 })?;
+                let dtype = dtype.dtype();
                 Engine::Device(Decoder::build(&config, Ops::Fused, dtype, &mut |name, shape| {
                     Ok(weights.load(name, shape, device)?.to_dtype(dtype)?)
                 })?)

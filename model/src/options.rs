@@ -7,7 +7,51 @@ use overfill_kv::KvDtype;
 
 use crate::{ModelError, error::plain, kernels::packed::Format};
 
-/// How weights lie in memory.
+/// Element type of a model's tensors, as they are trained, pruned and written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightDtype {
+    /// 4 bytes; exact for every stored type.
+    F32,
+    /// 2 bytes.
+    Bf16,
+    /// 2 bytes.
+    F16,
+}
+
+impl WeightDtype {
+    /// The tensor library's name for it.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
+        }
+    }
+}
+
+impl fmt::Display for WeightDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        })
+    }
+}
+
+impl FromStr for WeightDtype {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
+            "f16" => Ok(Self::F16),
+            other => Err(format!("dtype must be f32, bf16 or f16, got {other:?}")),
+        }
+    }
+}
+
+/// How the weights that a node serves lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WeightFormat {
     /// 4 bytes; exact for every stored type.
@@ -34,6 +78,9 @@ impl WeightFormat {
         (Self::Int4, "int4"),
     ];
 
+    /// All of them, for messages.
+    pub const SUPPORTED: &str = "f32, bf16, f16, int8, int8-channel or int4";
+
     /// As the kernels name it.
     pub(crate) fn packed(self) -> Format {
         match self {
@@ -46,12 +93,12 @@ impl WeightFormat {
         }
     }
 
-    /// As the tensor library names it, which has no integer weights.
-    pub(crate) fn dtype(self) -> Option<DType> {
+    /// As the tensor library has it: without integers.
+    pub(crate) fn dtype(self) -> Option<WeightDtype> {
         match self {
-            Self::F32 => Some(DType::F32),
-            Self::Bf16 => Some(DType::BF16),
-            Self::F16 => Some(DType::F16),
+            Self::F32 => Some(WeightDtype::F32),
+            Self::Bf16 => Some(WeightDtype::Bf16),
+            Self::F16 => Some(WeightDtype::F16),
             Self::Int8 | Self::Int8Channel | Self::Int4 => None,
         }
     }
@@ -67,7 +114,7 @@ impl FromStr for WeightFormat {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
         let found = Self::NAMES.iter().find(|(_, name)| *name == s).map(|(format, _)| *format);
-        found.ok_or_else(|| format!("weights must be f32, bf16, f16, int8, int8-channel or int4, got {s:?}"))
+        found.ok_or_else(|| format!("weights must be {}, got {s:?}", Self::SUPPORTED))
     }
 }
 

@@ -21,9 +21,9 @@ pub struct Args {
     /// Where to compute: cpu, or cuda:N.
     #[arg(long, env = "OVERFILL_DEVICE", default_value = "cpu")]
     pub device: String,
-    /// Type of the weights in memory: f32, bf16 or f16.
-    #[arg(long, env = "OVERFILL_DTYPE", default_value = "bf16")]
-    pub dtype: String,
+    /// How weights lie in memory: f32, bf16, f16, int8, int8-channel or int4 (integers on the CPU alone).
+    #[arg(long, visible_alias = "dtype", env = "OVERFILL_WEIGHTS", default_value = "bf16")]
+    pub weights: String,
     /// Type of the KV cache in memory and on the wire, the same on all nodes: f32, bf16 or f16.
     #[arg(long, env = "OVERFILL_KV_DTYPE", default_value = "bf16")]
     pub kv_dtype: String,
@@ -88,7 +88,7 @@ impl Args {
             served_model_name,
             node_id,
             device,
-            dtype,
+            weights,
             kv_dtype,
             kv_pool_tokens,
             listen,
@@ -105,7 +105,8 @@ impl Args {
             .inspect_err(|e| f.push(ConfigError::new("model", "a model folder or hub id", e)))
             .ok();
         let device = ConfigError::collect(f, device.parse::<DeviceSpec>(), "device", "cpu or cuda:N", &device);
-        let weights = ConfigError::collect(f, dtype.parse::<WeightFormat>(), "dtype", "f32, bf16 or f16", &dtype);
+        let parsed = weights.parse::<WeightFormat>();
+        let weights = ConfigError::collect(f, parsed, "weights", WeightFormat::SUPPORTED, &weights);
         let kv = ConfigError::collect(f, kv_dtype.parse::<KvDtype>(), "kv-dtype", "f32, bf16 or f16", &kv_dtype);
         let listen = ConfigError::collect(f, listen.parse(), "listen", address, &listen);
         let admin = ConfigError::collect(f, admin.parse(), "admin", address, &admin);
@@ -162,10 +163,10 @@ mod tests {
 
     #[test]
     fn every_fault_is_reported_at_once() {
-        let line = "x --model /no/such --device gpu --dtype f8 --listen nowhere --max-running 0 --kv-pool-tokens 1";
+        let line = "x --model /no/such --device gpu --weights f8 --listen nowhere --max-running 0 --kv-pool-tokens 1";
         let faults = Cli::parse_from(line.split(' ')).args.validate().unwrap_err();
         let flags: Vec<_> = faults.iter().map(|f| f.flag).collect();
-        assert_eq!(flags, ["model", "device", "dtype", "listen", "kv-pool-tokens", "max-running"]);
+        assert_eq!(flags, ["model", "device", "weights", "listen", "kv-pool-tokens", "max-running"]);
         assert_eq!(faults[5].to_string(), "--max-running must be in [1, 4096], got 0");
     }
 }

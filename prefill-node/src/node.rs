@@ -133,7 +133,7 @@ impl PrefillNode {
             max_running_requests: self.config.max_running as u32,
             kv_endpoint: String::new(),
             version: env!("CARGO_PKG_VERSION").into(),
-            weight_dtype: self.config.load.weights.to_string(),
+            weights: self.config.load.weights.to_string(),
             eos_token_ids: self.model.eos_token_ids().to_vec(),
         }
     }

@@ -38,9 +38,15 @@ pub struct UpArgs {
     /// Where the models run: cpu or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// Weights: f32, bf16 or f16.
-    #[arg(long, default_value = "f32")]
-    dtype: String,
+    /// How weights lie in memory: f32, bf16, f16, int8, int8-channel or int4 (integers on the CPU alone).
+    #[arg(long, visible_alias = "dtype", default_value = "f32")]
+    weights: String,
+    /// The same for prefill nodes alone.
+    #[arg(long)]
+    prefill_weights: Option<String>,
+    /// The same for decode nodes alone.
+    #[arg(long)]
+    decode_weights: Option<String>,
     /// KV cache: f32, bf16 or f16.
     #[arg(long, default_value = "f32")]
     kv_dtype: String,
@@ -135,7 +141,9 @@ async fn within_start(start: impl Future<Output = Result<Vec<Started>>>) -> Resu
 impl UpArgs {
     fn node(&self, role: &'static str, index: u32, model: &Named) -> Launch {
         let pool = self.kv_pool_tokens.to_string();
-        let mut args = vec![role, "--model", &model.model, "--device", &self.device, "--dtype", &self.dtype];
+        let own = if role == "prefill" { &self.prefill_weights } else { &self.decode_weights };
+        let weights = own.as_ref().unwrap_or(&self.weights);
+        let mut args = vec![role, "--model", &model.model, "--device", &self.device, "--weights", weights];
         args.extend(["--kv-dtype", &self.kv_dtype, "--kv-pool-tokens", &pool]);
         args.extend(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]);
         if let Some(name) = &model.name {

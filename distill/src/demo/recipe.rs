@@ -4,7 +4,7 @@ use std::{fs, path::Path, time::Instant};
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
-use overfill_model::{DeviceSpec, WeightFormat};
+use overfill_model::{DeviceSpec, WeightDtype};
 use serde_json::json;
 
 use super::data::{self, DataConfig};
@@ -43,8 +43,8 @@ pub fn training(student: &Path, full: Option<&Path>, data: &Path, out: &Path, st
         max_tokens: 2048,
         seed,
         shuffle: true,
-        dtype: WeightFormat::F32,
-        save_dtype: WeightFormat::F32,
+        dtype: WeightDtype::F32,
+        save_dtype: WeightDtype::F32,
         device: DeviceSpec::Cpu,
         optim: OptimConfig {
             learning_rate: 3e-3,

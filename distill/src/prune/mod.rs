@@ -9,7 +9,7 @@ use std::{path::PathBuf, sync::Arc};
 use anyhow::{Context, Result, bail};
 use candle_core::DType;
 use indicatif::{ProgressBar, ProgressStyle};
-use overfill_model::{Decoder, DeviceSpec, FullModel, ModelConfig, Ops, Provenance, WeightFormat, Weights};
+use overfill_model::{Decoder, DeviceSpec, FullModel, ModelConfig, Ops, Provenance, WeightDtype, Weights};
 
 pub use cut::Kept;
 pub use importance::{Importance, Norm};
@@ -142,7 +142,7 @@ fn calibrate(config: &PruneConfig, full: &ModelConfig, weights: &Weights) -> Res
     let text = load_text(&config.model)?;
     // A CPU computes in f32, widening one matrix at a time; a GPU in the stored type.
     let stored = weights.info("model.norm.weight").map(|i| i.dtype);
-    let stored = if stored == Some(safetensors::Dtype::BF16) { WeightFormat::Bf16.dtype() } else { DType::F32 };
+    let stored = if stored == Some(safetensors::Dtype::BF16) { WeightDtype::Bf16.dtype() } else { DType::F32 };
     let compute = if device.is_cpu() { DType::F32 } else { stored };
     let model = Decoder::build(full, Ops::Fused, compute, &mut |name, shape| weights.load(name, shape, &device))?;
     let bar = bar(config.progress, config.samples as u64, "calibrating")?;

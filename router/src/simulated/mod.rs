@@ -175,7 +175,7 @@ impl SimulatedNode {
                 max_running_requests: 64,
                 kv_endpoint: String::new(),
                 version: env!("CARGO_PKG_VERSION").into(),
-                weight_dtype: "f32".into(),
+                weights: "f32".into(),
                 eos_token_ids: vec![EOS],
             },
             options,

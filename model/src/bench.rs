@@ -1,0 +1,205 @@
+//! The kernels against what the machine can do, for `overfill bench kernels`.
+
+use std::{hint::black_box, time::Instant};
+
+use rayon::prelude::*;
+
+use crate::{
+    ModelConfig, ModelError, WeightFormat,
+    kernels::{
+        inputs::{Inputs, Quantised},
+        matmul::multiply,
+        packed::Packed,
+        simd::{Isa, Kernel, Simd},
+    },
+};
+
+/// Bytes that are read to measure the bandwidth: more than any cache holds.
+const BANDWIDTH_BYTES: usize = 1 << 30;
+/// Least bytes of weights that are walked through before a matrix is used again, so that none is found in a cache.
+const COLD_BYTES: usize = 256 << 20;
+/// Most copies of a matrix that are made for that.
+const MOST_COPIES: usize = 64;
+
+/// What this machine can do, with all threads.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// The instruction set of the kernels.
+    pub isa: String,
+    /// Threads.
+    pub threads: usize,
+    /// Bytes per second read from memory.
+    pub read_bytes_per_second: f64,
+    /// f32 operations per second, a multiplication and an addition being two.
+    pub f32_operations_per_second: f64,
+}
+
+/// One product of a model, by one kernel.
+#[derive(Clone, Debug)]
+pub struct KernelFigure {
+    /// How the weights are stored.
+    pub weights: WeightFormat,
+    /// Which product: `qkv`, `o`, `gate_up`, `down`, `head`.
+    pub name: &'static str,
+    /// Outputs.
+    pub outputs: usize,
+    /// Inputs.
+    pub inputs: usize,
+    /// Rows multiplied at once.
+    pub rows: usize,
+    /// Seconds of one product, the best of several.
+    pub seconds: f64,
+    /// Bytes of the packed weights per second.
+    pub bytes_per_second: f64,
+    /// Operations per second, a multiplication and an addition being two.
+    pub operations_per_second: f64,
+}
+
+struct Sum<'a>(&'a [f32]);
+
+impl Kernel for Sum<'_> {
+    type Output = f32;
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn run<S: Simd>(self) -> f32 {
+        // SAFETY: a chunk has as many values as are loaded.
+        unsafe {
+            let mut sums = [S::splat(0.0); 4];
+            for chunk in self.0.chunks_exact(4 * S::LANES) {
+                S::prefetch(chunk.as_ptr().cast::<u8>().wrapping_add(4096));
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    *sum = S::add(*sum, S::load(chunk.as_ptr().add(i * S::LANES)));
+                }
+            }
+            S::sum(S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3])))
+        }
+    }
+}
+
+/// Multiplies and adds in registers.
+struct Peak(usize);
+
+const CHAINS: usize = 10;
+
+impl Kernel for Peak {
+    /// Operations done, and a value that depends on all.
+    type Output = (f64, f32);
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn run<S: Simd>(self) -> (f64, f32) {
+        // SAFETY: register operations alone.
+        unsafe {
+            let (a, b) = (S::splat(black_box(0.999)), S::splat(black_box(0.001)));
+            let mut sums = [S::splat(black_box(1.0)); CHAINS];
+            for _ in 0..self.0 {
+                for sum in &mut sums {
+                    *sum = S::mul_add(*sum, a, b);
+                }
+            }
+            let mut total = 0.0;
+            for sum in sums {
+                total += S::sum(sum);
+            }
+            ((2 * CHAINS * S::LANES * self.0) as f64, total)
+        }
+    }
+}
+
+/// Measures memory and arithmetic.
+pub fn machine(runs: usize) -> Machine {
+    let isa = Isa::best();
+    let threads = rayon::current_num_threads();
+    let memory = vec![1.0_f32; BANDWIDTH_BYTES / 4];
+    let part = memory.len().div_ceil(threads * 8);
+    let read = best(runs, || {
+        black_box(memory.par_chunks(part).map(|part| isa.run(Sum(part))).sum::<f32>());
+    });
+    const STEPS: usize = 20_000_000;
+    let mut operations = 0.0;
+    let arithmetic = best(runs, || {
+        operations = (0..threads).into_par_iter().map(|_| black_box(isa.run(Peak(STEPS))).0).sum();
+    });
+    Machine {
+        isa: format!("{isa:?}").to_lowercase(),
+        threads,
+        read_bytes_per_second: BANDWIDTH_BYTES as f64 / read,
+        f32_operations_per_second: operations / arithmetic,
+    }
+}
+
+/// Measures the products of a model of this geometry, with random weights.
+pub fn kernels(
+    config: &ModelConfig,
+    weights: WeightFormat,
+    rows: &[usize],
+    runs: usize,
+) -> Result<Vec<KernelFigure>, ModelError> {
+    let (hidden, inner, d) = (config.hidden_size, config.intermediate_size, config.head_dim);
+    let (q, kv) = (config.num_attention_heads * d, config.num_key_value_heads * d);
+    let products = [
+        ("qkv", q + 2 * kv, hidden),
+        ("o", hidden, q),
+        ("gate_up", 2 * inner, hidden),
+        ("down", hidden, inner),
+        ("head", config.vocab_size, hidden),
+    ];
+    let mut figures = Vec::new();
+    for (name, outputs, inputs) in products {
+        let matrix = random(weights, outputs, inputs)?;
+        let copies = (COLD_BYTES / matrix.size_bytes()).clamp(1, MOST_COPIES);
+        let matrices = [Ok(matrix)]
+            .into_iter()
+            .chain((1..copies).map(|_| random(weights, outputs, inputs)))
+            .collect::<Result<Vec<_>, _>>()?;
+        for &rows in rows {
+            // A product of many rows takes long enough alone.
+            let matrices = &matrices[..if rows > 32 { 1 } else { matrices.len() }];
+            let x: Vec<f32> = (0..rows * inputs).map(|i| (i as f32 * 0.37).sin()).collect();
+            let (mut out, mut buffer) = (vec![0.0; rows * outputs], Quantised::default());
+            let all = best(runs, || {
+                rayon::scope(|_| {
+                    for matrix in matrices {
+                        let inputs = Inputs::new(matrix.format(), &x, inputs, &mut buffer);
+                        multiply(Isa::best(), matrix, inputs, 1, &mut out, outputs, |_, [sums, _], out| {
+                            out.copy_from_slice(&sums[..out.len()]);
+                        });
+                    }
+                });
+            });
+            let seconds = all / matrices.len() as f64;
+            figures.push(KernelFigure {
+                weights,
+                name,
+                outputs,
+                inputs,
+                rows,
+                seconds,
+                bytes_per_second: matrices[0].size_bytes() as f64 / seconds,
+                operations_per_second: 2.0 * (rows * outputs * inputs) as f64 / seconds,
+            });
+        }
+    }
+    Ok(figures)
+}
+
+fn random(weights: WeightFormat, outputs: usize, inputs: usize) -> Result<Packed, ModelError> {
+    Packed::pack(weights.packed(), outputs, inputs, |panel, out| {
+        let mut state = panel as u32 | 1;
+        for value in out {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            *value = (state >> 8) as f32 / (1 << 23) as f32 - 1.0;
+        }
+        Ok(())
+    })
+}
+
+/// Seconds of the fastest run, after one that warms up.
+fn best(runs: usize, mut f: impl FnMut()) -> f64 {
+    f();
+    let seconds = |f: &mut dyn FnMut()| {
+        let start = Instant::now();
+        f();
+        start.elapsed().as_secs_f64()
+    };
+    (0..runs.max(1)).map(|_| seconds(&mut f)).fold(f64::INFINITY, f64::min)
+}
