@@ -1,16 +1,19 @@
-//! The paged KV cache: one tensor a layer, `[blocks, K|V, kv_heads, 16, head_dim]`. What a handoff sends is what lies here.
+//! The paged KV cache: one piece of memory a layer, `[blocks, K|V, kv_heads, 16, head_dim]`. What a handoff sends is what lies here.
 //!
-//! Engine and transport share the cache. Each layer has a lock of its own (the tensor's), held for one operation; which
+//! Engine and transport share the cache. Each layer has a lock of its own, held for one operation; which
 //! blocks either may touch is settled by the block pool.
 
-use std::{cell::RefCell, sync::Arc};
+use std::sync::Arc;
 
-use bytemuck::{cast_slice, cast_slice_mut};
-use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Storage, Tensor, bail};
+use bytemuck::{cast_slice, cast_slice_mut, zeroed_vec};
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
+use half::{bf16, f16};
 use overfill_kv::store::{blocks_in, blocks_in_mut};
 use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, KvStore, StoreError};
+use parking_lot::RwLock;
 
 use crate::{
+    error::plain,
     kernels::{
         attention::{self, AttentionScratch, Heads},
         element::Element,
@@ -20,10 +23,50 @@ use crate::{
     paged::SequenceSlice,
 };
 
+/// KV of one layer in memory of this process.
+enum HostLayer {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+    F16(Vec<f16>),
+}
+
+impl HostLayer {
+    fn zeros(elements: usize, dtype: KvDtype) -> Self {
+        match dtype {
+            KvDtype::F32 => Self::F32(zeroed_vec(elements)),
+            KvDtype::Bf16 => Self::Bf16(zeroed_vec(elements)),
+            KvDtype::F16 => Self::F16(zeroed_vec(elements)),
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::F32(v) => cast_slice(v),
+            Self::Bf16(v) => cast_slice(v),
+            Self::F16(v) => cast_slice(v),
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::F32(v) => cast_slice_mut(v),
+            Self::Bf16(v) => cast_slice_mut(v),
+            Self::F16(v) => cast_slice_mut(v),
+        }
+    }
+}
+
+/// Where the layers are.
+enum Layers {
+    Host(Vec<RwLock<HostLayer>>),
+    /// Tensors on a GPU, each with a lock of its own.
+    Device(Vec<Tensor>),
+}
+
 /// KV of all layers of one model on one node. Cheap to clone: clones share the memory.
 #[derive(Clone)]
 pub struct KvCache {
-    layers: Arc<Vec<Tensor>>,
+    layers: Arc<Layers>,
     num_blocks: usize,
     sizes: Heads,
     dtype: KvDtype,
@@ -40,13 +83,29 @@ fn tensor_dtype(dtype: KvDtype) -> DType {
 impl KvCache {
     pub(crate) fn new(layers: usize, num_blocks: usize, sizes: Heads, dtype: KvDtype, device: &Device) -> Result<Self> {
         let shape = (num_blocks, 2, sizes.kv_heads, BLOCK_TOKENS, sizes.head_dim);
-        let layers = (0..layers).map(|_| Tensor::zeros(shape, tensor_dtype(dtype), device)).collect::<Result<_>>()?;
+        let elements = num_blocks * 2 * sizes.kv_heads * BLOCK_TOKENS * sizes.head_dim;
+        let layers = match device {
+            Device::Cpu => Layers::Host((0..layers).map(|_| HostLayer::zeros(elements, dtype).into()).collect()),
+            device => {
+                let zeros = |_| Tensor::zeros(shape, tensor_dtype(dtype), device);
+                Layers::Device((0..layers).map(zeros).collect::<Result<_>>()?)
+            }
+        };
+        Ok(Self { layers: Arc::new(layers), num_blocks, sizes, dtype })
+    }
+
+    /// As a GPU's, but of tensors on the CPU.
+    #[cfg(test)]
+    pub(crate) fn of_tensors(layers: usize, num_blocks: usize, sizes: Heads, dtype: KvDtype) -> Result<Self> {
+        let shape = (num_blocks, 2, sizes.kv_heads, BLOCK_TOKENS, sizes.head_dim);
+        let zeros = |_| Tensor::zeros(shape, tensor_dtype(dtype), &Device::Cpu);
+        let layers = Layers::Device((0..layers).map(zeros).collect::<Result<_>>()?);
         Ok(Self { layers: Arc::new(layers), num_blocks, sizes, dtype })
     }
 
     /// Bytes of the whole cache.
     pub fn size_bytes(&self) -> usize {
-        self.layers.len() * self.num_blocks * self.block_bytes()
+        self.num_layers() * self.num_blocks * self.block_bytes()
     }
 
     /// Writes the keys and values of new tokens into their slots, on the CPU. `qkv` is `[n, heads + 2 kv_heads, head_dim]`.
@@ -59,14 +118,13 @@ impl KvCache {
                 scatter(cache, *slot, 1, v, head_dim);
             }
         }
-        let sizes = self.sizes;
-        let mut all = |storage: &mut CpuStorage| match storage {
-            CpuStorage::F32(cache) => put(cache, slots, qkv, sizes),
-            CpuStorage::BF16(cache) => put(cache, slots, qkv, sizes),
-            CpuStorage::F16(cache) => put(cache, slots, qkv, sizes),
-            _ => {}
-        };
-        self.layers[layer].inplace_op1(&WithStorage(RefCell::new(&mut all)))
+        let Layers::Host(layers) = &*self.layers else { bail!("kv is not in host memory") };
+        match &mut *layers[layer].write() {
+            HostLayer::F32(cache) => put(cache, slots, qkv, self.sizes),
+            HostLayer::Bf16(cache) => put(cache, slots, qkv, self.sizes),
+            HostLayer::F16(cache) => put(cache, slots, qkv, self.sizes),
+        }
+        Ok(())
     }
 
     /// Causal attention of a batch's queries over the keys and values in its blocks, on the CPU. `q` and `out` are
@@ -80,21 +138,27 @@ impl KvCache {
         out: &mut [f32],
         scratch: &mut AttentionScratch,
     ) -> Result<()> {
-        let (storage, _) = self.layers[layer].storage_and_layout();
-        match &*storage {
-            Storage::Cpu(CpuStorage::F32(cache)) => attention::attend(isa, q, cache, batch, self.sizes, out, scratch),
-            Storage::Cpu(CpuStorage::BF16(cache)) => attention::attend(isa, q, cache, batch, self.sizes, out, scratch),
-            Storage::Cpu(CpuStorage::F16(cache)) => attention::attend(isa, q, cache, batch, self.sizes, out, scratch),
-            _ => bail!("kv must be f32, bf16 or f16 on the CPU"),
+        let Layers::Host(layers) = &*self.layers else { bail!("kv is not in host memory") };
+        match &*layers[layer].read() {
+            HostLayer::F32(cache) => attention::attend(isa, q, cache, batch, self.sizes, out, scratch),
+            HostLayer::Bf16(cache) => attention::attend(isa, q, cache, batch, self.sizes, out, scratch),
+            HostLayer::F16(cache) => attention::attend(isa, q, cache, batch, self.sizes, out, scratch),
         }
         Ok(())
+    }
+
+    fn device_layer(&self, layer: usize) -> Result<&Tensor> {
+        match &*self.layers {
+            Layers::Device(layers) => Ok(&layers[layer]),
+            Layers::Host(_) => bail!("kv is not on a device"),
+        }
     }
 
     /// As [`Self::put`], with tensor operations alone, for devices without a kernel of ours. `k` and `v` are
     /// `[n, kv_heads, head_dim]`.
     pub(crate) fn put_with_tensors(&self, layer: usize, slots: &[Slot], k: &Tensor, v: &Tensor) -> Result<()> {
         let Heads { kv_heads, head_dim, .. } = self.sizes;
-        let cache = &self.layers[layer];
+        let cache = self.device_layer(layer)?;
         let rows = cache.reshape(((), head_dim))?;
         for (part, source) in [k, v].into_iter().enumerate() {
             let index: Vec<u32> = slots
@@ -118,7 +182,7 @@ impl KvCache {
     pub(crate) fn attend_with_tensors(&self, layer: usize, batch: &[SequenceSlice<'_>], q: &Tensor) -> Result<Tensor> {
         let Heads { heads, kv_heads, head_dim } = self.sizes;
         let group = heads / kv_heads;
-        let cache = &self.layers[layer];
+        let cache = self.device_layer(layer)?;
         let mut row = 0;
         let mut outputs = Vec::with_capacity(batch.len());
         for slice in batch {
@@ -158,7 +222,7 @@ impl KvCache {
     }
 
     fn check(&self, layer: usize, blocks: &[BlockId]) -> std::result::Result<(), StoreError> {
-        let (num_layers, num_blocks) = (self.layers.len(), self.num_blocks);
+        let (num_layers, num_blocks) = (self.num_layers(), self.num_blocks);
         let outside = blocks.iter().find(|b| b.0 as usize >= num_blocks);
         match outside.or((layer >= num_layers).then_some(&BlockId(0))) {
             Some(block) => Err(StoreError::OutOfRange { layer, block: block.0, num_layers, num_blocks }),
@@ -167,48 +231,30 @@ impl KvCache {
     }
 }
 
-fn bytes_of(storage: &CpuStorage) -> Result<&[u8]> {
+/// Bytes of a tensor that lies in host memory, contiguous.
+fn with_bytes(tensor: &Tensor, f: &mut dyn FnMut(&[u8])) -> Result<()> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else { bail!("not in host memory") };
+    let elements = layout.start_offset()..layout.start_offset() + layout.shape().elem_count();
     match storage {
-        CpuStorage::F32(v) => Ok(cast_slice(v)),
-        CpuStorage::BF16(v) => Ok(cast_slice(v)),
-        CpuStorage::F16(v) => Ok(cast_slice(v)),
+        CpuStorage::F32(v) => f(cast_slice(&v[elements])),
+        CpuStorage::BF16(v) => f(cast_slice(&v[elements])),
+        CpuStorage::F16(v) => f(cast_slice(&v[elements])),
         _ => bail!("kv must be f32, bf16 or f16"),
     }
+    Ok(())
 }
 
-fn bytes_of_mut(storage: &mut CpuStorage) -> Result<&mut [u8]> {
-    match storage {
-        CpuStorage::F32(v) => Ok(cast_slice_mut(v)),
-        CpuStorage::BF16(v) => Ok(cast_slice_mut(v)),
-        CpuStorage::F16(v) => Ok(cast_slice_mut(v)),
-        _ => bail!("kv must be f32, bf16 or f16"),
-    }
-}
-
-/// Hands a layer's storage to a closure, under the tensor's write lock.
-struct WithStorage<'a>(RefCell<&'a mut dyn FnMut(&mut CpuStorage)>);
-
-impl InplaceOp1 for WithStorage<'_> {
-    fn name(&self) -> &'static str {
-        "with-storage"
-    }
-    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
-        (self.0.borrow_mut())(storage);
-        Ok(())
-    }
-}
-
-/// Hands a CPU tensor's bytes to a closure, under its write lock.
-fn with_bytes(tensor: &Tensor, f: &mut dyn FnMut(&mut [u8])) -> Result<()> {
-    let mut result = Ok(());
-    let mut all = |storage: &mut CpuStorage| result = bytes_of_mut(storage).map(&mut *f);
-    tensor.inplace_op1(&WithStorage(RefCell::new(&mut all)))?;
-    result
+fn fault(error: candle_core::Error) -> StoreError {
+    StoreError::Device(plain(error).to_string())
 }
 
 impl KvStore for KvCache {
     fn num_layers(&self) -> usize {
-        self.layers.len()
+        match &*self.layers {
+            Layers::Host(layers) => layers.len(),
+            Layers::Device(layers) => layers.len(),
+        }
     }
 
     fn num_blocks(&self) -> usize {
@@ -228,15 +274,10 @@ impl KvStore for KvCache {
         if self.view(layer, blocks, &mut |all| all.iter().enumerate().for_each(|(i, bytes)| f(i, bytes)))? {
             return Ok(());
         }
-        let size = self.block_bytes();
-        let fault = |e: candle_core::Error| StoreError::Device(e.to_string());
-        let cache = &self.layers[layer];
+        let cache = self.device_layer(layer).map_err(fault)?;
         for (i, block) in blocks.iter().enumerate() {
             let copied = cache.narrow(0, block.0 as usize, 1).and_then(|t| t.to_device(&Device::Cpu)).map_err(fault)?;
-            let (storage, layout) = copied.storage_and_layout();
-            let Storage::Cpu(storage) = &*storage else { return Err(StoreError::Device("not CPU memory".into())) };
-            let start = layout.start_offset() * self.dtype.size_bytes();
-            f(i, &bytes_of(storage).map_err(fault)?[start..][..size]);
+            with_bytes(&copied, &mut |bytes| f(i, bytes)).map_err(fault)?;
         }
         Ok(())
     }
@@ -250,13 +291,14 @@ impl KvStore for KvCache {
         if self.edit(layer, blocks, &mut |all| all.iter_mut().enumerate().for_each(|(i, bytes)| f(i, bytes)))? {
             return Ok(());
         }
-        let fault = |e: candle_core::Error| StoreError::Device(e.to_string());
-        let cache = &self.layers[layer];
+        let cache = self.device_layer(layer).map_err(fault)?;
+        let shape = [1, 2, self.sizes.kv_heads, BLOCK_TOKENS, self.sizes.head_dim];
+        let mut bytes = vec![0; self.block_bytes()];
         for (i, block) in blocks.iter().enumerate() {
-            let shape = (1, 2, self.sizes.kv_heads, BLOCK_TOKENS, self.sizes.head_dim);
-            let staged = Tensor::zeros(shape, cache.dtype(), &Device::Cpu).map_err(fault)?;
-            with_bytes(&staged, &mut |bytes| f(i, bytes)).map_err(fault)?;
-            staged.to_device(cache.device()).and_then(|t| cache.slice_set(&t, 0, block.0 as usize)).map_err(fault)?;
+            f(i, &mut bytes);
+            Tensor::from_raw_buffer(&bytes, cache.dtype(), &shape, cache.device())
+                .and_then(|t| cache.slice_set(&t, 0, block.0 as usize))
+                .map_err(fault)?;
         }
         Ok(())
     }
@@ -268,10 +310,9 @@ impl KvStore for KvCache {
         f: &mut dyn FnMut(&[&[u8]]),
     ) -> std::result::Result<bool, StoreError> {
         self.check(layer, blocks)?;
-        let (storage, _) = self.layers[layer].storage_and_layout();
-        let Storage::Cpu(storage) = &*storage else { return Ok(false) };
-        let bytes = bytes_of(storage).map_err(|e| StoreError::Device(e.to_string()))?;
-        let places = blocks_in(bytes, self.block_bytes(), blocks);
+        let Layers::Host(layers) = &*self.layers else { return Ok(false) };
+        let memory = layers[layer].read();
+        let places = blocks_in(memory.bytes(), self.block_bytes(), blocks);
         places.as_deref().map(f);
         Ok(places.is_some())
     }
@@ -283,17 +324,49 @@ impl KvStore for KvCache {
         f: &mut dyn FnMut(&mut [&mut [u8]]),
     ) -> std::result::Result<bool, StoreError> {
         self.check(layer, blocks)?;
-        let cache = &self.layers[layer];
-        if !cache.device().is_cpu() {
-            return Ok(false);
+        let Layers::Host(layers) = &*self.layers else { return Ok(false) };
+        let mut memory = layers[layer].write();
+        let mut places = blocks_in_mut(memory.bytes_mut(), self.block_bytes(), blocks);
+        places.as_deref_mut().map(f);
+        Ok(places.is_some())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a handoff does at either end of a GPU: blocks are copied out and in, byte for byte.
+    #[test]
+    fn blocks_travel_between_host_and_device_memory() {
+        let sizes = Heads { heads: 4, kv_heads: 2, head_dim: 6 };
+        for dtype in [KvDtype::F32, KvDtype::Bf16, KvDtype::F16] {
+            let host = KvCache::new(2, 5, sizes, dtype, &Device::Cpu).unwrap();
+            let device = KvCache::of_tensors(2, 4, sizes, dtype).unwrap();
+            let (from, to) = ([BlockId(4), BlockId(1)], [BlockId(0), BlockId(3)]);
+            // Bit patterns that any float type may hold.
+            let pattern = |i: usize, byte: usize| (i * 31 + byte * 7 % 60) as u8 & 0x3f;
+            for layer in 0..2 {
+                let mut fill = |i: usize, bytes: &mut [u8]| {
+                    bytes.iter_mut().enumerate().for_each(|(at, byte)| *byte = pattern(i + layer, at));
+                };
+                host.write(layer, &from, &mut fill).unwrap();
+                let mut copied = Vec::new();
+                host.read(layer, &from, &mut |_, bytes| copied.push(bytes.to_vec())).unwrap();
+                device.write(layer, &to, &mut |i, bytes| bytes.copy_from_slice(&copied[i])).unwrap();
+                let mut seen = 0;
+                device
+                    .read(layer, &to, &mut |i, bytes| {
+                        seen += 1;
+                        let expected: Vec<u8> = (0..bytes.len()).map(|at| pattern(i + layer, at)).collect();
+                        assert_eq!(bytes, expected, "{dtype} layer {layer} block {i}");
+                    })
+                    .unwrap();
+                assert_eq!(seen, 2);
+                assert!(!device.view(layer, &to, &mut |_| panic!("there is nothing to view")).unwrap());
+            }
+            assert!(host.read(2, &from, &mut |_, _| ()).is_err());
+            assert!(device.write(0, &[BlockId(4)], &mut |_, _| ()).is_err());
         }
-        let (size, mut done) = (self.block_bytes(), false);
-        let mut all = |bytes: &mut [u8]| {
-            let mut places = blocks_in_mut(bytes, size, blocks);
-            places.as_deref_mut().map(&mut *f);
-            done = places.is_some();
-        };
-        with_bytes(cache, &mut all).map_err(|e| StoreError::Device(e.to_string()))?;
-        Ok(done)
     }
 }

@@ -132,16 +132,17 @@ fn two_stage_and_full_only_hold_in_f32() {
     }
 }
 
-/// Wider rounding moves the log-probabilities; by how much is printed, and bounded well below what a wrong layout does.
+/// Wider rounding moves the log-probabilities; by how much is printed. These models are small and their weights random, so
+/// that little of it averages out: the bounds tell rounding from a wrong layout, whose distances are above 15.
 #[test]
 fn narrow_types_stay_near() {
     for (weights, kv_dtype, bound) in [
         (WeightFormat::Bf16, KvDtype::Bf16, 0.5),
         (WeightFormat::F16, KvDtype::F16, 0.1),
         (WeightFormat::F32, KvDtype::Bf16, 0.5),
-        (WeightFormat::Int8, KvDtype::F32, 30.0),
-        (WeightFormat::Int8Channel, KvDtype::F32, 30.0),
-        (WeightFormat::Int4, KvDtype::F32, 30.0),
+        (WeightFormat::Int8, KvDtype::F32, 3.0),
+        (WeightFormat::Int8Channel, KvDtype::F32, 4.0),
+        (WeightFormat::Int4, KvDtype::F32, 12.0),
     ] {
         let options = LoadOptions { weights, kv_dtype, ..LoadOptions::default() };
         for pair in PAIRS {

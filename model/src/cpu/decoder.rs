@@ -295,10 +295,11 @@ mod tests {
             let tokens: Vec<u32> = (0..70).map(|i| i * 7 % config.vocab_size as u32).collect();
             let blocks: Vec<BlockId> = (0..5).rev().map(BlockId).collect();
             let other: Vec<BlockId> = (5..7).map(BlockId).collect();
-            let cache = || {
-                KvCache::new(config.num_hidden_layers, 7, heads(&config), KvDtype::Bf16, &Device::Cpu).unwrap()
-            };
-            let caches = [cache(), cache()];
+            let (layers, sizes) = (config.num_hidden_layers, heads(&config));
+            let caches = [
+                KvCache::new(layers, 7, sizes, KvDtype::Bf16, &Device::Cpu).unwrap(),
+                KvCache::of_tensors(layers, 7, sizes, KvDtype::Bf16).unwrap(),
+            ];
             let slice = |tokens, start, blocks, want| SequenceSlice { tokens, start, blocks, want };
             let steps = [
                 vec![slice(&tokens[..37], 0, &blocks[..], Want::Nothing), slice(&tokens[3..20], 0, &other[..], Want::All)],
