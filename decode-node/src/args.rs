@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use overfill_cluster::{ConfigError, ProcessArgs};
 use overfill_kv::{BLOCK_TOKENS, KvDtype};
-use overfill_model::{DeviceSpec, LoadOptions, WeightFormat};
+use overfill_model::{DeviceSpec, LoadOptions, Rows, WeightFormat};
 
 /// A node that continues requests over the full model's KV.
 #[derive(Clone, Debug, clap::Args)]
@@ -141,7 +141,7 @@ impl Args {
                     model,
                     served_model_name,
                     node_id,
-                    load: LoadOptions { device, weights, kv_dtype },
+                    load: LoadOptions { device, weights, kv_dtype, rows: Rows::Few },
                     kv_blocks: kv_pool_tokens / block,
                     listen,
                     admin,

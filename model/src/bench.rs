@@ -5,7 +5,7 @@ use std::{hint::black_box, time::Instant};
 use rayon::prelude::*;
 
 use crate::{
-    ModelConfig, ModelError, WeightFormat,
+    ModelConfig, ModelError, Rows, WeightFormat,
     kernels::{
         inputs::{Inputs, Quantised},
         matmul::multiply,
@@ -131,6 +131,7 @@ pub fn machine(runs: usize) -> Machine {
 pub fn kernels(
     config: &ModelConfig,
     weights: WeightFormat,
+    role: Rows,
     rows: &[usize],
     runs: usize,
 ) -> Result<Vec<KernelFigure>, ModelError> {
@@ -143,6 +144,7 @@ pub fn kernels(
         ("down", hidden, inner),
         ("head", config.vocab_size, hidden),
     ];
+    let isa = Isa::best();
     let mut figures = Vec::new();
     for (name, outputs, inputs) in products {
         let matrix = random(weights, outputs, inputs)?;
@@ -159,8 +161,8 @@ pub fn kernels(
             let all = best(runs, || {
                 rayon::scope(|_| {
                     for matrix in matrices {
-                        let inputs = Inputs::new(matrix.format(), &x, inputs, &mut buffer);
-                        multiply(Isa::best(), matrix, inputs, 1, &mut out, outputs, |_, [sums, _], out| {
+                        let inputs = Inputs::new(matrix.format().wants_bytes(isa, role), &x, inputs, &mut buffer);
+                        multiply(isa, matrix, inputs, 1, &mut out, outputs, |_, [sums, _], out| {
                             out.copy_from_slice(&sums[..out.len()]);
                         });
                     }

@@ -25,7 +25,7 @@ pub use config::{Family, ModelConfig, RopeScaling};
 pub use decoder::{Attention, Decoder, Observer, Ops, Site};
 pub use error::ModelError;
 pub use loading::Model;
-pub use options::{DeviceSpec, LoadOptions, WeightDtype, WeightFormat, resolve};
+pub use options::{DeviceSpec, LoadOptions, Rows, WeightDtype, WeightFormat, resolve};
 pub use paged::{Logits, SequenceSlice, Want};
 pub use provenance::{FullModel, Provenance};
 pub use sampler::{report, sample};

@@ -50,7 +50,9 @@ impl Model {
         let eos_token_ids = eos_token_ids(&folder, &config)?;
         let weights = Weights::open(&folder)?;
         let engine = match &device {
-            Device::Cpu => Engine::Cpu(Box::new(CpuDecoder::load(&config, &weights, options.weights.packed())?)),
+            Device::Cpu => {
+                Engine::Cpu(Box::new(CpuDecoder::load(&config, &weights, options.weights.packed(), options.rows)?))
+            }
             device => {
                 let dtype = options.weights.dtype().ok_or_else(|| ModelError::Device {
                     device: options.device.to_string(),

@@ -7,6 +7,8 @@ use overfill_kv::KvDtype;
 
 use crate::{ModelError, error::plain, kernels::packed::Format};
 
+pub use crate::kernels::packed::Rows;
+
 /// Element type of a model's tensors, as they are trained, pruned and written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WeightDtype {
@@ -176,11 +178,13 @@ pub struct LoadOptions {
     pub weights: WeightFormat,
     /// Type of its KV, in memory and on the wire.
     pub kv_dtype: KvDtype,
+    /// What its products are made fast for.
+    pub rows: Rows,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { device: DeviceSpec::Cpu, weights: WeightFormat::F32, kv_dtype: KvDtype::F32 }
+        Self { device: DeviceSpec::Cpu, weights: WeightFormat::F32, kv_dtype: KvDtype::F32, rows: Rows::Few }
     }
 }
 

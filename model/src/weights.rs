@@ -132,7 +132,9 @@ impl Weights {
         let from = data
             .get(rows.start * width * bytes_each..rows.end * width * bytes_each)
             .filter(|from| from.len() == out.len() * bytes_each)
-            .ok_or_else(|| ModelError::malformed(file, format!("{name} has no rows {rows:?} of {} values", out.len())))?;
+            .ok_or_else(|| {
+                ModelError::malformed(file, format!("{name} has no rows {rows:?} of {} values", out.len()))
+            })?;
         let values = from.chunks_exact(bytes_each).zip(out);
         match view.dtype() {
             safetensors::Dtype::BF16 => values.for_each(|(b, out)| *out = bf16::from_le_bytes([b[0], b[1]]).to_f32()),

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use overfill_cluster::{ConfigError, ProcessArgs};
 use overfill_kv::{BLOCK_TOKENS, KvDtype};
-use overfill_model::{DeviceSpec, LoadOptions, WeightFormat};
+use overfill_model::{DeviceSpec, LoadOptions, Rows, WeightFormat};
 
 /// A node that runs the full model over prompts and hands their KV over.
 #[derive(Clone, Debug, clap::Args)]
@@ -129,7 +129,7 @@ impl Args {
                     model,
                     served_model_name,
                     node_id,
-                    load: LoadOptions { device, weights, kv_dtype },
+                    load: LoadOptions { device, weights, kv_dtype, rows: Rows::Many },
                     kv_blocks: kv_pool_tokens / block,
                     listen,
                     admin,

@@ -98,8 +98,18 @@ pub fn start(
         load: load.clone(),
     };
     let handle = EngineHandle { jobs: sender, load: load.clone(), producer, max_waiting: limits.max_waiting };
-    let engine =
-        Engine { model, cache, pool, load, limits, context, jobs, waiting: VecDeque::new(), running: Vec::new(), logits: Logits::default() };
+    let engine = Engine {
+        model,
+        cache,
+        pool,
+        load,
+        limits,
+        context,
+        jobs,
+        waiting: VecDeque::new(),
+        running: Vec::new(),
+        logits: Logits::default(),
+    };
     let (ended, end) = oneshot::channel();
     thread::Builder::new().name("prefill-engine".into()).spawn(move || {
         let _ended: oneshot::Sender<()> = ended;

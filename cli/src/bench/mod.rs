@@ -74,7 +74,8 @@ struct Pair {
 pub fn run(args: &BenchArgs) -> Result<()> {
     init_telemetry(LogFormat::Text);
     let wants = |part| args.only.is_empty() || args.only.contains(&part);
-    let options = LoadOptions { device: args.device, weights: args.dtype, kv_dtype: args.kv_dtype };
+    let options =
+        LoadOptions { device: args.device, weights: args.dtype, kv_dtype: args.kv_dtype, ..LoadOptions::default() };
     let mut report = Report::default();
     if wants(Part::Engine) || wants(Part::Overlap) {
         let pair = args.pair()?;

@@ -6,14 +6,14 @@ use parking_lot::Mutex;
 use rayon::prelude::*;
 
 use super::{
-    linear::{GatedLinear, Linear, Source},
+    linear::{Arithmetic, GatedLinear, Linear, Source},
     workspace::{Widths, Workspace},
 };
 use crate::{
     KvCache, Logits, ModelConfig, ModelError, SequenceSlice, Weights,
     kernels::{
         attention::Heads,
-        packed::Format,
+        packed::{Format, Rows},
         rows::{rms_norm, rms_norm_in_place, rope},
         simd::Isa,
     },
@@ -39,7 +39,7 @@ struct Block {
 /// A model on the CPU.
 pub(crate) struct CpuDecoder {
     config: ModelConfig,
-    isa: Isa,
+    how: Arithmetic,
     inverse_frequencies: Vec<f32>,
     /// `[vocab, hidden]`; none where the head is tied to it.
     embedding: Option<Linear>,
@@ -50,8 +50,13 @@ pub(crate) struct CpuDecoder {
 }
 
 impl CpuDecoder {
-    /// Packs the weights of a model folder, in parallel, from the mapped files.
-    pub(crate) fn load(config: &ModelConfig, weights: &Weights, format: Format) -> Result<Self, ModelError> {
+    /// Packs the weights of a model folder, in parallel, from the mapped files. `rows` is what products are fast for.
+    pub(crate) fn load(
+        config: &ModelConfig,
+        weights: &Weights,
+        format: Format,
+        rows: Rows,
+    ) -> Result<Self, ModelError> {
         let vector = |name: String, count: usize| {
             let mut out = vec![0.0; count];
             weights.read_rows(&name, &[count], 0..count, &mut out)?;
@@ -79,9 +84,8 @@ impl CpuDecoder {
                 shape: [rows, columns],
                 weights,
             };
-            let bias = |has: bool, part: &str, count| {
-                has.then(|| vector(name(&format!("{part}.bias")), count)).transpose()
-            };
+            let bias =
+                |has: bool, part: &str, count| has.then(|| vector(name(&format!("{part}.bias")), count)).transpose();
             let qkv_bias = match config.qkv_bias {
                 true => {
                     let parts = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)];
@@ -94,15 +98,15 @@ impl CpuDecoder {
                 }
                 false => None,
             };
-            let mlp_bias = match (bias(config.mlp_bias, "mlp.gate_proj", m)?, bias(config.mlp_bias, "mlp.up_proj", m)?) {
+            let mlp_bias = match (bias(config.mlp_bias, "mlp.gate_proj", m)?, bias(config.mlp_bias, "mlp.up_proj", m)?)
+            {
                 (Some(gate), Some(up)) => Some([gate, up]),
                 _ => None,
             };
             let qk_norm = match config.qk_norm() {
-                true => Some([
-                    vector(name("self_attn.q_norm.weight"), d)?,
-                    vector(name("self_attn.k_norm.weight"), d)?,
-                ]),
+                true => {
+                    Some([vector(name("self_attn.q_norm.weight"), d)?, vector(name("self_attn.k_norm.weight"), d)?])
+                }
                 false => None,
             };
             blocks.push(Block {
@@ -142,7 +146,7 @@ impl CpuDecoder {
         }
         Ok(Self {
             config: config.clone(),
-            isa: Isa::best(),
+            how: Arithmetic { isa: Isa::best(), rows },
             inverse_frequencies: config.inverse_frequencies(),
             embedding,
             blocks,
@@ -159,9 +163,7 @@ impl CpuDecoder {
 
     /// Bytes of the packed weights.
     pub(crate) fn weight_bytes(&self) -> usize {
-        let of = |b: &Block| {
-            b.qkv.size_bytes() + b.o.size_bytes() + b.gate_up.size_bytes() + b.down.size_bytes()
-        };
+        let of = |b: &Block| b.qkv.size_bytes() + b.o.size_bytes() + b.gate_up.size_bytes() + b.down.size_bytes();
         let embedding = self.embedding.as_ref().map_or(0, Linear::size_bytes);
         self.head.size_bytes() + embedding + self.blocks.iter().map(of).sum::<usize>()
     }
@@ -185,7 +187,7 @@ impl CpuDecoder {
         on_layer: &mut (dyn FnMut(usize) + Send),
         logits: &mut Logits,
     ) -> Result<(), ModelError> {
-        let isa = self.isa;
+        let how = self.how;
         let sizes = crate::loading::heads(&self.config);
         let widths = self.widths(sizes);
         let mut workspace = self.workspace.lock();
@@ -194,25 +196,25 @@ impl CpuDecoder {
         self.embed(batch, &mut w.x);
         for (layer, block) in self.blocks.iter().enumerate() {
             self.norm(&w.x, &block.input_norm, &mut w.normed);
-            block.qkv.forward(isa, &w.normed, &mut w.quantised, &mut w.qkv);
+            block.qkv.forward(how, &w.normed, &mut w.quantised, &mut w.qkv);
             self.position(block, sizes, w);
             cache.put(layer, &w.slots, &w.qkv)?;
             on_layer(layer);
-            cache.attend(isa, layer, batch, &w.q, &mut w.attended, &mut w.attention)?;
-            block.o.add(isa, &w.attended, &mut w.quantised, &mut w.x);
+            cache.attend(how.isa, layer, batch, &w.q, &mut w.attended, &mut w.attention)?;
+            block.o.add(how, &w.attended, &mut w.quantised, &mut w.x);
 
             self.norm(&w.x, &block.post_attention_norm, &mut w.normed);
-            block.gate_up.forward(isa, &w.normed, &mut w.quantised, &mut w.inner);
-            block.down.add(isa, &w.inner, &mut w.quantised, &mut w.x);
+            block.gate_up.forward(how, &w.normed, &mut w.quantised, &mut w.inner);
+            block.down.add(how, &w.inner, &mut w.quantised, &mut w.x);
         }
         let hidden = self.config.hidden_size;
         w.normed.resize(w.wanted.len() * hidden, 0.0);
         for (row, normed) in w.wanted.iter().zip(w.normed.chunks_exact_mut(hidden)) {
-            rms_norm(isa, &w.x[row * hidden..][..hidden], &self.norm, self.config.rms_norm_eps as f32, normed);
+            rms_norm(how.isa, &w.x[row * hidden..][..hidden], &self.norm, self.config.rms_norm_eps as f32, normed);
         }
         let out = logits.reset(w.wanted.len(), self.head.outputs());
         if !w.wanted.is_empty() {
-            self.head.forward(isa, &w.normed, &mut w.quantised, out);
+            self.head.forward(how, &w.normed, &mut w.quantised, out);
         }
         Ok(())
     }
@@ -238,10 +240,10 @@ impl CpuDecoder {
         let (hidden, eps) = (self.config.hidden_size, self.config.rms_norm_eps as f32);
         if x.len() < WORTH_SHARING {
             let rows = x.chunks_exact(hidden).zip(out.chunks_exact_mut(hidden));
-            rows.for_each(|(x, out)| rms_norm(self.isa, x, weight, eps, out));
+            rows.for_each(|(x, out)| rms_norm(self.how.isa, x, weight, eps, out));
         } else {
             let rows = x.par_chunks_exact(hidden).zip(out.par_chunks_exact_mut(hidden));
-            rows.for_each(|(x, out)| rms_norm(self.isa, x, weight, eps, out));
+            rows.for_each(|(x, out)| rms_norm(self.how.isa, x, weight, eps, out));
         }
     }
 
@@ -252,7 +254,7 @@ impl CpuDecoder {
         let row = |qkv: &mut [f32], q: &mut [f32], cos: &[f32], sin: &[f32]| {
             for (i, head) in qkv[..(heads + kv_heads) * head_dim].chunks_exact_mut(head_dim).enumerate() {
                 if let Some(norms) = &block.qk_norm {
-                    rms_norm_in_place(self.isa, head, &norms[usize::from(i >= heads)], eps);
+                    rms_norm_in_place(self.how.isa, head, &norms[usize::from(i >= heads)], eps);
                 }
                 rope(head, cos, sin);
             }
@@ -287,7 +289,7 @@ mod tests {
             let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(pair).join("full");
             let config = ModelConfig::from_folder(&folder).unwrap();
             let weights = Weights::open(&folder).unwrap();
-            let kernels = CpuDecoder::load(&config, &weights, Format::F32).unwrap();
+            let kernels = CpuDecoder::load(&config, &weights, Format::F32, Rows::Few).unwrap();
             let tensors = Decoder::build(&config, Ops::Fused, candle_core::DType::F32, &mut |name, shape| {
                 Ok(weights.load(name, shape, &Device::Cpu)?.to_dtype(candle_core::DType::F32)?)
             })
@@ -302,8 +304,14 @@ mod tests {
             ];
             let slice = |tokens, start, blocks, want| SequenceSlice { tokens, start, blocks, want };
             let steps = [
-                vec![slice(&tokens[..37], 0, &blocks[..], Want::Nothing), slice(&tokens[3..20], 0, &other[..], Want::All)],
-                vec![slice(&tokens[37..70], 37, &blocks[..], Want::Last), slice(&tokens[9..10], 17, &other[..], Want::Last)],
+                vec![
+                    slice(&tokens[..37], 0, &blocks[..], Want::Nothing),
+                    slice(&tokens[3..20], 0, &other[..], Want::All),
+                ],
+                vec![
+                    slice(&tokens[37..70], 37, &blocks[..], Want::Last),
+                    slice(&tokens[9..10], 17, &other[..], Want::Last),
+                ],
             ];
             for batch in &steps {
                 let mut got = [Logits::default(), Logits::default()];

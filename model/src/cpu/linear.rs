@@ -5,14 +5,26 @@ use std::ops::Range;
 use crate::{
     ModelError, Weights,
     kernels::{
-        inputs::Quantised,
+        inputs::{Inputs, Quantised},
         matmul::multiply,
-        packed::{Format, PANEL, Packed},
+        packed::{Format, PANEL, Packed, Rows},
         rows::SiluMul,
         simd::Isa,
     },
 };
-use crate::kernels::inputs::Inputs;
+
+/// How products are computed: the same for all of a model's layers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Arithmetic {
+    pub(crate) isa: Isa,
+    pub(crate) rows: Rows,
+}
+
+impl Arithmetic {
+    fn inputs<'a>(self, matrix: &Packed, x: &'a [f32], buffer: &'a mut Quantised) -> Inputs<'a> {
+        Inputs::new(matrix.format().wants_bytes(self.isa, self.rows), x, matrix.columns(), buffer)
+    }
+}
 
 /// A weight tensor in a model's files.
 pub(crate) struct Source<'a> {
@@ -76,18 +88,18 @@ impl Linear {
     }
 
     /// `out = x W^T + b`: `[rows, in]` to `[rows, out]`.
-    pub(crate) fn forward(&self, isa: Isa, x: &[f32], buffer: &mut Quantised, out: &mut [f32]) {
-        let inputs = Inputs::new(self.matrix.format(), x, self.matrix.columns(), buffer);
-        multiply(isa, &self.matrix, inputs, 1, out, self.matrix.rows(), |column, [sums, _], out| {
+    pub(crate) fn forward(&self, how: Arithmetic, x: &[f32], buffer: &mut Quantised, out: &mut [f32]) {
+        let inputs = how.inputs(&self.matrix, x, buffer);
+        multiply(how.isa, &self.matrix, inputs, 1, out, self.matrix.rows(), |column, [sums, _], out| {
             out.copy_from_slice(&sums[..out.len()]);
             self.add_bias(column, out);
         });
     }
 
     /// `out += x W^T + b`.
-    pub(crate) fn add(&self, isa: Isa, x: &[f32], buffer: &mut Quantised, out: &mut [f32]) {
-        let inputs = Inputs::new(self.matrix.format(), x, self.matrix.columns(), buffer);
-        multiply(isa, &self.matrix, inputs, 1, out, self.matrix.rows(), |column, [sums, _], out| {
+    pub(crate) fn add(&self, how: Arithmetic, x: &[f32], buffer: &mut Quantised, out: &mut [f32]) {
+        let inputs = how.inputs(&self.matrix, x, buffer);
+        multiply(how.isa, &self.matrix, inputs, 1, out, self.matrix.rows(), |column, [sums, _], out| {
             out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
             self.add_bias(column, out);
         });
@@ -129,17 +141,17 @@ impl GatedLinear {
     }
 
     /// `[rows, in]` to `[rows, out]`.
-    pub(crate) fn forward(&self, isa: Isa, x: &[f32], buffer: &mut Quantised, out: &mut [f32]) {
-        let inputs = Inputs::new(self.matrix.format(), x, self.matrix.columns(), buffer);
-        multiply(isa, &self.matrix, inputs, 2, out, self.outputs, |column, [gate, up], out| match &self.bias {
-            None => isa.run(SiluMul { gate, up, out }),
+    pub(crate) fn forward(&self, how: Arithmetic, x: &[f32], buffer: &mut Quantised, out: &mut [f32]) {
+        let inputs = how.inputs(&self.matrix, x, buffer);
+        multiply(how.isa, &self.matrix, inputs, 2, out, self.outputs, |column, [gate, up], out| match &self.bias {
+            None => how.isa.run(SiluMul { gate, up, out }),
             Some(bias) => {
                 let mut biased = [[0.0; PANEL]; 2];
                 for ((biased, sums), bias) in biased.iter_mut().zip([gate, up]).zip(bias) {
                     let bias = bias[column..].iter().chain(std::iter::repeat(&0.0));
                     biased.iter_mut().zip(sums.iter().zip(bias)).for_each(|(to, (sum, bias))| *to = sum + bias);
                 }
-                isa.run(SiluMul { gate: &biased[0], up: &biased[1], out });
+                how.isa.run(SiluMul { gate: &biased[0], up: &biased[1], out });
             }
         });
     }

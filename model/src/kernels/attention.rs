@@ -149,7 +149,15 @@ pub(crate) fn attend<T: Element>(
                 for segment in 0..segments {
                     let segment = (segments > 1).then_some(segment);
                     let position = slice.start + first;
-                    tasks.push(Task { slice: i, row: row + first, position, tokens, kv_head, segment, partial: floats });
+                    tasks.push(Task {
+                        slice: i,
+                        row: row + first,
+                        position,
+                        tokens,
+                        kv_head,
+                        segment,
+                        partial: floats,
+                    });
                     floats += Partial::floats(tokens * sizes.group(), sizes.padded_dim());
                 }
             }

@@ -20,7 +20,9 @@ const CHUNK_COLUMNS: usize = 128;
 /// Groups whose bytes take 17 KiB.
 const CHUNK_GROUPS: usize = 16;
 /// Up to so many rows multiply bf16 weights as they are; more are worth widening each chunk once.
-const DIRECT_ROWS: usize = 4;
+const DIRECT_ROWS: usize = 16;
+/// Rows of a tile over bf16 weights.
+const BF16_ROWS: usize = 6;
 /// Bytes ahead of their use that weights are fetched.
 const AHEAD: usize = 4096;
 /// Multiplications below which sharing work out costs more than it brings.
@@ -123,7 +125,9 @@ impl Kernel for PanelProduct<'_> {
                 }
                 Values::Quantised(x) => {
                     let groups = columns.div_ceil(GROUP);
-                    assert!(x.groups == groups && x.values.len() >= rows * groups * GROUP);
+                    assert!(
+                        x.groups == groups && x.values.len() >= rows * groups * GROUP && x.wide.len() == x.values.len()
+                    );
                     assert!(x.scales.len() >= rows * groups && x.sums.len() >= rows * groups);
                     integer_panel::<S>(format, panel, x, rows, self.results);
                 }
@@ -158,11 +162,16 @@ unsafe fn float_panel<S: Simd>(
 ) {
     // SAFETY: see `PanelProduct::run`.
     unsafe {
-        if format == Format::Bf16 && rows <= DIRECT_ROWS {
-            return bf16_tiles::<S>(x.as_ptr(), columns, rows, panel.as_ptr().cast(), results.as_mut_ptr());
-        }
-        for first in (0..columns).step_by(CHUNK_COLUMNS) {
-            let count = CHUNK_COLUMNS.min(columns - first);
+        // One tile of rows passes over the weights once, and needs no cache.
+        let direct = format == Format::Bf16 && rows <= DIRECT_ROWS;
+        let chunk = if direct && rows <= BF16_ROWS { columns } else { CHUNK_COLUMNS };
+        for first in (0..columns).step_by(chunk) {
+            let count = chunk.min(columns - first);
+            if direct {
+                let weights = panel.as_ptr().cast::<bf16>().add(first * PANEL);
+                bf16_tiles::<S>(x.as_ptr().add(first), columns, rows, weights, count, results.as_mut_ptr());
+                continue;
+            }
             let weights: *const f32 = match format {
                 Format::F32 => panel.as_ptr().cast::<f32>().add(first * PANEL),
                 Format::F16 => {
@@ -173,7 +182,12 @@ unsafe fn float_panel<S: Simd>(
                     }
                     widened.as_ptr()
                 }
-                _ => {
+                Format::Int4 => unreachable!("int4 weights meet inputs of bytes"),
+                Format::Int8 | Format::Int8Channel => {
+                    int8_chunk::<S>(format, panel, first, count, widened.as_mut_ptr());
+                    widened.as_ptr()
+                }
+                Format::Bf16 => {
                     let from = panel.as_ptr().cast::<bf16>().add(first * PANEL);
                     for pair in 0..count.div_ceil(2) {
                         for lane in (0..PANEL).step_by(S::LANES) {
@@ -189,6 +203,36 @@ unsafe fn float_panel<S: Simd>(
                 }
             };
             f32_tiles::<S>(x.as_ptr().add(first), columns, rows, weights, count, results.as_mut_ptr());
+        }
+    }
+}
+
+/// Widens the int8 weights of `count` inputs from `first`, a multiple of 32, on. What lies past the last input is zero, and
+/// so is not read.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn int8_chunk<S: Simd>(format: Format, panel: &[u8], first: usize, count: usize, widened: *mut f32) {
+    let skip = if format == Format::Int8 { SCALES_BYTES } else { 0 };
+    let before = if format == Format::Int8 { 0 } else { 4 * PANEL };
+    // SAFETY: see `PanelProduct::run`; a chunk has room for whole groups.
+    unsafe {
+        for g in 0..count.div_ceil(GROUP) {
+            let group = panel.as_ptr().add(before + (first / GROUP + g) * format.group_bytes());
+            for lane in (0..PANEL).step_by(S::LANES) {
+                let scale = match format {
+                    Format::Int8 => S::load_f16(group.cast::<u16>().add(lane)),
+                    _ => S::load(panel.as_ptr().cast::<f32>().add(lane)),
+                };
+                let offset = S::mul(scale, S::splat(-128.0));
+                for four in 0..GROUP / 4 {
+                    let from = group.add(skip + (four * PANEL + lane) * 4);
+                    S::prefetch(from.wrapping_add(AHEAD));
+                    let to = widened.add((g * GROUP + 4 * four) * PANEL + lane);
+                    for (i, bytes) in S::widen_bytes(from).into_iter().enumerate() {
+                        S::store(to.add(i * PANEL), S::mul_add(bytes, scale, offset));
+                    }
+                }
+            }
         }
     }
 }
@@ -274,64 +318,88 @@ unsafe fn f32_tile<S: Simd, const ROWS: usize, const VECS: usize>(
     }
 }
 
-/// At most [`DIRECT_ROWS`] rows over all bf16 weights of a panel.
+/// All rows over one chunk of bf16 weights.
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn bf16_tiles<S: Simd>(x: *const f32, columns: usize, rows: usize, weights: *const bf16, results: *mut f32) {
-    // SAFETY: see `PanelProduct::run`.
-    unsafe {
-        match (S::LANES, rows) {
-            (_, 0) => {}
-            (16, _) => with_rows!(rows, bf16_tile, S, 2, (x, columns, weights, results), 1 2 3 4),
-            (8, 1..=2) => with_rows!(rows, bf16_tile, S, 4, (x, columns, weights, results), 1 2),
-            (8, _) => {
-                for half in [0, PANEL / 2] {
-                    let (w, r) = (weights.add(2 * half), results.add(half));
-                    with_rows!(rows, bf16_tile, S, 2, (x, columns, w, r), 3 4);
+unsafe fn bf16_tiles<S: Simd>(
+    x: *const f32,
+    stride: usize,
+    rows: usize,
+    weights: *const bf16,
+    columns: usize,
+    results: *mut f32,
+) {
+    let mut row = 0;
+    while row < rows {
+        let n = tile_rows(rows - row, BF16_ROWS);
+        // SAFETY: see `PanelProduct::run`; rows from `row` to `row + n` are there.
+        unsafe {
+            let (x, results) = (x.add(row * stride), results.add(row * PANEL));
+            match (S::LANES, n) {
+                (16, _) => with_rows!(n, bf16_tile, S, 2, (x, stride, weights, columns, results), 1 2 3 4 5 6),
+                (8, 1..=2) => with_rows!(n, bf16_tile, S, 4, (x, stride, weights, columns, results), 1 2),
+                (8, _) => {
+                    for half in [0, PANEL / 2] {
+                        let (w, r) = (weights.add(2 * half), results.add(half));
+                        with_rows!(n, bf16_tile, S, 2, (x, stride, w, columns, r), 3 4 5 6);
+                    }
                 }
-            }
-            (_, 1..=2) => with_rows!(rows, bf16_tile, S, 8, (x, columns, weights, results), 1 2),
-            _ => {
-                for half in [0, PANEL / 2] {
-                    let (w, r) = (weights.add(2 * half), results.add(half));
-                    with_rows!(rows, bf16_tile, S, 4, (x, columns, w, r), 3 4);
+                (_, 1..=2) => with_rows!(n, bf16_tile, S, 8, (x, stride, weights, columns, results), 1 2),
+                _ => {
+                    for half in [0, PANEL / 2] {
+                        let (w, r) = (weights.add(2 * half), results.add(half));
+                        with_rows!(n, bf16_tile, S, 4, (x, stride, w, columns, r), 3 4 5 6);
+                    }
                 }
             }
         }
+        row += n;
     }
 }
 
-/// As [`f32_tile`], over pairs of bf16 weights; `results` are written, not added to.
+/// As [`f32_tile`], over pairs of bf16 weights.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn bf16_tile<S: Simd, const ROWS: usize, const VECS: usize>(
     x: *const f32,
-    columns: usize,
+    stride: usize,
     weights: *const bf16,
+    columns: usize,
     results: *mut f32,
 ) {
     // SAFETY: the caller's: ROWS rows, `columns` columns, VECS * LANES lanes of a panel.
     unsafe {
         let mut sums = [[S::splat(0.0); VECS]; ROWS];
+        for (r, sums) in sums.iter_mut().enumerate() {
+            for (v, sum) in sums.iter_mut().enumerate() {
+                *sum = S::load(results.add(r * PANEL + v * S::LANES));
+            }
+        }
         for pair in 0..columns / 2 {
             let from = weights.add(pair * 2 * PANEL);
+            let (mut even, mut odd) = ([S::splat(0.0); VECS], [S::splat(0.0); VECS]);
             for v in 0..VECS {
                 let from = from.add(2 * v * S::LANES);
                 S::prefetch(from.cast::<u8>().wrapping_add(AHEAD));
-                let (even, odd) = S::load_bf16_pairs(from);
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = x.add(r * columns + 2 * pair);
-                    sums[v] = S::mul_add(S::splat(*x), even, sums[v]);
-                    sums[v] = S::mul_add(S::splat(*x.add(1)), odd, sums[v]);
+                (even[v], odd[v]) = S::load_bf16_pairs(from);
+            }
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let x = x.add(r * stride + 2 * pair);
+                let (first, second) = (S::splat(*x), S::splat(*x.add(1)));
+                for v in 0..VECS {
+                    sums[v] = S::mul_add(first, even[v], sums[v]);
+                }
+                for v in 0..VECS {
+                    sums[v] = S::mul_add(second, odd[v], sums[v]);
                 }
             }
         }
         if columns % 2 == 1 {
             let k = columns - 1;
             for v in 0..VECS {
-                let (even, _) = S::load_bf16_pairs(weights.add((k * PANEL) + 2 * v * S::LANES));
+                let (even, _) = S::load_bf16_pairs(weights.add(k * PANEL + 2 * v * S::LANES));
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    sums[v] = S::mul_add(S::splat(*x.add(r * columns + k)), even, sums[v]);
+                    sums[v] = S::mul_add(S::splat(*x.add(r * stride + k)), even, sums[v]);
                 }
             }
         }
@@ -364,6 +432,7 @@ unsafe fn integer_panel<S: Simd>(format: Format, panel: &[u8], x: &Quantised, ro
                     groups: groups.add(first * format.group_bytes()),
                     count,
                     values: x.values.as_ptr().add(at * GROUP),
+                    wide: x.wide.as_ptr().add(at * GROUP),
                     scales: x.scales.as_ptr().add(at),
                     sums: x.sums.as_ptr().add(at),
                     stride: x.groups,
@@ -406,6 +475,7 @@ struct Tile {
     count: usize,
     /// Of the first row and group; the next row's come `stride` groups later.
     values: *const i8,
+    wide: *const i16,
     scales: *const f32,
     sums: *const i32,
     stride: usize,
@@ -490,9 +560,10 @@ unsafe fn int8_products<S: Simd, const ROWS: usize, const VECS: usize>(
             *sums = [S::sums8(-128 * *t.sums.add(r * t.stride + g)); VECS];
         }
         for four in 0..GROUP / 4 {
-            let mut inputs = [S::inputs8(t.values); ROWS];
+            let mut inputs = [S::inputs8(t.values, t.wide); ROWS];
             for (r, inputs) in inputs.iter_mut().enumerate() {
-                *inputs = S::inputs8(t.values.add((r * t.stride + g) * GROUP + 4 * four));
+                let at = (r * t.stride + g) * GROUP + 4 * four;
+                *inputs = S::inputs8(t.values.add(at), t.wide.add(at));
             }
             for v in 0..VECS {
                 let from = bytes.add((four * PANEL + v * S::LANES) * 4);
@@ -551,6 +622,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::kernels::packed::Rows;
 
     const FORMATS: [Format; 6] =
         [Format::F32, Format::F16, Format::Bf16, Format::Int8, Format::Int8Channel, Format::Int4];
@@ -573,9 +645,9 @@ mod tests {
     }
 
     /// `[x rows][matrix rows]`.
-    fn product(isa: Isa, matrix: &Packed, x: &[f32]) -> Vec<f32> {
+    fn product(isa: Isa, matrix: &Packed, x: &[f32], rows: Rows) -> Vec<f32> {
         let mut buffer = Quantised::default();
-        let inputs = Inputs::new(matrix.format(), x, matrix.columns(), &mut buffer);
+        let inputs = Inputs::new(matrix.format().wants_bytes(isa, rows), x, matrix.columns(), &mut buffer);
         let mut out = vec![f32::NAN; inputs.rows * matrix.rows()];
         multiply(isa, matrix, inputs, 1, &mut out, matrix.rows(), |_, [sums, _], out| {
             out.copy_from_slice(&sums[..out.len()]);
@@ -588,7 +660,7 @@ mod tests {
         #[test]
         fn every_kernel_multiplies(
             format in prop::sample::select(&FORMATS[..]), rows in 1_usize..30, outputs in 1_usize..100,
-            columns in 1_usize..1200, seed: u64,
+            columns in 1_usize..1200, seed: u64, many: bool,
         ) {
             let weights = random(outputs * columns, seed);
             let x = random(rows * columns, !seed);
@@ -600,8 +672,9 @@ mod tests {
                 matrix.row(o, &mut row);
                 row
             }).collect();
-            let inputs: Vec<f64> = match Inputs::new(format, &x, columns, &mut buffer).values {
-                Values::Float(x) => x.iter().map(|x| f64::from(*x)).collect(),
+            let role = if many { Rows::Many } else { Rows::Few };
+            let mut given = |isa| match Inputs::new(format.wants_bytes(isa, role), &x, columns, &mut buffer).values {
+                Values::Float(x) => x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>(),
                 Values::Quantised(q) => (0..rows * columns).map(|i| {
                     let group = i / columns * q.groups + i % columns / GROUP;
                     let value = q.values[group * GROUP + i % columns % GROUP];
@@ -609,10 +682,11 @@ mod tests {
                 }).collect(),
             };
             for isa in Isa::available() {
-                let got = product(*isa, &matrix, &x);
+                let inputs = given(*isa);
+                let got = product(*isa, &matrix, &x, role);
                 for row in 0..rows {
                     let x_row = &x[row * columns..][..columns];
-                    let alone = product(*isa, &matrix, x_row);
+                    let alone = product(*isa, &matrix, x_row, role);
                     prop_assert_eq!(&alone[..], &got[row * outputs..][..outputs], "{:?} {:?}: not as alone", isa, format);
                     for (o, weights) in stored.iter().enumerate() {
                         let terms = weights.iter().zip(&inputs[row * columns..]);
@@ -657,10 +731,10 @@ mod tests {
         let weights = random(128 * 40, 1);
         let matrix = pack(Format::Bf16, 128, 40, &weights);
         let x = random(3 * 40, 2);
-        let apart = product(Isa::best(), &matrix, &x);
+        let apart = product(Isa::best(), &matrix, &x, Rows::Few);
         let mut buffer = Quantised::default();
         let mut out = vec![0.0; 3 * 64];
-        let inputs = Inputs::new(Format::Bf16, &x, 40, &mut buffer);
+        let inputs = Inputs::new(false, &x, 40, &mut buffer);
         multiply(Isa::best(), &matrix, inputs, 2, &mut out, 64, |column, [first, second], out| {
             assert!(column == 0 || column == PANEL);
             out.iter_mut().zip(first.iter().zip(second)).for_each(|(out, (a, b))| *out = a - 2.0 * b);

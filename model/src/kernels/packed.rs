@@ -19,6 +19,8 @@ use half::{bf16, f16};
 use memmap2::MmapMut;
 use rayon::prelude::*;
 
+use super::simd::Isa;
+
 /// Outputs in a panel.
 pub(crate) const PANEL: usize = 32;
 /// Inputs that share a scale.
@@ -63,10 +65,26 @@ impl Format {
         }
     }
 
-    /// Are inputs quantised too?
-    pub(crate) fn is_integer(self) -> bool {
-        matches!(self, Self::Int8 | Self::Int8Channel | Self::Int4)
+    /// Are inputs to be quantised too, where `rows` says whether there are few or many at a time?
+    ///
+    /// The answer is the same for every product that one node computes, so that a row's result never depends on what is
+    /// beside it.
+    pub(crate) fn wants_bytes(self, isa: Isa, rows: Rows) -> bool {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 => false,
+            Self::Int8 | Self::Int8Channel => rows == Rows::Few || isa.has_fast_int8(),
+            Self::Int4 => true,
+        }
     }
+}
+
+/// How many rows of inputs a node usually multiplies at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// One for each running request: reading weights is what takes time.
+    Few,
+    /// Those of a prompt: multiplying is what takes time.
+    Many,
 }
 
 /// A matrix `[rows, columns]`, packed. It owns its memory.

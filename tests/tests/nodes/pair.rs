@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 use anyhow::{Context, Result, bail, ensure};
 use overfill_cluster::{LoadState, Shutdown};
 use overfill_decode_node::DecodeNode;
-use overfill_kv::{BlockPool, KvDtype, SamplingParams};
-use overfill_model::{DeviceSpec, LoadOptions, WeightFormat};
+use overfill_kv::{BlockPool, SamplingParams};
+use overfill_model::LoadOptions;
 use overfill_prefill_node::PrefillNode;
 use overfill_proto::v1::{
     self, decode_client::DecodeClient, decode_event::Event as Decoded, prefill_client::PrefillClient,
@@ -84,7 +84,7 @@ pub struct Answer {
 }
 
 fn load_options() -> LoadOptions {
-    LoadOptions { device: DeviceSpec::Cpu, weights: WeightFormat::F32, kv_dtype: KvDtype::F32 }
+    LoadOptions::default()
 }
 
 impl Pair {

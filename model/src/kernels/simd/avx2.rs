@@ -23,6 +23,7 @@ pub(crate) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
 #[allow(unsafe_code, clippy::undocumented_unsafe_blocks)]
 impl Simd for Avx2 {
     const LANES: usize = 8;
+    const FAST_INT8: bool = false;
     type F = __m256;
     /// As 16-bit numbers: weights 0 and 2 of each lane, and 1 and 3. Products of bytes would not fit into 16 bits.
     type Int8 = (__m256i, __m256i);
@@ -104,6 +105,19 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
     }
     #[inline(always)]
+    unsafe fn widen_bytes(from: *const u8) -> [__m256; 4] {
+        unsafe {
+            let bytes = _mm256_loadu_si256(from.cast());
+            let low = _mm256_set1_epi32(0xff);
+            [
+                _mm256_cvtepi32_ps(_mm256_and_si256(bytes, low)),
+                _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32::<8>(bytes), low)),
+                _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32::<16>(bytes), low)),
+                _mm256_cvtepi32_ps(_mm256_srli_epi32::<24>(bytes)),
+            ]
+        }
+    }
+    #[inline(always)]
     unsafe fn prefetch(from: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
     }
@@ -116,10 +130,10 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn inputs8(from: *const i8) -> Self::Inputs8 {
+    unsafe fn inputs8(_from: *const i8, wide: *const i16) -> Self::Inputs8 {
         unsafe {
-            let bytes = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
-            (_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(bytes)), _mm256_srai_epi16::<8>(bytes))
+            let pairs = wide.cast::<[i32; 2]>().read_unaligned();
+            (_mm256_set1_epi32(pairs[0]), _mm256_set1_epi32(pairs[1]))
         }
     }
     #[inline(always)]

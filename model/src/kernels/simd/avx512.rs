@@ -23,6 +23,7 @@ pub(crate) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
 #[allow(unsafe_code, clippy::undocumented_unsafe_blocks)]
 impl Simd for Avx512 {
     const LANES: usize = 16;
+    const FAST_INT8: bool = true;
     type F = __m512;
     type Int8 = __m512i;
     type Inputs8 = __m512i;
@@ -98,6 +99,19 @@ impl Simd for Avx512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
     }
     #[inline(always)]
+    unsafe fn widen_bytes(from: *const u8) -> [__m512; 4] {
+        unsafe {
+            let bytes = _mm512_loadu_si512(from.cast());
+            let low = _mm512_set1_epi32(0xff);
+            [
+                _mm512_cvtepi32_ps(_mm512_and_si512(bytes, low)),
+                _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32::<8>(bytes), low)),
+                _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32::<16>(bytes), low)),
+                _mm512_cvtepi32_ps(_mm512_srli_epi32::<24>(bytes)),
+            ]
+        }
+    }
+    #[inline(always)]
     unsafe fn prefetch(from: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
     }
@@ -107,7 +121,7 @@ impl Simd for Avx512 {
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
     #[inline(always)]
-    unsafe fn inputs8(from: *const i8) -> __m512i {
+    unsafe fn inputs8(from: *const i8, _wide: *const i16) -> __m512i {
         unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
     }
     #[inline(always)]

@@ -28,6 +28,8 @@ use half::bf16;
 pub(crate) trait Simd: Copy + 'static {
     /// Values in a vector.
     const LANES: usize;
+    /// Are int8 products faster than f32 ones? Where they are not, whoever multiplies many rows is better off in f32.
+    const FAST_INT8: bool;
     /// f32 vector.
     type F: Copy;
     /// Four int8 weights to a lane.
@@ -63,13 +65,15 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn load_bf16_pairs(from: *const bf16) -> (Self::F, Self::F);
     /// `LANES` f16 values, given by their bits.
     unsafe fn load_f16(from: *const u16) -> Self::F;
+    /// `4 * LANES` bytes, as the numbers 0 to 255: the first of each four, the second, ...
+    unsafe fn widen_bytes(from: *const u8) -> [Self::F; 4];
     /// Asks for a cache line that will be read soon; any address will do.
     unsafe fn prefetch(from: *const u8);
 
     /// `4 * LANES` weights.
     unsafe fn int8(from: *const u8) -> Self::Int8;
-    /// Four inputs.
-    unsafe fn inputs8(from: *const i8) -> Self::Inputs8;
+    /// Four inputs, from one of the two: as bytes, or as 16-bit numbers, of which the second and third are swapped.
+    unsafe fn inputs8(from: *const i8, wide: *const i16) -> Self::Inputs8;
     /// Sums that begin with `start` = -128 * (sum of the inputs to come).
     unsafe fn sums8(start: i32) -> Self::Sums8;
     unsafe fn dot8(sums: Self::Sums8, weights: Self::Int8, inputs: Self::Inputs8) -> Self::Sums8;
@@ -161,6 +165,20 @@ impl Isa {
     /// The best that this processor has.
     pub(crate) fn best() -> Self {
         *Self::available().last().unwrap_or(&Self::Portable)
+    }
+
+    /// Are int8 products faster than f32 ones?
+    pub(crate) fn has_fast_int8(self) -> bool {
+        struct FastInt8;
+        impl Kernel for FastInt8 {
+            type Output = bool;
+            #[inline(always)]
+            #[allow(unsafe_code)]
+            unsafe fn run<S: Simd>(self) -> bool {
+                S::FAST_INT8
+            }
+        }
+        self.run(FastInt8)
     }
 
     /// Runs a kernel. `self` comes from [`Self::available`].

@@ -28,6 +28,7 @@ unsafe fn dot(sums: int32x4_t, weights: int8x16_t, inputs: int8x16_t) -> int32x4
 #[allow(unsafe_code, clippy::undocumented_unsafe_blocks)]
 impl Simd for Neon {
     const LANES: usize = 4;
+    const FAST_INT8: bool = true;
     type F = float32x4_t;
     type Int8 = int8x16_t;
     type Inputs8 = int8x16_t;
@@ -103,6 +104,19 @@ impl Simd for Neon {
         }
     }
     #[inline(always)]
+    unsafe fn widen_bytes(from: *const u8) -> [float32x4_t; 4] {
+        unsafe {
+            let bytes = vreinterpretq_u32_u8(vld1q_u8(from));
+            let low = vdupq_n_u32(0xff);
+            [
+                vcvtq_f32_u32(vandq_u32(bytes, low)),
+                vcvtq_f32_u32(vandq_u32(vshrq_n_u32::<8>(bytes), low)),
+                vcvtq_f32_u32(vandq_u32(vshrq_n_u32::<16>(bytes), low)),
+                vcvtq_f32_u32(vshrq_n_u32::<24>(bytes)),
+            ]
+        }
+    }
+    #[inline(always)]
     unsafe fn prefetch(_from: *const u8) {}
 
     #[inline(always)]
@@ -111,7 +125,7 @@ impl Simd for Neon {
         unsafe { vreinterpretq_s8_u8(veorq_u8(vld1q_u8(from), vdupq_n_u8(0x80))) }
     }
     #[inline(always)]
-    unsafe fn inputs8(from: *const i8) -> int8x16_t {
+    unsafe fn inputs8(from: *const i8, _wide: *const i16) -> int8x16_t {
         unsafe { vreinterpretq_s8_s32(vdupq_n_s32(from.cast::<i32>().read_unaligned())) }
     }
     #[inline(always)]

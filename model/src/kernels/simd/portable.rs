@@ -24,6 +24,7 @@ fn dot(sums: [i32; LANES], weights: [[u8; 4]; LANES], inputs: [i8; 4]) -> [i32; 
 #[allow(unsafe_code)]
 impl Simd for Portable {
     const LANES: usize = LANES;
+    const FAST_INT8: bool = false;
     type F = [f32; LANES];
     type Int8 = [[u8; 4]; LANES];
     type Inputs8 = [i8; 4];
@@ -99,6 +100,12 @@ impl Simd for Portable {
         values.map(|bits| f16::from_bits(bits).to_f32())
     }
     #[inline(always)]
+    unsafe fn widen_bytes(from: *const u8) -> [Self::F; 4] {
+        // SAFETY: the caller gives four times LANES bytes.
+        let lanes = unsafe { from.cast::<[[u8; 4]; LANES]>().read_unaligned() };
+        std::array::from_fn(|i| lanes.map(|lane| f32::from(lane[i])))
+    }
+    #[inline(always)]
     unsafe fn prefetch(_from: *const u8) {}
 
     #[inline(always)]
@@ -107,7 +114,7 @@ impl Simd for Portable {
         unsafe { from.cast::<Self::Int8>().read_unaligned() }
     }
     #[inline(always)]
-    unsafe fn inputs8(from: *const i8) -> Self::Inputs8 {
+    unsafe fn inputs8(from: *const i8, _wide: *const i16) -> Self::Inputs8 {
         // SAFETY: the caller gives four bytes.
         unsafe { from.cast::<[i8; 4]>().read_unaligned() }
     }
