@@ -5,17 +5,8 @@ use std::{collections::HashMap, fs, path::Path};
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 use overfill_model::{ModelConfig, Provenance, WeightDtype};
+use overfill_text::TextFiles;
 use serde_json::Value;
-
-/// Files of a model folder that its relatives share.
-const TEXT_FILES: [&str; 6] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "added_tokens.json",
-];
 
 /// Writes `value`, indented, with a newline at the end.
 pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
@@ -24,14 +15,32 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
     fs::write(path, text).with_context(|| format!("writing {}", path.display()))
 }
 
-/// Copies tokenizer, chat template and generation configuration, as far as `from` has them.
+/// Copies tokenizer, chat template and generation configuration, as far as the model `from` has them.
 pub fn copy_text_files(from: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to).with_context(|| format!("creating {}", to.display()))?;
-    for name in TEXT_FILES {
-        let source = from.join(name);
-        if source.exists() {
-            fs::copy(&source, to.join(name)).with_context(|| format!("copying {}", source.display()))?;
+    let TextFiles {
+        tokenizer_json,
+        tokenizer_config_json,
+        chat_template,
+        generation_config_json,
+        special_tokens_map_json,
+    } = overfill_model::text_files(from)?;
+    for (name, bytes) in [
+        ("tokenizer.json", Some(tokenizer_json)),
+        ("tokenizer_config.json", tokenizer_config_json),
+        ("chat_template.jinja", chat_template),
+        ("generation_config.json", generation_config_json),
+        ("special_tokens_map.json", special_tokens_map_json),
+    ] {
+        if let Some(bytes) = bytes {
+            let path = to.join(name);
+            fs::write(&path, bytes).with_context(|| format!("writing {}", path.display()))?;
         }
+    }
+    // Nothing of ours reads it, but transformers' slow tokenizers do.
+    let source = from.join("added_tokens.json");
+    if source.exists() {
+        fs::copy(&source, to.join("added_tokens.json")).with_context(|| format!("copying {}", source.display()))?;
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var};
 use indicatif::{ProgressBar, ProgressStyle};
 use overfill_model::{Decoder, DeviceSpec, ModelConfig, Ops, Provenance, WeightDtype, Weights};
-use overfill_text::{TextFiles, TextModel};
+use overfill_text::TextModel;
 use serde_json::json;
 
 use crate::{
@@ -92,7 +92,7 @@ impl TrainConfig {
 
 /// Loads a model's tokenizer.
 pub fn load_text(folder: &Path) -> Result<TextModel> {
-    Ok(TextModel::from_files(&TextFiles::from_folder(folder)?)?)
+    Ok(TextModel::from_files(&overfill_model::text_files(folder)?)?)
 }
 
 /// Loads a model for the forward pass only.

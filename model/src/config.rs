@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use half::{bf16, f16};
 use overfill_kv::{KvDtype, RopeSpec};
 
-use crate::ModelError;
+use crate::{ModelError, gguf::Gguf};
 
 /// Model families, which differ in biases and norms only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +50,8 @@ pub enum RopeScaling {
         /// Context in tokens before stretching.
         original_max_position_embeddings: u32,
     },
+    /// Each frequency divided by a factor of its own, `[head_dim / 2]`: the form that GGUF files have.
+    Factors(Vec<f32>),
 }
 
 impl fmt::Display for RopeScaling {
@@ -62,6 +64,14 @@ impl fmt::Display for RopeScaling {
                 "llama3 factor={factor} low={low_freq_factor} high={high_freq_factor} \
                  original={original_max_position_embeddings}"
             ),
+            // Every factor to its last digit, equal neighbours counted: a schema compares the text.
+            Self::Factors(factors) => {
+                f.write_str("factors")?;
+                for (i, run) in factors.chunk_by(|a, b| a == b).enumerate() {
+                    write!(f, "{}{}x{}", if i == 0 { " " } else { "," }, run[0], run.len())?;
+                }
+                Ok(())
+            }
         }
     }
 }
@@ -167,14 +177,25 @@ impl Fields<'_> {
                 high_freq_factor: self.number("high_freq_factor", None)?,
                 original_max_position_embeddings: self.size("original_max_position_embeddings")? as u32,
             }),
-            other => Err(ModelError::unsupported(self.file, "rope_type", other, "default, linear, llama3")),
+            "factors" => Ok(RopeScaling::Factors(self.factors()?)),
+            other => Err(ModelError::unsupported(self.file, "rope_type", other, "default, linear, llama3, factors")),
         }
+    }
+
+    fn factors(&self) -> Result<Vec<f32>, ModelError> {
+        let supported = "a list of numbers from 1e-6 to 1e6";
+        let factor = |value: &Value| value.as_f64().filter(|n| (1e-6..=1e6).contains(n)).map(|n| n as f32);
+        let factors = self.present("factors").and_then(Value::as_array);
+        factors.and_then(|list| list.iter().map(factor).collect()).ok_or_else(|| self.bad("factors", supported))
     }
 }
 
 impl ModelConfig {
-    /// Reads `folder/config.json`.
+    /// Reads `folder/config.json`, or the metadata of a GGUF file: `folder` itself, or the only one in it.
     pub fn from_folder(folder: &Path) -> Result<Self, ModelError> {
+        if let Some(file) = Gguf::find(folder)? {
+            return Gguf::open(&file)?.config();
+        }
         let file = folder.join("config.json");
         let bytes = fs::read(&file).map_err(|e| ModelError::io(&file, e))?;
         let value: Value = serde_json::from_slice(&bytes).map_err(|e| ModelError::malformed(&file, e))?;
@@ -222,6 +243,12 @@ impl ModelConfig {
         let scaling = Fields { file, map: rope.unwrap_or(&empty) };
         let rope_theta = scaling.number("rope_theta", Some(f.number("rope_theta", Some(10_000.0))?))?;
         let rope_scaling = scaling.scaling()?;
+        if let RopeScaling::Factors(factors) = &rope_scaling
+            && factors.len() != head_dim / 2
+        {
+            let (count, supported) = (factors.len(), format!("half of head_dim ({head_dim})"));
+            return Err(ModelError::unsupported(file, "number of rope factors", count, &supported));
+        }
 
         let mut max_position_embeddings = f.size_or("max_position_embeddings", Some(2048))?;
         let windowed = match family {
@@ -302,9 +329,10 @@ impl ModelConfig {
     /// (transformers, modeling_rope_utils.py).
     pub fn inverse_frequencies(&self) -> Vec<f32> {
         let base = |i: usize| 1.0 / (self.rope_theta as f32).powf((2 * i) as f32 / self.head_dim as f32);
-        let scale = |freq: f32| match self.rope_scaling {
+        let scale = |(i, freq): (usize, f32)| match self.rope_scaling {
             RopeScaling::None => freq,
             RopeScaling::Linear { factor } => freq / factor as f32,
+            RopeScaling::Factors(ref factors) => freq / factors.get(i).copied().unwrap_or(1.0),
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
                 let original = f64::from(original_max_position_embeddings);
                 let wave = 2.0 * std::f64::consts::PI / f64::from(freq);
@@ -324,7 +352,7 @@ impl ModelConfig {
             KvDtype::Bf16 => bf16::from_f32(freq).to_f32(),
             KvDtype::F16 => f16::from_f32(freq).to_f32(),
         };
-        (0..self.head_dim / 2).map(base).map(scale).map(round).collect()
+        (0..self.head_dim / 2).map(base).enumerate().map(scale).map(round).collect()
     }
 
     /// Every weight tensor by its Hugging Face name, with its shape.

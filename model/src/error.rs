@@ -40,17 +40,17 @@ pub enum ModelError {
         file: PathBuf,
         /// Name of the tensor.
         name: String,
-        /// Shape that config.json asks for.
+        /// Shape that the configuration asks for.
         expected: Vec<usize>,
     },
     /// A tensor of another shape than the configuration says.
-    #[error("{}: tensor {name} has shape {found:?}, config.json asks for {expected:?}", file.display())]
+    #[error("{}: tensor {name} has shape {found:?}, the configuration asks for {expected:?}", file.display())]
     WrongShape {
         /// The file that holds the tensor.
         file: PathBuf,
         /// Name of the tensor.
         name: String,
-        /// Shape that config.json asks for.
+        /// Shape that the configuration asks for.
         expected: Vec<usize>,
         /// Shape in the file.
         found: Vec<usize>,
@@ -71,6 +71,9 @@ pub enum ModelError {
         /// Why not.
         reason: String,
     },
+    /// Text files that can't be read.
+    #[error(transparent)]
+    Text(#[from] overfill_text::TextError),
     /// A fault in the computation.
     #[error("computing: {0}")]
     Compute(candle_core::Error),

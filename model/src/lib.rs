@@ -1,4 +1,4 @@
-//! The models: configuration and weights of a Hugging Face folder, one decoder block for all supported families, the
+//! The models: configuration and weights of a Hugging Face folder or a GGUF file, one decoder block for all supported families, the
 //! paged KV cache it attends to, and the sampler.
 //!
 //! The same [`Decoder`] serves and trains: what differs is where attention finds keys and values ([`Attention`]), and
@@ -11,6 +11,7 @@ mod cpu;
 mod decoder;
 mod differentiable;
 mod error;
+mod gguf;
 mod kernels;
 mod linear;
 mod loading;
@@ -24,6 +25,7 @@ pub use cache::KvCache;
 pub use config::{Family, ModelConfig, RopeScaling};
 pub use decoder::{Attention, Decoder, Observer, Ops, Site};
 pub use error::ModelError;
+pub use gguf::text_files;
 pub use loading::Model;
 pub use options::{DeviceSpec, LoadOptions, Rows, WeightDtype, WeightFormat, resolve};
 pub use paged::{Logits, SequenceSlice, Want};

@@ -1,19 +1,19 @@
-//! A model folder, loaded and ready to serve.
+//! A model, loaded and ready to serve.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     time::Instant,
 };
 
 use candle_core::Device;
 use overfill_kv::{BLOCK_TOKENS, KvDtype, KvSchema};
+use overfill_text::TextFiles;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::{
     Decoder, KvCache, LoadOptions, Logits, ModelConfig, ModelError, Ops, Provenance, SequenceSlice, Weights,
-    cpu::CpuDecoder, kernels::attention::Heads, paged,
+    cpu::CpuDecoder, gguf::folder_of, kernels::attention::Heads, paged, text_files,
 };
 
 /// Who computes.
@@ -37,17 +37,16 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads a Hugging Face folder. Configuration and tensor shapes are checked before memory is taken.
+    /// Loads a Hugging Face folder or a .gguf file. Configuration and tensor shapes are checked before memory is taken.
     pub fn load(folder: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let started = Instant::now();
-        let folder = folder.canonicalize().map_err(|e| ModelError::io(folder, e))?;
+        let (folder, name) = absolute(folder)?;
         let device = options.device.open()?;
         let config = ModelConfig::from_folder(&folder)?;
         let provenance = Provenance::from_folder(&folder)?;
         check_kept_layers(&folder, &config, provenance.as_ref())?;
-        let tokenizer_file = folder.join("tokenizer.json");
-        let tokenizer = fs::read(&tokenizer_file).map_err(|e| ModelError::io(&tokenizer_file, e))?;
-        let eos_token_ids = eos_token_ids(&folder, &config)?;
+        let text = text_files(&folder)?;
+        let eos_token_ids = eos_token_ids(&folder, &text, &config)?;
         let weights = Weights::open(&folder)?;
         let engine = match &device {
             Device::Cpu => {
@@ -64,7 +63,6 @@ impl Model {
                 })?)
             }
         };
-        let name = folder.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
         tracing::info!(
             model = %folder.display(), weights = %options.weights, kv = %options.kv_dtype, device = %options.device,
             seconds = started.elapsed().as_secs_f64(), "loaded the model"
@@ -76,7 +74,7 @@ impl Model {
             engine,
             kv_dtype: options.kv_dtype,
             provenance,
-            tokenizer_sha256: Sha256::digest(tokenizer).iter().map(|byte| format!("{byte:02x}")).collect(),
+            tokenizer_sha256: Sha256::digest(text.tokenizer_json).iter().map(|byte| format!("{byte:02x}")).collect(),
             eos_token_ids,
         })
     }
@@ -97,12 +95,12 @@ impl Model {
         }
     }
 
-    /// Its folder, absolute.
+    /// Its folder or .gguf file, absolute.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Name of its folder.
+    /// Name of its folder or file, without `.gguf`.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -189,22 +187,36 @@ pub(crate) fn heads(config: &ModelConfig) -> Heads {
     Heads { heads: config.num_attention_heads, kv_heads: config.num_key_value_heads, head_dim: config.head_dim }
 }
 
-/// overfill.json must name as many layers as config.json has.
+/// overfill.json must name as many layers as the model has.
 fn check_kept_layers(folder: &Path, config: &ModelConfig, p: Option<&Provenance>) -> Result<(), ModelError> {
     let Some(kept) = p.and_then(|p| p.kept_layers.as_ref()) else { return Ok(()) };
     if kept.len() == config.num_hidden_layers {
         return Ok(());
     }
-    let supported = format!("as many layers as config.json's num_hidden_layers ({})", config.num_hidden_layers);
-    Err(ModelError::unsupported(&folder.join(Provenance::FILE), "kept_layers", format!("{kept:?}"), &supported))
+    let supported = format!("as many layers as the configuration's num_hidden_layers ({})", config.num_hidden_layers);
+    Err(ModelError::unsupported(
+        &folder_of(folder).join(Provenance::FILE),
+        "kept_layers",
+        format!("{kept:?}"),
+        &supported,
+    ))
 }
 
-fn eos_token_ids(folder: &Path, config: &ModelConfig) -> Result<Vec<u32>, ModelError> {
+/// The path, absolute, and the name that it gives the model. The link that a .gguf file may be is kept: what lies beside
+/// the link belongs to it.
+fn absolute(path: &Path) -> Result<(PathBuf, String), ModelError> {
+    let io = |e| ModelError::io(path, e);
+    let path = if path.is_file() { std::path::absolute(path) } else { path.canonicalize() }.map_err(io)?;
+    let name = if path.is_file() { path.file_stem() } else { path.file_name() };
+    let name = name.map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
+    Ok((path, name))
+}
+
+fn eos_token_ids(folder: &Path, text: &TextFiles, config: &ModelConfig) -> Result<Vec<u32>, ModelError> {
     let file = folder.join("generation_config.json");
-    let generation: Value = match fs::read(&file) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| ModelError::malformed(&file, e))?,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Value::Null,
-        Err(e) => return Err(ModelError::io(&file, e)),
+    let generation: Value = match &text.generation_config_json {
+        Some(bytes) => serde_json::from_slice(bytes).map_err(|e| ModelError::malformed(&file, e))?,
+        None => Value::Null,
     };
     let field = "eos_token_id";
     let value = generation.get(field).or(config.raw.get(field)).unwrap_or(&Value::Null);

@@ -5,7 +5,7 @@ use std::{fmt, path::PathBuf, str::FromStr};
 use candle_core::{DType, Device};
 use overfill_kv::KvDtype;
 
-use crate::{ModelError, error::plain, kernels::packed::Format};
+use crate::{ModelError, error::plain, gguf::Gguf, kernels::packed::Format};
 
 pub use crate::kernels::packed::Rows;
 
@@ -188,20 +188,23 @@ impl Default for LoadOptions {
     }
 }
 
-/// The folder of `model`: the path itself where it is a folder, else a hub id (`owner/name`, or `owner/name@revision`)
+/// The folder or .gguf file of `model`: the path itself where it is one, else a hub id (`owner/name`, or `owner/name@revision`)
 /// whose files are taken from the Hugging Face cache or downloaded into it.
 pub fn resolve(model: &str) -> Result<PathBuf, ModelError> {
     let path = PathBuf::from(model);
-    if path.is_dir() {
+    if path.is_dir() || Gguf::find(&path)?.is_some() {
         return Ok(path);
     }
     let fault = |reason: String| ModelError::Hub { id: model.into(), reason };
+    if path.is_file() {
+        return Err(fault("neither a folder nor a .gguf file".into()));
+    }
     let looks_like_an_id = model.matches('/').count() == 1 && !model.starts_with(['/', '.', '~']);
     if !looks_like_an_id {
-        return Err(fault("no such folder, and not a hub id of the form owner/name".into()));
+        return Err(fault("no such folder or .gguf file, and not a hub id of the form owner/name".into()));
     }
     let (id, revision) = model.split_once('@').unwrap_or((model, "main"));
-    let hub = |e: hf_hub::api::sync::ApiError| fault(format!("no such folder, and from the hub: {e}"));
+    let hub = |e: hf_hub::api::sync::ApiError| fault(format!("no such folder or .gguf file, and from the hub: {e}"));
     let api = hf_hub::api::sync::ApiBuilder::from_env().with_progress(true).build().map_err(hub)?;
     let repo = api.repo(hf_hub::Repo::with_revision(id.into(), hf_hub::RepoType::Model, revision.into()));
     let config = repo.get("config.json").map_err(hub)?;

@@ -5,9 +5,9 @@ use std::{fs, path::Path};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::ModelError;
+use crate::{ModelError, gguf};
 
-/// Beside a pruned model's config.json. Every field but `version` is optional: a published decoder has no such file.
+/// Beside a pruned model's config.json or .gguf file. Every field but `version` is optional: a published decoder has no such file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Provenance {
     /// 1.
@@ -32,7 +32,7 @@ pub struct Provenance {
 /// The model that a decoder was cut from, and whose KV it attends to.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct FullModel {
-    /// Name of its folder.
+    /// Name of its folder or file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// [`crate::Weights::fingerprint`] of it.
@@ -44,9 +44,9 @@ impl Provenance {
     /// Name of the file.
     pub const FILE: &'static str = "overfill.json";
 
-    /// Reads `folder/overfill.json`; `None` where there is none.
+    /// Reads `folder/overfill.json`, or that beside a .gguf file; `None` where there is none.
     pub fn from_folder(folder: &Path) -> Result<Option<Self>, ModelError> {
-        let file = folder.join(Self::FILE);
+        let file = gguf::folder_of(folder).join(Self::FILE);
         if !file.exists() {
             return Ok(None);
         }

@@ -1,37 +1,181 @@
-//! The safetensors files of a model folder, memory-mapped: single or sharded, any float type.
+//! The tensors of a model, memory-mapped: the safetensors files of a folder, single or sharded, or a GGUF file.
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
-    fs,
+    fmt, fs,
     ops::Range,
     path::{Path, PathBuf},
 };
 
-use candle_core::{Device, Tensor, safetensors::MmapedSafetensors};
-use half::{bf16, f16};
-use safetensors::tensor::TensorView;
+use candle_core::{DType, Device, Tensor, quantized::GgmlDType, safetensors::MmapedSafetensors};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use safetensors::Dtype;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use crate::ModelError;
+use crate::{ModelError, gguf::Gguf};
 
 /// Bytes at either end of a tensor that its fingerprint reads.
 const FINGERPRINT_BYTES: usize = 4096;
+
+/// Elements that are dequantised at once, a multiple of every format's block: what is in memory twice stays this small.
+const PIECE_ELEMENTS: usize = 1 << 14;
 
 /// What a file says of a tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Its dimensions.
     pub shape: Vec<usize>,
-    /// Its type as stored.
-    pub dtype: safetensors::Dtype,
+    /// Its type as stored; F32 where it is quantised, for that is what [`Weights::load`] gives.
+    pub dtype: Dtype,
 }
 
-/// The tensors of a model folder. Opening reads headers only.
+/// The tensors of a model, by their Hugging Face names. Opening reads headers only.
 pub struct Weights {
-    folder: PathBuf,
-    files: Vec<(PathBuf, MmapedSafetensors)>,
-    file_of: HashMap<String, usize>,
+    path: PathBuf,
+    source: Source,
+}
+
+enum Source {
+    Safetensors { files: Vec<(PathBuf, MmapedSafetensors)>, file_of: HashMap<String, usize> },
+    Gguf(Gguf),
+}
+
+/// How a file stores the elements of a tensor.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stored {
+    /// One by one.
+    Plain(Dtype),
+    /// In quantised blocks, whole blocks to a row.
+    Blocks(GgmlDType),
+}
+
+impl fmt::Debug for Stored {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Plain(dtype) => dtype.fmt(f),
+            Self::Blocks(dtype) => dtype.fmt(f),
+        }
+    }
+}
+
+impl Stored {
+    /// Bytes of `elements` elements; `None` where that is not a whole number of blocks, or beyond any memory.
+    pub(crate) fn bytes(self, elements: usize) -> Option<usize> {
+        match self {
+            Self::Plain(dtype) => elements.checked_mul(dtype.bitsize() / 8),
+            Self::Blocks(dtype) if elements.is_multiple_of(dtype.block_size()) => {
+                (elements / dtype.block_size()).checked_mul(dtype.type_size())
+            }
+            Self::Blocks(_) => None,
+        }
+    }
+
+    /// Widens or dequantises `bytes`, as many as `out` has elements.
+    fn read(self, bytes: &[u8], out: &mut [f32]) -> candle_core::Result<()> {
+        match self {
+            Self::Plain(Dtype::F32) => {
+                out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, b)| *out = f32::from_le_bytes(*b));
+            }
+            Self::Plain(Dtype::F64) => {
+                out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, b)| *out = f64::from_le_bytes(*b) as f32);
+            }
+            Self::Plain(Dtype::BF16) => {
+                out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, b)| *out = bf16::from_le_bytes(*b).to_f32());
+            }
+            Self::Plain(Dtype::F16) => match bytemuck::try_cast_slice::<u8, f16>(bytes) {
+                // Many at once, where the file aligns them.
+                Ok(halves) => halves.convert_to_f32_slice(out),
+                Err(_) => {
+                    out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, b)| *out = f16::from_le_bytes(*b).to_f32());
+                }
+            },
+            Self::Plain(dtype) => candle_core::bail!("{dtype:?} has no f32 form"),
+            Self::Blocks(dtype) => {
+                let piece_bytes = PIECE_ELEMENTS / dtype.block_size() * dtype.type_size();
+                for (bytes, out) in bytes.chunks(piece_bytes).zip(out.chunks_mut(PIECE_ELEMENTS)) {
+                    let values = dtype.from_data(Cow::Borrowed(bytes)).dequantize(out.len())?;
+                    out.copy_from_slice(values.as_slice()?);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A tensor where it lies in a mapped file.
+pub(crate) struct Place<'a> {
+    pub file: &'a Path,
+    /// As the file calls it.
+    pub name: &'a str,
+    pub shape: Vec<usize>,
+    pub stored: Stored,
+    pub data: &'a [u8],
+    /// The width of a head, where the file holds the two halves of every head's rows interleaved; see
+    /// [`Place::stored_row`].
+    pub interleaved: Option<usize>,
+}
+
+impl Place<'_> {
+    /// Elements of a row: of all dimensions but the first.
+    fn row_elements(&self) -> usize {
+        self.shape.iter().skip(1).product()
+    }
+
+    /// Where the file has row `row`.
+    ///
+    /// Rotation pairs row i of a head with row `i + head_dim / 2` here, as Hugging Face has it, and row 2i with row 2i + 1
+    /// in llama.cpp's Llama: its converter moves the rows of q and k, and this is the way back.
+    fn stored_row(&self, row: usize) -> usize {
+        match self.interleaved {
+            None => row,
+            Some(head_dim) => {
+                let (head, within) = (row / head_dim, row % head_dim);
+                let (half, i) = (within / (head_dim / 2), within % (head_dim / 2));
+                head * head_dim + 2 * i + half
+            }
+        }
+    }
+
+    /// Bytes of one row.
+    fn row_bytes(&self) -> Result<usize, ModelError> {
+        let bytes = self.stored.bytes(self.row_elements());
+        bytes.ok_or_else(|| ModelError::malformed(self.file, format!("a row of {} is not whole blocks", self.name)))
+    }
+
+    /// The tensor's bytes with its rows in order; borrowed where they are so in the file.
+    fn ordered(&self) -> Result<Cow<'_, [u8]>, ModelError> {
+        if self.interleaved.is_none() {
+            return Ok(Cow::Borrowed(self.data));
+        }
+        let row_bytes = self.row_bytes()?;
+        let mut out = Vec::with_capacity(self.data.len());
+        for row in 0..self.shape[0] {
+            let at = self.stored_row(row) * row_bytes;
+            out.extend_from_slice(&self.data[at..at + row_bytes]);
+        }
+        Ok(Cow::Owned(out))
+    }
+
+    pub(crate) fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ModelError> {
+        let (count, elements) = (self.shape.first().copied().unwrap_or(1), self.row_elements());
+        if rows.start > rows.end || rows.end > count || out.len() != rows.len() * elements {
+            let (name, room) = (self.name, out.len());
+            let fault =
+                format!("rows {rows:?} of {name}, which has {count} of {elements} elements, into room for {room}");
+            return Err(candle_core::Error::Msg(fault).into());
+        }
+        let row_bytes = self.row_bytes()?;
+        if self.interleaved.is_none() {
+            return Ok(self.stored.read(&self.data[rows.start * row_bytes..rows.end * row_bytes], out)?);
+        }
+        for (row, out) in rows.zip(out.chunks_mut(elements.max(1))) {
+            let at = self.stored_row(row) * row_bytes;
+            self.stored.read(&self.data[at..at + row_bytes], out)?;
+        }
+        Ok(())
+    }
 }
 
 #[derive(Deserialize)]
@@ -40,84 +184,93 @@ struct ShardIndex {
 }
 
 impl Weights {
-    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
-    pub fn open(folder: &Path) -> Result<Self, ModelError> {
-        let index_file = folder.join("model.safetensors.index.json");
-        let mut names: Vec<String> = if index_file.exists() {
-            let bytes = fs::read(&index_file).map_err(|e| ModelError::io(&index_file, e))?;
-            let index: ShardIndex =
-                serde_json::from_slice(&bytes).map_err(|e| ModelError::malformed(&index_file, e))?;
-            index.weight_map.into_values().collect()
-        } else {
-            vec!["model.safetensors".into()]
+    /// Opens a model: of a folder `model.safetensors`, or the shards that `model.safetensors.index.json` lists, or its
+    /// only .gguf file where it has no safetensors; or a .gguf file named itself.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let source = match Gguf::find(path)? {
+            Some(file) => Source::Gguf(Gguf::open(&file)?),
+            None => open_safetensors(path)?,
         };
-        names.sort();
-        names.dedup();
-        let mut files = Vec::new();
-        let mut file_of = HashMap::new();
-        for name in names {
-            if name.contains(['/', '\\']) {
-                return Err(ModelError::malformed(&index_file, format!("weight_map names {name:?}, a path")));
-            }
-            let path = folder.join(name);
-            let mapped = map_file(&path)?;
-            file_of.extend(mapped.tensors().into_iter().map(|(tensor, _)| (tensor, files.len())));
-            files.push((path, mapped));
-        }
-        Ok(Self { folder: folder.into(), files, file_of })
+        Ok(Self { path: path.into(), source })
     }
 
-    fn find(&self, name: &str) -> Option<&(PathBuf, MmapedSafetensors)> {
-        self.file_of.get(name).map(|i| &self.files[*i])
+    fn find(&self, name: &str) -> Result<Option<Place<'_>>, ModelError> {
+        match &self.source {
+            Source::Gguf(gguf) => Ok(gguf.place(name)),
+            Source::Safetensors { files, file_of } => {
+                let Some((name, index)) = file_of.get_key_value(name) else { return Ok(None) };
+                let (file, mapped) = &files[*index];
+                let view = mapped.get(name).map_err(|e| ModelError::malformed(file, e))?;
+                let (shape, stored) = (view.shape().to_vec(), Stored::Plain(view.dtype()));
+                Ok(Some(Place { file, name, shape, stored, data: view.data(), interleaved: None }))
+            }
+        }
+    }
+
+    /// The tensor `name`, refusing any other shape than `shape`, and types that can't be widened to f32.
+    fn checked(&self, name: &str, shape: &[usize]) -> Result<Place<'_>, ModelError> {
+        let missing =
+            || ModelError::MissingTensor { file: self.path.clone(), name: name.into(), expected: shape.to_vec() };
+        let place = self.find(name)?.ok_or_else(missing)?;
+        if place.shape != shape {
+            return Err(ModelError::WrongShape {
+                file: place.file.into(),
+                name: place.name.into(),
+                expected: shape.to_vec(),
+                found: place.shape,
+            });
+        }
+        if let Stored::Plain(dtype) = place.stored
+            && !matches!(dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32 | Dtype::F64)
+        {
+            let (field, value) = (format!("dtype of {name}"), format!("{dtype:?}"));
+            return Err(ModelError::unsupported(place.file, &field, value, "BF16, F16, F32, F64"));
+        }
+        Ok(place)
+    }
+
+    /// Refuses a tensor that is not there, of another shape than `shape`, or of a type that can't be widened to f32.
+    pub fn check(&self, name: &str, shape: &[usize]) -> Result<(), ModelError> {
+        self.checked(name, shape).map(drop)
     }
 
     /// Names of all tensors, sorted.
     pub fn names(&self) -> Vec<&str> {
-        let mut names: Vec<&str> = self.file_of.keys().map(String::as_str).collect();
+        let mut names: Vec<&str> = match &self.source {
+            Source::Safetensors { file_of, .. } => file_of.keys().map(String::as_str).collect(),
+            Source::Gguf(gguf) => gguf.names().collect(),
+        };
         names.sort_unstable();
         names
     }
 
-    /// Shape and stored type of a tensor; `None` where there is none of that name.
+    /// Shape and type of a tensor; `None` where there is none of that name.
     pub fn info(&self, name: &str) -> Option<TensorInfo> {
-        let view = self.find(name)?.1.get(name).ok()?;
-        Some(TensorInfo { shape: view.shape().to_vec(), dtype: view.dtype() })
+        let place = self.find(name).ok().flatten()?;
+        let dtype = match place.stored {
+            Stored::Plain(dtype) => dtype,
+            Stored::Blocks(_) => Dtype::F32,
+        };
+        Some(TensorInfo { shape: place.shape, dtype })
     }
 
-    /// Loads a tensor in its stored type, refusing any other shape than `shape`.
+    /// Loads a tensor in its stored type, and a quantised one as f32, refusing any other shape than `shape`.
     pub fn load(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor, ModelError> {
-        self.checked(name, shape)?;
-        match self.find(name) {
-            Some((_, mapped)) => Ok(mapped.load(name, device)?),
-            None => Err(self.missing(name, shape)),
+        let place = self.checked(name, shape)?;
+        match place.stored {
+            Stored::Plain(dtype) => {
+                Ok(Tensor::from_raw_buffer(&place.ordered()?, DType::try_from(dtype)?, shape, device)?)
+            }
+            Stored::Blocks(_) => {
+                let mut values = vec![0.0; shape.iter().product()];
+                place.read_rows(0..shape.first().copied().unwrap_or(1), &mut values)?;
+                Ok(Tensor::from_vec(values, shape, device)?)
+            }
         }
     }
 
-    fn missing(&self, name: &str, shape: &[usize]) -> ModelError {
-        ModelError::MissingTensor { file: self.folder.clone(), name: name.into(), expected: shape.to_vec() }
-    }
-
-    /// A tensor that is there, of this shape, and of a type that can be read.
-    fn checked(&self, name: &str, shape: &[usize]) -> Result<(&Path, TensorView<'_>), ModelError> {
-        let Some((file, mapped)) = self.find(name) else { return Err(self.missing(name, shape)) };
-        let view = mapped.get(name).map_err(|e| ModelError::malformed(file, e))?;
-        if view.shape() != shape {
-            return Err(ModelError::WrongShape {
-                file: file.clone(),
-                name: name.into(),
-                expected: shape.to_vec(),
-                found: view.shape().to_vec(),
-            });
-        }
-        use safetensors::Dtype::{BF16, F16, F32, F64};
-        if !matches!(view.dtype(), BF16 | F16 | F32 | F64) {
-            let dtype = format!("{:?}", view.dtype());
-            return Err(ModelError::unsupported(file, &format!("dtype of {name}"), dtype, "BF16, F16, F32, F64"));
-        }
-        Ok((file, view))
-    }
-
-    /// Some rows of a tensor of shape `shape`, as f32. `out` is as long as they are.
+    /// Reads rows `rows` (indices of the first dimension) of a tensor of `shape` into `out` as f32, whatever they are stored
+    /// in. Nothing else of the tensor is touched, so that a caller who repacks it never has it in memory twice.
     pub fn read_rows(
         &self,
         name: &str,
@@ -125,28 +278,7 @@ impl Weights {
         rows: Range<usize>,
         out: &mut [f32],
     ) -> Result<(), ModelError> {
-        let (file, view) = self.checked(name, shape)?;
-        let width: usize = shape[1..].iter().product();
-        let data = view.data();
-        let bytes_each = data.len() / shape.iter().product::<usize>().max(1);
-        let from = data
-            .get(rows.start * width * bytes_each..rows.end * width * bytes_each)
-            .filter(|from| from.len() == out.len() * bytes_each)
-            .ok_or_else(|| {
-                ModelError::malformed(file, format!("{name} has no rows {rows:?} of {} values", out.len()))
-            })?;
-        let values = from.chunks_exact(bytes_each).zip(out);
-        match view.dtype() {
-            safetensors::Dtype::BF16 => values.for_each(|(b, out)| *out = bf16::from_le_bytes([b[0], b[1]]).to_f32()),
-            safetensors::Dtype::F16 => values.for_each(|(b, out)| *out = f16::from_le_bytes([b[0], b[1]]).to_f32()),
-            safetensors::Dtype::F32 => {
-                values.for_each(|(b, out)| *out = f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-            }
-            _ => values.for_each(|(b, out)| {
-                *out = f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32;
-            }),
-        }
-        Ok(())
+        self.checked(name, shape)?.read_rows(rows, out)
     }
 
     /// A short name for exactly these weights: the SHA-256 over every tensor's name, type, shape and both ends of its
@@ -154,10 +286,8 @@ impl Weights {
     pub fn fingerprint(&self) -> Result<String, ModelError> {
         let mut hash = Sha256::new();
         for name in self.names() {
-            let Some((file, mapped)) = self.find(name) else { continue };
-            let view = mapped.get(name).map_err(|e| ModelError::malformed(file, e))?;
-            hash.update(format!("{name}|{:?}|{:?}|", view.dtype(), view.shape()));
-            let data = view.data();
+            let Some(Place { shape, stored, data, .. }) = self.find(name)? else { continue };
+            hash.update(format!("{name}|{stored:?}|{shape:?}|"));
             hash.update(&data[..data.len().min(FINGERPRINT_BYTES)]);
             hash.update(&data[data.len().saturating_sub(FINGERPRINT_BYTES)..]);
         }
@@ -165,8 +295,33 @@ impl Weights {
     }
 }
 
+fn open_safetensors(folder: &Path) -> Result<Source, ModelError> {
+    let index_file = folder.join("model.safetensors.index.json");
+    let mut names: Vec<String> = if index_file.exists() {
+        let bytes = fs::read(&index_file).map_err(|e| ModelError::io(&index_file, e))?;
+        let index: ShardIndex = serde_json::from_slice(&bytes).map_err(|e| ModelError::malformed(&index_file, e))?;
+        index.weight_map.into_values().collect()
+    } else {
+        vec!["model.safetensors".into()]
+    };
+    names.sort();
+    names.dedup();
+    let mut files = Vec::new();
+    let mut file_of = HashMap::new();
+    for name in names {
+        if name.contains(['/', '\\']) {
+            return Err(ModelError::malformed(&index_file, format!("weight_map names {name:?}, a path")));
+        }
+        let path = folder.join(name);
+        let mapped = map_safetensors(&path)?;
+        file_of.extend(mapped.tensors().into_iter().map(|(tensor, _)| (tensor, files.len())));
+        files.push((path, mapped));
+    }
+    Ok(Source::Safetensors { files, file_of })
+}
+
 #[allow(unsafe_code)]
-fn map_file(path: &Path) -> Result<MmapedSafetensors, ModelError> {
+fn map_safetensors(path: &Path) -> Result<MmapedSafetensors, ModelError> {
     if let Err(e) = fs::File::open(path) {
         return Err(ModelError::io(path, e));
     }

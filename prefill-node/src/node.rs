@@ -10,7 +10,7 @@ use overfill_cluster::{
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema};
 use overfill_model::{KvCache, Model, ModelError};
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1, v1::prefill_server::PrefillServer};
-use overfill_text::{TextError, TextFiles};
+use overfill_text::TextFiles;
 use overfill_transport::TransferConfig;
 use tokio::{net::TcpListener, sync::oneshot, task::JoinError};
 
@@ -33,9 +33,6 @@ pub enum NodeError {
     /// The model can't be served.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// Its text files can't be read.
-    #[error(transparent)]
-    Text(#[from] TextError),
     /// A fault of the program.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
@@ -77,7 +74,7 @@ impl PrefillNode {
         let admin = grpc::bind("admin", config.admin).await?;
         let Config { model: folder, load: options, kv_blocks, .. } = config.clone();
         let load = move || -> Result<_, NodeError> {
-            let files = TextFiles::from_folder(&folder)?;
+            let files = overfill_model::text_files(&folder)?;
             let model = Model::load(&folder, &options)?;
             let cache = model.new_cache(kv_blocks)?;
             Ok((files, model, cache))

@@ -22,6 +22,14 @@ pub struct TextFiles {
 impl TextFiles {
     /// Reads them from a model's folder. Only `tokenizer.json` must be there.
     pub fn from_folder(folder: &Path) -> Result<Self, TextError> {
+        let path = folder.join("tokenizer.json");
+        let tokenizer_json =
+            fs::read(&path).map_err(|source| TextError::Read { path: path.display().to_string(), source })?;
+        Self::with_tokenizer(folder, tokenizer_json)
+    }
+
+    /// Reads all but `tokenizer.json` from a folder.
+    pub fn with_tokenizer(folder: &Path, tokenizer_json: Vec<u8>) -> Result<Self, TextError> {
         let read = |name: &str| {
             let path = folder.join(name);
             match fs::read(&path) {
@@ -31,10 +39,7 @@ impl TextFiles {
             }
         };
         Ok(Self {
-            tokenizer_json: read("tokenizer.json")?.ok_or_else(|| TextError::Read {
-                path: folder.join("tokenizer.json").display().to_string(),
-                source: io::ErrorKind::NotFound.into(),
-            })?,
+            tokenizer_json,
             tokenizer_config_json: read("tokenizer_config.json")?,
             chat_template: read("chat_template.jinja")?,
             generation_config_json: read("generation_config.json")?,

@@ -57,6 +57,9 @@ impl CpuDecoder {
         format: Format,
         rows: Rows,
     ) -> Result<Self, ModelError> {
+        for (name, shape) in config.tensor_shapes() {
+            weights.check(&name, &shape)?;
+        }
         let vector = |name: String, count: usize| {
             let mut out = vec![0.0; count];
             weights.read_rows(&name, &[count], 0..count, &mut out)?;

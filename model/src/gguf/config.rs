@@ -1,0 +1,139 @@
+//! Configuration from a GGUF file's metadata, as a config.json.
+
+use safetensors::Dtype;
+use serde_json::{Map, Value, json};
+
+use super::{Gguf, header::Metadata};
+use crate::{ModelConfig, ModelError, weights::Stored};
+
+/// Architectures and the classes that compute the same. Mistral is written as `llama`.
+const ARCHITECTURES: [(&str, &str); 3] =
+    [("llama", "LlamaForCausalLM"), ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")];
+
+/// Fields of config.json and the keys, after the architecture, that say the same; and whether a file must have it
+/// (config.json has defaults of its own for those that need not be there).
+const FIELDS: [(&str, &str, bool); 9] = [
+    ("num_hidden_layers", "block_count", true),
+    ("hidden_size", "embedding_length", true),
+    ("intermediate_size", "feed_forward_length", true),
+    ("num_attention_heads", "attention.head_count", true),
+    ("num_key_value_heads", "attention.head_count_kv", false),
+    ("head_dim", "attention.key_length", false),
+    ("max_position_embeddings", "context_length", true),
+    ("rms_norm_eps", "attention.layer_norm_rms_epsilon", true),
+    ("rope_theta", "rope.freq_base", false),
+];
+
+const ROPE_FACTORS: &str = "rope_freqs.weight";
+
+fn architecture(metadata: &Metadata<'_>) -> Result<(&'static str, &'static str), ModelError> {
+    let found = metadata.text("general.architecture")?;
+    let known = ARCHITECTURES.iter().find(|(name, _)| found.as_deref() == Some(*name));
+    known.copied().ok_or_else(|| metadata.bad("general.architecture", "llama, qwen2, qwen3"))
+}
+
+/// Width of a head: stated, or what the heads make of the hidden width.
+fn head_dim(metadata: &Metadata<'_>, architecture: &str) -> Result<usize, ModelError> {
+    let key = |key: &str| format!("{architecture}.{key}");
+    if let Some(stated) = metadata.index(&key("attention.key_length"))? {
+        return even(metadata, &key("attention.key_length"), stated);
+    }
+    let heads = metadata.index(&key("attention.head_count"))?.filter(|heads| *heads > 0);
+    let heads = heads.ok_or_else(|| metadata.bad(&key("attention.head_count"), "1 or more"))?;
+    let hidden = metadata.index(&key("embedding_length"))?;
+    let hidden = hidden.ok_or_else(|| metadata.bad(&key("embedding_length"), "1 or more"))?;
+    even(metadata, &key("embedding_length"), hidden / heads)
+}
+
+fn even(metadata: &Metadata<'_>, key: &str, head_dim: usize) -> Result<usize, ModelError> {
+    if head_dim == 0 || !head_dim.is_multiple_of(2) {
+        return Err(metadata.bad(key, &format!("what gives heads of an even width (got {head_dim})")));
+    }
+    Ok(head_dim)
+}
+
+/// Width of a head where llama.cpp's converter interleaves the rows of q and k: for `llama` alone.
+pub(super) fn interleaved_head_dim(metadata: &Metadata<'_>) -> Result<Option<usize>, ModelError> {
+    let (architecture, _) = architecture(metadata)?;
+    if architecture == "llama" { head_dim(metadata, architecture).map(Some) } else { Ok(None) }
+}
+
+/// The configuration. Faults of its numbers name the metadata key, not the field of the config.json that nobody wrote.
+pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
+    let metadata = gguf.metadata();
+    let (architecture, class) = architecture(&metadata)?;
+    let key = |key: &str| format!("{architecture}.{key}");
+    let mut json = Map::new();
+    for (field, name, required) in FIELDS {
+        let value = metadata.json(&key(name));
+        if required && value.is_null() {
+            return Err(metadata.bad(&key(name), "a number"));
+        }
+        json.insert(field.into(), value);
+    }
+    let head_dim = head_dim(&metadata, architecture)?;
+    json.insert("architectures".into(), json!([class]));
+    json.insert("head_dim".into(), json!(head_dim));
+
+    // Of the width of q and k another part could be rotated, and v could be of another width: nothing of ours can do that.
+    for same in ["rope.dimension_count", "attention.value_length"] {
+        if metadata.index(&key(same))?.is_some_and(|n| n != head_dim) {
+            return Err(metadata.bad(&key(same), &format!("the width of a head ({head_dim})")));
+        }
+    }
+    if metadata.index(&key("expert_count"))?.is_some_and(|n| n > 0) {
+        return Err(metadata.bad(&key("expert_count"), "0"));
+    }
+    // Up to the window's width it changes nothing.
+    let window = metadata.index(&key("attention.sliding_window"))?.filter(|window| *window > 0);
+    if let (Some(window), Some(context)) = (window, metadata.index(&key("context_length"))?) {
+        json.insert("max_position_embeddings".into(), json!(context.min(window)));
+    }
+
+    let embedding = gguf.place("model.embed_tokens.weight").ok_or_else(|| ModelError::MissingTensor {
+        file: gguf.file.clone(),
+        name: "token_embd.weight".into(),
+        expected: Vec::new(),
+    })?;
+    json.insert("vocab_size".into(), json!(embedding.shape[0]));
+    json.insert("tie_word_embeddings".into(), json!(gguf.place("lm_head.weight").is_none()));
+    json.insert("attention_bias".into(), json!(gguf.place("model.layers.0.self_attn.q_proj.bias").is_some()));
+    json.insert("mlp_bias".into(), json!(gguf.place("model.layers.0.mlp.gate_proj.bias").is_some()));
+    json.insert("rope_scaling".into(), rope_scaling(gguf, &metadata, architecture)?);
+
+    ModelConfig::from_json(&gguf.file, Value::Object(json)).map_err(|e| match e {
+        ModelError::Unsupported { file, field, value, supported } => {
+            let field = match FIELDS.iter().find(|(name, ..)| *name == field) {
+                Some((_, name, _)) => key(name),
+                None => field,
+            };
+            ModelError::Unsupported { file, field, value, supported }
+        }
+        other => other,
+    })
+}
+
+fn rope_scaling(gguf: &Gguf, metadata: &Metadata<'_>, architecture: &str) -> Result<Value, ModelError> {
+    let key = |key: &str| format!("{architecture}.rope.scaling.{key}");
+    let linear = match metadata.text(&key("type"))?.as_deref() {
+        None | Some("none") => None,
+        Some("linear") => Some(metadata.json(&key("factor"))),
+        Some(_) => return Err(metadata.bad(&key("type"), "none, linear")),
+    };
+    let Some(place) = gguf.place(ROPE_FACTORS) else {
+        return Ok(match linear {
+            Some(factor) => json!({"rope_type": "linear", "factor": factor}),
+            None => Value::Null,
+        });
+    };
+    if linear.is_some() {
+        return Err(metadata.bad(&key("type"), &format!("none beside {ROPE_FACTORS}")));
+    }
+    if place.shape.len() != 1 || place.stored != Stored::Plain(Dtype::F32) {
+        let found = format!("{:?} of shape {:?}", place.stored, place.shape);
+        return Err(ModelError::unsupported(&gguf.file, ROPE_FACTORS, found, "F32 of one dimension"));
+    }
+    let mut factors = vec![0.0; place.shape[0]];
+    place.read_rows(0..factors.len(), &mut factors)?;
+    Ok(json!({"rope_type": "factors", "factors": factors}))
+}

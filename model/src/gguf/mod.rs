@@ -1,0 +1,139 @@
+//! GGUF files: one file with configuration, tokenizer and weights, as llama.cpp's tools write it. What the rest of the
+//! crate sees of it is what a Hugging Face folder would hold: config.json, the text files, and tensors under the
+//! Hugging Face names.
+
+mod config;
+mod header;
+mod names;
+mod text;
+mod tokenizer;
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use header::{Header, Metadata};
+use memmap2::Mmap;
+use overfill_text::TextFiles;
+
+use crate::{ModelConfig, ModelError, weights::Place};
+
+/// An open file, memory-mapped.
+pub(crate) struct Gguf {
+    file: PathBuf,
+    map: Mmap,
+    header: Header,
+    /// Index into the header's tensors, by Hugging Face name.
+    by_name: HashMap<String, usize>,
+    /// Width of a head where the rows of q and k are interleaved.
+    interleaved: Option<usize>,
+}
+
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"))
+}
+
+impl Gguf {
+    /// The .gguf file that `path` stands for: itself, or the only one of a folder without safetensors. `None` is a
+    /// Hugging Face folder.
+    pub(crate) fn find(path: &Path) -> Result<Option<PathBuf>, ModelError> {
+        if path.is_file() {
+            return Ok(is_gguf(path).then(|| path.into()));
+        }
+        // A folder that can't be listed is reported by whoever reads its files.
+        let Ok(entries) = fs::read_dir(path) else { return Ok(None) };
+        let files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+        if files.iter().any(|file| file.extension().is_some_and(|end| end == "safetensors")) {
+            return Ok(None);
+        }
+        let mut found: Vec<PathBuf> = files.into_iter().filter(|file| is_gguf(file)).collect();
+        found.sort();
+        match found.as_slice() {
+            [] => Ok(None),
+            [_] => Ok(found.pop()),
+            [first, second, ..] => {
+                let name = |file: &Path| file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                let (count, names) = (found.len(), format!("{}, {} ...", name(first), name(second)));
+                Err(ModelError::malformed(path, format!("holds {count} .gguf files ({names}): name one of them")))
+            }
+        }
+    }
+
+    /// Maps a file and reads its header.
+    pub(crate) fn open(file: &Path) -> Result<Self, ModelError> {
+        let map = map_file(file)?;
+        let header = Header::read(file, &map)?;
+        let metadata = Metadata { file, bytes: &map, values: &header.metadata };
+        if metadata.index("split.count")?.is_some_and(|count| count > 1) {
+            return Err(metadata.bad("split.count", "1: join the parts with llama-gguf-split --merge"));
+        }
+        let interleaved = config::interleaved_head_dim(&metadata)?;
+        let mut by_name = HashMap::new();
+        for (index, entry) in header.tensors.iter().enumerate() {
+            if let Some(head_dim) = interleaved.filter(|_| names::is_rotated(&entry.name))
+                && !entry.shape[0].is_multiple_of(head_dim)
+            {
+                let (name, shape) = (&entry.name, &entry.shape);
+                let fault = format!("tensor {name} of shape {shape:?} has not whole heads of {head_dim} rows");
+                return Err(ModelError::malformed(file, fault));
+            }
+            if by_name.insert(names::hugging_face(&entry.name), index).is_some() {
+                return Err(ModelError::malformed(file, format!("tensor {} is there twice", entry.name)));
+            }
+        }
+        Ok(Self { file: file.into(), map, header, by_name, interleaved })
+    }
+
+    fn metadata(&self) -> Metadata<'_> {
+        Metadata { file: &self.file, bytes: &self.map, values: &self.header.metadata }
+    }
+
+    /// A tensor by its Hugging Face name.
+    pub(crate) fn place(&self, name: &str) -> Option<Place<'_>> {
+        let entry = &self.header.tensors[*self.by_name.get(name)?];
+        Some(Place {
+            file: &self.file,
+            name: &entry.name,
+            shape: entry.shape.clone(),
+            stored: entry.stored,
+            data: &self.map[entry.bytes.clone()],
+            interleaved: self.interleaved.filter(|_| names::is_rotated(&entry.name)),
+        })
+    }
+
+    /// Hugging Face names of the tensors.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.by_name.keys().map(String::as_str)
+    }
+
+    /// What config.json would say.
+    pub(crate) fn config(&self) -> Result<ModelConfig, ModelError> {
+        config::read(self)
+    }
+}
+
+/// The text files of a model: those of a folder; those beside a .gguf file, and made from its metadata what is not there.
+pub fn text_files(path: &Path) -> Result<TextFiles, ModelError> {
+    match Gguf::find(path)? {
+        Some(file) => text::files(&Gguf::open(&file)?),
+        None => Ok(TextFiles::from_folder(path)?),
+    }
+}
+
+/// The folder of a model's files: itself, or that of a .gguf file.
+pub(crate) fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if path.is_file() => parent,
+        _ => path,
+    }
+}
+
+#[allow(unsafe_code)]
+fn map_file(path: &Path) -> Result<Mmap, ModelError> {
+    let file = fs::File::open(path).map_err(|e| ModelError::io(path, e))?;
+    // SAFETY: the mapping is only read. Another process that shortens the file meanwhile can fault this one: that is
+    // the known price of mapping weights, and what every loader of this format accepts.
+    unsafe { Mmap::map(&file) }.map_err(|e| ModelError::io(path, e))
+}
