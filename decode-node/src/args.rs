@@ -9,7 +9,7 @@ use overfill_model::{DeviceSpec, LoadOptions, Rows, WeightFormat};
 /// A node that continues requests over the full model's KV.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// The model that decodes: a Hugging Face folder, or a hub id.
+    /// The model that decodes: a Hugging Face folder, a .gguf file, or a hub id.
     #[arg(long, env = "OVERFILL_MODEL")]
     pub model: String,
     /// Name under which the model is served; by default that of its folder.
@@ -108,7 +108,7 @@ impl Args {
         let f = &mut Vec::new();
         let address = "an IP address and port";
         let folder = overfill_model::resolve(&model)
-            .inspect_err(|e| f.push(ConfigError::new("model", "a model folder or hub id", e)))
+            .inspect_err(|e| f.push(ConfigError::new("model", "a model folder, .gguf file or hub id", e)))
             .ok();
         let device = ConfigError::collect(f, device.parse::<DeviceSpec>(), "device", "cpu or cuda:N", &device);
         let parsed = weights.parse::<WeightFormat>();

@@ -19,7 +19,7 @@ use crate::{
 /// Fine-tune a pruned model under the KV of its frozen full model, or train a model alone.
 #[derive(Args, Clone, Debug)]
 pub struct DistillArgs {
-    /// Model to train: a Hugging Face folder or hub id.
+    /// Model to train: a Hugging Face folder, .gguf file or hub id.
     #[arg(long)]
     pub student: String,
     /// Frozen full model that prefills every prompt; without it the student is trained alone.
@@ -173,7 +173,7 @@ impl DemoDataArgs {
 /// Cut a decode model out of a full model, by the importance of its channels over a calibration text.
 #[derive(Args, Clone, Debug)]
 pub struct PruneArgs {
-    /// Full model: a Hugging Face folder or hub id.
+    /// Full model: a Hugging Face folder, .gguf file or hub id.
     #[arg(long)]
     pub model: String,
     /// Folder to write the pruned model to.

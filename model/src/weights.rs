@@ -209,8 +209,12 @@ impl Weights {
 
     /// The tensor `name`, refusing any other shape than `shape`, and types that can't be widened to f32.
     fn checked(&self, name: &str, shape: &[usize]) -> Result<Place<'_>, ModelError> {
-        let missing =
-            || ModelError::MissingTensor { file: self.path.clone(), name: name.into(), expected: shape.to_vec() };
+        let missing = || match &self.source {
+            Source::Gguf(gguf) => gguf.missing(name, shape),
+            Source::Safetensors { .. } => {
+                ModelError::MissingTensor { file: self.path.clone(), name: name.into(), expected: shape.to_vec() }
+            }
+        };
         let place = self.find(name)?.ok_or_else(missing)?;
         if place.shape != shape {
             return Err(ModelError::WrongShape {

@@ -9,7 +9,7 @@ use overfill_model::{DeviceSpec, LoadOptions, Rows, WeightFormat};
 /// A node that runs the full model over prompts and hands their KV over.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// The full model: a Hugging Face folder, or a hub id.
+    /// The full model: a Hugging Face folder, a .gguf file, or a hub id.
     #[arg(long, env = "OVERFILL_MODEL")]
     pub model: String,
     /// Name under which the model is served; by default that of its folder.
@@ -56,7 +56,7 @@ pub struct Args {
 /// Checked settings.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// Folder of the full model.
+    /// Folder or file of the full model.
     pub model: PathBuf,
     /// Name under which it is served; `None`: its folder's.
     pub served_model_name: Option<String>,
@@ -102,7 +102,7 @@ impl Args {
         let f = &mut Vec::new();
         let address = "an IP address and port";
         let folder = overfill_model::resolve(&model)
-            .inspect_err(|e| f.push(ConfigError::new("model", "a model folder or hub id", e)))
+            .inspect_err(|e| f.push(ConfigError::new("model", "a model folder, .gguf file or hub id", e)))
             .ok();
         let device = ConfigError::collect(f, device.parse::<DeviceSpec>(), "device", "cpu or cuda:N", &device);
         let parsed = weights.parse::<WeightFormat>();

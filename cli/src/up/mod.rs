@@ -23,7 +23,7 @@ const START_TIMEOUT: Duration = Duration::from_secs(1800);
 /// A cluster of processes on this machine.
 #[derive(Args)]
 pub struct UpArgs {
-    /// The full model: a folder, or a hub id; NAME=DIR serves it under that name. The demo pair if left out.
+    /// The full model: a folder, a .gguf file, or a hub id; NAME=DIR serves it under that name. The demo pair if left out.
     #[arg(long, env = "OVERFILL_FULL")]
     full: Option<Named>,
     /// A pruned model cut from it (repeat for several variants); the full model itself if left out.

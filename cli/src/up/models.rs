@@ -14,15 +14,15 @@ use crate::router_client::{channel, refusal};
 /// A model, and the name to serve it under.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Named {
-    /// `None`: the folder's own name.
+    /// `None`: the folder's or file's own name.
     pub name: Option<String>,
-    /// A folder or a hub id.
+    /// A folder, a .gguf file or a hub id.
     pub model: String,
 }
 
 impl FromStr for Named {
     type Err = Infallible;
-    /// `DIR`, `ORG/NAME`, or either after `NAME=`.
+    /// `DIR`, `FILE.gguf`, `ORG/NAME`, or one of them after `NAME=`.
     fn from_str(s: &str) -> Result<Self, Infallible> {
         Ok(match s.split_once('=') {
             Some((name, model)) if !name.is_empty() && !name.contains('/') => {

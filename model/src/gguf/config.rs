@@ -4,7 +4,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::{Gguf, header::Metadata};
-use crate::{ModelConfig, ModelError, weights::Stored};
+use crate::{ModelConfig, ModelError, RopeScaling, weights::Stored};
 
 /// Architectures and the classes that compute the same. Mistral is written as `llama`.
 const ARCHITECTURES: [(&str, &str); 3] =
@@ -90,18 +90,15 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
         json.insert("max_position_embeddings".into(), json!(context.min(window)));
     }
 
-    let embedding = gguf.place("model.embed_tokens.weight").ok_or_else(|| ModelError::MissingTensor {
-        file: gguf.file.clone(),
-        name: "token_embd.weight".into(),
-        expected: Vec::new(),
-    })?;
+    let embedding = "model.embed_tokens.weight";
+    let embedding = gguf.place(embedding).ok_or_else(|| gguf.missing(embedding, &[]))?;
     json.insert("vocab_size".into(), json!(embedding.shape[0]));
     json.insert("tie_word_embeddings".into(), json!(gguf.place("lm_head.weight").is_none()));
     json.insert("attention_bias".into(), json!(gguf.place("model.layers.0.self_attn.q_proj.bias").is_some()));
     json.insert("mlp_bias".into(), json!(gguf.place("model.layers.0.mlp.gate_proj.bias").is_some()));
     json.insert("rope_scaling".into(), rope_scaling(gguf, &metadata, architecture)?);
 
-    ModelConfig::from_json(&gguf.file, Value::Object(json)).map_err(|e| match e {
+    let config = ModelConfig::from_json(&gguf.file, Value::Object(json)).map_err(|e| match e {
         ModelError::Unsupported { file, field, value, supported } => {
             let field = match FIELDS.iter().find(|(name, ..)| *name == field) {
                 Some((_, name, _)) => key(name),
@@ -110,7 +107,31 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
             ModelError::Unsupported { file, field, value, supported }
         }
         other => other,
-    })
+    })?;
+    Ok(as_llama3(&config).unwrap_or(config))
+}
+
+/// Llama 3.x's scaling, where the factors are what llama.cpp's converter makes of its parameters. A schema then says what
+/// that of the safetensors model says, and one of a pair may be of either kind.
+fn as_llama3(config: &ModelConfig) -> Option<ModelConfig> {
+    let RopeScaling::Factors(factors) = &config.rope_scaling else { return None };
+    // The converter takes these three as given, and so have them all published models; the fourth is that of the longest wave.
+    let factor = f64::from(*factors.last()?);
+    let json = json!({
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    });
+    let rope_scaling = RopeScaling::Llama3 {
+        factor,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_max_position_embeddings: 8192,
+    };
+    let mut llama3 = ModelConfig { rope_scaling, ..config.clone() };
+    llama3.raw.insert("rope_scaling".into(), json);
+    let mut frequencies = config.inverse_frequencies().into_iter().zip(llama3.inverse_frequencies());
+    let near = |(a, b): (f32, f32)| (a - b).abs() <= 1e-5 * b;
+    frequencies.all(near).then_some(llama3)
 }
 
 fn rope_scaling(gguf: &Gguf, metadata: &Metadata<'_>, architecture: &str) -> Result<Value, ModelError> {

@@ -229,14 +229,9 @@ impl Header {
         let alignment = match metadata.get("general.alignment") {
             None => DEFAULT_ALIGNMENT,
             Some(Value::Unsigned(n)) if n.is_power_of_two() && (8..=1 << 20).contains(n) => *n,
-            Some(other) => {
-                let value = format!("{other:?}");
-                return Err(ModelError::unsupported(
-                    file,
-                    "general.alignment",
-                    value,
-                    "a power of two from 8 to 1048576",
-                ));
+            Some(_) => {
+                let metadata = Metadata { file, bytes, values: &metadata };
+                return Err(metadata.bad("general.alignment", "a power of two from 8 to 1048576"));
             }
         };
         let mut entries = Vec::new();
@@ -328,7 +323,8 @@ impl<'a> Metadata<'a> {
     pub(crate) fn texts(&self, key: &str) -> Result<Option<Vec<Cow<'a, str>>>, ModelError> {
         let (count, bytes) = match self.values.get(key) {
             None => return Ok(None),
-            Some(Value::Array { kind: TEXT, count, bytes }) => (*count, bytes),
+            // Of an empty one the writer can't know the type.
+            Some(Value::Array { kind, count, bytes }) if *kind == TEXT || *count == 0 => (*count, bytes),
             Some(_) => return Err(self.bad(key, "an array of texts")),
         };
         let mut reader = Reader { file: self.file, bytes: &self.bytes[..bytes.end], at: bytes.start };

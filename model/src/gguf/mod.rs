@@ -103,6 +103,11 @@ impl Gguf {
         })
     }
 
+    /// The error where [`Gguf::place`] finds none.
+    pub(crate) fn missing(&self, name: &str, shape: &[usize]) -> ModelError {
+        ModelError::MissingTensor { file: self.file.clone(), name: names::in_file(name), expected: shape.to_vec() }
+    }
+
     /// Hugging Face names of the tensors.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.by_name.keys().map(String::as_str)

@@ -39,6 +39,20 @@ pub(super) fn hugging_face(name: &str) -> String {
     translated.unwrap_or_else(|| name.into())
 }
 
+/// The name that a file would have for a Hugging Face one.
+pub(super) fn in_file(name: &str) -> String {
+    if let Some((whole, _)) = WHOLE.iter().find(|(_, hugging_face)| *hugging_face == name) {
+        return (*whole).into();
+    }
+    let translated = name.strip_prefix("model.layers.").and_then(|name| {
+        let (layer, rest) = name.split_once('.')?;
+        let (module, kind) = rest.rsplit_once('.')?;
+        let (module, _) = OF_A_LAYER.iter().find(|(_, hugging_face)| *hugging_face == module)?;
+        Some(format!("blk.{layer}.{module}.{kind}"))
+    });
+    translated.unwrap_or_else(|| name.into())
+}
+
 /// Is it the weight or bias of q or k, whose rows rotation pairs?
 pub(super) fn is_rotated(name: &str) -> bool {
     of_a_layer(name).is_some_and(|(_, module, _)| matches!(module, "attn_q" | "attn_k"))

@@ -1,0 +1,128 @@
+//! Text files made from metadata give the ids that the originals give.
+
+use candle_core::quantized::{GgmlDType, gguf_file::Value};
+use overfill_model::text_files;
+use overfill_text::{ChatMessage, TextModel};
+use serde::Deserialize;
+use serde_json::Value as Json;
+
+use super::{golden, here, write, write::Parts, written};
+
+fn text(parts: &Parts) -> TextModel {
+    TextModel::from_files(&text_files(written(parts).path()).unwrap()).unwrap()
+}
+
+#[test]
+fn byte_level_bpe_and_chat_as_the_folder() {
+    let expected: Json =
+        serde_json::from_slice(&std::fs::read(golden("llama-untied", "expected.json")).unwrap()).unwrap();
+    let ids = |value: &Json| serde_json::from_value::<Vec<u32>>(value.clone()).unwrap();
+    let mut parts = write::parts(&golden("llama-untied", "full"), GgmlDType::F32);
+    let model = text(&parts);
+    let sample = expected["text"]["text"].as_str().unwrap();
+    assert_eq!(model.encode(sample, true).unwrap(), ids(&expected["text"]["ids"]));
+    assert_eq!(model.decode(&ids(&expected["text"]["ids"]), true).unwrap(), sample);
+    let messages: Vec<ChatMessage> = serde_json::from_value(expected["chat"]["messages"].clone()).unwrap();
+    assert_eq!(model.encode_chat(&messages, true).unwrap(), ids(&expected["chat"]["ids"]));
+    assert_eq!(model.eos_token_ids(), [1]);
+    assert_eq!(model.vocab_size(), 320);
+
+    parts.set("tokenizer.ggml.add_bos_token", Value::Bool(true));
+    parts.set("tokenizer.ggml.eot_token_id", Value::U32(3));
+    let model = text(&parts);
+    assert_eq!(model.encode(sample, true).unwrap()[..2], [0, ids(&expected["text"]["ids"])[0]]);
+    assert_eq!(model.encode(sample, false).unwrap(), ids(&expected["text"]["ids"]));
+    assert_eq!(model.eos_token_ids(), [1, 3]);
+}
+
+/// The same metadata gives the same bytes: nodes compare their hash.
+#[test]
+fn a_tokenizer_beside_the_file_wins_and_one_that_is_made_is_always_the_same() {
+    let parts = write::parts(&golden("qwen2", "full"), GgmlDType::F32);
+    let (one, two) = (written(&parts), written(&parts));
+    assert_eq!(text_files(one.path()).unwrap(), text_files(two.path()).unwrap());
+
+    let original = std::fs::read(golden("qwen2", "full").join("tokenizer.json")).unwrap();
+    assert_ne!(text_files(one.path()).unwrap().tokenizer_json, original);
+    std::fs::write(one.path().join("tokenizer.json"), &original).unwrap();
+    let files = text_files(&one.path().join("model.gguf")).unwrap();
+    assert_eq!(files.tokenizer_json, original);
+    // What does not lie there still comes from the metadata.
+    assert!(TextModel::from_files(&files).unwrap().has_chat_template());
+    std::fs::write(one.path().join("generation_config.json"), r#"{"eos_token_id": [2, 3]}"#).unwrap();
+    assert_eq!(TextModel::from_files(&text_files(one.path()).unwrap()).unwrap().eos_token_ids(), [2, 3]);
+}
+
+/// A vocabulary of bytes in the byte-level alphabet, of the merges asked for, and of two control tokens.
+fn byte_level(pre: &str, merges: &[&str]) -> Parts {
+    let mut parts = write::parts(&golden("qwen2", "full"), GgmlDType::F32);
+    let printable = |byte: &u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    let shifted = (0..256).filter(|byte| !printable(byte)).zip(256..).map(|(_, letter)| letter);
+    let letters = (0..256).filter(printable).chain(shifted).map(|letter| char::from_u32(letter).unwrap().to_string());
+    let merged = merges.iter().map(|merge| merge.replace(' ', ""));
+    let tokens: Vec<String> =
+        letters.chain(merged).chain(["<|begin_of_text|>".to_string(), "<|eot_id|>".into()]).collect();
+    let count = tokens.len();
+    let kinds = (0..count).map(|id| Value::I32(if id >= count - 2 { 3 } else { 1 }));
+    parts.set("tokenizer.ggml.token_type", Value::Array(kinds.collect()));
+    parts.set("tokenizer.ggml.tokens", write::texts(tokens));
+    parts.set("tokenizer.ggml.merges", write::texts(merges));
+    parts.set("tokenizer.ggml.pre", Value::String(pre.into()));
+    parts.set("tokenizer.ggml.bos_token_id", Value::U32(count as u32 - 2));
+    parts.set("tokenizer.ggml.eos_token_id", Value::U32(count as u32 - 2));
+    parts
+}
+
+fn pieces(parts: &Parts, sample: &str) -> Vec<String> {
+    let model = text(parts);
+    let ids = model.encode(sample, true).unwrap();
+    assert_eq!(model.decode(&ids, true).unwrap(), sample.replace("<|eot_id|>", ""));
+    ids.into_iter().map(|id| model.token_text(id)).collect()
+}
+
+#[test]
+fn each_pre_tokenizer_cuts_numbers_and_words_its_own_way() {
+    let merges = ["1 2", "12 3", "123 4", "Ġ a", "Ġa b", "' S"];
+    let cut = |pre: &str| pieces(&byte_level(pre, &merges), " ab1234'S");
+    assert_eq!(cut("llama-bpe"), ["<|begin_of_text|>", " ab", "123", "4", "'S"]);
+    assert_eq!(cut("qwen2"), [" ab", "1", "2", "3", "4", "'S"]);
+    assert_eq!(cut("smollm"), [" ab", "1", "2", "3", "4", "'", "S"]);
+    assert_eq!(cut("gpt-2"), [" ab", "1234", "'", "S"]);
+    assert_eq!(cut("default"), cut("gpt-2"));
+}
+
+#[test]
+fn control_tokens_are_matched_and_end_a_text() {
+    let parts = byte_level("qwen2", &[]);
+    assert_eq!(pieces(&parts, "a<|eot_id|>b"), ["a", "<|eot_id|>", "b"]);
+    // The one that the metadata names, then those that are known to end a turn.
+    assert_eq!(text(&parts).eos_token_ids(), [256, 257]);
+    // A letter and its accent are one to Qwen's tokenizer.
+    let composed = |pre: &str| {
+        let model = text(&byte_level(pre, &[]));
+        model.encode("e\u{301}", false).unwrap() == model.encode("\u{e9}", false).unwrap()
+    };
+    assert!(composed("qwen2") && !composed("gpt-2"));
+}
+
+#[derive(Deserialize)]
+struct Encoded {
+    text: String,
+    ids: Vec<u32>,
+}
+
+/// A SentencePiece model, and the ids that its own library gives; see make_reference.py.
+#[test]
+fn sentence_piece_as_its_own_library() {
+    let files = text_files(&here("sentencepiece.gguf")).unwrap();
+    let model = TextModel::from_files(&files).unwrap();
+    let cases: Vec<Encoded> = serde_json::from_slice(&std::fs::read(here("sentencepiece.json")).unwrap()).unwrap();
+    assert!(cases.iter().map(|case| case.ids.len()).sum::<usize>() > 1000);
+    for Encoded { text, ids } in cases {
+        assert_eq!(model.encode(&text, false).unwrap(), ids, "{text:?}");
+        assert_eq!(model.decode(&ids, true).unwrap(), text);
+        // Begin-of-text first, since the file does not say otherwise.
+        assert_eq!(model.encode(&text, true).unwrap()[0], 1);
+    }
+    assert_eq!(model.eos_token_ids(), [2]);
+}

@@ -1,0 +1,152 @@
+//! GGUF files written from Hugging Face folders, as llama.cpp's convert_hf_to_gguf.py writes them.
+
+use std::{collections::HashMap, fs, path::Path};
+
+use candle_core::{
+    Device, Tensor,
+    quantized::{
+        GgmlDType, QTensor,
+        gguf_file::{self, Value},
+    },
+};
+use overfill_model::{ModelConfig, RopeScaling, Weights};
+use serde_json::Value as Json;
+
+/// What a file is made of; a test may change it before it is written.
+pub struct Parts {
+    pub metadata: Vec<(String, Value)>,
+    pub tensors: Vec<(String, QTensor)>,
+}
+
+impl Parts {
+    pub fn set(&mut self, key: &str, value: Value) {
+        self.metadata.retain(|(name, _)| name != key);
+        self.metadata.push((key.into(), value));
+    }
+
+    pub fn remove(&mut self, key: &str) {
+        self.metadata.retain(|(name, _)| name != key);
+    }
+
+    pub fn write(&self, file: &Path) {
+        let metadata: Vec<(&str, &Value)> = self.metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
+        let tensors: Vec<(&str, &QTensor)> = self.tensors.iter().map(|(k, v)| (k.as_str(), v)).collect();
+        gguf_file::write(&mut fs::File::create(file).unwrap(), &metadata, &tensors).unwrap();
+    }
+}
+
+pub fn texts<T: ToString>(items: impl IntoIterator<Item = T>) -> Value {
+    Value::Array(items.into_iter().map(|item| Value::String(item.to_string())).collect())
+}
+
+/// Rows as the converter orders those of q and k: per head, `[2, half]` becomes `[half, 2]`.
+fn permute(tensor: &Tensor, head_dim: usize) -> Tensor {
+    let (shape, heads) = (tensor.dims().to_vec(), tensor.dim(0).unwrap() / head_dim);
+    let split = tensor.reshape((heads, 2, head_dim / 2, shape[1..].iter().product::<usize>())).unwrap();
+    split.transpose(1, 2).unwrap().contiguous().unwrap().reshape(shape).unwrap()
+}
+
+fn gguf_name(name: &str) -> String {
+    let fixed = [("model.embed_tokens.", "token_embd."), ("model.norm.", "output_norm."), ("lm_head.", "output.")];
+    for (from, to) in fixed {
+        if let Some(rest) = name.strip_prefix(from) {
+            return format!("{to}{rest}");
+        }
+    }
+    let mut name = name.replace("model.layers.", "blk.");
+    for (from, to) in [
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+    ] {
+        name = name.replace(from, to);
+    }
+    name
+}
+
+/// The parts of a file of `folder`'s model, matrices stored as `dtype`.
+pub fn parts(folder: &Path, dtype: GgmlDType) -> Parts {
+    let (config, weights) = (ModelConfig::from_folder(folder).unwrap(), Weights::open(folder).unwrap());
+    let class = config.raw["architectures"][0].as_str().unwrap();
+    let architecture =
+        HashMap::from([("LlamaForCausalLM", "llama"), ("Qwen2ForCausalLM", "qwen2"), ("Qwen3ForCausalLM", "qwen3")])
+            [class];
+    let mut tensors = Vec::new();
+    for (name, shape) in config.tensor_shapes() {
+        let mut tensor = weights.load(&name, &shape, &Device::Cpu).unwrap();
+        if architecture == "llama" && (name.contains("q_proj") || name.contains("k_proj")) {
+            tensor = permute(&tensor, config.head_dim);
+        }
+        let stored = if shape.len() == 1 { GgmlDType::F32 } else { dtype };
+        tensors.push((gguf_name(&name), QTensor::quantize(&tensor, stored).unwrap()));
+    }
+    let mut metadata: Vec<(String, Value)> = Vec::new();
+    let mut add = |key: &str, value: Value| metadata.push((key.replace("ARCH", architecture), value));
+    let size = |n: usize| Value::U32(n as u32);
+    add("general.architecture", Value::String(architecture.into()));
+    add("ARCH.block_count", size(config.num_hidden_layers));
+    add("ARCH.embedding_length", size(config.hidden_size));
+    add("ARCH.feed_forward_length", size(config.intermediate_size));
+    add("ARCH.attention.head_count", size(config.num_attention_heads));
+    add("ARCH.attention.head_count_kv", size(config.num_key_value_heads));
+    add("ARCH.attention.key_length", size(config.head_dim));
+    add("ARCH.attention.value_length", size(config.head_dim));
+    add("ARCH.rope.dimension_count", size(config.head_dim));
+    add("ARCH.context_length", size(config.max_position_embeddings));
+    add("ARCH.attention.layer_norm_rms_epsilon", Value::F32(config.rms_norm_eps as f32));
+    add("ARCH.rope.freq_base", Value::F32(config.rope_theta as f32));
+    add_tokenizer(folder, &mut add);
+    match &config.rope_scaling {
+        RopeScaling::None => {}
+        RopeScaling::Linear { factor } => {
+            add("ARCH.rope.scaling.type", Value::String("linear".into()));
+            add("ARCH.rope.scaling.factor", Value::F32(*factor as f32));
+        }
+        RopeScaling::Llama3 { .. } => tensors.push(rope_factors(&config)),
+        RopeScaling::Factors(_) => panic!("not in a Hugging Face folder"),
+    }
+    Parts { metadata, tensors }
+}
+
+/// The converter's factors are what the frequencies were divided by.
+pub fn rope_factors(config: &ModelConfig) -> (String, QTensor) {
+    let unscaled = ModelConfig { rope_scaling: RopeScaling::None, ..config.clone() };
+    let pairs = unscaled.inverse_frequencies().into_iter().zip(config.inverse_frequencies());
+    let factors = Tensor::from_iter(pairs.map(|(plain, scaled)| plain / scaled), &Device::Cpu).unwrap();
+    ("rope_freqs.weight".into(), QTensor::quantize(&factors, GgmlDType::F32).unwrap())
+}
+
+fn add_tokenizer(folder: &Path, add: &mut dyn FnMut(&str, Value)) {
+    let json = |name: &str| -> Json { serde_json::from_slice(&fs::read(folder.join(name)).unwrap()).unwrap() };
+    let tokenizer = json("tokenizer.json");
+    let vocab = tokenizer["model"]["vocab"].as_object().unwrap();
+    let mut tokens: Vec<(u64, &str)> = vocab.iter().map(|(token, id)| (id.as_u64().unwrap(), token.as_str())).collect();
+    tokens.sort_unstable();
+    let special: Vec<u64> =
+        tokenizer["added_tokens"].as_array().unwrap().iter().map(|t| t["id"].as_u64().unwrap()).collect();
+    let merges = tokenizer["model"]["merges"].as_array().unwrap().iter().map(|merge| match merge {
+        Json::String(merge) => merge.clone(),
+        pair => format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
+    });
+    add("tokenizer.ggml.model", Value::String("gpt2".into()));
+    add("tokenizer.ggml.pre", Value::String("gpt-2".into()));
+    add("tokenizer.ggml.tokens", texts(tokens.iter().map(|(_, token)| token)));
+    let kinds = tokens.iter().map(|(id, _)| Value::I32(if special.contains(id) { 3 } else { 1 }));
+    add("tokenizer.ggml.token_type", Value::Array(kinds.collect()));
+    add("tokenizer.ggml.merges", texts(merges));
+    let generation = json("generation_config.json");
+    for (key, field) in [("bos", "bos_token_id"), ("eos", "eos_token_id")] {
+        let id = generation[field].as_u64().unwrap();
+        add(&format!("tokenizer.ggml.{key}_token_id"), Value::U32(id as u32));
+    }
+    let template = fs::read_to_string(folder.join("chat_template.jinja")).unwrap();
+    add("tokenizer.chat_template", Value::String(template));
+}
