@@ -1,10 +1,11 @@
-//! What every service process does the same way: start, say that it is ready, show its state, and stop.
+//! What every service process does the same way: start, say that it is ready, find the others, show its state, and stop.
 //!
 //! A service crate gives [`process::run`] its checked configuration and a function that binds and serves; the rest
 //! (logs, signals, exit codes) happens here.
 
 pub mod admin;
 pub mod config;
+pub mod discovery;
 pub mod grpc;
 pub mod load;
 pub mod metrics;

@@ -4,6 +4,7 @@ use std::{future::pending, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use overfill_cluster::{
     Admin, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown,
+    discovery::{self, NodeRole, Registration},
     grpc::{self, BindError},
     serve_admin,
 };
@@ -55,6 +56,9 @@ pub enum NodeError {
     /// The KV plane's task panicked.
     #[error("receiving KV: {0}")]
     Receiving(#[source] JoinError),
+    /// The task that keeps the node registered panicked.
+    #[error("registering: {0}")]
+    Registering(#[source] JoinError),
     /// The engine's thread ended while the node was serving.
     #[error("the engine ended unexpectedly")]
     EngineEnded,
@@ -149,10 +153,27 @@ impl DecodeNode {
             max_context_tokens: max_context_tokens as u32,
             total_blocks: self.config.kv_blocks as u32,
             max_running_requests: self.config.max_running as u32,
-            kv_endpoint: self.config.kv_advertise.clone().unwrap_or_else(|| self.kv_address.to_string()),
+            kv_endpoint: self.config.advertise_kv.clone().unwrap_or_else(|| self.kv_address.to_string()),
             version: env!("CARGO_PKG_VERSION").into(),
             weight_dtype: self.config.load.weights.to_string(),
             eos_token_ids: self.model.eos_token_ids().to_vec(),
+        }
+    }
+
+    fn registration(&self, info: &v1::NodeInfo, schema: &KvSchema) -> Registration {
+        Registration {
+            role: NodeRole::Decode,
+            node_id: info.node_id.clone(),
+            incarnation: info.incarnation.clone(),
+            grpc: self.config.advertise_grpc.clone().unwrap_or_else(|| self.grpc_address.to_string()),
+            kv: Some(info.kv_endpoint.clone()),
+            model: info.model.clone(),
+            full_model: schema.full_model.clone(),
+            kv_schema_digest: schema.digest_hex(),
+            total_blocks: info.total_blocks,
+            max_running_requests: info.max_running_requests,
+            max_context_tokens: info.max_context_tokens,
+            version: info.version.clone(),
         }
     }
 
@@ -161,12 +182,18 @@ impl DecodeNode {
         let schema = self.model.kv_schema();
         let max_context_tokens = self.model.max_context_tokens().min(self.config.kv_blocks * BLOCK_TOKENS);
         let info = self.info(&schema, max_context_tokens);
+        let registration = self.registration(&info, &schema);
         let limits = Limits { max_running: self.config.max_running, max_waiting: self.config.max_waiting };
         let load = self.load;
         let (engine, mut engine_end) = engine::start(self.model, self.cache, self.pool, load.clone(), limits)?;
         let service = DecodeService {
             engine,
-            limits: RequestLimits { schema, max_context_tokens, default_deadline: self.config.default_deadline },
+            limits: RequestLimits {
+                schema,
+                max_context_tokens,
+                default_deadline: self.config.default_deadline,
+                incarnation: info.incarnation.clone(),
+            },
             info,
             receiver: self.receiver,
             load: load.clone(),
@@ -198,6 +225,11 @@ impl DecodeNode {
                 health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
             }
         };
+        // The listener takes connections already, so whoever finds the node is served.
+        let registered = self
+            .config
+            .etcd
+            .map(|etcd| shutdown.spawn("registration", discovery::register(etcd, registration, shutdown.token())));
         let server = grpc::server()
             .add_service(service)
             .add_service(health_service)
@@ -210,6 +242,9 @@ impl DecodeNode {
         }
         // The service is gone, and with it the last way into the engine.
         ended(&mut engine_end).await;
+        if let Some(registered) = registered {
+            registered.await.map_err(NodeError::Registering)?;
+        }
         drop(self.receiver_stop);
         self.receiving.await.map_err(NodeError::Receiving)
     }

@@ -4,6 +4,7 @@ use std::{future::pending, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use overfill_cluster::{
     Admin, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown,
+    discovery::{self, NodeRole, Registration},
     grpc::{self, BindError},
     serve_admin,
 };
@@ -51,6 +52,9 @@ pub enum NodeError {
     /// Loading the model panicked.
     #[error("loading the model: {0}")]
     Loading(#[from] JoinError),
+    /// The task that keeps the node registered panicked.
+    #[error("registering: {0}")]
+    Registering(#[source] JoinError),
     /// The engine's thread ended while the node was serving.
     #[error("the engine ended unexpectedly")]
     EngineEnded,
@@ -138,11 +142,29 @@ impl PrefillNode {
         }
     }
 
+    fn registration(&self, info: &v1::NodeInfo, schema: &KvSchema) -> Registration {
+        Registration {
+            role: NodeRole::Prefill,
+            node_id: info.node_id.clone(),
+            incarnation: info.incarnation.clone(),
+            grpc: self.config.advertise_grpc.clone().unwrap_or_else(|| self.grpc_address.to_string()),
+            kv: None,
+            model: info.model.clone(),
+            full_model: schema.full_model.clone(),
+            kv_schema_digest: schema.digest_hex(),
+            total_blocks: info.total_blocks,
+            max_running_requests: info.max_running_requests,
+            max_context_tokens: info.max_context_tokens,
+            version: info.version.clone(),
+        }
+    }
+
     /// Serves until the shutdown begins and what runs then has ended.
     pub async fn run(self, shutdown: Shutdown) -> Result<(), NodeError> {
         let schema = self.model.producer_schema();
         let max_context_tokens = self.model.max_context_tokens().min(self.config.kv_blocks * BLOCK_TOKENS);
         let info = self.info(&schema, max_context_tokens);
+        let registration = self.registration(&info, &schema);
         let limits = Limits {
             max_batch_tokens: self.config.max_batch_tokens,
             max_running: self.config.max_running,
@@ -154,7 +176,12 @@ impl PrefillNode {
             engine::start(self.model, self.cache, self.pool, load.clone(), limits, transfer)?;
         let service = PrefillService {
             engine,
-            limits: RequestLimits { schema, max_context_tokens, default_deadline: self.config.default_deadline },
+            limits: RequestLimits {
+                schema,
+                max_context_tokens,
+                default_deadline: self.config.default_deadline,
+                incarnation: info.incarnation.clone(),
+            },
             info,
             files: Arc::new(self.files),
             load: load.clone(),
@@ -186,6 +213,11 @@ impl PrefillNode {
                 health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
             }
         };
+        // The listener takes connections already, so whoever finds the node is served.
+        let registered = self
+            .config
+            .etcd
+            .map(|etcd| shutdown.spawn("registration", discovery::register(etcd, registration, shutdown.token())));
         let server = grpc::server()
             .add_service(service)
             .add_service(health_service)
@@ -198,6 +230,9 @@ impl PrefillNode {
         }
         // The service is gone, and with it the last way into the engine.
         ended(&mut engine_end).await;
+        if let Some(registered) = registered {
+            registered.await.map_err(NodeError::Registering)?;
+        }
         Ok(())
     }
 }

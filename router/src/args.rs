@@ -2,7 +2,10 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use overfill_cluster::{ConfigError, ProcessArgs};
+use overfill_cluster::{
+    ConfigError, ProcessArgs,
+    discovery::{EtcdArgs, EtcdConfig},
+};
 
 /// Longest time that can be set: a day.
 const MAX_SECONDS: f64 = 86_400.0;
@@ -10,10 +13,10 @@ const MAX_SECONDS: f64 = 86_400.0;
 /// Settings as given on the command line or in the environment.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// gRPC address of a prefill node; repeat it or separate several by commas.
+    /// gRPC address of a prefill node; repeat it or separate several by commas. Needed unless nodes register in etcd.
     #[arg(long = "prefill-url", env = "OVERFILL_PREFILL_URL", value_delimiter = ',')]
     pub prefill_url: Vec<String>,
-    /// gRPC address of a decode node; repeat it or separate several by commas.
+    /// gRPC address of a decode node; repeat it or separate several by commas. Needed unless nodes register in etcd.
     #[arg(long = "decode-url", env = "OVERFILL_DECODE_URL", value_delimiter = ',')]
     pub decode_url: Vec<String>,
     /// Where the OpenAI API is served, with /health, /live and /metrics.
@@ -40,6 +43,9 @@ pub struct Args {
     /// Largest HTTP request body.
     #[arg(long, env = "OVERFILL_MAX_BODY_BYTES", default_value_t = 16 << 20)]
     pub max_body_bytes: usize,
+    /// Where nodes register.
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
     /// Settings of the process.
     #[command(flatten)]
     pub process: ProcessArgs,
@@ -68,6 +74,8 @@ pub struct Config {
     pub max_attempts: u32,
     /// Largest HTTP body.
     pub max_body_bytes: usize,
+    /// Where nodes register; `None`: only the URLs count.
+    pub etcd: Option<EtcdConfig>,
 }
 
 impl Config {
@@ -84,6 +92,7 @@ impl Config {
             max_queue: Duration::from_secs(60),
             max_attempts: 4,
             max_body_bytes: 16 << 20,
+            etcd: None,
         }
     }
 }
@@ -102,11 +111,14 @@ impl Args {
             max_queue_seconds,
             max_attempts,
             max_body_bytes,
+            etcd,
             process: _,
         } = self;
         let mut faults = Vec::new();
+        let from_etcd = !etcd.etcd_url.is_empty();
         let mut urls = |flag, list: Vec<String>| {
-            ConfigError::check(&mut faults, !list.is_empty(), flag, "given at least once", "nothing");
+            let enough = from_etcd || !list.is_empty();
+            ConfigError::check(&mut faults, enough, flag, "given at least once, or --etcd-url", "nothing");
             for url in &list {
                 let usable = url.starts_with("http://") && tonic::transport::Endpoint::from_shared(url.clone()).is_ok();
                 ConfigError::check(&mut faults, usable, flag, "like http://127.0.0.1:50061", url);
@@ -139,6 +151,7 @@ impl Args {
         ConfigError::check(&mut faults, max_waiting <= 1_000_000, "max-waiting", "at most 1000000", max_waiting);
         ConfigError::check(&mut faults, max_attempts >= 1, "max-attempts", "at least 1", max_attempts);
         ConfigError::check(&mut faults, max_body_bytes >= 1024, "max-body-bytes", "at least 1024", max_body_bytes);
+        let etcd = etcd.validate(&mut faults);
         match (http, grpc, default_deadline, max_queue, faults.is_empty()) {
             (Some(http), Some(grpc), Some(default_deadline), Some(max_queue), true) => Ok(Config {
                 prefill_urls,
@@ -151,6 +164,7 @@ impl Args {
                 max_queue,
                 max_attempts,
                 max_body_bytes,
+                etcd,
             }),
             _ => Err(faults),
         }
@@ -185,6 +199,12 @@ mod tests {
         ])
         .unwrap();
         assert_eq!((config.prefill_urls.len(), config.decode_urls.len()), (2, 2));
+    }
+
+    #[test]
+    fn lists_may_be_empty_with_etcd_alone() {
+        assert!(validate(&["--etcd-url", "http://a:2379,http://b:2379"]).unwrap().etcd.is_some());
+        assert_eq!(validate(&[]).unwrap_err().len(), 2);
     }
 
     #[test]

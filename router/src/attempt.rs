@@ -150,6 +150,7 @@ pub fn run(
                 deadline_seconds: seconds_until(deadline),
                 generated_tokens: plan.generated,
                 producer: prefiller.schema.full_model.clone().unwrap_or_default(),
+                incarnation: decoder.info.incarnation.clone(),
             };
             let mut client = decoder.decode_client();
             let opened = timeout_at(deadline, client.decode(request)).await.map_err(|_| AttemptError::Deadline)?;
@@ -179,6 +180,7 @@ pub fn run(
             prompt_logprobs: plan.prompt_logprobs,
             deadline_seconds: seconds_until(deadline),
             generated_tokens: plan.generated,
+            incarnation: prefiller.info.incarnation.clone(),
         };
         let mut client = prefiller.prefill_client();
         let opened = timeout_at(deadline, client.prefill(request)).await.map_err(|_| AttemptError::Deadline)?;

@@ -3,7 +3,8 @@
 //!
 //! The way of one request: [`openai`] or [`grpc`] checks it into a [`request::Generation`]; [`admission`] lets it in;
 //! [`generate`] leads it from attempt to attempt and turns tokens into text; [`attempt`] is one pass over one decode
-//! and one prefill node, chosen by [`pick`] from the view that [`nodes`] keeps.
+//! and one prefill node, chosen by [`pick`] from the view that [`nodes`] keeps ([`join`] makes a node
+//! of an address).
 
 pub mod admission;
 pub mod affinity;
@@ -12,6 +13,7 @@ pub mod attempt;
 pub mod error;
 pub mod generate;
 pub mod grpc;
+pub mod join;
 pub mod metrics;
 pub mod node;
 pub mod nodes;

@@ -60,6 +60,8 @@ impl Metrics {
     /// The series of one sequence. If it is dropped before [`RequestMetrics::finished`], the client went away.
     pub fn request(self: &Arc<Self>, model: &str, prompt_tokens: usize) -> RequestMetrics {
         self.prompt_tokens.with_label_values(&[model]).inc_by(prompt_tokens as u64);
+        // Shown as 0 from the beginning.
+        self.migrations.with_label_values(&[model]);
         RequestMetrics {
             first_token: self.first_token.with_label_values(&[model]),
             inter_token: self.inter_token.with_label_values(&[model]),

@@ -1,14 +1,17 @@
 //! The process: listeners, servers, and their end.
 
-use std::{io, net::SocketAddr, process::ExitCode, sync::Arc};
+use std::{io, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use axum::serve::ListenerExt as _;
-use overfill_cluster::{Admin, Health, MetricsError, ReadyLine, Shutdown, grpc, process};
+use overfill_cluster::{Admin, Health, MetricsError, ReadyLine, Shutdown, discovery, grpc, process};
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1};
 use tokio::net::TcpListener;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{Args, Config, generate::Core, grpc::RouterService, metrics::Metrics, nodes::Nodes, openai};
+
+/// How long the tasks that follow nodes may take to end.
+const MEMBERSHIP_END: Duration = Duration::from_secs(5);
 
 /// Why the router could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +74,9 @@ impl Router {
         // Running requests still need the nodes after the shutdown has begun: their tasks end with this one.
         let membership = Shutdown::new();
         let nodes = Nodes::follow(&config.prefill_urls, &config.decode_urls, &membership);
+        if let Some(etcd) = config.etcd.clone() {
+            nodes.follow_members(discovery::follow(etcd, &membership), &membership);
+        }
         let core = Core::new(nodes, metrics.clone(), &config);
 
         let (reporter, health) = tonic_health::server::health_reporter();
@@ -102,6 +108,9 @@ impl Router {
         });
         shutdown.begin();
         membership.begin();
+        if !membership.wait(MEMBERSHIP_END).await {
+            warn!(seconds = MEMBERSHIP_END.as_secs(), "tasks that follow nodes have not ended");
+        }
         info!("router has ended");
         result.map(|_| ())
     }

@@ -99,10 +99,12 @@ impl Pair {
             kv_blocks: sizes.prefill_blocks,
             listen: any,
             admin: any,
+            advertise_grpc: None,
             max_batch_tokens: sizes.max_batch_tokens,
             max_running: sizes.max_running,
             max_waiting: sizes.max_waiting,
             default_deadline: PATIENCE,
+            etcd: None,
         })
         .await?;
         let decode = DecodeNode::bind(overfill_decode_node::Config {
@@ -114,10 +116,12 @@ impl Pair {
             listen: any,
             admin: any,
             kv_listen: any,
-            kv_advertise: None,
+            advertise_kv: None,
+            advertise_grpc: None,
             max_running: sizes.max_running,
             max_waiting: sizes.max_waiting,
             default_deadline: PATIENCE,
+            etcd: None,
         })
         .await?;
         let shutdown = Shutdown::new();
@@ -146,6 +150,7 @@ impl Pair {
             deadline_seconds: 0.0,
             generated_tokens: ask.generated,
             producer: self.producer.clone(),
+            incarnation: String::new(),
         }
     }
 
@@ -163,6 +168,7 @@ impl Pair {
             prompt_logprobs: false,
             deadline_seconds: 0.0,
             generated_tokens: ask.generated,
+            incarnation: String::new(),
         }
     }
 
