@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
+use crate::metrics::{self, Router};
 use crate::wait::wait_for;
 
 /// Longest wait for a cluster to serve.
@@ -114,11 +115,6 @@ impl Cluster {
         Ok(Refused { status: status?, stderr: text(stderr) })
     }
 
-    /// Address of the OpenAI API, without `/v1`.
-    pub fn http(&self) -> &str {
-        &self.ready.http
-    }
-
     /// Address of the router's gRPC.
     pub fn grpc(&self) -> &str {
         &self.ready.grpc
@@ -142,16 +138,7 @@ impl Cluster {
     /// A gauge's value on one node, summed over its labels.
     pub fn gauge(&self, process: &Process, name: &str) -> Result<f64> {
         let admin = process.admin.as_ref().with_context(|| format!("{} has no admin port", process.name))?;
-        let text = ureq::get(&format!("{admin}/metrics")).timeout(Duration::from_secs(10)).call()?.into_string()?;
-        let mut sum = None;
-        for line in text.lines() {
-            let Some(rest) = line.strip_prefix(name) else { continue };
-            if rest.starts_with(['{', ' ']) {
-                let value: f64 = rest.rsplit(' ').next().unwrap_or_default().parse().context(line.to_owned())?;
-                sum = Some(sum.unwrap_or(0.0) + value);
-            }
-        }
-        sum.with_context(|| format!("{} shows no {name}", process.name))
+        metrics::read(admin, name, "")?.with_context(|| format!("{} shows no {name}", process.name))
     }
 
     /// Waits until no node holds anything for a request.
@@ -184,6 +171,12 @@ impl Cluster {
     /// Process id of `overfill up` itself.
     pub fn pid(&self) -> u32 {
         self.up.id()
+    }
+}
+
+impl Router for Cluster {
+    fn http(&self) -> &str {
+        &self.ready.http
     }
 }
 

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use overfill_tests::cluster::binary;
-use overfill_tests::{Cluster, Completion, Golden, Request, wait_for};
+use overfill_tests::{Cluster, Completion, Golden, Request, Router as _, wait_for};
 use serde_json::json;
 
 /// Long enough that no request ends by itself before its client goes.
