@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod config;
 pub mod discovery;
+pub mod drain;
 pub mod grpc;
 pub mod load;
 pub mod metrics;
@@ -14,8 +15,9 @@ pub mod ready;
 pub mod shutdown;
 pub mod telemetry;
 
-pub use admin::{Admin, Health, serve_admin};
+pub use admin::{Admin, AdminServer, Health, Started};
 pub use config::ConfigError;
+pub use drain::Drain;
 pub use load::{Load, LoadState};
 pub use metrics::{MetricsError, NodeMetrics};
 pub use process::{EXIT_CONFIG, EXIT_FAILURE, ProcessArgs};

@@ -3,10 +3,9 @@
 use std::{future::pending, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use overfill_cluster::{
-    Admin, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown,
+    Admin, AdminServer, Drain, Health, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown, Started,
     discovery::{self, NodeRole, Registration},
     grpc::{self, BindError},
-    serve_admin,
 };
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema};
 use overfill_model::{KvCache, Model, ModelError};
@@ -68,7 +67,8 @@ pub enum NodeError {
 pub struct DecodeNode {
     config: Config,
     grpc: TcpListener,
-    admin: TcpListener,
+    admin: Admin,
+    admin_server: AdminServer,
     grpc_address: SocketAddr,
     admin_address: SocketAddr,
     kv_address: SocketAddr,
@@ -86,7 +86,11 @@ impl DecodeNode {
     /// Binds the listeners, then loads the model.
     pub async fn bind(config: Config) -> Result<Self, NodeError> {
         let grpc = grpc::bind("listen", config.listen).await?;
-        let admin = grpc::bind("admin", config.admin).await?;
+        let admin_listener = grpc::bind("admin", config.admin).await?;
+        let admin_address = admin_listener.local_addr()?;
+        // Before the model is loaded, which may take minutes.
+        let admin = Admin::default();
+        let admin_server = AdminServer::start(admin_listener, admin.clone());
         let kv = grpc::bind("kv-listen", config.kv_listen).await?;
         let kv_address = kv.local_addr()?;
         let Config { model: folder, load: options, kv_blocks, .. } = config.clone();
@@ -106,15 +110,16 @@ impl DecodeNode {
         let receiving_load = Box::new(move || (counted.open_handoffs(), counted.stranded_bytes()));
         Ok(Self {
             grpc_address: grpc.local_addr()?,
-            admin_address: admin.local_addr()?,
+            admin_address,
             kv_address,
             receiver,
             receiving,
             receiver_stop: stop.drop_guard(),
-            load: LoadState::new(pool.clone(), metrics, Some(receiving_load)),
+            load: LoadState::new(pool.clone(), metrics, Some(receiving_load), config.step_timeout),
             config,
             grpc,
             admin,
+            admin_server,
             model,
             cache,
             pool,
@@ -198,17 +203,22 @@ impl DecodeNode {
             receiver: self.receiver,
             load: load.clone(),
             shutdown: shutdown.clone(),
+            drain: Drain::new(&shutdown, self.config.drain_timeout),
         };
         let service = DecodeServer::new(service)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
 
-        let mut admin = Admin::new(load.metrics().registry.clone(), &shutdown);
-        let state = load.clone();
-        let refreshed = load.clone();
-        admin.refresh = Arc::new(move || refreshed.refresh_metrics());
-        let (_admin_end, admin_ended) = oneshot::channel::<()>();
-        shutdown.spawn("admin", serve_admin(self.admin, admin, async { drop(admin_ended.await) }));
+        let (state, asked, refreshed) = (load.clone(), load.clone(), load.clone());
+        self.admin.start(Started {
+            registry: load.metrics().registry.clone(),
+            ready: Box::new(move || match (asked.is_draining(), asked.is_stalled()) {
+                (true, _) => Health::NotServing("draining".into()),
+                (_, true) => Health::NotServing("the engine does not get on with its work".into()),
+                _ => Health::Serving,
+            }),
+            refresh: Box::new(move || refreshed.refresh_metrics()),
+        });
 
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<DecodeServer<DecodeService>>().await;
@@ -245,6 +255,7 @@ impl DecodeNode {
         if let Some(registered) = registered {
             registered.await.map_err(NodeError::Registering)?;
         }
+        self.admin_server.end().await?;
         drop(self.receiver_stop);
         self.receiving.await.map_err(NodeError::Receiving)
     }

@@ -36,7 +36,7 @@ pub struct Args {
     /// Address of the gRPC service.
     #[arg(long, env = "OVERFILL_LISTEN", default_value = "127.0.0.1:0")]
     pub listen: String,
-    /// Address of /health, /live and /metrics.
+    /// Address of /startup, /live, /ready and /metrics.
     #[arg(long, env = "OVERFILL_ADMIN", default_value = "127.0.0.1:0")]
     pub admin: String,
     /// The gRPC address as routers must dial it, host:port; by default the one that is listened on. Only for etcd.
@@ -54,6 +54,12 @@ pub struct Args {
     /// Seconds that a request may take when it does not say.
     #[arg(long, env = "OVERFILL_DEFAULT_DEADLINE_SECONDS", default_value_t = 600.0)]
     pub default_deadline_seconds: f64,
+    /// When the node shuts down, requests that still run after this long are given back to their router, to go on elsewhere.
+    #[arg(long, env = "OVERFILL_DRAIN_TIMEOUT_SECONDS", default_value_t = 25.0)]
+    pub drain_timeout_seconds: f64,
+    /// Longest step of the engine; beyond it the node is not ready, and routers leave it.
+    #[arg(long, env = "OVERFILL_STEP_TIMEOUT_SECONDS", default_value_t = 60.0)]
+    pub step_timeout_seconds: f64,
     /// Where the node registers.
     #[command(flatten)]
     pub etcd: EtcdArgs,
@@ -89,6 +95,10 @@ pub struct Config {
     pub max_waiting: usize,
     /// For requests without a deadline of their own.
     pub default_deadline: Duration,
+    /// How long requests may go on when the node shuts down.
+    pub drain_timeout: Duration,
+    /// Longest step of the engine.
+    pub step_timeout: Duration,
     /// Where the node registers; `None`: nowhere.
     pub etcd: Option<EtcdConfig>,
 }
@@ -111,6 +121,8 @@ impl Args {
             max_running,
             max_waiting,
             default_deadline_seconds,
+            drain_timeout_seconds,
+            step_timeout_seconds,
             etcd,
             process: _,
         } = self;
@@ -137,6 +149,12 @@ impl Args {
         let deadline_ok = default_deadline_seconds > 0.0 && default_deadline_seconds <= MAX_DEADLINE_SECONDS;
         let limit = format!("in (0, {MAX_DEADLINE_SECONDS}]");
         ConfigError::check(f, deadline_ok, "default-deadline-seconds", limit, default_deadline_seconds);
+        let drain_ok = (0.0..=MAX_DEADLINE_SECONDS).contains(&drain_timeout_seconds);
+        let limit = format!("in [0, {MAX_DEADLINE_SECONDS}]");
+        ConfigError::check(f, drain_ok, "drain-timeout-seconds", limit, drain_timeout_seconds);
+        let step_ok = step_timeout_seconds > 0.0 && step_timeout_seconds <= MAX_DEADLINE_SECONDS;
+        let limit = format!("in (0, {MAX_DEADLINE_SECONDS}]");
+        ConfigError::check(f, step_ok, "step-timeout-seconds", limit, step_timeout_seconds);
         let etcd = etcd.validate(f);
         // Nobody but etcd is told it.
         ConfigError::check_advertised(
@@ -160,6 +178,8 @@ impl Args {
                     max_running,
                     max_waiting,
                     default_deadline: Duration::from_secs_f64(default_deadline_seconds),
+                    drain_timeout: Duration::from_secs_f64(drain_timeout_seconds),
+                    step_timeout: Duration::from_secs_f64(step_timeout_seconds),
                     etcd,
                 })
             }

@@ -3,10 +3,9 @@
 use std::{future::pending, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use overfill_cluster::{
-    Admin, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown,
+    Admin, AdminServer, Drain, Health, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown, Started,
     discovery::{self, NodeRole, Registration},
     grpc::{self, BindError},
-    serve_admin,
 };
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema};
 use overfill_model::{KvCache, Model, ModelError};
@@ -64,7 +63,8 @@ pub enum NodeError {
 pub struct PrefillNode {
     config: Config,
     grpc: TcpListener,
-    admin: TcpListener,
+    admin: Admin,
+    admin_server: AdminServer,
     grpc_address: SocketAddr,
     admin_address: SocketAddr,
     model: Model,
@@ -78,7 +78,11 @@ impl PrefillNode {
     /// Binds the listeners, then loads the model.
     pub async fn bind(config: Config) -> Result<Self, NodeError> {
         let grpc = grpc::bind("listen", config.listen).await?;
-        let admin = grpc::bind("admin", config.admin).await?;
+        let admin_listener = grpc::bind("admin", config.admin).await?;
+        let admin_address = admin_listener.local_addr()?;
+        // Before the model is loaded, which may take minutes.
+        let admin = Admin::default();
+        let admin_server = AdminServer::start(admin_listener, admin.clone());
         let Config { model: folder, load: options, kv_blocks, .. } = config.clone();
         let load = move || -> Result<_, NodeError> {
             let files = TextFiles::from_folder(&folder)?;
@@ -91,11 +95,12 @@ impl PrefillNode {
         let metrics = NodeMetrics::new(config.served_model_name.as_deref().unwrap_or(model.name()))?;
         Ok(Self {
             grpc_address: grpc.local_addr()?,
-            admin_address: admin.local_addr()?,
-            load: LoadState::new(pool.clone(), metrics, None),
+            admin_address,
+            load: LoadState::new(pool.clone(), metrics, None, config.step_timeout),
             config,
             grpc,
             admin,
+            admin_server,
             model,
             cache,
             files,
@@ -186,17 +191,22 @@ impl PrefillNode {
             files: Arc::new(self.files),
             load: load.clone(),
             shutdown: shutdown.clone(),
+            drain: Drain::new(&shutdown, self.config.drain_timeout),
         };
         let service = PrefillServer::new(service)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
 
-        let mut admin = Admin::new(load.metrics().registry.clone(), &shutdown);
-        let state = load.clone();
-        let refreshed = load.clone();
-        admin.refresh = Arc::new(move || refreshed.refresh_metrics());
-        let (_admin_end, admin_ended) = oneshot::channel::<()>();
-        shutdown.spawn("admin", serve_admin(self.admin, admin, async { drop(admin_ended.await) }));
+        let (state, asked, refreshed) = (load.clone(), load.clone(), load.clone());
+        self.admin.start(Started {
+            registry: load.metrics().registry.clone(),
+            ready: Box::new(move || match (asked.is_draining(), asked.is_stalled()) {
+                (true, _) => Health::NotServing("draining".into()),
+                (_, true) => Health::NotServing("the engine does not get on with its work".into()),
+                _ => Health::Serving,
+            }),
+            refresh: Box::new(move || refreshed.refresh_metrics()),
+        });
 
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<PrefillServer<PrefillService>>().await;
@@ -233,6 +243,7 @@ impl PrefillNode {
         if let Some(registered) = registered {
             registered.await.map_err(NodeError::Registering)?;
         }
+        self.admin_server.end().await?;
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use std::{io, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use axum::serve::ListenerExt as _;
-use overfill_cluster::{Admin, Health, MetricsError, ReadyLine, Shutdown, discovery, grpc, process};
+use overfill_cluster::{Admin, Health, MetricsError, ReadyLine, Shutdown, Started, discovery, grpc, process};
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1};
 use tokio::net::TcpListener;
 use tracing::{info, warn};
@@ -116,10 +116,10 @@ impl Router {
     }
 }
 
-/// `/health`, `/live` and `/metrics`, off the router's state.
+/// The admin routes, off the router's state.
 fn admin(core: Core, metrics: Arc<Metrics>, shutdown: &Shutdown) -> Admin {
     let (shutdown, nodes) = (shutdown.clone(), core.nodes.clone());
-    let health = move || {
+    let ready = move || {
         let view = nodes.view();
         if shutdown.has_begun() {
             return Health::NotServing("shutting down".into());
@@ -144,7 +144,9 @@ fn admin(core: Core, metrics: Arc<Metrics>, shutdown: &Shutdown) -> Admin {
             refreshed.nodes.with_label_values(&[role, if node.healthy { "up" } else { "down" }]).inc();
         }
     };
-    Admin { registry: metrics.registry.clone(), health: Arc::new(health), refresh: Arc::new(refresh) }
+    let admin = Admin::default();
+    admin.start(Started { registry: metrics.registry.clone(), ready: Box::new(ready), refresh: Box::new(refresh) });
+    admin
 }
 
 /// The router as a program: from settings to exit code.
