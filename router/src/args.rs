@@ -19,7 +19,7 @@ pub struct Args {
     /// gRPC address of a decode node; repeat it or separate several by commas. Needed unless nodes register in etcd.
     #[arg(long = "decode-url", env = "OVERFILL_DECODE_URL", value_delimiter = ',')]
     pub decode_url: Vec<String>,
-    /// Where the OpenAI API is served, with /health, /live and /metrics.
+    /// Where the OpenAI API is served, with /startup, /live, /ready and /metrics.
     #[arg(long, env = "OVERFILL_HTTP", default_value = "127.0.0.1:8080")]
     pub http: String,
     /// Where gRPC is served.
@@ -40,6 +40,15 @@ pub struct Args {
     /// Passes over the nodes that one request may take when nodes fail under it.
     #[arg(long, env = "OVERFILL_MAX_ATTEMPTS", default_value_t = 4)]
     pub max_attempts: u32,
+    /// Such passes per second, over all requests, beyond one for every five new requests; more have to wait.
+    #[arg(long, env = "OVERFILL_MIN_RETRIES_PER_SECOND", default_value_t = 10)]
+    pub min_retries_per_second: u32,
+    /// A node that does not answer a ping for this long is taken out, and its requests go elsewhere.
+    #[arg(long, env = "OVERFILL_NODE_TIMEOUT_SECONDS", default_value_t = 6.0)]
+    pub node_timeout_seconds: f64,
+    /// The same for a node that answers pings, but gives a request that is being decoded no token for this long.
+    #[arg(long, env = "OVERFILL_PROGRESS_TIMEOUT_SECONDS", default_value_t = 120.0)]
+    pub progress_timeout_seconds: f64,
     /// Largest HTTP request body.
     #[arg(long, env = "OVERFILL_MAX_BODY_BYTES", default_value_t = 16 << 20)]
     pub max_body_bytes: usize,
@@ -72,6 +81,12 @@ pub struct Config {
     pub max_queue: Duration,
     /// Passes over the nodes per request.
     pub max_attempts: u32,
+    /// Passes after a failure per second, beyond one for every five new requests.
+    pub min_retries_per_second: u32,
+    /// Longest silence of a node.
+    pub node_timeout: Duration,
+    /// Longest time without a token of a request that is being decoded.
+    pub progress_timeout: Duration,
     /// Largest HTTP body.
     pub max_body_bytes: usize,
     /// Where nodes register; `None`: only the URLs count.
@@ -91,6 +106,9 @@ impl Config {
             default_deadline: Duration::from_secs(600),
             max_queue: Duration::from_secs(60),
             max_attempts: 4,
+            min_retries_per_second: 10,
+            node_timeout: Duration::from_secs(6),
+            progress_timeout: Duration::from_secs(120),
             max_body_bytes: 16 << 20,
             etcd: None,
         }
@@ -110,6 +128,9 @@ impl Args {
             default_deadline_seconds,
             max_queue_seconds,
             max_attempts,
+            min_retries_per_second,
+            node_timeout_seconds,
+            progress_timeout_seconds,
             max_body_bytes,
             etcd,
             process: _,
@@ -145,15 +166,24 @@ impl Args {
         };
         let default_deadline = duration("default-deadline-seconds", default_deadline_seconds);
         let max_queue = duration("max-queue-seconds", max_queue_seconds);
+        let node_timeout = duration("node-timeout-seconds", node_timeout_seconds);
+        let progress_timeout = duration("progress-timeout-seconds", progress_timeout_seconds);
         // The bounds are held in semaphores, whose size is limited.
         let counts = 1..=1_000_000;
         ConfigError::check(&mut faults, counts.contains(&max_running), "max-running", "in [1, 1000000]", max_running);
         ConfigError::check(&mut faults, max_waiting <= 1_000_000, "max-waiting", "at most 1000000", max_waiting);
         ConfigError::check(&mut faults, max_attempts >= 1, "max-attempts", "at least 1", max_attempts);
+        let retries_ok = min_retries_per_second <= 1_000_000;
+        let limit = "at most 1000000";
+        ConfigError::check(&mut faults, retries_ok, "min-retries-per-second", limit, min_retries_per_second);
         ConfigError::check(&mut faults, max_body_bytes >= 1024, "max-body-bytes", "at least 1024", max_body_bytes);
         let etcd = etcd.validate(&mut faults);
-        match (http, grpc, default_deadline, max_queue, faults.is_empty()) {
-            (Some(http), Some(grpc), Some(default_deadline), Some(max_queue), true) => Ok(Config {
+        let durations = (default_deadline, max_queue, node_timeout, progress_timeout);
+        let (Some(default_deadline), Some(max_queue), Some(node_timeout), Some(progress_timeout)) = durations else {
+            return Err(faults);
+        };
+        match (http, grpc, faults.is_empty()) {
+            (Some(http), Some(grpc), true) => Ok(Config {
                 prefill_urls,
                 decode_urls,
                 http,
@@ -163,6 +193,9 @@ impl Args {
                 default_deadline,
                 max_queue,
                 max_attempts,
+                min_retries_per_second,
+                node_timeout,
+                progress_timeout,
                 max_body_bytes,
                 etcd,
             }),

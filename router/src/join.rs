@@ -21,8 +21,6 @@ use crate::node::Node;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(10);
-/// A silent node is asked whether it lives this often, and given up after as long again.
-const KEEPALIVE: Duration = Duration::from_secs(5);
 
 /// Why a node is not used.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +61,9 @@ pub enum JoinError {
     /// It takes nothing new.
     #[error("the node is draining")]
     Draining,
+    /// Its engine hangs.
+    #[error("the engine does not get on with its work")]
+    Stalled,
     /// Another process is registered at its address now.
     #[error("the node has restarted")]
     Restarted,
@@ -78,13 +79,19 @@ impl From<tonic::Status> for JoinError {
 pub type Reports = tonic::Streaming<v1::NodeLoad>;
 
 /// Makes nodes out of addresses.
-#[derive(Default)]
 pub struct Joiner {
+    /// A node that does not answer for this long is given up.
+    node_timeout: Duration,
     texts: Mutex<HashMap<[u8; 32], Arc<TextModel>>>,
     next_key: AtomicU64,
 }
 
 impl Joiner {
+    /// Gives up nodes that are silent for `node_timeout`, once they have joined.
+    pub fn new(node_timeout: Duration) -> Self {
+        Self { node_timeout, texts: Mutex::default(), next_key: AtomicU64::new(0) }
+    }
+
     /// The node at `url`; where `listed` is given, that very process.
     pub async fn join(
         &self,
@@ -95,8 +102,9 @@ impl Joiner {
         let channel = Endpoint::from_shared(url.to_owned())?
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEPALIVE)
-            .keep_alive_timeout(KEEPALIVE)
+            // A frozen process keeps its sockets open: only the pings show it, and end all of its streams.
+            .http2_keep_alive_interval(self.node_timeout / 3)
+            .keep_alive_timeout(self.node_timeout * 2 / 3)
             .keep_alive_while_idle(true)
             .connect()
             .await?;
@@ -136,6 +144,9 @@ impl Joiner {
         }
         if load.is_some_and(|load| load.draining) {
             return Err(JoinError::Draining);
+        }
+        if load.is_some_and(|load| load.stalled) {
+            return Err(JoinError::Stalled);
         }
         let text = match role {
             v1::Role::Prefill => {

@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::{
+    Config,
     join::{JoinError, Joiner, Reports},
     node::{Node, View},
 };
@@ -55,18 +56,18 @@ struct State {
 type Listing = Option<watch::Receiver<Option<Registration>>>;
 
 impl Nodes {
-    /// Follows the nodes at these addresses until the shutdown begins.
-    pub fn follow(prefill_urls: &[String], decode_urls: &[String], shutdown: &Shutdown) -> Self {
+    /// Follows the nodes at the configured addresses until the shutdown begins.
+    pub fn follow(config: &Config, shutdown: &Shutdown) -> Self {
         let nodes = Self {
             inner: Arc::new(Inner {
                 states: Mutex::default(),
                 view: RwLock::default(),
                 changed: watch::Sender::new(0),
-                joiner: Joiner::default(),
+                joiner: Joiner::new(config.node_timeout),
             }),
         };
-        let prefill = prefill_urls.iter().map(|url| (url, v1::Role::Prefill));
-        for (url, role) in prefill.chain(decode_urls.iter().map(|url| (url, v1::Role::Decode))) {
+        let prefill = config.prefill_urls.iter().map(|url| (url, v1::Role::Prefill));
+        for (url, role) in prefill.chain(config.decode_urls.iter().map(|url| (url, v1::Role::Decode))) {
             let mut states = nodes.inner.states.lock();
             states.entry((url.clone(), role)).or_insert_with_key(|key| nodes.start(key.clone(), None, shutdown));
         }
@@ -207,6 +208,7 @@ impl Nodes {
                         info!(%url, "node has drained");
                     } else {
                         warn!(%url, %error, "node left");
+                        node.leave();
                     }
                     self.set(&key, Err(error.to_string()));
                 }
@@ -232,6 +234,7 @@ impl Nodes {
         loop {
             tokio::select! {
                 report = reports.message() => match report {
+                    Ok(Some(load)) if load.stalled => return JoinError::Stalled,
                     Ok(Some(load)) => {
                         let drains = load.draining && !node.load().draining;
                         node.set_load(load);

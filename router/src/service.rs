@@ -73,7 +73,7 @@ impl Router {
         let metrics = Arc::new(Metrics::new()?);
         // Running requests still need the nodes after the shutdown has begun: their tasks end with this one.
         let membership = Shutdown::new();
-        let nodes = Nodes::follow(&config.prefill_urls, &config.decode_urls, &membership);
+        let nodes = Nodes::follow(&config, &membership);
         if let Some(etcd) = config.etcd.clone() {
             nodes.follow_members(discovery::follow(etcd, &membership), &membership);
         }

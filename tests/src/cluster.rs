@@ -20,7 +20,7 @@ const START_TIMEOUT: Duration = Duration::from_secs(180);
 const END_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Gauges that are 0 on an idle node.
-const IDLE_GAUGES: [&str; 5] = [
+pub const IDLE_GAUGES: [&str; 5] = [
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
@@ -139,6 +139,14 @@ impl Cluster {
     pub fn gauge(&self, process: &Process, name: &str) -> Result<f64> {
         let admin = process.admin.as_ref().with_context(|| format!("{} has no admin port", process.name))?;
         metrics::read(admin, name, "")?.with_context(|| format!("{} shows no {name}", process.name))
+    }
+
+    /// No request may have been moved: nothing has happened to any node.
+    pub fn check_undisturbed(&self) -> Result<()> {
+        match metrics::read(&self.ready.http, "overfill_migrations_total", "")? {
+            Some(0.0) => Ok(()),
+            other => bail!("{other:?} migrations in an undisturbed cluster"),
+        }
     }
 
     /// Waits until no node holds anything for a request.

@@ -53,6 +53,7 @@ fn wait_for_gauge(cluster: &Cluster, role: &str, gauge: &str, least: f64) -> Res
 fn check_recovered(cluster: &Cluster, probe: &Request, answer: &Completion) -> Result<()> {
     cluster.wait_idle()?;
     ensure!(probe.send(cluster)? == *answer, "another answer after the cancellations");
+    cluster.check_undisturbed()?;
     cluster.wait_idle()
 }
 

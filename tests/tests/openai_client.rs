@@ -31,5 +31,6 @@ fn the_openai_client_works_unmodified() -> Result<()> {
         .env("OVERFILL_MODEL", "small")
         .output()?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    cluster.check_undisturbed()?;
     cluster.wait_idle()
 }
