@@ -17,6 +17,7 @@ use tokio::{
     task::{JoinError, JoinHandle},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
+use tracing::error;
 
 use crate::{
     args::Config,
@@ -229,7 +230,23 @@ impl DecodeNode {
         let stop = {
             let shutdown = shutdown.clone();
             async move {
-                shutdown.cancelled().await;
+                let mut watch = load.watch();
+                let mut stalled = false;
+                while !shutdown.has_begun() {
+                    tokio::select! {
+                        () = shutdown.cancelled() => {}
+                        () = load.changed(&mut watch) => {}
+                    }
+                    let now = watch.borrow_and_update().stalled;
+                    match (std::mem::replace(&mut stalled, now), now) {
+                        (false, true) => {
+                            error!("the engine does not get on with its work");
+                            health.set_not_serving::<DecodeServer<DecodeService>>().await;
+                        }
+                        (true, false) => health.set_serving::<DecodeServer<DecodeService>>().await,
+                        _ => {}
+                    }
+                }
                 load.drain();
                 health.set_not_serving::<DecodeServer<DecodeService>>().await;
                 health.set_service_status("", tonic_health::ServingStatus::NotServing).await;

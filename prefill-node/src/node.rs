@@ -13,6 +13,7 @@ use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1, v1::prefill_ser
 use overfill_text::{TextError, TextFiles};
 use overfill_transport::TransferConfig;
 use tokio::{net::TcpListener, sync::oneshot, task::JoinError};
+use tracing::error;
 
 use crate::{
     args::Config,
@@ -217,7 +218,23 @@ impl PrefillNode {
         let stop = {
             let shutdown = shutdown.clone();
             async move {
-                shutdown.cancelled().await;
+                let mut watch = load.watch();
+                let mut stalled = false;
+                while !shutdown.has_begun() {
+                    tokio::select! {
+                        () = shutdown.cancelled() => {}
+                        () = load.changed(&mut watch) => {}
+                    }
+                    let now = watch.borrow_and_update().stalled;
+                    match (std::mem::replace(&mut stalled, now), now) {
+                        (false, true) => {
+                            error!("the engine does not get on with its work");
+                            health.set_not_serving::<PrefillServer<PrefillService>>().await;
+                        }
+                        (true, false) => health.set_serving::<PrefillServer<PrefillService>>().await,
+                        _ => {}
+                    }
+                }
                 load.drain();
                 health.set_not_serving::<PrefillServer<PrefillService>>().await;
                 health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
