@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -82,7 +82,8 @@ pub type Reports = tonic::Streaming<v1::NodeLoad>;
 pub struct Joiner {
     /// A node that does not answer for this long is given up.
     node_timeout: Duration,
-    texts: Mutex<HashMap<[u8; 32], Arc<TextModel>>>,
+    /// Those that some node still uses.
+    texts: Mutex<HashMap<[u8; 32], Weak<TextModel>>>,
     next_key: AtomicU64,
 }
 
@@ -175,14 +176,17 @@ impl Joiner {
             special_tokens_map_json: some(wire.special_tokens_map_json),
         };
         let digest = digest(&files);
-        let known = self.texts.lock().get(&digest).cloned();
+        let known = self.texts.lock().get(&digest).and_then(Weak::upgrade);
         let text = match known {
             Some(text) => text,
             None => {
                 // Parsing a large vocabulary takes a second or two of computing.
                 let parsed = tokio::task::spawn_blocking(move || TextModel::from_files(&files)).await;
                 let text = Arc::new(parsed.map_err(|e| overfill_text::TextError::Tokenizer(e.to_string()))??);
-                self.texts.lock().insert(digest, text.clone());
+                let mut texts = self.texts.lock();
+                texts.retain(|_, text| text.strong_count() > 0);
+                texts.insert(digest, Arc::downgrade(&text));
+                drop(texts);
                 text
             }
         };
