@@ -30,12 +30,14 @@ enum State {
     HalfOpen,
 }
 
-impl Breaker {
+impl Default for Breaker {
     /// Of a node that has just joined.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self { state: State::Closed, pause: PAUSE_MIN, suspicions: 0 }
     }
+}
 
+impl Breaker {
     /// May a request go to the node?
     pub fn admits(&self, now: Instant) -> bool {
         match self.state {
@@ -59,7 +61,7 @@ impl Breaker {
 
     /// A request got what it wanted of the node.
     pub fn succeeded(&mut self) {
-        *self = Self::new();
+        *self = Self::default();
     }
 
     /// The node failed a request.
@@ -96,7 +98,7 @@ mod tests {
     #[test]
     fn one_probe_at_a_time_decides() {
         let start = Instant::now();
-        let mut breaker = Breaker::new();
+        let mut breaker = Breaker::default();
         assert!(breaker.admits(start) && !breaker.begin(start));
         breaker.failed(start);
         breaker.failed(start);
@@ -117,7 +119,7 @@ mod tests {
     #[test]
     fn suspicion_alone_needs_to_be_repeated() {
         let now = Instant::now();
-        let mut breaker = Breaker::new();
+        let mut breaker = Breaker::default();
         breaker.suspected(now);
         breaker.suspected(now);
         breaker.succeeded();
@@ -131,7 +133,7 @@ mod tests {
     #[test]
     fn the_pause_is_bounded() {
         let mut now = Instant::now();
-        let mut breaker = Breaker::new();
+        let mut breaker = Breaker::default();
         for _ in 0..20 {
             breaker.begin(now);
             breaker.failed(now);

@@ -60,7 +60,7 @@ impl Node {
             load: Mutex::new(load),
             own_requests: AtomicU32::new(0),
             own_tokens: AtomicU64::new(0),
-            breaker: Mutex::new(Breaker::new()),
+            breaker: Mutex::new(Breaker::default()),
             left: CancellationToken::new(),
         }
     }

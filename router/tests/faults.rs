@@ -217,8 +217,7 @@ async fn a_node_that_is_away_is_waited_for_and_found_again() {
 
 #[tokio::test]
 async fn a_node_whose_engine_hangs_is_left_and_taken_back() {
-    let options = Options::default();
-    let rig = rig_with(&[options.clone()], &[options.clone(), options], |_| {}).await;
+    let rig = rig_with(&[Options::default()], &[Options::default(), Options::default()], |_| {}).await;
     let (_, ids, _) = generate(&rig, 40).await.unwrap();
     rig.decode.iter().for_each(|node| node.set_paused(true));
     let mut events = {
@@ -249,9 +248,8 @@ async fn a_node_whose_engine_hangs_is_left_and_taken_back() {
 
 #[tokio::test]
 async fn a_node_that_gives_no_token_is_given_up() {
-    let options = Options::default();
-    let limit = Duration::from_millis(300);
-    let rig = rig_with(&[options.clone()], &[options.clone(), options], |c| c.progress_timeout = limit).await;
+    let two = [Options::default(), Options::default()];
+    let rig = rig_with(&two[..1], &two, |c| c.progress_timeout = Duration::from_millis(300)).await;
     let (_, ids, _) = generate(&rig, 40).await.unwrap();
     // Whichever is chosen first.
     let stuck = async {

@@ -106,6 +106,15 @@ impl Etcd {
         self.kill_member(leads.context("no member leads")?)
     }
 
+    /// From now on only root may do anything, with this password.
+    pub fn enable_login(&self, password: &str) -> Result<()> {
+        self.post("/v3/auth/user/add", &json!({"name": "root", "password": password}))?;
+        self.post("/v3/auth/role/add", &json!({"name": "root"}))?;
+        self.post("/v3/auth/user/grant", &json!({"user": "root", "role": "root"}))?;
+        self.post("/v3/auth/enable", &json!({}))?;
+        Ok(())
+    }
+
     /// The revision now.
     pub fn revision(&self) -> Result<u64> {
         number(&self.all()?["header"]["revision"])

@@ -104,7 +104,36 @@ fn nodes_join_leave_and_restart() -> Result<()> {
     parts.router.wait_nodes(1, 2)?;
     drop(third);
     parts.router.wait_metric("overfill_nodes", "role=\"decode\"", 1.0)?;
+    check(&parts)?;
+
+    // One that was only frozen comes back by itself.
+    parts.decode.signal("STOP")?;
+    parts.router.wait_metric("overfill_nodes", "role=\"decode\"", 0.0)?;
+    parts.decode.signal("CONT")?;
+    parts.router.wait_nodes(1, 1)?;
     check(&parts)
+}
+
+#[test]
+fn etcd_may_want_a_login() -> Result<()> {
+    let Some(etcd) = Etcd::start(1)? else { return Ok(()) };
+    etcd.enable_login("hunter2")?;
+    let folder = tempfile::tempdir()?;
+    let login = |password: &str| -> Result<Vec<String>> {
+        let file = folder.path().join(password);
+        std::fs::write(&file, format!("{password}\n"))?;
+        let file = file.to_str().context("not UTF-8")?.to_owned();
+        let more = ["--etcd-user".to_owned(), "root".to_owned(), "--etcd-password-file".to_owned(), file];
+        Ok(etcd_args(&etcd).into_iter().chain(more).collect())
+    };
+    let router = Service::start(router_args(), &login("hunter2")?)?;
+    let _prefill = Service::start(prefill_args(PAIR), &login("hunter2")?)?;
+    let stranger = Service::start(decode_args(PAIR), &login("wrong")?)?;
+    let _decode = Service::start(decode_args(PAIR), &login("hunter2")?)?;
+    router.wait_nodes(1, 1)?;
+    request(0).send(&router)?;
+    ensure!(stranger.metric("vllm:request_success_total", "")?.is_none(), "a node that could not register was used");
+    Ok(())
 }
 
 #[test]

@@ -19,7 +19,7 @@ pub fn follow(config: EtcdConfig, shutdown: &Shutdown) -> watch::Receiver<Member
     let followed = async move {
         let mut retry = Retry::new();
         loop {
-            let Err(error) = follow_once(&config, &members, &mut retry).await;
+            let Err(error) = Box::pin(follow_once(&config, &members, &mut retry)).await;
             retry.failed("following the nodes in etcd", &error).await;
         }
     };

@@ -20,7 +20,7 @@ pub async fn register(config: EtcdConfig, registration: Registration, stop: Canc
     let mut registrar = Registrar { config, registration, held: None, retry: Retry::new() };
     let kept = async {
         loop {
-            let Err(error) = registrar.keep().await;
+            let Err(error) = Box::pin(registrar.keep()).await;
             registrar.retry.failed("registering in etcd", &error).await;
         }
     };

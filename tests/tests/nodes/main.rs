@@ -395,9 +395,9 @@ async fn an_engine_that_does_not_get_on_is_not_ready() -> Result<()> {
 /// The status of `/ready`.
 async fn ready(admin: &str) -> Result<u16> {
     let url = format!("http://{admin}/ready");
-    let response = tokio::task::spawn_blocking(move || ureq::get(&url).timeout(PATIENCE).call()).await?;
-    match response {
+    let status = move || match ureq::get(&url).timeout(PATIENCE).call() {
         Ok(response) | Err(ureq::Error::Status(_, response)) => Ok(response.status()),
         Err(error) => Err(error.into()),
-    }
+    };
+    tokio::task::spawn_blocking(status).await?
 }
