@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod drain;
 mod generate;
 mod models;
 mod router_client;
@@ -38,6 +39,8 @@ enum Command {
     Chat(Box<chat::ChatArgs>),
     /// Show a router's nodes and models.
     Status(status::StatusArgs),
+    /// Empty a node: it takes nothing new, ends what runs, then ends itself.
+    Drain(drain::DrainArgs),
     /// Measure the engine, the KV handoff and the router on this machine.
     Bench(Box<bench::BenchArgs>),
     #[command(flatten)]
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => exit_code(runtime.block_on(generate::run(*args))),
         Command::Chat(args) => exit_code(runtime.block_on(chat::run(*args))),
         Command::Status(args) => exit_code(runtime.block_on(status::run(args))),
+        Command::Drain(args) => exit_code(runtime.block_on(drain::run(args))),
         Command::Bench(args) => exit_code(bench::run(&args)),
         Command::Models(command) => exit_code(command.run()),
     }

@@ -1,11 +1,17 @@
 //! `overfill status`: a router's nodes and models.
 
+use std::io::{IsTerminal, stdout};
+use std::time::Duration;
+
 use anyhow::Result;
 use clap::Args;
 use overfill_proto::v1;
 
 use crate::router_client::{RouterUrl, refusal};
 use crate::text::{bytes, table};
+
+/// How often a watched status is asked for.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What a router sees.
 #[derive(Args)]
@@ -15,26 +21,41 @@ pub struct StatusArgs {
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// Show it again every second, until interrupted.
+    #[arg(long)]
+    watch: bool,
 }
 
 /// Runs the subcommand.
 pub async fn run(args: StatusArgs) -> Result<()> {
+    if !args.watch {
+        print!("{}", show(&args).await?);
+        return Ok(());
+    }
+    loop {
+        // A router that is away for a while is worth seeing, too.
+        let text = show(&args).await.unwrap_or_else(|error| format!("{error:#}\n"));
+        let clear = if stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
+        print!("{clear}{text}");
+        tokio::time::sleep(WATCH_INTERVAL).await;
+    }
+}
+
+async fn show(args: &StatusArgs) -> Result<String> {
     let mut client = args.router.connect().await?;
     let nodes = client.list_nodes(v1::ListNodesRequest {}).await.map_err(refusal)?.into_inner().nodes;
     let models = client.list_models(v1::ListModelsRequest {}).await.map_err(refusal)?.into_inner().models;
     if args.json {
-        println!("{}", json(&nodes, &models));
-        return Ok(());
+        return Ok(format!("{}\n", json(&nodes, &models)));
     }
     let header = ["NODE", "ROLE", "MODEL", "STATE", "RUNNING", "WAITING", "FREE BLOCKS", "HANDOFFS", "STRANDED"];
-    println!("{}", table(header, &nodes.iter().map(node_row).collect::<Vec<_>>()));
+    let nodes = table(header, &nodes.iter().map(node_row).collect::<Vec<_>>());
     let header = ["SERVED MODEL", "FULL MODEL", "CONTEXT", "DECODE NODES"];
     let rows: Vec<_> = models
         .iter()
         .map(|m| [m.name.clone(), m.full_model.clone(), m.max_context_tokens.to_string(), m.decode_nodes.to_string()])
         .collect();
-    print!("{}", table(header, &rows));
-    Ok(())
+    Ok(format!("{nodes}\n{}", table(header, &rows)))
 }
 
 fn role(info: &v1::NodeInfo) -> &'static str {
@@ -47,8 +68,8 @@ fn role(info: &v1::NodeInfo) -> &'static str {
 
 fn state(node: &v1::Node, load: &v1::NodeLoad) -> String {
     match (node.healthy, load.draining) {
-        (true, false) => "serving".into(),
-        (true, true) => "draining".into(),
+        (_, true) => "draining".into(),
+        (true, _) => "serving".into(),
         (false, _) => format!("away: {}", node.error),
     }
 }
@@ -74,7 +95,7 @@ fn json(nodes: &[v1::Node], models: &[v1::ServedModel]) -> serde_json::Value {
         .map(|node| {
             let (info, load) = (node.info.clone().unwrap_or_default(), node.load.unwrap_or_default());
             serde_json::json!({
-                "url": node.url, "node_id": info.node_id, "role": role(&info), "model": info.model,
+                "url": node.url, "node_id": info.node_id, "incarnation": info.incarnation, "role": role(&info), "model": info.model,
                 "healthy": node.healthy, "error": node.error, "draining": load.draining,
                 "running_requests": load.running_requests, "waiting_requests": load.waiting_requests,
                 "queued_tokens": load.queued_tokens, "free_blocks": load.free_blocks,

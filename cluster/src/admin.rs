@@ -1,13 +1,16 @@
-//! The admin port: `/live`, `/health` and `/metrics` over HTTP.
+//! The admin port, over HTTP: `/startup`, `/live`, `/ready` (also as `/health`) and `/metrics`.
+//!
+//! It is served before the process can do its work, so that one that is loading a model can be told from one that hangs.
 
-use std::{io, sync::Arc};
+use std::{
+    io,
+    sync::{Arc, OnceLock},
+};
 
 use axum::{Router, http::StatusCode, http::header, response::IntoResponse, routing::get};
 use prometheus::{Encoder, Registry, TextEncoder};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
 use tracing::warn;
-
-use crate::Shutdown;
 
 /// Can the process serve?
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,42 +21,58 @@ pub enum Health {
     NotServing(String),
 }
 
-/// What the admin port shows.
-#[derive(Clone)]
-pub struct Admin {
+/// What the admin port shows of a process that has started.
+pub struct Started {
     /// The metrics.
     pub registry: Registry,
-    /// Asked at every `/health`.
-    pub health: Arc<dyn Fn() -> Health + Send + Sync>,
+    /// Would a request be served now? Asked at every `/ready`.
+    pub ready: Box<dyn Fn() -> Health + Send + Sync>,
     /// Called before every `/metrics`: sets gauges that are read off the state rather than counted.
-    pub refresh: Arc<dyn Fn() + Send + Sync>,
+    pub refresh: Box<dyn Fn() + Send + Sync>,
+}
+
+/// The admin port of one process; clones show the same.
+#[derive(Clone, Default)]
+pub struct Admin {
+    started: Arc<OnceLock<Started>>,
 }
 
 impl Admin {
-    /// Shows `registry`, and is healthy for as long as the process is not shutting down.
-    pub fn new(registry: Registry, shutdown: &Shutdown) -> Self {
-        let shutdown = shutdown.clone();
-        let health = move || match shutdown.has_begun() {
-            true => Health::NotServing("shutting down".into()),
-            false => Health::Serving,
-        };
-        Self { registry, health: Arc::new(health), refresh: Arc::new(|| {}) }
+    /// From now on the process is started. The first call counts.
+    pub fn start(&self, started: Started) {
+        let _ = self.started.set(started);
     }
 
-    /// The three routes, for a server that has others too.
+    fn startup(&self) -> Health {
+        match self.started.get() {
+            Some(_) => Health::Serving,
+            None => Health::NotServing("starting".into()),
+        }
+    }
+
+    fn ready(&self) -> Health {
+        self.started.get().map_or_else(|| self.startup(), |started| (started.ready)())
+    }
+
+    /// The routes, for a server that has others too.
     pub fn routes(self) -> Router {
-        let health = self.health.clone();
+        let (startup, ready, health) = (self.clone(), self.clone(), self.clone());
         Router::new()
+            .route("/startup", get(async move || health_response(startup.startup())))
             .route("/live", get(async || "live\n"))
-            .route("/health", get(move || async move { health_response(health()) }))
-            .route("/metrics", get(move || async move { self.metrics_response() }))
+            .route("/ready", get(async move || health_response(ready.ready())))
+            .route("/health", get(async move || health_response(health.ready())))
+            .route("/metrics", get(async move || self.metrics_response()))
     }
 
     fn metrics_response(&self) -> impl IntoResponse + use<> {
-        (self.refresh)();
         let encoder = TextEncoder::new();
         let mut text = Vec::new();
-        match encoder.encode(&self.registry.gather(), &mut text) {
+        let families = self.started.get().map(|started| {
+            (started.refresh)();
+            started.registry.gather()
+        });
+        match encoder.encode(&families.unwrap_or_default(), &mut text) {
             Ok(()) => (StatusCode::OK, [(header::CONTENT_TYPE, encoder.format_type().to_owned())], text),
             Err(e) => {
                 warn!(error = %e, "encoding metrics");
@@ -71,14 +90,32 @@ fn health_response(health: Health) -> (StatusCode, String) {
     }
 }
 
-/// Serves the admin port until `stop` resolves: that may be later than the shutdown's beginning, so that a draining
-/// process can still be looked at.
-pub async fn serve_admin(
-    listener: TcpListener,
-    admin: Admin,
-    stop: impl Future<Output = ()> + Send + 'static,
-) -> io::Result<()> {
-    axum::serve(listener, admin.routes()).with_graceful_shutdown(stop).await
+/// Serves the admin port until it is ended: that may be later than the shutdown's beginning, so that a draining process
+/// can still be looked at. Dropped, it ends by itself.
+pub struct AdminServer {
+    stop: oneshot::Sender<()>,
+    serving: JoinHandle<io::Result<()>>,
+}
+
+impl AdminServer {
+    /// Serves `admin`.
+    pub fn start(listener: TcpListener, admin: Admin) -> Self {
+        let (stop, stopped) = oneshot::channel::<()>();
+        let server = axum::serve(listener, admin.routes()).with_graceful_shutdown(async { drop(stopped.await) });
+        Self { stop, serving: tokio::spawn(server.into_future()) }
+    }
+
+    /// Ends it.
+    pub async fn end(self) -> io::Result<()> {
+        drop(self.stop);
+        // A client that keeps its connection open holds up nobody.
+        self.serving.abort();
+        match self.serving.await {
+            Ok(served) => served,
+            Err(e) if e.is_cancelled() => Ok(()),
+            Err(e) => Err(io::Error::other(e)),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -86,6 +123,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+    use crate::Shutdown;
 
     async fn get(address: std::net::SocketAddr, path: &str) -> String {
         let mut connection = tokio::net::TcpStream::connect(address).await.unwrap();
@@ -97,25 +135,38 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn health_follows_the_shutdown_and_metrics_are_refreshed() {
+    async fn starting_ready_and_ending_are_told_apart() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let admin = Admin::default();
+        let server = AdminServer::start(listener, admin.clone());
+        let codes = async || {
+            let mut codes = Vec::new();
+            for path in ["/startup", "/live", "/ready", "/health"] {
+                codes.push(get(address, path).await[9..12].to_owned());
+            }
+            codes
+        };
+        assert_eq!(codes().await, ["503", "200", "503", "503"]);
+        assert!(get(address, "/metrics").await.starts_with("HTTP/1.1 200"));
+
         let shutdown = Shutdown::new();
         let registry = Registry::new();
         let gauge = prometheus::IntGauge::new("overfill_test", "help").unwrap();
         registry.register(Box::new(gauge.clone())).unwrap();
-        let mut admin = Admin::new(registry, &shutdown);
-        admin.refresh = Arc::new(move || gauge.set(7));
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let stop = Shutdown::new();
-        let stopped = stop.clone();
-        let server = shutdown.spawn("admin", serve_admin(listener, admin, async move { stopped.cancelled().await }));
-
-        assert!(get(address, "/live").await.starts_with("HTTP/1.1 200"));
-        assert!(get(address, "/health").await.starts_with("HTTP/1.1 200"));
+        let begun = shutdown.clone();
+        admin.start(Started {
+            registry,
+            ready: Box::new(move || match begun.has_begun() {
+                true => Health::NotServing("shutting down".into()),
+                false => Health::Serving,
+            }),
+            refresh: Box::new(move || gauge.set(7)),
+        });
+        assert_eq!(codes().await, ["200", "200", "200", "200"]);
         assert!(get(address, "/metrics").await.contains("overfill_test 7"));
         shutdown.begin();
-        assert!(get(address, "/health").await.starts_with("HTTP/1.1 503"));
-        stop.begin();
-        server.await.unwrap().unwrap();
+        assert_eq!(codes().await, ["200", "200", "503", "503"]);
+        server.end().await.unwrap();
     }
 }

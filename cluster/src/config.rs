@@ -1,6 +1,6 @@
 //! Faults in a configuration.
 
-use std::fmt::Display;
+use std::{fmt::Display, net::SocketAddr};
 
 /// One setting that can't be used. A service collects all of them before it gives up.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -25,6 +25,22 @@ impl ConfigError {
         if !ok {
             faults.push(Self::new(flag, limit, value));
         }
+    }
+
+    /// Checks the `host:port` that others are told to dial: given, or the address that is listened on.
+    pub fn check_advertised(
+        faults: &mut Vec<Self>,
+        flag: &'static str,
+        advertised: Option<&str>,
+        listen: Option<SocketAddr>,
+    ) {
+        let Some(text) = advertised else {
+            let everywhere = listen.is_some_and(|address| address.ip().is_unspecified());
+            let limit = "given when all addresses are listened on";
+            return Self::check(faults, !everywhere, flag, limit, "nothing");
+        };
+        let ok = text.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+        Self::check(faults, ok, flag, "host:port", text);
     }
 
     /// The result, where there is one; else a fault goes to `faults`.

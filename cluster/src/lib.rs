@@ -1,10 +1,12 @@
-//! What every service process does the same way: start, say that it is ready, show its state, and stop.
+//! What every service process does the same way: start, say that it is ready, find the others, show its state, and stop.
 //!
 //! A service crate gives [`process::run`] its checked configuration and a function that binds and serves; the rest
 //! (logs, signals, exit codes) happens here.
 
 pub mod admin;
 pub mod config;
+pub mod discovery;
+pub mod drain;
 pub mod grpc;
 pub mod load;
 pub mod metrics;
@@ -13,8 +15,9 @@ pub mod ready;
 pub mod shutdown;
 pub mod telemetry;
 
-pub use admin::{Admin, Health, serve_admin};
+pub use admin::{Admin, AdminServer, Health, Started};
 pub use config::ConfigError;
+pub use drain::Drain;
 pub use load::{Load, LoadState};
 pub use metrics::{MetricsError, NodeMetrics};
 pub use process::{EXIT_CONFIG, EXIT_FAILURE, ProcessArgs};

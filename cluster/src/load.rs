@@ -5,7 +5,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use overfill_kv::BlockPool;
@@ -33,6 +33,15 @@ pub struct Load {
     pub stranded_bytes: u64,
     /// Nothing new is taken.
     pub draining: bool,
+    /// The engine has been at one step for longer than it may.
+    pub stalled: bool,
+}
+
+impl Load {
+    /// Does nothing run, wait or change hands?
+    pub fn is_idle(&self) -> bool {
+        self.running + self.waiting + self.open_handoffs == 0
+    }
 }
 
 /// Open handoffs and stranded bytes of a receiving side, which counts them itself.
@@ -49,12 +58,22 @@ pub struct LoadState {
     stranded_bytes: AtomicU64,
     receiving: Option<Receiving>,
     draining: AtomicBool,
+    /// What the engine's steps are measured against.
+    start: Instant,
+    step_timeout: Duration,
+    /// Nanoseconds after `start` at which the step now under way began; 0 between steps.
+    step_began: AtomicU64,
     watch: watch::Sender<Load>,
 }
 
 impl LoadState {
-    /// Of an idle node.
-    pub fn new(pool: BlockPool, metrics: NodeMetrics, receiving: Option<Receiving>) -> Arc<Self> {
+    /// Of an idle node, whose engine may take `step_timeout` for a step.
+    pub fn new(
+        pool: BlockPool,
+        metrics: NodeMetrics,
+        receiving: Option<Receiving>,
+        step_timeout: Duration,
+    ) -> Arc<Self> {
         let state = Self {
             pool,
             metrics,
@@ -65,6 +84,9 @@ impl LoadState {
             stranded_bytes: AtomicU64::new(0),
             receiving,
             draining: AtomicBool::new(false),
+            start: Instant::now(),
+            step_timeout,
+            step_began: AtomicU64::new(0),
             watch: watch::Sender::new(Load::default()),
         };
         state.publish();
@@ -82,6 +104,7 @@ impl LoadState {
             open_handoffs: self.open_handoffs.load(Relaxed) + receiving,
             stranded_bytes: self.stranded_bytes.load(Relaxed) + stranded,
             draining: self.draining.load(Relaxed),
+            stalled: self.is_stalled(),
         }
     }
 
@@ -113,8 +136,7 @@ impl LoadState {
     pub async fn drained(&self) {
         let mut watch = self.watch();
         loop {
-            let Load { running, waiting, open_handoffs, .. } = *watch.borrow_and_update();
-            if running + waiting + open_handoffs == 0 {
+            if watch.borrow_and_update().is_idle() {
                 return;
             }
             self.changed(&mut watch).await;
@@ -145,6 +167,28 @@ impl LoadState {
     /// Has [`drain`](Self::drain) been called?
     pub fn is_draining(&self) -> bool {
         self.draining.load(Relaxed)
+    }
+
+    /// The engine begins a step: everything it does between two looks for new work.
+    pub fn step_began(&self) {
+        let now = self.start.elapsed().as_nanos() as u64;
+        self.step_began.store(now.max(1), Relaxed);
+    }
+
+    /// And ends it.
+    pub fn step_ended(&self) {
+        self.step_began.store(0, Relaxed);
+    }
+
+    /// Has the engine been at one step for longer than it may?
+    ///
+    /// An engine that hangs can't say so. Whoever asks is the watchdog: the routers' load streams, at least once a
+    /// second, and `/ready`.
+    pub fn is_stalled(&self) -> bool {
+        match self.step_began.load(Relaxed) {
+            0 => false,
+            began => self.start.elapsed().saturating_sub(Duration::from_nanos(began)) > self.step_timeout,
+        }
     }
 
     /// A place among at most `max` waiting requests; `None` if there is none.
@@ -237,8 +281,24 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_step_that_takes_too_long_is_a_stall_until_it_ends() {
+        let new = |limit| LoadState::new(BlockPool::new(4), NodeMetrics::new("m").unwrap(), None, limit);
+        let (strict, lenient) = (new(Duration::ZERO), new(Duration::MAX));
+        for state in [&strict, &lenient] {
+            assert!(!state.load().stalled);
+            state.step_began();
+        }
+        while !strict.is_stalled() {
+            std::thread::yield_now();
+        }
+        assert!(strict.load().stalled && !lenient.load().stalled);
+        strict.step_ended();
+        assert!(!strict.load().stalled);
+    }
+
+    #[test]
     fn what_is_counted_returns_to_zero() {
-        let state = LoadState::new(BlockPool::new(4), NodeMetrics::new("m").unwrap(), None);
+        let state = LoadState::new(BlockPool::new(4), NodeMetrics::new("m").unwrap(), None, Duration::MAX);
         let idle = state.load();
         let watch = state.watch();
         {

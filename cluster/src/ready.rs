@@ -23,7 +23,7 @@ pub struct ReadyLine {
     /// Where KV is received.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv: Option<SocketAddr>,
-    /// Where `/health`, `/live` and `/metrics` are served.
+    /// Where `/startup`, `/live`, `/ready` and `/metrics` are served.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admin: Option<SocketAddr>,
 }

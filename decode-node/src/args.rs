@@ -2,7 +2,10 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use overfill_cluster::{ConfigError, ProcessArgs};
+use overfill_cluster::{
+    ConfigError, ProcessArgs,
+    discovery::{EtcdArgs, EtcdConfig},
+};
 use overfill_kv::{BLOCK_TOKENS, KvDtype};
 use overfill_model::{DeviceSpec, LoadOptions, Rows, WeightFormat};
 
@@ -33,15 +36,18 @@ pub struct Args {
     /// Address of the gRPC service.
     #[arg(long, env = "OVERFILL_LISTEN", default_value = "127.0.0.1:0")]
     pub listen: String,
-    /// Address of /health, /live and /metrics.
+    /// Address of /startup, /live, /ready and /metrics.
     #[arg(long, env = "OVERFILL_ADMIN", default_value = "127.0.0.1:0")]
     pub admin: String,
     /// Address at which KV is received.
     #[arg(long, env = "OVERFILL_KV_LISTEN", default_value = "127.0.0.1:0")]
     pub kv_listen: String,
     /// That address as prefill nodes must dial it, host:port; by default the one that is listened on.
-    #[arg(long, env = "OVERFILL_KV_ADVERTISE")]
-    pub kv_advertise: Option<String>,
+    #[arg(long, env = "OVERFILL_ADVERTISE_KV")]
+    pub advertise_kv: Option<String>,
+    /// The gRPC address as routers must dial it, host:port; by default the one that is listened on. Only for etcd.
+    #[arg(long, env = "OVERFILL_ADVERTISE_GRPC")]
+    pub advertise_grpc: Option<String>,
     /// Most requests decoded at once.
     #[arg(long, env = "OVERFILL_MAX_RUNNING", default_value_t = 32)]
     pub max_running: usize,
@@ -51,6 +57,15 @@ pub struct Args {
     /// Seconds that a request may take when it does not say.
     #[arg(long, env = "OVERFILL_DEFAULT_DEADLINE_SECONDS", default_value_t = 600.0)]
     pub default_deadline_seconds: f64,
+    /// When the node shuts down, requests that still run after this long are given back to their router, to go on elsewhere.
+    #[arg(long, env = "OVERFILL_DRAIN_TIMEOUT_SECONDS", default_value_t = 25.0)]
+    pub drain_timeout_seconds: f64,
+    /// Longest step of the engine; beyond it the node is not ready, and routers leave it.
+    #[arg(long, env = "OVERFILL_STEP_TIMEOUT_SECONDS", default_value_t = 60.0)]
+    pub step_timeout_seconds: f64,
+    /// Where the node registers.
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
     /// Settings of every service process.
     #[command(flatten)]
     pub process: ProcessArgs,
@@ -76,13 +91,21 @@ pub struct Config {
     /// Where KV is received.
     pub kv_listen: SocketAddr,
     /// What prefill nodes dial; `None`: the address that is listened on.
-    pub kv_advertise: Option<String>,
+    pub advertise_kv: Option<String>,
+    /// What routers dial; `None`: the address that is listened on.
+    pub advertise_grpc: Option<String>,
     /// Most requests decoded at once.
     pub max_running: usize,
     /// Most requests waiting.
     pub max_waiting: usize,
     /// For requests without a deadline of their own.
     pub default_deadline: Duration,
+    /// How long requests may go on when the node shuts down.
+    pub drain_timeout: Duration,
+    /// Longest step of the engine.
+    pub step_timeout: Duration,
+    /// Where the node registers; `None`: nowhere.
+    pub etcd: Option<EtcdConfig>,
 }
 
 impl Args {
@@ -99,10 +122,14 @@ impl Args {
             listen,
             admin,
             kv_listen,
-            kv_advertise,
+            advertise_kv,
+            advertise_grpc,
             max_running,
             max_waiting,
             default_deadline_seconds,
+            drain_timeout_seconds,
+            step_timeout_seconds,
+            etcd,
             process: _,
         } = self;
         let f = &mut Vec::new();
@@ -114,7 +141,7 @@ impl Args {
         let parsed = weights.parse::<WeightFormat>();
         let weights = ConfigError::collect(f, parsed, "weights", WeightFormat::SUPPORTED, &weights);
         let kv = ConfigError::collect(f, kv_dtype.parse::<KvDtype>(), "kv-dtype", "f32, bf16 or f16", &kv_dtype);
-        let listen = ConfigError::collect(f, listen.parse(), "listen", address, &listen);
+        let listen = ConfigError::collect(f, listen.parse::<SocketAddr>(), "listen", address, &listen);
         let admin = ConfigError::collect(f, admin.parse(), "admin", address, &admin);
         let kv_listen = ConfigError::collect(f, kv_listen.parse::<SocketAddr>(), "kv-listen", address, &kv_listen);
         let name_ok = |name: &Option<String>| name.as_ref().is_none_or(|n| !n.trim().is_empty());
@@ -123,11 +150,21 @@ impl Args {
         ConfigError::check(f, name_ok(&node_id), "node-id", "a name", "an empty text");
         let pool_ok = (block..=MAX_POOL_TOKENS).contains(&kv_pool_tokens);
         ConfigError::check(f, pool_ok, "kv-pool-tokens", format!("in [{block}, {MAX_POOL_TOKENS}]"), kv_pool_tokens);
-        let advertise = kv_advertise.as_deref().unwrap_or("host:1");
-        let advertise_ok = advertise.rsplit_once(':').is_some_and(|(h, p)| !h.is_empty() && p.parse::<u16>().is_ok());
-        ConfigError::check(f, advertise_ok, "kv-advertise", "host:port", advertise);
-        let everywhere = kv_listen.is_some_and(|address| address.ip().is_unspecified()) && kv_advertise.is_none();
-        ConfigError::check(f, !everywhere, "kv-advertise", "given when --kv-listen is all addresses", "nothing");
+        ConfigError::check_advertised(f, "advertise-kv", advertise_kv.as_deref(), kv_listen);
+        let drain_ok = (0.0..=MAX_DEADLINE_SECONDS).contains(&drain_timeout_seconds);
+        let limit = format!("in [0, {MAX_DEADLINE_SECONDS}]");
+        ConfigError::check(f, drain_ok, "drain-timeout-seconds", limit, drain_timeout_seconds);
+        let step_ok = step_timeout_seconds > 0.0 && step_timeout_seconds <= MAX_DEADLINE_SECONDS;
+        let limit = format!("in (0, {MAX_DEADLINE_SECONDS}]");
+        ConfigError::check(f, step_ok, "step-timeout-seconds", limit, step_timeout_seconds);
+        let etcd = etcd.validate(f);
+        // Nobody but etcd is told it.
+        ConfigError::check_advertised(
+            f,
+            "advertise-grpc",
+            advertise_grpc.as_deref(),
+            listen.filter(|_| etcd.is_some()),
+        );
         ConfigError::check(f, (1..=4096).contains(&max_running), "max-running", "in [1, 4096]", max_running);
         ConfigError::check(f, (1..=65536).contains(&max_waiting), "max-waiting", "in [1, 65536]", max_waiting);
         let deadline_ok = default_deadline_seconds > 0.0 && default_deadline_seconds <= MAX_DEADLINE_SECONDS;
@@ -146,10 +183,14 @@ impl Args {
                     listen,
                     admin,
                     kv_listen,
-                    kv_advertise,
+                    advertise_kv,
+                    advertise_grpc,
                     max_running,
                     max_waiting,
                     default_deadline: Duration::from_secs_f64(default_deadline_seconds),
+                    drain_timeout: Duration::from_secs_f64(drain_timeout_seconds),
+                    step_timeout: Duration::from_secs_f64(step_timeout_seconds),
+                    etcd,
                 })
             }
             _ => Err(std::mem::take(f)),
@@ -176,10 +217,10 @@ mod tests {
 
     #[test]
     fn every_fault_is_reported_at_once() {
-        let line = "x --model /no/such --device gpu --kv-listen nowhere --kv-advertise host --max-running 0";
+        let line = "x --model /no/such --device gpu --kv-listen nowhere --advertise-kv host --max-running 0";
         let faults = Cli::parse_from(line.split(' ')).args.validate().unwrap_err();
         let flags: Vec<_> = faults.iter().map(|f| f.flag).collect();
-        assert_eq!(flags, ["model", "device", "kv-listen", "kv-advertise", "max-running"]);
+        assert_eq!(flags, ["model", "device", "kv-listen", "advertise-kv", "max-running"]);
         assert_eq!(faults[4].to_string(), "--max-running must be in [1, 4096], got 0");
     }
 }

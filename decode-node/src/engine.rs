@@ -150,6 +150,7 @@ impl Engine {
     fn run(mut self) {
         let mut computed = true;
         while self.receive(computed) {
+            self.load.step_began();
             self.waiting.retain(|job| !job.is_over());
             self.swapped.retain(|request| !request.is_over());
             self.reserved.retain(|_, request| !request.is_over());
@@ -157,6 +158,7 @@ impl Engine {
             self.resume();
             self.reserve();
             computed = self.step();
+            self.load.step_ended();
             self.load.publish();
         }
         debug!("the engine has ended");

@@ -3,9 +3,9 @@
 use std::{future::pending, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use overfill_cluster::{
-    Admin, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown,
+    Admin, AdminServer, Drain, Health, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown, Started,
+    discovery::{self, NodeRole, Registration},
     grpc::{self, BindError},
-    serve_admin,
 };
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema};
 use overfill_model::{KvCache, Model, ModelError};
@@ -17,6 +17,7 @@ use tokio::{
     task::{JoinError, JoinHandle},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
+use tracing::error;
 
 use crate::{
     args::Config,
@@ -55,6 +56,9 @@ pub enum NodeError {
     /// The KV plane's task panicked.
     #[error("receiving KV: {0}")]
     Receiving(#[source] JoinError),
+    /// The task that keeps the node registered panicked.
+    #[error("registering: {0}")]
+    Registering(#[source] JoinError),
     /// The engine's thread ended while the node was serving.
     #[error("the engine ended unexpectedly")]
     EngineEnded,
@@ -64,7 +68,8 @@ pub enum NodeError {
 pub struct DecodeNode {
     config: Config,
     grpc: TcpListener,
-    admin: TcpListener,
+    admin: Admin,
+    admin_server: AdminServer,
     grpc_address: SocketAddr,
     admin_address: SocketAddr,
     kv_address: SocketAddr,
@@ -82,7 +87,11 @@ impl DecodeNode {
     /// Binds the listeners, then loads the model.
     pub async fn bind(config: Config) -> Result<Self, NodeError> {
         let grpc = grpc::bind("listen", config.listen).await?;
-        let admin = grpc::bind("admin", config.admin).await?;
+        let admin_listener = grpc::bind("admin", config.admin).await?;
+        let admin_address = admin_listener.local_addr()?;
+        // Before the model is loaded, which may take minutes.
+        let admin = Admin::default();
+        let admin_server = AdminServer::start(admin_listener, admin.clone());
         let kv = grpc::bind("kv-listen", config.kv_listen).await?;
         let kv_address = kv.local_addr()?;
         let Config { model: folder, load: options, kv_blocks, .. } = config.clone();
@@ -102,15 +111,16 @@ impl DecodeNode {
         let receiving_load = Box::new(move || (counted.open_handoffs(), counted.stranded_bytes()));
         Ok(Self {
             grpc_address: grpc.local_addr()?,
-            admin_address: admin.local_addr()?,
+            admin_address,
             kv_address,
             receiver,
             receiving,
             receiver_stop: stop.drop_guard(),
-            load: LoadState::new(pool.clone(), metrics, Some(receiving_load)),
+            load: LoadState::new(pool.clone(), metrics, Some(receiving_load), config.step_timeout),
             config,
             grpc,
             admin,
+            admin_server,
             model,
             cache,
             pool,
@@ -149,10 +159,27 @@ impl DecodeNode {
             max_context_tokens: max_context_tokens as u32,
             total_blocks: self.config.kv_blocks as u32,
             max_running_requests: self.config.max_running as u32,
-            kv_endpoint: self.config.kv_advertise.clone().unwrap_or_else(|| self.kv_address.to_string()),
+            kv_endpoint: self.config.advertise_kv.clone().unwrap_or_else(|| self.kv_address.to_string()),
             version: env!("CARGO_PKG_VERSION").into(),
             weights: self.config.load.weights.to_string(),
             eos_token_ids: self.model.eos_token_ids().to_vec(),
+        }
+    }
+
+    fn registration(&self, info: &v1::NodeInfo, schema: &KvSchema) -> Registration {
+        Registration {
+            role: NodeRole::Decode,
+            node_id: info.node_id.clone(),
+            incarnation: info.incarnation.clone(),
+            grpc: self.config.advertise_grpc.clone().unwrap_or_else(|| self.grpc_address.to_string()),
+            kv: Some(info.kv_endpoint.clone()),
+            model: info.model.clone(),
+            full_model: schema.full_model.clone(),
+            kv_schema_digest: schema.digest_hex(),
+            total_blocks: info.total_blocks,
+            max_running_requests: info.max_running_requests,
+            max_context_tokens: info.max_context_tokens,
+            version: info.version.clone(),
         }
     }
 
@@ -161,27 +188,38 @@ impl DecodeNode {
         let schema = self.model.kv_schema();
         let max_context_tokens = self.model.max_context_tokens().min(self.config.kv_blocks * BLOCK_TOKENS);
         let info = self.info(&schema, max_context_tokens);
+        let registration = self.registration(&info, &schema);
         let limits = Limits { max_running: self.config.max_running, max_waiting: self.config.max_waiting };
         let load = self.load;
         let (engine, mut engine_end) = engine::start(self.model, self.cache, self.pool, load.clone(), limits)?;
         let service = DecodeService {
             engine,
-            limits: RequestLimits { schema, max_context_tokens, default_deadline: self.config.default_deadline },
+            limits: RequestLimits {
+                schema,
+                max_context_tokens,
+                default_deadline: self.config.default_deadline,
+                incarnation: info.incarnation.clone(),
+            },
             info,
             receiver: self.receiver,
             load: load.clone(),
             shutdown: shutdown.clone(),
+            drain: Drain::new(&shutdown, self.config.drain_timeout),
         };
         let service = DecodeServer::new(service)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
 
-        let mut admin = Admin::new(load.metrics().registry.clone(), &shutdown);
-        let state = load.clone();
-        let refreshed = load.clone();
-        admin.refresh = Arc::new(move || refreshed.refresh_metrics());
-        let (_admin_end, admin_ended) = oneshot::channel::<()>();
-        shutdown.spawn("admin", serve_admin(self.admin, admin, async { drop(admin_ended.await) }));
+        let (state, asked, refreshed) = (load.clone(), load.clone(), load.clone());
+        self.admin.start(Started {
+            registry: load.metrics().registry.clone(),
+            ready: Box::new(move || match (asked.is_draining(), asked.is_stalled()) {
+                (true, _) => Health::NotServing("draining".into()),
+                (_, true) => Health::NotServing("the engine does not get on with its work".into()),
+                _ => Health::Serving,
+            }),
+            refresh: Box::new(move || refreshed.refresh_metrics()),
+        });
 
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<DecodeServer<DecodeService>>().await;
@@ -192,12 +230,33 @@ impl DecodeNode {
         let stop = {
             let shutdown = shutdown.clone();
             async move {
-                shutdown.cancelled().await;
+                let mut watch = load.watch();
+                let mut stalled = false;
+                while !shutdown.has_begun() {
+                    tokio::select! {
+                        () = shutdown.cancelled() => {}
+                        () = load.changed(&mut watch) => {}
+                    }
+                    let now = watch.borrow_and_update().stalled;
+                    match (std::mem::replace(&mut stalled, now), now) {
+                        (false, true) => {
+                            error!("the engine does not get on with its work");
+                            health.set_not_serving::<DecodeServer<DecodeService>>().await;
+                        }
+                        (true, false) => health.set_serving::<DecodeServer<DecodeService>>().await,
+                        _ => {}
+                    }
+                }
                 load.drain();
                 health.set_not_serving::<DecodeServer<DecodeService>>().await;
                 health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
             }
         };
+        // The listener takes connections already, so whoever finds the node is served.
+        let registered = self
+            .config
+            .etcd
+            .map(|etcd| shutdown.spawn("registration", discovery::register(etcd, registration, shutdown.token())));
         let server = grpc::server()
             .add_service(service)
             .add_service(health_service)
@@ -210,6 +269,10 @@ impl DecodeNode {
         }
         // The service is gone, and with it the last way into the engine.
         ended(&mut engine_end).await;
+        if let Some(registered) = registered {
+            registered.await.map_err(NodeError::Registering)?;
+        }
+        self.admin_server.end().await?;
         drop(self.receiver_stop);
         self.receiving.await.map_err(NodeError::Receiving)
     }

@@ -3,18 +3,19 @@
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::Stream;
-use overfill_cluster::{Load, LoadState, Shutdown};
+use overfill_cluster::{Drain, Load, LoadState, Shutdown};
 use overfill_kv::{BLOCK_TOKENS, KvSchema, Ticket};
-use overfill_proto::v1;
+use overfill_proto::{InvalidField, v1};
 use overfill_transport::{Committed, HandoffError, IncomingHandoff, KvReceiver, Reservation, TransferStats};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep, sleep_until},
 };
 use tonic::{Request, Response, Status};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
+    args::MAX_DEADLINE_SECONDS,
     engine::{EngineHandle, Refused},
     request::RequestLimits,
     sequence::{Event, Finish},
@@ -37,8 +38,10 @@ pub struct DecodeService {
     pub receiver: KvReceiver,
     /// What the node is doing.
     pub load: Arc<LoadState>,
-    /// Ends the load streams.
+    /// Wakes the load streams.
     pub shutdown: Shutdown,
+    /// Ends the node, and says when what runs must go.
+    pub drain: Drain,
 }
 
 impl From<Refused> for Status {
@@ -51,7 +54,7 @@ impl From<Refused> for Status {
 }
 
 fn wire_load(load: Load) -> v1::NodeLoad {
-    let Load { free_blocks, running, waiting, queued_tokens, open_handoffs, stranded_bytes, draining } = load;
+    let Load { free_blocks, running, waiting, queued_tokens, open_handoffs, stranded_bytes, draining, stalled } = load;
     v1::NodeLoad {
         free_blocks: free_blocks as u32,
         running_requests: running as u32,
@@ -60,6 +63,7 @@ fn wire_load(load: Load) -> v1::NodeLoad {
         stranded_bytes,
         draining,
         open_handoffs: open_handoffs as u32,
+        stalled,
     }
 }
 
@@ -96,6 +100,8 @@ enum Next {
     Engine(Option<Event>),
     Handoff(Result<Committed, HandoffError>),
     Deadline,
+    /// The node drains, and the request has had its time.
+    Moved,
 }
 
 /// What has ended before its time: by a fault of another part, or because time is up.
@@ -104,7 +110,12 @@ fn ended_early(deadline: Instant, message: &str) -> Status {
 }
 
 /// The next event; a handoff that is awaited may come first.
-async fn next(events: &mut mpsc::Receiver<Event>, handoff: Option<&mut IncomingHandoff>, deadline: Instant) -> Next {
+async fn next(
+    events: &mut mpsc::Receiver<Event>,
+    handoff: Option<&mut IncomingHandoff>,
+    deadline: Instant,
+    drain: &Drain,
+) -> Next {
     let committed = async {
         match handoff {
             Some(handoff) => handoff.ready().await,
@@ -116,12 +127,36 @@ async fn next(events: &mut mpsc::Receiver<Event>, handoff: Option<&mut IncomingH
         event = events.recv() => Next::Engine(event),
         outcome = committed => Next::Handoff(outcome),
         () = sleep_until(deadline) => Next::Deadline,
+        () = drain.is_over() => Next::Moved,
+    }
+}
+
+impl DecodeService {
+    /// The load, whenever it changes; to its end when the node drains.
+    fn reports(&self) -> EventStream<v1::NodeLoad> {
+        let (state, shutdown) = (self.load.clone(), self.shutdown.clone());
+        let mut watch = state.watch();
+        Box::pin(async_stream::stream! {
+            loop {
+                let load = *watch.borrow_and_update();
+                yield Ok(wire_load(load));
+                if load.draining && load.is_idle() {
+                    return;
+                }
+                sleep(LOAD_INTERVAL).await;
+                tokio::select! {
+                    () = state.changed(&mut watch) => {}
+                    () = shutdown.cancelled(), if !load.draining => {}
+                }
+            }
+        })
     }
 }
 
 #[tonic::async_trait]
 impl v1::decode_server::Decode for DecodeService {
     type WatchLoadStream = EventStream<v1::NodeLoad>;
+    type DrainStream = EventStream<v1::NodeLoad>;
     type DecodeStream = EventStream<v1::DecodeEvent>;
 
     async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
@@ -130,22 +165,21 @@ impl v1::decode_server::Decode for DecodeService {
     }
 
     async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {
-        let (state, shutdown) = (self.load.clone(), self.shutdown.clone());
-        let mut watch = state.watch();
-        Ok(Response::new(Box::pin(async_stream::stream! {
-            loop {
-                let load = *watch.borrow_and_update();
-                yield Ok(wire_load(load));
-                if load.draining {
-                    return;
-                }
-                sleep(LOAD_INTERVAL).await;
-                tokio::select! {
-                    () = state.changed(&mut watch) => {}
-                    () = shutdown.cancelled() => {}
-                }
+        Ok(Response::new(self.reports()))
+    }
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<Self::DrainStream>, Status> {
+        let timeout = match request.into_inner().timeout_seconds {
+            Some(seconds) if (0.0..=MAX_DEADLINE_SECONDS).contains(&seconds) => Some(Duration::from_secs_f64(seconds)),
+            Some(other) => {
+                let limit = format!("in [0, {MAX_DEADLINE_SECONDS}]");
+                return Err(InvalidField::new("timeout_seconds", limit, other).into());
             }
-        })))
+            None => None,
+        };
+        info!(timeout_seconds = timeout.map(|timeout| timeout.as_secs_f64()), "asked to drain");
+        self.drain.begin(timeout);
+        Ok(Response::new(self.reports()))
     }
 
     async fn decode(&self, request: Request<v1::DecodeRequest>) -> Result<Response<Self::DecodeStream>, Status> {
@@ -157,6 +191,7 @@ impl v1::decode_server::Decode for DecodeService {
         let kv_schema = KvSchema { full_model: request.producer.clone(), ..self.limits.schema.clone() };
         let (arrival, mut events) = self.engine.submit(request)?;
         let (engine, receiver, load) = (self.engine.clone(), self.receiver.clone(), self.load.clone());
+        let drain = self.drain.clone();
         let kv_endpoint = self.info.kv_endpoint.clone();
         let vocab_size = self.limits.schema.vocab_size;
         let mut ending = Ending { load: load.clone(), arrived, reason: "abort" };
@@ -165,7 +200,7 @@ impl v1::decode_server::Decode for DecodeService {
             let mut handoff: Option<IncomingHandoff> = None;
             let mut is_here = false;
             loop {
-                match next(&mut events, handoff.as_mut().filter(|_| !is_here), deadline).await {
+                match next(&mut events, handoff.as_mut().filter(|_| !is_here), deadline, &drain).await {
                     Next::Engine(Some(Event::Reserved { to_fill, held_blocks })) => {
                         let ticket = Ticket(rand::random());
                         handoff = Some(receiver.reserve(Reservation {
@@ -226,6 +261,10 @@ impl v1::decode_server::Decode for DecodeService {
                     Next::Engine(None) => {
                         ending.because("error");
                         Err(ended_early(deadline, "the engine has let the request go"))?;
+                    }
+                    Next::Moved => {
+                        debug!(request = %id, "given back");
+                        Err(Status::aborted("the node is draining"))?;
                     }
                     Next::Deadline => {
                         ending.because("error");

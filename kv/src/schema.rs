@@ -143,6 +143,11 @@ impl KvSchema {
         Sha256::digest(text).into()
     }
 
+    /// The digest as lower-case hex.
+    pub fn digest_hex(&self) -> String {
+        self.digest().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
     /// The schema of a cache that holds the default number of tokens per block.
     pub fn with_default_blocks(mut self) -> Self {
         self.block_tokens = BLOCK_TOKENS as u32;

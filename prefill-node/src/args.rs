@@ -2,7 +2,10 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use overfill_cluster::{ConfigError, ProcessArgs};
+use overfill_cluster::{
+    ConfigError, ProcessArgs,
+    discovery::{EtcdArgs, EtcdConfig},
+};
 use overfill_kv::{BLOCK_TOKENS, KvDtype};
 use overfill_model::{DeviceSpec, LoadOptions, Rows, WeightFormat};
 
@@ -33,9 +36,12 @@ pub struct Args {
     /// Address of the gRPC service.
     #[arg(long, env = "OVERFILL_LISTEN", default_value = "127.0.0.1:0")]
     pub listen: String,
-    /// Address of /health, /live and /metrics.
+    /// Address of /startup, /live, /ready and /metrics.
     #[arg(long, env = "OVERFILL_ADMIN", default_value = "127.0.0.1:0")]
     pub admin: String,
+    /// The gRPC address as routers must dial it, host:port; by default the one that is listened on. Only for etcd.
+    #[arg(long, env = "OVERFILL_ADVERTISE_GRPC")]
+    pub advertise_grpc: Option<String>,
     /// Most prompt tokens computed in one step.
     #[arg(long, env = "OVERFILL_MAX_BATCH_TOKENS", default_value_t = 512)]
     pub max_batch_tokens: usize,
@@ -48,6 +54,15 @@ pub struct Args {
     /// Seconds that a request may take when it does not say.
     #[arg(long, env = "OVERFILL_DEFAULT_DEADLINE_SECONDS", default_value_t = 600.0)]
     pub default_deadline_seconds: f64,
+    /// When the node shuts down, requests that still run after this long are given back to their router, to go on elsewhere.
+    #[arg(long, env = "OVERFILL_DRAIN_TIMEOUT_SECONDS", default_value_t = 25.0)]
+    pub drain_timeout_seconds: f64,
+    /// Longest step of the engine; beyond it the node is not ready, and routers leave it.
+    #[arg(long, env = "OVERFILL_STEP_TIMEOUT_SECONDS", default_value_t = 60.0)]
+    pub step_timeout_seconds: f64,
+    /// Where the node registers.
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
     /// Settings of every service process.
     #[command(flatten)]
     pub process: ProcessArgs,
@@ -70,6 +85,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Of the admin port.
     pub admin: SocketAddr,
+    /// What routers dial; `None`: the address that is listened on.
+    pub advertise_grpc: Option<String>,
     /// Most prompt tokens in one step.
     pub max_batch_tokens: usize,
     /// Most prompts computed at once.
@@ -78,6 +95,12 @@ pub struct Config {
     pub max_waiting: usize,
     /// For requests without a deadline of their own.
     pub default_deadline: Duration,
+    /// How long requests may go on when the node shuts down.
+    pub drain_timeout: Duration,
+    /// Longest step of the engine.
+    pub step_timeout: Duration,
+    /// Where the node registers; `None`: nowhere.
+    pub etcd: Option<EtcdConfig>,
 }
 
 impl Args {
@@ -93,10 +116,14 @@ impl Args {
             kv_pool_tokens,
             listen,
             admin,
+            advertise_grpc,
             max_batch_tokens,
             max_running,
             max_waiting,
             default_deadline_seconds,
+            drain_timeout_seconds,
+            step_timeout_seconds,
+            etcd,
             process: _,
         } = self;
         let f = &mut Vec::new();
@@ -108,7 +135,7 @@ impl Args {
         let parsed = weights.parse::<WeightFormat>();
         let weights = ConfigError::collect(f, parsed, "weights", WeightFormat::SUPPORTED, &weights);
         let kv = ConfigError::collect(f, kv_dtype.parse::<KvDtype>(), "kv-dtype", "f32, bf16 or f16", &kv_dtype);
-        let listen = ConfigError::collect(f, listen.parse(), "listen", address, &listen);
+        let listen = ConfigError::collect(f, listen.parse::<SocketAddr>(), "listen", address, &listen);
         let admin = ConfigError::collect(f, admin.parse(), "admin", address, &admin);
         let name_ok = |name: &Option<String>| name.as_ref().is_none_or(|n| !n.trim().is_empty());
         let block = BLOCK_TOKENS;
@@ -123,6 +150,20 @@ impl Args {
         let deadline_ok = default_deadline_seconds > 0.0 && default_deadline_seconds <= MAX_DEADLINE_SECONDS;
         let limit = format!("in (0, {MAX_DEADLINE_SECONDS}]");
         ConfigError::check(f, deadline_ok, "default-deadline-seconds", limit, default_deadline_seconds);
+        let drain_ok = (0.0..=MAX_DEADLINE_SECONDS).contains(&drain_timeout_seconds);
+        let limit = format!("in [0, {MAX_DEADLINE_SECONDS}]");
+        ConfigError::check(f, drain_ok, "drain-timeout-seconds", limit, drain_timeout_seconds);
+        let step_ok = step_timeout_seconds > 0.0 && step_timeout_seconds <= MAX_DEADLINE_SECONDS;
+        let limit = format!("in (0, {MAX_DEADLINE_SECONDS}]");
+        ConfigError::check(f, step_ok, "step-timeout-seconds", limit, step_timeout_seconds);
+        let etcd = etcd.validate(f);
+        // Nobody but etcd is told it.
+        ConfigError::check_advertised(
+            f,
+            "advertise-grpc",
+            advertise_grpc.as_deref(),
+            listen.filter(|_| etcd.is_some()),
+        );
         match (folder, device, weights, kv, listen, admin) {
             (Some(model), Some(device), Some(weights), Some(kv_dtype), Some(listen), Some(admin)) if f.is_empty() => {
                 Ok(Config {
@@ -133,10 +174,14 @@ impl Args {
                     kv_blocks: kv_pool_tokens / block,
                     listen,
                     admin,
+                    advertise_grpc,
                     max_batch_tokens,
                     max_running,
                     max_waiting,
                     default_deadline: Duration::from_secs_f64(default_deadline_seconds),
+                    drain_timeout: Duration::from_secs_f64(drain_timeout_seconds),
+                    step_timeout: Duration::from_secs_f64(step_timeout_seconds),
+                    etcd,
                 })
             }
             _ => Err(std::mem::take(f)),

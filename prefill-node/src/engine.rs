@@ -134,12 +134,14 @@ struct Engine {
 impl Engine {
     fn run(mut self) {
         while self.receive() {
+            self.load.step_began();
             self.waiting.retain(|job| !job.is_over());
             self.running.retain(|job| !job.is_over());
             self.admit();
             if !self.running.is_empty() {
                 self.step();
             }
+            self.load.step_ended();
             self.load.publish();
         }
         debug!("the engine has ended");

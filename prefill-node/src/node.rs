@@ -3,9 +3,9 @@
 use std::{future::pending, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use overfill_cluster::{
-    Admin, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown,
+    Admin, AdminServer, Drain, Health, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown, Started,
+    discovery::{self, NodeRole, Registration},
     grpc::{self, BindError},
-    serve_admin,
 };
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema};
 use overfill_model::{KvCache, Model, ModelError};
@@ -13,6 +13,7 @@ use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1, v1::prefill_ser
 use overfill_text::TextFiles;
 use overfill_transport::TransferConfig;
 use tokio::{net::TcpListener, sync::oneshot, task::JoinError};
+use tracing::error;
 
 use crate::{
     args::Config,
@@ -48,6 +49,9 @@ pub enum NodeError {
     /// Loading the model panicked.
     #[error("loading the model: {0}")]
     Loading(#[from] JoinError),
+    /// The task that keeps the node registered panicked.
+    #[error("registering: {0}")]
+    Registering(#[source] JoinError),
     /// The engine's thread ended while the node was serving.
     #[error("the engine ended unexpectedly")]
     EngineEnded,
@@ -57,7 +61,8 @@ pub enum NodeError {
 pub struct PrefillNode {
     config: Config,
     grpc: TcpListener,
-    admin: TcpListener,
+    admin: Admin,
+    admin_server: AdminServer,
     grpc_address: SocketAddr,
     admin_address: SocketAddr,
     model: Model,
@@ -71,7 +76,11 @@ impl PrefillNode {
     /// Binds the listeners, then loads the model.
     pub async fn bind(config: Config) -> Result<Self, NodeError> {
         let grpc = grpc::bind("listen", config.listen).await?;
-        let admin = grpc::bind("admin", config.admin).await?;
+        let admin_listener = grpc::bind("admin", config.admin).await?;
+        let admin_address = admin_listener.local_addr()?;
+        // Before the model is loaded, which may take minutes.
+        let admin = Admin::default();
+        let admin_server = AdminServer::start(admin_listener, admin.clone());
         let Config { model: folder, load: options, kv_blocks, .. } = config.clone();
         let load = move || -> Result<_, NodeError> {
             let files = overfill_model::text_files(&folder)?;
@@ -84,11 +93,12 @@ impl PrefillNode {
         let metrics = NodeMetrics::new(config.served_model_name.as_deref().unwrap_or(model.name()))?;
         Ok(Self {
             grpc_address: grpc.local_addr()?,
-            admin_address: admin.local_addr()?,
-            load: LoadState::new(pool.clone(), metrics, None),
+            admin_address,
+            load: LoadState::new(pool.clone(), metrics, None, config.step_timeout),
             config,
             grpc,
             admin,
+            admin_server,
             model,
             cache,
             files,
@@ -135,11 +145,29 @@ impl PrefillNode {
         }
     }
 
+    fn registration(&self, info: &v1::NodeInfo, schema: &KvSchema) -> Registration {
+        Registration {
+            role: NodeRole::Prefill,
+            node_id: info.node_id.clone(),
+            incarnation: info.incarnation.clone(),
+            grpc: self.config.advertise_grpc.clone().unwrap_or_else(|| self.grpc_address.to_string()),
+            kv: None,
+            model: info.model.clone(),
+            full_model: schema.full_model.clone(),
+            kv_schema_digest: schema.digest_hex(),
+            total_blocks: info.total_blocks,
+            max_running_requests: info.max_running_requests,
+            max_context_tokens: info.max_context_tokens,
+            version: info.version.clone(),
+        }
+    }
+
     /// Serves until the shutdown begins and what runs then has ended.
     pub async fn run(self, shutdown: Shutdown) -> Result<(), NodeError> {
         let schema = self.model.producer_schema();
         let max_context_tokens = self.model.max_context_tokens().min(self.config.kv_blocks * BLOCK_TOKENS);
         let info = self.info(&schema, max_context_tokens);
+        let registration = self.registration(&info, &schema);
         let limits = Limits {
             max_batch_tokens: self.config.max_batch_tokens,
             max_running: self.config.max_running,
@@ -151,22 +179,32 @@ impl PrefillNode {
             engine::start(self.model, self.cache, self.pool, load.clone(), limits, transfer)?;
         let service = PrefillService {
             engine,
-            limits: RequestLimits { schema, max_context_tokens, default_deadline: self.config.default_deadline },
+            limits: RequestLimits {
+                schema,
+                max_context_tokens,
+                default_deadline: self.config.default_deadline,
+                incarnation: info.incarnation.clone(),
+            },
             info,
             files: Arc::new(self.files),
             load: load.clone(),
             shutdown: shutdown.clone(),
+            drain: Drain::new(&shutdown, self.config.drain_timeout),
         };
         let service = PrefillServer::new(service)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
 
-        let mut admin = Admin::new(load.metrics().registry.clone(), &shutdown);
-        let state = load.clone();
-        let refreshed = load.clone();
-        admin.refresh = Arc::new(move || refreshed.refresh_metrics());
-        let (_admin_end, admin_ended) = oneshot::channel::<()>();
-        shutdown.spawn("admin", serve_admin(self.admin, admin, async { drop(admin_ended.await) }));
+        let (state, asked, refreshed) = (load.clone(), load.clone(), load.clone());
+        self.admin.start(Started {
+            registry: load.metrics().registry.clone(),
+            ready: Box::new(move || match (asked.is_draining(), asked.is_stalled()) {
+                (true, _) => Health::NotServing("draining".into()),
+                (_, true) => Health::NotServing("the engine does not get on with its work".into()),
+                _ => Health::Serving,
+            }),
+            refresh: Box::new(move || refreshed.refresh_metrics()),
+        });
 
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<PrefillServer<PrefillService>>().await;
@@ -177,12 +215,33 @@ impl PrefillNode {
         let stop = {
             let shutdown = shutdown.clone();
             async move {
-                shutdown.cancelled().await;
+                let mut watch = load.watch();
+                let mut stalled = false;
+                while !shutdown.has_begun() {
+                    tokio::select! {
+                        () = shutdown.cancelled() => {}
+                        () = load.changed(&mut watch) => {}
+                    }
+                    let now = watch.borrow_and_update().stalled;
+                    match (std::mem::replace(&mut stalled, now), now) {
+                        (false, true) => {
+                            error!("the engine does not get on with its work");
+                            health.set_not_serving::<PrefillServer<PrefillService>>().await;
+                        }
+                        (true, false) => health.set_serving::<PrefillServer<PrefillService>>().await,
+                        _ => {}
+                    }
+                }
                 load.drain();
                 health.set_not_serving::<PrefillServer<PrefillService>>().await;
                 health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
             }
         };
+        // The listener takes connections already, so whoever finds the node is served.
+        let registered = self
+            .config
+            .etcd
+            .map(|etcd| shutdown.spawn("registration", discovery::register(etcd, registration, shutdown.token())));
         let server = grpc::server()
             .add_service(service)
             .add_service(health_service)
@@ -195,6 +254,10 @@ impl PrefillNode {
         }
         // The service is gone, and with it the last way into the engine.
         ended(&mut engine_end).await;
+        if let Some(registered) = registered {
+            registered.await.map_err(NodeError::Registering)?;
+        }
+        self.admin_server.end().await?;
         Ok(())
     }
 }

@@ -22,6 +22,8 @@ pub struct RequestLimits {
     pub max_context_tokens: usize,
     /// For requests without a deadline of their own.
     pub default_deadline: Duration,
+    /// This process: a request for another one, at the same address, is not for it.
+    pub incarnation: String,
 }
 
 /// A request that can't be served.
@@ -33,13 +35,21 @@ pub enum RequestError {
     /// The decode node can't use this node's KV.
     #[error(transparent)]
     Schema(#[from] SchemaMismatch),
+    /// The request was meant for the process that was here before.
+    #[error("incarnation {asked} of this node is gone; this is {own}")]
+    Restarted {
+        /// Which was meant.
+        asked: String,
+        /// Which this is.
+        own: String,
+    },
 }
 
 impl From<RequestError> for Status {
     fn from(e: RequestError) -> Self {
         match e {
             RequestError::Field(e) => e.into(),
-            RequestError::Schema(e) => Status::failed_precondition(e.to_string()),
+            RequestError::Schema(_) | RequestError::Restarted { .. } => Status::failed_precondition(e.to_string()),
         }
     }
 }
@@ -55,7 +65,11 @@ impl RequestLimits {
             prompt_logprobs,
             deadline_seconds,
             generated_tokens,
+            incarnation,
         } = wire;
+        if !incarnation.is_empty() && incarnation != self.incarnation {
+            return Err(RequestError::Restarted { asked: incarnation, own: self.incarnation.clone() });
+        }
         if request_id.is_empty() || request_id.len() > 256 {
             let length = format!("{} bytes", request_id.len());
             return Err(InvalidField::new("request_id", "1 to 256 bytes", length).into());
@@ -132,6 +146,7 @@ mod tests {
             },
             max_context_tokens: 64,
             default_deadline: Duration::from_secs(9),
+            incarnation: "1".into(),
         }
     }
 
@@ -162,6 +177,11 @@ mod tests {
         let request = limits().check(good(), now).unwrap();
         assert_eq!(request.handoff.unwrap().held_blocks, 1);
         assert_eq!(request.deadline, now + Duration::from_secs(9));
+    }
+
+    #[test]
+    fn a_request_for_the_process_before_is_refused() {
+        assert_eq!(refused(|r| r.incarnation = "0".into()), "incarnation 0 of this node is gone; this is 1");
     }
 
     #[test]

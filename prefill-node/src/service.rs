@@ -3,9 +3,9 @@
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::Stream;
-use overfill_cluster::{Load, LoadState, Shutdown};
+use overfill_cluster::{Drain, Load, LoadState, Shutdown};
 use overfill_kv::handoff::{Failure, RefuseReason};
-use overfill_proto::v1;
+use overfill_proto::{InvalidField, v1};
 use overfill_text::TextFiles;
 use overfill_transport::{HandoffError, TransferStats};
 use tokio::{
@@ -13,9 +13,10 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 use tonic::{Code, Request, Response, Status};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
+    args::MAX_DEADLINE_SECONDS,
     engine::{EngineHandle, Refused},
     job::Event,
     request::RequestLimits,
@@ -38,8 +39,10 @@ pub struct PrefillService {
     pub files: Arc<TextFiles>,
     /// What the node is doing.
     pub load: Arc<LoadState>,
-    /// Ends the load streams.
+    /// Wakes the load streams.
     pub shutdown: Shutdown,
+    /// Ends the node, and says when what runs must go.
+    pub drain: Drain,
 }
 
 impl From<Refused> for Status {
@@ -52,7 +55,7 @@ impl From<Refused> for Status {
 }
 
 fn wire_load(load: Load) -> v1::NodeLoad {
-    let Load { free_blocks, running, waiting, queued_tokens, open_handoffs, stranded_bytes, draining } = load;
+    let Load { free_blocks, running, waiting, queued_tokens, open_handoffs, stranded_bytes, draining, stalled } = load;
     v1::NodeLoad {
         free_blocks: free_blocks as u32,
         running_requests: running as u32,
@@ -61,6 +64,7 @@ fn wire_load(load: Load) -> v1::NodeLoad {
         stranded_bytes,
         draining,
         open_handoffs: open_handoffs as u32,
+        stalled,
     }
 }
 
@@ -77,6 +81,8 @@ enum Next {
     Engine(Option<Event>),
     Handoff(Result<TransferStats, Status>),
     Deadline,
+    /// The node drains, and the request has had its time.
+    Moved,
 }
 
 /// Counts how a request ended: also when its stream is dropped on the way.
@@ -121,9 +127,32 @@ async fn outcome(
     }
 }
 
+impl PrefillService {
+    /// The load, whenever it changes; to its end when the node drains.
+    fn reports(&self) -> EventStream<v1::NodeLoad> {
+        let (state, shutdown) = (self.load.clone(), self.shutdown.clone());
+        let mut watch = state.watch();
+        Box::pin(async_stream::stream! {
+            loop {
+                let load = *watch.borrow_and_update();
+                yield Ok(wire_load(load));
+                if load.draining && load.is_idle() {
+                    return;
+                }
+                sleep(LOAD_INTERVAL).await;
+                tokio::select! {
+                    () = state.changed(&mut watch) => {}
+                    () = shutdown.cancelled(), if !load.draining => {}
+                }
+            }
+        })
+    }
+}
+
 #[tonic::async_trait]
 impl v1::prefill_server::Prefill for PrefillService {
     type WatchLoadStream = EventStream<v1::NodeLoad>;
+    type DrainStream = EventStream<v1::NodeLoad>;
     type PrefillStream = EventStream<v1::PrefillEvent>;
 
     async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
@@ -132,22 +161,21 @@ impl v1::prefill_server::Prefill for PrefillService {
     }
 
     async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {
-        let (state, shutdown) = (self.load.clone(), self.shutdown.clone());
-        let mut watch = state.watch();
-        Ok(Response::new(Box::pin(async_stream::stream! {
-            loop {
-                let load = *watch.borrow_and_update();
-                yield Ok(wire_load(load));
-                if load.draining {
-                    return;
-                }
-                sleep(LOAD_INTERVAL).await;
-                tokio::select! {
-                    () = state.changed(&mut watch) => {}
-                    () = shutdown.cancelled() => {}
-                }
+        Ok(Response::new(self.reports()))
+    }
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<Self::DrainStream>, Status> {
+        let timeout = match request.into_inner().timeout_seconds {
+            Some(seconds) if (0.0..=MAX_DEADLINE_SECONDS).contains(&seconds) => Some(Duration::from_secs_f64(seconds)),
+            Some(other) => {
+                let limit = format!("in [0, {MAX_DEADLINE_SECONDS}]");
+                return Err(InvalidField::new("timeout_seconds", limit, other).into());
             }
-        })))
+            None => None,
+        };
+        info!(timeout_seconds = timeout.map(|timeout| timeout.as_secs_f64()), "asked to drain");
+        self.drain.begin(timeout);
+        Ok(Response::new(self.reports()))
     }
 
     async fn model_files(&self, _: Request<v1::ModelFilesRequest>) -> Result<Response<v1::ModelFilesResponse>, Status> {
@@ -173,6 +201,7 @@ impl v1::prefill_server::Prefill for PrefillService {
         let request = self.limits.check(request.into_inner(), arrived)?;
         let (id, deadline, has_handoff) = (request.id.clone(), request.deadline, request.handoff.is_some());
         let mut events = self.engine.submit(request)?;
+        let drain = self.drain.clone();
         let mut ending = Ending { load: self.load.clone(), arrived, reason: "abort" };
         // The stream owns the request: dropped, it drops `events`, and the engine lets go.
         Ok(Response::new(Box::pin(async_stream::try_stream! {
@@ -184,6 +213,7 @@ impl v1::prefill_server::Prefill for PrefillService {
                     next = events.recv(), if !computed => Next::Engine(next),
                     stats = outcome(&mut transfer, deadline) => Next::Handoff(stats),
                     () = sleep_until(deadline) => Next::Deadline,
+                    () = drain.is_over() => Next::Moved,
                 };
                 match next {
                     Next::Engine(Some(Event::Started { cached_tokens, queued, transfer: started })) => {
@@ -230,6 +260,10 @@ impl v1::prefill_server::Prefill for PrefillService {
                     Next::Engine(None) => {
                         ending.because("error");
                         Err(ended_early(deadline, "the engine has let the request go"))?;
+                    }
+                    Next::Moved => {
+                        debug!(request = %id, "given back");
+                        Err(Status::aborted("the node is draining"))?;
                     }
                     Next::Deadline => {
                         ending.because("error");

@@ -2,7 +2,10 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use overfill_cluster::{ConfigError, ProcessArgs};
+use overfill_cluster::{
+    ConfigError, ProcessArgs,
+    discovery::{EtcdArgs, EtcdConfig},
+};
 
 /// Longest time that can be set: a day.
 const MAX_SECONDS: f64 = 86_400.0;
@@ -10,13 +13,13 @@ const MAX_SECONDS: f64 = 86_400.0;
 /// Settings as given on the command line or in the environment.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// gRPC address of a prefill node; repeat it or separate several by commas.
+    /// gRPC address of a prefill node; repeat it or separate several by commas. Needed unless nodes register in etcd.
     #[arg(long = "prefill-url", env = "OVERFILL_PREFILL_URL", value_delimiter = ',')]
     pub prefill_url: Vec<String>,
-    /// gRPC address of a decode node; repeat it or separate several by commas.
+    /// gRPC address of a decode node; repeat it or separate several by commas. Needed unless nodes register in etcd.
     #[arg(long = "decode-url", env = "OVERFILL_DECODE_URL", value_delimiter = ',')]
     pub decode_url: Vec<String>,
-    /// Where the OpenAI API is served, with /health, /live and /metrics.
+    /// Where the OpenAI API is served, with /startup, /live, /ready and /metrics.
     #[arg(long, env = "OVERFILL_HTTP", default_value = "127.0.0.1:8080")]
     pub http: String,
     /// Where gRPC is served.
@@ -37,9 +40,21 @@ pub struct Args {
     /// Passes over the nodes that one request may take when nodes fail under it.
     #[arg(long, env = "OVERFILL_MAX_ATTEMPTS", default_value_t = 4)]
     pub max_attempts: u32,
+    /// Such passes per second, over all requests, beyond one for every five new requests; more have to wait.
+    #[arg(long, env = "OVERFILL_MIN_RETRIES_PER_SECOND", default_value_t = 10)]
+    pub min_retries_per_second: u32,
+    /// A node that does not answer a ping for this long is taken out, and its requests go elsewhere.
+    #[arg(long, env = "OVERFILL_NODE_TIMEOUT_SECONDS", default_value_t = 6.0)]
+    pub node_timeout_seconds: f64,
+    /// The same for a node that answers pings, but gives a request that is being decoded no token for this long.
+    #[arg(long, env = "OVERFILL_PROGRESS_TIMEOUT_SECONDS", default_value_t = 120.0)]
+    pub progress_timeout_seconds: f64,
     /// Largest HTTP request body.
     #[arg(long, env = "OVERFILL_MAX_BODY_BYTES", default_value_t = 16 << 20)]
     pub max_body_bytes: usize,
+    /// Where nodes register.
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
     /// Settings of the process.
     #[command(flatten)]
     pub process: ProcessArgs,
@@ -66,8 +81,16 @@ pub struct Config {
     pub max_queue: Duration,
     /// Passes over the nodes per request.
     pub max_attempts: u32,
+    /// Passes after a failure per second, beyond one for every five new requests.
+    pub min_retries_per_second: u32,
+    /// Longest silence of a node.
+    pub node_timeout: Duration,
+    /// Longest time without a token of a request that is being decoded.
+    pub progress_timeout: Duration,
     /// Largest HTTP body.
     pub max_body_bytes: usize,
+    /// Where nodes register; `None`: only the URLs count.
+    pub etcd: Option<EtcdConfig>,
 }
 
 impl Config {
@@ -83,7 +106,11 @@ impl Config {
             default_deadline: Duration::from_secs(600),
             max_queue: Duration::from_secs(60),
             max_attempts: 4,
+            min_retries_per_second: 10,
+            node_timeout: Duration::from_secs(6),
+            progress_timeout: Duration::from_secs(120),
             max_body_bytes: 16 << 20,
+            etcd: None,
         }
     }
 }
@@ -101,12 +128,18 @@ impl Args {
             default_deadline_seconds,
             max_queue_seconds,
             max_attempts,
+            min_retries_per_second,
+            node_timeout_seconds,
+            progress_timeout_seconds,
             max_body_bytes,
+            etcd,
             process: _,
         } = self;
         let mut faults = Vec::new();
+        let from_etcd = !etcd.etcd_url.is_empty();
         let mut urls = |flag, list: Vec<String>| {
-            ConfigError::check(&mut faults, !list.is_empty(), flag, "given at least once", "nothing");
+            let enough = from_etcd || !list.is_empty();
+            ConfigError::check(&mut faults, enough, flag, "given at least once, or --etcd-url", "nothing");
             for url in &list {
                 let usable = url.starts_with("http://") && tonic::transport::Endpoint::from_shared(url.clone()).is_ok();
                 ConfigError::check(&mut faults, usable, flag, "like http://127.0.0.1:50061", url);
@@ -133,14 +166,24 @@ impl Args {
         };
         let default_deadline = duration("default-deadline-seconds", default_deadline_seconds);
         let max_queue = duration("max-queue-seconds", max_queue_seconds);
+        let node_timeout = duration("node-timeout-seconds", node_timeout_seconds);
+        let progress_timeout = duration("progress-timeout-seconds", progress_timeout_seconds);
         // The bounds are held in semaphores, whose size is limited.
         let counts = 1..=1_000_000;
         ConfigError::check(&mut faults, counts.contains(&max_running), "max-running", "in [1, 1000000]", max_running);
         ConfigError::check(&mut faults, max_waiting <= 1_000_000, "max-waiting", "at most 1000000", max_waiting);
         ConfigError::check(&mut faults, max_attempts >= 1, "max-attempts", "at least 1", max_attempts);
+        let retries_ok = min_retries_per_second <= 1_000_000;
+        let limit = "at most 1000000";
+        ConfigError::check(&mut faults, retries_ok, "min-retries-per-second", limit, min_retries_per_second);
         ConfigError::check(&mut faults, max_body_bytes >= 1024, "max-body-bytes", "at least 1024", max_body_bytes);
-        match (http, grpc, default_deadline, max_queue, faults.is_empty()) {
-            (Some(http), Some(grpc), Some(default_deadline), Some(max_queue), true) => Ok(Config {
+        let etcd = etcd.validate(&mut faults);
+        let durations = (default_deadline, max_queue, node_timeout, progress_timeout);
+        let (Some(default_deadline), Some(max_queue), Some(node_timeout), Some(progress_timeout)) = durations else {
+            return Err(faults);
+        };
+        match (http, grpc, faults.is_empty()) {
+            (Some(http), Some(grpc), true) => Ok(Config {
                 prefill_urls,
                 decode_urls,
                 http,
@@ -150,7 +193,11 @@ impl Args {
                 default_deadline,
                 max_queue,
                 max_attempts,
+                min_retries_per_second,
+                node_timeout,
+                progress_timeout,
                 max_body_bytes,
+                etcd,
             }),
             _ => Err(faults),
         }
@@ -185,6 +232,12 @@ mod tests {
         ])
         .unwrap();
         assert_eq!((config.prefill_urls.len(), config.decode_urls.len()), (2, 2));
+    }
+
+    #[test]
+    fn lists_may_be_empty_with_etcd_alone() {
+        assert!(validate(&["--etcd-url", "http://a:2379,http://b:2379"]).unwrap().etcd.is_some());
+        assert_eq!(validate(&[]).unwrap_err().len(), 2);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use futures::Stream;
 use overfill_kv::{BLOCK_TOKENS, OutputToken, blocks_for};
 use overfill_proto::v1::{self, decode_event, prefill_event};
 use parking_lot::Mutex;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use tonic::{Code, Status};
 
 use crate::{
@@ -54,7 +54,7 @@ pub enum Event {
 pub enum AttemptError {
     /// No node of this role is up, or all are to be avoided.
     NoNode(v1::Role),
-    /// A node refused for want of room.
+    /// A node refused for want of room, or because it is about to end.
     NoRoom {
         /// Which node.
         node: u64,
@@ -63,6 +63,13 @@ pub enum AttemptError {
     },
     /// The request itself is at fault: no other node would take it.
     Refused(String),
+    /// A node that drains has given the request away.
+    Moved {
+        /// Which node.
+        node: u64,
+        /// What it said.
+        message: String,
+    },
     /// A node failed; these should be avoided.
     Failed {
         /// Node keys.
@@ -88,6 +95,8 @@ pub struct Plan {
     pub prompt_logprobs: bool,
     /// Nodes to avoid.
     pub avoid: Vec<u64>,
+    /// Longest time without a token from a decode node that has begun, and for any node to take a request.
+    pub progress_timeout: Duration,
 }
 
 /// Chooses a prefill node among `candidates`; gives its index and the tokens that it has probably cached.
@@ -112,7 +121,8 @@ pub fn run(
         let generation = &*plan.generation;
         let deadline = generation.deadline();
         let view = nodes.view();
-        let usable = |node: &&Arc<Node>| !node.load().draining && !plan.avoid.contains(&node.key);
+        let usable = |node: &&Arc<Node>| node.admits() && !plan.avoid.contains(&node.key);
+        let progress = plan.progress_timeout;
         let length = plan.tokens.len() as u32 + plan.remaining;
         let fits = |node: &&Arc<Node>| node.info.max_context_tokens >= length;
         let decoders: Vec<_> = view
@@ -133,7 +143,7 @@ pub fn run(
         let (chosen, matched) =
             pick_prefill(&prefillers, &affinity, &plan.tokens).ok_or(AttemptError::NoNode(v1::Role::Prefill))?;
         let prefiller = prefillers[chosen].clone();
-        let both = vec![decoder.key, prefiller.key];
+        let both = [&decoder, &prefiller];
 
         // One token is all that is wanted: the decode node has no part in it.
         let with_handoff = plan.remaining > 1;
@@ -150,12 +160,12 @@ pub fn run(
                 deadline_seconds: seconds_until(deadline),
                 generated_tokens: plan.generated,
                 producer: prefiller.schema.full_model.clone().unwrap_or_default(),
+                incarnation: decoder.info.incarnation.clone(),
             };
             let mut client = decoder.decode_client();
-            let opened = timeout_at(deadline, client.decode(request)).await.map_err(|_| AttemptError::Deadline)?;
-            let mut stream = opened.map_err(|status| failed(&decoder, &[decoder.key], status))?.into_inner();
-            let event = timeout_at(deadline, stream.message()).await.map_err(|_| AttemptError::Deadline)?;
-            let event = event.map_err(|status| failed(&decoder, &[decoder.key], status))?;
+            let mut stream = answer(&decoder, deadline, Some(progress), client.decode(request)).await?.into_inner();
+            // It may have to wait there until others have ended.
+            let event = answer(&decoder, deadline, None, stream.message()).await?;
             let Some(decode_event::Event::Reserved(reserved)) = event.and_then(|e| e.event) else {
                 Err(unexpected(&decoder, "no reservation"))?;
                 return;
@@ -179,10 +189,10 @@ pub fn run(
             prompt_logprobs: plan.prompt_logprobs,
             deadline_seconds: seconds_until(deadline),
             generated_tokens: plan.generated,
+            incarnation: prefiller.info.incarnation.clone(),
         };
         let mut client = prefiller.prefill_client();
-        let opened = timeout_at(deadline, client.prefill(request)).await.map_err(|_| AttemptError::Deadline)?;
-        let mut prefill = opened.map_err(|status| failed(&prefiller, &[prefiller.key], status))?.into_inner();
+        let mut prefill = answer(&prefiller, deadline, Some(progress), client.prefill(request)).await?.into_inner();
 
         // Until the first token the prefill node speaks. The decode node gets that token by another way, with the KV,
         // and may be the first to say so: its words wait until the client has seen the first token.
@@ -190,7 +200,7 @@ pub fn run(
         loop {
             let event = tokio::select! {
                 biased;
-                event = prefill.message() => event.map_err(|status| failed(&prefiller, &[prefiller.key], status)),
+                event = prefill.message() => event.map_err(|status| failed(&prefiller, &[&prefiller], status)),
                 event = next_decode(&mut decode), if early.is_none() => {
                     let status = match event {
                         Ok(Some(event)) => {
@@ -203,6 +213,8 @@ pub fn run(
                     // Its handoff may have failed because of the prefill node: avoid both, if others are there.
                     Err(failed(&decoder, &both, status))
                 }
+                () = prefiller.left() => Err(left(&prefiller)),
+                () = decoder.left(), if with_handoff => Err(left(&decoder)),
                 () = tokio::time::sleep_until(deadline) => Err(AttemptError::Deadline),
             };
             let event = event?;
@@ -215,6 +227,7 @@ pub fn run(
                 }
                 Some(prefill_event::Event::FirstToken(first)) => {
                     placed.prefilled();
+                    prefiller.succeeded();
                     let Some(token) = first.token else { Err(unexpected(&prefiller, "a first token without id"))?; return; };
                     yield Event::Token(token.into(), v1::Role::Prefill);
                     break;
@@ -231,36 +244,52 @@ pub fn run(
         let mut prefill = Some((prefill, placed));
         let mut trouble: Option<(String, Instant)> = None;
         let mut ready = false;
+        let mut last_progress = Instant::now();
         loop {
-            let give_up = trouble.as_ref().filter(|_| !ready).map_or(deadline, |(_, at)| deadline.min(*at));
+            let give_up = match &trouble {
+                _ if ready => last_progress + progress,
+                Some((_, at)) => *at,
+                None => deadline,
+            };
             let event = tokio::select! {
                 biased;
                 event = next_event(&mut early, &mut stream) => {
                     let blamed = if ready { &both[..1] } else { &both[..] };
                     event.map_err(|status| failed(&decoder, blamed, status))
                 }
+                () = decoder.left() => Err(left(&decoder)),
                 event = next_prefill(&mut prefill) => {
                     match event {
                         Ok(Some(_)) => {}
                         Ok(None) => prefill = None,
                         Err(status) => {
                             prefill = None;
-                            trouble = Some((describe(&prefiller, &status), Instant::now() + GRACE));
+                            // Refusals of before the first token mean nothing here: it has failed the handoff.
+                            let message = describe(&prefiller, &status);
+                            note(&[&prefiller], &status);
+                            trouble = Some((message, Instant::now() + GRACE));
                         }
                     }
                     continue;
                 }
-                () = tokio::time::sleep_until(give_up) => Err(match trouble.take() {
-                    Some((message, at)) if at < deadline && !ready => {
-                        AttemptError::Failed { nodes: vec![prefiller.key], message }
-                    }
-                    _ => AttemptError::Deadline,
+                () = prefiller.left(), if prefill.is_some() => {
+                    prefill = None;
+                    trouble = Some((gone(&prefiller), Instant::now() + GRACE));
+                    continue;
+                }
+                () = tokio::time::sleep_until(give_up.min(deadline)) => Err(match trouble.take() {
+                    _ if deadline <= give_up => AttemptError::Deadline,
+                    _ if ready => silent(&decoder, progress),
+                    Some((message, _)) => AttemptError::Failed { nodes: vec![prefiller.key], message },
+                    None => AttemptError::Deadline,
                 }),
             };
             let event = event?;
+            last_progress = Instant::now();
             match event.and_then(|e| e.event) {
                 Some(decode_event::Event::Ready(event)) => {
                     ready = true;
+                    decoder.succeeded();
                     yield Event::Ready(event.transfer);
                 }
                 Some(decode_event::Event::Token(token)) => yield Event::Token(token.into(), v1::Role::Decode),
@@ -314,16 +343,76 @@ fn describe(node: &Node, status: &Status) -> String {
 }
 
 fn unexpected(node: &Node, what: &str) -> AttemptError {
+    node.failed();
     AttemptError::Failed { nodes: vec![node.key], message: format!("{} ({}): {what}", node.info.node_id, node.url) }
 }
 
+fn gone(node: &Node) -> String {
+    format!("{} ({}) can't be used any more", node.info.node_id, node.url)
+}
+
+fn left(node: &Node) -> AttemptError {
+    AttemptError::Failed { nodes: vec![node.key], message: gone(node) }
+}
+
+fn silent(node: &Node, limit: Duration) -> AttemptError {
+    unexpected(node, &format!("no progress within {} s", limit.as_secs_f64()))
+}
+
+/// A node's answer, for as long as the node is there and the request has time. `opening`: the answer is whether it takes
+/// the request at all, which should not take longer.
+async fn answer<T>(
+    node: &Arc<Node>,
+    deadline: Instant,
+    opening: Option<Duration>,
+    call: impl Future<Output = Result<T, Status>>,
+) -> Result<T, AttemptError> {
+    let give_up = opening.map_or(deadline, |limit| deadline.min(Instant::now() + limit));
+    tokio::select! {
+        biased;
+        answer = call => answer.map_err(|status| match status.code() {
+            // Nothing has begun there, so nothing has failed.
+            Code::Unavailable if opening.is_some() && !is_broken(&status) => {
+                AttemptError::NoRoom { node: node.key, message: describe(node, &status) }
+            }
+            _ => failed(node, &[node], status),
+        }),
+        () = node.left() => Err(left(node)),
+        () = tokio::time::sleep_until(give_up) => Err(match opening {
+            Some(limit) if give_up < deadline => silent(node, limit),
+            _ => AttemptError::Deadline,
+        }),
+    }
+}
+
+/// Did the connection fail, rather than the node refuse? Then nobody else is to blame.
+fn is_broken(status: &Status) -> bool {
+    std::error::Error::source(status).is_some()
+}
+
+/// Tells the breakers of those who may have failed.
+fn note(blamed: &[&Arc<Node>], status: &Status) {
+    match blamed {
+        [node] if is_broken(status) || status.code() == Code::Unavailable => node.failed(),
+        _ => blamed.iter().for_each(|node| node.suspected()),
+    }
+}
+
 /// What a node's status means for the request.
-fn failed(node: &Node, blamed: &[u64], status: Status) -> AttemptError {
+fn failed(node: &Arc<Node>, blamed: &[&Arc<Node>], status: Status) -> AttemptError {
+    let message = describe(node, &status);
     match status.code() {
-        Code::ResourceExhausted => AttemptError::NoRoom { node: node.key, message: describe(node, &status) },
+        Code::ResourceExhausted => AttemptError::NoRoom { node: node.key, message },
+        Code::Aborted => AttemptError::Moved { node: node.key, message },
         Code::InvalidArgument | Code::OutOfRange | Code::Unimplemented => {
             AttemptError::Refused(status.message().to_owned())
         }
-        _ => AttemptError::Failed { nodes: blamed.to_vec(), message: describe(node, &status) },
+        // The time is the request's own.
+        Code::DeadlineExceeded if !is_broken(&status) => AttemptError::Deadline,
+        _ => {
+            let blamed = if is_broken(&status) { std::slice::from_ref(&node) } else { blamed };
+            note(blamed, &status);
+            AttemptError::Failed { nodes: blamed.iter().map(|node| node.key).collect(), message }
+        }
     }
 }

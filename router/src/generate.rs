@@ -8,6 +8,7 @@ use overfill_proto::v1;
 use overfill_text::{Detokenizer, StopMatcher, TextError};
 use parking_lot::Mutex;
 use tokio::time::{Instant, timeout_at};
+use tower::retry::budget::{Budget as _, TpsBudget};
 use tracing::{debug, warn};
 
 use crate::{
@@ -28,6 +29,11 @@ const RETRY_PAUSE: Duration = Duration::from_millis(20);
 /// And at most this long, even if nothing seems to have changed.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Over this time the budget of retries is reckoned.
+const BUDGET_WINDOW: Duration = Duration::from_secs(10);
+/// Retries that every new request adds to it.
+const BUDGET_PER_REQUEST: f32 = 0.2;
+
 /// What all requests share.
 #[derive(Clone)]
 pub struct Core {
@@ -42,6 +48,9 @@ pub struct Core {
     affinity: Arc<Mutex<Affinity>>,
     max_queue: Duration,
     max_attempts: u32,
+    progress_timeout: Duration,
+    /// Keeps a cluster that fails from being kept failing by retries: beyond it they wait.
+    budget: Arc<TpsBudget>,
 }
 
 impl Core {
@@ -55,6 +64,8 @@ impl Core {
             affinity: Arc::new(Mutex::new(Affinity::new(AFFINITY_BLOCKS))),
             max_queue: config.max_queue,
             max_attempts: config.max_attempts,
+            progress_timeout: config.progress_timeout,
+            budget: Arc::new(TpsBudget::new(BUDGET_WINDOW, config.min_retries_per_second, BUDGET_PER_REQUEST)),
         }
     }
 
@@ -122,6 +133,7 @@ impl Core {
             let running = place.run(queue_end).await.ok_or_else(waited)?;
             let mut progress = Progress::new(g)?;
             progress.timings.queue_seconds = g.arrived.elapsed().as_secs_f64();
+            self.budget.deposit();
             let mut changes = self.nodes.changes();
             let mut avoid: Vec<u64> = Vec::new();
             let mut attempts = 0;
@@ -130,7 +142,7 @@ impl Core {
             let mut wait_end = queue_end;
             loop {
                 changes.mark_unchanged();
-                let plan = progress.plan(&generation, avoid.clone());
+                let plan = progress.plan(&generation, avoid.clone(), self.progress_timeout);
                 let mut events = Box::pin(attempt::run(self.nodes.clone(), self.affinity.clone(), plan));
                 let failure = loop {
                     let event = match events.next().await {
@@ -177,8 +189,23 @@ impl Core {
                             Err(GenerateError::Failed { attempts, last: message.clone() })?;
                         }
                         warn!(request = %g.request_id, error = %message, attempts, "attempt failed, trying again");
-                        progress.migrated();
+                        while !self.budget.withdraw() {
+                            if Instant::now() >= wait_end {
+                                let last = format!("{message} (and too many other requests failed, too)");
+                                Err(GenerateError::Failed { attempts, last })?;
+                            }
+                            tokio::time::sleep(RETRY_PAUSE).await;
+                        }
+                        progress.timings.migrations += 1;
+                        self.metrics.migrated(&g.model.name);
                         avoid.extend(nodes);
+                        continue;
+                    }
+                    AttemptError::Moved { node, message } => {
+                        debug!(request = %g.request_id, %message, "moved away");
+                        progress.timings.migrations += 1;
+                        self.metrics.migrated(&g.model.name);
+                        avoid.push(node);
                         continue;
                     }
                     AttemptError::NoRoom { node, message } => {
@@ -209,9 +236,6 @@ impl Core {
 
 fn count_end(metrics: &mut RequestMetrics, finished: &Finished, arrived: Instant) {
     let reason = if finished.reason == v1::FinishReason::Stop { "stop" } else { "length" };
-    for _ in 0..finished.timings.migrations {
-        metrics.migrated();
-    }
     metrics.finished(reason, arrived.elapsed());
 }
 
@@ -243,7 +267,7 @@ impl<'a> Progress<'a> {
         })
     }
 
-    fn plan(&self, generation: &Arc<Generation>, avoid: Vec<u64>) -> Plan {
+    fn plan(&self, generation: &Arc<Generation>, avoid: Vec<u64>, progress_timeout: Duration) -> Plan {
         let tokens = match self.output.is_empty() {
             true => generation.prompt.clone(),
             false => generation.prompt.iter().chain(&self.output).copied().collect(),
@@ -256,6 +280,7 @@ impl<'a> Progress<'a> {
             remaining: (generation.max_tokens - self.output.len() as u32).max(1),
             prompt_logprobs: self.prompt_logprobs,
             avoid,
+            progress_timeout,
         }
     }
 
@@ -272,10 +297,6 @@ impl<'a> Progress<'a> {
             Event::Ready(stats) => self.timings.handoff = stats,
             Event::PromptLogprobs(_) | Event::Token(..) | Event::Finished(_) => {}
         }
-    }
-
-    fn migrated(&mut self) {
-        self.timings.migrations += 1;
     }
 
     /// Takes the next token: its text, and the end if this is it.

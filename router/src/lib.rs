@@ -3,15 +3,18 @@
 //!
 //! The way of one request: [`openai`] or [`grpc`] checks it into a [`request::Generation`]; [`admission`] lets it in;
 //! [`generate`] leads it from attempt to attempt and turns tokens into text; [`attempt`] is one pass over one decode
-//! and one prefill node, chosen by [`pick`] from the view that [`nodes`] keeps.
+//! and one prefill node, chosen by [`pick`] from the view that [`nodes`] keeps, as long as its [`breaker`] admits requests ([`join`] makes a node
+//! of an address).
 
 pub mod admission;
 pub mod affinity;
 pub mod args;
 pub mod attempt;
+pub mod breaker;
 pub mod error;
 pub mod generate;
 pub mod grpc;
+pub mod join;
 pub mod metrics;
 pub mod node;
 pub mod nodes;

@@ -49,7 +49,11 @@ impl Metrics {
             )?,
             prompt_tokens: counter("vllm:prompt_tokens_total", "Prompt tokens taken.", model)?,
             generation_tokens: counter("vllm:generation_tokens_total", "Tokens given to clients.", model)?,
-            migrations: counter("overfill_migrations_total", "Attempts begun anew after a node failed.", model)?,
+            migrations: counter(
+                "overfill_migrations_total",
+                "Attempts begun anew after a node failed, or gave a request away.",
+                model,
+            )?,
             first_token: seconds("vllm:time_to_first_token_seconds", "Seconds from arrival to the first token.")?,
             inter_token: seconds("vllm:inter_token_latency_seconds", "Seconds between two tokens of a sequence.")?,
             whole: seconds("vllm:e2e_request_latency_seconds", "Seconds from arrival to the end.")?,
@@ -57,9 +61,16 @@ impl Metrics {
         })
     }
 
+    /// A sequence of `model` goes on elsewhere.
+    pub fn migrated(&self, model: &str) {
+        self.migrations.with_label_values(&[model]).inc();
+    }
+
     /// The series of one sequence. If it is dropped before [`RequestMetrics::finished`], the client went away.
     pub fn request(self: &Arc<Self>, model: &str, prompt_tokens: usize) -> RequestMetrics {
         self.prompt_tokens.with_label_values(&[model]).inc_by(prompt_tokens as u64);
+        // Shown as 0 from the beginning.
+        self.migrations.with_label_values(&[model]);
         RequestMetrics {
             first_token: self.first_token.with_label_values(&[model]),
             inter_token: self.inter_token.with_label_values(&[model]),
@@ -86,11 +97,6 @@ impl RequestMetrics {
     pub fn token(&self, first: bool, after: Duration) {
         self.generation_tokens.inc();
         if first { &self.first_token } else { &self.inter_token }.observe(after.as_secs_f64());
-    }
-
-    /// A failed attempt is followed by another.
-    pub fn migrated(&self) {
-        self.metrics.migrations.with_label_values(&[&self.model]).inc();
     }
 
     /// The end.

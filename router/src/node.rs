@@ -12,9 +12,11 @@ use overfill_kv::{KvSchema, SchemaMismatch};
 use overfill_proto::{MAX_MESSAGE_BYTES, v1};
 use overfill_text::TextModel;
 use parking_lot::Mutex;
+use tokio::time::Instant;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 use tonic::transport::Channel;
 
-use crate::pick;
+use crate::{breaker::Breaker, pick};
 
 /// One incarnation of a node: a restarted node is another one.
 pub struct Node {
@@ -33,6 +35,8 @@ pub struct Node {
     // What this router has put there. Load reports lag by up to 50 ms; these don't.
     own_requests: AtomicU32,
     own_tokens: AtomicU64,
+    breaker: Mutex<Breaker>,
+    left: CancellationToken,
 }
 
 impl Node {
@@ -56,6 +60,8 @@ impl Node {
             load: Mutex::new(load),
             own_requests: AtomicU32::new(0),
             own_tokens: AtomicU64::new(0),
+            breaker: Mutex::new(Breaker::default()),
+            left: CancellationToken::new(),
         }
     }
 
@@ -67,6 +73,36 @@ impl Node {
     /// A new report.
     pub fn set_load(&self, load: v1::NodeLoad) {
         *self.load.lock() = load;
+    }
+
+    /// May a request be sent to it?
+    pub fn admits(&self) -> bool {
+        !self.load().draining && self.breaker.lock().admits(Instant::now())
+    }
+
+    /// It did what a request wanted of it.
+    pub fn succeeded(&self) {
+        self.breaker.lock().succeeded();
+    }
+
+    /// It failed a request.
+    pub fn failed(&self) {
+        self.breaker.lock().failed(Instant::now());
+    }
+
+    /// It, or another node, failed a request.
+    pub fn suspected(&self) {
+        self.breaker.lock().suspected(Instant::now());
+    }
+
+    /// It can't be used any more: requests on it end.
+    pub fn leave(&self) {
+        self.left.cancel();
+    }
+
+    /// Resolves when it can't be used any more.
+    pub fn left(&self) -> WaitForCancellationFuture<'_> {
+        self.left.cancelled()
     }
 
     /// A client of a prefill node. Cheap: all share the connection.
@@ -87,7 +123,8 @@ impl Node {
     pub fn place(self: &Arc<Self>, tokens: u64) -> Placed {
         self.own_requests.fetch_add(1, Ordering::Relaxed);
         self.own_tokens.fetch_add(tokens, Ordering::Relaxed);
-        Placed { node: self.clone(), tokens }
+        let is_probe = self.breaker.lock().begin(Instant::now());
+        Placed { node: self.clone(), tokens, is_probe }
     }
 
     /// As a candidate for a prompt of which it has `matched_tokens`.
@@ -116,6 +153,7 @@ impl Node {
 pub struct Placed {
     node: Arc<Node>,
     tokens: u64,
+    is_probe: bool,
 }
 
 impl Placed {
@@ -129,6 +167,9 @@ impl Drop for Placed {
     fn drop(&mut self) {
         self.prefilled();
         self.node.own_requests.fetch_sub(1, Ordering::Relaxed);
+        if self.is_probe {
+            self.node.breaker.lock().abandoned(Instant::now());
+        }
     }
 }
 

@@ -1,30 +1,30 @@
 //! Membership: who is there, kept up to date by one task per address.
+//!
+//! Addresses come from the command line, or from etcd, or both. What etcd says decides who is looked for. Who is *used*
+//! is decided by the connection to the node alone: a node that etcd has lost stays for as long as it can be reached.
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    collections::BTreeMap,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use overfill_cluster::Shutdown;
-use overfill_kv::KvSchema;
-use overfill_proto::{MAX_MESSAGE_BYTES, v1};
-use overfill_text::{TextFiles, TextModel};
+use overfill_cluster::{
+    Shutdown,
+    discovery::{Members, NodeRole, Registration},
+};
+use overfill_proto::v1;
 use parking_lot::{Mutex, RwLock};
 use rand::Rng as _;
-use tokio::{sync::watch, time::timeout};
-use tonic::transport::{Channel, Endpoint};
+use tokio::sync::watch;
 use tracing::{info, warn};
 
-use crate::node::{Node, View};
+use crate::{
+    Config,
+    join::{JoinError, Joiner, Reports},
+    node::{Node, View},
+};
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(10);
-/// A silent node is asked whether it lives this often, and given up after as long again.
-const KEEPALIVE: Duration = Duration::from_secs(5);
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 
@@ -35,70 +35,103 @@ pub struct Nodes {
 }
 
 struct Inner {
-    states: Mutex<BTreeMap<String, State>>,
+    states: Mutex<BTreeMap<Key, State>>,
     view: RwLock<Arc<View>>,
     /// Counts changes of the view and of any load: what waits for room looks again.
     changed: watch::Sender<u64>,
-    texts: Mutex<HashMap<[u8; 32], Arc<TextModel>>>,
-    next_key: AtomicU64,
+    joiner: Joiner,
 }
 
-#[derive(Clone)]
+/// Address and role of a node that is looked for.
+type Key = (String, v1::Role);
+
 struct State {
-    role: v1::Role,
     node: Option<Arc<Node>>,
     error: String,
+    /// What etcd says is there now; no sender where the address was given on the command line.
+    listing: Option<watch::Sender<Option<Registration>>>,
 }
 
-/// Why a node is not used.
-#[derive(Debug, thiserror::Error)]
-enum JoinError {
-    #[error("{0}")]
-    Transport(#[from] tonic::transport::Error),
-    #[error("{}: {}", .0.code(), .0.message())]
-    Status(#[from] Box<tonic::Status>),
-    #[error("no answer within {} s", .0.as_secs_f64())]
-    Timeout(Duration),
-    #[error("{field} must be {limit}, got {value}")]
-    Field { field: &'static str, limit: String, value: String },
-    #[error("{0}")]
-    Text(#[from] overfill_text::TextError),
-    #[error("kv_schema.tokenizer_sha256 is {schema}, but tokenizer.json's is {file}")]
-    Tokenizer { schema: String, file: String },
-    #[error("the node ended its load reports")]
-    Ended,
-    #[error("the node is draining")]
-    Draining,
-}
-
-impl From<tonic::Status> for JoinError {
-    fn from(status: tonic::Status) -> Self {
-        Self::Status(Box::new(status))
-    }
-}
+/// As [`State::listing`], on the side of the task that follows the node.
+type Listing = Option<watch::Receiver<Option<Registration>>>;
 
 impl Nodes {
-    /// Follows the nodes at these addresses until the shutdown begins.
-    pub fn follow(prefill_urls: &[String], decode_urls: &[String], shutdown: &Shutdown) -> Self {
-        let roles = prefill_urls.iter().map(|u| (u, v1::Role::Prefill));
-        let all: Vec<_> = roles.chain(decode_urls.iter().map(|u| (u, v1::Role::Decode))).collect();
-        let state = |role| State { role, node: None, error: "not yet reached".into() };
+    /// Follows the nodes at the configured addresses until the shutdown begins.
+    pub fn follow(config: &Config, shutdown: &Shutdown) -> Self {
         let nodes = Self {
             inner: Arc::new(Inner {
-                states: Mutex::new(all.iter().map(|(url, role)| ((*url).clone(), state(*role))).collect()),
+                states: Mutex::default(),
                 view: RwLock::default(),
                 changed: watch::Sender::new(0),
-                texts: Mutex::default(),
-                next_key: AtomicU64::new(0),
+                joiner: Joiner::new(config.node_timeout),
             }),
         };
-        for (url, role) in all {
-            let (nodes, url, token) = (nodes.clone(), url.clone(), shutdown.token());
-            shutdown.spawn("node", async move {
-                token.run_until_cancelled(nodes.follow_one(url, role)).await;
-            });
+        let prefill = config.prefill_urls.iter().map(|url| (url, v1::Role::Prefill));
+        for (url, role) in prefill.chain(config.decode_urls.iter().map(|url| (url, v1::Role::Decode))) {
+            let mut states = nodes.inner.states.lock();
+            states.entry((url.clone(), role)).or_insert_with_key(|key| nodes.start(key.clone(), None, shutdown));
         }
         nodes
+    }
+
+    /// Follows registered nodes, too, as they come and go.
+    pub fn follow_members(&self, mut members: watch::Receiver<Members>, shutdown: &Shutdown) {
+        let (nodes, token, tasks) = (self.clone(), shutdown.token(), shutdown.clone());
+        shutdown.spawn("members", async move {
+            let follow = async {
+                loop {
+                    let listed = members.borrow_and_update().clone();
+                    nodes.list_members(listed, &tasks);
+                    if members.changed().await.is_err() {
+                        return;
+                    }
+                }
+            };
+            token.run_until_cancelled(follow).await;
+        });
+    }
+
+    fn list_members(&self, members: Members, shutdown: &Shutdown) {
+        let role = |registration: &Registration| match registration.role {
+            NodeRole::Prefill => v1::Role::Prefill,
+            NodeRole::Decode => v1::Role::Decode,
+        };
+        let mut listed: BTreeMap<Key, Registration> = members
+            .into_values()
+            .map(|registration| ((registration.url(), role(&registration)), registration))
+            .collect();
+        let mut states = self.inner.states.lock();
+        for (key, state) in states.iter() {
+            let now = listed.remove(key);
+            if let Some(listing) = &state.listing {
+                listing.send_if_modified(|last| {
+                    *last != now && {
+                        *last = now;
+                        true
+                    }
+                });
+            }
+        }
+        for (key, registration) in listed {
+            let state = self.start(key.clone(), Some(registration), shutdown);
+            states.insert(key, state);
+        }
+    }
+
+    /// Starts the task that follows one node.
+    fn start(&self, key: Key, listed: Option<Registration>, shutdown: &Shutdown) -> State {
+        let (listing, receiver) = match listed {
+            Some(registration) => {
+                let (sender, receiver) = watch::channel(Some(registration));
+                (Some(sender), Some(receiver))
+            }
+            None => (None, None),
+        };
+        let (nodes, token) = (self.clone(), shutdown.token());
+        shutdown.spawn("node", async move {
+            token.run_until_cancelled(nodes.follow_one(key, receiver)).await;
+        });
+        State { node: None, error: "not yet reached".into(), listing }
     }
 
     /// The nodes that are up now.
@@ -113,19 +146,20 @@ impl Nodes {
 
     /// Every address with what is known of it, for people.
     pub fn list(&self) -> Vec<v1::Node> {
-        let states = self.inner.states.lock().clone();
         let view = self.view();
-        let list = states.into_iter().map(|(url, state)| {
+        let states = self.inner.states.lock();
+        let list = states.iter().map(|((url, role), state)| {
             let error = match &state.node {
+                Some(node) if node.load().draining => JoinError::Draining.to_string(),
                 Some(node) => unpaired(node, &view).unwrap_or_default(),
-                None => state.error,
+                None => state.error.clone(),
             };
-            let info = state.node.as_ref().map_or_else(
-                || v1::NodeInfo { role: state.role.into(), ..Default::default() },
-                |node| node.info.clone(),
-            );
+            let info = state
+                .node
+                .as_ref()
+                .map_or_else(|| v1::NodeInfo { role: (*role).into(), ..Default::default() }, |node| node.info.clone());
             v1::Node {
-                url,
+                url: url.clone(),
                 info: Some(info),
                 load: state.node.as_ref().map(|node| node.load()),
                 healthy: state.node.is_some() && error.is_empty(),
@@ -147,31 +181,36 @@ impl Nodes {
         format!("no {name} node takes requests ({})", detail.join("; "))
     }
 
-    async fn follow_one(self, url: String, role: v1::Role) {
+    async fn follow_one(self, key: Key, mut listing: Listing) {
+        let (url, role) = (key.0.as_str(), key.1);
         let mut backoff = BACKOFF_MIN;
         let mut last_error = String::new();
         loop {
-            match self.join(&url, role).await {
-                Ok((node, mut reports)) => {
+            let listed = listing.as_mut().map(|listing| listing.borrow_and_update().clone());
+            if listed == Some(None) {
+                if self.forget(&key) {
+                    info!(%url, role = role.as_str_name(), "node is no longer registered");
+                    return;
+                }
+                continue;
+            }
+            match self.inner.joiner.join(url, role, listed.flatten().as_ref()).await {
+                Ok((node, reports)) => {
                     backoff = BACKOFF_MIN;
                     last_error.clear();
                     info!(%url, role = role.as_str_name(), model = %node.info.model, incarnation = %node.info.incarnation, "node joined");
-                    self.set(&url, Ok(node.clone()));
-                    if let Some(why) = (role == v1::Role::Decode).then(|| unpaired(&node, &self.view())).flatten() {
+                    self.set(&key, Ok(node.clone()));
+                    if let Some(why) = unpaired(&node, &self.view()) {
                         warn!(%url, error = %why, "node has no partner");
                     }
-                    let error = loop {
-                        match reports.message().await {
-                            Ok(Some(load)) => {
-                                node.set_load(load);
-                                self.inner.changed.send_modify(|n| *n += 1);
-                            }
-                            Ok(None) => break JoinError::Ended,
-                            Err(status) => break status.into(),
-                        }
-                    };
-                    warn!(%url, %error, "node left");
-                    self.set(&url, Err(error.to_string()));
+                    let error = self.attend(&node, reports, &mut listing).await;
+                    if node.load().draining {
+                        info!(%url, "node has drained");
+                    } else {
+                        warn!(%url, %error, "node left");
+                        node.leave();
+                    }
+                    self.set(&key, Err(error.to_string()));
                 }
                 Err(error) => {
                     let error = overfill_cluster::process::one_line(&error);
@@ -179,114 +218,88 @@ impl Nodes {
                         warn!(%url, %error, "node cannot join");
                         last_error.clone_from(&error);
                     }
-                    self.set(&url, Err(error));
+                    self.set(&key, Err(error));
                 }
             }
             let jitter: f64 = rand::rng().random_range(0.5..1.0);
-            tokio::time::sleep(backoff.mul_f64(jitter)).await;
-            backoff = (backoff * 2).min(BACKOFF_MAX);
-        }
-    }
-
-    async fn join(&self, url: &str, role: v1::Role) -> Result<(Arc<Node>, tonic::Streaming<v1::NodeLoad>), JoinError> {
-        let channel = Endpoint::from_shared(url.to_owned())?
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEPALIVE)
-            .keep_alive_timeout(KEEPALIVE)
-            .keep_alive_while_idle(true)
-            .connect()
-            .await?;
-        let limit = JoinError::Timeout(DESCRIBE_TIMEOUT);
-        timeout(DESCRIBE_TIMEOUT, self.describe(url, role, channel)).await.map_err(|_| limit)?
-    }
-
-    async fn describe(
-        &self,
-        url: &str,
-        role: v1::Role,
-        channel: Channel,
-    ) -> Result<(Arc<Node>, tonic::Streaming<v1::NodeLoad>), JoinError> {
-        let mut prefill =
-            v1::prefill_client::PrefillClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        let mut decode = v1::decode_client::DecodeClient::new(channel.clone());
-        let described = match role {
-            v1::Role::Prefill => prefill.describe(v1::DescribeRequest {}).await?,
-            _ => decode.describe(v1::DescribeRequest {}).await?,
-        };
-        let v1::DescribeResponse { info, load } = described.into_inner();
-        let info = info.ok_or(JoinError::Field { field: "info", limit: "present".into(), value: "nothing".into() })?;
-        if info.role() != role {
-            let value = info.role().as_str_name().to_owned();
-            return Err(JoinError::Field { field: "role", limit: role.as_str_name().into(), value });
-        }
-        if load.is_some_and(|load| load.draining) {
-            return Err(JoinError::Draining);
-        }
-        let schema = KvSchema::try_from(info.kv_schema.clone().unwrap_or_default()).map_err(|e| JoinError::Field {
-            field: e.field,
-            limit: e.limit,
-            value: e.value,
-        })?;
-        let text = match role {
-            v1::Role::Prefill => {
-                let files = prefill.model_files(v1::ModelFilesRequest {}).await?.into_inner();
-                Some(self.text(files, &schema).await?)
+            tokio::select! {
+                () = tokio::time::sleep(backoff.mul_f64(jitter)) => backoff = (backoff * 2).min(BACKOFF_MAX),
+                () = listing_changed(&mut listing) => backoff = BACKOFF_MIN,
             }
-            _ => None,
-        };
-        let reports = match role {
-            v1::Role::Prefill => prefill.watch_load(v1::WatchLoadRequest {}).await?,
-            _ => decode.watch_load(v1::WatchLoadRequest {}).await?,
-        };
-        let key = self.inner.next_key.fetch_add(1, Ordering::Relaxed);
-        let node = Node::new(key, url.to_owned(), info, schema, text, channel, load.unwrap_or_default());
-        Ok((Arc::new(node), reports.into_inner()))
-    }
-
-    /// The text model of these files; the same files are parsed once.
-    async fn text(&self, wire: v1::ModelFilesResponse, schema: &KvSchema) -> Result<Arc<TextModel>, JoinError> {
-        let some = |bytes: Vec<u8>| (!bytes.is_empty()).then_some(bytes);
-        let files = TextFiles {
-            tokenizer_json: wire.tokenizer_json,
-            tokenizer_config_json: some(wire.tokenizer_config_json),
-            chat_template: some(wire.chat_template),
-            generation_config_json: some(wire.generation_config_json),
-            special_tokens_map_json: some(wire.special_tokens_map_json),
-        };
-        let digest = digest(&files);
-        let known = self.inner.texts.lock().get(&digest).cloned();
-        let text = match known {
-            Some(text) => text,
-            None => {
-                // Parsing a large vocabulary takes a second or two of computing.
-                let parsed = tokio::task::spawn_blocking(move || TextModel::from_files(&files)).await;
-                let text = Arc::new(parsed.map_err(|e| overfill_text::TextError::Tokenizer(e.to_string()))??);
-                self.inner.texts.lock().insert(digest, text.clone());
-                text
-            }
-        };
-        if text.tokenizer_sha256() != schema.tokenizer_sha256 {
-            let file = text.tokenizer_sha256().to_owned();
-            return Err(JoinError::Tokenizer { schema: schema.tokenizer_sha256.clone(), file });
         }
-        Ok(text)
     }
 
-    fn set(&self, url: &str, result: Result<Arc<Node>, String>) {
+    /// Takes a node's reports until it can't be used any more, and says why.
+    async fn attend(&self, node: &Node, mut reports: Reports, listing: &mut Listing) -> JoinError {
+        loop {
+            tokio::select! {
+                report = reports.message() => match report {
+                    Ok(Some(load)) if load.stalled => return JoinError::Stalled,
+                    Ok(Some(load)) => {
+                        let drains = load.draining && !node.load().draining;
+                        node.set_load(load);
+                        if drains {
+                            self.renew_view(&self.inner.states.lock());
+                        }
+                        self.inner.changed.send_modify(|n| *n += 1);
+                    }
+                    Ok(None) if node.load().draining => return JoinError::Draining,
+                    Ok(None) => return JoinError::Ended,
+                    Err(status) => return status.into(),
+                },
+                () = listing_changed(listing) => {
+                    let listed = listing.as_ref().and_then(|listing| listing.borrow().clone());
+                    if listed.is_some_and(|listed| listed.incarnation != node.info.incarnation) {
+                        return JoinError::Restarted;
+                    }
+                }
+            }
+        }
+    }
+
+    fn set(&self, key: &Key, result: Result<Arc<Node>, String>) {
         let mut states = self.inner.states.lock();
-        let Some(state) = states.get_mut(url) else { return };
+        let Some(state) = states.get_mut(key) else { return };
         (state.node, state.error) = match result {
             Ok(node) => (Some(node), String::new()),
             Err(error) => (None, error),
         };
-        let up = |role| states.values().filter(move |s| s.role == role).filter_map(|s| s.node.clone()).collect();
+        self.renew_view(&states);
+    }
+
+    /// Looks for a node no longer; false if it has been registered again meanwhile.
+    fn forget(&self, key: &Key) -> bool {
+        let mut states = self.inner.states.lock();
+        let gone = states.get(key).and_then(|state| state.listing.as_ref()).is_some_and(|l| l.borrow().is_none());
+        if gone {
+            states.remove(key);
+            self.renew_view(&states);
+        }
+        gone
+    }
+
+    /// Under the lock of the states, so that two changes can't overtake each other.
+    fn renew_view(&self, states: &BTreeMap<Key, State>) {
+        let up = |role| {
+            let nodes = states.iter().filter(|((_, r), _)| *r == role).filter_map(|(_, state)| state.node.clone());
+            nodes.filter(|node| !node.load().draining).collect()
+        };
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        // Under the lock of the states, so that two changes can't overtake each other.
         let mut view = self.inner.view.write();
         *view = Arc::new(View::new(up(v1::Role::Prefill), up(v1::Role::Decode), &view.models, now));
         drop(view);
         self.inner.changed.send_modify(|n| *n += 1);
+    }
+}
+
+/// Resolves when etcd says something new of the node; never where it was given on the command line.
+async fn listing_changed(listing: &mut Listing) {
+    let changed = match listing {
+        Some(listing) => listing.changed().await.is_ok(),
+        None => false,
+    };
+    if !changed {
+        std::future::pending().await
     }
 }
 
@@ -303,23 +316,4 @@ fn unpaired(node: &Node, view: &View) -> Option<String> {
         }
     }
     mismatch
-}
-
-fn digest(files: &TextFiles) -> [u8; 32] {
-    use sha2::{Digest, Sha256};
-    let TextFiles {
-        tokenizer_json,
-        tokenizer_config_json,
-        chat_template,
-        generation_config_json,
-        special_tokens_map_json,
-    } = files;
-    let mut hash = Sha256::new();
-    let optional = [tokenizer_config_json, chat_template, generation_config_json, special_tokens_map_json];
-    for bytes in std::iter::once(Some(tokenizer_json)).chain(optional.map(Option::as_ref)) {
-        let bytes = bytes.map_or(&[][..], Vec::as_slice);
-        hash.update((bytes.len() as u64).to_le_bytes());
-        hash.update(bytes);
-    }
-    hash.finalize().into()
 }

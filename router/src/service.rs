@@ -1,14 +1,17 @@
 //! The process: listeners, servers, and their end.
 
-use std::{io, net::SocketAddr, process::ExitCode, sync::Arc};
+use std::{io, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use axum::serve::ListenerExt as _;
-use overfill_cluster::{Admin, Health, MetricsError, ReadyLine, Shutdown, grpc, process};
+use overfill_cluster::{Admin, Health, MetricsError, ReadyLine, Shutdown, Started, discovery, grpc, process};
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1};
 use tokio::net::TcpListener;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{Args, Config, generate::Core, grpc::RouterService, metrics::Metrics, nodes::Nodes, openai};
+
+/// How long the tasks that follow nodes may take to end.
+const MEMBERSHIP_END: Duration = Duration::from_secs(5);
 
 /// Why the router could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +73,10 @@ impl Router {
         let metrics = Arc::new(Metrics::new()?);
         // Running requests still need the nodes after the shutdown has begun: their tasks end with this one.
         let membership = Shutdown::new();
-        let nodes = Nodes::follow(&config.prefill_urls, &config.decode_urls, &membership);
+        let nodes = Nodes::follow(&config, &membership);
+        if let Some(etcd) = config.etcd.clone() {
+            nodes.follow_members(discovery::follow(etcd, &membership), &membership);
+        }
         let core = Core::new(nodes, metrics.clone(), &config);
 
         let (reporter, health) = tonic_health::server::health_reporter();
@@ -102,15 +108,18 @@ impl Router {
         });
         shutdown.begin();
         membership.begin();
+        if !membership.wait(MEMBERSHIP_END).await {
+            warn!(seconds = MEMBERSHIP_END.as_secs(), "tasks that follow nodes have not ended");
+        }
         info!("router has ended");
         result.map(|_| ())
     }
 }
 
-/// `/health`, `/live` and `/metrics`, off the router's state.
+/// The admin routes, off the router's state.
 fn admin(core: Core, metrics: Arc<Metrics>, shutdown: &Shutdown) -> Admin {
     let (shutdown, nodes) = (shutdown.clone(), core.nodes.clone());
-    let health = move || {
+    let ready = move || {
         let view = nodes.view();
         if shutdown.has_begun() {
             return Health::NotServing("shutting down".into());
@@ -135,7 +144,9 @@ fn admin(core: Core, metrics: Arc<Metrics>, shutdown: &Shutdown) -> Admin {
             refreshed.nodes.with_label_values(&[role, if node.healthy { "up" } else { "down" }]).inc();
         }
     };
-    Admin { registry: metrics.registry.clone(), health: Arc::new(health), refresh: Arc::new(refresh) }
+    let admin = Admin::default();
+    admin.start(Started { registry: metrics.registry.clone(), ready: Box::new(ready), refresh: Box::new(refresh) });
+    admin
 }
 
 /// The router as a program: from settings to exit code.

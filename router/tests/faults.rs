@@ -214,3 +214,51 @@ async fn a_node_that_is_away_is_waited_for_and_found_again() {
     assert_eq!(receive(waiting).await.status, 200);
     assert_eq!(rig.get("/health").await.status, 200);
 }
+
+#[tokio::test]
+async fn a_node_whose_engine_hangs_is_left_and_taken_back() {
+    let rig = rig_with(&[Options::default()], &[Options::default(), Options::default()], |_| {}).await;
+    let (_, ids, _) = generate(&rig, 40).await.unwrap();
+    rig.decode.iter().for_each(|node| node.set_paused(true));
+    let mut events = {
+        let prompt = Some(Prompt::Text("hello".into()));
+        let request = v1::GenerateRequest { prompt, max_tokens: 40, ..Default::default() };
+        rig.client().await.generate(request).await.unwrap().into_inner()
+    };
+    wait_for(async || rig.decode.iter().any(|node| node.active() > 0)).await;
+    let (hung, other) = match rig.decode[0].active() {
+        0 => (&rig.decode[1], &rig.decode[0]),
+        _ => (&rig.decode[0], &rig.decode[1]),
+    };
+    other.set_paused(false);
+    hung.set_stalled(true);
+    let mut same = Vec::new();
+    let migrations = loop {
+        match events.message().await.unwrap().unwrap().event.unwrap() {
+            Event::Token(token) => same.push(token.token.unwrap().token),
+            Event::Finished(finished) => break finished.timings.unwrap().migrations,
+        }
+    };
+    assert_eq!((same, migrations), (ids, 1));
+    assert_eq!(rig.metric("overfill_nodes{role=\"decode\",state=\"up\"}").await, 1.0);
+    hung.set_paused(false);
+    hung.set_stalled(false);
+    wait_for(async || rig.metric("overfill_nodes{role=\"decode\",state=\"up\"}").await == 2.0).await;
+}
+
+#[tokio::test]
+async fn a_node_that_gives_no_token_is_given_up() {
+    let two = [Options::default(), Options::default()];
+    let rig = rig_with(&two[..1], &two, |c| c.progress_timeout = Duration::from_millis(300)).await;
+    let (_, ids, _) = generate(&rig, 40).await.unwrap();
+    // Whichever is chosen first.
+    let stuck = async {
+        rig.decode.iter().for_each(|node| node.set_paused(true));
+        wait_for(async || rig.decode.iter().any(|node| node.active() > 0)).await;
+        let other = rig.decode.iter().find(|node| node.active() == 0).unwrap();
+        other.set_paused(false);
+    };
+    let (answer, ()) = tokio::join!(generate(&rig, 40), stuck);
+    let (_, same, finished) = answer.unwrap();
+    assert_eq!((same, finished.timings.unwrap().migrations), (ids, 1));
+}

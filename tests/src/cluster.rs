@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
+use crate::metrics::{self, Router};
 use crate::wait::wait_for;
 
 /// Longest wait for a cluster to serve.
@@ -19,7 +20,7 @@ const START_TIMEOUT: Duration = Duration::from_secs(180);
 const END_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Gauges that are 0 on an idle node.
-const IDLE_GAUGES: [&str; 5] = [
+pub const IDLE_GAUGES: [&str; 5] = [
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
@@ -114,11 +115,6 @@ impl Cluster {
         Ok(Refused { status: status?, stderr: text(stderr) })
     }
 
-    /// Address of the OpenAI API, without `/v1`.
-    pub fn http(&self) -> &str {
-        &self.ready.http
-    }
-
     /// Address of the router's gRPC.
     pub fn grpc(&self) -> &str {
         &self.ready.grpc
@@ -142,16 +138,15 @@ impl Cluster {
     /// A gauge's value on one node, summed over its labels.
     pub fn gauge(&self, process: &Process, name: &str) -> Result<f64> {
         let admin = process.admin.as_ref().with_context(|| format!("{} has no admin port", process.name))?;
-        let text = ureq::get(&format!("{admin}/metrics")).timeout(Duration::from_secs(10)).call()?.into_string()?;
-        let mut sum = None;
-        for line in text.lines() {
-            let Some(rest) = line.strip_prefix(name) else { continue };
-            if rest.starts_with(['{', ' ']) {
-                let value: f64 = rest.rsplit(' ').next().unwrap_or_default().parse().context(line.to_owned())?;
-                sum = Some(sum.unwrap_or(0.0) + value);
-            }
+        metrics::read(admin, name, "")?.with_context(|| format!("{} shows no {name}", process.name))
+    }
+
+    /// No request may have been moved: nothing has happened to any node.
+    pub fn check_undisturbed(&self) -> Result<()> {
+        match metrics::read(&self.ready.http, "overfill_migrations_total", "")? {
+            Some(0.0) => Ok(()),
+            other => bail!("{other:?} migrations in an undisturbed cluster"),
         }
-        sum.with_context(|| format!("{} shows no {name}", process.name))
     }
 
     /// Waits until no node holds anything for a request.
@@ -184,6 +179,12 @@ impl Cluster {
     /// Process id of `overfill up` itself.
     pub fn pid(&self) -> u32 {
         self.up.id()
+    }
+}
+
+impl Router for Cluster {
+    fn http(&self) -> &str {
+        &self.ready.http
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::Cluster;
+use crate::Router;
 
 /// Longest silence of the server.
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -54,15 +54,15 @@ impl Request {
     }
 
     /// Sends it to `/v1/completions` and waits for the whole answer.
-    pub fn send(&self, cluster: &Cluster) -> Result<Completion> {
-        let body = post(cluster, "/v1/completions", &self.0)?;
+    pub fn send(&self, router: &impl Router) -> Result<Completion> {
+        let body = post(router, "/v1/completions", &self.0)?;
         Completion::parse(&body)
     }
 
     /// Sends it to `/v1/completions` as a stream.
-    pub fn stream(&self, cluster: &Cluster) -> Result<Events> {
+    pub fn stream(&self, router: &impl Router) -> Result<Events> {
         let body = self.clone().with("stream", json!(true)).0;
-        let response = ureq::post(&format!("{}/v1/completions", cluster.http()))
+        let response = ureq::post(&format!("{}/v1/completions", router.http()))
             .timeout(TIMEOUT)
             .send_json(body)
             .map_err(explain)?;
@@ -71,15 +71,14 @@ impl Request {
 }
 
 /// Posts JSON and parses the answer's; an error with the server's message unless it succeeded.
-pub fn post(cluster: &Cluster, path: &str, body: &Value) -> Result<Value> {
-    let response =
-        ureq::post(&format!("{}{path}", cluster.http())).timeout(TIMEOUT).send_json(body).map_err(explain)?;
+pub fn post(router: &impl Router, path: &str, body: &Value) -> Result<Value> {
+    let response = ureq::post(&format!("{}{path}", router.http())).timeout(TIMEOUT).send_json(body).map_err(explain)?;
     response.into_json().context("the answer is not JSON")
 }
 
 /// Posts any bytes as JSON; the answer's status and body, whatever they are.
-pub fn post_raw(cluster: &Cluster, path: &str, body: &[u8]) -> Result<(u16, String)> {
-    let request = ureq::post(&format!("{}{path}", cluster.http())).timeout(TIMEOUT);
+pub fn post_raw(router: &impl Router, path: &str, body: &[u8]) -> Result<(u16, String)> {
+    let request = ureq::post(&format!("{}{path}", router.http())).timeout(TIMEOUT);
     let response = match request.set("content-type", "application/json").send_bytes(body) {
         Ok(response) | Err(ureq::Error::Status(_, response)) => response,
         Err(error) => return Err(error.into()),

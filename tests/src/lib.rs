@@ -4,10 +4,16 @@
 
 pub mod cluster;
 pub mod completion;
+pub mod etcd;
 pub mod golden;
+pub mod metrics;
+pub mod service;
 pub mod wait;
 
 pub use cluster::{Cluster, Refused};
 pub use completion::{Completion, Request};
+pub use etcd::Etcd;
 pub use golden::Golden;
+pub use metrics::Router;
+pub use service::Service;
 pub use wait::wait_for;

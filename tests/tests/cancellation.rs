@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use overfill_tests::cluster::binary;
-use overfill_tests::{Cluster, Completion, Golden, Request, wait_for};
+use overfill_tests::{Cluster, Completion, Golden, Request, Router as _, wait_for};
 use serde_json::json;
 
 /// Long enough that no request ends by itself before its client goes.
@@ -53,6 +53,7 @@ fn wait_for_gauge(cluster: &Cluster, role: &str, gauge: &str, least: f64) -> Res
 fn check_recovered(cluster: &Cluster, probe: &Request, answer: &Completion) -> Result<()> {
     cluster.wait_idle()?;
     ensure!(probe.send(cluster)? == *answer, "another answer after the cancellations");
+    cluster.check_undisturbed()?;
     cluster.wait_idle()
 }
 

@@ -27,6 +27,7 @@ fn run(pair: &str) -> Result<()> {
     }
     text_and_chat(&golden, &cluster).with_context(|| pair.to_owned())?;
     cluster.wait_idle()?;
+    cluster.check_undisturbed()?;
     let end = cluster.end()?;
     ensure!(end.status.success(), "{pair}: the cluster ended with {}\n{}", end.status, end.stderr);
     Ok(())

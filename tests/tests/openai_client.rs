@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use overfill_tests::cluster::binary;
-use overfill_tests::{Cluster, Golden};
+use overfill_tests::{Cluster, Golden, Router as _};
 
 /// The interpreter that `cargo xtask test` prepares: it has the packages of tests/python/requirements.txt.
 fn python() -> Result<PathBuf> {
@@ -31,5 +31,6 @@ fn the_openai_client_works_unmodified() -> Result<()> {
         .env("OVERFILL_MODEL", "small")
         .output()?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    cluster.check_undisturbed()?;
     cluster.wait_idle()
 }

@@ -44,6 +44,7 @@ fn thirty_two_clients_get_what_each_gets_alone() -> Result<()> {
         let together = together.with_context(|| format!("client {i}"))?;
         ensure!(together == alone, "client {i}: {together:?} among others, {alone:?} alone");
     }
+    cluster.check_undisturbed()?;
     cluster.wait_idle()
 }
 
@@ -73,6 +74,8 @@ fn a_prompt_of_many_chunks_gives_what_one_chunk_gives() -> Result<()> {
         // Now from the prefix caches of both nodes.
         ensure!(request.send(&small_chunks)?.tokens == small.tokens, "{length} tokens: another answer the second time");
     }
+    small_chunks.check_undisturbed()?;
+    large_chunks.check_undisturbed()?;
     small_chunks.wait_idle()?;
     large_chunks.wait_idle()
 }
@@ -109,5 +112,6 @@ fn requests_that_do_not_fit_at_once_wait_and_none_is_lost() -> Result<()> {
     for (i, (alone, together)) in alone.into_iter().zip(together).enumerate() {
         ensure!(together.with_context(|| format!("client {i}"))? == alone, "client {i} got other tokens among others");
     }
+    cluster.check_undisturbed()?;
     cluster.wait_idle()
 }

@@ -1,5 +1,6 @@
 //! The project's commands: `cargo xtask demo | test | ci | tidy`.
 
+mod apt;
 mod demo;
 mod process;
 mod python;
@@ -8,12 +9,14 @@ mod tidy;
 
 use std::process::ExitCode;
 
+use test::Etcd;
+
 const USAGE: &str = "\
 usage: cargo xtask COMMAND
 
   demo [PROMPT]  build the release binary, start a local cluster on the demo pair, ask it something, stream the answer
   test           everything that CI runs: format, lints, tidy checks, all tests
-  ci             the same as test
+  ci             the same, but nothing may be skipped
   tidy           the project's own rules about its files";
 
 fn main() -> ExitCode {
@@ -21,7 +24,8 @@ fn main() -> ExitCode {
     let result = match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["demo"] => demo::run(None),
         ["demo", prompt] => demo::run(Some(prompt)),
-        ["test" | "ci"] => test::run(),
+        ["test"] => test::run(Etcd::IfThere),
+        ["ci"] => test::run(Etcd::Required),
         ["tidy"] => tidy::run(),
         _ => {
             eprintln!("{USAGE}");

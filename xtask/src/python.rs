@@ -5,6 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::apt;
 use crate::process::{root, run, succeeds, target};
 
 /// Makes `target/venv` hold what `tests/python/requirements.txt` pins, and returns its interpreter.
@@ -39,17 +40,7 @@ fn usable() -> bool {
 }
 
 fn install() -> Result<()> {
-    let root_user =
-        Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0".as_slice());
-    if !root_user || !succeeds(Command::new("apt-get").arg("--version")) {
-        bail!(
-            "the tests need python3 with its venv module; install it (Debian: apt install python3-venv) and try again"
-        );
-    }
-    run(Command::new("apt-get").args(["update", "-qq"]))?;
-    run(Command::new("apt-get")
-        .args(["install", "-y", "-qq", "--no-install-recommends", "python3", "python3-venv"])
-        .env("DEBIAN_FRONTEND", "noninteractive"))?;
+    apt::install(&["python3", "python3-venv"], "the tests need python3 with its venv module")?;
     if !usable() {
         bail!("python3 still has no venv module after installing python3-venv");
     }

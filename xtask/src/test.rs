@@ -1,14 +1,29 @@
 //! `cargo xtask test`: what CI runs, in the order in which faults are cheapest to find.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::process::{cargo, phase, run as sh};
-use crate::{python, tidy};
+use crate::{apt, python, tidy};
+
+/// What if etcd is not installed, and can't be?
+#[derive(Clone, Copy, PartialEq)]
+pub enum Etcd {
+    /// The tests that need it are left out, and say so.
+    IfThere,
+    /// That is a fault.
+    Required,
+}
 
 /// Runs everything; the first fault ends it.
-pub fn run() -> Result<()> {
+pub fn run(etcd: Etcd) -> Result<()> {
     phase("format", || sh(&mut cargo(&["fmt", "--all", "--check"])))?;
     phase("tidy", tidy::run)?;
+    let found = apt::etcd();
+    match (&found, etcd) {
+        (Err(error), Etcd::IfThere) => eprintln!("\n== etcd: {error:#}. THE TESTS OF DISCOVERY ARE SKIPPED"),
+        (Err(error), Etcd::Required) => bail!("etcd: {error:#}"),
+        (Ok(()), _) => {}
+    }
     let mut interpreter = None;
     phase("python environment", || {
         interpreter = Some(python::prepare()?);
@@ -21,6 +36,9 @@ pub fn run() -> Result<()> {
         let mut command = cargo(&["test", "--locked", "--workspace", "--no-fail-fast"]);
         if let Some(python) = &interpreter {
             command.env("OVERFILL_PYTHON", python);
+        }
+        if found.is_ok() {
+            command.env("OVERFILL_ETCD_REQUIRED", "1");
         }
         sh(&mut command)
     })

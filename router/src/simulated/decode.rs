@@ -35,10 +35,15 @@ impl Drop for Reservation {
 #[tonic::async_trait]
 impl decode_server::Decode for Service {
     type WatchLoadStream = Events<v1::NodeLoad>;
+    type DrainStream = Events<v1::NodeLoad>;
     type DecodeStream = Events<v1::DecodeEvent>;
 
     async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
         Ok(Response::new(self.0.describe()))
+    }
+
+    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<Self::DrainStream>, Status> {
+        Err(Status::unimplemented("a simulated node does not drain"))
     }
 
     async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {
@@ -62,7 +67,7 @@ impl decode_server::Decode for Service {
                 held_tokens: 0,
                 kv_schema: Some((&state.options.schema).into()),
             }));
-            let handed = receiver.await.map_err(|_| Status::aborted("the handoff ended"))?;
+            let handed = receiver.await.map_err(|_| Status::unavailable("the handoff ended"))?;
             drop(reservation);
             let logprobs = request.sampling.as_ref().and_then(|s| s.logprobs);
             let mut continuation =

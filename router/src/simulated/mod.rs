@@ -219,6 +219,11 @@ impl SimulatedNode {
         self.state.load.send_modify(|load| load.free_blocks = if full { 0 } else { 1 << 20 });
     }
 
+    /// While set it says that its engine hangs.
+    pub fn set_stalled(&self, stalled: bool) {
+        self.state.load.send_modify(|load| load.stalled = stalled);
+    }
+
     /// While set it gives no token.
     pub fn set_paused(&self, paused: bool) {
         self.state.paused.send_replace(paused);

@@ -21,10 +21,15 @@ fn event(event: prefill_event::Event) -> v1::PrefillEvent {
 #[tonic::async_trait]
 impl prefill_server::Prefill for Service {
     type WatchLoadStream = Events<v1::NodeLoad>;
+    type DrainStream = Events<v1::NodeLoad>;
     type PrefillStream = Events<v1::PrefillEvent>;
 
     async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
         Ok(Response::new(self.0.describe()))
+    }
+
+    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<Self::DrainStream>, Status> {
+        Err(Status::unimplemented("a simulated node does not drain"))
     }
 
     async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {

@@ -2,6 +2,8 @@
 
 mod pair;
 
+use std::time::Duration;
+
 use anyhow::{Result, bail, ensure};
 use futures::future::try_join_all;
 use overfill_kv::SamplingParams;
@@ -9,8 +11,10 @@ use overfill_proto::v1::{FinishReason, decode_event::Event as Decoded, prefill_e
 use overfill_tests::{
     Golden,
     golden::{PAIRS, TOLERANCE},
+    wait::PATIENCE,
 };
 use pair::{Ask, Pair, Sizes, next_decoded, next_prefilled};
+use tokio::time::Instant;
 use tonic::Code;
 
 /// A prompt of `length` tokens that differs from those of other `salt`s from the first token on.
@@ -356,4 +360,44 @@ async fn what_runs_at_shutdown_is_finished() -> Result<()> {
     ensure!(tokens == 400, "{tokens} tokens");
     drop((decoding, prefilling));
     pair.end().await
+}
+
+/// The steps of this test take longer than the node is told that they may: what hangs looks the same from outside.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_that_does_not_get_on_is_not_ready() -> Result<()> {
+    let pair = Pair::start("llama-tied", Sizes { step_timeout: Duration::from_micros(1), ..Sizes::default() }).await?;
+    let admin = &pair.decode_admin;
+    ensure!(ready(admin).await? == 200, "an idle node is not ready");
+    let ask = Ask::greedy(&prompt(1, 40), 900);
+    let deadline = Instant::now() + PATIENCE;
+    let work = async {
+        loop {
+            if let Err(error) = pair.run(&ask).await {
+                return error;
+            }
+        }
+    };
+    let watch = async {
+        while ready(admin).await? != 503 {
+            ensure!(Instant::now() < deadline, "a node that hangs is ready");
+        }
+        Ok(())
+    };
+    tokio::select! {
+        error = work => return Err(error),
+        seen = watch => seen?,
+    }
+    pair.wait_idle().await?;
+    ensure!(ready(admin).await? == 200, "a node that works again is not ready");
+    pair.end().await
+}
+
+/// The status of `/ready`.
+async fn ready(admin: &str) -> Result<u16> {
+    let url = format!("http://{admin}/ready");
+    let status = move || match ureq::get(&url).timeout(PATIENCE).call() {
+        Ok(response) | Err(ureq::Error::Status(_, response)) => Ok(response.status()),
+        Err(error) => Err(error.into()),
+    };
+    tokio::task::spawn_blocking(status).await?
 }

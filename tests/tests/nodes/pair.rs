@@ -24,6 +24,7 @@ pub struct Sizes {
     pub max_batch_tokens: usize,
     pub max_running: usize,
     pub max_waiting: usize,
+    pub step_timeout: Duration,
     /// `decode`, or `full` for the full model on both sides.
     pub decoder: &'static str,
 }
@@ -36,6 +37,7 @@ impl Default for Sizes {
             max_batch_tokens: 64,
             max_running: 32,
             max_waiting: 64,
+            step_timeout: PATIENCE,
             decoder: "decode",
         }
     }
@@ -50,6 +52,8 @@ pub struct Pair {
     pub prefill_pool: BlockPool,
     pub decode_pool: BlockPool,
     pub producer: String,
+    /// Where the decode node's admin port is.
+    pub decode_admin: String,
     shutdown: Shutdown,
     nodes: Vec<JoinHandle<Result<()>>>,
 }
@@ -99,10 +103,14 @@ impl Pair {
             kv_blocks: sizes.prefill_blocks,
             listen: any,
             admin: any,
+            advertise_grpc: None,
             max_batch_tokens: sizes.max_batch_tokens,
             max_running: sizes.max_running,
             max_waiting: sizes.max_waiting,
             default_deadline: PATIENCE,
+            drain_timeout: PATIENCE,
+            step_timeout: sizes.step_timeout,
+            etcd: None,
         })
         .await?;
         let decode = DecodeNode::bind(overfill_decode_node::Config {
@@ -114,14 +122,19 @@ impl Pair {
             listen: any,
             admin: any,
             kv_listen: any,
-            kv_advertise: None,
+            advertise_kv: None,
+            advertise_grpc: None,
             max_running: sizes.max_running,
             max_waiting: sizes.max_waiting,
             default_deadline: PATIENCE,
+            drain_timeout: PATIENCE,
+            step_timeout: sizes.step_timeout,
+            etcd: None,
         })
         .await?;
         let shutdown = Shutdown::new();
         let (prefill_at, decode_at) = (prefill.ready_line().grpc, decode.ready_line().grpc);
+        let decode_admin = decode.ready_line().admin.context("admin")?.to_string();
         let (prefill_load, decode_load) = (prefill.load(), decode.load());
         let (prefill_pool, decode_pool) = (prefill.pool(), decode.pool());
         let (first, second) = (shutdown.clone(), shutdown.clone());
@@ -133,7 +146,18 @@ impl Pair {
         let decode = DecodeClient::connect(format!("http://{decode_at}")).await?;
         let info = prefill.describe(v1::DescribeRequest {}).await?.into_inner().info.context("info")?;
         let producer = info.kv_schema.context("schema")?.full_model;
-        Ok(Self { prefill, decode, prefill_load, decode_load, prefill_pool, decode_pool, producer, shutdown, nodes })
+        Ok(Self {
+            prefill,
+            decode,
+            prefill_load,
+            decode_load,
+            prefill_pool,
+            decode_pool,
+            producer,
+            decode_admin,
+            shutdown,
+            nodes,
+        })
     }
 
     pub fn decode_request(&self, ask: &Ask) -> v1::DecodeRequest {
@@ -146,6 +170,7 @@ impl Pair {
             deadline_seconds: 0.0,
             generated_tokens: ask.generated,
             producer: self.producer.clone(),
+            incarnation: String::new(),
         }
     }
 
@@ -163,6 +188,7 @@ impl Pair {
             prompt_logprobs: false,
             deadline_seconds: 0.0,
             generated_tokens: ask.generated,
+            incarnation: String::new(),
         }
     }
 

@@ -1,0 +1,90 @@
+//! `overfill drain`: empties a node, and waits until it is.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use overfill_proto::v1::{self, decode_client::DecodeClient, prefill_client::PrefillClient};
+
+use crate::router_client::{RouterUrl, channel, refusal};
+
+/// A node that drains may say nothing for this long.
+const SILENCE: Duration = Duration::from_secs(600);
+
+/// Which node, and how fast.
+#[derive(Args)]
+pub struct DrainArgs {
+    #[command(flatten)]
+    router: RouterUrl,
+    /// The node, as `overfill status` shows it (http://host:port, or host:port), or its node id.
+    node: String,
+    /// Requests that still run after this many seconds go on elsewhere; by default as the node was started with.
+    #[arg(long)]
+    drain_timeout: Option<f64>,
+}
+
+/// Runs the subcommand: the node takes nothing new, leaves discovery, ends what runs, and then ends itself.
+pub async fn run(args: DrainArgs) -> Result<()> {
+    let mut client = args.router.connect().await?;
+    let nodes = client.list_nodes(v1::ListNodesRequest {}).await.map_err(refusal)?.into_inner().nodes;
+    let node = find(&nodes, &args.node)?;
+    let channel = channel(&node.url).await?;
+    let request = v1::DrainRequest { timeout_seconds: args.drain_timeout };
+    let reports = match node.info.as_ref().map(v1::NodeInfo::role) {
+        Some(v1::Role::Prefill) => PrefillClient::new(channel).drain(request).await,
+        _ => DecodeClient::new(channel).drain(request).await,
+    };
+    let mut reports = reports.map_err(refusal)?.into_inner();
+    let mut shown = None;
+    loop {
+        let report = tokio::time::timeout(SILENCE, reports.message()).await;
+        let report = report.with_context(|| format!("{} has said nothing for {} s", node.url, SILENCE.as_secs()))?;
+        let Some(load) = report.map_err(refusal)? else { break };
+        let now = (load.running_requests, load.waiting_requests, load.open_handoffs);
+        if shown.replace(now) != Some(now) {
+            eprintln!("{}: {} running, {} waiting, {} handoffs", node.url, now.0, now.1, now.2);
+        }
+    }
+    if shown != Some((0, 0, 0)) {
+        bail!("{} ended before it was empty", node.url);
+    }
+    println!("{} is empty", node.url);
+    Ok(())
+}
+
+/// The node that `name` means.
+fn find<'a>(nodes: &'a [v1::Node], name: &str) -> Result<&'a v1::Node> {
+    let is_meant = |node: &&v1::Node| {
+        let id = node.info.as_ref().is_some_and(|info| !info.node_id.is_empty() && info.node_id == name);
+        id || node.url == name || node.url.strip_prefix("http://") == Some(name)
+    };
+    let meant: Vec<_> = nodes.iter().filter(is_meant).collect();
+    match meant[..] {
+        [node] => Ok(node),
+        [] => {
+            let known: Vec<_> = nodes.iter().map(|node| node.url.as_str()).collect();
+            bail!("the router knows of no node {name}; there are: {}", known.join(", "))
+        }
+        _ => bail!("{name} is the name of {} nodes; give an address", meant.len()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_is_found_by_address_or_id() {
+        let node = |url: &str, id: &str| v1::Node {
+            url: url.into(),
+            info: Some(v1::NodeInfo { node_id: id.into(), ..Default::default() }),
+            ..Default::default()
+        };
+        let nodes = [node("http://a:1", "x"), node("http://b:1", "y"), node("http://c:1", "y"), node("http://d:1", "")];
+        for name in ["http://a:1", "a:1", "x"] {
+            assert_eq!(find(&nodes, name).unwrap().url, "http://a:1");
+        }
+        assert!(find(&nodes, "y").unwrap_err().to_string().contains("2 nodes"));
+        assert!(find(&nodes, "").unwrap_err().to_string().contains("http://b:1"));
+    }
+}

@@ -1,0 +1,226 @@
+//! How a node joins: connected, described, checked, its load watched.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use overfill_cluster::discovery::Registration;
+use overfill_kv::KvSchema;
+use overfill_proto::{MAX_MESSAGE_BYTES, v1};
+use overfill_text::{TextFiles, TextModel};
+use parking_lot::Mutex;
+use tokio::time::timeout;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::node::Node;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a node is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum JoinError {
+    /// No connection.
+    #[error("{0}")]
+    Transport(#[from] tonic::transport::Error),
+    /// The node refused, or its connection broke.
+    #[error("{}: {}", .0.code(), .0.message())]
+    Status(#[from] Box<tonic::Status>),
+    /// It is silent.
+    #[error("no answer within {} s", .0.as_secs_f64())]
+    Timeout(Duration),
+    /// It says something of itself that can't be.
+    #[error("{field} must be {limit}, got {value}")]
+    Field {
+        /// What.
+        field: &'static str,
+        /// What it must be.
+        limit: String,
+        /// What it is.
+        value: String,
+    },
+    /// Its text files can't be used.
+    #[error("{0}")]
+    Text(#[from] overfill_text::TextError),
+    /// Its text files are not those of its schema.
+    #[error("kv_schema.tokenizer_sha256 is {schema}, but tokenizer.json's is {file}")]
+    Tokenizer {
+        /// In the schema.
+        schema: String,
+        /// Of the file.
+        file: String,
+    },
+    /// No reason given.
+    #[error("the node ended its load reports")]
+    Ended,
+    /// It takes nothing new.
+    #[error("the node is draining")]
+    Draining,
+    /// Its engine hangs.
+    #[error("the engine does not get on with its work")]
+    Stalled,
+    /// Another process is registered at its address now.
+    #[error("the node has restarted")]
+    Restarted,
+}
+
+impl From<tonic::Status> for JoinError {
+    fn from(status: tonic::Status) -> Self {
+        Self::Status(Box::new(status))
+    }
+}
+
+/// A node's load, as it changes.
+pub type Reports = tonic::Streaming<v1::NodeLoad>;
+
+/// Makes nodes out of addresses.
+pub struct Joiner {
+    /// A node that does not answer for this long is given up.
+    node_timeout: Duration,
+    /// Those that some node still uses.
+    texts: Mutex<HashMap<[u8; 32], Weak<TextModel>>>,
+    next_key: AtomicU64,
+}
+
+impl Joiner {
+    /// Gives up nodes that are silent for `node_timeout`, once they have joined.
+    pub fn new(node_timeout: Duration) -> Self {
+        Self { node_timeout, texts: Mutex::default(), next_key: AtomicU64::new(0) }
+    }
+
+    /// The node at `url`; where `listed` is given, that very process.
+    pub async fn join(
+        &self,
+        url: &str,
+        role: v1::Role,
+        listed: Option<&Registration>,
+    ) -> Result<(Arc<Node>, Reports), JoinError> {
+        let channel = Endpoint::from_shared(url.to_owned())?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            // A frozen process keeps its sockets open: only the pings show it, and end all of its streams.
+            .http2_keep_alive_interval(self.node_timeout / 3)
+            .keep_alive_timeout(self.node_timeout * 2 / 3)
+            .keep_alive_while_idle(true)
+            .connect()
+            .await?;
+        let limit = JoinError::Timeout(DESCRIBE_TIMEOUT);
+        timeout(DESCRIBE_TIMEOUT, self.describe(url, role, listed, channel)).await.map_err(|_| limit)?
+    }
+
+    async fn describe(
+        &self,
+        url: &str,
+        role: v1::Role,
+        listed: Option<&Registration>,
+        channel: Channel,
+    ) -> Result<(Arc<Node>, Reports), JoinError> {
+        let mut prefill =
+            v1::prefill_client::PrefillClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let mut decode = v1::decode_client::DecodeClient::new(channel.clone());
+        let described = match role {
+            v1::Role::Prefill => prefill.describe(v1::DescribeRequest {}).await?,
+            _ => decode.describe(v1::DescribeRequest {}).await?,
+        };
+        let v1::DescribeResponse { info, load } = described.into_inner();
+        let info = info.ok_or(JoinError::Field { field: "info", limit: "present".into(), value: "nothing".into() })?;
+        if info.role() != role {
+            let value = info.role().as_str_name().to_owned();
+            return Err(JoinError::Field { field: "role", limit: role.as_str_name().into(), value });
+        }
+        let schema = KvSchema::try_from(info.kv_schema.clone().unwrap_or_default()).map_err(|e| JoinError::Field {
+            field: e.field,
+            limit: e.limit,
+            value: e.value,
+        })?;
+        if let Some(listed) = listed {
+            // An address may have gone over to a process that has nothing to do with this cluster.
+            same("incarnation", &listed.incarnation, &info.incarnation)?;
+            same("kv_schema", &listed.kv_schema_digest, &schema.digest_hex())?;
+        }
+        if load.is_some_and(|load| load.draining) {
+            return Err(JoinError::Draining);
+        }
+        if load.is_some_and(|load| load.stalled) {
+            return Err(JoinError::Stalled);
+        }
+        let text = match role {
+            v1::Role::Prefill => {
+                let files = prefill.model_files(v1::ModelFilesRequest {}).await?.into_inner();
+                Some(self.text(files, &schema).await?)
+            }
+            _ => None,
+        };
+        let reports = match role {
+            v1::Role::Prefill => prefill.watch_load(v1::WatchLoadRequest {}).await?,
+            _ => decode.watch_load(v1::WatchLoadRequest {}).await?,
+        };
+        let key = self.next_key.fetch_add(1, Ordering::Relaxed);
+        let node = Node::new(key, url.to_owned(), info, schema, text, channel, load.unwrap_or_default());
+        Ok((Arc::new(node), reports.into_inner()))
+    }
+
+    /// The text model of these files; the same files are parsed once.
+    async fn text(&self, wire: v1::ModelFilesResponse, schema: &KvSchema) -> Result<Arc<TextModel>, JoinError> {
+        let some = |bytes: Vec<u8>| (!bytes.is_empty()).then_some(bytes);
+        let files = TextFiles {
+            tokenizer_json: wire.tokenizer_json,
+            tokenizer_config_json: some(wire.tokenizer_config_json),
+            chat_template: some(wire.chat_template),
+            generation_config_json: some(wire.generation_config_json),
+            special_tokens_map_json: some(wire.special_tokens_map_json),
+        };
+        let digest = digest(&files);
+        let known = self.texts.lock().get(&digest).and_then(Weak::upgrade);
+        let text = match known {
+            Some(text) => text,
+            None => {
+                // Parsing a large vocabulary takes a second or two of computing.
+                let parsed = tokio::task::spawn_blocking(move || TextModel::from_files(&files)).await;
+                let text = Arc::new(parsed.map_err(|e| overfill_text::TextError::Tokenizer(e.to_string()))??);
+                let mut texts = self.texts.lock();
+                texts.retain(|_, text| text.strong_count() > 0);
+                texts.insert(digest, Arc::downgrade(&text));
+                drop(texts);
+                text
+            }
+        };
+        if text.tokenizer_sha256() != schema.tokenizer_sha256 {
+            let file = text.tokenizer_sha256().to_owned();
+            return Err(JoinError::Tokenizer { schema: schema.tokenizer_sha256.clone(), file });
+        }
+        Ok(text)
+    }
+}
+
+/// What is registered must be what answers.
+fn same(field: &'static str, listed: &str, described: &str) -> Result<(), JoinError> {
+    if listed == described {
+        return Ok(());
+    }
+    Err(JoinError::Field { field, limit: format!("{listed} as registered"), value: described.to_owned() })
+}
+
+fn digest(files: &TextFiles) -> [u8; 32] {
+    use sha2::{Digest, Sha256};
+    let TextFiles {
+        tokenizer_json,
+        tokenizer_config_json,
+        chat_template,
+        generation_config_json,
+        special_tokens_map_json,
+    } = files;
+    let mut hash = Sha256::new();
+    let optional = [tokenizer_config_json, chat_template, generation_config_json, special_tokens_map_json];
+    for bytes in std::iter::once(Some(tokenizer_json)).chain(optional.map(Option::as_ref)) {
+        let bytes = bytes.map_or(&[][..], Vec::as_slice);
+        hash.update((bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    }
+    hash.finalize().into()
+}

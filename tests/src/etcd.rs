@@ -1,0 +1,179 @@
+//! A real etcd, in as many processes as it has members.
+
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::service::send_signal;
+use crate::wait::wait_for;
+
+/// Set where a missing etcd is a fault, and no reason to skip a test.
+const REQUIRED: &str = "OVERFILL_ETCD_REQUIRED";
+
+/// An etcd cluster. Dropped, it is killed.
+pub struct Etcd {
+    members: Vec<Member>,
+    folder: TempDir,
+}
+
+struct Member {
+    name: String,
+    client: String,
+    peer: String,
+    child: Option<Child>,
+}
+
+impl Etcd {
+    /// Starts an etcd of so many members and waits until it serves; `None`, and says so, where etcd is not installed.
+    pub fn start(members: usize) -> Result<Option<Self>> {
+        if Command::new("etcd").arg("--version").output().is_err() {
+            ensure!(std::env::var_os(REQUIRED).is_none(), "etcd is not installed, and {REQUIRED} is set");
+            eprintln!("SKIPPED: etcd is not installed (Debian: apt install etcd-server)");
+            return Ok(None);
+        }
+        let members = (0..members)
+            .map(|i| Ok(Member { name: format!("m{i}"), client: free_address()?, peer: free_address()?, child: None }));
+        let mut etcd = Self { members: members.collect::<Result<_>>()?, folder: tempfile::tempdir()? };
+        etcd.start_all()?;
+        Ok(Some(etcd))
+    }
+
+    /// What `--etcd-url` is given.
+    pub fn urls(&self) -> String {
+        self.members.iter().map(|member| member.client.as_str()).collect::<Vec<_>>().join(",")
+    }
+
+    /// Starts all members that do not run.
+    pub fn start_all(&mut self) -> Result<()> {
+        let cluster: Vec<_> = self.members.iter().map(|m| format!("{}={}", m.name, m.peer)).collect();
+        for member in self.members.iter_mut().filter(|member| member.child.is_none()) {
+            let data = self.folder.path().join(&member.name);
+            let child = Command::new("etcd")
+                .args(["--name", &member.name, "--listen-client-urls", &member.client, "--log-level", "error"])
+                .args(["--advertise-client-urls", &member.client, "--listen-peer-urls", &member.peer])
+                .args(["--initial-advertise-peer-urls", &member.peer, "--initial-cluster", &cluster.join(",")])
+                // Elections that a small machine comes through.
+                .args(["--heartbeat-interval", "100", "--election-timeout", "1000"])
+                .arg("--data-dir")
+                .arg(data)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .context("starting etcd")?;
+            member.child = Some(child);
+        }
+        wait_for("etcd", || Ok(self.revision().err().map(|e| format!("{e:#}"))))
+    }
+
+    /// Kills all members.
+    pub fn kill(&mut self) -> Result<()> {
+        (0..self.members.len()).try_for_each(|i| self.kill_member(i))
+    }
+
+    fn kill_member(&mut self, i: usize) -> Result<()> {
+        if let Some(mut child) = self.members[i].child.take() {
+            child.kill()?;
+            child.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Forgets everything; no member may run.
+    pub fn wipe(&mut self) -> Result<()> {
+        ensure!(self.members.iter().all(|member| member.child.is_none()), "etcd runs");
+        self.folder = tempfile::tempdir()?;
+        Ok(())
+    }
+
+    /// Sends a signal to all members.
+    pub fn signal(&self, signal: &str) -> Result<()> {
+        self.members.iter().filter_map(|member| member.child.as_ref()).try_for_each(|child| send_signal(child, signal))
+    }
+
+    /// Kills the member that leads.
+    pub fn kill_leader(&mut self) -> Result<()> {
+        let mut leads = None;
+        for (i, member) in self.members.iter().enumerate() {
+            let status = post(&member.client, "/v3/maintenance/status", &json!({}))?;
+            if status["leader"] == status["header"]["member_id"] {
+                leads = Some(i);
+            }
+        }
+        self.kill_member(leads.context("no member leads")?)
+    }
+
+    /// From now on only root may do anything, with this password.
+    pub fn enable_login(&self, password: &str) -> Result<()> {
+        self.post("/v3/auth/user/add", &json!({"name": "root", "password": password}))?;
+        self.post("/v3/auth/role/add", &json!({"name": "root"}))?;
+        self.post("/v3/auth/user/grant", &json!({"user": "root", "role": "root"}))?;
+        self.post("/v3/auth/enable", &json!({}))?;
+        Ok(())
+    }
+
+    /// The revision now.
+    pub fn revision(&self) -> Result<u64> {
+        number(&self.all()?["header"]["revision"])
+    }
+
+    /// Keys that there are.
+    pub fn keys(&self) -> Result<u64> {
+        self.all()?.get("count").map_or(Ok(0), number)
+    }
+
+    /// Waits until there are so many keys.
+    pub fn wait_keys(&self, count: u64) -> Result<()> {
+        wait_for("keys in etcd", || {
+            let keys = self.keys()?;
+            Ok((keys != count).then(|| format!("{keys}, not {count}")))
+        })
+    }
+
+    /// Forgets all revisions before the one now.
+    pub fn compact(&self) -> Result<()> {
+        let revision = self.revision()?.to_string();
+        self.post("/v3/kv/compaction", &json!({"revision": revision, "physical": true}))?;
+        Ok(())
+    }
+
+    fn all(&self) -> Result<Value> {
+        // From the key of one zero byte, to the end.
+        self.post("/v3/kv/range", &json!({"key": "AA==", "range_end": "AA==", "keys_only": true}))
+    }
+
+    /// Asks one member after the other.
+    fn post(&self, path: &str, body: &Value) -> Result<Value> {
+        let mut last = anyhow::anyhow!("no member runs");
+        for member in self.members.iter().filter(|member| member.child.is_some()) {
+            match post(&member.client, path, body) {
+                Ok(value) => return Ok(value),
+                Err(error) => last = error,
+            }
+        }
+        bail!(last)
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        let _ = self.kill();
+    }
+}
+
+fn post(url: &str, path: &str, body: &Value) -> Result<Value> {
+    Ok(ureq::post(&format!("{url}{path}")).timeout(Duration::from_secs(5)).send_json(body)?.into_json()?)
+}
+
+/// 64-bit numbers are text in JSON.
+fn number(value: &Value) -> Result<u64> {
+    value.as_str().with_context(|| format!("{value} is not a number"))?.parse().context("a number of etcd's")
+}
+
+/// etcd can't pick a port itself.
+fn free_address() -> Result<String> {
+    Ok(format!("http://{}", TcpListener::bind("127.0.0.1:0")?.local_addr()?))
+}

@@ -1,0 +1,25 @@
+//! What services show of themselves.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+/// Whatever serves the OpenAI API.
+pub trait Router {
+    /// Its address, without `/v1`.
+    fn http(&self) -> &str;
+}
+
+/// A metric at `url`, summed over those of its series whose labels contain `labels`; `None` where there is none.
+pub fn read(url: &str, name: &str, labels: &str) -> Result<Option<f64>> {
+    let text = ureq::get(&format!("{url}/metrics")).timeout(Duration::from_secs(10)).call()?.into_string()?;
+    let mut sum = None;
+    for line in text.lines() {
+        let Some(rest) = line.strip_prefix(name) else { continue };
+        if rest.starts_with(['{', ' ']) && rest.contains(labels) {
+            let value: f64 = rest.rsplit(' ').next().unwrap_or_default().parse().context(line.to_owned())?;
+            sum = Some(sum.unwrap_or(0.0) + value);
+        }
+    }
+    Ok(sum)
+}

@@ -1,0 +1,203 @@
+//! Nodes that register in etcd: they join, leave and restart, and etcd itself may go away.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use overfill_tests::service::{decode_args, prefill_args, router_args};
+use overfill_tests::{Completion, Etcd, Request, Service, wait_for};
+
+const PAIR: &str = "llama-tied";
+
+/// The shortest that etcd gives.
+const LEASE: Duration = Duration::from_secs(2);
+
+fn request(index: usize) -> Request {
+    let prompt: Vec<u32> = (0..40).map(|i| (5 + (i * 7 + index * 31) % 300) as u32).collect();
+    Request::tokens(&prompt, 24)
+}
+
+fn etcd_args(etcd: &Etcd) -> Vec<String> {
+    let lease = LEASE.as_secs().to_string();
+    ["--etcd-url", &etcd.urls(), "--etcd-lease-seconds", &lease, "--etcd-prefix", "test"].map(str::to_owned).to_vec()
+}
+
+/// A cluster whose parts know nothing of each other but where etcd is.
+struct Parts {
+    prefill: Service,
+    decode: Service,
+    router: Service,
+    answer: Completion,
+}
+
+fn start(etcd: &Etcd) -> Result<Parts> {
+    let more = etcd_args(etcd);
+    let router = Service::start(router_args(), &more)?;
+    let prefill = Service::start(prefill_args(PAIR), &more)?;
+    let decode = Service::start(decode_args(PAIR), &more)?;
+    router.wait_nodes(1, 1)?;
+    let answer = request(0).send(&router)?;
+    ensure!(answer.tokens.len() == 24, "{answer:?}");
+    Ok(Parts { prefill, decode, router, answer })
+}
+
+/// Requests one after the other until a registration without a sign of life would have ended twice.
+fn outlast_the_lease(parts: &Parts) -> Result<()> {
+    let start = Instant::now();
+    while start.elapsed() < 2 * LEASE {
+        check(parts)?;
+    }
+    Ok(())
+}
+
+fn check(parts: &Parts) -> Result<()> {
+    let answer = request(0).send(&parts.router)?;
+    ensure!(answer == parts.answer, "{answer:?} instead of {:?}", parts.answer);
+    Ok(())
+}
+
+fn check_undisturbed(router: &Service) -> Result<()> {
+    let migrations = router.metric("overfill_migrations_total", "")?;
+    ensure!(migrations == Some(0.0), "{migrations:?} migrations");
+    Ok(())
+}
+
+#[test]
+fn nodes_join_leave_and_restart() -> Result<()> {
+    let Some(etcd) = Etcd::start(1)? else { return Ok(()) };
+    let mut parts = start(&etcd)?;
+    // Another router sees the same, and a static list may be mixed with etcd.
+    let mut more = etcd_args(&etcd);
+    more.extend(["--prefill-url".into(), parts.prefill.url()]);
+    let second = Service::start(router_args(), &more)?;
+    second.wait_nodes(1, 1)?;
+    ensure!(request(0).send(&second)? == parts.answer, "another answer from the second router");
+
+    // Told to end, a node takes itself out.
+    parts.decode.signal("TERM")?;
+    let status = parts.decode.wait_end()?;
+    ensure!(status.success(), "the decode node ended with {status}");
+    etcd.wait_keys(1)?;
+    for router in [&parts.router, &second] {
+        router.wait_nodes(1, 0)?;
+        // Nobody looks for it any more.
+        router.wait_metric("overfill_nodes", "role=\"decode\"", 0.0)?;
+    }
+
+    // It comes back at the same address.
+    parts.decode = parts.decode.start_again()?;
+    parts.router.wait_nodes(1, 1)?;
+    check(&parts)?;
+
+    // Killed and started again while its registration still stands.
+    parts.decode.kill()?;
+    parts.decode = parts.decode.start_again()?;
+    for router in [&parts.router, &second] {
+        wait_for("the new incarnation", || {
+            let answer = request(0).send(router);
+            Ok(answer.err().map(|e| format!("{e:#}")))
+        })?;
+        ensure!(request(0).send(router)? == parts.answer, "another answer from the new incarnation");
+    }
+
+    // One that is killed for good is forgotten when its lease ends.
+    let third = Service::start(decode_args(PAIR), &etcd_args(&etcd))?;
+    parts.router.wait_nodes(1, 2)?;
+    drop(third);
+    parts.router.wait_metric("overfill_nodes", "role=\"decode\"", 1.0)?;
+    check(&parts)?;
+
+    // One that was only frozen comes back by itself.
+    parts.decode.signal("STOP")?;
+    parts.router.wait_metric("overfill_nodes", "role=\"decode\"", 0.0)?;
+    parts.decode.signal("CONT")?;
+    parts.router.wait_nodes(1, 1)?;
+    check(&parts)
+}
+
+#[test]
+fn etcd_may_want_a_login() -> Result<()> {
+    let Some(etcd) = Etcd::start(1)? else { return Ok(()) };
+    etcd.enable_login("hunter2")?;
+    let folder = tempfile::tempdir()?;
+    let login = |password: &str| -> Result<Vec<String>> {
+        let file = folder.path().join(password);
+        std::fs::write(&file, format!("{password}\n"))?;
+        let file = file.to_str().context("not UTF-8")?.to_owned();
+        let more = ["--etcd-user".to_owned(), "root".to_owned(), "--etcd-password-file".to_owned(), file];
+        Ok(etcd_args(&etcd).into_iter().chain(more).collect())
+    };
+    let router = Service::start(router_args(), &login("hunter2")?)?;
+    let _prefill = Service::start(prefill_args(PAIR), &login("hunter2")?)?;
+    let stranger = Service::start(decode_args(PAIR), &login("wrong")?)?;
+    let _decode = Service::start(decode_args(PAIR), &login("hunter2")?)?;
+    router.wait_nodes(1, 1)?;
+    request(0).send(&router)?;
+    ensure!(stranger.metric("vllm:request_success_total", "")?.is_none(), "a node that could not register was used");
+    Ok(())
+}
+
+#[test]
+fn etcd_may_freeze_die_and_come_back_empty() -> Result<()> {
+    let Some(mut etcd) = Etcd::start(1)? else { return Ok(()) };
+    let parts = start(&etcd)?;
+
+    etcd.signal("STOP")?;
+    outlast_the_lease(&parts).context("etcd frozen")?;
+    etcd.signal("CONT")?;
+    etcd.wait_keys(2)?;
+    check(&parts)?;
+
+    etcd.kill()?;
+    outlast_the_lease(&parts).context("etcd dead")?;
+    etcd.wipe()?;
+    etcd.start_all()?;
+    // They register again by themselves, and a router that knows of nothing but etcd finds them.
+    etcd.wait_keys(2)?;
+    let second = Service::start(router_args(), &etcd_args(&etcd))?;
+    second.wait_nodes(1, 1)?;
+    ensure!(request(0).send(&second)? == parts.answer, "another answer from the second router");
+    check(&parts)?;
+
+    // Who comes after all that is seen by the router from before.
+    let decode = Service::start(decode_args(PAIR), &etcd_args(&etcd))?;
+    parts.router.wait_nodes(1, 2)?;
+    drop(decode);
+    check_undisturbed(&second)?;
+    check_undisturbed(&parts.router)
+}
+
+#[test]
+fn changes_that_were_compacted_away_are_not_missed() -> Result<()> {
+    let Some(mut etcd) = Etcd::start(1)? else { return Ok(()) };
+    let mut parts = start(&etcd)?;
+    parts.router.signal("STOP")?;
+    let decode = Service::start(decode_args(PAIR), &etcd_args(&etcd))?;
+    etcd.wait_keys(3)?;
+    parts.decode.signal("TERM")?;
+    parts.decode.wait_end()?;
+    etcd.wait_keys(2)?;
+    etcd.compact()?;
+    etcd.kill()?;
+    etcd.start_all()?;
+    parts.router.signal("CONT")?;
+    parts.router.wait_metric("overfill_nodes", "role=\"decode\"", 1.0)?;
+    parts.router.wait_nodes(1, 1)?;
+    parts.decode = decode;
+    check(&parts)
+}
+
+#[test]
+fn etcd_may_lose_its_leader() -> Result<()> {
+    let Some(mut etcd) = Etcd::start(3)? else { return Ok(()) };
+    let parts = start(&etcd)?;
+    etcd.kill_leader()?;
+    outlast_the_lease(&parts)?;
+    // Joining works with the members that are left.
+    let decode = Service::start(decode_args(PAIR), &etcd_args(&etcd))?;
+    parts.router.wait_nodes(1, 2)?;
+    etcd.wait_keys(3)?;
+    check(&parts)?;
+    drop(decode);
+    parts.router.wait_metric("overfill_nodes", "role=\"decode\"", 1.0)?;
+    check_undisturbed(&parts.router)
+}

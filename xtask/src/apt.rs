@@ -1,0 +1,33 @@
+//! What the tests need of the system, installed where that is possible.
+
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::process::{run, succeeds};
+
+/// Installs Debian packages; an error, with `needs` as the reason, where this is not root on Debian.
+pub fn install(packages: &[&str], needs: &str) -> Result<()> {
+    let root_user =
+        Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0".as_slice());
+    if !root_user || !succeeds(Command::new("apt-get").arg("--version")) {
+        bail!("{needs}; install it (Debian: apt install {}) and try again", packages.join(" "));
+    }
+    run(Command::new("apt-get").args(["update", "-qq"]))?;
+    run(Command::new("apt-get")
+        .args(["install", "-y", "-qq", "--no-install-recommends"])
+        .args(packages)
+        .env("DEBIAN_FRONTEND", "noninteractive"))
+}
+
+/// Sees to it that etcd is there, for the tests of discovery.
+pub fn etcd() -> Result<()> {
+    let usable = || succeeds(Command::new("etcd").arg("--version"));
+    if !usable() {
+        install(&["etcd-server"], "the tests of discovery need etcd")?;
+    }
+    if !usable() {
+        bail!("etcd does not start after installing etcd-server");
+    }
+    Ok(())
+}
