@@ -17,7 +17,7 @@ use candle_core::{
     quantized::{GgmlDType, QTensor, gguf_file::Value},
 };
 use overfill_kv::BlockId;
-use overfill_model::{LoadOptions, Model, ModelConfig, RopeScaling, SequenceSlice, Want, Weights};
+use overfill_model::{LoadOptions, Logits, Model, ModelConfig, RopeScaling, SequenceSlice, Want, Weights};
 use tempfile::TempDir;
 use write::{Parts, parts};
 
@@ -56,7 +56,8 @@ fn logits(model: &Model) -> Vec<f32> {
     let blocks = [BlockId(0), BlockId(1), BlockId(2)];
     let cache = model.new_cache(3).unwrap();
     let slice = SequenceSlice { tokens: &tokens, start: 0, blocks: &blocks, want: Want::All };
-    let logits = model.forward(&cache, &[slice], &mut |_| {}).unwrap();
+    let mut logits = Logits::default();
+    model.forward(&cache, &[slice], &mut |_| {}, &mut logits).unwrap();
     (0..logits.rows()).flat_map(|row| logits.row(row).to_vec()).collect()
 }
 
