@@ -6,6 +6,7 @@ mod models;
 mod nodes;
 mod report;
 mod router;
+mod serve;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
@@ -73,6 +74,8 @@ enum Part {
         #[command(flatten)]
         output: Output,
     },
+    /// Load a running router over its OpenAI API, and report what its clients see.
+    Serve(Box<serve::ServeArgs>),
 }
 
 #[derive(Args)]
@@ -141,6 +144,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
             runtime()?.block_on(router::measure(runs.runs, &mut report))?;
             output.json
         }
+        Some(Part::Serve(args)) => return runtime()?.block_on(serve::run(*args)),
     };
     if json {
         println!("{}", report.json())
