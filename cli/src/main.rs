@@ -65,7 +65,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => exit_code(runtime.block_on(chat::run(*args))),
         Command::Status(args) => exit_code(runtime.block_on(status::run(args))),
         Command::Drain(args) => exit_code(runtime.block_on(drain::run(args))),
-        Command::Bench(args) => exit_code(bench::run(&args)),
+        Command::Bench(args) => exit_code(bench::run(*args)),
         Command::Models(command) => exit_code(command.run()),
     }
 }

@@ -1,94 +1,204 @@
-//! Tokens per second of a model alone, without any service.
+//! A model alone, without any service: tokens per second, memory, and two stages against one.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use clap::Args;
 use overfill_kv::{BlockId, blocks_for};
-use overfill_model::{KvCache, Logits, Model, SequenceSlice, Want};
+use overfill_model::{KvCache, LoadOptions, Logits, Model, SequenceSlice, Want};
 
 use super::report::{Report, median};
+use crate::text;
 
 /// Prompt tokens per forward pass, as a prefill node computes them by default.
 const CHUNK: usize = 512;
-/// Decode batches.
-const BATCHES: [usize; 3] = [1, 8, 32];
 /// Tokens of each sequence before decoding is measured.
 const CONTEXT: usize = 128;
-/// Steps of one decode measurement.
-const STEPS: usize = 16;
 
-/// Measures one model.
-pub fn measure(name: &str, model: &Model, prompt_tokens: usize, runs: usize, report: &mut Report) -> Result<()> {
-    let seconds = (0..runs).map(|_| prefill(model, prompt_tokens)).collect::<Result<Vec<_>>>()?;
-    let rate = prompt_tokens as f64 / median(seconds);
-    report.add(format!("prefill, {name}"), rate, "tok/s", format!("{prompt_tokens} tokens in chunks of {CHUNK}"));
-    for batch in BATCHES {
-        let seconds = (0..runs).map(|_| decode(model, batch)).collect::<Result<Vec<_>>>()?;
-        let rate = (batch * STEPS) as f64 / median(seconds);
-        report.add(format!("decode, {name}, batch {batch}"), rate, "tok/s", format!("{CONTEXT} tokens of context"));
+/// How much is computed.
+#[derive(Args)]
+pub struct Sizes {
+    /// Tokens of the prompt that is prefilled.
+    #[arg(long, default_value_t = 512, value_parser = super::count)]
+    prefill_tokens: usize,
+    /// Tokens that each sequence of a batch decodes.
+    #[arg(long, default_value_t = 64, value_parser = super::count)]
+    decode_tokens: usize,
+    /// Sequences that are decoded together.
+    #[arg(long, value_delimiter = ',', default_value = "1,4,8,16", value_parser = super::count)]
+    batch: Vec<usize>,
+    /// Tokens that follow the prompt where two stages are compared with one.
+    #[arg(long, default_value_t = 256, value_parser = super::count)]
+    answer_tokens: usize,
+}
+
+/// Measures each of the models; the first is the full one of those after it that have KV of the same shape.
+pub fn measure(
+    models: &[(String, PathBuf)],
+    options: &LoadOptions,
+    sizes: &Sizes,
+    runs: usize,
+    report: &mut Report,
+) -> Result<()> {
+    let mut full: Option<(&str, Model)> = None;
+    for (name, folder) in models {
+        let before = resident_bytes()?;
+        let model = Model::load(folder, options)?;
+        measure_one(name, &model, sizes, runs, before, report)?;
+        match &full {
+            Some((full_name, full)) if same_kv(full, &model) => {
+                two_stages([full_name, name], [full, &model], sizes, runs, report)?;
+            }
+            Some((full_name, _)) => {
+                tracing::info!("{name} has KV of another shape than {full_name}, so the two can't share a request")
+            }
+            None => full = Some((name, model)),
+        }
     }
     Ok(())
 }
 
-fn tokens(model: &Model, count: usize) -> Vec<u32> {
-    (0..count).map(|i| (i * 7919 % model.config().vocab_size) as u32).collect()
+fn same_kv(full: &Model, decode: &Model) -> bool {
+    let (mut a, mut b) = (full.kv_schema(), decode.kv_schema());
+    // Which model computes the KV is not its shape.
+    (a.full_model, b.full_model) = (None, None);
+    a == b
 }
 
-fn blocks(sequence: usize, each: usize) -> Vec<BlockId> {
-    (sequence * each..(sequence + 1) * each).map(|block| BlockId(block as u32)).collect()
-}
+fn measure_one(
+    name: &str,
+    model: &Model,
+    sizes: &Sizes,
+    runs: usize,
+    resident_before: usize,
+    report: &mut Report,
+) -> Result<()> {
+    let tokens = sizes.prefill_tokens;
+    let cache = model.new_cache(blocks_for(tokens))?;
+    let mut one = Sequences::new(model, &cache, 1, tokens);
+    let seconds = (0..runs).map(|_| one.prefill(model, tokens)).collect::<Result<Vec<_>>>()?;
+    let rate = tokens as f64 / median(seconds);
+    report.add(format!("prefill, {name}"), rate, "tok/s", format!("{tokens} tokens in chunks of {CHUNK}"));
+    drop(one);
+    drop(cache);
 
-/// Seconds to prefill one prompt.
-fn prefill(model: &Model, prompt_tokens: usize) -> Result<f64> {
-    let each = blocks_for(prompt_tokens);
-    let cache = model.new_cache(each)?;
-    let (tokens, blocks) = (tokens(model, prompt_tokens), blocks(0, each));
-    let start = Instant::now();
-    run_prompt(model, &cache, &tokens, &blocks)?;
-    Ok(start.elapsed().as_secs_f64())
-}
-
-fn run_prompt(model: &Model, cache: &KvCache, tokens: &[u32], blocks: &[BlockId]) -> Result<()> {
-    let mut logits = Logits::default();
-    for (i, chunk) in tokens.chunks(CHUNK).enumerate() {
-        let start = i * CHUNK;
-        let want = if start + chunk.len() == tokens.len() { Want::Last } else { Want::Nothing };
-        let slice = SequenceSlice { tokens: chunk, start, blocks, want };
-        model.forward(cache, &[slice], &mut |_| {}, &mut logits)?;
+    let most = sizes.batch.iter().copied().max().context("no batch")?;
+    let each = CONTEXT + sizes.decode_tokens;
+    let blocks = most * blocks_for(each);
+    let cache = model.new_cache(blocks)?;
+    let mut sequences = Sequences::new(model, &cache, most, each);
+    sequences.prefill(model, CONTEXT)?;
+    for &batch in &sizes.batch {
+        let seconds = (0..runs)
+            .map(|_| sequences.decode(model, batch, CONTEXT, sizes.decode_tokens))
+            .collect::<Result<Vec<_>>>()?;
+        let rate = (batch * sizes.decode_tokens) as f64 / median(seconds);
+        let note = format!("{CONTEXT} tokens of context, {} more each", sizes.decode_tokens);
+        report.add(format!("decode, {name}, batch {batch}"), rate, "tok/s", note);
+    }
+    if let Some(weights) = model.weight_bytes() {
+        let resident = resident_bytes()?.saturating_sub(resident_before);
+        let kv = blocks * model.block_bytes();
+        let of = |bytes: usize| text::bytes(bytes as u64);
+        let note = format!("{} of weights and {} of KV are {}", of(weights), of(kv), of(weights + kv));
+        report.add(format!("resident memory, {name}"), resident as f64 / f64::from(1 << 20), "MiB", note);
     }
     Ok(())
 }
 
-/// Seconds for [`STEPS`] tokens of each of `batch` sequences.
-fn decode(model: &Model, batch: usize) -> Result<f64> {
-    let each = blocks_for(CONTEXT + STEPS);
-    let cache = model.new_cache(each * batch)?;
-    let prompt = tokens(model, CONTEXT);
-    let sequences: Vec<Vec<BlockId>> = (0..batch).map(|sequence| blocks(sequence, each)).collect();
-    for blocks in &sequences {
-        run_prompt(model, &cache, &prompt, blocks)?;
+/// The same prompt and as long an answer, by the full model alone and by both, in turns.
+fn two_stages(names: [&str; 2], models: [&Model; 2], sizes: &Sizes, runs: usize, report: &mut Report) -> Result<()> {
+    let (prompt, answer) = (sizes.prefill_tokens, sizes.answer_tokens);
+    let [full, decode] = models;
+    let cache = full.new_cache(blocks_for(prompt + answer))?;
+    let mut sequence = Sequences::new(full, &cache, 1, prompt + answer);
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..runs {
+        for (times, decode) in times.iter_mut().zip([full, decode]) {
+            // The prompt's last logits give the first token of the answer.
+            let prefill = sequence.prefill(full, prompt)?;
+            times.push(prefill + sequence.decode(decode, 1, prompt, answer - 1)?);
+        }
     }
-    let mut logits = Logits::default();
-    let mut next = vec![1_u32; batch];
-    let start = Instant::now();
-    for step in 0..STEPS {
-        let slices: Vec<SequenceSlice<'_>> = sequences
-            .iter()
-            .zip(&next)
-            .map(|(blocks, token)| SequenceSlice {
-                tokens: std::slice::from_ref(token),
-                start: CONTEXT + step,
-                blocks,
-                want: Want::Last,
-            })
-            .collect();
-        model.forward(&cache, &slices, &mut |_| {}, &mut logits)?;
-        let chosen = (0..batch).map(|row| best(logits.row(row)).context("no logits")).collect::<Result<_>>()?;
-        next = chosen;
+    let [alone, both] = times.map(median);
+    let note = format!("{prompt} tokens of prompt, {answer} of answer");
+    report.add(format!("one-stage, {}", names[0]), alone, "s", note);
+    let note = format!("{:.2} times as fast; no handoff between processes", alone / both);
+    report.add(format!("two-stage, {} and {}", names[0], names[1]), both, "s", note);
+    Ok(())
+}
+
+/// Sequences in a cache, each in blocks of its own.
+struct Sequences<'a> {
+    cache: &'a KvCache,
+    prompt: Vec<u32>,
+    blocks: Vec<Vec<BlockId>>,
+    next: Vec<u32>,
+    logits: Logits,
+}
+
+impl<'a> Sequences<'a> {
+    fn new(model: &Model, cache: &'a KvCache, count: usize, tokens_each: usize) -> Self {
+        let each = blocks_for(tokens_each) as u32;
+        Self {
+            cache,
+            prompt: (0..tokens_each).map(|i| (i * 7919 % model.config().vocab_size) as u32).collect(),
+            blocks: (0..count as u32).map(|i| (i * each..(i + 1) * each).map(BlockId).collect()).collect(),
+            next: vec![1; count],
+            logits: Logits::default(),
+        }
     }
-    Ok(start.elapsed().as_secs_f64())
+
+    /// Seconds to prefill `tokens` tokens of each sequence, one sequence after the other.
+    fn prefill(&mut self, model: &Model, tokens: usize) -> Result<f64> {
+        let begin = Instant::now();
+        for (blocks, next) in self.blocks.iter().zip(&mut self.next) {
+            for (i, chunk) in self.prompt[..tokens].chunks(CHUNK).enumerate() {
+                let start = i * CHUNK;
+                let want = if start + chunk.len() == tokens { Want::Last } else { Want::Nothing };
+                let slice = SequenceSlice { tokens: chunk, start, blocks, want };
+                model.forward(self.cache, &[slice], &mut |_| {}, &mut self.logits)?;
+            }
+            *next = best(self.logits.row(0)).context("no logits")?;
+        }
+        Ok(begin.elapsed().as_secs_f64())
+    }
+
+    /// Seconds for `steps` tokens of each of the first `batch` sequences, which have `start` tokens.
+    fn decode(&mut self, model: &Model, batch: usize, start: usize, steps: usize) -> Result<f64> {
+        ensure!(batch <= self.blocks.len(), "a batch of {batch} of {} sequences", self.blocks.len());
+        let begin = Instant::now();
+        for step in 0..steps {
+            let sequences = self.blocks[..batch].iter().zip(&self.next);
+            let slices: Vec<SequenceSlice<'_>> = sequences
+                .map(|(blocks, token)| SequenceSlice {
+                    tokens: std::slice::from_ref(token),
+                    start: start + step,
+                    blocks,
+                    want: Want::Last,
+                })
+                .collect();
+            model.forward(self.cache, &slices, &mut |_| {}, &mut self.logits)?;
+            for (row, next) in self.next[..batch].iter_mut().enumerate() {
+                *next = best(self.logits.row(row)).context("no logits")?;
+            }
+        }
+        Ok(begin.elapsed().as_secs_f64())
+    }
 }
 
 fn best(logits: &[f32]) -> Option<u32> {
     logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(token, _)| token as u32)
+}
+
+/// Memory of this process that is not swapped out or shared with the file cache.
+fn resident_bytes() -> Result<usize> {
+    let file = "/proc/self/status";
+    let status = std::fs::read_to_string(file).with_context(|| format!("reading {file}"))?;
+    let line =
+        status.lines().find_map(|line| line.strip_prefix("VmRSS:")).with_context(|| format!("no VmRSS in {file}"))?;
+    let kib: usize =
+        line.trim().trim_end_matches(" kB").parse().with_context(|| format!("VmRSS is {line:?} in {file}"))?;
+    Ok(kib * 1024)
 }

@@ -1,121 +1,157 @@
 //! `overfill bench`: what the machine at hand does, each figure beside the one it should be compared with.
 
 mod engine;
+mod geometry;
+mod models;
 mod nodes;
-mod random_model;
 mod report;
 mod router;
-
-use std::path::PathBuf;
+mod serve;
 
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Args, Subcommand};
 use overfill_cluster::{LogFormat, init_telemetry};
-use overfill_kv::KvDtype;
-use overfill_model::{DeviceSpec, LoadOptions, Model, WeightFormat, resolve};
 
+use models::ModelArgs;
 use report::Report;
 
-/// Measures the engine, the KV handoff and the router.
+/// Measures the engine, the KV handoff and the router; or loads a running cluster.
 #[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct BenchArgs {
-    /// Full model; one of random weights if left out.
-    #[arg(long)]
-    full: Option<String>,
-    /// Pruned model; if both are left out, the random model's widths cut by 45 %.
-    #[arg(long, requires = "full")]
-    decode: Option<String>,
-    /// Where the models run: cpu or cuda:N.
-    #[arg(long, default_value = "cpu")]
-    device: DeviceSpec,
-    /// Weights: f32, bf16 or f16.
-    #[arg(long, default_value = "bf16")]
-    dtype: WeightFormat,
-    /// KV cache: f32, bf16 or f16.
-    #[arg(long, default_value = "bf16")]
-    kv_dtype: KvDtype,
-    /// Tokens of the prompt that is prefilled and handed over.
-    #[arg(long, default_value_t = 2048)]
-    prompt_tokens: usize,
-    /// KV that is moved to measure the handoff alone.
-    #[arg(long, default_value_t = 256)]
-    handoff_mebibytes: usize,
+    /// Only this; engine, handoff, overlap and router if left out.
+    #[command(subcommand)]
+    part: Option<Part>,
+    #[command(flatten)]
+    models: ModelArgs,
+    #[command(flatten)]
+    sizes: engine::Sizes,
+    #[command(flatten)]
+    handoff: nodes::HandoffSize,
+    #[command(flatten)]
+    overlap: nodes::OverlapSize,
+    #[command(flatten)]
+    runs: Runs,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Subcommand)]
+enum Part {
+    /// Prefill and decode tokens per second, memory, and two stages against one.
+    Engine {
+        #[command(flatten)]
+        models: ModelArgs,
+        #[command(flatten)]
+        sizes: engine::Sizes,
+        #[command(flatten)]
+        runs: Runs,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// KV over TCP, a bare TCP copy, and a memory copy.
+    Handoff {
+        #[command(flatten)]
+        handoff: nodes::HandoffSize,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// What a handoff adds to a prefill.
+    Overlap {
+        #[command(flatten)]
+        models: ModelArgs,
+        #[command(flatten)]
+        overlap: nodes::OverlapSize,
+        #[command(flatten)]
+        runs: Runs,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// What the router costs.
+    Router {
+        #[command(flatten)]
+        runs: Runs,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Load a running router over its OpenAI API, and report what its clients see.
+    Serve(Box<serve::ServeArgs>),
+}
+
+#[derive(Args)]
+struct Runs {
     /// Runs of each measurement; the median counts.
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 3, value_parser = count)]
     runs: usize,
-    /// Only these parts: engine, handoff, overlap, router.
-    #[arg(long, value_delimiter = ',', value_enum)]
-    only: Vec<Part>,
+}
+
+#[derive(Args)]
+struct Output {
     /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
-enum Part {
-    /// Prefill and decode tokens per second.
-    Engine,
-    /// KV over TCP, a bare TCP copy, and a memory copy.
-    Handoff,
-    /// What a handoff adds to a prefill.
-    Overlap,
-    /// What the router costs.
-    Router,
+/// Most of anything that is counted on the command line.
+const MOST_COUNT: usize = 10_000_000;
+/// Longest time on the command line: a week.
+const MOST_SECONDS: f64 = 604_800.0;
+
+fn count(text: &str) -> Result<usize, String> {
+    let value: usize = text.parse().map_err(|e| format!("{e}"))?;
+    let ok = (1..=MOST_COUNT).contains(&value);
+    if ok { Ok(value) } else { Err(format!("must be in [1, {MOST_COUNT}], got {value}")) }
 }
 
-/// Folders of the two models. A random pair is removed with it.
-struct Pair {
-    full: PathBuf,
-    decode: PathBuf,
-    _temporary: Option<tempfile::TempDir>,
+fn seconds(text: &str) -> Result<f64, String> {
+    let value = positive(text)?;
+    if value <= MOST_SECONDS { Ok(value) } else { Err(format!("must be at most {MOST_SECONDS}, got {value}")) }
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|e| format!("{e}"))?;
+    if value > 0.0 && value.is_finite() { Ok(value) } else { Err(format!("must be above 0, got {value}")) }
 }
 
 /// Runs the subcommand. Measurements block threads of their own, so this is called outside any runtime.
-pub fn run(args: &BenchArgs) -> Result<()> {
+pub fn run(args: BenchArgs) -> Result<()> {
     init_telemetry(LogFormat::Text);
-    let wants = |part| args.only.is_empty() || args.only.contains(&part);
-    let options =
-        LoadOptions { device: args.device, weights: args.dtype, kv_dtype: args.kv_dtype, ..LoadOptions::default() };
     let mut report = Report::default();
-    if wants(Part::Engine) || wants(Part::Overlap) {
-        let pair = args.pair()?;
-        if wants(Part::Engine) {
-            for (name, folder) in [("full", &pair.full), ("pruned", &pair.decode)] {
-                let model = Model::load(folder, &options)?;
-                engine::measure(name, &model, args.prompt_tokens, args.runs, &mut report)?;
-            }
+    let json = match args.part {
+        None => {
+            let models = args.models.prepare()?;
+            engine::measure(&models.list, &args.models.options(), &args.sizes, args.runs.runs, &mut report)?;
+            runtime()?.block_on(nodes::measure(&models, &args.models, &args.overlap, args.runs.runs, &mut report))?;
+            runtime()?.block_on(nodes::measure_handoff(&args.handoff, &mut report))?;
+            runtime()?.block_on(router::measure(args.runs.runs, &mut report))?;
+            args.output.json
         }
-        if wants(Part::Overlap) {
-            runtime()?.block_on(nodes::measure(&pair.full, &pair.decode, args, &mut report))?;
+        Some(Part::Engine { models, sizes, runs, output }) => {
+            let prepared = models.prepare()?;
+            engine::measure(&prepared.list, &models.options(), &sizes, runs.runs, &mut report)?;
+            output.json
         }
-    }
-    if wants(Part::Handoff) {
-        runtime()?.block_on(nodes::measure_handoff(args.handoff_mebibytes, &mut report))?;
-    }
-    if wants(Part::Router) {
-        runtime()?.block_on(router::measure(args.runs, &mut report))?;
-    }
-    if args.json {
+        Some(Part::Overlap { models, overlap, runs, output }) => {
+            let prepared = models.prepare()?;
+            runtime()?.block_on(nodes::measure(&prepared, &models, &overlap, runs.runs, &mut report))?;
+            output.json
+        }
+        Some(Part::Handoff { handoff, output }) => {
+            runtime()?.block_on(nodes::measure_handoff(&handoff, &mut report))?;
+            output.json
+        }
+        Some(Part::Router { runs, output }) => {
+            runtime()?.block_on(router::measure(runs.runs, &mut report))?;
+            output.json
+        }
+        Some(Part::Serve(args)) => return runtime()?.block_on(serve::run(*args)),
+    };
+    if json {
         println!("{}", report.json())
     } else {
         print!("{}", report.table())
     }
     Ok(())
-}
-
-impl BenchArgs {
-    fn pair(&self) -> Result<Pair> {
-        let Some(full) = &self.full else {
-            let folder = tempfile::tempdir().context("making a folder for random models")?;
-            let (full, decode) = (folder.path().join("full"), folder.path().join("pruned"));
-            random_model::write(&full, 0.0)?;
-            random_model::write(&decode, 0.45)?;
-            return Ok(Pair { full, decode, _temporary: Some(folder) });
-        };
-        let full = resolve(full)?;
-        let decode = self.decode.as_deref().map(resolve).transpose()?.unwrap_or_else(|| full.clone());
-        Ok(Pair { full, decode, _temporary: None })
-    }
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime> {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use clap::Parser;
+use clap::{Args, Parser};
 use overfill_cluster::Shutdown;
 use overfill_decode_node::DecodeNode;
 use overfill_prefill_node::PrefillNode;
@@ -13,7 +13,7 @@ use overfill_proto::v1::{
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-use super::BenchArgs;
+use super::models::{ModelArgs, Models};
 use super::report::{Report, median};
 use crate::router_client::channel;
 
@@ -28,6 +28,22 @@ struct PrefillLine {
 struct DecodeLine {
     #[command(flatten)]
     args: overfill_decode_node::Args,
+}
+
+/// What is handed over after a prefill.
+#[derive(Args)]
+pub struct OverlapSize {
+    /// Tokens of the prompt that is prefilled and handed over.
+    #[arg(long, default_value_t = 2048, value_parser = super::count)]
+    prompt_tokens: usize,
+}
+
+/// What is handed over alone.
+#[derive(Args)]
+pub struct HandoffSize {
+    /// KV that is moved to measure the handoff alone.
+    #[arg(long, default_value_t = 256, value_parser = super::count)]
+    handoff_mebibytes: usize,
 }
 
 /// One request's figures.
@@ -118,13 +134,22 @@ async fn next(events: &mut Streaming<v1::DecodeEvent>) -> Result<Option<decode_e
     Ok(events.message().await?.and_then(|event| event.event))
 }
 
-/// What a handoff adds to the prefill of a long prompt, between two nodes in this process.
-pub async fn measure(full: &Path, decode: &Path, args: &BenchArgs, report: &mut Report) -> Result<()> {
+/// What a handoff adds to the prefill of a long prompt, between two nodes in this process: the first two of `models`, or
+/// one in both places.
+pub async fn measure(
+    models: &Models,
+    args: &ModelArgs,
+    size: &OverlapSize,
+    runs: usize,
+    report: &mut Report,
+) -> Result<()> {
+    let (_, full) = models.list.first().context("no model")?;
+    let (_, decode) = models.list.get(1).or(models.list.first()).context("no model")?;
     let line = |model: &Path| -> Result<Vec<String>> {
         let model = model.to_str().context("the model's path is not UTF-8")?;
-        let (device, dtype, kv) = (args.device.to_string(), args.dtype.to_string(), args.kv_dtype.to_string());
-        let pool = (4 * (args.prompt_tokens + 64)).to_string();
-        let line = ["node", "--model", model, "--device", &device, "--dtype", &dtype, "--kv-dtype", &kv];
+        let (device, weights, kv) = (args.device.to_string(), args.weights.to_string(), args.kv_dtype.to_string());
+        let pool = (4 * (size.prompt_tokens + 64)).to_string();
+        let line = ["node", "--model", model, "--device", &device, "--weights", &weights, "--kv-dtype", &kv];
         Ok(line.into_iter().chain(["--kv-pool-tokens", &pool]).map(str::to_owned).collect())
     };
     let config = PrefillLine::try_parse_from(line(full)?)?.args.validate().map_err(first_fault)?;
@@ -138,9 +163,9 @@ pub async fn measure(full: &Path, decode: &Path, args: &BenchArgs, report: &mut 
 
     let mut direct = Direct::connect(&urls[0], &urls[1]).await?;
     let mut outcomes = Vec::new();
-    for run in 0..=args.runs {
+    for run in 0..=runs {
         // Another prompt each time: nothing may come from a prefix cache.
-        let prompt: Vec<u32> = (0..args.prompt_tokens).map(|i| 1 + (i * 13 + run * 101) as u32 % 199).collect();
+        let prompt: Vec<u32> = (0..size.prompt_tokens).map(|i| 1 + (i * 13 + run * 101) as u32 % 199).collect();
         let outcome = direct.generate(&prompt, 2).await?;
         // The first warms memory and connections up.
         if run > 0 {
@@ -151,7 +176,7 @@ pub async fn measure(full: &Path, decode: &Path, args: &BenchArgs, report: &mut 
     let prefill_seconds = of(|o| o.prefill_seconds);
     let exposed = of(|o| o.transfer.exposed_seconds);
     let bytes = of(|o| o.transfer.bytes as f64);
-    report.add("prefill with handoff", prefill_seconds, "s", format!("{} tokens", args.prompt_tokens));
+    report.add("prefill with handoff", prefill_seconds, "s", format!("{} tokens", size.prompt_tokens));
     report.add("KV handed over", bytes / f64::from(1 << 20), "MiB", "");
     report.add("handoff, not hidden", exposed * 1e3, "ms", "after the last layer was computed");
     report.add("handoff, share of prefill", 100.0 * exposed / prefill_seconds, "%", "");
@@ -162,8 +187,8 @@ pub async fn measure(full: &Path, decode: &Path, args: &BenchArgs, report: &mut 
 }
 
 /// A handoff alone over loopback, beside a copy in memory and a bare TCP copy of the same bytes.
-pub async fn measure_handoff(mebibytes: usize, report: &mut Report) -> Result<()> {
-    let measured = overfill_transport::bench::loopback(mebibytes << 20).await?;
+pub async fn measure_handoff(size: &HandoffSize, report: &mut Report) -> Result<()> {
+    let measured = overfill_transport::bench::loopback(size.handoff_mebibytes << 20).await?;
     let note = format!("{} MiB each, best of several rounds in turns", measured.bytes >> 20);
     report.add("memory copy", measured.memcpy_bytes_per_second / 1e9, "GB/s", note);
     report.add("bare TCP copy", measured.tcp_bytes_per_second / 1e9, "GB/s", "no frames, no checksums");

@@ -1,0 +1,239 @@
+//! Models of random weights in the sizes of published ones: as slow as trained ones.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use overfill_model::ModelConfig;
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use serde_json::{Value, json};
+
+/// Which sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Geometry {
+    /// 28 million parameters.
+    Small,
+    /// `small` with its widths cut by 45 %.
+    SmallOverfill,
+    #[value(name = "llama-3.2-3b")]
+    Llama3b,
+    /// `llama-3.2-3b` with its widths cut by 45 %.
+    #[value(name = "llama-3.2-3b-overfill")]
+    Llama3bOverfill,
+    #[value(name = "llama-3.2-1b")]
+    Llama1b,
+    #[value(name = "qwen2.5-0.5b")]
+    Qwen05b,
+}
+
+/// Bytes made and written at once: what memory a model of any size takes to write.
+const BUFFER_BYTES: usize = 1 << 20;
+
+impl Geometry {
+    /// As the command line and the reports call it, and its folder.
+    pub fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    fn config(self) -> Value {
+        let llama = |hidden: usize, intermediate: usize, layers: usize, heads: usize, head_dim: usize| {
+            json!({
+                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+                "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": head_dim, "vocab_size": 128_256,
+                "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
+                "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+                                 "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+                "tie_word_embeddings": true, "eos_token_id": 128_001, "bos_token_id": 128_000,
+                "torch_dtype": "bfloat16",
+            })
+        };
+        let small = |hidden: usize, intermediate: usize| {
+            json!({
+                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 8,
+                "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 8192,
+                "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
+                "tie_word_embeddings": true, "eos_token_id": 0, "bos_token_id": 1, "torch_dtype": "bfloat16",
+            })
+        };
+        match self {
+            Self::Small => small(512, 1408),
+            Self::SmallOverfill => small(281, 774),
+            Self::Llama3b => llama(3072, 8192, 28, 24, 128),
+            Self::Llama3bOverfill => llama(1689, 4505, 28, 24, 128),
+            Self::Llama1b => llama(2048, 8192, 16, 32, 64),
+            Self::Qwen05b => json!({
+                "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+                "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+                "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936,
+                "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0,
+                "tie_word_embeddings": true, "eos_token_id": 151_643, "bos_token_id": 151_643,
+                "torch_dtype": "bfloat16",
+            }),
+        }
+    }
+
+    /// The model's folder in `models`: written, unless it is there already.
+    pub fn folder(self, models: &Path) -> Result<PathBuf> {
+        let folder = models.join(self.name());
+        let (config_file, weights) = (folder.join("config.json"), folder.join("model.safetensors"));
+        let config_text = self.config().to_string();
+        // The weights get their name last, so what is there is whole.
+        if weights.is_file() && fs::read_to_string(&config_file).is_ok_and(|text| text == config_text) {
+            tracing::info!(folder = %folder.display(), "found the random model");
+            return Ok(folder);
+        }
+        fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
+        let write =
+            |file: &Path, text: String| fs::write(file, text).with_context(|| format!("writing {}", file.display()));
+        write(&config_file, config_text)?;
+        let config = ModelConfig::from_folder(&folder)?;
+        write(&folder.join("tokenizer.json"), tokenizer(config.vocab_size).to_string())?;
+        tracing::info!(folder = %folder.display(), "writing the random model");
+        let unfinished = folder.join("model.safetensors.unfinished");
+        write_weights(&unfinished, &config).with_context(|| format!("writing {}", unfinished.display()))?;
+        fs::rename(&unfinished, &weights).with_context(|| format!("renaming to {}", weights.display()))?;
+        Ok(folder)
+    }
+}
+
+/// Never used to read text, but nodes agree on its hash and a router parses it.
+fn tokenizer(vocabulary: usize) -> Value {
+    let tokens: serde_json::Map<_, _> = (0..vocabulary).map(|id| (format!("w{id}"), json!(id))).collect();
+    json!({"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
+           "model": {"type": "WordLevel", "vocab": tokens, "unk_token": "w0"}})
+}
+
+/// The crate's own writer wants whole tensors, of which the largest takes a gigabyte.
+fn write_weights(path: &Path, config: &ModelConfig) -> Result<()> {
+    let mut end = 0;
+    let tensors: Vec<(String, TensorInfo)> = config
+        .tensor_shapes()
+        .into_iter()
+        .map(|(name, shape)| {
+            let start = end;
+            end += 2 * shape.iter().product::<usize>();
+            (name, TensorInfo { dtype: Dtype::BF16, shape, data_offsets: (start, end) })
+        })
+        .collect();
+    let mut header = serde_json::to_vec(&Metadata::new(None, tensors.clone())?)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut file = BufWriter::with_capacity(BUFFER_BYTES, File::create(path)?);
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(&header)?;
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut buffer = vec![0_u8; BUFFER_BYTES];
+    for (name, info) in &tensors {
+        let (start, end) = info.data_offsets;
+        let values = Values::of(name, &info.shape);
+        let mut left = end - start;
+        while left > 0 {
+            let part = &mut buffer[..left.min(BUFFER_BYTES)];
+            values.fill(part, &mut state);
+            file.write_all(part)?;
+            left -= part.len();
+        }
+    }
+    file.into_inner().context("writing the last bytes")?.sync_all()?;
+    Ok(())
+}
+
+/// What a tensor is filled with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Values {
+    Constant(f32),
+    /// Uniform in [-spread, spread).
+    Uniform(f32),
+}
+
+impl Values {
+    /// Such that activations stay near 1.
+    fn of(name: &str, shape: &[usize]) -> Self {
+        match shape {
+            [_, inputs] => Self::Uniform((3.0 / *inputs as f32).sqrt()),
+            _ if name.ends_with(".bias") => Self::Constant(0.0),
+            _ => Self::Constant(1.0),
+        }
+    }
+
+    /// bf16 bytes: the upper half of an f32, rounded towards zero. Four values of each random number (xorshift64).
+    fn fill(self, bytes: &mut [u8], state: &mut u64) {
+        for eight in bytes.chunks_mut(8) {
+            *state ^= *state << 13;
+            *state ^= *state >> 7;
+            *state ^= *state << 17;
+            for (i, two) in eight.chunks_mut(2).enumerate() {
+                let value = match self {
+                    Self::Constant(value) => value,
+                    Self::Uniform(spread) => f32::from((*state >> (16 * i)) as u16 as i16) / 32_768.0 * spread,
+                };
+                two.copy_from_slice(&value.to_le_bytes()[2..]);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use overfill_model::{LoadOptions, Model};
+
+    use super::*;
+
+    #[test]
+    fn every_geometry_is_one_that_the_model_code_reads() {
+        for geometry in Geometry::value_variants() {
+            let config = ModelConfig::from_json(Path::new("config.json"), geometry.config()).unwrap();
+            assert!(config.tie_word_embeddings, "{geometry:?}");
+        }
+        let parameters = |geometry: Geometry| -> usize {
+            let config = ModelConfig::from_json(Path::new("config.json"), geometry.config()).unwrap();
+            config.tensor_shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+        };
+        // As their model cards say.
+        assert_eq!(parameters(Geometry::Llama3b), 3_212_749_824);
+        assert_eq!(parameters(Geometry::Llama1b), 1_235_814_400);
+        assert_eq!(parameters(Geometry::Qwen05b), 494_032_768);
+    }
+
+    #[test]
+    fn pruned_geometries_are_cut_as_pruning_cuts_them() {
+        for (full, cut) in [(Geometry::Small, Geometry::SmallOverfill), (Geometry::Llama3b, Geometry::Llama3bOverfill)]
+        {
+            let (mut full, cut) = (full.config(), cut.config());
+            for width in ["hidden_size", "intermediate_size"] {
+                full[width] = json!((full[width].as_f64().unwrap() * (1.0 - 0.45)) as usize);
+            }
+            assert_eq!(full, cut);
+        }
+    }
+
+    #[test]
+    fn a_written_model_loads_and_is_found_again() {
+        let models = tempfile::tempdir().unwrap();
+        let folder = Geometry::SmallOverfill.folder(models.path()).unwrap();
+        let model = Model::load(&folder, &LoadOptions::default()).unwrap();
+        assert_eq!(model.config().hidden_size, 281);
+        let weights = folder.join("model.safetensors");
+        let written = fs::metadata(&weights).unwrap().modified().unwrap();
+        assert_eq!(Geometry::SmallOverfill.folder(models.path()).unwrap(), folder);
+        assert_eq!(fs::metadata(&weights).unwrap().modified().unwrap(), written);
+        // Another geometry under its name is not taken for it.
+        fs::write(folder.join("config.json"), Geometry::Small.config().to_string()).unwrap();
+        Geometry::SmallOverfill.folder(models.path()).unwrap();
+        assert_ne!(fs::metadata(&weights).unwrap().modified().unwrap(), written);
+    }
+
+    #[test]
+    fn random_values_fill_their_range() {
+        let mut bytes = vec![0; 40_002];
+        Values::Uniform(0.5).fill(&mut bytes, &mut 1);
+        let values: Vec<f32> = bytes.chunks(2).map(|two| f32::from_le_bytes([0, 0, two[0], two[1]])).collect();
+        assert!(values.iter().all(|value| (-0.5..0.5).contains(value)));
+        let mean = values.iter().sum::<f32>() / values.len() as f32;
+        let spread = values.iter().map(|value| value * value).sum::<f32>() / values.len() as f32;
+        assert!(mean.abs() < 0.01 && (spread - 0.25 / 3.0).abs() < 0.005, "{mean} {spread}");
+    }
+}
