@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use overfill_kv::{BlockId, blocks_for};
-use overfill_model::{KvCache, LoadOptions, Logits, Model, SequenceSlice, Want};
+use overfill_model::{KvCache, LoadOptions, Logits, Model, Rows, SequenceSlice, Want};
 
 use super::report::{Report, median};
 use crate::text;
@@ -43,9 +43,12 @@ pub fn measure(
 ) -> Result<()> {
     let mut full: Option<(&str, Model)> = None;
     for (name, folder) in models {
+        let prefill = Model::load(folder, &LoadOptions { rows: Rows::Many, ..*options })?;
+        measure_prefill(name, &prefill, sizes, runs, report)?;
+        drop(prefill);
         let before = resident_bytes()?;
-        let model = Model::load(folder, options)?;
-        measure_one(name, &model, sizes, runs, before, report)?;
+        let model = Model::load(folder, &LoadOptions { rows: Rows::Few, ..*options })?;
+        measure_decode(name, &model, sizes, runs, before, report)?;
         match &full {
             Some((full_name, full)) if same_kv(full, &model) => {
                 two_stages([full_name, name], [full, &model], sizes, runs, report)?;
@@ -66,7 +69,19 @@ fn same_kv(full: &Model, decode: &Model) -> bool {
     a == b
 }
 
-fn measure_one(
+/// Prefill as a prefill node does it.
+fn measure_prefill(name: &str, model: &Model, sizes: &Sizes, runs: usize, report: &mut Report) -> Result<()> {
+    let tokens = sizes.prefill_tokens;
+    let cache = model.new_cache(blocks_for(tokens))?;
+    let mut one = Sequences::new(model, &cache, 1, tokens);
+    let seconds = (0..runs).map(|_| one.prefill(model, tokens)).collect::<Result<Vec<_>>>()?;
+    let rate = tokens as f64 / median(seconds);
+    report.add(format!("prefill, {name}"), rate, "tok/s", format!("{tokens} tokens in chunks of {CHUNK}"));
+    Ok(())
+}
+
+/// Decode as a decode node does it, and memory.
+fn measure_decode(
     name: &str,
     model: &Model,
     sizes: &Sizes,
@@ -74,15 +89,6 @@ fn measure_one(
     resident_before: usize,
     report: &mut Report,
 ) -> Result<()> {
-    let tokens = sizes.prefill_tokens;
-    let cache = model.new_cache(blocks_for(tokens))?;
-    let mut one = Sequences::new(model, &cache, 1, tokens);
-    let seconds = (0..runs).map(|_| one.prefill(model, tokens)).collect::<Result<Vec<_>>>()?;
-    let rate = tokens as f64 / median(seconds);
-    report.add(format!("prefill, {name}"), rate, "tok/s", format!("{tokens} tokens in chunks of {CHUNK}"));
-    drop(one);
-    drop(cache);
-
     let most = sizes.batch.iter().copied().max().context("no batch")?;
     let each = CONTEXT + sizes.decode_tokens;
     let blocks = most * blocks_for(each);

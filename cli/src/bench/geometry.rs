@@ -76,6 +76,11 @@ impl Geometry {
         }
     }
 
+    /// Its sizes, as a model's.
+    pub fn model_config(self) -> Result<ModelConfig> {
+        Ok(ModelConfig::from_json(Path::new("config.json"), self.config())?)
+    }
+
     /// The model's folder in `models`: written, unless it is there already.
     pub fn folder(self, models: &Path) -> Result<PathBuf> {
         let folder = models.join(self.name());

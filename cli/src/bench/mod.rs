@@ -1,7 +1,9 @@
 //! `overfill bench`: what the machine at hand does, each figure beside the one it should be compared with.
 
 mod engine;
+mod formats;
 mod geometry;
+mod kernels;
 mod models;
 mod nodes;
 mod report;
@@ -74,6 +76,10 @@ enum Part {
         #[command(flatten)]
         output: Output,
     },
+    /// Each product of a model by each kernel, against this machine's memory and arithmetic.
+    Kernels(kernels::KernelsArgs),
+    /// Exact match and cross-entropy by weight format, of both stages as they are served.
+    Formats(formats::FormatsArgs),
     /// Load a running router over its OpenAI API, and report what its clients see.
     Serve(Box<serve::ServeArgs>),
 }
@@ -144,6 +150,8 @@ pub fn run(args: BenchArgs) -> Result<()> {
             runtime()?.block_on(router::measure(runs.runs, &mut report))?;
             output.json
         }
+        Some(Part::Kernels(args)) => return kernels::run(&args),
+        Some(Part::Formats(args)) => return formats::run(&args),
         Some(Part::Serve(args)) => return runtime()?.block_on(serve::run(*args)),
     };
     if json {

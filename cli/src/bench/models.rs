@@ -64,11 +64,6 @@ impl ModelArgs {
 
     /// How each is loaded.
     pub fn options(&self) -> LoadOptions {
-        LoadOptions {
-            device: self.device,
-            weights: self.weights,
-            kv_dtype: self.kv_dtype,
-            ..LoadOptions::default()
-        }
+        LoadOptions { device: self.device, weights: self.weights, kv_dtype: self.kv_dtype, ..LoadOptions::default() }
     }
 }

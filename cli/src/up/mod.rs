@@ -4,7 +4,7 @@
 //! the router starts with their addresses. Whatever ends first ends all of it.
 
 mod child;
-mod demo;
+pub mod demo;
 mod models;
 mod ready;
 

@@ -1,0 +1,139 @@
+//! What each weight format costs in quality: prompts and responses through both stages of the serving engine.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use overfill_distill::{Example, demo};
+use overfill_kv::{BlockId, KvDtype, KvStore, blocks_for};
+use overfill_model::{KvCache, LoadOptions, Logits, Model, Rows, SequenceSlice, Want, WeightFormat, report, resolve};
+use serde_json::json;
+
+use crate::{text, up};
+
+/// What is scored.
+#[derive(Args)]
+pub struct FormatsArgs {
+    /// Full model: a folder, .gguf file or hub id; the demo pair if left out.
+    #[arg(long, requires = "data")]
+    full: Option<String>,
+    /// Pruned model; the full one itself if left out.
+    #[arg(long, requires = "full")]
+    decode: Option<String>,
+    /// JSONL of `messages`, or of `prompt` and `response`; the demo's held-out prompts if left out.
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// Formats, each for both stages.
+    #[arg(long, value_delimiter = ',', default_value = "f32,bf16,f16,int8,int8-channel,int4")]
+    weights: Vec<WeightFormat>,
+    /// KV cache: f32, bf16 or f16.
+    #[arg(long, default_value = "bf16")]
+    kv_dtype: KvDtype,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Scores of one format.
+struct Score {
+    weights: WeightFormat,
+    examples: usize,
+    exact: usize,
+    /// Natural logarithm, mean over all tokens of all responses.
+    cross_entropy: f64,
+}
+
+/// Scores each format, and prints a line for each.
+pub fn run(args: &FormatsArgs) -> Result<()> {
+    let work = tempfile::tempdir().context("making a folder for the demo's data")?;
+    let (full, decode) = match &args.full {
+        Some(full) => {
+            let full = resolve(full)?;
+            let decode = args.decode.as_deref().map(resolve).transpose()?;
+            (full.clone(), decode.unwrap_or(full))
+        }
+        None => up::demo::unpack()?,
+    };
+    let data = match &args.data {
+        Some(data) => data.clone(),
+        None => {
+            demo::data::write(work.path(), &demo::recipe::data_config(0))?;
+            work.path().join("held-out.jsonl")
+        }
+    };
+    let examples = overfill_distill::examples(&data, &full, usize::MAX)?;
+    let scores = args
+        .weights
+        .iter()
+        .map(|weights| score(&full, &decode, *weights, args.kv_dtype, &examples))
+        .collect::<Result<Vec<_>>>()?;
+    if args.json {
+        let lines: Vec<_> = scores
+            .iter()
+            .map(|s| {
+                json!({"weights": s.weights.to_string(), "kv_dtype": args.kv_dtype.to_string(), "examples": s.examples,
+                       "exact_match": s.exact as f64 / s.examples as f64, "cross_entropy": s.cross_entropy})
+            })
+            .collect();
+        println!("{}", json!(lines));
+        return Ok(());
+    }
+    let lines: Vec<_> = scores
+        .iter()
+        .map(|s| {
+            let exact = s.exact as f64 / s.examples as f64;
+            [s.weights.to_string(), format!("{exact:.3}"), format!("{:.5}", s.cross_entropy), s.examples.to_string()]
+        })
+        .collect();
+    print!("{}", text::table(["WEIGHTS", "EXACT MATCH", "CROSS-ENTROPY", "RESPONSES"], &lines));
+    Ok(())
+}
+
+fn score(full: &Path, decode: &Path, weights: WeightFormat, kv_dtype: KvDtype, examples: &[Example]) -> Result<Score> {
+    let options = |rows| LoadOptions { weights, kv_dtype, rows, ..LoadOptions::default() };
+    let full = Model::load(full, &options(Rows::Many))?;
+    let decode = Model::load(decode, &options(Rows::Few))?;
+    full.producer_schema().check_consumer(&decode.kv_schema())?;
+    let longest = examples.iter().map(|e| e.tokens.len()).max().context("no examples")?;
+    let blocks: Vec<BlockId> = (0..blocks_for(longest) as u32).map(BlockId).collect();
+    let caches = [full.new_cache(blocks.len())?, decode.new_cache(blocks.len())?];
+    let mut logits = Logits::default();
+    let (mut exact, mut tokens, mut sum) = (0, 0, 0.0);
+    for example in examples {
+        let (prompt, response) = example.last_response();
+        ensure!(!prompt.is_empty() && !response.is_empty(), "an example without a prompt or response");
+        let slice = SequenceSlice { tokens: prompt, start: 0, blocks: &blocks, want: Want::Last };
+        full.forward(&caches[0], &[slice], &mut |_| {}, &mut logits)?;
+        let mut right = follows(&logits, 0, response[0], &mut sum);
+        if response.len() > 1 {
+            hand_over(&caches, &decode, &blocks[..blocks_for(prompt.len())])?;
+            // One token at a time would give the same bits.
+            let tokens = &response[..response.len() - 1];
+            let slice = SequenceSlice { tokens, start: prompt.len(), blocks: &blocks, want: Want::All };
+            decode.forward(&caches[1], &[slice], &mut |_| {}, &mut logits)?;
+            for (row, token) in response[1..].iter().enumerate() {
+                right &= follows(&logits, row, *token, &mut sum);
+            }
+        }
+        tokens += response.len();
+        exact += usize::from(right);
+    }
+    Ok(Score { weights, examples: examples.len(), exact, cross_entropy: sum / tokens as f64 })
+}
+
+/// Is `token` the likeliest in this row? Adds its surprise to `sum`.
+fn follows(logits: &Logits, row: usize, token: u32, sum: &mut f64) -> bool {
+    let scored = report(logits.row(row), token, 1);
+    *sum -= f64::from(scored.logprob);
+    scored.top.first().is_some_and(|(best, _)| *best == token)
+}
+
+/// Copies the layers that the decode model uses, as a handoff does.
+fn hand_over([from, to]: &[KvCache; 2], decode: &Model, blocks: &[BlockId]) -> Result<()> {
+    for (wire, layer) in decode.kv_schema().layers.iter().enumerate() {
+        let mut bytes: Vec<Vec<u8>> = Vec::with_capacity(blocks.len());
+        from.read(*layer as usize, blocks, &mut |_, block| bytes.push(block.to_vec()))?;
+        to.write(wire, blocks, &mut |i, block| block.copy_from_slice(&bytes[i]))?;
+    }
+    Ok(())
+}
