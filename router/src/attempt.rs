@@ -200,7 +200,7 @@ pub fn run(
         loop {
             let event = tokio::select! {
                 biased;
-                event = prefill.message() => event.map_err(|status| failed(&prefiller, &[&prefiller], status)),
+                event = prefill.message() => event.map_err(|status| failed(&prefiller, at_prefill(&both, &status, with_handoff), status)),
                 event = next_decode(&mut decode), if early.is_none() => {
                     let status = match event {
                         Ok(Some(event)) => {
@@ -242,7 +242,7 @@ pub fn run(
         // From here on the decode node speaks; the prefill node ends its transfer.
         let Some((mut stream, _placed)) = decode else { return };
         let mut prefill = Some((prefill, placed));
-        let mut trouble: Option<(String, Instant)> = None;
+        let mut trouble: Option<(AttemptError, Instant)> = None;
         let mut ready = false;
         let mut last_progress = Instant::now();
         loop {
@@ -264,23 +264,21 @@ pub fn run(
                         Ok(None) => prefill = None,
                         Err(status) => {
                             prefill = None;
-                            // Refusals of before the first token mean nothing here: it has failed the handoff.
-                            let message = describe(&prefiller, &status);
-                            note(&[&prefiller], &status);
-                            trouble = Some((message, Instant::now() + GRACE));
+                            let error = failed(&prefiller, at_prefill(&both, &status, true), status);
+                            trouble = Some((error, Instant::now() + GRACE));
                         }
                     }
                     continue;
                 }
                 () = prefiller.left(), if prefill.is_some() => {
                     prefill = None;
-                    trouble = Some((gone(&prefiller), Instant::now() + GRACE));
+                    trouble = Some((left(&prefiller), Instant::now() + GRACE));
                     continue;
                 }
                 () = tokio::time::sleep_until(give_up.min(deadline)) => Err(match trouble.take() {
                     _ if deadline <= give_up => AttemptError::Deadline,
                     _ if ready => silent(&decoder, progress),
-                    Some((message, _)) => AttemptError::Failed { nodes: vec![prefiller.key], message },
+                    Some((error, _)) => error,
                     None => AttemptError::Deadline,
                 }),
             };
@@ -347,12 +345,9 @@ fn unexpected(node: &Node, what: &str) -> AttemptError {
     AttemptError::Failed { nodes: vec![node.key], message: format!("{} ({}): {what}", node.info.node_id, node.url) }
 }
 
-fn gone(node: &Node) -> String {
-    format!("{} ({}) can't be used any more", node.info.node_id, node.url)
-}
-
 fn left(node: &Node) -> AttemptError {
-    AttemptError::Failed { nodes: vec![node.key], message: gone(node) }
+    let message = format!("{} ({}) can't be used any more", node.info.node_id, node.url);
+    AttemptError::Failed { nodes: vec![node.key], message }
 }
 
 fn silent(node: &Node, limit: Duration) -> AttemptError {
@@ -382,6 +377,15 @@ async fn answer<T>(
             Some(limit) if give_up < deadline => silent(node, limit),
             _ => AttemptError::Deadline,
         }),
+    }
+}
+
+/// Who may be to blame for what a prefill node says, of the decode and the prefill node.
+fn at_prefill<'a, 'b>(both: &'a [&'b Arc<Node>; 2], status: &Status, with_handoff: bool) -> &'a [&'b Arc<Node>] {
+    match status.code() {
+        // The handoff has failed, and that takes two.
+        Code::Unavailable if with_handoff => both,
+        _ => &both[1..],
     }
 }
 

@@ -180,7 +180,7 @@ impl Core {
                         return;
                     }
                 };
-                let detail = match failure {
+                let error = match failure {
                     AttemptError::Deadline => Err(GenerateError::Deadline(g.time))?,
                     AttemptError::Refused(message) => Err(GenerateError::Invalid { field: None, message })?,
                     AttemptError::Failed { nodes, message } => {
@@ -214,17 +214,21 @@ impl Core {
                         avoid.push(node);
                         continue;
                     }
-                    AttemptError::NoNode(role) if avoid.is_empty() => self.nodes.trouble(role),
-                    // Those avoided are better than none, after a pause.
-                    AttemptError::NoNode(_) => refusal.clone(),
+                    AttemptError::NoNode(role) if avoid.is_empty() => GenerateError::Unavailable(self.nodes.trouble(role)),
+                    AttemptError::NoNode(role) => {
+                        // Those avoided are better than none. When two were, of which one had failed, the other may be
+                        // the only one of its role.
+                        let avoided = avoid.len();
+                        avoid.retain(|key| !self.nodes.view().of(role).iter().any(|node| node.key == *key));
+                        if !avoid.is_empty() && avoid.len() < avoided {
+                            continue;
+                        }
+                        GenerateError::NoRoom { waited: g.arrived.elapsed(), detail: refusal.clone() }
+                    }
                 };
-                let nobody = avoid.is_empty();
                 avoid.clear();
                 if Instant::now() >= wait_end {
-                    Err(match nobody {
-                        true => GenerateError::Unavailable(detail),
-                        false => GenerateError::NoRoom { waited: g.arrived.elapsed(), detail },
-                    })?;
+                    Err(error)?;
                 }
                 tokio::time::sleep_until(wait_end.min(Instant::now() + RETRY_PAUSE)).await;
                 // Whatever ended the wait, the next attempt shows what has become of it.

@@ -208,6 +208,11 @@ impl View {
         prefill.schema.check_consumer(&decode.schema)
     }
 
+    /// Those of a role.
+    pub fn of(&self, role: v1::Role) -> &[Arc<Node>] {
+        if role == v1::Role::Prefill { &self.prefill } else { &self.decode }
+    }
+
     /// The view of these nodes. `before` are the models known so far; `now` is in seconds since 1970.
     pub fn new(
         prefill: Vec<Arc<Node>>,

@@ -151,6 +151,7 @@ impl Nodes {
         let list = states.iter().map(|((url, role), state)| {
             let error = match &state.node {
                 Some(node) if node.load().draining => JoinError::Draining.to_string(),
+                Some(node) if !node.admits() => "it has failed requests, and will be tried again".into(),
                 Some(node) => unpaired(node, &view).unwrap_or_default(),
                 None => state.error.clone(),
             };

@@ -262,3 +262,21 @@ async fn a_node_that_gives_no_token_is_given_up() {
     let (_, same, finished) = answer.unwrap();
     assert_eq!((same, finished.timings.unwrap().migrations), (ids, 1));
 }
+
+#[tokio::test]
+async fn retries_over_the_budget_wait_and_are_given_up_in_the_end() {
+    // Longer than a node that has failed is left alone.
+    let change = |c: &mut overfill_router::Config| {
+        (c.min_retries_per_second, c.max_queue) = (0, Duration::from_secs(3));
+    };
+    let rig = rig_with(&[Options::default()], &[Options::default()], change).await;
+    rig.decode[0].fail_after(7);
+    let status = generate(&rig, 40).await.unwrap_err();
+    assert!(status.message().contains("too many other requests failed"), "{status:?}");
+    // Each of these brings a fifth of a retry.
+    for _ in 0..5 {
+        generate(&rig, 3).await.unwrap();
+    }
+    rig.decode[0].fail_after(7);
+    assert_eq!(generate(&rig, 40).await.unwrap().2.timings.unwrap().migrations, 1);
+}

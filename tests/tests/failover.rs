@@ -1,6 +1,7 @@
 //! Nodes that die, freeze and drain under load: every answer is the one that an undisturbed cluster gives.
 
-use std::process::Command;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -233,4 +234,54 @@ fn drained_nodes_cost_no_answer() -> Result<()> {
         *rig.node(Role::Decode) = again;
         rig.wait_up(Role::Decode, 2.0)
     })
+}
+
+/// No request to one of the decode nodes can succeed: nobody listens where it says that it takes KV.
+#[test]
+fn a_decode_node_that_no_kv_reaches_costs_no_answer() -> Result<()> {
+    let prefill = Service::start(prefill_args(PAIR), &["--max-batch-tokens", "16"])?;
+    let nowhere = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+    let (cut_off, good) = (
+        Service::start(decode_args(PAIR), &["--advertise-kv", &nowhere])?,
+        Service::start::<&str>(decode_args(PAIR), &[])?,
+    );
+    let start = |decode: &str, up| -> Result<Service> {
+        let router = Service::start(router_args(), &["--prefill-url", &prefill.url(), "--decode-url", decode])?;
+        router.wait_nodes(1, up)?;
+        Ok(router)
+    };
+    let alone = start(&good.url(), 1)?;
+    let both = start(&format!("{},{}", cut_off.url(), good.url()), 2)?;
+    for i in 0..REQUESTS {
+        let (expected, answer) = (request(i).send(&alone)?, request(i).send(&both)?);
+        ensure!(answer == expected, "request {i}: {answer:?} instead of {expected:?}");
+    }
+    let migrations = both.metric("overfill_migrations_total", "")?;
+    ensure!(migrations > Some(0.0), "the node that can't work was never tried");
+    ensure!(alone.metric("overfill_migrations_total", "")? == Some(0.0), "a router without it has moved requests");
+    Ok(())
+}
+
+#[test]
+fn status_is_shown_again_and_again() -> Result<()> {
+    let prefill = Service::start::<&str>(prefill_args(PAIR), &[])?;
+    let decode = Service::start::<&str>(decode_args(PAIR), &[])?;
+    let router = Service::start(router_args(), &["--prefill-url", &prefill.url(), "--decode-url", &decode.url()])?;
+    router.wait_nodes(1, 1)?;
+    let mut status = Command::new(binary()?)
+        .args(["status", "--watch", "--json", "--router", &router.url()])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let lines = BufReader::new(status.stdout.take().context("no output")?).lines();
+    for line in lines.take(2) {
+        let shown: serde_json::Value = serde_json::from_str(&line?)?;
+        let nodes = shown["nodes"].as_array().context("no nodes")?;
+        ensure!(nodes.len() == 2, "{shown}");
+        for (node, field) in nodes.iter().flat_map(|n| ["role", "open_handoffs", "stranded_bytes"].map(|f| (n, f))) {
+            ensure!(!node[field].is_null(), "no {field} in {node}");
+        }
+    }
+    status.kill()?;
+    status.wait()?;
+    Ok(())
 }
