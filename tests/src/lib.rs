@@ -4,6 +4,7 @@
 
 pub mod cluster;
 pub mod completion;
+pub mod gguf;
 pub mod golden;
 pub mod wait;
 
