@@ -1,5 +1,5 @@
-//! The models: configuration and weights of a Hugging Face folder or a GGUF file, one decoder block for all supported families, the
-//! paged KV cache it attends to, and the sampler.
+//! The models: configuration and weights of a Hugging Face folder or a GGUF file, one decoder block for all supported
+//! families, the paged KV cache it attends to, and the sampler.
 //!
 //! The same [`Decoder`] serves and trains: what differs is where attention finds keys and values ([`Attention`]), and
 //! whether its operations keep a gradient ([`Ops`]).

@@ -202,8 +202,8 @@ fn check_kept_layers(folder: &Path, config: &ModelConfig, p: Option<&Provenance>
     ))
 }
 
-/// The path, absolute, and the name that it gives the model. The link that a .gguf file may be is kept: what lies beside
-/// the link belongs to it.
+/// The path, absolute, and the name that it gives the model. A .gguf file that is a link stays one: what lies beside the
+/// link belongs to it.
 fn absolute(path: &Path) -> Result<(PathBuf, String), ModelError> {
     let io = |e| ModelError::io(path, e);
     let path = if path.is_file() { std::path::absolute(path) } else { path.canonicalize() }.map_err(io)?;

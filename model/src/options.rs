@@ -188,8 +188,8 @@ impl Default for LoadOptions {
     }
 }
 
-/// The folder or .gguf file of `model`: the path itself where it is one, else a hub id (`owner/name`, or `owner/name@revision`)
-/// whose files are taken from the Hugging Face cache or downloaded into it.
+/// The folder or .gguf file of `model`: the path itself where it is one, else a hub id (`owner/name`, or
+/// `owner/name@revision`) whose files are taken from the Hugging Face cache or downloaded into it.
 pub fn resolve(model: &str) -> Result<PathBuf, ModelError> {
     let path = PathBuf::from(model);
     if path.is_dir() || Gguf::find(&path)?.is_some() {

@@ -125,8 +125,8 @@ impl Place<'_> {
 
     /// Where the file has row `row`.
     ///
-    /// Rotation pairs row i of a head with row `i + head_dim / 2` here, as Hugging Face has it, and row 2i with row 2i + 1
-    /// in llama.cpp's Llama: its converter moves the rows of q and k, and this is the way back.
+    /// Rotation pairs row i of a head with row `i + head_dim / 2` here, as Hugging Face has it, and row 2i with row
+    /// 2i + 1 in llama.cpp's Llama: its converter moves the rows of q and k, and this is the way back.
     fn stored_row(&self, row: usize) -> usize {
         match self.interleaved {
             None => row,
@@ -273,8 +273,8 @@ impl Weights {
         }
     }
 
-    /// Reads rows `rows` (indices of the first dimension) of a tensor of `shape` into `out` as f32, whatever they are stored
-    /// in. Nothing else of the tensor is touched, so that a caller who repacks it never has it in memory twice.
+    /// Reads rows `rows` (indices of the first dimension) of a tensor of `shape` into `out` as f32, whatever they are
+    /// stored in. Nothing else of the tensor is touched, so a caller who repacks it never has it in memory twice.
     pub fn read_rows(
         &self,
         name: &str,

@@ -5,6 +5,7 @@
 pub mod cluster;
 pub mod completion;
 pub mod etcd;
+pub mod gguf;
 pub mod golden;
 pub mod metrics;
 pub mod service;

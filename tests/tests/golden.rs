@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use overfill_tests::completion::post;
-use overfill_tests::golden::check;
-use overfill_tests::{Cluster, Completion, Golden, Request};
+use overfill_tests::golden::{check, folder};
+use overfill_tests::{Cluster, Completion, Golden, Request, gguf};
 use serde_json::json;
 
 fn golden_request(prompt: &[u32], steps: usize, model: &str) -> Request {
@@ -14,8 +14,12 @@ fn golden_request(prompt: &[u32], steps: usize, model: &str) -> Request {
 }
 
 fn run(pair: &str) -> Result<()> {
+    run_with(pair, &Golden::up_args(pair))
+}
+
+fn run_with(pair: &str, up_args: &[String]) -> Result<()> {
     let golden = Golden::load(pair)?;
-    let cluster = Cluster::start(&Golden::up_args(pair))?;
+    let cluster = Cluster::start(up_args)?;
     for (i, case) in golden.cases.iter().enumerate() {
         for (model, expected) in [("small", &case.two_stage), ("big", &case.full_only)] {
             let request = golden_request(&case.prompt, expected.len(), model);
@@ -76,4 +80,18 @@ fn qwen3() -> Result<()> {
 #[test]
 fn llama_depth() -> Result<()> {
     run("llama-depth")
+}
+
+/// Both models as GGUF files, with nothing beside them.
+#[test]
+fn llama_untied_from_gguf() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let mut args = Golden::up_args("llama-untied");
+    for which in ["full", "decode"] {
+        let (folder, file) = (folder("llama-untied", which), files.path().join(which).with_extension("gguf"));
+        gguf::write_llama(&folder, &file)?;
+        let file = file.to_str().context("not UTF-8")?;
+        args.iter_mut().for_each(|arg| *arg = arg.replace(&folder, file));
+    }
+    run_with("llama-untied", &args)
 }

@@ -71,11 +71,16 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
         }
         json.insert(field.into(), value);
     }
+    // A layer has tensors: more layers than those are refused before a list of what they need is made.
+    let tensors = gguf.header.tensors.len();
+    if metadata.index(&key("block_count"))?.is_some_and(|layers| layers > tensors) {
+        return Err(metadata.bad(&key("block_count"), &format!("no more than the file's {tensors} tensors")));
+    }
     let head_dim = head_dim(&metadata, architecture)?;
     json.insert("architectures".into(), json!([class]));
     json.insert("head_dim".into(), json!(head_dim));
 
-    // Of the width of q and k another part could be rotated, and v could be of another width: nothing of ours can do that.
+    // A part of a head alone could be rotated, and v could be of another width: nothing of ours can do that.
     for same in ["rope.dimension_count", "attention.value_length"] {
         if metadata.index(&key(same))?.is_some_and(|n| n != head_dim) {
             return Err(metadata.bad(&key(same), &format!("the width of a head ({head_dim})")));
@@ -111,11 +116,11 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
     Ok(as_llama3(&config).unwrap_or(config))
 }
 
-/// Llama 3.x's scaling, where the factors are what llama.cpp's converter makes of its parameters. A schema then says what
-/// that of the safetensors model says, and one of a pair may be of either kind.
+/// Llama 3.x's scaling, where the factors are what llama.cpp's converter makes of its parameters. A schema then says
+/// what that of the safetensors model says, and each model of a pair may be of either kind.
 fn as_llama3(config: &ModelConfig) -> Option<ModelConfig> {
     let RopeScaling::Factors(factors) = &config.rope_scaling else { return None };
-    // The converter takes these three as given, and so have them all published models; the fourth is that of the longest wave.
+    // All published models have these three; the fourth is the factor of the longest wave.
     let factor = f64::from(*factors.last()?);
     let json = json!({
         "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

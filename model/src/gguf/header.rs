@@ -1,8 +1,8 @@
 //! The header of a GGUF file: its metadata, and where its tensors lie.
 //!
-//! candle-core has a reader of it too, which divides by the file's own alignment, takes 32 bytes for every element of an
-//! array, and does not say which tensor has a type that it does not know. Here every length is checked against the file
-//! before it is used, and texts and arrays stay where they are.
+//! candle-core has a reader of it too, which divides by the file's own alignment, takes 32 bytes for every element of
+//! an array, and does not say which tensor has a type that it does not know. Here every length is checked against the
+//! file before it is used, and texts and arrays stay where they are.
 
 use std::{borrow::Cow, collections::HashMap, ops::Range, path::Path};
 

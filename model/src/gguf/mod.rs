@@ -119,7 +119,7 @@ impl Gguf {
     }
 }
 
-/// The text files of a model: those of a folder; those beside a .gguf file, and made from its metadata what is not there.
+/// The text files of a model: those of a folder; or those beside a .gguf file, and from its metadata what is not there.
 pub fn text_files(path: &Path) -> Result<TextFiles, ModelError> {
     match Gguf::find(path)? {
         Some(file) => text::files(&Gguf::open(&file)?),

@@ -242,7 +242,7 @@ fn sentence_piece(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Resul
 }
 
 /// SentencePiece merges whichever two neighbours make the piece of the best score. As ranked merges: every way to make
-/// every piece of two others, the best piece first, and of one piece the ways in the order in which transformers has them.
+/// every piece of two others, the best piece first, and the ways of one piece in the order of transformers.
 fn merges_of_scores<'a>(vocabulary: &'a Vocabulary<'_>, scores: &[f64]) -> Vec<(&'a str, &'a str)> {
     let normal = |id: &usize| vocabulary.kinds[*id] == Kind::Normal;
     let pieces: HashSet<&str> = (0..scores.len()).filter(normal).map(|id| &*vocabulary.tokens[id]).collect();
