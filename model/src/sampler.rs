@@ -106,7 +106,7 @@ fn keep_best(candidates: &mut Vec<Candidate>, count: usize) {
     }
 }
 
-/// The same, best first.
+/// As [`best`], best first.
 fn best_in_order(logits: &[f32], count: usize, floor: f32) -> Vec<Candidate> {
     let mut best = best(logits, count, floor);
     best.sort_unstable_by(better);

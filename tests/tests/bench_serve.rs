@@ -3,8 +3,8 @@
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
-use overfill_tests::Cluster;
 use overfill_tests::cluster::binary;
+use overfill_tests::{Cluster, Router};
 use serde_json::{Value, json};
 
 fn bench(cluster: &Cluster, args: &[&str]) -> Result<Output> {
