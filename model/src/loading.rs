@@ -21,7 +21,7 @@ enum Engine {
     /// Kernels of ours.
     Cpu(Box<CpuDecoder>),
     /// The tensor library.
-    Device(Decoder),
+    Device(Box<Decoder>),
 }
 
 /// A decoder with all that a node needs to know of it.
@@ -58,9 +58,9 @@ impl Model {
                     reason: format!("weights are {}, supported here: f32, bf16, f16", options.weights),
                 })?;
                 let dtype = dtype.dtype();
-                Engine::Device(Decoder::build(&config, Ops::Fused, dtype, &mut |name, shape| {
+                Engine::Device(Box::new(Decoder::build(&config, Ops::Fused, dtype, &mut |name, shape| {
                     Ok(weights.load(name, shape, device)?.to_dtype(dtype)?)
-                })?)
+                })?))
             }
         };
         tracing::info!(

@@ -1,0 +1,118 @@
+//! Against the formula in f64, on every instruction set that there is.
+
+use half::bf16;
+use overfill_kv::BlockId;
+use proptest::prelude::*;
+
+use super::*;
+use crate::Want;
+
+fn random(count: usize, mut state: u64) -> Vec<f32> {
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 22) as f32 - 2.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// The formula, in f64, with no blocks but those of the cache.
+fn reference(q: &[f32], cache: &[f32], batch: &[SequenceSlice<'_>], sizes: Heads) -> Vec<f64> {
+    let Heads { heads, kv_heads, head_dim } = sizes;
+    let element = |block: BlockId, part: usize, head: usize, token: usize, d: usize| {
+        let row = ((block.0 as usize * 2 + part) * kv_heads + head) * BLOCK_TOKENS + token;
+        f64::from(cache[row * head_dim + d])
+    };
+    let mut out = Vec::new();
+    let mut row = 0;
+    for slice in batch {
+        for token in 0..slice.tokens.len() {
+            for head in 0..heads {
+                let q = &q[(row * heads + head) * head_dim..][..head_dim];
+                let kv_head = head / sizes.group();
+                let place = |p: usize| (slice.blocks[p / BLOCK_TOKENS], p % BLOCK_TOKENS);
+                let scores: Vec<f64> = (0..=slice.start + token)
+                    .map(|p| {
+                        let (block, t) = place(p);
+                        let dot: f64 = (0..head_dim).map(|d| f64::from(q[d]) * element(block, 0, kv_head, t, d)).sum();
+                        (dot / (head_dim as f64).sqrt()).exp()
+                    })
+                    .collect();
+                let total: f64 = scores.iter().sum();
+                for d in 0..head_dim {
+                    let sum: f64 = scores
+                        .iter()
+                        .enumerate()
+                        .map(|(p, score)| {
+                            let (block, t) = place(p);
+                            score * element(block, 1, kv_head, t, d)
+                        })
+                        .sum();
+                    out.push(sum / total);
+                }
+            }
+            row += 1;
+        }
+    }
+    out
+}
+
+fn run<T: Element>(isa: Isa, q: &[f32], cache: &[T], batch: &[SequenceSlice<'_>], sizes: Heads) -> Vec<f32> {
+    let mut out = vec![f32::NAN; q.len()];
+    attend(isa, q, cache, batch, sizes, &mut out, &mut AttentionScratch::default());
+    out
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    #[test]
+    fn it_is_attention(
+        group in 1_usize..4, kv_heads in 1_usize..3, half_dim in 1_usize..36,
+        lengths in prop::collection::vec((1_usize..40, 0_usize..1200), 1..4), seed: u64,
+    ) {
+        let sizes = Heads { heads: group * kv_heads, kv_heads, head_dim: 2 * half_dim };
+        let mut tables = Vec::new();
+        let mut count = 0;
+        for (tokens, start) in &lengths {
+            let blocks = (tokens + start).div_ceil(BLOCK_TOKENS);
+            // Downwards: a table is a table.
+            tables.push((count..count + blocks).rev().map(|b| BlockId(b as u32)).collect::<Vec<_>>());
+            count += blocks;
+        }
+        let tokens = [0; 40];
+        let batch: Vec<SequenceSlice<'_>> = lengths.iter().zip(&tables).map(|((count, start), blocks)| {
+            SequenceSlice { tokens: &tokens[..*count], start: *start, blocks, want: Want::Nothing }
+        }).collect();
+        let rows: usize = lengths.iter().map(|l| l.0).sum();
+        let q = random(rows * sizes.heads * sizes.head_dim, seed);
+        let mut cache = random(count * 2 * kv_heads * BLOCK_TOKENS * sizes.head_dim, !seed);
+        // Rounded beforehand, so that both types hold the same.
+        cache.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+        let expected = reference(&q, &cache, &batch, sizes);
+        // What lies past a sequence's end must not matter.
+        for slice in &batch {
+            let end = slice.start + slice.tokens.len();
+            let block = slice.blocks[(end - 1) / BLOCK_TOKENS].0 as usize;
+            for token in end - (end - 1) / BLOCK_TOKENS * BLOCK_TOKENS..BLOCK_TOKENS {
+                for part in 0..2 * kv_heads {
+                    let at = ((block * 2 * kv_heads + part) * BLOCK_TOKENS + token) * sizes.head_dim;
+                    cache[at..at + sizes.head_dim].fill(f32::NAN);
+                }
+            }
+        }
+        let narrow: Vec<bf16> = cache.iter().map(|x| bf16::from_f32(*x)).collect();
+        for isa in Isa::available() {
+            let got = run(*isa, &q, &cache, &batch, sizes);
+            prop_assert_eq!(&got, &run(*isa, &q, &narrow, &batch, sizes));
+            for (i, (got, exact)) in got.iter().zip(&expected).enumerate() {
+                prop_assert!((f64::from(*got) - exact).abs() < 2e-5, "{isa:?} {i}: {got}, not {exact}");
+            }
+            // A token alone, once what is before it is in the cache, gives the same bits.
+            let first = batch[0];
+            let before = first.tokens.len() - 1;
+            let last = SequenceSlice { tokens: &tokens[..1], start: first.start + before, ..first };
+            let width = sizes.heads * sizes.head_dim;
+            let at = before * width;
+            prop_assert_eq!(&run(*isa, &q[at..at + width], &cache, &[last], sizes)[..], &got[at..at + width]);
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! Products with weights that are f32, or become it: bf16 in registers or, as f16 and int8 do, a chunk at a time.
+
+use half::bf16;
+
+use super::{AHEAD, CHUNK_COLUMNS, tile_rows, with_rows};
+use crate::kernels::{
+    packed::{Format, GROUP, PANEL, SCALES_BYTES},
+    simd::Simd,
+};
+
+/// Up to so many rows multiply bf16 weights as they are; more are worth widening each chunk once.
+const DIRECT_ROWS: usize = 16;
+/// Rows of a tile over bf16 weights.
+const BF16_ROWS: usize = 6;
+
+#[inline(always)]
+#[allow(unsafe_code)]
+pub(super) unsafe fn panel<S: Simd>(
+    format: Format,
+    panel: &[u8],
+    x: &[f32],
+    rows: usize,
+    columns: usize,
+    results: &mut [f32],
+    widened: &mut [f32],
+) {
+    // SAFETY: see `PanelProduct::run`.
+    unsafe {
+        // One tile of rows passes over the weights once, and needs no cache.
+        let direct = format == Format::Bf16 && rows <= DIRECT_ROWS;
+        let chunk = if direct && rows <= BF16_ROWS { columns } else { CHUNK_COLUMNS };
+        for first in (0..columns).step_by(chunk) {
+            let count = chunk.min(columns - first);
+            if direct {
+                let weights = panel.as_ptr().cast::<bf16>().add(first * PANEL);
+                bf16_tiles::<S>(x.as_ptr().add(first), columns, rows, weights, count, results.as_mut_ptr());
+                continue;
+            }
+            let weights: *const f32 = match format {
+                Format::F32 => panel.as_ptr().cast::<f32>().add(first * PANEL),
+                Format::F16 => {
+                    let from = panel.as_ptr().cast::<u16>().add(first * PANEL);
+                    for i in (0..count * PANEL).step_by(S::LANES) {
+                        S::prefetch(from.wrapping_add(i).cast::<u8>().wrapping_add(AHEAD));
+                        S::store(widened.as_mut_ptr().add(i), S::load_f16(from.add(i)));
+                    }
+                    widened.as_ptr()
+                }
+                Format::Int4 => unreachable!("int4 weights meet inputs of bytes"),
+                Format::Int8 | Format::Int8Channel => {
+                    int8_chunk::<S>(format, panel, first, count, widened.as_mut_ptr());
+                    widened.as_ptr()
+                }
+                Format::Bf16 => {
+                    let from = panel.as_ptr().cast::<bf16>().add(first * PANEL);
+                    for pair in 0..count.div_ceil(2) {
+                        for lane in (0..PANEL).step_by(S::LANES) {
+                            let from = from.add((pair * PANEL + lane) * 2);
+                            S::prefetch(from.cast::<u8>().wrapping_add(AHEAD));
+                            let (even, odd) = S::load_bf16_pairs(from);
+                            let to = widened.as_mut_ptr().add(2 * pair * PANEL + lane);
+                            S::store(to, even);
+                            S::store(to.add(PANEL), odd);
+                        }
+                    }
+                    widened.as_ptr()
+                }
+            };
+            f32_tiles::<S>(x.as_ptr().add(first), columns, rows, weights, count, results.as_mut_ptr());
+        }
+    }
+}
+
+/// Widens the int8 weights of `count` inputs from `first`, a multiple of 32, on. What lies past the last input is zero, and
+/// so is not read.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn int8_chunk<S: Simd>(format: Format, panel: &[u8], first: usize, count: usize, widened: *mut f32) {
+    let skip = if format == Format::Int8 { SCALES_BYTES } else { 0 };
+    let before = if format == Format::Int8 { 0 } else { 4 * PANEL };
+    // SAFETY: see `PanelProduct::run`; a chunk has room for whole groups.
+    unsafe {
+        for g in 0..count.div_ceil(GROUP) {
+            let group = panel.as_ptr().add(before + (first / GROUP + g) * format.group_bytes());
+            for lane in (0..PANEL).step_by(S::LANES) {
+                let scale = match format {
+                    Format::Int8 => S::load_f16(group.cast::<u16>().add(lane)),
+                    _ => S::load(panel.as_ptr().cast::<f32>().add(lane)),
+                };
+                let offset = S::mul(scale, S::splat(-128.0));
+                for four in 0..GROUP / 4 {
+                    let from = group.add(skip + (four * PANEL + lane) * 4);
+                    S::prefetch(from.wrapping_add(AHEAD));
+                    let to = widened.add((g * GROUP + 4 * four) * PANEL + lane);
+                    for (i, bytes) in S::widen_bytes(from).into_iter().enumerate() {
+                        S::store(to.add(i * PANEL), S::mul_add(bytes, scale, offset));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// All rows over one chunk of f32 weights.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn f32_tiles<S: Simd>(
+    x: *const f32,
+    stride: usize,
+    rows: usize,
+    weights: *const f32,
+    columns: usize,
+    results: *mut f32,
+) {
+    let most = if S::LANES == 16 { 12 } else { 6 };
+    let mut row = 0;
+    while row < rows {
+        let n = tile_rows(rows - row, most);
+        // SAFETY: see `PanelProduct::run`; rows from `row` to `row + n` are there.
+        unsafe {
+            let (x, results) = (x.add(row * stride), results.add(row * PANEL));
+            // As many accumulators as there are registers for; a few rows take the whole width of the panel.
+            match (S::LANES, n) {
+                (16, _) => {
+                    with_rows!(n, f32_tile, S, 2, (x, stride, weights, columns, results), 1 2 3 4 5 6 7 8 9 10 11 12);
+                }
+                (8, 1..=2) => with_rows!(n, f32_tile, S, 4, (x, stride, weights, columns, results), 1 2),
+                (8, _) => {
+                    for half in [0, PANEL / 2] {
+                        let (w, r) = (weights.add(half), results.add(half));
+                        with_rows!(n, f32_tile, S, 2, (x, stride, w, columns, r), 3 4 5 6);
+                    }
+                }
+                (_, 1..=2) => with_rows!(n, f32_tile, S, 8, (x, stride, weights, columns, results), 1 2),
+                _ => {
+                    for half in [0, PANEL / 2] {
+                        let (w, r) = (weights.add(half), results.add(half));
+                        with_rows!(n, f32_tile, S, 4, (x, stride, w, columns, r), 3 4 5 6);
+                    }
+                }
+            }
+        }
+        row += n;
+    }
+}
+
+/// `results[row][lane] += sum over k of x[row][k] * weights[k][lane]` for ROWS rows and VECS vectors of lanes.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn f32_tile<S: Simd, const ROWS: usize, const VECS: usize>(
+    x: *const f32,
+    stride: usize,
+    weights: *const f32,
+    columns: usize,
+    results: *mut f32,
+) {
+    // SAFETY: the caller's: ROWS rows, `columns` columns, VECS * LANES lanes of a panel.
+    unsafe {
+        let mut sums = [[S::splat(0.0); VECS]; ROWS];
+        for (r, sums) in sums.iter_mut().enumerate() {
+            for (v, sum) in sums.iter_mut().enumerate() {
+                *sum = S::load(results.add(r * PANEL + v * S::LANES));
+            }
+        }
+        for k in 0..columns {
+            let mut w = [S::splat(0.0); VECS];
+            for (v, w) in w.iter_mut().enumerate() {
+                *w = S::load(weights.add(k * PANEL + v * S::LANES));
+            }
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let x = S::splat(*x.add(r * stride + k));
+                for (sum, w) in sums.iter_mut().zip(w) {
+                    *sum = S::mul_add(x, w, *sum);
+                }
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            for (v, sum) in sums.iter().enumerate() {
+                S::store(results.add(r * PANEL + v * S::LANES), *sum);
+            }
+        }
+    }
+}
+
+/// All rows over one chunk of bf16 weights.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn bf16_tiles<S: Simd>(
+    x: *const f32,
+    stride: usize,
+    rows: usize,
+    weights: *const bf16,
+    columns: usize,
+    results: *mut f32,
+) {
+    let mut row = 0;
+    while row < rows {
+        let n = tile_rows(rows - row, BF16_ROWS);
+        // SAFETY: see `PanelProduct::run`; rows from `row` to `row + n` are there.
+        unsafe {
+            let (x, results) = (x.add(row * stride), results.add(row * PANEL));
+            match (S::LANES, n) {
+                (16, _) => with_rows!(n, bf16_tile, S, 2, (x, stride, weights, columns, results), 1 2 3 4 5 6),
+                (8, 1..=2) => with_rows!(n, bf16_tile, S, 4, (x, stride, weights, columns, results), 1 2),
+                (8, _) => {
+                    for half in [0, PANEL / 2] {
+                        let (w, r) = (weights.add(2 * half), results.add(half));
+                        with_rows!(n, bf16_tile, S, 2, (x, stride, w, columns, r), 3 4 5 6);
+                    }
+                }
+                (_, 1..=2) => with_rows!(n, bf16_tile, S, 8, (x, stride, weights, columns, results), 1 2),
+                _ => {
+                    for half in [0, PANEL / 2] {
+                        let (w, r) = (weights.add(2 * half), results.add(half));
+                        with_rows!(n, bf16_tile, S, 4, (x, stride, w, columns, r), 3 4 5 6);
+                    }
+                }
+            }
+        }
+        row += n;
+    }
+}
+
+/// As [`f32_tile`], over pairs of bf16 weights.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn bf16_tile<S: Simd, const ROWS: usize, const VECS: usize>(
+    x: *const f32,
+    stride: usize,
+    weights: *const bf16,
+    columns: usize,
+    results: *mut f32,
+) {
+    // SAFETY: the caller's: ROWS rows, `columns` columns, VECS * LANES lanes of a panel.
+    unsafe {
+        let mut sums = [[S::splat(0.0); VECS]; ROWS];
+        for (r, sums) in sums.iter_mut().enumerate() {
+            for (v, sum) in sums.iter_mut().enumerate() {
+                *sum = S::load(results.add(r * PANEL + v * S::LANES));
+            }
+        }
+        for pair in 0..columns / 2 {
+            let from = weights.add(pair * 2 * PANEL);
+            let (mut even, mut odd) = ([S::splat(0.0); VECS], [S::splat(0.0); VECS]);
+            for v in 0..VECS {
+                let from = from.add(2 * v * S::LANES);
+                S::prefetch(from.cast::<u8>().wrapping_add(AHEAD));
+                (even[v], odd[v]) = S::load_bf16_pairs(from);
+            }
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let x = x.add(r * stride + 2 * pair);
+                let (first, second) = (S::splat(*x), S::splat(*x.add(1)));
+                for v in 0..VECS {
+                    sums[v] = S::mul_add(first, even[v], sums[v]);
+                }
+                for v in 0..VECS {
+                    sums[v] = S::mul_add(second, odd[v], sums[v]);
+                }
+            }
+        }
+        if columns % 2 == 1 {
+            let k = columns - 1;
+            for v in 0..VECS {
+                let (even, _) = S::load_bf16_pairs(weights.add(k * PANEL + 2 * v * S::LANES));
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    sums[v] = S::mul_add(S::splat(*x.add(r * stride + k)), even, sums[v]);
+                }
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            for (v, sum) in sums.iter().enumerate() {
+                S::store(results.add(r * PANEL + v * S::LANES), *sum);
+            }
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! Products of int8 and int4 weights with inputs of bytes.
+
+use super::{AHEAD, tile_rows, with_rows};
+use crate::kernels::{
+    inputs::Quantised,
+    packed::{Format, GROUP, PANEL, SCALES_BYTES},
+    simd::Simd,
+};
+
+/// Groups whose bytes take 17 KiB.
+const CHUNK_GROUPS: usize = 16;
+
+#[inline(always)]
+#[allow(unsafe_code)]
+pub(super) unsafe fn panel<S: Simd>(format: Format, panel: &[u8], x: &Quantised, rows: usize, results: &mut [f32]) {
+    let most = if S::LANES == 16 { 8 } else { 4 };
+    // SAFETY: see `PanelProduct::run`.
+    unsafe {
+        let (scales, groups) = match format {
+            Format::Int8Channel => (panel.as_ptr(), panel.as_ptr().add(4 * PANEL)),
+            _ => (panel.as_ptr(), panel.as_ptr()),
+        };
+        for first in (0..x.groups).step_by(CHUNK_GROUPS) {
+            let count = CHUNK_GROUPS.min(x.groups - first);
+            let mut row = 0;
+            while row < rows {
+                let n = tile_rows(rows - row, most);
+                let at = row * x.groups + first;
+                let tile = Tile {
+                    format,
+                    groups: groups.add(first * format.group_bytes()),
+                    count,
+                    values: x.values.as_ptr().add(at * GROUP),
+                    wide: x.wide.as_ptr().add(at * GROUP),
+                    scales: x.scales.as_ptr().add(at),
+                    sums: x.sums.as_ptr().add(at),
+                    stride: x.groups,
+                    lane: 0,
+                    results: results.as_mut_ptr().add(row * PANEL),
+                };
+                match (S::LANES, n) {
+                    (16, _) => with_rows!(n, integer_tile, S, 2, (tile), 1 2 3 4 5 6 7 8),
+                    (8, 1) => with_rows!(n, integer_tile, S, 4, (tile), 1),
+                    (8, _) => {
+                        for half in [0, PANEL / 2] {
+                            with_rows!(n, integer_tile, S, 2, (tile.at_lane(half)), 2 3 4);
+                        }
+                    }
+                    _ => {
+                        for half in [0, PANEL / 2] {
+                            with_rows!(n, integer_tile, S, 4, (tile.at_lane(half)), 1 2 3 4);
+                        }
+                    }
+                }
+                row += n;
+            }
+        }
+        if format == Format::Int8Channel {
+            for row in 0..rows {
+                for lane in (0..PANEL).step_by(S::LANES) {
+                    let result = results.as_mut_ptr().add(row * PANEL + lane);
+                    S::store(result, S::mul(S::load(result), S::load(scales.cast::<f32>().add(lane))));
+                }
+            }
+        }
+    }
+}
+
+/// Some groups of a panel, and the rows that meet them.
+#[derive(Clone, Copy)]
+struct Tile {
+    format: Format,
+    groups: *const u8,
+    count: usize,
+    /// Of the first row and group; the next row's come `stride` groups later.
+    values: *const i8,
+    wide: *const i16,
+    scales: *const f32,
+    sums: *const i32,
+    stride: usize,
+    /// First lane.
+    lane: usize,
+    results: *mut f32,
+}
+
+impl Tile {
+    #[inline(always)]
+    fn at_lane(self, lane: usize) -> Self {
+        Self { lane, ..self }
+    }
+}
+
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn integer_tile<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile) {
+    // SAFETY: the caller's: `count` groups of the format, ROWS rows, VECS * LANES lanes from `lane` on.
+    unsafe {
+        match t.format {
+            Format::Int4 => groups::<S, ROWS, VECS, 4, true>(t),
+            Format::Int8 => groups::<S, ROWS, VECS, 8, true>(t),
+            _ => groups::<S, ROWS, VECS, 8, false>(t),
+        }
+    }
+}
+
+/// Adds each group's products of BITS wide weights, times its scales; without SCALED those of the weights are left out.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn groups<S: Simd, const ROWS: usize, const VECS: usize, const BITS: usize, const SCALED: bool>(t: Tile) {
+    let skip = if SCALED { SCALES_BYTES } else { 0 };
+    let group_bytes = skip + PANEL * GROUP * BITS / 8;
+    // SAFETY: as for `integer_tile`.
+    unsafe {
+        let results = t.results.add(t.lane);
+        let mut totals = [[S::splat(0.0); VECS]; ROWS];
+        for (r, totals) in totals.iter_mut().enumerate() {
+            for (v, total) in totals.iter_mut().enumerate() {
+                *total = S::load(results.add(r * PANEL + v * S::LANES));
+            }
+        }
+        for g in 0..t.count {
+            let group = t.groups.add(g * group_bytes);
+            let bytes = group.add(skip + 4 * t.lane);
+            let products = match BITS {
+                4 => int4_products::<S, ROWS, VECS>(t, g, bytes),
+                _ => int8_products::<S, ROWS, VECS>(t, g, bytes),
+            };
+            for v in 0..VECS {
+                let weight_scales = match SCALED {
+                    true => S::load_f16(group.cast::<u16>().add(t.lane + v * S::LANES)),
+                    false => S::splat(1.0),
+                };
+                for r in 0..ROWS {
+                    let input_scale = S::splat(*t.scales.add(r * t.stride + g));
+                    let scale = if SCALED { S::mul(weight_scales, input_scale) } else { input_scale };
+                    totals[r][v] = S::mul_add(products[r][v], scale, totals[r][v]);
+                }
+            }
+        }
+        for (r, totals) in totals.iter().enumerate() {
+            for (v, total) in totals.iter().enumerate() {
+                S::store(results.add(r * PANEL + v * S::LANES), *total);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn int8_products<S: Simd, const ROWS: usize, const VECS: usize>(
+    t: Tile,
+    g: usize,
+    bytes: *const u8,
+) -> [[S::F; VECS]; ROWS] {
+    // SAFETY: as for `integer_tile`; a group has 8 times four inputs.
+    unsafe {
+        let mut sums = [[S::sums8(0); VECS]; ROWS];
+        for (r, sums) in sums.iter_mut().enumerate() {
+            *sums = [S::sums8(-128 * *t.sums.add(r * t.stride + g)); VECS];
+        }
+        for four in 0..GROUP / 4 {
+            let mut inputs = [S::inputs8(t.values, t.wide); ROWS];
+            for (r, inputs) in inputs.iter_mut().enumerate() {
+                let at = (r * t.stride + g) * GROUP + 4 * four;
+                *inputs = S::inputs8(t.values.add(at), t.wide.add(at));
+            }
+            for v in 0..VECS {
+                let from = bytes.add((four * PANEL + v * S::LANES) * 4);
+                S::prefetch(from.wrapping_add(AHEAD));
+                let weights = S::int8(from);
+                for (sums, inputs) in sums.iter_mut().zip(inputs) {
+                    sums[v] = S::dot8(sums[v], weights, inputs);
+                }
+            }
+        }
+        let mut out = [[S::splat(0.0); VECS]; ROWS];
+        for (out, sums) in out.iter_mut().zip(sums) {
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = S::sums8_to_f32(sum);
+            }
+        }
+        out
+    }
+}
+
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn int4_products<S: Simd, const ROWS: usize, const VECS: usize>(
+    t: Tile,
+    g: usize,
+    bytes: *const u8,
+) -> [[S::F; VECS]; ROWS] {
+    // SAFETY: as for `integer_tile`; a group has 4 times eight inputs.
+    unsafe {
+        let mut sums = [[S::sums4(); VECS]; ROWS];
+        for eight in 0..GROUP / 8 {
+            for v in 0..VECS {
+                let from = bytes.add((eight * PANEL + v * S::LANES) * 4);
+                S::prefetch(from.wrapping_add(AHEAD));
+                let [low, high] = S::int4(from);
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let inputs = t.values.add((r * t.stride + g) * GROUP + 8 * eight);
+                    sums[v] = S::dot4(sums[v], low, S::inputs4(inputs));
+                    sums[v] = S::dot4(sums[v], high, S::inputs4(inputs.add(4)));
+                }
+            }
+        }
+        let mut out = [[S::splat(0.0); VECS]; ROWS];
+        for (r, out) in out.iter_mut().enumerate() {
+            let start = -8 * *t.sums.add(r * t.stride + g);
+            for (out, sum) in out.iter_mut().zip(sums[r]) {
+                *out = S::sums4_to_f32(sum, start);
+            }
+        }
+        out
+    }
+}

@@ -1,0 +1,149 @@
+//! Products of input rows with a packed matrix.
+//!
+//! One panel (32 outputs) of all input rows is the unit of parallel work. Within it the inputs are taken in chunks whose
+//! weights stay in the first-level cache while all rows pass over them. The sum for one row and output is always taken
+//! in the order of the inputs, so it is the same number whatever rows are beside it and however the work is shared out.
+
+mod float;
+mod integer;
+#[cfg(test)]
+mod tests;
+
+use std::cell::RefCell;
+
+use rayon::prelude::*;
+
+use super::{
+    inputs::{Inputs, Values},
+    packed::{GROUP, PANEL, Packed},
+    simd::{Isa, Kernel, Simd},
+};
+
+/// Inputs whose weights, widened to f32, take 16 KiB.
+const CHUNK_COLUMNS: usize = 128;
+/// Bytes ahead of their use that weights are fetched.
+const AHEAD: usize = 4096;
+/// Multiplications below which sharing work out costs more than it brings.
+const WORTH_SHARING: usize = 1 << 16;
+
+thread_local! {
+    /// Results of a task, and a chunk of widened weights.
+    static SCRATCH: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+}
+
+/// Multiplies `inputs` by `matrix` into `out`, `[rows][width]`.
+///
+/// `panels` panels, 1 or 2, give 32 columns of `out`: for each row `finish(column, [first, second], out)` makes them of the
+/// panels' sums (32 each; no second if `panels` is 1). The last columns are fewer where `width` ends.
+pub(crate) fn multiply(
+    isa: Isa,
+    matrix: &Packed,
+    inputs: Inputs<'_>,
+    panels: usize,
+    out: &mut [f32],
+    width: usize,
+    finish: impl Fn(usize, [&[f32]; 2], &mut [f32]) + Sync,
+) {
+    assert_eq!(matrix.columns(), inputs.columns, "inputs do not fit the matrix");
+    let tasks = matrix.panels() / panels;
+    assert!(width <= tasks * PANEL && width > (tasks - 1) * PANEL && out.len() == inputs.rows * width);
+    let each = inputs.rows * PANEL;
+    let out = Shared(out.as_mut_ptr());
+    let task = |index: usize| {
+        SCRATCH.with_borrow_mut(|(results, widened)| {
+            if results.len() < panels * each {
+                results.resize(panels * each, 0.0);
+            }
+            let results = &mut results[..panels * each];
+            results.fill(0.0);
+            widened.resize(CHUNK_COLUMNS * PANEL, 0.0);
+            for (i, results) in results.chunks_exact_mut(each).enumerate() {
+                isa.run(PanelProduct { matrix, panel: index * panels + i, inputs, results, widened });
+            }
+            let column = index * PANEL;
+            let count = PANEL.min(width - column);
+            for row in 0..inputs.rows {
+                let sums = |panel: usize| results.get(panel * each + row * PANEL..).map_or(&[][..], |s| &s[..PANEL]);
+                let second = if panels == 2 { sums(1) } else { &[] };
+                finish(column, [sums(0), second], out.columns(row * width + column, count));
+            }
+        });
+    };
+    let work = each * panels * matrix.columns();
+    if tasks * work < 2 * WORTH_SHARING {
+        (0..tasks).for_each(task);
+    } else {
+        (0..tasks).into_par_iter().with_min_len((WORTH_SHARING / work).max(1)).for_each(task);
+    }
+}
+
+/// Memory in which each task writes columns of its own.
+struct Shared(*mut f32);
+
+// SAFETY: it stands for a `&mut [f32]` of which `multiply` gives each task other places.
+#[allow(unsafe_code)]
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    #[allow(unsafe_code, clippy::mut_from_ref)]
+    fn columns(&self, at: usize, count: usize) -> &mut [f32] {
+        // SAFETY: `multiply`, its only user, checks that rows of `width` lie in the slice, and calls this once for each row
+        // and range of columns.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(at), count) }
+    }
+}
+
+/// One panel of all rows.
+struct PanelProduct<'a> {
+    matrix: &'a Packed,
+    panel: usize,
+    inputs: Inputs<'a>,
+    /// `[rows][32]`, zero.
+    results: &'a mut [f32],
+    /// A chunk of f32 weights.
+    widened: &'a mut [f32],
+}
+
+impl Kernel for PanelProduct<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn run<S: Simd>(self) {
+        let panel = self.matrix.panel(self.panel);
+        let (rows, columns, format) = (self.inputs.rows, self.inputs.columns, self.matrix.format());
+        assert!(panel.len() == format.panel_bytes(columns) && self.results.len() == rows * PANEL);
+        // SAFETY: the asserts here and below say that every place that a tile touches is there: a panel of this format has
+        // `columns` columns, there are `rows` rows of inputs and of results. The caller vouches for the instruction set.
+        unsafe {
+            match self.inputs.values {
+                Values::Float(x) => {
+                    assert!(x.len() >= rows * columns && self.widened.len() == CHUNK_COLUMNS * PANEL);
+                    float::panel::<S>(format, panel, x, rows, columns, self.results, self.widened);
+                }
+                Values::Quantised(x) => {
+                    let groups = columns.div_ceil(GROUP);
+                    assert!(
+                        x.groups == groups && x.values.len() >= rows * groups * GROUP && x.wide.len() == x.values.len()
+                    );
+                    assert!(x.scales.len() >= rows * groups && x.sums.len() >= rows * groups);
+                    integer::panel::<S>(format, panel, x, rows, self.results);
+                }
+            }
+        }
+    }
+}
+
+/// Calls `$f::<S, ROWS, VECS>` with `$rows`, which is one of the literals, as ROWS.
+macro_rules! with_rows {
+    ($rows:expr, $f:ident, $s:ty, $vecs:literal, $args:tt, $($n:literal)+) => {
+        match $rows { $($n => $f::<$s, $n, $vecs> $args,)+ _ => unreachable!("a tile of {} rows", $rows) }
+    };
+}
+use with_rows;
+
+/// Rows of the next tile, so that the last is not much smaller than the others.
+#[inline(always)]
+fn tile_rows(left: usize, most: usize) -> usize {
+    left.div_ceil(left.div_ceil(most))
+}

@@ -1,0 +1,131 @@
+//! Against an f64 product, on every instruction set that there is.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::kernels::{
+    inputs::Quantised,
+    packed::{Format, Rows},
+};
+
+const FORMATS: [Format; 6] = [Format::F32, Format::F16, Format::Bf16, Format::Int8, Format::Int8Channel, Format::Int4];
+
+fn random(count: usize, mut state: u64) -> Vec<f32> {
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+fn pack(format: Format, rows: usize, columns: usize, values: &[f32]) -> Packed {
+    Packed::pack::<std::io::Error>(format, rows, columns, |panel, out| {
+        let from = &values[panel * PANEL * columns..rows.min((panel + 1) * PANEL) * columns];
+        out[..from.len()].copy_from_slice(from);
+        Ok(())
+    })
+    .unwrap()
+}
+
+/// `[x rows][matrix rows]`.
+fn product(isa: Isa, matrix: &Packed, x: &[f32], rows: Rows) -> Vec<f32> {
+    let mut buffer = Quantised::default();
+    let inputs = Inputs::new(matrix.format().wants_bytes(isa, rows), x, matrix.columns(), &mut buffer);
+    let mut out = vec![f32::NAN; inputs.rows * matrix.rows()];
+    multiply(isa, matrix, inputs, 1, &mut out, matrix.rows(), |_, [sums, _], out| {
+        out.copy_from_slice(&sums[..out.len()]);
+    });
+    out
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+    #[test]
+    fn every_kernel_multiplies(
+        format in prop::sample::select(&FORMATS[..]), rows in 1_usize..30, outputs in 1_usize..100,
+        columns in 1_usize..1200, seed: u64, many: bool,
+    ) {
+        let weights = random(outputs * columns, seed);
+        let x = random(rows * columns, !seed);
+        let matrix = pack(format, outputs, columns, &weights);
+        let mut buffer = Quantised::default();
+        // What the kernel is given, in f64: weights and inputs as they are stored.
+        let stored: Vec<Vec<f32>> = (0..outputs).map(|o| {
+            let mut row = vec![0.0; columns];
+            matrix.row(o, &mut row);
+            row
+        }).collect();
+        let role = if many { Rows::Many } else { Rows::Few };
+        let mut given = |isa| match Inputs::new(format.wants_bytes(isa, role), &x, columns, &mut buffer).values {
+            Values::Float(x) => x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>(),
+            Values::Quantised(q) => (0..rows * columns).map(|i| {
+                let group = i / columns * q.groups + i % columns / GROUP;
+                let value = q.values[group * GROUP + i % columns % GROUP];
+                f64::from(value) * f64::from(q.scales[group])
+            }).collect(),
+        };
+        for isa in Isa::available() {
+            let inputs = given(*isa);
+            let got = product(*isa, &matrix, &x, role);
+            for row in 0..rows {
+                let x_row = &x[row * columns..][..columns];
+                let alone = product(*isa, &matrix, x_row, role);
+                prop_assert_eq!(&alone[..], &got[row * outputs..][..outputs], "{:?} {:?}: not as alone", isa, format);
+                for (o, weights) in stored.iter().enumerate() {
+                    let terms = weights.iter().zip(&inputs[row * columns..]);
+                    let exact: f64 = terms.map(|(w, x)| f64::from(*w) * x).sum();
+                    let found = f64::from(got[row * outputs + o]);
+                    let bound = 1e-6 * columns as f64;
+                    prop_assert!((found - exact).abs() <= bound, "{isa:?} {format:?}: {found}, not {exact}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn packing_loses_no_more_than_the_format_says(columns in 1_usize..300, seed: u64) {
+        let weights = random(columns, seed);
+        for format in FORMATS {
+            let mut row = vec![0.0; columns];
+            pack(format, 1, columns, &weights).row(0, &mut row);
+            for (group, stored) in weights.chunks(GROUP).zip(row.chunks(GROUP)) {
+                let of = |values: &[f32]| values.iter().fold(0.0_f32, |a, b| a.max(b.abs()));
+                let (greatest, all) = (of(group), of(&weights));
+                let bound = match format {
+                    Format::F32 => 0.0,
+                    Format::F16 => greatest / 2048.0,
+                    Format::Bf16 => greatest / 256.0,
+                    // Half a step, and the rounding of the scale.
+                    Format::Int8 => greatest / 127.0 * 0.57,
+                    Format::Int8Channel => all / 127.0 * 0.51,
+                    // A whole step at the end that has one step less.
+                    Format::Int4 => greatest / 8.0 * 1.01,
+                };
+                for (a, b) in group.iter().zip(stored) {
+                    prop_assert!((a - b).abs() <= bound, "{format:?}: {a} became {b}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn two_panels_that_belong_together_come_together() {
+    let weights = random(128 * 40, 1);
+    let matrix = pack(Format::Bf16, 128, 40, &weights);
+    let x = random(3 * 40, 2);
+    let apart = product(Isa::best(), &matrix, &x, Rows::Few);
+    let mut buffer = Quantised::default();
+    let mut out = vec![0.0; 3 * 64];
+    let inputs = Inputs::new(false, &x, 40, &mut buffer);
+    multiply(Isa::best(), &matrix, inputs, 2, &mut out, 64, |column, [first, second], out| {
+        assert!(column == 0 || column == PANEL);
+        out.iter_mut().zip(first.iter().zip(second)).for_each(|(out, (a, b))| *out = a - 2.0 * b);
+    });
+    for row in 0..3 {
+        for column in 0..64 {
+            let at = row * 128 + column / PANEL * 2 * PANEL + column % PANEL;
+            assert_eq!(out[row * 64 + column], apart[at] - 2.0 * apart[at + PANEL]);
+        }
+    }
+}
