@@ -2,7 +2,7 @@
 # Ours and llama.cpp's on this machine, in turns, one after the other: docs/performance/compare.sh LLAMA_BENCH_DIR WORK_DIR
 #
 # LLAMA_BENCH_DIR holds llama-bench and llama-quantize, built by you (llama.cpp's source also comes inside PyPI's
-# llama-cpp-python sdist). WORK_DIR takes about 30 GB of random models, which are kept. Needs python3 with numpy and gguf.
+# llama-cpp-python sdist). WORK_DIR takes about 25 GB of random models, which are kept. Needs python3 with numpy and gguf.
 set -euo pipefail
 tools=$1 work=$2
 here=$(cd "$(dirname "$0")" && pwd)
