@@ -144,6 +144,7 @@ impl Core {
                 changes.mark_unchanged();
                 let plan = progress.plan(&generation, avoid.clone(), self.progress_timeout);
                 let mut events = Box::pin(attempt::run(self.nodes.clone(), self.affinity.clone(), plan));
+                let mut begun = false;
                 let failure = loop {
                     let event = match events.next().await {
                         Some(Ok(event)) => event,
@@ -169,6 +170,7 @@ impl Core {
                             None
                         }
                         other => {
+                            begun |= matches!(other, Event::Started { .. });
                             progress.note(other);
                             None
                         }
@@ -196,8 +198,11 @@ impl Core {
                             }
                             tokio::time::sleep(RETRY_PAUSE).await;
                         }
-                        progress.timings.migrations += 1;
-                        self.metrics.migrated(&g.model.name);
+                        // A node that ended before it took the request up has cost nothing that was done.
+                        if begun {
+                            progress.timings.migrations += 1;
+                            self.metrics.migrated(&g.model.name);
+                        }
                         avoid.extend(nodes);
                         continue;
                     }

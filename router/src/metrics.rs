@@ -51,7 +51,7 @@ impl Metrics {
             generation_tokens: counter("vllm:generation_tokens_total", "Tokens given to clients.", model)?,
             migrations: counter(
                 "overfill_migrations_total",
-                "Attempts begun anew after a node failed, or gave a request away.",
+                "Requests begun anew after a node that computed for them failed, or gave them away.",
                 model,
             )?,
             first_token: seconds("vllm:time_to_first_token_seconds", "Seconds from arrival to the first token.")?,

@@ -174,9 +174,8 @@ impl Drop for Service {
     fn drop(&mut self) {
         let _ = self.kill();
         let text = self.stderr.take().map(|stderr| stderr.join().unwrap_or_default()).unwrap_or_default();
-        if std::thread::panicking() {
-            eprintln!("--- {}:\n{text}", self.args.join(" "));
-        }
+        // Shown only if the test fails.
+        eprintln!("--- {}:\n{text}", self.args.join(" "));
     }
 }
 
