@@ -8,6 +8,7 @@ use overfill_kv::{BlockId, BlockPool, KvDtype, KvSchema, KvStore, RequestId, Rop
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
+use crate::link::Link;
 use crate::payload::{CHUNK_BYTES, read_full, write_full};
 use crate::{HandoffError, IncomingHandoff, KvReceiver, KvSender, MemoryStore, Reservation, SendPlan, TransferConfig};
 
@@ -115,9 +116,8 @@ fn memcpy(source: &MemoryStore, target: &MemoryStore) -> Duration {
 /// Every layer's memory through a connection, `chunk` bytes at a time, without stores, frames or checksums.
 async fn bare_tcp(source: Arc<MemoryStore>, target: Arc<MemoryStore>, chunk: usize) -> io::Result<Duration> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
-    let out = TcpStream::connect(listener.local_addr()?).await?;
-    let (incoming, _) = listener.accept().await?;
-    out.set_nodelay(true)?;
+    let out = Link::tcp(TcpStream::connect(listener.local_addr()?).await?)?;
+    let incoming = Link::tcp(listener.accept().await?.0)?;
     let from = source.take();
     let mut to = target.take();
     let start = Instant::now();
@@ -148,9 +148,9 @@ async fn bare_tcp(source: Arc<MemoryStore>, target: Arc<MemoryStore>, chunk: usi
     Ok(took)
 }
 
-async fn write_direct(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+async fn write_direct(stream: &Link, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
-        match stream.try_write(bytes) {
+        match stream.try_write_vectored(&[io::IoSlice::new(bytes)]) {
             Ok(n) => bytes = &bytes[n..],
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => stream.writable().await?,
             Err(e) => return Err(e),

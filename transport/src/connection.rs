@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use overfill_kv::handoff::{Hello, ReceiverAction, ReceiverEvent, RefuseReason};
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::frame::{self, Answer, COMMIT_BYTES, HEADER_BYTES, HELLO_BYTES, Header, SUM_BYTES};
+use crate::link::{Link, Opening};
 use crate::payload::{Incoming, MoveError, read_full, write_full};
 use crate::receiver::{Entry, Shared};
 
@@ -19,19 +19,29 @@ const LINGER: Duration = Duration::from_millis(500);
 /// Longest wait for an answer of a few bytes to leave.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
-pub(crate) async fn serve(shared: &Shared, stream: &TcpStream, peer: SocketAddr) {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%peer, %error, "setting TCP_NODELAY");
-    }
-    let mut bytes = [0; HELLO_BYTES];
-    let hello = match timeout(shared.config.hello_timeout, read_full(stream, &mut bytes)).await {
-        Ok(Ok(())) => frame::decode_hello(&bytes),
-        Ok(Err(_)) | Err(_) => None,
+pub(crate) async fn serve(shared: &Shared, opening: Opening, peer: SocketAddr) {
+    let opened = async {
+        let stream = opening.await?;
+        let mut bytes = [0; HELLO_BYTES];
+        read_full(&stream, &mut bytes).await?;
+        Ok::<_, std::io::Error>((stream, frame::decode_hello(&bytes)))
     };
-    let Some(hello) = hello else {
-        tracing::debug!(%peer, "closing a kv connection that did not begin with a hello of this version");
-        return;
+    let (stream, hello) = match timeout(shared.config.hello_timeout, opened).await {
+        Ok(Ok((stream, Some(hello)))) => (stream, hello),
+        Ok(Ok((_, None))) => {
+            tracing::debug!(%peer, "closing a kv connection that did not begin with a hello of this version");
+            return;
+        }
+        Ok(Err(error)) => {
+            tracing::debug!(%peer, %error, "a kv connection ended before its hello");
+            return;
+        }
+        Err(_) => {
+            tracing::debug!(%peer, "closing a kv connection that said no hello in time");
+            return;
+        }
     };
+    let stream = &stream;
     let refused = match shared.find(&hello.ticket) {
         Some(entry) => handoff(shared, &entry, stream, hello).await,
         None => Some(RefuseReason::Ticket),
@@ -42,11 +52,11 @@ pub(crate) async fn serve(shared: &Shared, stream: &TcpStream, peer: SocketAddr)
     }
 }
 
-async fn refuse(stream: &TcpStream, reason: RefuseReason) {
+async fn refuse(stream: &Link, reason: RefuseReason) {
     let answer = frame::encode_answer(Answer::Refuse(reason));
     let linger = async {
         write_full(stream, &answer).await?;
-        socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write)?;
+        stream.end_writing().await?;
         let mut scratch = [0; 4096];
         loop {
             read_full(stream, &mut scratch).await?;
@@ -65,7 +75,7 @@ impl Drop for Writer<'_> {
 }
 
 /// Runs one attempt's connection; returns the reason to refuse it with, if any.
-async fn handoff(shared: &Shared, entry: &Entry, stream: &TcpStream, hello: Hello) -> Option<RefuseReason> {
+async fn handoff(shared: &Shared, entry: &Entry, stream: &Link, hello: Hello) -> Option<RefuseReason> {
     for action in entry.on_event(ReceiverEvent::Hello(hello)) {
         match action {
             ReceiverAction::Refuse(reason) => return Some(reason),
@@ -93,7 +103,7 @@ async fn handoff(shared: &Shared, entry: &Entry, stream: &TcpStream, hello: Hell
 }
 
 /// Accepts, then takes frames until the state machine wants no more; true if it wants to confirm.
-async fn frames(shared: &Shared, entry: &Entry, stream: &TcpStream) -> bool {
+async fn frames(shared: &Shared, entry: &Entry, stream: &Link) -> bool {
     let result = async {
         write_full(stream, &frame::encode_answer(Answer::Accept)).await?;
         let mut incoming = Incoming::new(stream);
@@ -164,7 +174,7 @@ async fn frames(shared: &Shared, entry: &Entry, stream: &TcpStream) -> bool {
 }
 
 /// The rest of a short frame; `None` if its checksum is wrong.
-async fn read_sealed<const N: usize>(stream: &TcpStream, header: &[u8]) -> std::io::Result<Option<[u8; N]>> {
+async fn read_sealed<const N: usize>(stream: &Link, header: &[u8]) -> std::io::Result<Option<[u8; N]>> {
     let mut bytes = [0; N];
     bytes[..HEADER_BYTES].copy_from_slice(header);
     read_full(stream, &mut bytes[HEADER_BYTES..]).await?;

@@ -14,6 +14,7 @@
 pub mod bench;
 mod connection;
 pub mod frame;
+mod link;
 mod memory;
 mod payload;
 mod receiver;
@@ -21,6 +22,7 @@ mod sender;
 
 use std::time::Duration;
 
+pub use link::{Dialer, Link, Listen, Opening};
 pub use memory::MemoryStore;
 use overfill_kv::handoff::Failure;
 pub use receiver::{IncomingHandoff, KvReceiver, Reservation};
@@ -37,6 +39,8 @@ pub struct TransferConfig {
     pub hello_timeout: Duration,
     /// Connections that a receiver serves at once; more are refused.
     pub max_connections: usize,
+    /// How a sender connects.
+    pub dialer: Dialer,
 }
 
 impl Default for TransferConfig {
@@ -46,6 +50,7 @@ impl Default for TransferConfig {
             max_frame_bytes: 1024 * 1024,
             hello_timeout: Duration::from_secs(5),
             max_connections: 256,
+            dialer: Dialer::default(),
         }
     }
 }

@@ -6,10 +6,9 @@
 
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 
-use overfill_kv::{BlockId, KvStore, StoreError};
-use tokio::net::TcpStream;
-
 use crate::frame::{SUM_BYTES, next_sum};
+use crate::link::Link;
+use overfill_kv::{BlockId, KvStore, StoreError};
 
 /// Most bytes per call to the system: few calls, and yet what was summed is still in cache when it is sent.
 pub(crate) const CHUNK_BYTES: usize = 512 * 1024;
@@ -24,7 +23,7 @@ pub(crate) enum MoveError {
 }
 
 /// Fills `buf` from the socket.
-pub(crate) async fn read_full(stream: &TcpStream, buf: &mut [u8]) -> io::Result<()> {
+pub(crate) async fn read_full(stream: &Link, buf: &mut [u8]) -> io::Result<()> {
     let mut at = 0;
     while at < buf.len() {
         match stream.try_read(&mut buf[at..]) {
@@ -38,13 +37,13 @@ pub(crate) async fn read_full(stream: &TcpStream, buf: &mut [u8]) -> io::Result<
 }
 
 /// Writes all of `buf` to the socket.
-pub(crate) async fn write_full(stream: &TcpStream, buf: &[u8]) -> io::Result<()> {
+pub(crate) async fn write_full(stream: &Link, buf: &[u8]) -> io::Result<()> {
     Outgoing::new(stream).with(buf).flush().await
 }
 
 /// The writing half. Small parts are kept back and leave together with the next large one.
 pub(crate) struct Outgoing<'a> {
-    stream: &'a TcpStream,
+    stream: &'a Link,
     small: Vec<u8>,
     /// Bytes of `small` that have left.
     sent: usize,
@@ -52,7 +51,7 @@ pub(crate) struct Outgoing<'a> {
 }
 
 impl<'a> Outgoing<'a> {
-    pub fn new(stream: &'a TcpStream) -> Self {
+    pub fn new(stream: &'a Link) -> Self {
         Self { stream, small: Vec::new(), sent: 0, staging: Vec::new() }
     }
 
@@ -74,7 +73,7 @@ impl<'a> Outgoing<'a> {
                 Err(e) => return Err(e),
             }
         }
-        Ok(())
+        self.stream.flushed().await
     }
 
     /// Sends what was kept back; never completes unless that fails. For waits for something else.
@@ -191,12 +190,12 @@ fn window<'b>(blocks: &[&'b [u8]], from: usize, to: usize) -> impl Iterator<Item
 
 /// The reading half of one frame's payload and checksum.
 pub(crate) struct Incoming<'a> {
-    stream: &'a TcpStream,
+    stream: &'a Link,
     staging: Vec<u8>,
 }
 
 impl<'a> Incoming<'a> {
-    pub fn new(stream: &'a TcpStream) -> Self {
+    pub fn new(stream: &'a Link) -> Self {
         Self { stream, staging: Vec::new() }
     }
 
@@ -237,7 +236,7 @@ impl<'a> Incoming<'a> {
 }
 
 /// Reads into `blocks`, from where `p` stands, until they are full or the socket has no more.
-fn receive_now(stream: &TcpStream, blocks: &mut [&mut [u8]], p: &mut Progress) -> io::Result<()> {
+fn receive_now(stream: &Link, blocks: &mut [&mut [u8]], p: &mut Progress) -> io::Result<()> {
     let size = blocks.first().map_or(1, |b| b.len().max(1));
     let length = size * blocks.len();
     while p.at < length {

@@ -1,22 +1,24 @@
 //! The decode side: reservations, and the listener that lets senders fill them.
 
 use std::collections::HashMap;
+use std::io::IoSlice;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use overfill_kv::handoff::{
     Commit, Failure, HandoffSpec, HandoffState, ReceiverAction, ReceiverEvent, ReceiverHandoff, RefuseReason,
 };
 use overfill_kv::{BlockId, BlockLease, KvSchema, KvStore, RequestId, Ticket, blocks_for};
 use parking_lot::Mutex;
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, Semaphore, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::link::{Listen, Opening};
 use crate::{Committed, HandoffError, TransferConfig, TransferStats, connection, frame};
 
 /// What is set aside for one attempt.
@@ -184,7 +186,7 @@ impl KvReceiver {
     ///
     /// After `shutdown` the task goes on until every reservation has its outcome, then ends.
     pub fn start(
-        listener: TcpListener,
+        listener: impl Listen,
         schema: KvSchema,
         store: Arc<dyn KvStore>,
         config: TransferConfig,
@@ -340,7 +342,7 @@ impl Drop for IncomingHandoff {
 }
 
 /// Accepts connections and lets time pass for every attempt, until shutdown has begun and no attempt is left.
-async fn listen(shared: Arc<Shared>, listener: TcpListener, shutdown: CancellationToken) {
+async fn listen(shared: Arc<Shared>, mut listener: impl Listen, shutdown: CancellationToken) {
     let slots = Arc::new(Semaphore::new(shared.config.max_connections));
     let connections = TaskTracker::new();
     let mut draining = false;
@@ -364,7 +366,7 @@ async fn listen(shared: Arc<Shared>, listener: TcpListener, shutdown: Cancellati
                 }
             }
             accepted = listener.accept() => match accepted {
-                Ok((stream, peer)) => admit(&shared, &slots, &connections, stream, peer),
+                Ok((opening, peer)) => admit(&shared, &slots, &connections, opening, peer),
                 Err(error) => {
                     // Out of file descriptors, most likely: taking the next one at once would spin.
                     tracing::warn!(%error, "accepting a kv connection");
@@ -377,17 +379,19 @@ async fn listen(shared: Arc<Shared>, listener: TcpListener, shutdown: Cancellati
     connections.wait().await;
 }
 
-fn admit(shared: &Arc<Shared>, slots: &Arc<Semaphore>, connections: &TaskTracker, stream: TcpStream, peer: SocketAddr) {
+fn admit(shared: &Arc<Shared>, slots: &Arc<Semaphore>, connections: &TaskTracker, opening: Opening, peer: SocketAddr) {
     let Ok(slot) = slots.clone().try_acquire_owned() else {
         tracing::warn!(%peer, limit = shared.config.max_connections, "refusing a kv connection: too many");
         let answer = frame::encode_answer(frame::Answer::Refuse(RefuseReason::Busy));
-        // Straight to the socket, which is empty and does not block: whoever is refused gets no task.
-        let _ = socket2::SockRef::from(&stream).send(&answer);
+        // Straight to the socket, which is empty and does not block: whoever is refused gets no task, and no handshake.
+        if let Some(Ok(stream)) = opening.now_or_never() {
+            let _ = stream.try_write_vectored(&[IoSlice::new(&answer)]);
+        }
         return;
     };
     let shared = shared.clone();
     connections.spawn(async move {
-        connection::serve(&shared, &stream, peer).await;
+        connection::serve(&shared, opening, peer).await;
         drop(slot);
     });
 }

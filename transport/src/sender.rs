@@ -10,13 +10,13 @@ use std::time::Duration;
 use overfill_kv::handoff::{Failure, HandoffSpec, Piece, SenderAction, SenderEvent, SenderHandoff};
 use overfill_kv::{BlockId, BlockLease, KvSchema, KvStore, RequestId, Ticket, blocks_for};
 use parking_lot::Mutex;
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::frame::{self, ANSWER_BYTES, Answer, Header};
+use crate::link::{Dialer, Link};
 use crate::payload::{MoveError, Outgoing};
 use crate::{HandoffError, TransferConfig, TransferStats};
 
@@ -188,6 +188,7 @@ struct Shell {
     store: Arc<dyn KvStore>,
     queue: mpsc::Receiver<Command>,
     control: Arc<Control>,
+    dialer: Dialer,
     answer: AnswerReader,
     outcome: Option<Result<(), Failure>>,
     connection_error: Option<io::Error>,
@@ -203,7 +204,7 @@ struct AnswerReader {
 
 impl AnswerReader {
     /// The next answer. May be dropped at any wait without losing bytes.
-    async fn next(&mut self, stream: &TcpStream) -> io::Result<Answer> {
+    async fn next(&mut self, stream: &Link) -> io::Result<Answer> {
         loop {
             match stream.try_read(&mut self.bytes[self.have..]) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -265,6 +266,7 @@ impl Shell {
             store,
             queue,
             control,
+            dialer: config.dialer,
             answer: AnswerReader::default(),
             outcome: None,
             connection_error: None,
@@ -300,15 +302,15 @@ impl Shell {
     }
 
     /// The connection; `None` if the attempt is over before it stands.
-    async fn connect(&mut self) -> Option<TcpStream> {
+    async fn connect(&mut self) -> Option<Link> {
         let endpoint = self.endpoint.clone();
-        let mut connecting = std::pin::pin!(TcpStream::connect(endpoint));
+        let mut connecting = self.dialer.dial(endpoint);
         while !self.machine.state().is_over() {
             let due = self.due();
             tokio::select! {
                 biased;
                 () = self.control.aborted.cancelled() => self.on_event(SenderEvent::Abort),
-                stream = &mut connecting => match stream.and_then(|s| s.set_nodelay(true).map(|()| s)) {
+                stream = &mut connecting => match stream {
                     Ok(stream) => {
                         self.on_event(SenderEvent::Connected);
                         return Some(stream);
@@ -333,7 +335,7 @@ impl Shell {
         }
     }
 
-    async fn serve(&mut self, stream: &TcpStream) {
+    async fn serve(&mut self, stream: &Link) {
         let mut out = Outgoing::new(stream);
         loop {
             while let Some(action) = self.actions.pop_front() {
@@ -366,7 +368,7 @@ impl Shell {
     }
 
     /// Sends one frame; false if the attempt was over before it had left.
-    async fn send_layer(&mut self, stream: &TcpStream, out: &mut Outgoing<'_>, piece: Piece) -> bool {
+    async fn send_layer(&mut self, stream: &Link, out: &mut Outgoing<'_>, piece: Piece) -> bool {
         let store = self.store.clone();
         let from = piece.first_block as usize;
         let ids = self.blocks[from..from + piece.blocks as usize].to_vec();
@@ -398,7 +400,7 @@ impl Shell {
     }
 
     /// Sends what was kept back and waits for the next event.
-    async fn wait(&mut self, stream: &TcpStream, out: &mut Outgoing<'_>) {
+    async fn wait(&mut self, stream: &Link, out: &mut Outgoing<'_>) {
         let due = self.due();
         tokio::select! {
             biased;
@@ -417,7 +419,7 @@ impl Shell {
     }
 
     /// A receiver that ends an attempt says why before it closes: that counts, not the broken pipe that follows.
-    fn on_write_error(&mut self, stream: &TcpStream, error: io::Error) {
+    fn on_write_error(&mut self, stream: &Link, error: io::Error) {
         let mut bytes = [0; ANSWER_BYTES];
         let last_word = match (self.answer.have, stream.try_read(&mut bytes)) {
             (0, Ok(ANSWER_BYTES)) => frame::decode_answer(&bytes),

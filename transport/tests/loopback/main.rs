@@ -56,6 +56,25 @@ async fn memory_that_cannot_be_addressed_is_staged() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn any_stream_carries_kv() {
+    let rig = Rig::new(TransferConfig::default()).await.with_streams().await;
+    for round in 1..=3 {
+        let mut incoming = rig.reserve([round; 16], 0);
+        let (sender, sending) = rig.send([round; 16], 0);
+        rig.announce_all(&sender);
+        sender.commit(u32::from(round));
+        assert_eq!(incoming.ready().await.unwrap().first_token, u32::from(round));
+        sending.await.unwrap().unwrap();
+        rig.check_arrived(0);
+        drop(incoming);
+        until("all blocks are free", || rig.is_idle()).await;
+    }
+    let (sender, sending) = rig.send([9; 16], 0);
+    rig.announce_all(&sender);
+    assert_eq!(sending.await.unwrap(), failed(Failure::Refused(RefuseReason::Ticket)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_ticket_is_refused_and_disturbs_nobody() {
     let rig = Rig::new(TransferConfig::default()).await;
     let mut incoming = rig.reserve([1; 16], 0);

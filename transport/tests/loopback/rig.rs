@@ -8,8 +8,8 @@ use overfill_kv::{
     BlockId, BlockLease, BlockPool, KvDtype, KvSchema, KvStore, RequestId, RopeSpec, StoreError, Ticket,
 };
 use overfill_transport::{
-    HandoffError, IncomingHandoff, KvReceiver, KvSender, MemoryStore, Reservation, SendPlan, TransferConfig,
-    TransferStats,
+    Dialer, HandoffError, IncomingHandoff, KvReceiver, KvSender, Link, Listen, MemoryStore, Opening, Reservation,
+    SendPlan, TransferConfig, TransferStats,
 };
 use parking_lot::{Condvar, Mutex};
 use tokio::net::TcpListener;
@@ -50,6 +50,16 @@ fn schema() -> KvSchema {
     }
 }
 
+/// Connections that are anything but plain sockets to those who use them.
+struct Streams(TcpListener);
+
+impl Listen for Streams {
+    async fn accept(&mut self) -> std::io::Result<(Opening, std::net::SocketAddr)> {
+        let (stream, peer) = self.0.accept().await?;
+        Ok((Box::pin(std::future::ready(Ok(Link::stream(stream)))), peer))
+    }
+}
+
 async fn serve(
     schema: &KvSchema,
     target: &Arc<dyn KvStore>,
@@ -82,6 +92,20 @@ impl Rig {
         let (receiver, serving, endpoint, shutdown) = serve(&schema, &target, &config).await;
         let (source_pool, target_pool) = (BlockPool::new(room), BlockPool::new(room));
         Self { schema, config, source, source_pool, target, target_pool, receiver, endpoint, shutdown, serving }
+    }
+
+    /// The same over connections that are not plain sockets.
+    pub async fn with_streams(mut self) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        self.endpoint = listener.local_addr().unwrap().to_string();
+        self.shutdown = CancellationToken::new();
+        self.config.dialer = Dialer::new(|endpoint| {
+            Box::pin(async move { Ok(Link::stream(tokio::net::TcpStream::connect(endpoint).await?)) })
+        });
+        let (schema, target, shutdown) = (self.schema.clone(), self.target.clone(), self.shutdown.clone());
+        (self.receiver, self.serving) =
+            KvReceiver::start(Streams(listener), schema, target, self.config.clone(), shutdown);
+        self
     }
 
     /// The same with another kind of memory around the target's.

@@ -1,0 +1,236 @@
+//! One connection of the KV plane, as the code that moves frames sees it.
+//!
+//! A plain TCP socket moves bytes straight between the system and KV memory. Any other stream (TLS, or a simulated
+//! network) goes through a small buffer on each side, behind the same calls.
+
+use std::future::{Future, poll_fn};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker, ready};
+
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+
+/// Bytes buffered in each direction of a stream that is not a plain socket: four TLS records.
+const BUFFER_BYTES: usize = 64 * 1024;
+
+/// A connection that is being opened: connected, and its handshake done.
+pub type Opening = Pin<Box<dyn Future<Output = io::Result<Link>> + Send>>;
+
+/// How a sender connects to a receiver's endpoint. By default over plain TCP.
+#[derive(Clone)]
+pub struct Dialer(Arc<dyn Fn(String) -> Opening + Send + Sync>);
+
+impl Dialer {
+    /// Connects with `dial`, which gets an endpoint as the receiver named it.
+    pub fn new(dial: impl Fn(String) -> Opening + Send + Sync + 'static) -> Self {
+        Self(Arc::new(dial))
+    }
+
+    pub(crate) fn dial(&self, endpoint: String) -> Opening {
+        (self.0)(endpoint)
+    }
+}
+
+impl Default for Dialer {
+    fn default() -> Self {
+        Self::new(|endpoint| Box::pin(async move { Link::tcp(TcpStream::connect(endpoint).await?) }))
+    }
+}
+
+impl std::fmt::Debug for Dialer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Dialer")
+    }
+}
+
+/// Where senders' connections come in.
+pub trait Listen: Send + 'static {
+    /// The next connection, which is still to be opened, and who makes it. Nothing is lost if this is dropped.
+    fn accept(&mut self) -> impl Future<Output = io::Result<(Opening, SocketAddr)>> + Send;
+}
+
+impl Listen for TcpListener {
+    async fn accept(&mut self) -> io::Result<(Opening, SocketAddr)> {
+        let (stream, peer) = TcpListener::accept(self).await?;
+        Ok((Box::pin(std::future::ready(Link::tcp(stream))), peer))
+    }
+}
+
+/// A connection. Reads and writes do not wait; waiting is done by [`readable`](Self::readable) and
+/// [`writable`](Self::writable). One task uses it.
+pub struct Link(Kind);
+
+enum Kind {
+    Tcp(TcpStream),
+    Stream(Mutex<Buffered>),
+}
+
+/// Of a stream that tells nobody whether it is ready.
+struct Buffered {
+    io: Box<dyn Duplex>,
+    incoming: Box<[u8]>,
+    /// Bytes `taken..have` of `incoming` are still to be read.
+    taken: usize,
+    have: usize,
+    ended: bool,
+    outgoing: Vec<u8>,
+    /// Bytes of `outgoing` that have left.
+    sent: usize,
+    flushed: bool,
+}
+
+trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
+
+impl Link {
+    /// Over a plain socket.
+    pub fn tcp(stream: TcpStream) -> io::Result<Self> {
+        // Answers of a few bytes must not wait for more.
+        stream.set_nodelay(true)?;
+        Ok(Self(Kind::Tcp(stream)))
+    }
+
+    /// Over any other stream.
+    pub fn stream(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Self {
+        Self(Kind::Stream(Mutex::new(Buffered {
+            io: Box::new(io),
+            incoming: vec![0; BUFFER_BYTES].into(),
+            taken: 0,
+            have: 0,
+            ended: false,
+            outgoing: Vec::with_capacity(BUFFER_BYTES),
+            sent: 0,
+            flushed: true,
+        })))
+    }
+
+    pub(crate) fn try_read(&self, buf: &mut [u8]) -> io::Result<usize> {
+        match &self.0 {
+            Kind::Tcp(stream) => stream.try_read(buf),
+            Kind::Stream(buffered) => buffered.lock().try_read(buf),
+        }
+    }
+
+    pub(crate) fn try_read_vectored(&self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        match &self.0 {
+            Kind::Tcp(stream) => stream.try_read_vectored(bufs),
+            Kind::Stream(buffered) => match bufs.iter_mut().find(|buf| !buf.is_empty()) {
+                Some(buf) => buffered.lock().try_read(buf),
+                None => Ok(0),
+            },
+        }
+    }
+
+    pub(crate) fn try_write_vectored(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        match &self.0 {
+            Kind::Tcp(stream) => stream.try_write_vectored(bufs),
+            Kind::Stream(buffered) => buffered.lock().try_write_vectored(bufs),
+        }
+    }
+
+    /// Resolves when a read may do something.
+    pub(crate) async fn readable(&self) -> io::Result<()> {
+        match &self.0 {
+            Kind::Tcp(stream) => stream.readable().await,
+            Kind::Stream(buffered) => poll_fn(|cx| buffered.lock().poll_fill(cx)).await,
+        }
+    }
+
+    /// Resolves when a write may do something.
+    pub(crate) async fn writable(&self) -> io::Result<()> {
+        match &self.0 {
+            Kind::Tcp(stream) => stream.writable().await,
+            Kind::Stream(buffered) => poll_fn(|cx| buffered.lock().poll_drain(cx)).await,
+        }
+    }
+
+    /// Resolves when what was written has left this process.
+    pub(crate) async fn flushed(&self) -> io::Result<()> {
+        match &self.0 {
+            Kind::Tcp(_) => Ok(()),
+            Kind::Stream(buffered) => poll_fn(|cx| buffered.lock().poll_drain(cx)).await,
+        }
+    }
+
+    /// Says that nothing more will be written.
+    pub(crate) async fn end_writing(&self) -> io::Result<()> {
+        match &self.0 {
+            Kind::Tcp(stream) => socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write),
+            Kind::Stream(buffered) => {
+                poll_fn(|cx| {
+                    let mut buffered = buffered.lock();
+                    ready!(buffered.poll_drain(cx))?;
+                    Pin::new(&mut *buffered.io).poll_shutdown(cx)
+                })
+                .await
+            }
+        }
+    }
+}
+
+/// For a look at a stream that nobody waits for: whoever waits afterwards asks again with a waker.
+fn no_waker() -> Context<'static> {
+    Context::from_waker(Waker::noop())
+}
+
+impl Buffered {
+    fn try_read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if self.taken == self.have && !self.ended {
+            match self.poll_fill(&mut no_waker()) {
+                Poll::Ready(filled) => filled?,
+                Poll::Pending => return Err(ErrorKind::WouldBlock.into()),
+            }
+        }
+        let n = buf.len().min(self.have - self.taken);
+        buf[..n].copy_from_slice(&self.incoming[self.taken..][..n]);
+        self.taken += n;
+        Ok(n)
+    }
+
+    /// Ready when there is something to read, or the stream has ended.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.taken == self.have && !self.ended {
+            let mut space = ReadBuf::new(&mut self.incoming);
+            ready!(Pin::new(&mut *self.io).poll_read(cx, &mut space))?;
+            (self.taken, self.have) = (0, space.filled().len());
+            self.ended = self.have == 0;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn try_write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        if !self.outgoing.is_empty() && self.poll_drain(&mut no_waker())?.is_pending() && !self.outgoing.is_empty() {
+            return Err(ErrorKind::WouldBlock.into());
+        }
+        for buf in bufs {
+            let room = BUFFER_BYTES - self.outgoing.len();
+            self.outgoing.extend_from_slice(&buf[..room.min(buf.len())]);
+        }
+        let taken = self.outgoing.len();
+        // Whether it leaves now or later is the waits' concern.
+        let _: Poll<()> = self.poll_drain(&mut no_waker())?;
+        Ok(taken)
+    }
+
+    /// Ready when everything that was written has left.
+    fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.sent < self.outgoing.len() {
+            self.flushed = false;
+            match ready!(Pin::new(&mut *self.io).poll_write(cx, &self.outgoing[self.sent..]))? {
+                0 => return Poll::Ready(Err(ErrorKind::WriteZero.into())),
+                n => self.sent += n,
+            }
+        }
+        self.outgoing.clear();
+        self.sent = 0;
+        if !self.flushed {
+            ready!(Pin::new(&mut *self.io).poll_flush(cx))?;
+            self.flushed = true;
+        }
+        Poll::Ready(Ok(()))
+    }
+}
