@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use super::{
     batch::{self, Batch, Choice, Merged, Prompt, Usage},
+    caller::Caller,
     error::ApiError,
     fields::{Common, Fields},
     logprobs::{ChatLogprobs, Names},
@@ -81,9 +82,9 @@ struct Chat {
 }
 
 /// Serves one request.
-pub async fn create(core: Core, body: Bytes) -> Result<Response, ApiError> {
+pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response, ApiError> {
     let chat = parse(&core, &body).await?;
-    let merged = chat.batch.start(&core, std::slice::from_ref(&chat.prompt)).await?;
+    let merged = chat.batch.start(&core, &caller, std::slice::from_ref(&chat.prompt)).await?;
     if chat.batch.common.stream {
         return Ok(chat.stream(merged));
     }

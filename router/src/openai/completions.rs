@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use super::{
     batch::{self, Batch, Choice, Merged, Prompt, Usage},
+    caller::Caller,
     error::ApiError,
     fields::{Common, Fields},
     logprobs::{CompletionLogprobs, Names},
@@ -64,9 +65,9 @@ struct ChoiceBody {
 }
 
 /// Serves one request.
-pub async fn create(core: Core, body: Bytes) -> Result<Response, ApiError> {
+pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response, ApiError> {
     let completion = parse(&core, &body).await?;
-    let merged = completion.batch.start(&core, &completion.prompts).await?;
+    let merged = completion.batch.start(&core, &caller, &completion.prompts).await?;
     if completion.batch.common.stream {
         return Ok(completion.stream(merged));
     }
