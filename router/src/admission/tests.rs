@@ -8,7 +8,9 @@ fn ask() -> Ask {
 }
 
 fn tenant(name: &str, weight: u32) -> Arc<Tenant> {
-    Arc::new(Tenant { weight, ..Tenant::named(name) })
+    let mut tenant = Tenant::named(name);
+    tenant.weight = weight;
+    Arc::new(tenant)
 }
 
 /// Runs `places` to their ends, of `tokens` each, and tells in which order of `names` that happened.
@@ -28,8 +30,7 @@ async fn order(places: Vec<(&'static str, Place)>, tokens: usize) -> String {
     for task in tasks {
         task.await.unwrap();
     }
-    let log = log.lock().clone();
-    log
+    std::mem::take(&mut *log.lock())
 }
 
 #[tokio::test]
