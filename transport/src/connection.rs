@@ -9,6 +9,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::frame::{self, Answer, COMMIT_BYTES, HEADER_BYTES, HELLO_BYTES, Header, SUM_BYTES};
+use crate::newcomers::Place;
 use crate::payload::{Incoming, MoveError, read_full, write_full};
 use crate::receiver::{Entry, Shared};
 
@@ -19,7 +20,7 @@ const LINGER: Duration = Duration::from_millis(500);
 /// Longest wait for an answer of a few bytes to leave.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
-pub(crate) async fn serve(shared: &Shared, stream: &TcpStream, peer: SocketAddr) {
+pub(crate) async fn serve(shared: &Shared, stream: &TcpStream, peer: SocketAddr, place: &Place) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%peer, %error, "setting TCP_NODELAY");
     }
@@ -33,6 +34,8 @@ pub(crate) async fn serve(shared: &Shared, stream: &TcpStream, peer: SocketAddr)
         return;
     };
     let refused = match shared.find(&hello.ticket) {
+        // Before the attempt hears of it: a place that is taken is not one to write from.
+        Some(_) if !place.keep() => None,
         Some(entry) => handoff(shared, &entry, stream, hello).await,
         None => Some(RefuseReason::Ticket),
     };

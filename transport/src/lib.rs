@@ -15,6 +15,7 @@ pub mod bench;
 mod connection;
 pub mod frame;
 mod memory;
+mod newcomers;
 mod payload;
 mod receiver;
 mod sender;
@@ -35,7 +36,8 @@ pub struct TransferConfig {
     pub max_frame_bytes: usize,
     /// How long a new connection may take to show its ticket.
     pub hello_timeout: Duration,
-    /// Connections that a receiver serves at once; more are refused.
+    /// Connections that a receiver serves at once. One more takes the place of the oldest that has no handoff yet, and is
+    /// refused where all have one.
     pub max_connections: usize,
 }
 

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::{
+    Checked, FoundModel, Limits,
     batch::{self, Batch, Choice, Merged, Prompt, Usage},
     error::ApiError,
     fields::{Common, Fields},
@@ -26,6 +27,7 @@ use crate::{
     GenerateError,
     generate::Core,
     grpc::encode,
+    node::ServedModel,
     request::{self, Output},
 };
 
@@ -82,8 +84,8 @@ struct Chat {
 
 /// Serves one request.
 pub async fn create(core: Core, body: Bytes) -> Result<Response, ApiError> {
-    let chat = parse(&core, &body).await?;
-    let merged = chat.batch.start(&core, std::slice::from_ref(&chat.prompt)).await?;
+    let (chat, places) = parse(&body, |name| core.model(name), |count| core.admission.enter(count)).await?;
+    let merged = chat.batch.start(&core, places, std::slice::from_ref(&chat.prompt)).await?;
     if chat.batch.common.stream {
         return Ok(chat.stream(merged));
     }
@@ -91,10 +93,21 @@ pub async fn create(core: Core, body: Bytes) -> Result<Response, ApiError> {
     Ok(Json(chat.whole(&choices)).into_response())
 }
 
-async fn parse(core: &Core, body: &Bytes) -> Result<Chat, ApiError> {
+/// The sequences that a body asks for.
+pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: Limits) -> Checked {
+    let (chat, ()) = parse(body, |_| Ok(model.clone()), |count| limits.enter(count)).await?;
+    Ok(chat.batch.generations(std::slice::from_ref(&chat.prompt), limits.time)?)
+}
+
+/// `enter` takes places for so many sequences.
+async fn parse<P>(
+    body: &Bytes,
+    model: impl FnOnce(&str) -> FoundModel,
+    enter: impl FnOnce(usize) -> Result<P, GenerateError>,
+) -> Result<(Chat, P), ApiError> {
     let arrived = Instant::now();
     let mut fields = Fields::parse(body)?;
-    let model = core.model(&fields.take::<String>("model")?.unwrap_or_default())?;
+    let model = model(&fields.take::<String>("model")?.unwrap_or_default())?;
     let common = Common::take(&mut fields, model.text.generation_defaults())?;
     let logprobs = fields.take("logprobs")?.unwrap_or(false);
     let top_logprobs = fields.take_count("top_logprobs")?;
@@ -114,6 +127,7 @@ async fn parse(core: &Core, body: &Bytes) -> Result<Chat, ApiError> {
         return Err(GenerateError::invalid("messages", "messages must have at least one message, got 0").into());
     }
     fields.finish()?;
+    let places = enter(common.n)?;
     let messages = messages.into_iter().map(MessageBody::message).collect::<Result<Vec<_>, _>>()?;
     let text = model.text.apply_chat_template(&messages, add_generation_prompt).map_err(GenerateError::from)?;
     let tokens: Arc<[u32]> = encode(&model.text, text, add_special).await?.into();
@@ -127,7 +141,7 @@ async fn parse(core: &Core, body: &Bytes) -> Result<Chat, ApiError> {
         arrived,
     };
     let id = format!("chatcmpl-{}", request::new_request_id());
-    Ok(Chat { id, batch, prompt: Prompt { tokens, text: String::new() }, logprobs })
+    Ok((Chat { id, batch, prompt: Prompt { tokens, text: String::new() }, logprobs }, places))
 }
 
 impl Chat {
