@@ -74,7 +74,8 @@ fn same_again<M: Message + Default + Clone>(bytes: &[u8], using: impl FnOnce(M))
 fn check_tokens(tokens: &[u32], generated: usize, deadline: Instant, now: Instant) {
     assert!((1..=CONTEXT).contains(&tokens.len()) && generated < tokens.len());
     assert!(tokens.iter().all(|id| *id < SCHEMA.vocab_size));
-    assert!(deadline > now && deadline <= now + DAY);
+    // A deadline may be so near that it is now.
+    assert!(deadline >= now && deadline <= now + DAY);
 }
 
 fn decode_request(bytes: &[u8]) {

@@ -2,7 +2,8 @@
 //! accounts for.
 //!
 //! The mutations are drawn with a fixed seed and with a fresh one. What fails is shown with both seed and input:
-//! `OVERFILL_FUZZ_SEED=N` runs all with that seed instead, `OVERFILL_FUZZ_INPUT=TARGET:HEX` runs the one input.
+//! `OVERFILL_FUZZ_SEED=N` runs all with that seed instead, `OVERFILL_FUZZ_TARGET=NAME` runs one target alone, and
+//! `OVERFILL_FUZZ_INPUT=TARGET:HEX` one input.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -108,12 +109,14 @@ fn run_all() -> Result<(), String> {
         Ok(seed) => vec![seed.parse().expect("OVERFILL_FUZZ_SEED=NUMBER")],
         Err(_) => vec![FIXED_SEED, RandomState::new().hash_one(0)],
     };
-    for (seed, target) in seeds.iter().flat_map(|seed| TARGETS.iter().map(move |target| (*seed, target))) {
+    let only = std::env::var("OVERFILL_FUZZ_TARGET").ok();
+    let mut faults = Vec::new();
+    for target in TARGETS.iter().filter(|target| only.as_ref().is_none_or(|only| only == target.name)) {
         // Past the test's capture: a target that ends the process itself, by its stack or memory, leaves only this.
-        let _ = writeln!(std::io::stderr(), "{} with OVERFILL_FUZZ_SEED={seed}", target.name);
-        run(target, seed)?;
+        let _ = writeln!(std::io::stderr(), "{} with OVERFILL_FUZZ_SEED of {seeds:?}", target.name);
+        faults.extend(seeds.iter().find_map(|seed| run(target, *seed).err()));
     }
-    Ok(())
+    if faults.is_empty() { Ok(()) } else { Err(faults.join("\n\n")) }
 }
 
 /// One test, for others would allocate beside it.

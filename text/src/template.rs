@@ -255,10 +255,10 @@ mod tests {
         let loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
         assert_eq!(fault(loops), "chat template: it must take at most 2000000 steps");
         let writes = "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}";
-        let limit = OUTPUT_BYTES + OUTPUT_PER_BYTE * 13;
+        let limit = OUTPUT_BYTES + OUTPUT_PER_BYTE * 14;
         assert_eq!(
             fault(writes),
-            format!("chat template: a prompt must be at most {limit} bytes for 13 bytes of messages")
+            format!("chat template: a prompt must be at most {limit} bytes for 14 bytes of messages")
         );
         assert_eq!(fault("{{ 'x' * 99999999 }}"), fault(writes));
         for recursion in ["{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{% include 'chat_template' %}"] {
