@@ -142,5 +142,8 @@ fn check_config(config: &ModelConfig) {
     let json: Value = config.to_json();
     let again = ModelConfig::from_json(Path::new("config.json"), json).expect("a configuration that was written here");
     assert_eq!(again.tensor_shapes(), shapes);
-    assert_eq!((again.rope_spec(), again.max_position_embeddings), (config.rope_spec(), config.max_position_embeddings));
+    assert_eq!(
+        (again.rope_spec(), again.max_position_embeddings),
+        (config.rope_spec(), config.max_position_embeddings)
+    );
 }

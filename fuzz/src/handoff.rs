@@ -130,9 +130,7 @@ impl Watched {
         }
         let was_open = self.machine.state().is_open();
         let actions = self.machine.on_event(event, self.now);
-        let in_time = !actions.iter().any(|a| {
-            matches!(a, ReceiverAction::Fail(Failure::Deadline | Failure::Idle))
-        });
+        let in_time = !actions.iter().any(|a| matches!(a, ReceiverAction::Fail(Failure::Deadline | Failure::Idle)));
         if event == ReceiverEvent::WriterStopped {
             self.writer = false;
             self.landing = None;

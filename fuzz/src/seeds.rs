@@ -4,7 +4,9 @@ use overfill_kv::handoff::{Commit, Hello, Piece, RefuseReason};
 use overfill_kv::{SamplingParams, Ticket};
 use overfill_model::ModelConfig;
 use overfill_proto::v1;
-use overfill_transport::frame::{Answer, Header, encode_answer, encode_commit, encode_header, encode_hello, encode_ping};
+use overfill_transport::frame::{
+    Answer, Header, encode_answer, encode_commit, encode_header, encode_hello, encode_ping,
+};
 use prost::Message;
 use serde_json::{Map, Value, json};
 
@@ -244,7 +246,8 @@ fn model_folder() -> Vec<(&'static str, Vec<u8>)> {
         ("special_tokens_map.json", br#"{"bos_token": "<s>"}"#.to_vec()),
         ("tokenizer.json", TOKENIZER.into()),
     ];
-    let names = ["config", "config-scaled", "overfill", "index", "generation", "tokenizer-config", "special", "tokenizer"];
+    let names =
+        ["config", "config-scaled", "overfill", "index", "generation", "tokenizer-config", "special", "tokenizer"];
     let file = |name: &str| FILES.iter().position(|file| *file == name).expect("one of the files") as u8;
     names.into_iter().zip(contents).map(|(name, (of, content))| (name, [vec![file(of)], content].concat())).collect()
 }

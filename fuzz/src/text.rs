@@ -11,7 +11,8 @@ const TOKENIZER_CONFIG: &[u8] = include_bytes!("../../tests/golden/llama-tied/fu
 const TEMPLATE: &[u8] = include_bytes!("../../tests/golden/llama-tied/full/chat_template.jinja");
 
 /// What published templates do with messages, and the golden ones do not.
-const THOROUGH: &[u8] = b"{%- if messages[0].role == 'system' %}{{ messages[0].content + '\\n' }}{% set rest = messages[1:] %}\
+const THOROUGH: &[u8] =
+    b"{%- if messages[0].role == 'system' %}{{ messages[0].content + '\\n' }}{% set rest = messages[1:] %}\
 {% else %}{% set rest = messages %}{% endif %}{{ strftime_now('%d %b %Y') }}{% set ns = namespace(last=0) %}\
 {% for m in rest[::-1] %}{% if m.role == 'user' and not m.content.startswith('<tool') %}{% set ns.last = loop.index0 %}\
 {% break %}{% endif %}{% endfor %}{% for m in rest %}{% if m.role not in ['user', 'assistant', 'tool'] %}\
@@ -63,11 +64,8 @@ pub fn chat_messages(data: &[u8]) {
 
 /// Any template, with two messages: it ends.
 pub fn chat_template(data: &[u8]) {
-    let files = TextFiles {
-        tokenizer_json: TOKENIZER.into(),
-        chat_template: Some(data.into()),
-        ..TextFiles::default()
-    };
+    let files =
+        TextFiles { tokenizer_json: TOKENIZER.into(), chat_template: Some(data.into()), ..TextFiles::default() };
     let Ok(model) = TextModel::from_files(&files) else { return };
     let messages = [ChatMessage::new("system", "Be brief."), ChatMessage::new("user", "What's 1 + 1?")];
     match model.apply_chat_template(&messages, true) {
@@ -82,7 +80,10 @@ pub fn detokenizer(data: &[u8]) {
     let skip_special = input.byte() % 2 == 0;
     let ids = |bytes: &[u8]| -> Vec<u32> {
         // The vocabulary has 320 ids; a few more have no text.
-        bytes.chunks(2).map(|pair| u32::from(pair[0]) + u32::from(pair.get(1).map_or(0, |high| high % 2)) * 80).collect()
+        bytes
+            .chunks(2)
+            .map(|pair| u32::from(pair[0]) + u32::from(pair.get(1).map_or(0, |high| high % 2)) * 80)
+            .collect()
     };
     let context = ids(input.bytes());
     let ids = ids(input.rest());

@@ -83,7 +83,8 @@ fn run(target: &Target, seed: u64) -> Result<(), String> {
     let seeds = committed(target.name);
     let mut random = Random::new(seed);
     // What is made once, and kept, is nobody's input's.
-    if let Some(fault) = seeds.iter().find_map(|input| fault(&Target { base_bytes: usize::MAX >> 1, ..*target }, input)) {
+    if let Some(fault) = seeds.iter().find_map(|input| fault(&Target { base_bytes: usize::MAX >> 1, ..*target }, input))
+    {
         return Err(format!("a seed of {}: {fault}", target.name));
     }
     let mutations = (0..target.runs).map(|_| mutated(&seeds, &mut random));

@@ -54,7 +54,8 @@ impl ChatTemplate {
     pub(crate) fn render(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String, TextError> {
         thread::scope(|scope| {
             let render = || self.render_here(messages, add_generation_prompt);
-            let rendering = thread::Builder::new().name(NAME.into()).stack_size(STACK_BYTES).spawn_scoped(scope, render);
+            let rendering =
+                thread::Builder::new().name(NAME.into()).stack_size(STACK_BYTES).spawn_scoped(scope, render);
             let rendering = rendering.map_err(|e| TextError::Template(format!("starting a thread for it: {e}")))?;
             rendering.join().unwrap_or_else(|_| Err(TextError::Template("it failed".into())))
         })
@@ -144,15 +145,16 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
-        let tag = &rest[start..start + length + 2];
+        // Behind the two characters that open it: `{%}` does not close itself.
+        let Some(length) = rest[start + 2..].find("%}") else { break };
+        let tag = &rest[start..start + length + 4];
         out.push_str(&rest[..start]);
         match tag[2..tag.len() - 2].trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace()) {
             "generation" => out.push_str(&tag.replace("generation", "if true")),
             "endgeneration" => out.push_str(&tag.replace("endgeneration", "endif")),
             _ => out.push_str(tag),
         }
-        rest = &rest[start + length + 2..];
+        rest = &rest[start + length + 4..];
     }
     out.push_str(rest);
     out
@@ -241,6 +243,7 @@ mod tests {
         assert_eq!(render("{{ [1, 2] | tojson(indent=2) }}").unwrap(), "[\n  1,\n  2\n]");
         assert_eq!(render("{% if tools is none and eos_token is not defined %}ok{% endif %}").unwrap(), "ok");
         assert_eq!(render("{%- generation -%} x {%- endgeneration -%}").unwrap(), "x");
+        assert!(render("{%}").is_err() && render("{%%}").is_err());
     }
 
     #[test]
@@ -271,10 +274,13 @@ mod tests {
     fn a_template_that_nests_does_not_end_the_process() {
         let nest = "{% set ns = namespace(a=[], b=[]) %}{% for i in range(99999) %}\
                     {% set ns.a = [ns.a] %}{% set ns.b = [ns.b] %}{% endfor %}";
-        let objects = "{% set ns = namespace(a={}) %}{% for i in range(99999) %}{% set ns.a = {'a': ns.a} %}{% endfor %}";
+        let objects =
+            "{% set ns = namespace(a={}) %}{% for i in range(99999) %}{% set ns.a = {'a': ns.a} %}{% endfor %}";
         assert_eq!(render(&format!("{nest}done")).unwrap(), "done");
         assert_eq!(render(&format!("{objects}done")).unwrap(), "done");
-        for using in ["{{ ns.a }}", "{{ ns.a == ns.b }}", "{{ ns.a | tojson }}", "{{ ns.a ~ '' }}", "{{ [ns.a] | sort }}"] {
+        for using in
+            ["{{ ns.a }}", "{{ ns.a == ns.b }}", "{{ ns.a | tojson }}", "{{ ns.a ~ '' }}", "{{ [ns.a] | sort }}"]
+        {
             let _ = render(&format!("{nest}{using}"));
             let _ = render(&format!("{objects}{using}"));
         }

@@ -166,7 +166,9 @@ pub fn decode_header(bytes: &[u8; HEADER_BYTES]) -> Option<Header> {
     match bytes[..4] {
         [KIND_LAYER, 0, 0, 0] => Some(Header::Layer(Piece { layer: a, first_block: b, blocks: c }, length)),
         [KIND_PING, 0, 0, 0] if [length, a, b, c] == [0; 4] => Some(Header::Ping),
-        [KIND_COMMIT, 0, 0, 0] if length as usize == COMMIT_BYTES && [b, c] == [0; 2] => Some(Header::Commit { first_token: a }),
+        [KIND_COMMIT, 0, 0, 0] if length as usize == COMMIT_BYTES && [b, c] == [0; 2] => {
+            Some(Header::Commit { first_token: a })
+        }
         _ => None,
     }
 }

@@ -91,12 +91,7 @@ impl Batch {
 
     /// Starts every sequence, each in its place, and waits for the first sign of life, so that what fails at once fails
     /// as a whole answer.
-    pub async fn start(
-        &self,
-        core: &Core,
-        places: Vec<Place>,
-        prompts: &[Prompt],
-    ) -> Result<Merged, GenerateError> {
+    pub async fn start(&self, core: &Core, places: Vec<Place>, prompts: &[Prompt]) -> Result<Merged, GenerateError> {
         let generations = self.generations(prompts, core.default_time)?;
         let streams = places.into_iter().zip(generations).enumerate().map(|(index, (place, generation))| {
             core.generate(place, generation).map(move |output| (index, output)).boxed()

@@ -121,7 +121,9 @@ fn storm(ports: &[Port<'_>], count: usize, seed: u64) -> Result<()> {
     let client = || -> Result<()> {
         loop {
             let index = next.fetch_add(1, Relaxed);
-            let Some(port) = ports.get(index % ports.len()).filter(|_| index < count * ports.len()) else { return Ok(()) };
+            let Some(port) = ports.get(index % ports.len()).filter(|_| index < count * ports.len()) else {
+                return Ok(());
+            };
             let mut random = Random::new(seed.wrapping_mul(1 << 32) + index as u64);
             let input = match random.below(8) {
                 0 => (0..random.below(300)).map(|_| random.bits() as u8).collect(),

@@ -36,7 +36,8 @@ async fn misuse_one(url: String, misdeed: usize) -> Result<()> {
         ..Default::default()
     };
     let mut events = client.decode(request).await?.into_inner();
-    let Some(v1::decode_event::Event::Reserved(reserved)) = events.message().await?.and_then(|event| event.event) else {
+    let Some(v1::decode_event::Event::Reserved(reserved)) = events.message().await?.and_then(|event| event.event)
+    else {
         bail!("no reservation");
     };
     let schema = KvSchema::try_from(reserved.kv_schema.context("no schema")?)?;
@@ -51,7 +52,10 @@ async fn misuse_one(url: String, misdeed: usize) -> Result<()> {
     done.await??;
     // The request can't go on, and its client hears so.
     while let Ok(event) = events.message().await {
-        ensure!(event.is_some_and(|event| !matches!(event.event, Some(v1::decode_event::Event::Ready(_)))), "it went on");
+        ensure!(
+            event.is_some_and(|event| !matches!(event.event, Some(v1::decode_event::Event::Ready(_)))),
+            "it went on"
+        );
     }
     Ok(())
 }
