@@ -43,15 +43,15 @@ const MIB: usize = 1 << 20;
 /// A byte of JSON becomes a value of 32 bytes, in a list that doubles as it grows, and once more where a field may have
 /// several forms; a byte of protobuf may be an empty message of a few hundred.
 pub const TARGETS: [Target; 11] = [
-    Target { name: "frames", run: frames, base_bytes: KIB, bytes_per_byte: 1, runs: 20_000 },
-    Target { name: "handoff", run: handoff, base_bytes: 16 * KIB, bytes_per_byte: 64, runs: 20_000 },
-    Target { name: "messages", run: messages, base_bytes: 64 * KIB, bytes_per_byte: 1024, runs: 20_000 },
-    Target { name: "http_bodies", run: http_bodies, base_bytes: MIB, bytes_per_byte: 1024, runs: 8_000 },
-    Target { name: "safetensors", run: safetensors, base_bytes: 256 * KIB, bytes_per_byte: 256, runs: 6_000 },
+    Target { name: "frames", run: frames, base_bytes: KIB, bytes_per_byte: 1, runs: 60_000 },
+    Target { name: "handoff", run: handoff, base_bytes: 16 * KIB, bytes_per_byte: 64, runs: 60_000 },
+    Target { name: "messages", run: messages, base_bytes: 64 * KIB, bytes_per_byte: 1024, runs: 60_000 },
+    Target { name: "http_bodies", run: http_bodies, base_bytes: MIB, bytes_per_byte: 1024, runs: 20_000 },
+    Target { name: "safetensors", run: safetensors, base_bytes: 256 * KIB, bytes_per_byte: 256, runs: 4_000 },
     Target { name: "gguf", run: gguf, base_bytes: 256 * KIB, bytes_per_byte: 256, runs: 4_000 },
-    Target { name: "model_folder", run: model_folder, base_bytes: 4 * MIB, bytes_per_byte: 256, runs: 6_000 },
-    Target { name: "chat_messages", run: chat_messages, base_bytes: MIB, bytes_per_byte: 1024, runs: 8_000 },
+    Target { name: "model_folder", run: model_folder, base_bytes: 4 * MIB, bytes_per_byte: 256, runs: 4_000 },
+    Target { name: "chat_messages", run: chat_messages, base_bytes: MIB, bytes_per_byte: 1024, runs: 4_000 },
     Target { name: "chat_template", run: chat_template, base_bytes: 16 * MIB, bytes_per_byte: 1024, runs: 3_000 },
-    Target { name: "detokenizer", run: detokenizer, base_bytes: 256 * KIB, bytes_per_byte: 1024, runs: 4_000 },
-    Target { name: "stop_texts", run: stop_texts, base_bytes: 16 * KIB, bytes_per_byte: 64, runs: 20_000 },
+    Target { name: "detokenizer", run: detokenizer, base_bytes: 256 * KIB, bytes_per_byte: 1024, runs: 2_000 },
+    Target { name: "stop_texts", run: stop_texts, base_bytes: 16 * KIB, bytes_per_byte: 64, runs: 60_000 },
 ];
