@@ -40,7 +40,7 @@ pub(crate) fn model() -> Arc<TextModel> {
 /// Any messages, through two good templates.
 pub fn chat_messages(data: &[u8]) {
     let mut input = Input::new(data);
-    let add_generation_prompt = input.byte() % 2 == 0;
+    let add_generation_prompt = input.byte().is_multiple_of(2);
     let mut messages = Vec::new();
     while !input.is_empty() {
         let role = match input.byte() {
@@ -77,7 +77,7 @@ pub fn chat_template(data: &[u8]) {
 /// Any ids behind any context: text comes in whole characters, and all pieces are the whole.
 pub fn detokenizer(data: &[u8]) {
     let mut input = Input::new(data);
-    let skip_special = input.byte() % 2 == 0;
+    let skip_special = input.byte().is_multiple_of(2);
     let ids = |bytes: &[u8]| -> Vec<u32> {
         // The vocabulary has 320 ids; a few more have no text.
         bytes
@@ -112,7 +112,7 @@ fn check_pieces(model: &TextModel, ids: &[u32], skip_special: bool) {
 /// Any stop texts over any pieces of text: what comes out is the text up to the stop that is complete first.
 pub fn stop_texts(data: &[u8]) {
     let mut input = Input::new(data);
-    let keep_stop = input.byte() % 2 == 0;
+    let keep_stop = input.byte().is_multiple_of(2);
     let stops: Vec<String> = (0..input.below(5)).map(|_| input.text()).collect();
     let mut pieces = Vec::new();
     while !input.is_empty() {

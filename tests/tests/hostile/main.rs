@@ -24,8 +24,8 @@ const FIRST_INPUTS: usize = 1_000;
 const CLIENTS: usize = 6;
 
 /// How much more memory a process may have after all of them. What is lost with every input, or with every tenth, is
-/// found by it: on a router's HTTP port alone 5 KiB each would pass it. The allocator's own ups and downs stay below.
-const GROWTH_KIB: u64 = 48 << 10;
+/// found by it: 2.5 KiB for each input on one port alone pass it. The allocator's own ups and downs are a few MiB.
+const GROWTH_KIB: u64 = 24 << 10;
 
 /// Silent connections: more than a decode node serves on its KV port, and as many on the others as one test may have
 /// open where a process may have a thousand.
@@ -68,6 +68,7 @@ impl Rig {
             // The router's admin routes are on it, too.
             port("router http", self.router.admin(), inputs::http()),
             port("decode admin", self.decode.admin(), inputs::http()),
+            port("prefill admin", self.prefill.admin(), inputs::http()),
         ])
     }
 
