@@ -191,7 +191,10 @@ impl Watched {
                 self.tell();
             }
             ReceiverAction::Fail(_) => self.tell(),
-            ReceiverAction::StopWriter { .. } => assert!(self.writer, "nobody to stop"),
+            // Time comes first: a limit may have passed just before the writer's end is reported.
+            ReceiverAction::StopWriter { .. } => {
+                assert!(self.writer || *event == ReceiverEvent::WriterStopped, "nobody to stop");
+            }
             ReceiverAction::ReleaseBlocks => {
                 // KV-1: once, and only when no writer is there.
                 assert!(!self.released && !self.writer);
