@@ -126,11 +126,7 @@ impl Admission {
     pub fn enter(&self, tenant: &Arc<Tenant>, asks: &[Ask]) -> Result<Vec<Place>, GenerateError> {
         let counted = Arc::new(tenant.count(asks.len())?);
         let mut queue = self.queue.lock();
-        let limit = queue.max_running + queue.max_waiting;
-        if asks.len() > limit {
-            let message = format!("n times the number of prompts must be at most {limit}, got {}", asks.len());
-            return Err(GenerateError::invalid("n", message));
-        }
+        queue.check_count(asks.len())?;
         let free = queue.capacity.saturating_sub(queue.running + queue.waiting);
         for (i, ask) in asks.iter().enumerate().skip(free) {
             queue.check_in_time(&tenant.name, ask, i - free)?;
@@ -158,6 +154,11 @@ impl Admission {
         Ok(places)
     }
 
+    /// Can so many sequences of one request ever have places? Asked before anything is made of them.
+    pub fn check_count(&self, count: usize) -> Result<(), GenerateError> {
+        self.queue.lock().check_count(count)
+    }
+
     /// Sequences on the nodes now.
     pub fn running(&self) -> usize {
         self.queue.lock().running
@@ -170,6 +171,15 @@ impl Admission {
 }
 
 impl Queue {
+    fn check_count(&self, count: usize) -> Result<(), GenerateError> {
+        let limit = self.max_running + self.max_waiting;
+        if count > limit {
+            let message = format!("n times the number of prompts must be at most {limit}, got {count}");
+            return Err(GenerateError::invalid("n", message));
+        }
+        Ok(())
+    }
+
     /// The tenant's account. A new one begins level with the least served of those who wait: being away saves nothing up.
     fn account(&mut self, tenant: &Tenant) -> &mut Account {
         if !self.accounts.contains_key(&tenant.name) {

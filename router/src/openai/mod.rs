@@ -9,7 +9,10 @@ mod fields;
 mod logprobs;
 mod sse;
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use axum::{
     Extension, Json, Router,
@@ -24,7 +27,10 @@ use caller::Caller;
 use error::ApiError;
 use serde_json::{Value, json};
 
-use crate::{GenerateError, generate::Core, node::ServedModel};
+use crate::{GenerateError, generate::Core, node::ServedModel, request::Generation};
+
+type FoundModel = Result<Arc<ServedModel>, GenerateError>;
+type Checked = Result<Vec<Generation>, ApiError>;
 
 /// The routes.
 pub fn routes(core: Core, max_body_bytes: usize) -> Router {
@@ -61,6 +67,33 @@ async fn chat_completions(
     bytes: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     Box::pin(chat::create(core, caller, body(bytes)?)).await
+}
+
+/// What [`check`] allows a body to ask for.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Sequences.
+    pub sequences: usize,
+    /// How long each may take.
+    pub time: Duration,
+}
+
+impl Limits {
+    fn allow(self, count: usize) -> Result<(), GenerateError> {
+        if count > self.sequences {
+            return Err(GenerateError::limit("n", format!("at most {} with all prompts", self.sequences), count));
+        }
+        Ok(())
+    }
+}
+
+/// The sequences that the body of a completion (or, with `chat`, of a chat completion) asks of `model`: all that is
+/// done about a request before a node is needed.
+pub async fn check(body: &Bytes, chat: bool, model: &Arc<ServedModel>, limits: Limits) -> Checked {
+    match chat {
+        true => chat::generations(body, model, limits).await,
+        false => completions::generations(body, model, limits).await,
+    }
 }
 
 fn card(model: &ServedModel) -> Value {
