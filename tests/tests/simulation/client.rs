@@ -166,7 +166,8 @@ impl Record {
                         && finished.reason == reason
                         && received == letters.collect::<String>();
                     if !whole {
-                        witness.violated(format!("KV-6: {self:?} ended with {count} tokens, {received:?}: {finished:?}"));
+                        witness
+                            .violated(format!("KV-6: {self:?} ended with {count} tokens, {received:?}: {finished:?}"));
                     }
                     return End::Whole(finished.timings.migrations);
                 }

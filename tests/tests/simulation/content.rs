@@ -67,11 +67,6 @@ impl Content {
         Self { prefixes: prefixes.collect(), model: model.bytes().fold(1, |hash, byte| mix(hash, u64::from(byte))) }
     }
 
-    /// How many tokens.
-    pub fn len(&self) -> usize {
-        self.prefixes.len()
-    }
-
     /// The KV of one position in one of the full model's layers. Behind the last token it is filler: it is sent, too.
     pub fn row(&self, layer: u32, position: usize) -> [u8; ROW_BYTES] {
         let prefix = match self.prefixes.get(position) {

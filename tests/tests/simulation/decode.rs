@@ -47,7 +47,8 @@ impl Decoder {
     fn attend(&self, sequence: &Sequence) {
         let prompt = sequence.request.tokens.len();
         let last = sequence.tokens.len() - 1;
-        let [full, own] = [(prompt, FULL), (last + 1, PRUNED)].map(|(n, model)| Content::new(&sequence.tokens[..n], model));
+        let [full, own] =
+            [(prompt, FULL), (last + 1, PRUNED)].map(|(n, model)| Content::new(&sequence.tokens[..n], model));
         // Until anything is written behind it, all of the prompt's last block is as it was sent.
         let sent = if last == prompt { prompt.next_multiple_of(BLOCK_TOKENS) } else { prompt };
         for (layer, full_layer) in self.layers.iter().enumerate() {

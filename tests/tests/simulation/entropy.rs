@@ -30,7 +30,8 @@ pub fn seed_this_thread(seed: u64) {
 unsafe extern "C" fn getrandom(buffer: *mut c_void, length: usize, _flags: c_uint) -> isize {
     let mut bytes = vec![0; length];
     let seeded = SEEDED.try_with(|seeded| seeded.borrow_mut().as_mut().map(|rng| rng.fill_bytes(&mut bytes)));
-    if !matches!(seeded, Ok(Some(()))) && File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut bytes)).is_err() {
+    if !matches!(seeded, Ok(Some(()))) && File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut bytes)).is_err()
+    {
         return -1;
     }
     // SAFETY: the caller's buffer has room for them, and ours is another one.

@@ -23,8 +23,7 @@ mod prefill;
 mod run;
 
 use std::{
-    env,
-    panic,
+    env, panic,
     process::{Command, Stdio},
     sync::{
         Mutex,
@@ -131,7 +130,8 @@ fn in_a_process(seed: u64) -> Result<String, String> {
     }
     let output = child.wait_with_output().map_err(|e| e.to_string())?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    let (first, heard) = (said.lines().filter(|line| line.starts_with("seed ")), String::from_utf8_lossy(&output.stderr));
+    let (first, heard) =
+        (said.lines().filter(|line| line.starts_with("seed ")), String::from_utf8_lossy(&output.stderr));
     let lines: Vec<&str> = first.collect();
     match output.status.success() {
         true => Ok(lines.join("\n")),

@@ -106,13 +106,7 @@ impl Tap {
     /// Of which the part `damage` is damaged on the way.
     pub fn new(rng: StdRng, damage: f64, witness: &Witness) -> Self {
         let witness = witness.clone();
-        Self(Arc::new(Mutex::new(Tapped {
-            recordings: Vec::new(),
-            tickets: BTreeSet::new(),
-            rng,
-            damage,
-            witness,
-        })))
+        Self(Arc::new(Mutex::new(Tapped { recordings: Vec::new(), tickets: BTreeSet::new(), rng, damage, witness })))
     }
 
     /// How prefill nodes connect to decode nodes.
@@ -153,6 +147,13 @@ impl Tap {
         let used: Vec<_> = tapped.recordings.iter().filter(|recording| recording.lock().was_accepted()).collect();
         let chosen = used.get((rank * used.len() as f64) as usize)?.lock();
         Some((chosen.endpoint.clone(), chosen.sent.clone()))
+    }
+
+    /// From now on nothing is damaged any more.
+    pub fn repair(&self) {
+        let mut tapped = self.0.lock();
+        tapped.damage = 0.0;
+        tapped.recordings.iter().for_each(|recording| recording.lock().flip = None);
     }
 
     /// How many connections there were.

@@ -244,8 +244,7 @@ impl Place {
             witness: self.around.witness.clone(),
         };
         let limits = decode_engine::Limits { max_running, max_waiting };
-        let (handle, engine) =
-            decode_engine::Engine::new(decoder, guard.memory.clone(), pool, load.clone(), limits);
+        let (handle, engine) = decode_engine::Engine::new(decoder, guard.memory.clone(), pool, load.clone(), limits);
         let end = CancellationToken::new();
         let engine = tokio::task::spawn_local(decode::run(engine, guard, self.pace.clone(), end.clone()));
         let service = DecodeService {
@@ -278,8 +277,7 @@ impl Place {
 
     /// Resolves when the node takes nothing new any more; it is no longer registered then.
     fn until_drained(&self, load: &Arc<LoadState>, shutdown: &Shutdown) -> impl Future<Output = ()> + use<> {
-        let (load, shutdown, members, key) =
-            (load.clone(), shutdown.clone(), self.around.members.clone(), self.key());
+        let (load, shutdown, members, key) = (load.clone(), shutdown.clone(), self.around.members.clone(), self.key());
         async move {
             shutdown.cancelled().await;
             load.drain();

@@ -1,7 +1,7 @@
 //! One simulation, from its seed to its verdict.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::Arc,
     time::Duration,
@@ -90,6 +90,8 @@ struct Cluster {
     begun: usize,
     /// The endings that links wait for: a later fault of the same link takes the place of an earlier one.
     links: BTreeMap<(String, String), usize>,
+    /// Hosts that will start again.
+    restarts: BTreeSet<String>,
     faults: usize,
 }
 
@@ -127,8 +129,11 @@ impl Cluster {
         };
         let start = router.clone();
         sim.host("router", move || start.clone().run());
-        let places: Vec<Place> =
-            plan.nodes.iter().map(|(name, role, size)| Place::new(name.clone(), *role, size.clone(), &around)).collect();
+        let places: Vec<Place> = plan
+            .nodes
+            .iter()
+            .map(|(name, role, size)| Place::new(name.clone(), *role, size.clone(), &around))
+            .collect();
         for place in &places {
             let start = place.clone();
             sim.host(place.name.as_str(), move || start.clone().run());
@@ -149,6 +154,7 @@ impl Cluster {
             endings: BTreeMap::new(),
             begun: 0,
             links: BTreeMap::new(),
+            restarts: BTreeSet::new(),
             faults: 0,
         }
     }
@@ -161,6 +167,7 @@ impl Cluster {
         }
         let calm_from = self.plan.calm_from;
         self.run_until(|this| this.now() >= calm_from)?;
+        self.around.tap.repair();
         self.run_until(Self::have_all_ended)?;
         self.check_sheltered()?;
         self.recover()?;
@@ -265,6 +272,7 @@ impl Cluster {
                 self.sim.hold(a.as_str(), b.as_str());
                 self.link_fails(&a, &b, long, Ending::Held(a.clone(), b.clone()));
             }
+            Event::Crash(name, _) | Event::PowerOff(name, _) if !self.sim.is_host_running(name.as_str()) => {}
             Event::Crash(name, down) => self.crash(&name, down),
             Event::PowerOff(name, down) => {
                 let names = self.places.iter().map(|place| place.name.clone());
@@ -279,7 +287,7 @@ impl Cluster {
                 let place = self.place(&name);
                 let drain = place.and_then(|place| place.process.lock().as_ref().map(|process| process.drain.clone()));
                 if drain.is_some_and(|drain| drain.send(time).is_ok()) {
-                    self.later(down, Ending::Restart(name));
+                    self.restart_later(&name, down);
                 }
             }
             Event::Stuck(name, long) => {
@@ -312,9 +320,20 @@ impl Cluster {
         }
     }
 
+    fn restart_later(&mut self, name: &str, down: Duration) {
+        // One that drains may crash on the way.
+        if self.restarts.insert(name.to_owned()) {
+            self.later(down, Ending::Restart(name.to_owned()));
+        }
+    }
+
     fn crash(&mut self, name: &str, down: Duration) {
+        self.restart_later(name, down);
+        self.kill(name);
+    }
+
+    fn kill(&mut self, name: &str) {
         self.sim.crash(name);
-        self.later(down, Ending::Restart(name.to_owned()));
         if name == "router" {
             *self.router.process.lock() = None;
             self.records.iter().for_each(|record| record.set_end(End::Lost));
@@ -332,7 +351,12 @@ impl Cluster {
             Ending::OneWay(a, b) if self.link_heals(&a, &b, id) => self.sim.repair_oneway(a.as_str(), b.as_str()),
             Ending::Held(a, b) if self.link_heals(&a, &b, id) => self.sim.release(a.as_str(), b.as_str()),
             Ending::Link(..) | Ending::OneWay(..) | Ending::Held(..) => {}
-            Ending::Restart(name) => self.sim.bounce(name),
+            Ending::Restart(name) => {
+                // It may still be draining.
+                self.kill(&name);
+                self.restarts.remove(&name);
+                self.sim.bounce(name);
+            }
             Ending::Unstick(name) => drop(self.place(&name).inspect(|place| place.pace.set_stuck(false))),
             Ending::SpeedUp(name) => drop(self.place(&name).inspect(|place| place.pace.slow_down(1))),
             Ending::Register(name) => {
@@ -368,7 +392,9 @@ impl Cluster {
         let known = self.now().max(self.plan.calm_from) + self.plan.node_timeout + SLACK;
         let usable = |this: &Self| {
             let router = this.router.process.lock();
-            router.as_ref().is_some_and(|r| r.usable_nodes.load(std::sync::atomic::Ordering::Relaxed) == this.places.len())
+            router
+                .as_ref()
+                .is_some_and(|r| r.usable_nodes.load(std::sync::atomic::Ordering::Relaxed) == this.places.len())
         };
         self.run_until(|this| this.now() > limit || (this.now() > known && usable(this)))?;
         if self.now() > limit {
@@ -399,7 +425,8 @@ impl Cluster {
     /// KV-3: everything is free, now that all requests have ended and the deadlines of those before the probes are over.
     fn check_free(&mut self) -> Result<(), String> {
         let probes = self.records.len() - 4;
-        let deadlines = self.records[..probes].iter().filter(|record| record.ask.time < LONG).map(|record| record.due());
+        let deadlines =
+            self.records[..probes].iter().filter(|record| record.ask.time < LONG).map(|record| record.due());
         let limit = deadlines.max().unwrap_or_default().max(self.now()) + RELEASE;
         self.run_until(|this| this.now() > limit || this.not_free().is_none())?;
         self.not_free().map_or(Ok(()), |what| Err(format!("KV-3: {what}")))
@@ -407,7 +434,8 @@ impl Cluster {
 
     fn not_free(&self) -> Option<String> {
         let router = self.router.process.lock();
-        let admission = router.as_ref().map(|router| (router.core.admission.running(), router.core.admission.waiting()));
+        let admission =
+            router.as_ref().map(|router| (router.core.admission.running(), router.core.admission.waiting()));
         if admission != Some((0, 0)) {
             return Some(format!("the router counts {admission:?} running and waiting requests"));
         }
