@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use overfill_proto::v1::{self, decode_client::DecodeClient, prefill_client::PrefillClient};
 
-use crate::router_client::{RouterUrl, channel, refusal};
+use crate::router_client::{RouterUrl, refusal};
 
 /// A node that drains may say nothing for this long.
 const SILENCE: Duration = Duration::from_secs(600);
@@ -28,7 +28,7 @@ pub async fn run(args: DrainArgs) -> Result<()> {
     let mut client = args.router.connect().await?;
     let nodes = client.list_nodes(v1::ListNodesRequest {}).await.map_err(refusal)?.into_inner().nodes;
     let node = find(&nodes, &args.node)?;
-    let channel = channel(&node.url).await?;
+    let channel = args.router.tls.channel(&node.url).await?;
     let request = v1::DrainRequest { timeout_seconds: args.drain_timeout };
     let reports = match node.info.as_ref().map(v1::NodeInfo::role) {
         Some(v1::Role::Prefill) => PrefillClient::new(channel).drain(request).await,
@@ -56,7 +56,7 @@ pub async fn run(args: DrainArgs) -> Result<()> {
 fn find<'a>(nodes: &'a [v1::Node], name: &str) -> Result<&'a v1::Node> {
     let is_meant = |node: &&v1::Node| {
         let id = node.info.as_ref().is_some_and(|info| !info.node_id.is_empty() && info.node_id == name);
-        id || node.url == name || node.url.strip_prefix("http://") == Some(name)
+        id || node.url == name || node.url.split_once("://").is_some_and(|(_, rest)| rest == name)
     };
     let meant: Vec<_> = nodes.iter().filter(is_meant).collect();
     match meant[..] {

@@ -1,50 +1,116 @@
 //! The gRPC client side of what the subcommands do.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
+use overfill_cluster::{Tls, net::Dialer};
 use overfill_proto::MAX_MESSAGE_BYTES;
 use overfill_proto::v1::router_client::RouterClient;
-use tonic::transport::{Channel, Endpoint};
+use tonic::metadata::{AsciiMetadataValue, MetadataValue};
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A client of a running router.
-pub type Client = RouterClient<Channel>;
+pub type Client = RouterClient<InterceptedService<Channel, WithKey>>;
 
-/// Which router to talk to.
+/// Which router to talk to, and how.
 #[derive(Args)]
 pub struct RouterUrl {
     /// The router's gRPC address.
     #[arg(long, env = "OVERFILL_ROUTER", default_value = "http://127.0.0.1:50051")]
     pub router: String,
+    /// File with the API key that the router asks for; OVERFILL_API_KEY may hold the key itself.
+    #[arg(long)]
+    pub api_key_file: Option<PathBuf>,
+    /// TLS, for addresses that begin with https://.
+    #[command(flatten)]
+    pub tls: ClientTls,
+}
+
+/// Connects to the router at `url`, as a process of this machine that has no settings for it.
+pub async fn connect(url: &str) -> Result<Client> {
+    RouterUrl { router: url.to_owned(), api_key_file: None, tls: ClientTls::default() }.connect().await
+}
+
+/// Connects to any service at `url` without further settings.
+pub async fn channel(url: &str) -> Result<Channel> {
+    ClientTls::default().channel(url).await
+}
+
+/// What a client needs to check the other side, and to be let in.
+#[derive(Args, Default)]
+pub struct ClientTls {
+    /// File with the certificates (PEM) that the other side's must be signed by.
+    #[arg(long, env = "OVERFILL_TLS_CA")]
+    tls_ca: Option<PathBuf>,
+    /// File with this side's own certificate (PEM): nodes let in nobody without one.
+    #[arg(long, env = "OVERFILL_TLS_CERT", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// File with its key (PEM).
+    #[arg(long, env = "OVERFILL_TLS_KEY", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Name that the other side's certificate carries; by default the host it is dialled at.
+    #[arg(long, env = "OVERFILL_TLS_NAME")]
+    tls_name: Option<String>,
+}
+
+/// Adds the API key to every call.
+#[derive(Clone)]
+pub struct WithKey(Option<AsciiMetadataValue>);
+
+impl tonic::service::Interceptor for WithKey {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, tonic::Status> {
+        if let Some(value) = &self.0 {
+            request.metadata_mut().insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
 }
 
 impl RouterUrl {
     /// Connects.
     pub async fn connect(&self) -> Result<Client> {
-        connect(&self.router).await
+        let channel = self.tls.channel(&self.router).await?;
+        let client = RouterClient::with_interceptor(channel, WithKey(self.authorization()?));
+        Ok(client.max_decoding_message_size(MAX_MESSAGE_BYTES))
+    }
+
+    fn authorization(&self) -> Result<Option<AsciiMetadataValue>> {
+        let key = match &self.api_key_file {
+            Some(path) => {
+                let key = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+                Some(key.trim().to_owned())
+            }
+            None => std::env::var("OVERFILL_API_KEY").ok(),
+        };
+        let Some(key) = key else { return Ok(None) };
+        let mut value: AsciiMetadataValue =
+            MetadataValue::try_from(format!("Bearer {key}")).context("the API key must be of printable characters")?;
+        value.set_sensitive(true);
+        Ok(Some(value))
     }
 }
 
-/// Connects to the router at `url`.
-pub async fn connect(url: &str) -> Result<Client> {
-    let channel = channel(url).await?;
-    Ok(RouterClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES))
-}
-
-/// Connects to any service at `url`; `host:port` is taken as http.
-pub async fn channel(url: &str) -> Result<Channel> {
-    let url = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
-    Endpoint::from_shared(url.clone())
-        .with_context(|| format!("{url:?} is not an address"))?
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .connect()
-        .await
-        .with_context(|| format!("connecting to {url}"))
+impl ClientTls {
+    /// Connects to any service at `url`; `host:port` is taken as http.
+    pub async fn channel(&self, url: &str) -> Result<Channel> {
+        let url = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+        let tls = match (url.starts_with("https://"), &self.tls_ca) {
+            (false, _) => None,
+            (true, Some(ca)) => {
+                let own = self.tls_cert.clone().zip(self.tls_key.clone());
+                Some(Tls::dialling(ca.clone(), own, self.tls_name.clone())?)
+            }
+            (true, None) => bail!("{url} needs --tls-ca: the certificates that its own must be signed by"),
+        };
+        let connecting = Dialer::tcp(tls).channel(&url, |endpoint| endpoint.connect_timeout(CONNECT_TIMEOUT)).await;
+        connecting.with_context(|| format!("connecting to {url}"))
+    }
 }
 
 /// A refusal as one readable line.

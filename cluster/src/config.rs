@@ -2,6 +2,8 @@
 
 use std::{fmt::Display, net::SocketAddr};
 
+use crate::ProcessArgs;
+
 /// One setting that can't be used. A service collects all of them before it gives up.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("--{flag} must be {limit}, got {value}")]
@@ -25,6 +27,22 @@ impl ConfigError {
         if !ok {
             faults.push(Self::new(flag, limit, value));
         }
+    }
+
+    /// Checks that an address which is listened on is this machine's own alone, unless that is `secured`, with `how`
+    /// that could be, or wanted all the same.
+    pub fn check_exposed(
+        faults: &mut Vec<Self>,
+        flag: &'static str,
+        listen: Option<SocketAddr>,
+        secured: bool,
+        how: &str,
+        process: &ProcessArgs,
+    ) {
+        let Some(listen) = listen else { return };
+        let ok = listen.ip().is_loopback() || secured || process.allow_insecure;
+        let limit = format!("a loopback address unless {how} is given (or --allow-insecure)");
+        Self::check(faults, ok, flag, limit, listen);
     }
 
     /// Checks the `host:port` that others are told to dial: given, or the address that is listened on.

@@ -1,9 +1,9 @@
-//! How gRPC is served here: keep-alive that notices vanished clients, and no delay of small messages.
+//! How gRPC is served here: keep-alive that notices vanished clients.
 
 use std::{io, net::SocketAddr, time::Duration};
 
 use tokio::net::TcpListener;
-use tonic::transport::{Server, server::TcpIncoming};
+use tonic::transport::Server;
 
 /// A client that does not answer a ping for this long is gone, and its requests with it.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -19,11 +19,6 @@ pub fn server() -> Server {
         .max_concurrent_streams(MAX_STREAMS)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-}
-
-/// The connections of a bound listener. Tokens are small messages: they must not wait for more of them.
-pub fn incoming(listener: TcpListener) -> TcpIncoming {
-    TcpIncoming::from(listener).with_nodelay(Some(true))
 }
 
 /// An address that could not be listened on.

@@ -10,10 +10,13 @@ pub mod drain;
 pub mod grpc;
 pub mod load;
 pub mod metrics;
+pub mod net;
 pub mod process;
 pub mod ready;
+pub mod reloaded;
 pub mod shutdown;
 pub mod telemetry;
+pub mod tls;
 
 pub use admin::{Admin, AdminServer, Health, Started};
 pub use config::ConfigError;
@@ -24,3 +27,4 @@ pub use process::{EXIT_CONFIG, EXIT_FAILURE, ProcessArgs};
 pub use ready::ReadyLine;
 pub use shutdown::Shutdown;
 pub use telemetry::{LogFormat, init_telemetry};
+pub use tls::{Tls, TlsArgs, TlsError};

@@ -20,6 +20,9 @@ pub struct ProcessArgs {
     /// End when standard input closes, so that a child process never outlives its parent.
     #[arg(long)]
     pub exit_with_stdin: bool,
+    /// Listen beyond this machine although nothing is encrypted and nobody has to show who they are.
+    #[arg(long, env = "OVERFILL_ALLOW_INSECURE")]
+    pub allow_insecure: bool,
 }
 
 /// The command line as `A`; help and faults are printed, and the exit code says which.

@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    io::{self, IsTerminal},
+    io::{self, Write},
     str::FromStr,
 };
 
@@ -41,10 +41,46 @@ impl fmt::Display for LogFormat {
 /// Starts logging at the levels that `RUST_LOG` names, else `info`. The first call in a process counts.
 pub fn init_telemetry(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter);
     // An error means that logging runs already, which is as good.
     let _ = match format {
-        LogFormat::Text => builder.with_target(false).with_ansi(io::stderr().is_terminal()).try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+        LogFormat::Text => builder.with_target(false).with_ansi(false).with_writer(|| OneLine(io::stderr())).try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).with_writer(io::stderr).try_init(),
     };
+}
+
+/// Writes every event as one line of printable text: what a client sent can neither begin a line of its own nor speak
+/// to the terminal. An event comes in one call.
+struct OneLine<W>(W);
+
+impl<W: Write> Write for OneLine<W> {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let text = String::from_utf8_lossy(event);
+        let mut line = String::with_capacity(text.len() + 1);
+        for c in text.trim_end_matches('\n').chars() {
+            match c.is_control() {
+                true => line.extend(c.escape_default()),
+                false => line.push(c),
+            }
+        }
+        line.push('\n');
+        self.0.write_all(line.as_bytes())?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_one_line() {
+        let mut out = OneLine(Vec::new());
+        out.write_all(b"WARN refused: \x1b[2Ja\r\nINFO all is well\xff\n").unwrap();
+        assert_eq!(out.0, "WARN refused: \\u{1b}[2Ja\\r\\nINFO all is well\u{fffd}\n".as_bytes());
+    }
 }

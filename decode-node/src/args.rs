@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use overfill_cluster::{
-    ConfigError, ProcessArgs,
+    ConfigError, ProcessArgs, Tls, TlsArgs,
     discovery::{EtcdArgs, EtcdConfig},
 };
 use overfill_kv::{BLOCK_TOKENS, KvDtype};
@@ -63,6 +63,9 @@ pub struct Args {
     /// Longest step of the engine; beyond it the node is not ready, and routers leave it.
     #[arg(long, env = "OVERFILL_STEP_TIMEOUT_SECONDS", default_value_t = 60.0)]
     pub step_timeout_seconds: f64,
+    /// Between services.
+    #[command(flatten)]
+    pub tls: TlsArgs,
     /// Where the node registers.
     #[command(flatten)]
     pub etcd: EtcdArgs,
@@ -104,6 +107,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// Longest step of the engine.
     pub step_timeout: Duration,
+    /// Between services; `None`: nothing is encrypted.
+    pub tls: Option<Tls>,
     /// Where the node registers; `None`: nowhere.
     pub etcd: Option<EtcdConfig>,
 }
@@ -129,8 +134,9 @@ impl Args {
             default_deadline_seconds,
             drain_timeout_seconds,
             step_timeout_seconds,
+            tls,
             etcd,
-            process: _,
+            process,
         } = self;
         let f = &mut Vec::new();
         let address = "an IP address and port";
@@ -157,6 +163,10 @@ impl Args {
         let step_ok = step_timeout_seconds > 0.0 && step_timeout_seconds <= MAX_DEADLINE_SECONDS;
         let limit = format!("in (0, {MAX_DEADLINE_SECONDS}]");
         ConfigError::check(f, step_ok, "step-timeout-seconds", limit, step_timeout_seconds);
+        let tls = tls.validate(f);
+        for &(flag, listen) in &[("listen", listen), ("kv-listen", kv_listen)] {
+            ConfigError::check_exposed(f, flag, listen, tls.is_some(), "--tls-ca", &process);
+        }
         let etcd = etcd.validate(f);
         // Nobody but etcd is told it.
         ConfigError::check_advertised(
@@ -190,6 +200,7 @@ impl Args {
                     default_deadline: Duration::from_secs_f64(default_deadline_seconds),
                     drain_timeout: Duration::from_secs_f64(drain_timeout_seconds),
                     step_timeout: Duration::from_secs_f64(step_timeout_seconds),
+                    tls,
                     etcd,
                 })
             }

@@ -6,6 +6,7 @@ use overfill_cluster::{
     Admin, AdminServer, Drain, Health, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown, Started,
     discovery::{self, NodeRole, Registration},
     grpc::{self, BindError},
+    net::Incoming,
 };
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema};
 use overfill_model::{KvCache, Model, ModelError};
@@ -22,6 +23,7 @@ use tracing::error;
 use crate::{
     args::Config,
     engine::{self, Limits},
+    kv_plane::KvListener,
     request::RequestLimits,
     service::DecodeService,
 };
@@ -106,7 +108,13 @@ impl DecodeNode {
         let stop = CancellationToken::new();
         let store = Arc::new(cache.clone());
         let transfer = TransferConfig::default();
-        let (receiver, receiving) = KvReceiver::start(kv, model.kv_schema(), store, transfer, stop.clone());
+        let (receiver, receiving) = KvReceiver::start(
+            KvListener::new(kv, config.tls.clone()),
+            model.kv_schema(),
+            store,
+            transfer,
+            stop.clone(),
+        );
         let counted = receiver.clone();
         let receiving_load = Box::new(move || (counted.open_handoffs(), counted.stranded_bytes()));
         Ok(Self {
@@ -261,7 +269,7 @@ impl DecodeNode {
             .add_service(service)
             .add_service(health_service)
             .add_service(reflection)
-            .serve_with_incoming_shutdown(grpc::incoming(self.grpc), stop);
+            .serve_with_incoming_shutdown(Incoming::new(self.grpc, self.config.tls).into_stream(), stop);
         tokio::select! {
             served = server => served?,
             () = abandoned(&shutdown, &state) => return Ok(()),

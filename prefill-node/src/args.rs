@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use overfill_cluster::{
-    ConfigError, ProcessArgs,
+    ConfigError, ProcessArgs, Tls, TlsArgs,
     discovery::{EtcdArgs, EtcdConfig},
 };
 use overfill_kv::{BLOCK_TOKENS, KvDtype};
@@ -60,6 +60,9 @@ pub struct Args {
     /// Longest step of the engine; beyond it the node is not ready, and routers leave it.
     #[arg(long, env = "OVERFILL_STEP_TIMEOUT_SECONDS", default_value_t = 60.0)]
     pub step_timeout_seconds: f64,
+    /// Between services.
+    #[command(flatten)]
+    pub tls: TlsArgs,
     /// Where the node registers.
     #[command(flatten)]
     pub etcd: EtcdArgs,
@@ -99,6 +102,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// Longest step of the engine.
     pub step_timeout: Duration,
+    /// Between services; `None`: nothing is encrypted.
+    pub tls: Option<Tls>,
     /// Where the node registers; `None`: nowhere.
     pub etcd: Option<EtcdConfig>,
 }
@@ -123,8 +128,9 @@ impl Args {
             default_deadline_seconds,
             drain_timeout_seconds,
             step_timeout_seconds,
+            tls,
             etcd,
-            process: _,
+            process,
         } = self;
         let f = &mut Vec::new();
         let address = "an IP address and port";
@@ -156,6 +162,10 @@ impl Args {
         let step_ok = step_timeout_seconds > 0.0 && step_timeout_seconds <= MAX_DEADLINE_SECONDS;
         let limit = format!("in (0, {MAX_DEADLINE_SECONDS}]");
         ConfigError::check(f, step_ok, "step-timeout-seconds", limit, step_timeout_seconds);
+        let tls = tls.validate(f);
+        for &(flag, listen) in &[("listen", listen)] {
+            ConfigError::check_exposed(f, flag, listen, tls.is_some(), "--tls-ca", &process);
+        }
         let etcd = etcd.validate(f);
         // Nobody but etcd is told it.
         ConfigError::check_advertised(
@@ -181,6 +191,7 @@ impl Args {
                     default_deadline: Duration::from_secs_f64(default_deadline_seconds),
                     drain_timeout: Duration::from_secs_f64(drain_timeout_seconds),
                     step_timeout: Duration::from_secs_f64(step_timeout_seconds),
+                    tls,
                     etcd,
                 })
             }

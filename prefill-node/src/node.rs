@@ -3,15 +3,16 @@
 use std::{future::pending, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use overfill_cluster::{
-    Admin, AdminServer, Drain, Health, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown, Started,
+    Admin, AdminServer, Drain, Health, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown, Started, Tls,
     discovery::{self, NodeRole, Registration},
     grpc::{self, BindError},
+    net::{self, Incoming},
 };
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema};
 use overfill_model::{KvCache, Model, ModelError};
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1, v1::prefill_server::PrefillServer};
 use overfill_text::TextFiles;
-use overfill_transport::TransferConfig;
+use overfill_transport::{Dialer, Link, TransferConfig};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinError};
 use tracing::error;
 
@@ -174,7 +175,7 @@ impl PrefillNode {
             max_waiting: self.config.max_waiting,
         };
         let load = self.load;
-        let transfer = TransferConfig::default();
+        let transfer = TransferConfig { dialer: kv_dialer(self.config.tls.clone()), ..TransferConfig::default() };
         let (engine, mut engine_end) =
             engine::start(self.model, self.cache, self.pool, load.clone(), limits, transfer)?;
         let service = PrefillService {
@@ -246,7 +247,7 @@ impl PrefillNode {
             .add_service(service)
             .add_service(health_service)
             .add_service(reflection)
-            .serve_with_incoming_shutdown(grpc::incoming(self.grpc), stop);
+            .serve_with_incoming_shutdown(Incoming::new(self.grpc, self.config.tls).into_stream(), stop);
         tokio::select! {
             served = server => served?,
             () = abandoned(&shutdown, &state) => return Ok(()),
@@ -260,6 +261,16 @@ impl PrefillNode {
         self.admin_server.end().await?;
         Ok(())
     }
+}
+
+/// How decode nodes' KV planes are reached.
+fn kv_dialer(tls: Option<Tls>) -> Dialer {
+    let Some(tls) = tls else { return Dialer::default() };
+    let dialer = net::Dialer::tcp(Some(tls));
+    Dialer::new(move |endpoint| {
+        let dialer = dialer.clone();
+        Box::pin(async move { Ok(Link::stream(dialer.dial(endpoint).await?)) })
+    })
 }
 
 /// Resolves when a shutdown has nothing left to wait for but clients who do not read their last words.

@@ -1,10 +1,11 @@
 //! Settings, raw and checked.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use overfill_cluster::{
-    ConfigError, ProcessArgs,
+    ConfigError, ProcessArgs, Tls, TlsArgs,
     discovery::{EtcdArgs, EtcdConfig},
+    net::Dialer,
 };
 
 /// Longest time that can be set: a day.
@@ -52,6 +53,15 @@ pub struct Args {
     /// Largest HTTP request body.
     #[arg(long, env = "OVERFILL_MAX_BODY_BYTES", default_value_t = 16 << 20)]
     pub max_body_bytes: usize,
+    /// File with the certificate that clients are shown (PEM), over HTTP and gRPC. Without it nothing is encrypted.
+    #[arg(long, env = "OVERFILL_SERVE_TLS_CERT")]
+    pub serve_tls_cert: Option<PathBuf>,
+    /// File with its key (PEM).
+    #[arg(long, env = "OVERFILL_SERVE_TLS_KEY")]
+    pub serve_tls_key: Option<PathBuf>,
+    /// Towards the nodes.
+    #[command(flatten)]
+    pub tls: TlsArgs,
     /// Where nodes register.
     #[command(flatten)]
     pub etcd: EtcdArgs,
@@ -61,7 +71,7 @@ pub struct Args {
 }
 
 /// Settings that can be used.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Config {
     /// `http://host:port` of each prefill node.
     pub prefill_urls: Vec<String>,
@@ -89,6 +99,12 @@ pub struct Config {
     pub progress_timeout: Duration,
     /// Largest HTTP body.
     pub max_body_bytes: usize,
+    /// Towards clients; `None`: nothing is encrypted.
+    pub serve_tls: Option<Tls>,
+    /// Towards the nodes.
+    pub tls: Option<Tls>,
+    /// How nodes are reached.
+    pub dialer: Dialer,
     /// Where nodes register; `None`: only the URLs count.
     pub etcd: Option<EtcdConfig>,
 }
@@ -110,9 +126,23 @@ impl Config {
             node_timeout: Duration::from_secs(6),
             progress_timeout: Duration::from_secs(120),
             max_body_bytes: 16 << 20,
+            serve_tls: None,
+            tls: None,
+            dialer: Dialer::tcp(None),
             etcd: None,
         }
     }
+}
+
+impl Config {
+    /// Of the nodes' URLs.
+    pub fn node_scheme(&self) -> &'static str {
+        scheme(&self.tls)
+    }
+}
+
+fn scheme(tls: &Option<Tls>) -> &'static str {
+    if tls.is_some() { "https" } else { "http" }
 }
 
 impl Args {
@@ -132,17 +162,23 @@ impl Args {
             node_timeout_seconds,
             progress_timeout_seconds,
             max_body_bytes,
+            serve_tls_cert,
+            serve_tls_key,
+            tls,
             etcd,
-            process: _,
+            process,
         } = self;
         let mut faults = Vec::new();
+        let tls = tls.validate(&mut faults);
+        let scheme = scheme(&tls);
         let from_etcd = !etcd.etcd_url.is_empty();
         let mut urls = |flag, list: Vec<String>| {
             let enough = from_etcd || !list.is_empty();
             ConfigError::check(&mut faults, enough, flag, "given at least once, or --etcd-url", "nothing");
             for url in &list {
-                let usable = url.starts_with("http://") && tonic::transport::Endpoint::from_shared(url.clone()).is_ok();
-                ConfigError::check(&mut faults, usable, flag, "like http://127.0.0.1:50061", url);
+                let usable = url.strip_prefix(scheme).is_some_and(|rest| rest.starts_with("://"))
+                    && tonic::transport::Endpoint::from_shared(url.clone()).is_ok();
+                ConfigError::check(&mut faults, usable, flag, format!("like {scheme}://127.0.0.1:50061"), url);
             }
             list
         };
@@ -152,6 +188,21 @@ impl Args {
             ConfigError::collect(&mut faults, text.parse(), flag, "an address like 127.0.0.1:8080", &text)
         };
         let (http, grpc) = (address("http", http), address("grpc", grpc));
+        let serve_tls = match (serve_tls_cert, serve_tls_key) {
+            (None, None) => None,
+            (Some(cert), Some(key)) => {
+                let tls = Tls::serving(cert, key);
+                tls.inspect_err(|e| faults.push(ConfigError::new("serve-tls-cert", "usable", e))).ok()
+            }
+            (cert, _) => {
+                let given = if cert.is_some() { "only the certificate" } else { "only the key" };
+                faults.push(ConfigError::new("serve-tls-cert", "given together with --serve-tls-key", given));
+                None
+            }
+        };
+        for (flag, listen) in [("http", http), ("grpc", grpc)] {
+            ConfigError::check_exposed(&mut faults, flag, listen, serve_tls.is_some(), "--serve-tls-cert", &process);
+        }
         let mut duration = |flag, seconds: f64| {
             ConfigError::collect(
                 &mut faults,
@@ -197,6 +248,9 @@ impl Args {
                 node_timeout,
                 progress_timeout,
                 max_body_bytes,
+                serve_tls,
+                dialer: Dialer::tcp(tls.clone()),
+                tls,
                 etcd,
             }),
             _ => Err(faults),

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use overfill_cluster::discovery::Registration;
+use overfill_cluster::{discovery::Registration, net::Dialer};
 use overfill_kv::KvSchema;
 use overfill_proto::{MAX_MESSAGE_BYTES, v1};
 use overfill_text::{TextFiles, TextModel};
@@ -84,6 +84,7 @@ pub type Reports = tonic::Streaming<v1::NodeLoad>;
 pub struct Joiner {
     /// A node that does not answer for this long is given up.
     node_timeout: Duration,
+    dialer: Dialer,
     /// Those that some node still uses.
     texts: Mutex<HashMap<[u8; 32], Weak<TextModel>>>,
     next_key: AtomicU64,
@@ -91,8 +92,8 @@ pub struct Joiner {
 
 impl Joiner {
     /// Gives up nodes that are silent for `node_timeout`, once they have joined.
-    pub fn new(node_timeout: Duration) -> Self {
-        Self { node_timeout, texts: Mutex::default(), next_key: AtomicU64::new(0) }
+    pub fn new(node_timeout: Duration, dialer: Dialer) -> Self {
+        Self { node_timeout, dialer, texts: Mutex::default(), next_key: AtomicU64::new(0) }
     }
 
     /// The node at `url`; where `listed` is given, that very process.
@@ -102,15 +103,15 @@ impl Joiner {
         role: v1::Role,
         listed: Option<&Registration>,
     ) -> Result<(Arc<Node>, Reports), JoinError> {
-        let channel = Endpoint::from_shared(url.to_owned())?
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            // A frozen process keeps its sockets open: only the pings show it, and end all of its streams.
-            .http2_keep_alive_interval(self.node_timeout / 3)
-            .keep_alive_timeout(self.node_timeout * 2 / 3)
-            .keep_alive_while_idle(true)
-            .connect()
-            .await?;
+        let configure = |endpoint: Endpoint| {
+            endpoint
+                .connect_timeout(CONNECT_TIMEOUT)
+                // A frozen process keeps its sockets open: only the pings show it, and end all of its streams.
+                .http2_keep_alive_interval(self.node_timeout / 3)
+                .keep_alive_timeout(self.node_timeout * 2 / 3)
+                .keep_alive_while_idle(true)
+        };
+        let channel = self.dialer.channel(url, configure).await?;
         let limit = JoinError::Timeout(DESCRIBE_TIMEOUT);
         timeout(DESCRIBE_TIMEOUT, self.describe(url, role, listed, channel)).await.map_err(|_| limit)?
     }

@@ -40,6 +40,8 @@ struct Inner {
     /// Counts changes of the view and of any load: what waits for room looks again.
     changed: watch::Sender<u64>,
     joiner: Joiner,
+    /// Of registered nodes: http or https.
+    scheme: &'static str,
 }
 
 /// Address and role of a node that is looked for.
@@ -63,7 +65,8 @@ impl Nodes {
                 states: Mutex::default(),
                 view: RwLock::default(),
                 changed: watch::Sender::new(0),
-                joiner: Joiner::new(config.node_timeout),
+                joiner: Joiner::new(config.node_timeout, config.dialer.clone()),
+                scheme: config.node_scheme(),
             }),
         };
         let prefill = config.prefill_urls.iter().map(|url| (url, v1::Role::Prefill));
@@ -98,7 +101,7 @@ impl Nodes {
         };
         let mut listed: BTreeMap<Key, Registration> = members
             .into_values()
-            .map(|registration| ((registration.url(), role(&registration)), registration))
+            .map(|registration| ((registration.url(self.inner.scheme), role(&registration)), registration))
             .collect();
         let mut states = self.inner.states.lock();
         for (key, state) in states.iter() {

@@ -2,8 +2,9 @@
 
 use std::{io, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
-use axum::serve::ListenerExt as _;
-use overfill_cluster::{Admin, Health, MetricsError, ReadyLine, Shutdown, Started, discovery, grpc, process};
+use overfill_cluster::{
+    Admin, Health, MetricsError, ReadyLine, Shutdown, Started, discovery, grpc, net::Incoming, process,
+};
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1};
 use tokio::net::TcpListener;
 use tracing::{info, warn};
@@ -93,13 +94,13 @@ impl Router {
             .add_service(service)
             .add_service(health)
             .add_service(reflection)
-            .serve_with_incoming_shutdown(grpc::incoming(grpc_listener), stop.cancelled_owned());
+            .serve_with_incoming_shutdown(
+                Incoming::new(grpc_listener, config.serve_tls.clone()).into_stream(),
+                stop.cancelled_owned(),
+            );
 
         let app = openai::routes(core.clone(), config.max_body_bytes).merge(admin(core, metrics, &shutdown).routes());
-        let http = http.tap_io(|connection| {
-            // Tokens are small messages: they must not wait for more of them. A failure costs only latency.
-            let _ = connection.set_nodelay(true);
-        });
+        let http = Incoming::new(http, config.serve_tls);
         let stop = shutdown.token();
         let http_server = axum::serve(http, app).with_graceful_shutdown(stop.cancelled_owned()).into_future();
 

@@ -69,8 +69,8 @@ pub struct Registration {
 
 impl Registration {
     /// Where routers reach it, as a URL.
-    pub fn url(&self) -> String {
-        format!("http://{}", self.grpc)
+    pub fn url(&self, scheme: &str) -> String {
+        format!("{scheme}://{}", self.grpc)
     }
 
     /// One key for each role and address: a node that restarts takes the place of what it was.
@@ -92,7 +92,7 @@ mod tests {
             "kv_schema_digest":"ff","total_blocks":1,"max_running_requests":2,"max_context_tokens":3,"version":"0",
             "of_a_later_version":true}"#;
         let registration: Registration = serde_json::from_str(text).unwrap();
-        assert_eq!((registration.role, registration.url().as_str()), (NodeRole::Decode, "http://a:1"));
+        assert_eq!((registration.role, registration.url("http").as_str()), (NodeRole::Decode, "http://a:1"));
         let again = serde_json::from_str(&serde_json::to_string(&registration).unwrap()).unwrap();
         assert_eq!(registration, again);
     }

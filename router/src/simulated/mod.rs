@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use overfill_cluster::grpc;
+use overfill_cluster::{grpc, net::Incoming};
 use overfill_kv::{KvDtype, KvSchema, RopeSpec};
 use overfill_proto::v1;
 use overfill_text::TextFiles;
@@ -194,7 +194,7 @@ impl SimulatedNode {
             _ => grpc::server().add_service(v1::decode_server::DecodeServer::new(decode::Service(state.clone()))),
         };
         let stop = state.stop.clone().cancelled_owned();
-        tokio::spawn(server.serve_with_incoming_shutdown(grpc::incoming(listener), stop));
+        tokio::spawn(server.serve_with_incoming_shutdown(Incoming::new(listener, None).into_stream(), stop));
         Ok(Self { url, state })
     }
 

@@ -110,6 +110,7 @@ impl Pair {
             default_deadline: PATIENCE,
             drain_timeout: PATIENCE,
             step_timeout: sizes.step_timeout,
+            tls: None,
             etcd: None,
         })
         .await?;
@@ -129,6 +130,7 @@ impl Pair {
             default_deadline: PATIENCE,
             drain_timeout: PATIENCE,
             step_timeout: sizes.step_timeout,
+            tls: None,
             etcd: None,
         })
         .await?;

@@ -1,0 +1,375 @@
+//! TLS between services, and towards clients: certificates from files, read again when the files change.
+//!
+//! Between services both sides show a certificate, and each must be signed by the cluster's own authority: whoever has
+//! one may do everything that a service may. A connection keeps the certificates that it was made with.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use tokio::net::TcpStream;
+use tokio_rustls::{
+    TlsAcceptor, TlsConnector, client, rustls,
+    rustls::{
+        ClientConfig, RootCertStore, ServerConfig,
+        crypto::CryptoProvider,
+        pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
+        server::WebPkiClientVerifier,
+    },
+    server,
+};
+
+use crate::{ConfigError, reloaded::Reloaded};
+
+/// TLS between the cluster's services. All of the files, or none.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct TlsArgs {
+    /// File with the certificates (PEM) that every service's certificate must be signed by. With it all connections
+    /// between services are TLS, and both sides show their certificate.
+    #[arg(long, env = "OVERFILL_TLS_CA")]
+    pub tls_ca: Option<PathBuf>,
+    /// File with this service's own certificate, for both directions (PEM).
+    #[arg(long, env = "OVERFILL_TLS_CERT")]
+    pub tls_cert: Option<PathBuf>,
+    /// File with its key (PEM).
+    #[arg(long, env = "OVERFILL_TLS_KEY")]
+    pub tls_key: Option<PathBuf>,
+    /// Name that the certificates of all services carry; by default each must carry the host that it is dialled at.
+    #[arg(long, env = "OVERFILL_TLS_NAME")]
+    pub tls_name: Option<String>,
+}
+
+impl TlsArgs {
+    /// Reads the files; what is wrong goes to `faults`. `None`: no TLS, or one that can't be used.
+    pub fn validate(self, faults: &mut Vec<ConfigError>) -> Option<Tls> {
+        let Self { tls_ca, tls_cert, tls_key, tls_name } = self;
+        let (ca, cert, key) = match (tls_ca, tls_cert, tls_key) {
+            (Some(ca), Some(cert), Some(key)) => (ca, cert, key),
+            (None, None, None) => {
+                let limit = "left out without --tls-ca";
+                ConfigError::check(faults, tls_name.is_none(), "tls-name", limit, "given");
+                return None;
+            }
+            (ca, cert, key) => {
+                let given = [(ca, "--tls-ca"), (cert, "--tls-cert"), (key, "--tls-key")];
+                let given: Vec<_> = given.iter().filter(|(file, _)| file.is_some()).map(|(_, flag)| *flag).collect();
+                let limit = "given together with --tls-cert and --tls-key";
+                faults.push(ConfigError::new("tls-ca", limit, format!("only {}", given.join(" and "))));
+                return None;
+            }
+        };
+        Tls::load(Files { ca: Some(ca), own: Some((cert, key)) }, tls_name)
+            .inspect_err(|e| faults.push(ConfigError::new(e.flag(), "usable", e)))
+            .ok()
+    }
+}
+
+/// Why certificates can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file is missing, or holds something else.
+    #[error("{}: {message}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Of which flag.
+        flag: &'static str,
+        /// What is wrong.
+        message: String,
+    },
+    /// Certificate and key don't belong together, or are of no use.
+    #[error("{0}")]
+    Rustls(#[from] rustls::Error),
+    /// No authority is among the certificates.
+    #[error("{0}")]
+    Verifier(#[from] rustls::server::VerifierBuilderError),
+    /// Not a name that a certificate can carry.
+    #[error("{0:?} is no host name")]
+    Name(String),
+}
+
+impl TlsError {
+    fn flag(&self) -> &'static str {
+        match self {
+            Self::File { flag, .. } => flag,
+            Self::Rustls(_) => "tls-cert",
+            Self::Verifier(_) => "tls-ca",
+            Self::Name(_) => "tls-name",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Files {
+    /// What the other side's certificate must be signed by; `None`: it shows none.
+    ca: Option<PathBuf>,
+    /// Certificate and key; `None`: this side shows none.
+    own: Option<(PathBuf, PathBuf)>,
+}
+
+/// Certificates in use. Clones share them.
+#[derive(Clone)]
+pub struct Tls(Arc<Inner>);
+
+struct Inner {
+    files: Files,
+    name: Option<ServerName<'static>>,
+    configs: Reloaded<Configs>,
+}
+
+struct Configs {
+    server: Option<Arc<ServerConfig>>,
+    client: Option<Arc<ClientConfig>>,
+}
+
+impl PartialEq for Tls {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.0.files, &self.0.name) == (&other.0.files, &other.0.name)
+    }
+}
+
+impl std::fmt::Debug for Tls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.files.fmt(f)
+    }
+}
+
+impl Tls {
+    /// For serving clients, who show no certificate.
+    pub fn serving(cert: PathBuf, key: PathBuf) -> Result<Self, TlsError> {
+        Self::load(Files { ca: None, own: Some((cert, key)) }, None)
+    }
+
+    /// For a client of services: they must be signed by `ca`, and carry `name`, or else the host they are dialled at.
+    pub fn dialling(ca: PathBuf, own: Option<(PathBuf, PathBuf)>, name: Option<String>) -> Result<Self, TlsError> {
+        Self::load(Files { ca: Some(ca), own }, name)
+    }
+
+    fn load(files: Files, name: Option<String>) -> Result<Self, TlsError> {
+        let name = name.map(|name| ServerName::try_from(name.clone()).map_err(|_| TlsError::Name(name))).transpose()?;
+        let configs = Reloaded::new("certificates", files.paths(), files.read()?);
+        Ok(Self(Arc::new(Inner { files, name, configs })))
+    }
+
+    fn configs(&self) -> Arc<Configs> {
+        self.0.configs.get(|_| self.0.files.read())
+    }
+
+    /// Shakes hands with a client that has connected.
+    pub async fn accept(&self, stream: TcpStream) -> io::Result<server::TlsStream<TcpStream>> {
+        let config = self.configs().server.clone().ok_or_else(|| io::Error::other("no certificate to serve with"))?;
+        TlsAcceptor::from(config).accept(stream).await
+    }
+
+    /// Shakes hands with the server at `endpoint` (`host:port`), to which `stream` is connected.
+    pub async fn connect(&self, endpoint: &str, stream: TcpStream) -> io::Result<client::TlsStream<TcpStream>> {
+        let config =
+            self.configs().client.clone().ok_or_else(|| io::Error::other("no authority to check a server with"))?;
+        let host = endpoint.rsplit_once(':').map_or(endpoint, |(host, _)| host);
+        let name = match &self.0.name {
+            Some(name) => name.clone(),
+            None => ServerName::try_from(host.trim_matches(['[', ']']).to_owned()).map_err(io::Error::other)?,
+        };
+        TlsConnector::from(config).connect(name, stream).await
+    }
+}
+
+impl Files {
+    fn paths(&self) -> Vec<PathBuf> {
+        self.ca.iter().chain(self.own.iter().flat_map(|(cert, key)| [cert, key])).cloned().collect()
+    }
+
+    fn read(&self) -> Result<Configs, TlsError> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let roots = self.ca.as_ref().map(|path| roots(path)).transpose()?;
+        let own = self.own.as_ref().map(|(cert, key)| own(cert, key)).transpose()?;
+        let server = own.as_ref().map(|own| server_config(&provider, roots.clone(), own)).transpose()?;
+        let client = roots.map(|roots| client_config(provider, roots, own)).transpose()?;
+        Ok(Configs { server: server.map(Arc::new), client: client.map(Arc::new) })
+    }
+}
+
+type Own = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
+fn server_config(
+    provider: &Arc<CryptoProvider>,
+    roots: Option<Arc<RootCertStore>>,
+    (certs, key): &Own,
+) -> Result<ServerConfig, TlsError> {
+    let builder = ServerConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
+    let builder = match roots {
+        Some(roots) => builder
+            .with_client_cert_verifier(WebPkiClientVerifier::builder_with_provider(roots, provider.clone()).build()?),
+        None => builder.with_no_client_auth(),
+    };
+    let mut config = builder.with_single_cert(certs.clone(), key.clone_key())?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+fn client_config(
+    provider: Arc<CryptoProvider>,
+    roots: Arc<RootCertStore>,
+    own: Option<Own>,
+) -> Result<ClientConfig, TlsError> {
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+    let builder = builder.with_root_certificates(roots);
+    let mut config = match own {
+        Some((certs, key)) => builder.with_client_auth_cert(certs, key)?,
+        None => builder.with_no_client_auth(),
+    };
+    // gRPC; the KV plane has no name of its own and takes what is offered.
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(config)
+}
+
+fn file_error(path: &Path, flag: &'static str, message: impl ToString) -> TlsError {
+    TlsError::File { path: path.to_owned(), flag, message: message.to_string() }
+}
+
+fn certificates(path: &Path, flag: &'static str) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let certs = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let certs = certs.map_err(|e| file_error(path, flag, e))?;
+    if certs.is_empty() {
+        return Err(file_error(path, flag, "no certificate in it"));
+    }
+    Ok(certs)
+}
+
+fn roots(path: &Path) -> Result<Arc<RootCertStore>, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for cert in certificates(path, "tls-ca")? {
+        roots.add(cert).map_err(|e| file_error(path, "tls-ca", e))?;
+    }
+    Ok(Arc::new(roots))
+}
+
+fn own(cert: &Path, key: &Path) -> Result<Own, TlsError> {
+    let certs = certificates(cert, "tls-cert")?;
+    let key = PrivateKeyDer::from_pem_file(key).map_err(|e| file_error(key, "tls-key", e))?;
+    Ok((certs, key))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, time::Duration};
+
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    /// An authority, with a folder for what it signs.
+    struct Authority(tempfile::TempDir, Issuer<'static, KeyPair>);
+
+    impl Authority {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let mut params = CertificateParams::new(Vec::new()).unwrap();
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            let key = KeyPair::generate().unwrap();
+            fs::write(folder.path().join("ca"), params.self_signed(&key).unwrap().pem()).unwrap();
+            Self(folder, Issuer::new(params, key))
+        }
+
+        fn file(&self, name: &str) -> PathBuf {
+            self.0.path().join(name)
+        }
+
+        fn sign(&self, names: &[&str]) {
+            let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+            let key = KeyPair::generate().unwrap();
+            let cert = CertificateParams::new(names).unwrap().signed_by(&key, &self.1).unwrap();
+            fs::write(self.file("cert"), cert.pem()).unwrap();
+            fs::write(self.file("key"), key.serialize_pem()).unwrap();
+        }
+
+        fn args(&self, name: Option<&str>) -> TlsArgs {
+            let [tls_ca, tls_cert, tls_key] = ["ca", "cert", "key"].map(|name| Some(self.file(name)));
+            TlsArgs { tls_ca, tls_cert, tls_key, tls_name: name.map(str::to_owned) }
+        }
+
+        fn tls(&self, name: Option<&str>) -> Tls {
+            self.args(name).validate(&mut Vec::new()).unwrap()
+        }
+    }
+
+    /// A byte there and back; the client's error, if any. (That its certificate is refused it learns with the answer.)
+    async fn exchange(server: &Tls, client: &Tls) -> io::Result<()> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let endpoint = listener.local_addr()?.to_string();
+        let serving = async {
+            let mut stream = server.accept(listener.accept().await?.0).await?;
+            let byte = stream.read_u8().await?;
+            stream.write_u8(byte).await?;
+            stream.shutdown().await
+        };
+        let asking = async {
+            let mut stream = client.connect(&endpoint, TcpStream::connect(&endpoint).await?).await?;
+            stream.write_u8(7).await?;
+            assert_eq!(stream.read_u8().await?, 7);
+            Ok(())
+        };
+        tokio::join!(serving, asking).1
+    }
+
+    #[tokio::test]
+    async fn only_those_of_one_authority_talk() {
+        let (ours, theirs) = (Authority::new(), Authority::new());
+        ours.sign(&["127.0.0.1", "node"]);
+        theirs.sign(&["127.0.0.1", "node"]);
+        exchange(&ours.tls(None), &ours.tls(Some("node"))).await.unwrap();
+        exchange(&ours.tls(None), &ours.tls(None)).await.unwrap();
+        exchange(&theirs.tls(None), &ours.tls(None)).await.unwrap_err();
+        exchange(&ours.tls(None), &ours.tls(Some("other"))).await.unwrap_err();
+        // Trusts us, but shows the certificate of another authority, or none.
+        let own = Some((theirs.file("cert"), theirs.file("key")));
+        exchange(&ours.tls(None), &Tls::dialling(ours.file("ca"), own, None).unwrap()).await.unwrap_err();
+        let nobody = Tls::dialling(ours.file("ca"), None, None).unwrap();
+        exchange(&ours.tls(None), &nobody).await.unwrap_err();
+        // Where clients need none, they need none.
+        exchange(&Tls::serving(ours.file("cert"), ours.file("key")).unwrap(), &nobody).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn changed_files_are_used_and_broken_ones_are_not() {
+        let ours = Authority::new();
+        ours.sign(&["127.0.0.1"]);
+        let (server, client) = (ours.tls(None), ours.tls(Some("node")));
+        exchange(&server, &client).await.unwrap_err();
+        ours.sign(&["node"]);
+        let renewed = async {
+            while exchange(&server, &client).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), renewed).await.unwrap();
+        fs::write(ours.file("key"), "nothing").unwrap();
+        // Longer than files are left alone.
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+        exchange(&server, &client).await.unwrap();
+    }
+
+    #[test]
+    fn faults_name_the_file() {
+        let ours = Authority::new();
+        ours.sign(&["a"]);
+        let fault = |args: TlsArgs| {
+            let mut faults = Vec::new();
+            assert!(args.validate(&mut faults).is_none());
+            faults.pop().unwrap().to_string()
+        };
+        let args = ours.args(None);
+        assert!(
+            fault(TlsArgs { tls_ca: Some(ours.file("no")), ..args.clone() }).starts_with("--tls-ca must be usable")
+        );
+        assert!(fault(TlsArgs { tls_cert: Some(ours.file("key")), ..args.clone() }).contains("no certificate in it"));
+        assert!(fault(TlsArgs { tls_key: None, ..args.clone() }).ends_with("got only --tls-ca and --tls-cert"));
+        assert!(fault(TlsArgs { tls_name: Some("a b".into()), ..args }).contains("\"a b\" is no host name"));
+    }
+}
