@@ -27,6 +27,8 @@ use crate::guard::Witness;
 pub const GRPC_PORT: u16 = 7000;
 /// Where decode nodes take KV.
 pub const KV_PORT: u16 = 7001;
+/// Most KV in one segment.
+const MAX_SEGMENT_BYTES: usize = 700;
 
 /// Listens on all addresses of this host.
 pub async fn listen(port: u16) -> io::Result<TcpListener> {
@@ -182,9 +184,11 @@ impl AsyncRead for TappedStream {
 impl AsyncWrite for TappedStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        // In pieces, so that there are moments at which a frame has arrived in part.
+        let most = this.tap.0.lock().rng.random_range(1..MAX_SEGMENT_BYTES);
         let mut recording = this.recording.lock();
         let before = recording.sent.len();
-        let mut bytes = buf.to_vec();
+        let mut bytes = buf[..buf.len().min(most)].to_vec();
         let flip = recording.flip.and_then(|at| at.checked_sub(before)).and_then(|at| bytes.get_mut(at));
         if let Some(byte) = flip {
             *byte ^= 1 << (before % 8);

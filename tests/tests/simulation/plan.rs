@@ -5,7 +5,7 @@ use std::{ops::Range, sync::Arc, time::Duration};
 use overfill_cluster::discovery::NodeRole;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
-use crate::{client::Ask, node::Size};
+use crate::{client::Ask, content::output, node::Size};
 
 /// Time that no fault shortens: for requests that have to succeed.
 pub const LONG: Duration = Duration::from_secs(90);
@@ -95,21 +95,34 @@ fn one<T: Clone>(rng: &mut StdRng, list: &[T]) -> T {
     list[rng.random_range(0..list.len())].clone()
 }
 
-/// Prompts, some of which begin as others do.
-pub struct Prompts(Vec<Vec<u32>>);
+/// Prompts, some of which begin as others do, or go on where an answer has ended.
+pub struct Prompts {
+    beginnings: Vec<Vec<u32>>,
+    /// Prompts with their answers.
+    said: Vec<Vec<u32>>,
+}
 
 impl Prompts {
     /// Of a simulation.
     pub fn new(rng: &mut StdRng) -> Self {
-        Self((0..3).map(|_| letters(rng, 64)).collect())
+        Self { beginnings: (0..3).map(|_| letters(rng, 64)).collect(), said: Vec::new() }
     }
 
-    /// The next one.
-    pub fn next(&self, rng: &mut StdRng) -> Arc<[u32]> {
-        let mut prompt = one(rng, &self.0);
-        prompt.truncate(rng.random_range(0..=64));
+    /// The next one, which is to have an answer of up to `max_tokens`.
+    pub fn next(&mut self, rng: &mut StdRng, max_tokens: u32) -> Arc<[u32]> {
+        let mut prompt = match rng.random_bool(0.3) && !self.said.is_empty() {
+            true => one(rng, &self.said),
+            false => {
+                let mut beginning = one(rng, &self.beginnings);
+                beginning.truncate(rng.random_range(0..=64));
+                beginning
+            }
+        };
         let tail = rng.random_range(1..30);
         prompt.extend(letters(rng, tail));
+        // The smallest node has 128 tokens.
+        prompt.truncate(100);
+        self.said.push([&*prompt, &output(&prompt, max_tokens, false)].concat());
         prompt.into()
     }
 }
@@ -119,20 +132,15 @@ fn letters(rng: &mut StdRng, n: usize) -> Vec<u32> {
 }
 
 /// A request, to be served in `time`.
-pub fn ask(rng: &mut StdRng, prompts: &Prompts, time: Duration) -> Ask {
+pub fn ask(rng: &mut StdRng, prompts: &mut Prompts, time: Duration) -> Ask {
     let pause = if rng.random_bool(0.1) { millis(rng, 5..150) } else { Duration::ZERO };
-    Ask {
-        prompt: prompts.next(rng),
-        max_tokens: if rng.random_bool(0.05) { 1 } else { rng.random_range(2..26) },
-        time,
-        ignore_eos: rng.random_bool(0.3),
-        pause,
-    }
+    let max_tokens = if rng.random_bool(0.05) { 1 } else { rng.random_range(2..26) };
+    Ask { prompt: prompts.next(rng, max_tokens), max_tokens, time, ignore_eos: rng.random_bool(0.3), pause }
 }
 
 impl Plan {
     /// Of this seed.
-    pub fn new(rng: &mut StdRng, prompts: &Prompts) -> Self {
+    pub fn new(rng: &mut StdRng, prompts: &mut Prompts) -> Self {
         let sheltered = rng.random_bool(0.4);
         let discovery = rng.random_bool(0.5);
         let nodes = nodes(rng);
@@ -183,7 +191,7 @@ fn nodes(rng: &mut StdRng) -> Vec<(String, NodeRole, Size)> {
         .collect()
 }
 
-fn requests(rng: &mut StdRng, prompts: &Prompts, sheltered: bool, calm_from: Duration) -> Vec<(Duration, Event)> {
+fn requests(rng: &mut StdRng, prompts: &mut Prompts, sheltered: bool, calm_from: Duration) -> Vec<(Duration, Event)> {
     let count = rng.random_range(2..10);
     let request = |_| {
         let at = millis(rng, 100..calm_from.as_millis() as u64);

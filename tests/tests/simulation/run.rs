@@ -98,8 +98,8 @@ struct Cluster {
 impl Cluster {
     fn new(seed: u64) -> Self {
         let mut rng = plan::rng(seed);
-        let prompts = Prompts::new(&mut rng);
-        let plan = Plan::new(&mut rng, &prompts);
+        let mut prompts = Prompts::new(&mut rng);
+        let plan = Plan::new(&mut rng, &mut prompts);
         let witness = Witness::default();
         let tap = Tap::new(StdRng::seed_from_u64(rng.random()), plan.damage, &witness);
         let around = Surroundings {
@@ -410,7 +410,7 @@ impl Cluster {
     fn probe(&mut self) -> Result<(), String> {
         let mut probes = Vec::new();
         for i in 0..4 {
-            let ask = plan::ask(&mut self.rng, &self.prompts, LONG);
+            let ask = plan::ask(&mut self.rng, &mut self.prompts, LONG);
             let leaves = (i >= 2).then(|| Duration::from_millis(self.rng.random_range(0..600)));
             probes.push(self.submit(ask, leaves));
         }
