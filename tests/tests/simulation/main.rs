@@ -1,5 +1,5 @@
 //! Whole clusters in simulated time: a router, nodes and clients on one thread, over a network that loses, delays and cuts,
-//! on hosts that crash and come back, all drawn from one seed. See `docs/testing.md`.
+//! on hosts that crash and come back, all drawn from one seed.
 //!
 //! What is shipped runs here, but for models, sockets and clocks: the router's core, both nodes' services, queues and
 //! schedulers, and the KV transport. While it runs, the invariants KV-1 to KV-6 of ARCHITECTURE.md are checked.

@@ -178,12 +178,14 @@ fn nodes(rng: &mut StdRng) -> Vec<(String, NodeRole, Size)> {
     names
         .chain((0..decoders).map(|i| (format!("decode-{i}"), NodeRole::Decode)))
         .map(|(name, role)| {
+            // Fast ones see most requests through before anything happens; slow ones are met in the middle.
+            let slowest = one(rng, &[30, 120]);
             let size = Size {
                 blocks: rng.random_range(8..30),
                 max_running: rng.random_range(1..5),
                 max_waiting: rng.random_range(1..8),
                 max_batch_tokens: rng.random_range(16..80),
-                step: millis(rng, 1..30),
+                step: millis(rng, 1..slowest),
                 layers: layers.clone(),
             };
             (name, role, size)
