@@ -179,6 +179,7 @@ impl Options {
             stop: stop.clone(),
             ignore_eos: *ignore_eos,
             deadline_seconds: 0.0,
+            priority: 0,
         }
     }
 

@@ -164,7 +164,7 @@ impl Args {
         let limit = format!("in (0, {MAX_DEADLINE_SECONDS}]");
         ConfigError::check(f, step_ok, "step-timeout-seconds", limit, step_timeout_seconds);
         let tls = tls.validate(f);
-        for &(flag, listen) in &[("listen", listen), ("kv-listen", kv_listen)] {
+        for (flag, listen) in [("listen", listen), ("kv-listen", kv_listen)] {
             ConfigError::check_exposed(f, flag, listen, tls.is_some(), "--tls-ca", &process);
         }
         let etcd = etcd.validate(f);

@@ -29,6 +29,11 @@ const FAMILIES: [(&str, &str, Family); 4] = [
     ("Qwen3ForCausalLM", "qwen3", Family::Qwen3),
 ];
 
+/// What a KV schema can say. They also bound the memory that a configuration alone can ask for: its list of tensors.
+const MAX_LAYERS: usize = 1024;
+const MAX_KV_HEADS: usize = 4096;
+const MAX_HEAD_DIM: usize = 4096;
+
 /// How rotary frequencies are stretched beyond the length a model was first trained on.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
@@ -134,14 +139,17 @@ impl Fields<'_> {
     }
 
     fn size_or(&self, field: &str, default: Option<usize>) -> Result<usize, ModelError> {
-        const LIMIT: u64 = 1 << 24;
+        self.size_to(1 << 24, field, default)
+    }
+
+    fn size_to(&self, limit: usize, field: &str, default: Option<usize>) -> Result<usize, ModelError> {
         match (self.present(field), default) {
-            (None, Some(default)) => Ok(default),
+            (None, Some(default)) if default <= limit => Ok(default),
             (value, _) => value
                 .and_then(Value::as_u64)
-                .filter(|n| (1..=LIMIT).contains(n))
-                .map(|n| n as usize)
-                .ok_or_else(|| self.bad(field, "a whole number from 1 to 16777216")),
+                .and_then(|n| usize::try_from(n).ok())
+                .filter(|n| (1..=limit).contains(n))
+                .ok_or_else(|| self.bad(field, &format!("a whole number from 1 to {limit}"))),
         }
     }
 
@@ -223,15 +231,15 @@ impl ModelConfig {
 
         let hidden_size = f.size("hidden_size")?;
         let num_attention_heads = f.size("num_attention_heads")?;
-        let num_key_value_heads = f.size_or("num_key_value_heads", Some(num_attention_heads))?;
+        let num_key_value_heads = f.size_to(MAX_KV_HEADS, "num_key_value_heads", Some(num_attention_heads))?;
         if num_attention_heads % num_key_value_heads != 0 {
             return Err(
                 f.bad("num_key_value_heads", &format!("a divisor of num_attention_heads ({num_attention_heads})"))
             );
         }
         let head_dim = match family {
-            Family::Qwen3 => f.size_or("head_dim", Some(128))?,
-            _ => f.size_or("head_dim", Some((hidden_size / num_attention_heads).max(1)))?,
+            Family::Qwen3 => f.size_to(MAX_HEAD_DIM, "head_dim", Some(128))?,
+            _ => f.size_to(MAX_HEAD_DIM, "head_dim", Some((hidden_size / num_attention_heads).max(1)))?,
         };
         if head_dim % 2 != 0 {
             return Err(f.bad("head_dim", "an even number"));
@@ -264,7 +272,7 @@ impl ModelConfig {
             family,
             hidden_size,
             intermediate_size: f.size("intermediate_size")?,
-            num_hidden_layers: f.size("num_hidden_layers")?,
+            num_hidden_layers: f.size_to(MAX_LAYERS, "num_hidden_layers", None)?,
             num_attention_heads,
             num_key_value_heads,
             head_dim,
@@ -450,6 +458,8 @@ mod tests {
         assert!(with("num_key_value_heads", json!(7)).contains("a divisor of num_attention_heads (24)"));
         assert!(with("hidden_size", json!(-1)).contains("hidden_size is -1"));
         assert!(with("rope_scaling", json!({"rope_type": "yarn"})).contains("rope_type is yarn"));
+        assert!(with("num_hidden_layers", json!(16_777_216)).ends_with("supported: a whole number from 1 to 1024"));
+        assert!(with("head_dim", json!(4098)).ends_with("supported: a whole number from 1 to 4096"));
     }
 
     #[test]

@@ -163,9 +163,7 @@ impl Args {
         let limit = format!("in (0, {MAX_DEADLINE_SECONDS}]");
         ConfigError::check(f, step_ok, "step-timeout-seconds", limit, step_timeout_seconds);
         let tls = tls.validate(f);
-        for &(flag, listen) in &[("listen", listen)] {
-            ConfigError::check_exposed(f, flag, listen, tls.is_some(), "--tls-ca", &process);
-        }
+        ConfigError::check_exposed(f, "listen", listen, tls.is_some(), "--tls-ca", &process);
         let etcd = etcd.validate(f);
         // Nobody but etcd is told it.
         ConfigError::check_advertised(

@@ -8,6 +8,8 @@ use overfill_cluster::{
     net::Dialer,
 };
 
+use crate::tenants::ApiKeys;
+
 /// Longest time that can be set: a day.
 const MAX_SECONDS: f64 = 86_400.0;
 
@@ -26,7 +28,7 @@ pub struct Args {
     /// Where gRPC is served.
     #[arg(long, env = "OVERFILL_GRPC", default_value = "127.0.0.1:50051")]
     pub grpc: String,
-    /// Most sequences on the nodes at once.
+    /// Most sequences on the nodes at once; fewer if the nodes have places for fewer.
     #[arg(long, env = "OVERFILL_MAX_RUNNING", default_value_t = 256)]
     pub max_running: u32,
     /// Most sequences waiting for a place; beyond that requests are refused with 429.
@@ -59,6 +61,9 @@ pub struct Args {
     /// File with its key (PEM).
     #[arg(long, env = "OVERFILL_SERVE_TLS_KEY")]
     pub serve_tls_key: Option<PathBuf>,
+    /// File with the keys of clients (JSON). Without it everybody is served.
+    #[arg(long, env = "OVERFILL_API_KEYS")]
+    pub api_keys: Option<PathBuf>,
     /// Towards the nodes.
     #[command(flatten)]
     pub tls: TlsArgs,
@@ -101,6 +106,8 @@ pub struct Config {
     pub max_body_bytes: usize,
     /// Towards clients; `None`: nothing is encrypted.
     pub serve_tls: Option<Tls>,
+    /// Of clients; `None`: everybody is served.
+    pub api_keys: Option<ApiKeys>,
     /// Towards the nodes.
     pub tls: Option<Tls>,
     /// How nodes are reached.
@@ -127,6 +134,7 @@ impl Config {
             progress_timeout: Duration::from_secs(120),
             max_body_bytes: 16 << 20,
             serve_tls: None,
+            api_keys: None,
             tls: None,
             dialer: Dialer::tcp(None),
             etcd: None,
@@ -164,6 +172,7 @@ impl Args {
             max_body_bytes,
             serve_tls_cert,
             serve_tls_key,
+            api_keys,
             tls,
             etcd,
             process,
@@ -200,8 +209,14 @@ impl Args {
                 None
             }
         };
+        let api_keys = api_keys.and_then(|path| {
+            let keys = ApiKeys::load(path);
+            keys.inspect_err(|e| faults.push(ConfigError::new("api-keys", "a file of keys", e))).ok()
+        });
+        let secured = serve_tls.is_some() || api_keys.is_some();
         for (flag, listen) in [("http", http), ("grpc", grpc)] {
-            ConfigError::check_exposed(&mut faults, flag, listen, serve_tls.is_some(), "--serve-tls-cert", &process);
+            let how = "--serve-tls-cert or --api-keys";
+            ConfigError::check_exposed(&mut faults, flag, listen, secured, how, &process);
         }
         let mut duration = |flag, seconds: f64| {
             ConfigError::collect(
@@ -249,6 +264,7 @@ impl Args {
                 progress_timeout,
                 max_body_bytes,
                 serve_tls,
+                api_keys,
                 dialer: Dialer::tcp(tls.clone()),
                 tls,
                 etcd,

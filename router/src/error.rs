@@ -43,7 +43,36 @@ pub enum GenerateError {
     QueueFull {
         /// How many may.
         limit: usize,
+        /// When there may be room.
+        retry_after: Duration,
     },
+    /// The wait would be longer than the request has time.
+    #[error("too much is waiting: it would be this request's turn in about {:.1} s, too late for it", wait.as_secs_f64())]
+    Overloaded {
+        /// Expected.
+        wait: Duration,
+        /// When there may be less.
+        retry_after: Duration,
+    },
+    /// It is the request's turn, but it would not be done in time.
+    #[error("the {:.1} s that are left would not be enough", left.as_secs_f64())]
+    Late {
+        /// Until its deadline.
+        left: Duration,
+        /// When there may be more time.
+        retry_after: Duration,
+    },
+    /// The tenant's own limit.
+    #[error("this API key may have {what}")]
+    Limited {
+        /// The limit, and its state.
+        what: String,
+        /// When it may be kept.
+        retry_after: Duration,
+    },
+    /// No API key, or an unknown one.
+    #[error("a valid API key is needed: authorization: Bearer KEY")]
+    Unauthenticated,
     /// Nodes there are, but none had room in time.
     #[error("no node had room within {} s{detail}", waited.as_secs_f64())]
     NoRoom {
@@ -77,6 +106,23 @@ impl GenerateError {
         Self::Invalid { field: Some(field.into()), message: message.into() }
     }
 
+    /// Where asking again may help: after so many whole seconds.
+    pub fn retry_after_seconds(&self) -> Option<u64> {
+        match self {
+            Self::QueueFull { retry_after, .. }
+            | Self::Overloaded { retry_after, .. }
+            | Self::Late { retry_after, .. }
+            | Self::Limited { retry_after, .. } => Some(retry_after.as_secs_f64().ceil().max(1.0) as u64),
+            Self::NoRoom { .. } | Self::Unavailable(_) | Self::Failed { .. } => Some(1),
+            Self::Invalid { .. }
+            | Self::ContextLength { .. }
+            | Self::UnknownModel { .. }
+            | Self::Unauthenticated
+            | Self::Deadline(_)
+            | Self::Internal(_) => None,
+        }
+    }
+
     /// `field must be limit, got value`.
     pub fn limit(field: &str, limit: impl std::fmt::Display, value: impl std::fmt::Display) -> Self {
         Self::invalid(field, format!("{field} must be {limit}, got {value}"))
@@ -97,11 +143,20 @@ impl From<GenerateError> for Status {
         let code = match &e {
             GenerateError::Invalid { .. } | GenerateError::ContextLength { .. } => Code::InvalidArgument,
             GenerateError::UnknownModel { .. } => Code::NotFound,
-            GenerateError::QueueFull { .. } | GenerateError::NoRoom { .. } => Code::ResourceExhausted,
+            GenerateError::QueueFull { .. }
+            | GenerateError::NoRoom { .. }
+            | GenerateError::Overloaded { .. }
+            | GenerateError::Late { .. }
+            | GenerateError::Limited { .. } => Code::ResourceExhausted,
+            GenerateError::Unauthenticated => Code::Unauthenticated,
             GenerateError::Unavailable(_) | GenerateError::Failed { .. } => Code::Unavailable,
             GenerateError::Deadline(_) => Code::DeadlineExceeded,
             GenerateError::Internal(_) => Code::Internal,
         };
-        Status::new(code, e.to_string())
+        let mut status = Status::new(code, e.to_string());
+        if let Some(seconds) = e.retry_after_seconds() {
+            status.metadata_mut().insert("retry-after", seconds.into());
+        }
+        status
     }
 }

@@ -13,13 +13,14 @@ use tracing::{debug, warn};
 
 use crate::{
     GenerateError,
-    admission::{Admission, Place},
+    admission::{Admission, Ask, Place},
     affinity::Affinity,
     attempt::{self, AttemptError, Event, Plan},
     metrics::{Metrics, RequestMetrics},
     node::ServedModel,
     nodes::Nodes,
     request::{Finished, Generation, Output, StopCause},
+    tenants::{self, ApiKeys, Tenant},
 };
 
 /// Prompt blocks whose prefill node is remembered: 64 Ki blocks are a million tokens.
@@ -45,6 +46,7 @@ pub struct Core {
     pub metrics: Arc<Metrics>,
     /// Time a request has, unless it says otherwise.
     pub default_time: Duration,
+    keys: Option<ApiKeys>,
     affinity: Arc<Mutex<Affinity>>,
     max_queue: Duration,
     max_attempts: u32,
@@ -61,6 +63,7 @@ impl Core {
             admission: Admission::new(config.max_running, config.max_waiting),
             metrics,
             default_time: config.default_deadline,
+            keys: config.api_keys.clone(),
             affinity: Arc::new(Mutex::new(Affinity::new(AFFINITY_BLOCKS))),
             max_queue: config.max_queue,
             max_attempts: config.max_attempts,
@@ -84,6 +87,27 @@ impl Core {
             model: name.to_owned(),
             served: view.models.keys().cloned().collect::<Vec<_>>().join(", "),
         })
+    }
+
+    /// Who asks, by these headers.
+    pub fn identify(&self, authorization: Option<&str>, tenant: Option<&str>) -> Result<Arc<Tenant>, GenerateError> {
+        tenants::identify(self.keys.as_ref(), authorization, tenant)
+    }
+
+    /// A place in the queue for each of these, or for none.
+    pub fn enter(&self, tenant: &Arc<Tenant>, generations: &[Generation]) -> Result<Vec<Place>, GenerateError> {
+        let ask = |generation: &Generation| Ask {
+            priority: generation.priority,
+            prompt_tokens: generation.prompt.len(),
+            max_tokens: generation.max_tokens,
+            run_by: self.queue_end(generation),
+            end_by: generation.deadline(),
+        };
+        self.admission.enter(tenant, &generations.iter().map(ask).collect::<Vec<_>>())
+    }
+
+    fn queue_end(&self, generation: &Generation) -> Instant {
+        generation.deadline().min(generation.arrived + self.max_queue)
     }
 
     /// Generates. Everything lives in the stream: dropping it ends the request on every node.
@@ -128,9 +152,8 @@ impl Core {
         try_stream! {
             let g = &*generation;
             let deadline = g.deadline();
-            let queue_end = deadline.min(g.arrived + self.max_queue);
-            let waited = || GenerateError::NoRoom { waited: g.arrived.elapsed(), detail: String::new() };
-            let running = place.run(queue_end).await.ok_or_else(waited)?;
+            let queue_end = self.queue_end(g);
+            let mut running = place.run().await?;
             let mut progress = Progress::new(g)?;
             progress.timings.queue_seconds = g.arrived.elapsed().as_secs_f64();
             self.budget.deposit();
@@ -158,6 +181,7 @@ impl Core {
                                 Some(progress.finish(v1::FinishReason::Length, None)?)
                             } else {
                                 let (text, end) = progress.token(token.token)?;
+                                running.token();
                                 wait_end = deadline.min(Instant::now() + self.max_queue);
                                 yield Output::Token { token, text, stage };
                                 end.map(|(reason, stop)| progress.finish(reason, stop)).transpose()?

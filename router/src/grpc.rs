@@ -1,22 +1,23 @@
 //! The gRPC face: `overfill.v1.Router`.
 
-use std::{pin::Pin, time::Duration};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt as _};
 use overfill_kv::SamplingParams;
 use overfill_proto::v1::{self, generate_event, generate_request, router_server};
 use overfill_text::ChatMessage;
 use tokio::time::Instant;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, metadata::MetadataMap};
 
 use crate::{
     GenerateError,
     generate::Core,
     request::{self, Generation, Output},
+    tenants::{TENANT_HEADER, Tenant},
 };
 
 /// Longest time that a request may ask for: a day.
-const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+pub(crate) const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
 /// The service.
 pub struct RouterService {
@@ -29,9 +30,15 @@ impl RouterService {
         Self { core }
     }
 
+    fn identify(&self, metadata: &MetadataMap) -> Result<Arc<Tenant>, GenerateError> {
+        let text = |name: &str| metadata.get(name).and_then(|value| value.to_str().ok());
+        self.core.identify(text("authorization"), text(TENANT_HEADER))
+    }
+
     async fn check(&self, wire: v1::GenerateRequest) -> Result<Generation, GenerateError> {
         let arrived = Instant::now();
-        let v1::GenerateRequest { model, prompt, sampling, max_tokens, stop, ignore_eos, deadline_seconds } = wire;
+        let v1::GenerateRequest { model, prompt, sampling, max_tokens, stop, ignore_eos, deadline_seconds, priority } =
+            wire;
         let model = self.core.model(&model)?;
         let prompt = match prompt {
             Some(generate_request::Prompt::Text(text)) => encode(&model.text, text, true).await?,
@@ -73,6 +80,7 @@ impl RouterService {
             include_stop: false,
             skip_special: true,
             prompt_logprobs: false,
+            priority,
             arrived,
             time,
             model,
@@ -85,7 +93,7 @@ const LONG_TEXT_BYTES: usize = 16 << 10;
 
 /// Token ids of `text`.
 pub(crate) async fn encode(
-    model: &std::sync::Arc<overfill_text::TextModel>,
+    model: &Arc<overfill_text::TextModel>,
     text: String,
     add_special: bool,
 ) -> Result<Vec<u32>, GenerateError> {
@@ -122,8 +130,10 @@ impl router_server::Router for RouterService {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::GenerateEvent, Status>> + Send>>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        let tenant = self.identify(request.metadata())?;
         let generation = self.check(request.into_inner()).await?;
-        let place = self.core.admission.enter(1)?.pop().ok_or_else(|| Status::internal("admission gave no place"))?;
+        let place = self.core.enter(&tenant, std::slice::from_ref(&generation))?.pop();
+        let place = place.ok_or_else(|| Status::internal("admission gave no place"))?;
         let (model, full_model) = (generation.model.name.clone(), generation.model.full_model.clone());
         let events = self.core.generate(place, generation).filter_map(move |output| {
             let event = output.map(|output| event(output, &model, &full_model)).map_err(Status::from).transpose();
@@ -132,7 +142,11 @@ impl router_server::Router for RouterService {
         Ok(Response::new(Box::pin(events)))
     }
 
-    async fn list_models(&self, _: Request<v1::ListModelsRequest>) -> Result<Response<v1::ListModelsResponse>, Status> {
+    async fn list_models(
+        &self,
+        request: Request<v1::ListModelsRequest>,
+    ) -> Result<Response<v1::ListModelsResponse>, Status> {
+        self.identify(request.metadata())?;
         let view = self.core.nodes.view();
         let models = view.models.values().map(|model| v1::ServedModel {
             name: model.name.clone(),
@@ -143,7 +157,11 @@ impl router_server::Router for RouterService {
         Ok(Response::new(v1::ListModelsResponse { models: models.collect() }))
     }
 
-    async fn list_nodes(&self, _: Request<v1::ListNodesRequest>) -> Result<Response<v1::ListNodesResponse>, Status> {
+    async fn list_nodes(
+        &self,
+        request: Request<v1::ListNodesRequest>,
+    ) -> Result<Response<v1::ListNodesResponse>, Status> {
+        self.identify(request.metadata())?;
         Ok(Response::new(v1::ListNodesResponse { nodes: self.core.nodes.list() }))
     }
 }

@@ -1,7 +1,8 @@
 //! The router: takes requests over gRPC and the OpenAI HTTP API, leads each through a prefill and a decode node, and
 //! gives back text.
 //!
-//! The way of one request: [`openai`] or [`grpc`] checks it into a [`request::Generation`]; [`admission`] lets it in;
+//! The way of one request: [`openai`] or [`grpc`] checks it into a [`request::Generation`]; [`admission`] lets it in, in an order that
+//! is fair between [`tenants`];
 //! [`generate`] leads it from attempt to attempt and turns tokens into text; [`attempt`] is one pass over one decode
 //! and one prefill node, chosen by [`pick`] from the view that [`nodes`] keeps, as long as its [`breaker`] admits requests ([`join`] makes a node
 //! of an address).
@@ -23,6 +24,7 @@ pub mod pick;
 pub mod request;
 pub mod service;
 pub mod simulated;
+pub mod tenants;
 
 pub use args::{Args, Config};
 pub use error::GenerateError;

@@ -37,6 +37,8 @@ pub struct Generation {
     pub skip_special: bool,
     /// Report the prompt's log-probabilities.
     pub prompt_logprobs: bool,
+    /// Lower goes first.
+    pub priority: i32,
     /// When it came.
     pub arrived: Instant,
     /// How long it may take from then.

@@ -7,6 +7,7 @@ use overfill_cluster::{
 };
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1};
 use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{Args, Config, generate::Core, grpc::RouterService, metrics::Metrics, nodes::Nodes, openai};
@@ -80,6 +81,7 @@ impl Router {
         }
         let core = Core::new(nodes, metrics.clone(), &config);
 
+        membership.spawn("capacity", follow_capacity(core.clone(), config.max_running, membership.token()));
         let (reporter, health) = tonic_health::server::health_reporter();
         reporter.set_serving::<v1::router_server::RouterServer<RouterService>>().await;
         let reflection = tonic_reflection::server::Builder::configure()
@@ -115,6 +117,24 @@ impl Router {
         info!("router has ended");
         result.map(|_| ())
     }
+}
+
+/// As many sequences are let in as all nodes have places for, those being prefilled and those being decoded.
+pub async fn follow_capacity(core: Core, max_running: usize, stop: CancellationToken) {
+    let mut changes = core.nodes.changes();
+    let follow = async {
+        loop {
+            let view = core.nodes.view();
+            let places = view.prefill.iter().chain(&view.decode).map(|node| node.info.max_running_requests as usize);
+            // Without nodes, those who are let in are told so.
+            let both = !view.prefill.is_empty() && !view.decode.is_empty();
+            core.admission.set_capacity(if both { places.sum() } else { max_running });
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    };
+    stop.run_until_cancelled(follow).await;
 }
 
 /// The admin routes, off the router's state.

@@ -115,6 +115,37 @@ impl Service {
         format!("http://{}", self.ready.grpc)
     }
 
+    /// Its gRPC address, `host:port`.
+    pub fn grpc(&self) -> &str {
+        &self.ready.grpc
+    }
+
+    /// Where it takes KV; decode nodes only.
+    pub fn kv(&self) -> Option<&str> {
+        self.ready.kv.as_deref()
+    }
+
+    /// Where its metrics and health are.
+    pub fn admin(&self) -> &str {
+        &self.ready.admin
+    }
+
+    /// It must still be the process that was started, and say so.
+    pub fn check_live(&mut self) -> Result<()> {
+        if let Some(status) = self.child.try_wait()? {
+            bail!("{:?} has ended: {status}", self.args);
+        }
+        ureq::get(&format!("{}/live", self.http)).timeout(PATIENCE).call().context("asking whether it lives")?;
+        Ok(())
+    }
+
+    /// Memory that it has, in KiB, as Linux counts it; `None` elsewhere.
+    pub fn resident_kib(&self) -> Result<Option<u64>> {
+        let Ok(status) = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())) else { return Ok(None) };
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        Ok(Some(line.trim().trim_end_matches(" kB").parse()?))
+    }
+
     /// Sends a signal: `STOP`, `CONT`, `TERM`.
     pub fn signal(&self, signal: &str) -> Result<()> {
         send_signal(&self.child, signal)

@@ -18,6 +18,8 @@ fn every_bad_request_is_refused_with_its_reason() -> Result<()> {
     let cluster = Cluster::start(&Golden::up_args("llama-tied"))?;
     let (text, chats) = ("/v1/completions", "/v1/chat/completions");
     let too_long: Vec<u32> = vec![7; 5000];
+    let many = Request::tokens(&[], 4).with("prompt", json!(vec![[1]; 200_000])).with("n", json!(128));
+    let many = many.with("model", json!("small")).0.to_string().into_bytes();
     // Path, body, status, and what the message must contain.
     let table: Vec<(&str, Vec<u8>, u16, &str)> = vec![
         (text, b"{\"model\": ".to_vec(), 400, ""),
@@ -45,6 +47,8 @@ fn every_bad_request_is_refused_with_its_reason() -> Result<()> {
         (text, completion("logprobs", json!(1000)), 400, "logprobs"),
         (text, completion("n", json!(0)), 400, "n"),
         (text, completion("n", json!(100_000)), 400, "n"),
+        // Refused before anything is made for each of 25 million.
+        (text, many, 400, "at most 1280"),
         (text, completion("stop", json!(vec!["x"; 100])), 400, "stop"),
         (chats, chat(json!([])), 400, "messages"),
         (chats, chat(json!([{"content": "no role"}])), 400, "role"),

@@ -38,7 +38,7 @@ impl Detokenizer {
         context: &[u32],
         skip_special: bool,
     ) -> Result<Self, TextError> {
-        let keep = |id: &&u32| !skip_special || !special.contains(id);
+        let keep = |id: &&u32| tokenizer.id_to_token(**id).is_some() && !(skip_special && special.contains(id));
         let mut ids: Vec<u32> = context.iter().rev().filter(keep).take(6).copied().collect();
         ids.reverse();
         let given = ids.len();
@@ -49,7 +49,8 @@ impl Detokenizer {
 
     /// Takes the next token; gives the text that is certain now, which may be empty.
     pub fn push(&mut self, token: u32) -> Result<String, TextError> {
-        if self.skip_special && self.special.contains(&token) {
+        // An id outside the vocabulary has no text. It would only stand between the bytes of a character.
+        if self.skip_special && self.special.contains(&token) || self.tokenizer.id_to_token(token).is_none() {
             return Ok(String::new());
         }
         self.ids.push(token);
@@ -76,7 +77,7 @@ impl Detokenizer {
         }
         let new = self.since_given(certain)?;
         if new.is_empty() && certain == self.ids.len() {
-            // Tokens without text (outside the vocabulary) need not be decoded again and again.
+            // Tokens without text need not be decoded again and again.
             if pending >= MAX_PENDING {
                 self.ids.truncate(self.given);
             }

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashSet},
     fmt::Write as _,
+    panic::catch_unwind,
     sync::Arc,
 };
 
@@ -49,7 +50,10 @@ impl TextModel {
             special_tokens_map_json,
         } = files;
         let invalid = |file, e: &dyn ToString| TextError::Invalid { file, reason: e.to_string() };
-        let mut tokenizer = Tokenizer::from_bytes(tokenizer_json).map_err(|e| invalid("tokenizer.json", &e))?;
+        // Some of its readers panic at what they do not expect.
+        let tokenizer = catch_unwind(|| Tokenizer::from_bytes(tokenizer_json));
+        let tokenizer = tokenizer.map_err(|_| invalid("tokenizer.json", &"not the form of a tokenizer"))?;
+        let mut tokenizer = tokenizer.map_err(|e| invalid("tokenizer.json", &e))?;
         // A folder may carry the settings of its training; a prompt is never cut or padded silently.
         tokenizer.with_truncation(None).map_err(|e| invalid("tokenizer.json", &e))?;
         tokenizer.with_padding(None);

@@ -1,6 +1,10 @@
 //! Chat templates, rendered as Hugging Face's transformers renders them.
+//!
+//! A template is a program, and comes from whoever made the model: one that loops, or writes without end, ends with an
+//! error, and one that nests without end does not end the process. What it holds in variables is not limited: minijinja
+//! has no place to do so.
 
-use std::{collections::BTreeMap, io, time::SystemTime};
+use std::{collections::BTreeMap, io, thread, time::SystemTime};
 
 use minijinja::{
     Environment, Error, ErrorKind, Value, context,
@@ -12,6 +16,17 @@ use crate::{ChatMessage, TextError};
 
 const NAME: &str = "chat_template";
 
+/// Instructions that one rendering may take. Published templates take up to about a hundred for each message.
+const FUEL: u64 = 2_000_000;
+
+/// A prompt may have this many bytes, and [`OUTPUT_PER_BYTE`] more for each byte of the messages.
+const OUTPUT_BYTES: usize = 1 << 20;
+const OUTPUT_PER_BYTE: usize = 16;
+
+/// Of the thread that renders. A value within a value within a value is dropped, and printed, by recursion: as deep as
+/// the fuel lasts, that fits. Only what is used of it becomes memory.
+const STACK_BYTES: usize = 256 << 20;
+
 /// A compiled template and the special tokens that it may name.
 pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
@@ -21,6 +36,7 @@ pub(crate) struct ChatTemplate {
 impl ChatTemplate {
     pub(crate) fn compile(source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self, TextError> {
         let mut environment = Environment::new();
+        environment.set_fuel(Some(FUEL));
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
@@ -36,18 +52,60 @@ impl ChatTemplate {
     }
 
     pub(crate) fn render(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String, TextError> {
+        thread::scope(|scope| {
+            let render = || self.render_here(messages, add_generation_prompt);
+            let rendering =
+                thread::Builder::new().name(NAME.into()).stack_size(STACK_BYTES).spawn_scoped(scope, render);
+            let rendering = rendering.map_err(|e| TextError::Template(format!("starting a thread for it: {e}")))?;
+            rendering.join().unwrap_or_else(|_| Err(TextError::Template("it failed".into())))
+        })
+    }
+
+    fn render_here(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String, TextError> {
         let template = self.environment.get_template(NAME).map_err(|e| TextError::Template(e.to_string()))?;
         let special = Value::from_serialize(&self.special_tokens);
-        template
-            .render(context! {
-                messages => messages,
-                tools => (),
-                documents => (),
-                add_generation_prompt => add_generation_prompt,
-                ..special
+        let given: usize = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
+        let mut out = Limited { bytes: Vec::new(), limit: OUTPUT_BYTES + OUTPUT_PER_BYTE * given, full: false };
+        let context = context! {
+            messages => messages,
+            tools => (),
+            documents => (),
+            add_generation_prompt => add_generation_prompt,
+            ..special
+        };
+        let rendered = template.render_captured_to(context, &mut out).map(drop);
+        let Limited { bytes, limit, full } = out;
+        rendered.map_err(|e| {
+            TextError::Template(match e.kind() {
+                _ if full => format!("a prompt must be at most {limit} bytes for {given} bytes of messages"),
+                ErrorKind::OutOfFuel => format!("it must take at most {FUEL} steps"),
+                // The detail of `raise_exception` is the message; the place in the template helps nobody but its author.
+                _ => e.detail().map_or_else(|| e.to_string(), str::to_owned),
             })
-            // The detail of `raise_exception` is the message; the place in the template helps nobody but its author.
-            .map_err(|e| TextError::Template(e.detail().map_or_else(|| e.to_string(), str::to_owned)))
+        })?;
+        String::from_utf8(bytes).map_err(|e| TextError::Template(e.to_string()))
+    }
+}
+
+/// What a template writes, up to a limit.
+struct Limited {
+    bytes: Vec<u8>,
+    limit: usize,
+    full: bool,
+}
+
+impl io::Write for Limited {
+    fn write(&mut self, more: &[u8]) -> io::Result<usize> {
+        if more.len() > self.limit - self.bytes.len() {
+            self.full = true;
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        self.bytes.extend_from_slice(more);
+        Ok(more.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -87,15 +145,16 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
-        let tag = &rest[start..start + length + 2];
+        // Behind the two characters that open it: `{%}` does not close itself.
+        let Some(length) = rest[start + 2..].find("%}") else { break };
+        let tag = &rest[start..start + length + 4];
         out.push_str(&rest[..start]);
         match tag[2..tag.len() - 2].trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace()) {
             "generation" => out.push_str(&tag.replace("generation", "if true")),
             "endgeneration" => out.push_str(&tag.replace("endgeneration", "endif")),
             _ => out.push_str(tag),
         }
-        rest = &rest[start + length + 2..];
+        rest = &rest[start + length + 4..];
     }
     out.push_str(rest);
     out
@@ -184,12 +243,57 @@ mod tests {
         assert_eq!(render("{{ [1, 2] | tojson(indent=2) }}").unwrap(), "[\n  1,\n  2\n]");
         assert_eq!(render("{% if tools is none and eos_token is not defined %}ok{% endif %}").unwrap(), "ok");
         assert_eq!(render("{%- generation -%} x {%- endgeneration -%}").unwrap(), "x");
+        assert!(render("{%}").is_err() && render("{%%}").is_err());
     }
 
     #[test]
     fn a_raised_exception_is_the_message() {
         let e = render("{{ raise_exception('roles must alternate') }}").unwrap_err();
         assert_eq!(e.to_string(), "chat template: roles must alternate");
+    }
+
+    #[test]
+    fn a_template_that_does_not_end_is_an_error() {
+        let fault = |source: &str| render(source).unwrap_err().to_string();
+        let loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+        assert_eq!(fault(loops), "chat template: it must take at most 2000000 steps");
+        let writes = "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}";
+        let limit = OUTPUT_BYTES + OUTPUT_PER_BYTE * 14;
+        assert_eq!(
+            fault(writes),
+            format!("chat template: a prompt must be at most {limit} bytes for 14 bytes of messages")
+        );
+        assert_eq!(fault("{{ 'x' * 99999999 }}"), fault(writes));
+        for recursion in ["{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{% include 'chat_template' %}"] {
+            assert!(!fault(recursion).is_empty());
+        }
+    }
+
+    /// minijinja 2.24 panics when an empty list is turned round, as for a system message alone by some templates.
+    #[test]
+    fn a_template_that_panics_is_an_error_at_most() {
+        // Either is right: the next version may give the empty list.
+        match render("{% for m in messages[1:][::-1] %}{{ m.role }}{% endfor %}") {
+            Ok(text) => assert_eq!(text, ""),
+            Err(e) => assert_eq!(e.to_string(), "chat template: it failed"),
+        }
+    }
+
+    /// As deep as the fuel lasts: what is inside is dropped, printed and compared by recursion.
+    #[test]
+    fn a_template_that_nests_does_not_end_the_process() {
+        let nest = "{% set ns = namespace(a=[], b=[]) %}{% for i in range(99999) %}\
+                    {% set ns.a = [ns.a] %}{% set ns.b = [ns.b] %}{% endfor %}";
+        let objects =
+            "{% set ns = namespace(a={}) %}{% for i in range(99999) %}{% set ns.a = {'a': ns.a} %}{% endfor %}";
+        assert_eq!(render(&format!("{nest}done")).unwrap(), "done");
+        assert_eq!(render(&format!("{objects}done")).unwrap(), "done");
+        for using in
+            ["{{ ns.a }}", "{{ ns.a == ns.b }}", "{{ ns.a | tojson }}", "{{ ns.a ~ '' }}", "{{ [ns.a] | sort }}"]
+        {
+            let _ = render(&format!("{nest}{using}"));
+            let _ = render(&format!("{objects}{using}"));
+        }
     }
 
     #[test]

@@ -36,6 +36,29 @@ fn text_and_chat_as_transformers() {
     }
 }
 
+/// However long the bytes before have waited: with 16 of them, those that can't change any more are let go.
+#[test]
+fn ids_without_a_text_do_not_break_a_character() {
+    let model = model("llama-tied");
+    let [lead, rest] = model.encode("\u{7c0}", false).unwrap()[..] else { panic!("a character of two tokens") };
+    for before in 0..20 {
+        let ids = [&vec![rest; before][..], &[lead, 5000, 5001, rest, 5002]].concat();
+        let mut decoder = model.detokenizer(&[5003], false).unwrap();
+        let pieces: String = ids.iter().map(|id| decoder.push(*id).unwrap()).collect();
+        assert_eq!(pieces + &decoder.flush().unwrap(), model.decode(&ids, false).unwrap(), "{before}");
+    }
+}
+
+#[test]
+fn a_tokenizer_that_its_reader_panics_at_is_an_error() {
+    let tokenizer_json =
+        br#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": null, "post_processor": null, "decoder": {"type": "ByteLevel", 1: 2},
+        "model": {"type": "BPE", "vocab": {}, "merges": []}}"#;
+    let files = TextFiles { tokenizer_json: tokenizer_json.to_vec(), ..TextFiles::default() };
+    assert!(TextModel::from_files(&files).err().unwrap().to_string().starts_with("tokenizer.json: "));
+}
+
 #[test]
 fn templates_of_older_folders() {
     let mut files = TextFiles::from_folder(&golden().join("qwen2/full")).unwrap();

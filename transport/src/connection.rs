@@ -9,6 +9,7 @@ use tokio::time::timeout;
 
 use crate::frame::{self, Answer, COMMIT_BYTES, HEADER_BYTES, HELLO_BYTES, Header, SUM_BYTES};
 use crate::link::{Link, Opening};
+use crate::newcomers::Place;
 use crate::payload::{Incoming, MoveError, read_full, write_full};
 use crate::receiver::{Entry, Shared};
 
@@ -19,7 +20,7 @@ const LINGER: Duration = Duration::from_millis(500);
 /// Longest wait for an answer of a few bytes to leave.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
-pub(crate) async fn serve(shared: &Shared, opening: Opening, peer: SocketAddr) {
+pub(crate) async fn serve(shared: &Shared, opening: Opening, peer: SocketAddr, place: &Place) {
     let opened = async {
         let stream = opening.await?;
         let mut bytes = [0; HELLO_BYTES];
@@ -43,6 +44,8 @@ pub(crate) async fn serve(shared: &Shared, opening: Opening, peer: SocketAddr) {
     };
     let stream = &stream;
     let refused = match shared.find(&hello.ticket) {
+        // Before the attempt hears of it: a place that is taken is not one to write from.
+        Some(_) if !place.keep() => None,
         Some(entry) => handoff(shared, &entry, stream, hello).await,
         None => Some(RefuseReason::Ticket),
     };

@@ -137,10 +137,10 @@ pub fn decode_answer(bytes: &[u8; ANSWER_BYTES]) -> Option<Answer> {
     if !is_sealed(bytes) {
         return None;
     }
-    match (bytes[0], bytes[1]) {
-        (ANSWER_ACCEPT, 0) => Some(Answer::Accept),
-        (ANSWER_REFUSE, reason) => RefuseReason::from_code(reason).map(Answer::Refuse),
-        (ANSWER_CONFIRM, 0) => Some(Answer::Confirm),
+    match bytes[..4] {
+        [ANSWER_ACCEPT, 0, 0, 0] => Some(Answer::Accept),
+        [ANSWER_REFUSE, reason, 0, 0] => RefuseReason::from_code(reason).map(Answer::Refuse),
+        [ANSWER_CONFIRM, 0, 0, 0] => Some(Answer::Confirm),
         _ => None,
     }
 }
@@ -165,8 +165,10 @@ pub fn decode_header(bytes: &[u8; HEADER_BYTES]) -> Option<Header> {
     let [length, a, b, c] = [4, 8, 12, 16].map(|at| u32_at(bytes, at));
     match bytes[..4] {
         [KIND_LAYER, 0, 0, 0] => Some(Header::Layer(Piece { layer: a, first_block: b, blocks: c }, length)),
-        [KIND_PING, 0, 0, 0] if length == 0 => Some(Header::Ping),
-        [KIND_COMMIT, 0, 0, 0] if length as usize == COMMIT_BYTES => Some(Header::Commit { first_token: a }),
+        [KIND_PING, 0, 0, 0] if [length, a, b, c] == [0; 4] => Some(Header::Ping),
+        [KIND_COMMIT, 0, 0, 0] if length as usize == COMMIT_BYTES && [b, c] == [0; 2] => {
+            Some(Header::Commit { first_token: a })
+        }
         _ => None,
     }
 }
@@ -242,5 +244,12 @@ mod tests {
         let mut long_ping = encode_header(&Header::Ping);
         long_ping[4] = 1;
         assert_eq!(decode_header(&long_ping), None);
+        // What a frame does not use is 0: a later version may give it a meaning.
+        for (header, at) in [(Header::Ping, 8), (Header::Ping, 19), (Header::Commit { first_token: 7 }, 12)] {
+            let mut used = encode_header(&header);
+            used[at] = 1;
+            assert_eq!(decode_header(&used), None);
+        }
+        assert_eq!(decode_answer(&seal([ANSWER_ACCEPT, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0])), None);
     }
 }

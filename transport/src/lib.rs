@@ -16,6 +16,7 @@ mod connection;
 pub mod frame;
 mod link;
 mod memory;
+mod newcomers;
 mod payload;
 mod receiver;
 mod sender;
@@ -37,7 +38,8 @@ pub struct TransferConfig {
     pub max_frame_bytes: usize,
     /// How long a new connection may take to show its ticket.
     pub hello_timeout: Duration,
-    /// Connections that a receiver serves at once; more are refused.
+    /// Connections that a receiver serves at once. One more takes the place of the oldest that has no handoff yet, and is
+    /// refused where all have one.
     pub max_connections: usize,
     /// How a sender connects.
     pub dialer: Dialer,

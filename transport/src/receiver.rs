@@ -12,13 +12,14 @@ use overfill_kv::handoff::{
 };
 use overfill_kv::{BlockId, BlockLease, KvSchema, KvStore, RequestId, Ticket, blocks_for};
 use parking_lot::Mutex;
-use tokio::sync::{Notify, Semaphore, oneshot};
+use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::link::{Listen, Opening};
+use crate::newcomers::Newcomers;
 use crate::{Committed, HandoffError, TransferConfig, TransferStats, connection, frame};
 
 /// What is set aside for one attempt.
@@ -343,7 +344,7 @@ impl Drop for IncomingHandoff {
 
 /// Accepts connections and lets time pass for every attempt, until shutdown has begun and no attempt is left.
 async fn listen(shared: Arc<Shared>, mut listener: impl Listen, shutdown: CancellationToken) {
-    let slots = Arc::new(Semaphore::new(shared.config.max_connections));
+    let newcomers = Newcomers::new(shared.config.max_connections);
     let connections = TaskTracker::new();
     let mut draining = false;
     loop {
@@ -366,7 +367,7 @@ async fn listen(shared: Arc<Shared>, mut listener: impl Listen, shutdown: Cancel
                 }
             }
             accepted = listener.accept() => match accepted {
-                Ok((opening, peer)) => admit(&shared, &slots, &connections, opening, peer),
+                Ok((opening, peer)) => admit(&shared, &newcomers, &connections, opening, peer),
                 Err(error) => {
                     // Out of file descriptors, most likely: taking the next one at once would spin.
                     tracing::warn!(%error, "accepting a kv connection");
@@ -379,9 +380,9 @@ async fn listen(shared: Arc<Shared>, mut listener: impl Listen, shutdown: Cancel
     connections.wait().await;
 }
 
-fn admit(shared: &Arc<Shared>, slots: &Arc<Semaphore>, connections: &TaskTracker, opening: Opening, peer: SocketAddr) {
-    let Ok(slot) = slots.clone().try_acquire_owned() else {
-        tracing::warn!(%peer, limit = shared.config.max_connections, "refusing a kv connection: too many");
+fn admit(all: &Arc<Shared>, newcomers: &Arc<Newcomers>, tasks: &TaskTracker, opening: Opening, peer: SocketAddr) {
+    let Some(place) = newcomers.enter() else {
+        tracing::warn!(%peer, limit = all.config.max_connections, "refusing a kv connection: too many");
         let answer = frame::encode_answer(frame::Answer::Refuse(RefuseReason::Busy));
         // Straight to the socket, which is empty and does not block: whoever is refused gets no task, and no handshake.
         if let Some(Ok(stream)) = opening.now_or_never() {
@@ -389,9 +390,11 @@ fn admit(shared: &Arc<Shared>, slots: &Arc<Semaphore>, connections: &TaskTracker
         }
         return;
     };
-    let shared = shared.clone();
-    connections.spawn(async move {
-        connection::serve(&shared, opening, peer).await;
-        drop(slot);
+    let shared = all.clone();
+    tasks.spawn(async move {
+        tokio::select! {
+            () = place.taken() => tracing::debug!(%peer, "another kv connection takes the place of a silent one"),
+            () = connection::serve(&shared, opening, peer, &place) => {}
+        }
     });
 }

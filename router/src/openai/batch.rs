@@ -1,6 +1,6 @@
 //! The sequences of one HTTP request: every prompt, `n` times.
 
-use std::{pin::Pin, sync::Arc};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::{
     Stream, StreamExt as _,
@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::fields::Common;
+use super::{caller::Caller, fields::Common};
 use crate::{
     GenerateError,
     generate::Core,
@@ -52,8 +52,8 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Starts every sequence and waits for the first sign of life, so that what fails at once fails as a whole answer.
-    pub async fn start(&self, core: &Core, prompts: &[Prompt]) -> Result<Merged, GenerateError> {
+    /// Every sequence, each of which may take `time`.
+    pub fn generations(&self, prompts: &[Prompt], time: Duration) -> Result<Vec<Generation>, GenerateError> {
         let Self { model, common, sampling, max_tokens, default_max_tokens, prompt_logprobs, arrived } = self;
         sampling.validate(model.vocab_size as usize).map_err(|e| GenerateError::limit(e.field, e.limit, e.value))?;
         let stop_token_ids: Arc<[u32]> = match common.ignore_eos {
@@ -80,12 +80,20 @@ impl Batch {
                     include_stop: common.include_stop,
                     skip_special: common.skip_special,
                     prompt_logprobs: *prompt_logprobs,
+                    priority: common.priority,
                     arrived: *arrived,
-                    time: core.default_time,
+                    time,
                 });
             }
         }
-        let places = core.admission.enter(generations.len())?;
+        Ok(generations)
+    }
+
+    /// Starts every sequence, each in its place, and waits for the first sign of life, so that what fails at once fails
+    /// as a whole answer.
+    pub async fn start(&self, core: &Core, caller: &Caller, prompts: &[Prompt]) -> Result<Merged, GenerateError> {
+        let generations = self.generations(prompts, caller.time.unwrap_or(core.default_time))?;
+        let places = core.enter(&caller.tenant, &generations)?;
         let streams = places.into_iter().zip(generations).enumerate().map(|(index, (place, generation))| {
             core.generate(place, generation).map(move |output| (index, output)).boxed()
         });

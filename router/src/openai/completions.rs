@@ -1,5 +1,7 @@
 //! `POST /v1/completions`.
 
+use std::sync::Arc;
+
 use async_stream::try_stream;
 use axum::{
     Json,
@@ -13,7 +15,9 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::{
+    Checked, FoundModel, Limits,
     batch::{self, Batch, Choice, Merged, Prompt, Usage},
+    caller::Caller,
     error::ApiError,
     fields::{Common, Fields},
     logprobs::{CompletionLogprobs, Names},
@@ -23,6 +27,7 @@ use crate::{
     GenerateError,
     generate::Core,
     grpc::encode,
+    node::ServedModel,
     request::{self, Output},
 };
 
@@ -64,9 +69,9 @@ struct ChoiceBody {
 }
 
 /// Serves one request.
-pub async fn create(core: Core, body: Bytes) -> Result<Response, ApiError> {
-    let completion = parse(&core, &body).await?;
-    let merged = completion.batch.start(&core, &completion.prompts).await?;
+pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response, ApiError> {
+    let completion = parse(&body, |name| core.model(name), |count| core.admission.check_count(count)).await?;
+    let merged = completion.batch.start(&core, &caller, &completion.prompts).await?;
     if completion.batch.common.stream {
         return Ok(completion.stream(merged));
     }
@@ -74,10 +79,21 @@ pub async fn create(core: Core, body: Bytes) -> Result<Response, ApiError> {
     Ok(Json(completion.whole(&choices)).into_response())
 }
 
-async fn parse(core: &Core, body: &Bytes) -> Result<Completion, ApiError> {
+/// The sequences that a body asks for.
+pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: Limits) -> Checked {
+    let completion = parse(body, |_| Ok(model.clone()), |count| limits.allow(count)).await?;
+    Ok(completion.batch.generations(&completion.prompts, limits.time)?)
+}
+
+/// `may_ask` is asked whether so many sequences can be served at all.
+async fn parse(
+    body: &Bytes,
+    model: impl FnOnce(&str) -> FoundModel,
+    may_ask: impl FnOnce(usize) -> Result<(), GenerateError>,
+) -> Result<Completion, ApiError> {
     let arrived = Instant::now();
     let mut fields = Fields::parse(body)?;
-    let model = core.model(&fields.take::<String>("model")?.unwrap_or_default())?;
+    let model = model(&fields.take::<String>("model")?.unwrap_or_default())?;
     let common = Common::take(&mut fields, model.text.generation_defaults())?;
     let logprobs = fields.take_count("logprobs")?;
     let echo: bool = fields.take("echo")?.unwrap_or(false);
@@ -94,11 +110,17 @@ async fn parse(core: &Core, body: &Bytes) -> Result<Completion, ApiError> {
         Prompts::Ids(ids) => (Vec::new(), vec![ids]),
         Prompts::IdLists(lists) => (Vec::new(), lists),
     };
+    // Before anything is computed or allocated for each: a body may hold millions of short prompts.
+    may_ask((texts.len() + ids.len()) * common.n)?;
     let mut prompts = Vec::with_capacity(texts.len() + ids.len());
     for text in texts {
         prompts.push(Prompt { tokens: encode(&model.text, text.clone(), add_special).await?.into(), text });
+        // Many texts of a length that is tokenised right here must not keep others from this thread.
+        tokio::task::yield_now().await;
     }
     for ids in ids {
+        request::check_prompt(&model, &ids)?;
+        request::check_length(&model, ids.len(), None)?;
         // Only an echo shows it.
         let text = if echo {
             model.text.decode(&ids, common.skip_special).map_err(GenerateError::from)?
@@ -116,7 +138,8 @@ async fn parse(core: &Core, body: &Bytes) -> Result<Completion, ApiError> {
         common,
         arrived,
     };
-    Ok(Completion { id: format!("cmpl-{}", request::new_request_id()), batch, prompts, logprobs, echo })
+    let id = format!("cmpl-{}", request::new_request_id());
+    Ok(Completion { id, batch, prompts, logprobs, echo })
 }
 
 impl Completion {

@@ -9,9 +9,6 @@ use serde_json::{Value, json};
 
 use crate::GenerateError;
 
-/// Clients are asked to come back after so many seconds when there is no room.
-const RETRY_AFTER_SECONDS: u64 = 1;
-
 /// An error on its way to an HTTP client.
 #[derive(Debug)]
 pub struct ApiError {
@@ -20,12 +17,12 @@ pub struct ApiError {
     code: Option<&'static str>,
     param: Option<String>,
     message: String,
-    retry: bool,
+    retry_after_seconds: Option<u64>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: String) -> Self {
-        Self { status, kind, code, param: None, message, retry: false }
+        Self { status, kind, code, param: None, message, retry_after_seconds: None }
     }
 
     /// A request that is wrong in itself.
@@ -40,7 +37,7 @@ impl ApiError {
 
     /// `{"error": {...}}`, as a whole answer or as an event of a stream.
     pub fn body(&self) -> Value {
-        let Self { status: _, kind, code, param, message, retry: _ } = self;
+        let Self { status: _, kind, code, param, message, retry_after_seconds: _ } = self;
         json!({"error": {"message": message, "type": kind, "param": param, "code": code}})
     }
 }
@@ -48,8 +45,9 @@ impl ApiError {
 impl From<GenerateError> for ApiError {
     fn from(e: GenerateError) -> Self {
         let message = e.to_string();
+        let retry_after_seconds = e.retry_after_seconds();
         let invalid = "invalid_request_error";
-        match e {
+        let error = match e {
             GenerateError::Invalid { field, .. } => Self { param: field, ..Self::bad_request(message) },
             GenerateError::ContextLength { .. } => {
                 Self::new(StatusCode::BAD_REQUEST, invalid, Some("context_length_exceeded"), message)
@@ -58,19 +56,27 @@ impl From<GenerateError> for ApiError {
                 let error = Self::new(StatusCode::NOT_FOUND, invalid, Some("model_not_found"), message);
                 Self { param: Some("model".into()), ..error }
             }
-            GenerateError::QueueFull { .. } | GenerateError::NoRoom { .. } => {
+            GenerateError::QueueFull { .. }
+            | GenerateError::NoRoom { .. }
+            | GenerateError::Overloaded { .. }
+            | GenerateError::Late { .. }
+            | GenerateError::Limited { .. } => {
                 let status = StatusCode::TOO_MANY_REQUESTS;
-                Self { retry: true, ..Self::new(status, "rate_limit_error", Some("rate_limit_exceeded"), message) }
+                Self::new(status, "rate_limit_error", Some("rate_limit_exceeded"), message)
+            }
+            GenerateError::Unauthenticated => {
+                Self::new(StatusCode::UNAUTHORIZED, invalid, Some("invalid_api_key"), message)
             }
             GenerateError::Unavailable(_) | GenerateError::Failed { .. } => {
                 let status = StatusCode::SERVICE_UNAVAILABLE;
-                Self { retry: true, ..Self::new(status, "server_error", Some("service_unavailable"), message) }
+                Self::new(status, "server_error", Some("service_unavailable"), message)
             }
             GenerateError::Deadline(_) => {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "server_error", Some("deadline_exceeded"), message)
             }
             GenerateError::Internal(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message),
-        }
+        };
+        Self { retry_after_seconds, ..error }
     }
 }
 
@@ -79,8 +85,11 @@ impl IntoResponse for ApiError {
         let mut response = Response::new(Body::from(self.body().to_string()));
         *response.status_mut() = self.status;
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if self.retry {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER_SECONDS));
+        if let Some(seconds) = self.retry_after_seconds {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }

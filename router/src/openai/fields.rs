@@ -105,6 +105,8 @@ impl Fields {
 /// What completions and chat completions share.
 #[derive(Clone, Debug)]
 pub struct Common {
+    /// Lower goes first.
+    pub priority: i32,
     /// Answer as server-sent events?
     pub stream: bool,
     /// End the stream with the usage.
@@ -170,6 +172,9 @@ impl Common {
             None => None,
         };
         let seed: Option<i64> = fields.take("seed")?;
+        let priority: i64 = fields.take("priority")?.unwrap_or(0);
+        let priority = i32::try_from(priority)
+            .map_err(|_| GenerateError::limit("priority", "in [-2147483648, 2147483647]", priority))?;
         let off = SamplingParams::default();
         let mut number =
             |name: &str, default: f64| -> Result<f64, GenerateError> { Ok(fields.take(name)?.unwrap_or(default)) };
@@ -194,6 +199,7 @@ impl Common {
             sampling.logit_bias.insert(id, bias);
         }
         Ok(Self {
+            priority,
             stream,
             include_usage: options.and_then(|o| o.include_usage).unwrap_or(false),
             n,

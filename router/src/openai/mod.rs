@@ -1,6 +1,7 @@
 //! The OpenAI HTTP API, with vLLM's extensions.
 
 pub mod batch;
+pub mod caller;
 mod chat;
 mod completions;
 pub mod error;
@@ -8,20 +9,28 @@ mod fields;
 mod logprobs;
 mod sse;
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use axum::{
-    Json, Router,
+    Extension, Json, Router,
     body::Bytes,
     extract::{DefaultBodyLimit, Path, State, rejection::BytesRejection},
     http::StatusCode,
+    middleware::from_fn_with_state,
     response::Response,
     routing::{get, post},
 };
+use caller::Caller;
 use error::ApiError;
 use serde_json::{Value, json};
 
-use crate::{GenerateError, generate::Core, node::ServedModel};
+use crate::{GenerateError, generate::Core, node::ServedModel, request::Generation};
+
+type FoundModel = Result<Arc<ServedModel>, GenerateError>;
+type Checked = Result<Vec<Generation>, ApiError>;
 
 /// The routes.
 pub fn routes(core: Core, max_body_bytes: usize) -> Router {
@@ -30,6 +39,7 @@ pub fn routes(core: Core, max_body_bytes: usize) -> Router {
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
+        .route_layer(from_fn_with_state(core.clone(), caller::identify))
         .fallback(async || ApiError::bad_request("no such path").with_status(StatusCode::NOT_FOUND))
         .method_not_allowed_fallback(async || {
             ApiError::bad_request("no such method for this path").with_status(StatusCode::METHOD_NOT_ALLOWED)
@@ -43,15 +53,47 @@ fn body(result: Result<Bytes, BytesRejection>) -> Result<Bytes, ApiError> {
     result.map_err(|e| ApiError::bad_request(e.body_text()).with_status(e.status()))
 }
 
-async fn completions(State(core): State<Core>, bytes: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
-    Box::pin(completions::create(core, body(bytes)?)).await
+async fn completions(
+    State(core): State<Core>,
+    Extension(caller): Extension<Caller>,
+    bytes: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    Box::pin(completions::create(core, caller, body(bytes)?)).await
 }
 
 async fn chat_completions(
     State(core): State<Core>,
+    Extension(caller): Extension<Caller>,
     bytes: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    Box::pin(chat::create(core, body(bytes)?)).await
+    Box::pin(chat::create(core, caller, body(bytes)?)).await
+}
+
+/// What [`check`] allows a body to ask for.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Sequences.
+    pub sequences: usize,
+    /// How long each may take.
+    pub time: Duration,
+}
+
+impl Limits {
+    fn allow(self, count: usize) -> Result<(), GenerateError> {
+        if count > self.sequences {
+            return Err(GenerateError::limit("n", format!("at most {} with all prompts", self.sequences), count));
+        }
+        Ok(())
+    }
+}
+
+/// The sequences that the body of a completion (or, with `chat`, of a chat completion) asks of `model`: all that is
+/// done about a request before a node is needed.
+pub async fn check(body: &Bytes, chat: bool, model: &Arc<ServedModel>, limits: Limits) -> Checked {
+    match chat {
+        true => chat::generations(body, model, limits).await,
+        false => completions::generations(body, model, limits).await,
+    }
 }
 
 fn card(model: &ServedModel) -> Value {

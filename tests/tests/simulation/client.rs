@@ -19,6 +19,7 @@ use overfill_router::{
     metrics::Metrics,
     nodes::Nodes,
     request::{Generation, Output, new_request_id},
+    service::follow_capacity,
     simulated::EOS,
 };
 use parking_lot::Mutex;
@@ -51,6 +52,10 @@ pub struct Ask {
     pub ignore_eos: bool,
     /// How long the client sleeps after each token.
     pub pause: Duration,
+    /// Whose it is.
+    pub tenant: &'static str,
+    /// Lower goes first.
+    pub priority: i32,
 }
 
 /// How a request ended.
@@ -112,7 +117,7 @@ impl Record {
     }
 
     async fn receive(&self, core: &Core, witness: &Witness) -> End {
-        let Ask { prompt, max_tokens, time, ignore_eos, pause } = &self.ask;
+        let Ask { prompt, max_tokens, time, ignore_eos, pause, tenant, priority } = &self.ask;
         let arrived = Instant::now();
         let model = loop {
             match core.model(PRUNED) {
@@ -120,11 +125,6 @@ impl Record {
                 Err(e) if arrived.elapsed() >= *time => return End::Failed(format!("no model: {e}")),
                 Err(_) => sleep(ASK_AGAIN).await,
             }
-        };
-        let place = match core.admission.enter(1).map(|mut places| places.pop()) {
-            Ok(Some(place)) => place,
-            Ok(None) => return End::Failed("no place".into()),
-            Err(e) => return End::Failed(e.to_string()),
         };
         let generation = Generation {
             request_id: new_request_id(),
@@ -136,9 +136,15 @@ impl Record {
             include_stop: false,
             skip_special: true,
             prompt_logprobs: false,
+            priority: *priority,
             arrived,
             time: *time,
             model,
+        };
+        let tenant = core.identify(None, Some(tenant));
+        let place = match tenant.and_then(|tenant| core.enter(&tenant, std::slice::from_ref(&generation))) {
+            Ok(mut places) => places.pop().expect("a place for each sequence"),
+            Err(e) => return End::Failed(e.to_string()),
         };
         let expected = output(prompt, *max_tokens, *ignore_eos);
         let mut outputs = pin!(core.generate(place, generation));
@@ -225,6 +231,7 @@ impl RouterPlace {
         }
         let core = Core::new(nodes, Arc::new(Metrics::new()?), &self.config);
         let (clients, mut asked) = mpsc::unbounded_channel::<Arc<Record>>();
+        tokio::spawn(follow_capacity(core.clone(), self.config.max_running, shutdown.token()));
         let usable_nodes = Arc::new(AtomicUsize::new(0));
         *self.process.lock() = Some(RouterProcess { core: core.clone(), clients, usable_nodes: usable_nodes.clone() });
         let nodes = core.nodes.clone();

@@ -135,7 +135,15 @@ fn letters(rng: &mut StdRng, n: usize) -> Vec<u32> {
 pub fn ask(rng: &mut StdRng, prompts: &mut Prompts, time: Duration) -> Ask {
     let pause = if rng.random_bool(0.1) { millis(rng, 5..150) } else { Duration::ZERO };
     let max_tokens = if rng.random_bool(0.05) { 1 } else { rng.random_range(2..26) };
-    Ask { prompt: prompts.next(rng, max_tokens), max_tokens, time, ignore_eos: rng.random_bool(0.3), pause }
+    Ask {
+        prompt: prompts.next(rng, max_tokens),
+        max_tokens,
+        time,
+        ignore_eos: rng.random_bool(0.3),
+        pause,
+        tenant: one(rng, &["a", "b", "c"]),
+        priority: rng.random_range(0..2),
+    }
 }
 
 impl Plan {

@@ -194,3 +194,25 @@ async fn too_many_connections() {
     let mut second = Raw::connect(&rig).await;
     assert_eq!(second.answer().await, Some(Answer::Refuse(RefuseReason::Busy)));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_shows_no_ticket_gives_way() {
+    let rig = Rig::new(TransferConfig { max_connections: 3, ..TransferConfig::default() }).await;
+    let mut silent = Vec::new();
+    for _ in 0..20 {
+        silent.push(Raw::connect(&rig).await);
+    }
+    let mut incoming = rig.reserve([1; 16], 0);
+    let (sender, sending) = rig.send([1; 16], 0);
+    rig.announce_all(&sender);
+    // Nor do those that come while a handoff is under way take anything from it.
+    for _ in 0..20 {
+        silent.push(Raw::connect(&rig).await);
+    }
+    sender.commit(4);
+    assert_eq!(incoming.ready().await.unwrap().first_token, 4);
+    sending.await.unwrap().unwrap();
+    rig.check_arrived(0);
+    // The first was closed without a word.
+    assert_eq!(silent[0].answer().await, None);
+}

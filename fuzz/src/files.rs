@@ -1,0 +1,151 @@
+//! Files of a model's folder: `model/src/weights.rs`, `gguf/`, `config.rs`, `provenance.rs` and `text/`.
+
+use std::fs;
+use std::path::Path;
+
+use overfill_model::{ModelConfig, ModelError, Provenance, Weights, text_files};
+use overfill_text::{ChatMessage, TextFiles, TextModel};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::input::Input;
+use crate::text::TOKENIZER;
+
+/// A model of a few hundred weights.
+pub(crate) const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 4, "intermediate_size": 4,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2, "vocab_size": 8,
+    "tie_word_embeddings": true, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}"#;
+
+/// The files that [`model_folder`] puts the input into, by its first byte.
+pub(crate) const FILES: [&str; 7] = [
+    "config.json",
+    "overfill.json",
+    "model.safetensors.index.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+];
+
+thread_local! {
+    /// One for all inputs: making a folder takes longer than reading one.
+    static FOLDER: TempDir = tempfile::tempdir().expect("a folder for temporary files");
+}
+
+/// Calls `using` with a folder that holds these files alone. Nothing of it may be mapped any more when it returns.
+fn with_folder(files: &[(&str, &[u8])], using: impl FnOnce(&Path)) {
+    FOLDER.with(|folder| {
+        for (name, bytes) in files {
+            fs::write(folder.path().join(name), bytes).expect("writing a temporary file");
+        }
+        using(folder.path());
+        for (name, _) in files {
+            fs::remove_file(folder.path().join(name)).expect("removing a temporary file");
+        }
+    });
+}
+
+/// A fault is named on few lines.
+fn check_error(error: &ModelError) {
+    let text = error.to_string();
+    assert!(!text.is_empty(), "an error that says nothing");
+}
+
+/// Reads what there is of every tensor, and those that the configuration asks for by rows.
+fn read_weights(path: &Path) -> Result<(), ModelError> {
+    let weights = Weights::open(path)?;
+    for name in weights.names() {
+        weights.info(name);
+    }
+    weights.fingerprint()?;
+    let config = ModelConfig::from_folder(path)?;
+    for (name, shape) in config.tensor_shapes() {
+        weights.check(&name, &shape)?;
+        let mut row = vec![0.0; shape[1..].iter().product()];
+        weights.read_rows(&name, &shape, shape[0] - 1..shape[0], &mut row)?;
+    }
+    Ok(())
+}
+
+/// model.safetensors beside a good config.json.
+pub fn safetensors(data: &[u8]) {
+    with_folder(&[("config.json", CONFIG.as_bytes()), ("model.safetensors", data)], |folder| {
+        if let Err(error) = read_weights(folder) {
+            check_error(&error);
+        }
+    });
+}
+
+/// A .gguf file: weights, configuration, tokenizer, template.
+pub fn gguf(data: &[u8]) {
+    with_folder(&[("model.gguf", data)], |folder| {
+        let file = folder.join("model.gguf");
+        if let Err(error) = read_weights(&file) {
+            check_error(&error);
+        }
+        match text_files(&file) {
+            // What is made of the metadata is what the tokenizer's own reader takes, or it says what is wrong.
+            Ok(files) => drop(TextModel::from_files(&files)),
+            Err(error) => check_error(&error),
+        }
+    });
+}
+
+/// One of the small files of a folder, by the first byte.
+pub fn model_folder(data: &[u8]) {
+    let mut input = Input::new(data);
+    let name = FILES[usize::from(input.byte()) % FILES.len()];
+    let bytes = input.rest();
+    match name {
+        "config.json" => with_folder(&[(name, bytes)], |folder| match ModelConfig::from_folder(folder) {
+            Ok(config) => check_config(&config),
+            Err(error) => check_error(&error),
+        }),
+        "overfill.json" => with_folder(&[(name, bytes)], |folder| {
+            if let Some(error) = Provenance::from_folder(folder).err() {
+                check_error(&error);
+            }
+        }),
+        "model.safetensors.index.json" => with_folder(&[(name, bytes)], |folder| {
+            if let Some(error) = Weights::open(folder).err() {
+                check_error(&error);
+            }
+        }),
+        // Its reader panics at some inputs. That is caught, but libFuzzer would end at it.
+        "tokenizer.json" if cfg!(feature = "libfuzzer") => {}
+        text_file => {
+            let mut files = TextFiles { tokenizer_json: TOKENIZER.into(), ..TextFiles::default() };
+            let bytes = bytes.to_vec();
+            match text_file {
+                "generation_config.json" => files.generation_config_json = Some(bytes),
+                "tokenizer_config.json" => files.tokenizer_config_json = Some(bytes),
+                "special_tokens_map.json" => files.special_tokens_map_json = Some(bytes),
+                _ => files.tokenizer_json = bytes,
+            }
+            if let Ok(model) = TextModel::from_files(&files) {
+                let _ = model.encode("a text", true).and_then(|ids| model.decode(&ids, true));
+                let _ = model.apply_chat_template(&[ChatMessage::new("user", "hi")], true);
+                // A decoder of a stranger's making need not give the same in pieces; it must not fail badly.
+                if let Ok(mut decoder) = model.detokenizer(&[], false) {
+                    (0..32).for_each(|id| drop(decoder.push(id)));
+                    let _ = decoder.flush();
+                }
+            }
+        }
+    }
+}
+
+/// What was read can be asked for all that a node asks for, and is read again from what it writes.
+fn check_config(config: &ModelConfig) {
+    let shapes = config.tensor_shapes();
+    assert!(shapes.iter().all(|(name, shape)| !name.is_empty() && !shape.contains(&0)));
+    assert_eq!(config.inverse_frequencies().len(), config.head_dim / 2);
+    assert!(!config.rope_spec().scaling.is_empty());
+    let json: Value = config.to_json();
+    let again = ModelConfig::from_json(Path::new("config.json"), json).expect("a configuration that was written here");
+    assert_eq!(again.tensor_shapes(), shapes);
+    assert_eq!(
+        (again.rope_spec(), again.max_position_embeddings),
+        (config.rope_spec(), config.max_position_embeddings)
+    );
+}

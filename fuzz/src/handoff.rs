@@ -1,0 +1,211 @@
+//! The receiver's side of a handoff: `kv/src/handoff/receiver.rs`.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use overfill_kv::Ticket;
+use overfill_kv::handoff::{
+    Commit, Failure, HandoffSpec, Hello, Piece, ReceiverAction, ReceiverEvent, ReceiverHandoff,
+};
+
+use crate::input::Input;
+
+const TICKET: Ticket = Ticket([7; 16]);
+const DIGEST: [u8; 32] = [9; 32];
+const BLOCK_BYTES: usize = 64;
+const DEADLINE: Duration = Duration::from_secs(1000);
+const IDLE: Duration = Duration::from_secs(100);
+
+/// What the machine has said so far, and what follows from it for what it may say next.
+struct Watched {
+    machine: ReceiverHandoff,
+    spec: HandoffSpec,
+    now: Duration,
+    accepted: bool,
+    /// Accepted, and its end not yet reported: it may write.
+    writer: bool,
+    landing: Option<Piece>,
+    landed: HashSet<(u32, u32)>,
+    frames: u64,
+    bytes: u64,
+    told: bool,
+    released: bool,
+}
+
+/// Events of any kind in any order, with time passing between them. The invariants are quoted by their numbers in
+/// ARCHITECTURE.md.
+pub fn handoff(data: &[u8]) {
+    let mut input = Input::new(data);
+    let spec = HandoffSpec {
+        ticket: TICKET,
+        schema_digest: DIGEST,
+        layers: 1 + u32::from(input.below(3)),
+        first_block: u32::from(input.below(3)),
+        blocks: 1 + u32::from(input.below(4)),
+        block_bytes: BLOCK_BYTES,
+        prompt_tokens: 100,
+        deadline: DEADLINE,
+        idle_timeout: IDLE,
+    };
+    let mut watched = Watched {
+        machine: ReceiverHandoff::new(spec.clone()),
+        spec,
+        now: Duration::ZERO,
+        accepted: false,
+        writer: false,
+        landing: None,
+        landed: HashSet::new(),
+        frames: 0,
+        bytes: 0,
+        told: false,
+        released: false,
+    };
+    while !input.is_empty() {
+        let event = event(&mut input, &watched);
+        watched.give(event);
+    }
+    // KV-3, KV-6: whatever has happened, the end of the request and of the writer's task are the end of everything.
+    watched.give(ReceiverEvent::Cancel);
+    watched.give(ReceiverEvent::WriterStopped);
+    assert!(watched.told, "the owner was told nothing");
+    assert!(watched.released, "blocks were not released");
+    assert!(watched.machine.next_tick().is_none() && !watched.machine.is_stranded());
+}
+
+/// The next event: what a good sender would do, a little more often than not.
+fn event(input: &mut Input<'_>, watched: &Watched) -> ReceiverEvent {
+    let spec = &watched.spec;
+    match input.byte() % 32 {
+        0..4 => ReceiverEvent::Hello(Hello {
+            ticket: TICKET,
+            schema_digest: DIGEST,
+            first_block: spec.first_block,
+            prompt_tokens: spec.prompt_tokens,
+        }),
+        4 => ReceiverEvent::Hello(Hello {
+            ticket: Ticket([input.byte(); 16]),
+            schema_digest: [input.byte(); 32],
+            first_block: input.number(),
+            prompt_tokens: input.number(),
+        }),
+        5..13 => {
+            let (layer, first_block, blocks) = (input.number(), input.number(), input.number());
+            ReceiverEvent::Layer(Piece { layer, first_block, blocks })
+        }
+        13..21 => ReceiverEvent::Landed { checksum_ok: input.byte() != 0xff },
+        21..24 => ReceiverEvent::Commit(Commit { first_token: 5, frames: watched.frames, bytes: watched.bytes }),
+        24 => ReceiverEvent::Commit(Commit {
+            first_token: input.number(),
+            frames: input.number().into(),
+            bytes: u64::from(input.number()) * BLOCK_BYTES as u64,
+        }),
+        25 => ReceiverEvent::Ping,
+        26 => ReceiverEvent::DecodeStarted,
+        27 => ReceiverEvent::Finished,
+        28 => ReceiverEvent::WriterStopped,
+        29 => ReceiverEvent::Tick,
+        30 => match input.byte() {
+            0..64 => ReceiverEvent::Garbage,
+            64..128 => ReceiverEvent::StoreFailed,
+            128..192 => ReceiverEvent::Lost,
+            _ => ReceiverEvent::Cancel,
+        },
+        _ => ReceiverEvent::Ping,
+    }
+}
+
+impl Watched {
+    fn cells(&self, piece: &Piece) -> impl Iterator<Item = (u32, u32)> + use<> {
+        let layer = piece.layer;
+        let first = u64::from(piece.first_block);
+        (first..first + u64::from(piece.blocks)).map(move |block| (layer, block as u32))
+    }
+
+    fn give(&mut self, event: ReceiverEvent) {
+        // Now and then time passes, up to and beyond the limits; ticks are what it usually passes before.
+        if event == ReceiverEvent::Tick {
+            self.now = self.machine.next_tick().unwrap_or(self.now).max(self.now);
+        } else {
+            self.now += Duration::from_secs(1);
+        }
+        let was_open = self.machine.state().is_open();
+        let actions = self.machine.on_event(event, self.now);
+        let in_time = !actions.iter().any(|a| matches!(a, ReceiverAction::Fail(Failure::Deadline | Failure::Idle)));
+        if event == ReceiverEvent::WriterStopped {
+            self.writer = false;
+            self.landing = None;
+        }
+        let ready = actions.iter().any(|a| matches!(a, ReceiverAction::Ready { .. }));
+        let landed = if let ReceiverEvent::Landed { .. } = event { self.landing.take() } else { None };
+        if let (Some(piece), true) = (landed, self.machine.state().is_open()) {
+            for cell in self.cells(&piece) {
+                assert!(self.landed.insert(cell), "{cell:?} was written twice");
+            }
+            self.frames += 1;
+            self.bytes += u64::from(piece.blocks) * BLOCK_BYTES as u64;
+        }
+        assert_eq!(self.machine.bytes(), self.bytes);
+        if let ReceiverEvent::Commit(commit) = event {
+            let whole = self.landed.len() == self.spec.layers as usize * self.spec.blocks as usize;
+            let agreed = (commit.frames, commit.bytes) == (self.frames, self.bytes) && self.landing.is_none();
+            // KV-5, both ways: only a whole handoff is ready, and a whole one is.
+            let due = was_open && in_time && self.writer && whole && agreed;
+            assert_eq!(ready, due, "a commit of {commit:?}");
+            assert_eq!(ready, actions.contains(&ReceiverAction::Confirm));
+        } else {
+            assert!(!ready, "ready without a commit");
+        }
+        for action in &actions {
+            self.check(&event, action);
+        }
+        if let Some(at) = self.machine.next_tick() {
+            assert!(at <= self.spec.deadline, "a limit beyond the deadline");
+        }
+    }
+
+    fn check(&mut self, event: &ReceiverEvent, action: &ReceiverAction) {
+        match *action {
+            ReceiverAction::Accept => {
+                // KV-4: a ticket is for one writer, once, who means this very attempt.
+                assert!(!self.accepted && !self.released);
+                let ReceiverEvent::Hello(hello) = event else { panic!("accepted {event:?}") };
+                let meant = (hello.ticket, hello.schema_digest, hello.first_block, hello.prompt_tokens);
+                assert_eq!(meant, (TICKET, DIGEST, self.spec.first_block, self.spec.prompt_tokens));
+                (self.accepted, self.writer) = (true, true);
+            }
+            ReceiverAction::Refuse(_) => assert!(matches!(event, ReceiverEvent::Hello(_))),
+            ReceiverAction::Write(piece) => {
+                assert_eq!(*event, ReceiverEvent::Layer(piece));
+                // KV-1: into reserved blocks that nobody else writes to, and never over what is there.
+                assert!(self.writer && !self.released && self.landing.is_none() && piece.blocks > 0);
+                let reserved = self.spec.first_block..self.spec.first_block + self.spec.blocks;
+                for (layer, block) in self.cells(&piece) {
+                    assert!(layer < self.spec.layers && reserved.contains(&block), "{piece:?} reaches outside");
+                    assert!(!self.landed.contains(&(layer, block)), "{piece:?} is there already");
+                }
+                self.landing = Some(piece);
+            }
+            ReceiverAction::Confirm => {}
+            ReceiverAction::Ready { first_token } => {
+                assert!(matches!(event, ReceiverEvent::Commit(commit) if commit.first_token == first_token));
+                self.tell();
+            }
+            ReceiverAction::Fail(_) => self.tell(),
+            // Time comes first: a limit may have passed just before the writer's end is reported.
+            ReceiverAction::StopWriter { .. } => {
+                assert!(self.writer || *event == ReceiverEvent::WriterStopped, "nobody to stop");
+            }
+            ReceiverAction::ReleaseBlocks => {
+                // KV-1: once, and only when no writer is there.
+                assert!(!self.released && !self.writer);
+                self.released = true;
+            }
+        }
+    }
+
+    /// KV-6: one outcome.
+    fn tell(&mut self) {
+        assert!(!self.told, "a second outcome");
+        self.told = true;
+    }
+}

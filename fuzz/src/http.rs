@@ -1,0 +1,64 @@
+//! Bodies of HTTP requests: `router/src/openai/`.
+
+use std::cell::RefCell;
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use axum::body::Bytes;
+use overfill_router::node::ServedModel;
+use overfill_router::openai::{self, Limits};
+use tokio::runtime::{Builder, Runtime};
+
+use crate::text::model;
+
+const LIMITS: Limits = Limits { sequences: 256, time: Duration::from_secs(9) };
+
+/// A model that a router would serve, over a golden tokenizer.
+pub(crate) static MODEL: LazyLock<Arc<ServedModel>> = LazyLock::new(|| {
+    Arc::new(ServedModel {
+        name: "m".into(),
+        full_model: "m".into(),
+        text: model(),
+        vocab_size: 320,
+        max_context_tokens: 512,
+        eos_token_ids: [1].into(),
+        created: 0,
+    })
+});
+
+thread_local! {
+    /// For tasks that a body begins; one for all inputs, for it takes longer to start than a body to read.
+    static RUNTIME: RefCell<Option<Runtime>> = const { RefCell::new(None) };
+}
+
+/// A completion's body, or where the first byte is odd a chat completion's: every sequence that comes of it keeps the
+/// limits, and a refusal says something.
+pub fn http_bodies(data: &[u8]) {
+    let Some((first, body)) = data.split_first() else { return };
+    let body = Bytes::copy_from_slice(body);
+    let checked = RUNTIME.with_borrow_mut(|runtime| {
+        let runtime =
+            runtime.get_or_insert_with(|| Builder::new_current_thread().build().expect("a runtime for this thread"));
+        runtime.block_on(openai::check(&body, first % 2 == 1, &MODEL, LIMITS))
+    });
+    match checked {
+        Ok(generations) => {
+            assert!((1..=LIMITS.sequences).contains(&generations.len()));
+            for generation in generations {
+                assert!(!generation.prompt.is_empty());
+                assert!(generation.prompt.iter().all(|id| *id < MODEL.vocab_size));
+                let tokens = generation.prompt.len() as u64 + u64::from(generation.max_tokens);
+                assert!(tokens <= u64::from(MODEL.max_context_tokens));
+                assert_eq!(generation.sampling.validate(MODEL.vocab_size as usize), Ok(()));
+                assert!(generation.stop.iter().all(|stop| !stop.is_empty()));
+                assert_eq!(generation.time, LIMITS.time);
+            }
+        }
+        Err(error) => {
+            let body = error.body();
+            let message = body["error"]["message"].as_str().expect("a message");
+            // A value may be named, once.
+            assert!(!message.is_empty() && message.len() <= 1024 + 8 * data.len(), "{} bytes", message.len());
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! Protobuf messages, and what is made of them: `proto/src/convert.rs` and the nodes' `request.rs`.
+
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use overfill_decode_node::request::RequestLimits as DecodeLimits;
+use overfill_kv::{BLOCK_TOKENS, KvDtype, KvSchema, RopeSpec, SamplingParams};
+use overfill_prefill_node::request::RequestLimits as PrefillLimits;
+use overfill_proto::{ticket_from_wire, v1};
+use overfill_router::request;
+use prost::Message;
+use tokio::time::Instant;
+
+use crate::http::MODEL;
+use crate::input::Input;
+
+/// What the nodes' models and pools are, to the requests under test.
+pub(crate) const CONTEXT: usize = 64;
+
+pub(crate) static SCHEMA: LazyLock<KvSchema> = LazyLock::new(|| KvSchema {
+    layers: vec![0, 1],
+    kv_heads: 2,
+    head_dim: 8,
+    rope: RopeSpec { theta: 1e4, scaling: "none".into() },
+    dtype: KvDtype::F32,
+    block_tokens: BLOCK_TOKENS as u32,
+    vocab_size: 100,
+    tokenizer_sha256: "aa".into(),
+    full_model: Some("f".into()),
+});
+
+const INCARNATION: &str = "1";
+const DEADLINE: Duration = Duration::from_secs(9);
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// A message of the kind that the first byte says.
+pub fn messages(data: &[u8]) {
+    let mut input = Input::new(data);
+    match input.below(8) {
+        0 => decode_request(input.rest()),
+        1 => prefill_request(input.rest()),
+        2 => generate_request(input.rest()),
+        3 => schema(input.rest()),
+        4 => sampling(input.rest()),
+        5 => same_again::<v1::NodeInfo>(input.rest(), |info| {
+            // What the router makes of a node that describes itself.
+            let _ = (info.role(), KvSchema::try_from(info.kv_schema.clone().unwrap_or_default()));
+        }),
+        6 => same_again::<v1::DecodeEvent>(input.rest(), |event| match event.event {
+            Some(v1::decode_event::Event::Reserved(reserved)) => {
+                assert_eq!(ticket_from_wire(&reserved.ticket).is_ok(), reserved.ticket.len() == 16);
+            }
+            Some(v1::decode_event::Event::Token(token)) => drop(overfill_kv::OutputToken::from(token)),
+            _ => {}
+        }),
+        _ => same_again::<v1::PrefillEvent>(input.rest(), |event| {
+            if let Some(v1::prefill_event::Event::FirstToken(v1::FirstToken { token: Some(token), .. })) = event.event {
+                drop(overfill_kv::OutputToken::from(token));
+            }
+        }),
+    }
+}
+
+/// Decodes a message, which must survive its own encoding, and uses it.
+fn same_again<M: Message + Default + Clone>(bytes: &[u8], using: impl FnOnce(M)) {
+    let Ok(message) = M::decode(bytes) else { return };
+    let encoded = message.encode_to_vec();
+    // Bytes are compared, for NaN is not itself; their number, for a map has no order.
+    let again = M::decode(&*encoded).expect("a message that was encoded here").encode_to_vec();
+    assert_eq!(again.len(), encoded.len());
+    using(message);
+}
+
+fn check_tokens(tokens: &[u32], generated: usize, deadline: Instant, now: Instant) {
+    assert!((1..=CONTEXT).contains(&tokens.len()) && generated < tokens.len());
+    assert!(tokens.iter().all(|id| *id < SCHEMA.vocab_size));
+    // A deadline may be so near that it is now.
+    assert!(deadline >= now && deadline <= now + DAY);
+}
+
+fn decode_request(bytes: &[u8]) {
+    same_again::<v1::DecodeRequest>(bytes, |wire| {
+        let limits = DecodeLimits {
+            schema: SCHEMA.clone(),
+            max_context_tokens: CONTEXT,
+            default_deadline: DEADLINE,
+            incarnation: INCARNATION.into(),
+        };
+        let now = Instant::now();
+        match limits.check(wire, now) {
+            Ok(request) => {
+                check_tokens(&request.tokens, request.generated, request.deadline, now);
+                assert!(request.max_tokens >= 2 && request.tokens.len() + request.max_tokens <= CONTEXT);
+                assert_eq!(request.sampling.validate(SCHEMA.vocab_size as usize), Ok(()));
+                assert_eq!(request.producer, SCHEMA.full_model);
+            }
+            Err(e) => check_refusal(&e.to_string()),
+        }
+    });
+}
+
+fn prefill_request(bytes: &[u8]) {
+    same_again::<v1::PrefillRequest>(bytes, |wire| {
+        let limits = PrefillLimits {
+            schema: SCHEMA.clone(),
+            max_context_tokens: CONTEXT,
+            default_deadline: DEADLINE,
+            incarnation: INCARNATION.into(),
+        };
+        let now = Instant::now();
+        match limits.check(wire, now) {
+            Ok(request) => {
+                check_tokens(&request.tokens, request.generated, request.deadline, now);
+                assert_eq!(request.sampling.validate(SCHEMA.vocab_size as usize), Ok(()));
+                if let Some(handoff) = request.handoff {
+                    assert!(handoff.held_blocks * BLOCK_TOKENS < request.tokens.len());
+                    assert_eq!(SCHEMA.check_consumer(&handoff.schema), Ok(()));
+                }
+            }
+            Err(e) => check_refusal(&e.to_string()),
+        }
+    });
+}
+
+/// A refusal says something, and is no longer than a client can be expected to read.
+fn check_refusal(message: &str) {
+    assert!(!message.is_empty() && message.len() <= 64 << 10, "a message of {} bytes", message.len());
+}
+
+/// The checks of `router/src/grpc.rs` that need no node.
+fn generate_request(bytes: &[u8]) {
+    same_again::<v1::GenerateRequest>(bytes, |wire| {
+        if request::check_stops(&wire.stop).is_ok() {
+            assert!(wire.stop.len() <= request::MAX_STOPS);
+        }
+        if let Some(v1::generate_request::Prompt::TokenIds(ids)) = &wire.prompt
+            && request::check_prompt(&MODEL, &ids.ids).is_ok()
+        {
+            assert!(ids.ids.iter().all(|id| *id < MODEL.vocab_size));
+            let asked = (wire.max_tokens > 0).then_some(wire.max_tokens);
+            if let Ok(tokens) = request::check_length(&MODEL, ids.ids.len(), asked) {
+                assert!(ids.ids.len() as u64 + u64::from(tokens) <= u64::from(MODEL.max_context_tokens));
+            }
+        }
+    });
+}
+
+fn schema(bytes: &[u8]) {
+    same_again::<v1::KvSchema>(bytes, |wire| {
+        let Ok(schema) = KvSchema::try_from(wire) else { return };
+        let again = KvSchema::try_from(v1::KvSchema::from(&schema)).expect("a schema that was checked");
+        assert_eq!((again.digest(), again.full_model.clone()), (schema.digest(), schema.full_model.clone()));
+        assert!(schema.block_bytes() > 0);
+        let _ = SCHEMA.check_consumer(&schema);
+        // NaN is not itself, and such a schema agrees with none.
+        if !schema.rope.theta.is_nan() {
+            assert_eq!(schema.check_consumer(&again), Ok(()));
+        }
+    });
+}
+
+fn sampling(bytes: &[u8]) {
+    same_again::<v1::SamplingParams>(bytes, |wire| {
+        let params = SamplingParams::from(wire);
+        if params.validate(SCHEMA.vocab_size as usize).is_ok() {
+            assert_eq!(SamplingParams::from(v1::SamplingParams::from(&params)), params);
+            assert!(params.logit_bias.len() <= SCHEMA.vocab_size as usize);
+        }
+    });
+}

@@ -1,0 +1,286 @@
+//! Good inputs to begin from: small, and each of what its target reads when all is well.
+
+use overfill_kv::handoff::{Commit, Hello, Piece, RefuseReason};
+use overfill_kv::{SamplingParams, Ticket};
+use overfill_model::ModelConfig;
+use overfill_proto::v1;
+use overfill_transport::frame::{
+    Answer, Header, encode_answer, encode_commit, encode_header, encode_hello, encode_ping,
+};
+use prost::Message;
+use serde_json::{Map, Value, json};
+
+use crate::files::{CONFIG, FILES};
+use crate::messages::SCHEMA;
+use crate::text::TOKENIZER;
+
+/// A file's name and content.
+pub type Seed = (String, Vec<u8>);
+
+/// Those of a target; they are what lies in `seeds/`, where inputs that once failed may lie beside them.
+pub fn seeds(target: &str) -> Vec<Seed> {
+    let seeds: Vec<(&str, Vec<u8>)> = match target {
+        "frames" => frames(),
+        "handoff" => handoff(),
+        "messages" => messages(),
+        "http_bodies" => http_bodies(),
+        "safetensors" => vec![("model", safetensors())],
+        "gguf" => vec![("model", gguf())],
+        "model_folder" => model_folder(),
+        "chat_messages" => chat_messages(),
+        "chat_template" => chat_templates(),
+        "detokenizer" => vec![
+            ("text", [&[0, 2, 40, 0][..], &[72, 0, 101, 0, 108, 1, 111, 1, 3, 0, 200, 0]].concat()),
+            ("bytes", [&[1, 0][..], &(100..250).flat_map(|id| [id, 0]).collect::<Vec<u8>>()].concat()),
+        ],
+        "stop_texts" => vec![
+            ("one", b"\x00\x01\x03end\x05hello\x02 e\x02nd\x03 no".to_vec()),
+            ("several", "\u{1}\u{2}\u{3}aéb\u{2}é\u{1}a\u{2}aé\u{1}b".as_bytes().to_vec()),
+        ],
+        other => panic!("no target {other}"),
+    };
+    seeds.into_iter().map(|(name, bytes)| (name.to_owned(), bytes)).collect()
+}
+
+fn frames() -> Vec<(&'static str, Vec<u8>)> {
+    let hello = Hello { ticket: Ticket([7; 16]), schema_digest: [9; 32], first_block: 1, prompt_tokens: 100 };
+    let piece = Piece { layer: 1, first_block: 2, blocks: 3 };
+    vec![
+        ("hello", encode_hello(&hello).to_vec()),
+        ("accept", encode_answer(Answer::Accept).to_vec()),
+        ("refuse", encode_answer(Answer::Refuse(RefuseReason::Checksum)).to_vec()),
+        ("layer", encode_header(&Header::Layer(piece, 1 << 16)).to_vec()),
+        ("ping", encode_ping().to_vec()),
+        ("commit", encode_commit(&Commit { first_token: 7, frames: 3, bytes: 1 << 16 }, 12).to_vec()),
+    ]
+}
+
+fn handoff() -> Vec<(&'static str, Vec<u8>)> {
+    // Two layers of two blocks from block 1; hello; each layer announced and landed; commit; decode; the end.
+    let head = [1, 1, 1, 0];
+    let layer = |layer, first, blocks| [5, layer, first, blocks, 13, 0];
+    let whole = [&head[..], &layer(0, 1, 2), &layer(1, 1, 1), &layer(1, 2, 1), &[21, 26, 27, 28]].concat();
+    let short = [&head[..], &layer(0, 1, 2), &[25, 21]].concat();
+    let outside = [&head[..], &layer(0, 0, 2), &[28]].concat();
+    let slow = [&head[..], &layer(0, 1, 1), &[29, 29, 28]].concat();
+    vec![("whole", whole), ("short", short), ("outside", outside), ("slow", slow)]
+}
+
+fn messages() -> Vec<(&'static str, Vec<u8>)> {
+    let of = |kind: u8, message: &[u8]| [&[kind], message].concat();
+    let sampling = SamplingParams { logit_bias: [(7, 1.5)].into(), logprobs: Some(2), ..SamplingParams::greedy() };
+    let sampling = v1::SamplingParams::from(&sampling);
+    let schema = v1::KvSchema::from(&*SCHEMA);
+    let decode = v1::DecodeRequest {
+        request_id: "r".into(),
+        prompt_tokens: (1..20).collect(),
+        sampling: Some(sampling.clone()),
+        max_tokens: 40,
+        stop_token_ids: vec![1],
+        deadline_seconds: 4.0,
+        generated_tokens: 2,
+        producer: "f".into(),
+        incarnation: "1".into(),
+    };
+    let prefill = v1::PrefillRequest {
+        request_id: "r".into(),
+        prompt_tokens: (1..20).collect(),
+        sampling: Some(sampling.clone()),
+        handoff: Some(v1::HandoffTarget {
+            ticket: vec![7; 16],
+            kv_endpoint: "127.0.0.1:1".into(),
+            kv_schema: Some(schema.clone()),
+            held_tokens: 16,
+        }),
+        ..Default::default()
+    };
+    let generate = v1::GenerateRequest {
+        model: "m".into(),
+        prompt: Some(v1::generate_request::Prompt::TokenIds(v1::TokenIds { ids: vec![1, 2, 3] })),
+        sampling: Some(sampling.clone()),
+        max_tokens: 4,
+        stop: vec!["end".into()],
+        ..Default::default()
+    };
+    let info = v1::NodeInfo {
+        node_id: "n".into(),
+        role: v1::Role::Decode.into(),
+        kv_schema: Some(schema.clone()),
+        ..Default::default()
+    };
+    let reserved = v1::Reserved {
+        ticket: vec![7; 16],
+        kv_endpoint: "127.0.0.1:1".into(),
+        held_tokens: 16,
+        kv_schema: Some(schema.clone()),
+    };
+    let token = v1::OutputToken { token: 3, logprob: -0.5, top: vec![v1::TokenLogprob { token: 3, logprob: -0.5 }] };
+    let first = v1::FirstToken { token: Some(token), prefill_seconds: 0.1 };
+    let decode_event = v1::DecodeEvent { event: Some(v1::decode_event::Event::Reserved(reserved)) };
+    let prefill_event = v1::PrefillEvent { event: Some(v1::prefill_event::Event::FirstToken(first)) };
+    vec![
+        ("decode", of(0, &decode.encode_to_vec())),
+        ("prefill", of(1, &prefill.encode_to_vec())),
+        ("generate", of(2, &generate.encode_to_vec())),
+        ("schema", of(3, &schema.encode_to_vec())),
+        ("sampling", of(4, &sampling.encode_to_vec())),
+        ("info", of(5, &info.encode_to_vec())),
+        ("decode-event", of(6, &decode_event.encode_to_vec())),
+        ("prefill-event", of(7, &prefill_event.encode_to_vec())),
+    ]
+}
+
+fn http_bodies() -> Vec<(&'static str, Vec<u8>)> {
+    let of = |kind: u8, body: Value| [&[kind][..], body.to_string().as_bytes()].concat();
+    let everything = json!({
+        "model": "m", "prompt": [[1, 2], [3]], "max_tokens": 4, "temperature": 0.5, "top_p": 0.9, "top_k": -1, "n": 2,
+        "min_p": 0.1, "seed": -3, "presence_penalty": 1, "frequency_penalty": -1, "repetition_penalty": 1.1,
+        "logit_bias": {"7": -5}, "stop": ["a", "é"], "logprobs": 2, "echo": true, "ignore_eos": true,
+        "stop_token_ids": [3], "stream": true, "stream_options": {"include_usage": true}, "return_token_ids": true,
+        "skip_special_tokens": false, "tools": [], "suffix": null,
+    });
+    let chat = json!({
+        "model": "m", "max_completion_tokens": 4, "logprobs": true, "top_logprobs": 2, "stop": "x",
+        "messages": [{"role": "system", "content": "Be brief."},
+                     {"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "text", "text": "é"}]},
+                     {"role": "assistant", "content": null, "tool_calls": []}],
+    });
+    vec![
+        ("text", of(0, json!({"prompt": "hello"}))),
+        ("texts", of(0, json!({"prompt": ["hello", "world"], "max_tokens": 0, "echo": true}))),
+        ("everything", of(0, everything)),
+        ("chat", of(1, chat)),
+    ]
+}
+
+fn config() -> ModelConfig {
+    let value = serde_json::from_str(CONFIG).expect("the configuration above");
+    ModelConfig::from_json(std::path::Path::new("config.json"), value).expect("the configuration above")
+}
+
+fn safetensors() -> Vec<u8> {
+    let mut header = Map::new();
+    let mut end = 0;
+    for (name, shape) in config().tensor_shapes() {
+        let start = end;
+        end += 2 * shape.iter().product::<usize>();
+        header.insert(name, json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}));
+    }
+    let header = Value::Object(header).to_string();
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &vec![1; end]].concat()
+}
+
+fn gguf() -> Vec<u8> {
+    let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
+    let entry = |key: &str, kind: u32, value: &[u8]| [&text(key), &kind.to_le_bytes()[..], value].concat();
+    let number = |key: &str, number: u32| entry(key, 4, &number.to_le_bytes());
+    let texts = |key: &str, list: &[&str]| {
+        let head = [&8_u32.to_le_bytes()[..], &(list.len() as u64).to_le_bytes()].concat();
+        entry(key, 9, &list.iter().fold(head, |all, item| [all, text(item)].concat()))
+    };
+    let metadata = [
+        entry("general.architecture", 8, &text("llama")),
+        number("llama.block_count", 1),
+        number("llama.embedding_length", 4),
+        number("llama.feed_forward_length", 4),
+        number("llama.attention.head_count", 2),
+        number("llama.attention.head_count_kv", 1),
+        number("llama.context_length", 64),
+        entry("llama.attention.layer_norm_rms_epsilon", 6, &1e-5_f32.to_le_bytes()),
+        entry("tokenizer.ggml.model", 8, &text("gpt2")),
+        entry("tokenizer.ggml.pre", 8, &text("gpt-2")),
+        texts("tokenizer.ggml.tokens", &["<s>", "</s>", "a", "b", "ab", "c", "d", "e"]),
+        texts("tokenizer.ggml.merges", &["a b"]),
+        number("tokenizer.ggml.bos_token_id", 0),
+        number("tokenizer.ggml.eos_token_id", 1),
+        entry("tokenizer.chat_template", 8, &text("{{ messages[0].content }}")),
+    ];
+    let tensors: [(&str, &[u64]); 11] = [
+        ("token_embd.weight", &[4, 8]),
+        ("output_norm.weight", &[4]),
+        ("blk.0.attn_norm.weight", &[4]),
+        ("blk.0.ffn_norm.weight", &[4]),
+        ("blk.0.attn_q.weight", &[4, 4]),
+        ("blk.0.attn_k.weight", &[4, 2]),
+        ("blk.0.attn_v.weight", &[4, 2]),
+        ("blk.0.attn_output.weight", &[4, 4]),
+        ("blk.0.ffn_gate.weight", &[4, 4]),
+        ("blk.0.ffn_up.weight", &[4, 4]),
+        ("blk.0.ffn_down.weight", &[4, 4]),
+    ];
+    let counts = [(tensors.len() as u64).to_le_bytes(), (metadata.len() as u64).to_le_bytes()].concat();
+    let mut file = [&b"GGUF"[..], &3_u32.to_le_bytes(), &counts, &metadata.concat()].concat();
+    let mut offset = 0;
+    for (name, shape) in tensors {
+        file.extend([text(name), (shape.len() as u32).to_le_bytes().to_vec()].concat());
+        shape.iter().for_each(|size| file.extend(size.to_le_bytes()));
+        // F16.
+        file.extend([&1_u32.to_le_bytes()[..], &u64::to_le_bytes(offset)].concat());
+        offset = (offset + 2 * shape.iter().product::<u64>()).next_multiple_of(32);
+    }
+    file.resize(file.len().next_multiple_of(32) + offset as usize, 1);
+    file
+}
+
+fn model_folder() -> Vec<(&'static str, Vec<u8>)> {
+    let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192});
+    let mut scaled: Value = serde_json::from_str(CONFIG).expect("the configuration above");
+    scaled["rope_scaling"] = llama3;
+    scaled["layer_types"] = json!(["full_attention"]);
+    let contents: [(&str, Vec<u8>); 8] = [
+        ("config.json", CONFIG.into()),
+        ("config.json", scaled.to_string().into()),
+        (
+            "overfill.json",
+            br#"{"version": 1, "full_model": {"name": "f", "fingerprint": "ab"}, "kept_layers": [0, 2]}"#.to_vec(),
+        ),
+        ("model.safetensors.index.json", br#"{"weight_map": {"a": "model-1.safetensors"}}"#.to_vec()),
+        ("generation_config.json", br#"{"eos_token_id": [1, 2], "temperature": 0.6, "top_k": 20}"#.to_vec()),
+        (
+            "tokenizer_config.json",
+            br#"{"bos_token": "<s>", "eos_token": {"content": "</s>"},
+                "chat_template": [{"name": "default", "template": "{{ bos_token }}{{ messages[0].content }}"}]}"#
+                .to_vec(),
+        ),
+        ("special_tokens_map.json", br#"{"bos_token": "<s>"}"#.to_vec()),
+        ("tokenizer.json", TOKENIZER.into()),
+    ];
+    let names =
+        ["config", "config-scaled", "overfill", "index", "generation", "tokenizer-config", "special", "tokenizer"];
+    let file = |name: &str| FILES.iter().position(|file| *file == name).expect("one of the files") as u8;
+    names.into_iter().zip(contents).map(|(name, (of, content))| (name, [vec![file(of)], content].concat())).collect()
+}
+
+fn chat_messages() -> Vec<(&'static str, Vec<u8>)> {
+    vec![
+        ("turns", b"\x00\x80\x09Be brief.\x00\x04 hi \x40\x10<think>x</think>y\x00\x07{\"a\":1}".to_vec()),
+        ("roles", "\u{1}\u{70}\u{3}abc\u{7f}\u{2}é".as_bytes().to_vec()),
+    ]
+}
+
+fn chat_templates() -> Vec<(&'static str, Vec<u8>)> {
+    let templates: [(&str, &str); 4] = [
+        (
+            "turns",
+            "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m.content | trim }}{% endfor %}\
+             {% if add_generation_prompt %}<|assistant|>{% endif %}",
+        ),
+        (
+            "namespace",
+            "{%- set ns = namespace(x='') -%}{%- for m in messages[::-1] -%}{%- set ns.x = ns.x + m.content -%}\
+             {%- generation -%}{{ ns.x | tojson(indent=2) }}{%- endgeneration -%}{%- endfor -%}",
+        ),
+        (
+            "macros",
+            "{% macro say(x, y=1) %}{{ x ~ y }}{% endmacro %}{% for i in range(3) %}{{ say(messages[0].role, i) }}\
+             {% if loop.last %}{{ raise_exception('no') }}{% endif %}{% endfor %}",
+        ),
+        (
+            "methods",
+            "{{ messages[1].content.strip().split(' ')[-1].upper().replace('+', '-') }}{{ strftime_now('%d %b %Y') }}\
+             {{ {'a': [1, 2.5, none]}.items() | list | length }}{{ '%s' | format(1) }}{% set x %}y{% endset %}{{ x * 3 }}",
+        ),
+    ];
+    templates.map(|(name, template)| (name, template.into())).to_vec()
+}

@@ -1,0 +1,53 @@
+//! Who sends an HTTP request, and how long they will wait for it.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    extract::{Request, State},
+    http::{HeaderMap, header},
+    middleware::Next,
+    response::Response,
+};
+
+use super::error::ApiError;
+use crate::{
+    GenerateError,
+    generate::Core,
+    grpc::MAX_DEADLINE,
+    tenants::{TENANT_HEADER, Tenant},
+};
+
+/// Name of the header with the time that a request has, in seconds, from its arrival.
+const TIMEOUT_HEADER: &str = "x-overfill-timeout-seconds";
+
+/// What the headers say.
+#[derive(Clone)]
+pub struct Caller {
+    /// Whose the request is.
+    pub tenant: Arc<Tenant>,
+    /// Time it has; `None`: as the router's default.
+    pub time: Option<Duration>,
+}
+
+impl Caller {
+    fn new(core: &Core, headers: &HeaderMap) -> Result<Self, GenerateError> {
+        let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+        let tenant = core.identify(text(header::AUTHORIZATION.as_str()), text(TENANT_HEADER))?;
+        let time = match text(TIMEOUT_HEADER) {
+            None => None,
+            Some(value) => {
+                let seconds = value.parse().ok().filter(|s: &f64| *s > 0.0 && *s <= MAX_DEADLINE.as_secs_f64());
+                let limit = || GenerateError::limit(TIMEOUT_HEADER, "in (0, 86400]", value);
+                Some(Duration::from_secs_f64(seconds.ok_or_else(limit)?))
+            }
+        };
+        Ok(Self { tenant, time })
+    }
+}
+
+/// Looks at the headers before anything of the body is read.
+pub async fn identify(State(core): State<Core>, mut request: Request, next: Next) -> Result<Response, ApiError> {
+    let caller = Caller::new(&core, request.headers())?;
+    request.extensions_mut().insert(caller);
+    Ok(next.run(request).await)
+}
