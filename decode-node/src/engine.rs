@@ -13,8 +13,8 @@ use std::{
 };
 
 use overfill_cluster::LoadState;
-use overfill_kv::{BlockPool, KvStore, OutputToken, block_hashes};
-use overfill_model::{KvCache, Logits, Model, SequenceSlice, Want, sample};
+use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, block_hashes};
+use overfill_model::{KvCache, Logits, Model, ModelError, SequenceSlice, Want, sample};
 use rayon::prelude::*;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error};
@@ -91,6 +91,32 @@ impl EngineHandle {
     }
 }
 
+/// What computes tokens: the model. (Or, where time is simulated, something that needs none.)
+pub trait Compute {
+    /// For each sequence the KV of its last token, and the token after it.
+    fn step(&mut self, sequences: &[&Sequence]) -> Result<Vec<OutputToken>, ModelError>;
+}
+
+struct ModelCompute {
+    model: Model,
+    cache: KvCache,
+    logits: Logits,
+}
+
+impl Compute for ModelCompute {
+    fn step(&mut self, sequences: &[&Sequence]) -> Result<Vec<OutputToken>, ModelError> {
+        let slices: Vec<_> = sequences.iter().map(|sequence| slice(sequence)).collect();
+        self.model.forward(&self.cache, &slices, &mut |_| {}, &mut self.logits)?;
+        let logits = &self.logits;
+        // Stateless, so the rows may be sampled in any order; with a large vocabulary it is worth several processors.
+        let choose = |(row, sequence): (usize, &&Sequence)| {
+            let (prompt, output) = sequence.prompt_and_output();
+            sample(logits.row(row), &sequence.request.sampling, prompt, output, sequence.tokens.len())
+        };
+        Ok(sequences.par_iter().enumerate().map(choose).collect())
+    }
+}
+
 /// Starts the engine's thread. The second value resolves when it has ended, for whatever reason.
 pub fn start(
     model: Model,
@@ -99,27 +125,9 @@ pub fn start(
     load: Arc<LoadState>,
     limits: Limits,
 ) -> io::Result<(EngineHandle, oneshot::Receiver<()>)> {
-    // Each waiting request has one message here at most, and each that holds blocks another.
-    let (sender, commands) = std_mpsc::sync_channel(limits.max_waiting + limits.max_running);
-    let handle = EngineHandle {
-        commands: sender,
-        load: load.clone(),
-        arrivals: Arc::default(),
-        max_waiting: limits.max_waiting,
-    };
-    let engine = Engine {
-        model,
-        cache,
-        pool,
-        load,
-        limits,
-        commands,
-        waiting: VecDeque::new(),
-        swapped: VecDeque::new(),
-        reserved: HashMap::new(),
-        running: Vec::new(),
-        logits: Logits::default(),
-    };
+    let store = Arc::new(cache.clone());
+    let (handle, engine) =
+        Engine::new(ModelCompute { model, cache, logits: Logits::default() }, store, pool, load, limits);
     let (ended, end) = oneshot::channel();
     thread::Builder::new().name("decode-engine".into()).spawn(move || {
         let _ended: oneshot::Sender<()> = ended;
@@ -128,9 +136,10 @@ pub fn start(
     Ok((handle, end))
 }
 
-struct Engine {
-    model: Model,
-    cache: KvCache,
+/// Requests on their way through the node.
+pub struct Engine<C> {
+    compute: C,
+    store: Arc<dyn KvStore>,
     pool: BlockPool,
     load: Arc<LoadState>,
     limits: Limits,
@@ -143,28 +152,72 @@ struct Engine {
     reserved: HashMap<u64, Reserved>,
     /// In the batch, in order of arrival.
     running: Vec<Sequence>,
-    logits: Logits,
 }
 
-impl Engine {
+impl<C: Compute> Engine<C> {
+    /// An engine that nobody drives yet: [`start`] gives it a thread.
+    pub fn new(
+        compute: C,
+        store: Arc<dyn KvStore>,
+        pool: BlockPool,
+        load: Arc<LoadState>,
+        limits: Limits,
+    ) -> (EngineHandle, Self) {
+        // Each waiting request has one message here at most, and each that holds blocks another.
+        let (sender, commands) = std_mpsc::sync_channel(limits.max_waiting + limits.max_running);
+        let handle = EngineHandle {
+            commands: sender,
+            load: load.clone(),
+            arrivals: Arc::default(),
+            max_waiting: limits.max_waiting,
+        };
+        let engine = Self {
+            compute,
+            store,
+            pool,
+            load,
+            limits,
+            commands,
+            waiting: VecDeque::new(),
+            swapped: VecDeque::new(),
+            reserved: HashMap::new(),
+            running: Vec::new(),
+        };
+        (handle, engine)
+    }
+
     fn run(mut self) {
         let mut computed = true;
         while self.receive(computed) {
-            self.load.step_began();
-            self.waiting.retain(|job| !job.is_over());
-            self.swapped.retain(|request| !request.is_over());
-            self.reserved.retain(|_, request| !request.is_over());
-            self.running.retain(|sequence| !sequence.is_over());
-            self.resume();
-            self.reserve();
-            computed = self.step();
-            self.load.step_ended();
-            self.load.publish();
+            computed = self.turn();
         }
         debug!("the engine has ended");
     }
 
-    /// Takes what has come; waits only if nothing could be computed. False when nothing is left and nothing can come.
+    /// Takes what has come, lets go of what has gone, and computes a step. False if there was none to compute.
+    pub fn turn(&mut self) -> bool {
+        while let Ok(command) = self.commands.try_recv() {
+            self.take(command);
+        }
+        self.load.step_began();
+        self.waiting.retain(|job| !job.is_over());
+        self.swapped.retain(|request| !request.is_over());
+        self.reserved.retain(|_, request| !request.is_over());
+        self.running.retain(|sequence| !sequence.is_over());
+        self.resume();
+        self.reserve();
+        let computed = self.step();
+        self.load.step_ended();
+        self.load.publish();
+        computed
+    }
+
+    /// Requests whose KV is on its way, and the blocks that it goes to.
+    pub fn reserved(&self) -> impl Iterator<Item = (&Request, &Arc<BlockLease>)> {
+        self.reserved.values().map(Reserved::to_fill)
+    }
+
+    /// Waits for something to do, if nothing could be computed. False when nothing is left and nothing can come.
     fn receive(&mut self, computed: bool) -> bool {
         let idle =
             self.running.is_empty() && self.waiting.is_empty() && self.swapped.is_empty() && self.reserved.is_empty();
@@ -178,9 +231,6 @@ impl Engine {
                 Err(std_mpsc::RecvTimeoutError::Disconnected) if idle => return false,
                 Err(_) => {}
             }
-        }
-        while let Ok(command) = self.commands.try_recv() {
-            self.take(command);
         }
         true
     }
@@ -219,7 +269,7 @@ impl Engine {
             }
             let Ok(lease) = self.pool.allocate(first.blocks) else { return };
             let Some(first) = self.swapped.pop_front() else { return };
-            match first.swap_in(lease, &self.cache, &self.load) {
+            match first.swap_in(lease, &*self.store, &self.load) {
                 Ok(sequence) => self.seat(sequence),
                 Err(e) => error!(error = %e, "copying KV back from host memory"),
             }
@@ -256,7 +306,7 @@ impl Engine {
     fn swap_out(&mut self, i: usize) {
         let sequence = self.running.remove(i);
         debug!(request = %sequence.request.id, blocks = sequence.blocks.len(), "taken out of the batch");
-        match sequence.swap_out(&self.cache as &dyn KvStore, &self.load) {
+        match sequence.swap_out(&*self.store, &self.load) {
             Ok(request) => {
                 let place = self.swapped.partition_point(|other| other.arrival < request.arrival);
                 self.swapped.insert(place, request);
@@ -275,22 +325,17 @@ impl Engine {
         if stepping.is_empty() {
             return false;
         }
-        let slices: Vec<_> = stepping.iter().map(|i| slice(&self.running[*i])).collect();
-        if let Err(e) = self.model.forward(&self.cache, &slices, &mut |_| {}, &mut self.logits) {
-            error!(error = %e, sequences = stepping.len(), "computing a step");
-            for i in stepping.into_iter().rev() {
-                self.running.remove(i).tell(Event::Failed(format!("computing a token: {e}")));
+        let sequences: Vec<&Sequence> = stepping.iter().map(|i| &self.running[*i]).collect();
+        let tokens = match self.compute.step(&sequences) {
+            Ok(tokens) => tokens,
+            Err(e) => {
+                error!(error = %e, sequences = stepping.len(), "computing a step");
+                for i in stepping.into_iter().rev() {
+                    self.running.remove(i).tell(Event::Failed(format!("computing a token: {e}")));
+                }
+                return true;
             }
-            return true;
-        }
-        let logits = &self.logits;
-        // Stateless, so the rows may be sampled in any order; with a large vocabulary it is worth several processors.
-        let choose = |(row, i): (usize, &usize)| {
-            let sequence: &Sequence = &self.running[*i];
-            let (prompt, output) = sequence.prompt_and_output();
-            sample(logits.row(row), &sequence.request.sampling, prompt, output, sequence.tokens.len())
         };
-        let tokens: Vec<OutputToken> = stepping.par_iter().enumerate().map(choose).collect();
         let metrics = self.load.metrics();
         for (i, token) in stepping.iter().zip(tokens) {
             metrics.inter_token_latency_seconds.observe(self.running[*i].push(token).as_secs_f64());

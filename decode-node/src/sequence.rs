@@ -132,6 +132,11 @@ impl Reserved {
         is_over(&self.events, &self.request)
     }
 
+    /// The request, and the blocks that its KV goes to.
+    pub fn to_fill(&self) -> (&Request, &Arc<BlockLease>) {
+        (&self.request, &self.to_fill)
+    }
+
     /// The KV is here and verified: decoding begins. The prompt's full blocks become findable: they are the producer's,
     /// and what this node's model writes goes behind them.
     pub fn ready(self, first_token: u32, pool: &BlockPool) -> Sequence {

@@ -179,6 +179,11 @@ impl BlockPool {
         self.state.lock().cached.len()
     }
 
+    /// Leases that hold a block; 0 also for one that does not exist.
+    pub fn holders(&self, id: BlockId) -> u32 {
+        self.state.lock().blocks.get(id.0 as usize).map_or(0, |block| block.refs)
+    }
+
     /// Blocks that leases hold.
     pub fn in_use(&self) -> usize {
         let state = self.state.lock();

@@ -80,6 +80,12 @@ impl EngineHandle {
     }
 }
 
+/// The way into an engine, and what comes by it: [`start`] has one that computes with a model.
+pub fn queue(load: Arc<LoadState>, producer: Arc<str>, max_waiting: usize) -> (EngineHandle, std_mpsc::Receiver<Job>) {
+    let (jobs, queue) = std_mpsc::sync_channel(max_waiting);
+    (EngineHandle { jobs, load, producer, max_waiting }, queue)
+}
+
 /// Starts the engine's thread. The second value resolves when it has ended, for whatever reason.
 pub fn start(
     model: Model,
@@ -89,15 +95,13 @@ pub fn start(
     limits: Limits,
     transfer: TransferConfig,
 ) -> io::Result<(EngineHandle, oneshot::Receiver<()>)> {
-    let (sender, jobs) = std_mpsc::sync_channel(limits.max_waiting);
-    let producer = model.fingerprint().into();
+    let (handle, jobs) = queue(load.clone(), model.fingerprint().into(), limits.max_waiting);
     let context = HandoffContext {
         runtime: runtime::Handle::current(),
         store: Arc::new(cache.clone()),
         config: transfer,
         load: load.clone(),
     };
-    let handle = EngineHandle { jobs: sender, load: load.clone(), producer, max_waiting: limits.max_waiting };
     let engine = Engine {
         model,
         cache,

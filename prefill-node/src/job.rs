@@ -99,13 +99,13 @@ pub struct Job {
 
 impl Job {
     /// Has the requester gone, or its time? The service watches the time, too, but not while its client does not read.
-    pub(crate) fn is_over(&self) -> bool {
+    pub fn is_over(&self) -> bool {
         self.events.is_closed() || Instant::now() >= self.request.deadline
     }
 
     /// Blocks for the whole prompt, the leading ones from the prefix cache where they are known; `None` if there is no
     /// room now.
-    pub(crate) fn take_blocks(&self, pool: &BlockPool) -> Option<(BlockLease, usize)> {
+    pub fn take_blocks(&self, pool: &BlockPool) -> Option<(BlockLease, usize)> {
         let total = blocks_for(self.request.tokens.len());
         // Log-probabilities need every token's logits, so every token is computed.
         let cacheable = match self.request.prompt_logprobs {
@@ -120,20 +120,28 @@ impl Job {
 }
 
 /// What a job needs of its surroundings to hand KV over.
-pub(crate) struct HandoffContext {
+pub struct HandoffContext {
+    /// Where transfers run.
     pub runtime: runtime::Handle,
+    /// The KV.
     pub store: Arc<dyn KvStore>,
+    /// How it is sent.
     pub config: TransferConfig,
+    /// Where transfers are counted.
     pub load: Arc<LoadState>,
 }
 
 /// A prompt in the batch.
-pub(crate) struct Running {
+pub struct Running {
+    /// The request.
     pub request: Request,
+    /// Names of the prompt's full blocks.
     pub hashes: Vec<BlockHash>,
+    /// The prompt's blocks, in order.
     pub blocks: Vec<BlockId>,
     /// Tokens whose KV is there.
     pub computed: usize,
+    /// Of the prompt, so far.
     pub logprobs: Vec<OutputToken>,
     arrived: Instant,
     started: Instant,

@@ -21,6 +21,8 @@ use crate::node::Node;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(10);
+/// From this size on, a tokenizer is parsed on a thread where that disturbs nobody.
+const LARGE_TOKENIZER_BYTES: usize = 64 << 10;
 
 /// Why a node is not used.
 #[derive(Debug, thiserror::Error)]
@@ -181,9 +183,14 @@ impl Joiner {
         let text = match known {
             Some(text) => text,
             None => {
-                // Parsing a large vocabulary takes a second or two of computing.
-                let parsed = tokio::task::spawn_blocking(move || TextModel::from_files(&files)).await;
-                let text = Arc::new(parsed.map_err(|e| overfill_text::TextError::Tokenizer(e.to_string()))??);
+                let text = Arc::new(match files.tokenizer_json.len() {
+                    // Parsing a large vocabulary takes a second or two of computing.
+                    LARGE_TOKENIZER_BYTES.. => {
+                        let parsed = tokio::task::spawn_blocking(move || TextModel::from_files(&files)).await;
+                        parsed.map_err(|e| overfill_text::TextError::Tokenizer(e.to_string()))??
+                    }
+                    _ => TextModel::from_files(&files)?,
+                });
                 let mut texts = self.texts.lock();
                 texts.retain(|_, text| text.strong_count() > 0);
                 texts.insert(digest, Arc::downgrade(&text));

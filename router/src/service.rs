@@ -120,7 +120,7 @@ impl Router {
 }
 
 /// As many sequences are let in as all nodes have places for, those being prefilled and those being decoded.
-async fn follow_capacity(core: Core, max_running: usize, stop: CancellationToken) {
+pub async fn follow_capacity(core: Core, max_running: usize, stop: CancellationToken) {
     let mut changes = core.nodes.changes();
     let follow = async {
         loop {

@@ -1,0 +1,110 @@
+//! What simulated models compute: every token and every byte of KV is a function of the tokens before it, and of who
+//! computes it.
+
+use std::ops::Range;
+
+use overfill_kv::{BLOCK_TOKENS, KvDtype, KvSchema, RopeSpec};
+use overfill_router::simulated::{EOS, text_files};
+use overfill_text::TextFiles;
+use std::sync::LazyLock;
+
+/// Layers of the full model.
+pub const LAYERS: u32 = 3;
+/// KV of one token in one layer.
+pub const ROW_BYTES: usize = 16;
+/// KV of one block in one layer.
+pub const BLOCK_BYTES: usize = ROW_BYTES * BLOCK_TOKENS;
+/// The full model, and its fingerprint.
+pub const FULL: &str = "full";
+/// The decode nodes' model.
+pub const PRUNED: &str = "pruned";
+
+/// Tokenizer and templates, made once.
+pub static FILES: LazyLock<TextFiles> = LazyLock::new(text_files);
+
+/// The schema of a model that uses these layers' KV.
+pub fn schema(layers: &[u32]) -> KvSchema {
+    static SHA256: LazyLock<String> =
+        LazyLock::new(|| overfill_router::simulated::Options::default().schema.tokenizer_sha256);
+    KvSchema {
+        layers: layers.to_vec(),
+        kv_heads: 1,
+        head_dim: 2,
+        rope: RopeSpec { theta: 1e4, scaling: "none".into() },
+        dtype: KvDtype::F32,
+        block_tokens: BLOCK_TOKENS as u32,
+        vocab_size: 259,
+        tokenizer_sha256: SHA256.clone(),
+        full_model: Some(FULL.into()),
+    }
+}
+
+fn mix(hash: u64, value: u64) -> u64 {
+    let mut z = (hash ^ value).wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// The token after these: a letter, now and then the end.
+pub fn next_token(tokens: &[u32]) -> u32 {
+    let hash = tokens.iter().fold(0, |hash, token| mix(hash, u64::from(*token)));
+    if hash.is_multiple_of(60) { EOS } else { u32::from(b'a') + 3 + (hash % 26) as u32 }
+}
+
+/// The KV of some tokens, as a model computes it.
+pub struct Content {
+    /// For each position, of all tokens up to it.
+    prefixes: Vec<u64>,
+    model: u64,
+}
+
+impl Content {
+    /// Of `tokens`, computed by `model`.
+    pub fn new(tokens: &[u32], model: &str) -> Self {
+        let mut hash = 0;
+        let prefixes = tokens.iter().map(|token| (hash = mix(hash, u64::from(*token)), hash).1);
+        Self { prefixes: prefixes.collect(), model: model.bytes().fold(1, |hash, byte| mix(hash, u64::from(byte))) }
+    }
+
+    /// The KV of one position in one of the full model's layers. Behind the last token it is filler: it is sent, too.
+    pub fn row(&self, layer: u32, position: usize) -> [u8; ROW_BYTES] {
+        let prefix = match self.prefixes.get(position) {
+            Some(prefix) => *prefix,
+            None => mix(self.prefixes.last().copied().unwrap_or(0), position as u64 | 1 << 40),
+        };
+        let first = mix(mix(self.model, u64::from(layer)), prefix);
+        let mut row = [0; ROW_BYTES];
+        row[..8].copy_from_slice(&first.to_le_bytes());
+        row[8..].copy_from_slice(&mix(first, 1).to_le_bytes());
+        row
+    }
+
+    /// The KV of one block.
+    pub fn block(&self, layer: u32, index: usize) -> [u8; BLOCK_BYTES] {
+        let mut block = [0; BLOCK_BYTES];
+        for (i, place) in block.chunks_exact_mut(ROW_BYTES).enumerate() {
+            place.copy_from_slice(&self.row(layer, index * BLOCK_TOKENS + i));
+        }
+        block
+    }
+}
+
+/// The output of an undisturbed request: up to `max_tokens`, or to the end of text if that counts.
+pub fn output(prompt: &[u32], max_tokens: u32, ignore_eos: bool) -> Vec<u32> {
+    let mut tokens = prompt.to_vec();
+    for _ in 0..max_tokens {
+        let token = next_token(&tokens);
+        tokens.push(token);
+        if token == EOS && !ignore_eos {
+            break;
+        }
+    }
+    tokens.split_off(prompt.len())
+}
+
+/// Where a token's KV lies in its block.
+pub fn row_place(position: usize) -> Range<usize> {
+    let start = position % BLOCK_TOKENS * ROW_BYTES;
+    start..start + ROW_BYTES
+}

@@ -1,0 +1,233 @@
+//! Services over the simulated network.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use futures::{FutureExt as _, Stream, stream::unfold};
+use overfill_cluster::net;
+use overfill_transport::{
+    Dialer, Link, Listen, Opening,
+    frame::{ANSWER_BYTES, Answer, HELLO_BYTES, decode_answer, decode_hello},
+};
+use parking_lot::Mutex;
+use rand::{Rng as _, rngs::StdRng};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tonic::transport::server::Connected;
+use turmoil::net::{TcpListener, TcpStream};
+
+use crate::guard::Witness;
+
+/// Where nodes serve gRPC.
+pub const GRPC_PORT: u16 = 7000;
+/// Where decode nodes take KV.
+pub const KV_PORT: u16 = 7001;
+/// Most KV in one segment.
+const MAX_SEGMENT_BYTES: usize = 700;
+
+/// Listens on all addresses of this host.
+pub async fn listen(port: u16) -> io::Result<TcpListener> {
+    TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).await
+}
+
+/// A connection to a server.
+pub struct Accepted(TcpStream);
+
+impl Connected for Accepted {
+    type ConnectInfo = ();
+    fn connect_info(&self) {}
+}
+
+/// The connections of a gRPC server.
+pub fn incoming(listener: TcpListener) -> impl Stream<Item = io::Result<Accepted>> + Send {
+    unfold(listener, async |listener| {
+        let accepted = listener.accept().await.map(|(stream, _)| Accepted(stream));
+        Some((accepted, listener))
+    })
+}
+
+/// Where KV comes in.
+pub struct KvListener(pub TcpListener);
+
+impl Listen for KvListener {
+    async fn accept(&mut self) -> io::Result<(Opening, SocketAddr)> {
+        let (stream, peer) = self.0.accept().await?;
+        Ok((std::future::ready(Ok(Link::stream(stream))).boxed(), peer))
+    }
+}
+
+/// How the router connects to nodes.
+pub fn grpc_dialer() -> net::Dialer {
+    net::Dialer::new(|endpoint| {
+        async move {
+            let connection: Box<dyn net::Connection> = Box::new(TcpStream::connect(endpoint).await?);
+            Ok(connection)
+        }
+        .boxed()
+    })
+}
+
+/// Every KV connection of a simulation, as its sender made it.
+#[derive(Clone)]
+pub struct Tap(Arc<Mutex<Tapped>>);
+
+struct Tapped {
+    recordings: Vec<Arc<Mutex<Recording>>>,
+    tickets: BTreeSet<[u8; 16]>,
+    rng: StdRng,
+    /// Part of the connections on which a bit flips.
+    damage: f64,
+    witness: Witness,
+}
+
+/// What went over a connection.
+#[derive(Default)]
+pub struct Recording {
+    /// Where to.
+    pub endpoint: String,
+    /// What was sent.
+    pub sent: Vec<u8>,
+    answer: Vec<u8>,
+    /// The byte of which a bit flips.
+    flip: Option<usize>,
+}
+
+impl Recording {
+    /// Was its ticket taken?
+    fn was_accepted(&self) -> bool {
+        self.answer.first_chunk::<ANSWER_BYTES>().and_then(decode_answer) == Some(Answer::Accept)
+    }
+}
+
+impl Tap {
+    /// Of which the part `damage` is damaged on the way.
+    pub fn new(rng: StdRng, damage: f64, witness: &Witness) -> Self {
+        let witness = witness.clone();
+        Self(Arc::new(Mutex::new(Tapped { recordings: Vec::new(), tickets: BTreeSet::new(), rng, damage, witness })))
+    }
+
+    /// How prefill nodes connect to decode nodes.
+    pub fn kv_dialer(&self) -> Dialer {
+        let tap = self.clone();
+        Dialer::new(move |endpoint| {
+            let tap = tap.clone();
+            async move {
+                let stream = TcpStream::connect(endpoint.clone()).await?;
+                let recording = tap.record(endpoint);
+                Ok(Link::stream(TappedStream { stream, recording, tap }))
+            }
+            .boxed()
+        })
+    }
+
+    fn record(&self, endpoint: String) -> Arc<Mutex<Recording>> {
+        let mut tapped = self.0.lock();
+        let damage = tapped.damage;
+        let flip = tapped.rng.random_bool(damage).then(|| tapped.rng.random_range(0..2000));
+        let recording = Arc::new(Mutex::new(Recording { endpoint, flip, ..Recording::default() }));
+        tapped.recordings.push(recording.clone());
+        recording
+    }
+
+    /// KV-4: each sender has a ticket of its own.
+    fn check_hello(&self, recording: &Recording) {
+        let Some(hello) = recording.sent.first_chunk::<HELLO_BYTES>().and_then(decode_hello) else { return };
+        let mut tapped = self.0.lock();
+        if !tapped.tickets.insert(hello.ticket.0) {
+            tapped.witness.violated(format!("KV-4: two senders have the ticket {:?}", hello.ticket));
+        }
+    }
+
+    /// A connection whose ticket was taken, for a ghost to repeat it; a late one for a high `rank` in 0..1.
+    pub fn used_ticket(&self, rank: f64) -> Option<(String, Vec<u8>)> {
+        let tapped = self.0.lock();
+        let used: Vec<_> = tapped.recordings.iter().filter(|recording| recording.lock().was_accepted()).collect();
+        let chosen = used.get((rank * used.len() as f64) as usize)?.lock();
+        Some((chosen.endpoint.clone(), chosen.sent.clone()))
+    }
+
+    /// From now on nothing is damaged any more.
+    pub fn repair(&self) {
+        let mut tapped = self.0.lock();
+        tapped.damage = 0.0;
+        tapped.recordings.iter().for_each(|recording| recording.lock().flip = None);
+    }
+
+    /// How many connections there were.
+    pub fn connections(&self) -> usize {
+        self.0.lock().recordings.len()
+    }
+}
+
+/// A sender's end of a KV connection.
+struct TappedStream {
+    stream: TcpStream,
+    recording: Arc<Mutex<Recording>>,
+    tap: Tap,
+}
+
+impl AsyncRead for TappedStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut this.stream).poll_read(cx, buf);
+        this.recording.lock().answer.extend_from_slice(&buf.filled()[before..]);
+        polled
+    }
+}
+
+impl AsyncWrite for TappedStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        // In pieces, so that there are moments at which a frame has arrived in part.
+        let most = this.tap.0.lock().rng.random_range(1..MAX_SEGMENT_BYTES);
+        let mut recording = this.recording.lock();
+        let before = recording.sent.len();
+        let mut bytes = buf[..buf.len().min(most)].to_vec();
+        let flip = recording.flip.and_then(|at| at.checked_sub(before)).and_then(|at| bytes.get_mut(at));
+        if let Some(byte) = flip {
+            *byte ^= 1 << (before % 8);
+        }
+        let polled = Pin::new(&mut this.stream).poll_write(cx, &bytes);
+        if let Poll::Ready(Ok(n)) = polled {
+            recording.sent.extend_from_slice(&buf[..n]);
+            if before < HELLO_BYTES && before + n >= HELLO_BYTES {
+                this.tap.check_hello(&recording);
+            }
+        }
+        polled
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}
+
+impl AsyncRead for Accepted {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().0).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Accepted {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().0).poll_write(cx, buf)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().0).poll_shutdown(cx)
+    }
+}

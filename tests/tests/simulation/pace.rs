@@ -1,0 +1,44 @@
+//! How fast an engine is, at the moment.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{sync::watch, time::sleep};
+
+/// Time for a step, which a test may stretch. Clones share it.
+#[derive(Clone)]
+pub struct Pace {
+    usual: Duration,
+    state: Arc<watch::Sender<State>>,
+}
+
+#[derive(Clone, Copy)]
+struct State {
+    factor: u32,
+    stuck: bool,
+}
+
+impl Pace {
+    /// One step takes `usual`.
+    pub fn new(usual: Duration) -> Self {
+        Self { usual, state: Arc::new(watch::Sender::new(State { factor: 1, stuck: false })) }
+    }
+
+    /// From now on steps take so many times as long.
+    pub fn slow_down(&self, factor: u32) {
+        self.state.send_modify(|state| state.factor = factor);
+    }
+
+    /// While set no step ends.
+    pub fn set_stuck(&self, stuck: bool) {
+        self.state.send_modify(|state| state.stuck = stuck);
+    }
+
+    /// Lets the time of a step pass.
+    pub async fn step(&self) {
+        let mut state = self.state.subscribe();
+        let factor = state.borrow().factor;
+        sleep(self.usual * factor).await;
+        // The sender is in `self`.
+        let _ = state.wait_for(|state| !state.stuck).await;
+    }
+}

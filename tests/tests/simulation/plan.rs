@@ -1,0 +1,257 @@
+//! What happens in a simulation: all of it drawn from the seed before it begins.
+
+use std::{ops::Range, sync::Arc, time::Duration};
+
+use overfill_cluster::discovery::NodeRole;
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+
+use crate::{client::Ask, content::output, node::Size};
+
+/// Time that no fault shortens: for requests that have to succeed.
+pub const LONG: Duration = Duration::from_secs(90);
+
+/// A simulation.
+pub struct Plan {
+    /// Steps of the simulated network.
+    pub tick: Duration,
+    /// Of a message.
+    pub latency: Range<Duration>,
+    /// Segments that a connection holds.
+    pub tcp_capacity: usize,
+    /// Do hosts run in another order in each step?
+    pub random_order: bool,
+    /// Nodes: the first of each role is sheltered, if any is.
+    pub nodes: Vec<(String, NodeRole, Size)>,
+    /// Longest silence on a KV connection.
+    pub idle_timeout: Duration,
+    /// Longest wait for its first words.
+    pub hello_timeout: Duration,
+    /// Longest frame.
+    pub max_frame_bytes: usize,
+    /// Longest silence of a node, as the router sees it.
+    pub node_timeout: Duration,
+    /// Longest wait for a token.
+    pub progress_timeout: Duration,
+    /// Longest wait for room.
+    pub max_queue: Duration,
+    /// Attempts per request.
+    pub max_attempts: u32,
+    /// Do nodes register, or does the router know them?
+    pub discovery: bool,
+    /// Is a node of each role spared, so that requests with enough time must succeed?
+    pub sheltered: bool,
+    /// Part of the KV connections on which a bit flips.
+    pub damage: f64,
+    /// What happens, and when.
+    pub events: Vec<(Duration, Event)>,
+    /// From then on nothing is wrong any more.
+    pub calm_from: Duration,
+}
+
+/// Something that happens. Hosts go by their names.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A client comes; it leaves again after so long, if it does.
+    Ask(Ask, Option<Duration>),
+    /// No message passes between two hosts, for a time.
+    Partition(String, String, Duration),
+    /// No message passes in one direction.
+    OneWay(String, String, Duration),
+    /// Messages between two hosts are held up, then all delivered.
+    Hold(String, String, Duration),
+    /// A process dies, and starts again.
+    Crash(String, Duration),
+    /// A machine loses power: its connections don't even end.
+    PowerOff(String, Duration),
+    /// A node is asked to drain in the first time, and starts again after the second.
+    Drain(String, Duration, Duration),
+    /// An engine does not get on.
+    Stuck(String, Duration),
+    /// An engine takes so many times as long.
+    Slow(String, u32, Duration),
+    /// The discovery loses a node.
+    Forget(String, Duration),
+    /// The discovery loses all nodes.
+    ForgetAll(Duration),
+    /// Somebody repeats what was said on a KV connection: of the used ones a late one for a high number in 0..1.
+    Ghost(f64),
+}
+
+fn millis(rng: &mut StdRng, range: Range<u64>) -> Duration {
+    Duration::from_millis(rng.random_range(range))
+}
+
+/// How long something is wrong: shorter than all timeouts, about as long, or longer.
+fn trouble(rng: &mut StdRng) -> Duration {
+    match rng.random_range(0..3) {
+        0 => millis(rng, 5..200),
+        1 => millis(rng, 200..1500),
+        _ => millis(rng, 1500..5000),
+    }
+}
+
+/// One of them.
+fn one<T: Clone>(rng: &mut StdRng, list: &[T]) -> T {
+    list[rng.random_range(0..list.len())].clone()
+}
+
+/// Prompts, some of which begin as others do, or go on where an answer has ended.
+pub struct Prompts {
+    beginnings: Vec<Vec<u32>>,
+    /// Prompts with their answers.
+    said: Vec<Vec<u32>>,
+}
+
+impl Prompts {
+    /// Of a simulation.
+    pub fn new(rng: &mut StdRng) -> Self {
+        Self { beginnings: (0..3).map(|_| letters(rng, 64)).collect(), said: Vec::new() }
+    }
+
+    /// The next one, which is to have an answer of up to `max_tokens`.
+    pub fn next(&mut self, rng: &mut StdRng, max_tokens: u32) -> Arc<[u32]> {
+        let mut prompt = match rng.random_bool(0.3) && !self.said.is_empty() {
+            true => one(rng, &self.said),
+            false => {
+                let mut beginning = one(rng, &self.beginnings);
+                beginning.truncate(rng.random_range(0..=64));
+                beginning
+            }
+        };
+        let tail = rng.random_range(1..30);
+        prompt.extend(letters(rng, tail));
+        // The smallest node has 128 tokens.
+        prompt.truncate(100);
+        self.said.push([&*prompt, &output(&prompt, max_tokens, false)].concat());
+        prompt.into()
+    }
+}
+
+fn letters(rng: &mut StdRng, n: usize) -> Vec<u32> {
+    (0..n).map(|_| u32::from(b'a') + 3 + rng.random_range(0..26)).collect()
+}
+
+/// A request, to be served in `time`.
+pub fn ask(rng: &mut StdRng, prompts: &mut Prompts, time: Duration) -> Ask {
+    let pause = if rng.random_bool(0.1) { millis(rng, 5..150) } else { Duration::ZERO };
+    let max_tokens = if rng.random_bool(0.05) { 1 } else { rng.random_range(2..26) };
+    Ask {
+        prompt: prompts.next(rng, max_tokens),
+        max_tokens,
+        time,
+        ignore_eos: rng.random_bool(0.3),
+        pause,
+        tenant: one(rng, &["a", "b", "c"]),
+        priority: rng.random_range(0..2),
+    }
+}
+
+impl Plan {
+    /// Of this seed.
+    pub fn new(rng: &mut StdRng, prompts: &mut Prompts) -> Self {
+        let sheltered = rng.random_bool(0.4);
+        let discovery = rng.random_bool(0.5);
+        let nodes = nodes(rng);
+        let calm_from = millis(rng, 1000..6000);
+        let mut events = requests(rng, prompts, sheltered, calm_from);
+        faults(rng, &nodes, sheltered, discovery, calm_from, &mut events);
+        events.sort_by_key(|(at, _)| *at);
+        let latency = millis(rng, 0..4)..millis(rng, 4..40);
+        Self {
+            tick: one(rng, &[2, 5, 5, 10].map(Duration::from_millis)),
+            latency,
+            tcp_capacity: one(rng, &[64, 1024]),
+            random_order: rng.random_bool(0.5),
+            nodes,
+            idle_timeout: millis(rng, 600..1500),
+            hello_timeout: millis(rng, 500..2000),
+            max_frame_bytes: rng.random_range(1..1500),
+            node_timeout: millis(rng, 1000..3000),
+            progress_timeout: millis(rng, 1500..4000),
+            max_queue: if sheltered { LONG } else { millis(rng, 1000..8000) },
+            max_attempts: if sheltered { 1000 } else { rng.random_range(1..6) },
+            discovery,
+            sheltered,
+            damage: if rng.random_bool(0.3) { 0.2 } else { 0.0 },
+            events,
+            calm_from,
+        }
+    }
+}
+
+fn nodes(rng: &mut StdRng) -> Vec<(String, NodeRole, Size)> {
+    let decoders = rng.random_range(2..=3);
+    let names = (0..2).map(|i| (format!("prefill-{i}"), NodeRole::Prefill));
+    let layers = one(rng, &[vec![0, 1, 2], vec![0, 2], vec![1]]);
+    names
+        .chain((0..decoders).map(|i| (format!("decode-{i}"), NodeRole::Decode)))
+        .map(|(name, role)| {
+            // Fast ones see most requests through before anything happens; slow ones are met in the middle.
+            let slowest = one(rng, &[30, 120]);
+            let size = Size {
+                blocks: rng.random_range(8..30),
+                max_running: rng.random_range(1..5),
+                max_waiting: rng.random_range(1..8),
+                max_batch_tokens: rng.random_range(16..80),
+                step: millis(rng, 1..slowest),
+                layers: layers.clone(),
+            };
+            (name, role, size)
+        })
+        .collect()
+}
+
+fn requests(rng: &mut StdRng, prompts: &mut Prompts, sheltered: bool, calm_from: Duration) -> Vec<(Duration, Event)> {
+    let count = rng.random_range(2..10);
+    let request = |_| {
+        let at = millis(rng, 100..calm_from.as_millis() as u64);
+        let time = match rng.random_range(0..4) {
+            0 => millis(rng, 50..1000),
+            _ if sheltered => LONG,
+            _ => millis(rng, 1000..6000),
+        };
+        let leaves = rng.random_bool(0.25).then(|| trouble(rng) / 2);
+        (at, Event::Ask(ask(rng, prompts, time), leaves))
+    };
+    (0..count).map(request).collect()
+}
+
+fn faults(
+    rng: &mut StdRng,
+    nodes: &[(String, NodeRole, Size)],
+    sheltered: bool,
+    discovery: bool,
+    calm_from: Duration,
+    events: &mut Vec<(Duration, Event)>,
+) {
+    let names: Vec<&str> = nodes.iter().map(|(name, ..)| name.as_str()).collect();
+    let is_spared = |name: &str| sheltered && name.ends_with("-0") || name == "router";
+    let hosts: Vec<&str> = names.iter().copied().chain(["router"]).collect();
+    for _ in 0..rng.random_range(0..10) {
+        let at = millis(rng, 0..calm_from.as_millis() as u64);
+        let long = trouble(rng).min(calm_from - at);
+        let (node, a, b) = (one(rng, &names), one(rng, &hosts), one(rng, &hosts));
+        let is_link = a != b && !(sheltered && is_spared(a) && is_spared(b));
+        let owned = str::to_owned;
+        let event = match rng.random_range(0..22) {
+            0..3 if is_link => Event::Partition(owned(a), owned(b), long),
+            3..6 if is_link => Event::OneWay(owned(a), owned(b), long),
+            6..9 if is_link => Event::Hold(owned(a), owned(b), long),
+            9..12 if !is_spared(node) => Event::Crash(owned(node), long),
+            12..14 if !is_spared(node) => Event::PowerOff(owned(node), long),
+            14 if !is_spared(node) => Event::Drain(owned(node), trouble(rng) / 2, long),
+            15 if !is_spared(node) => Event::Stuck(owned(node), long),
+            16 => Event::Slow(owned(node), rng.random_range(2..20), long),
+            17 if discovery => Event::Forget(owned(node), long),
+            18 if discovery => Event::ForgetAll(long),
+            19 if !sheltered => Event::Crash(owned("router"), long),
+            _ => Event::Ghost(rng.random()),
+        };
+        events.push((at, event));
+    }
+}
+
+/// The generator of everything that is drawn for a seed, apart from what the code under test draws.
+pub fn rng(seed: u64) -> StdRng {
+    StdRng::seed_from_u64(seed ^ 0x6f76_6572_6669_6c6c)
+}
