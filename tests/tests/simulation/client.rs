@@ -30,6 +30,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    MAX_ASKED,
     content::{PRUNED, output},
     guard::Witness,
 };
@@ -216,7 +217,7 @@ pub struct RouterProcess {
     /// Its core.
     pub core: Core,
     /// The way to its clients.
-    pub clients: mpsc::UnboundedSender<Arc<Record>>,
+    pub clients: mpsc::Sender<Arc<Record>>,
     /// Nodes that it would send requests to.
     pub usable_nodes: Arc<AtomicUsize>,
 }
@@ -230,7 +231,7 @@ impl RouterPlace {
             nodes.follow_members(members.subscribe(), &shutdown);
         }
         let core = Core::new(nodes, Arc::new(Metrics::new()?), &self.config);
-        let (clients, mut asked) = mpsc::unbounded_channel::<Arc<Record>>();
+        let (clients, mut asked) = mpsc::channel::<Arc<Record>>(MAX_ASKED);
         tokio::spawn(follow_capacity(core.clone(), self.config.max_running, shutdown.token()));
         let usable_nodes = Arc::new(AtomicUsize::new(0));
         *self.process.lock() = Some(RouterProcess { core: core.clone(), clients, usable_nodes: usable_nodes.clone() });

@@ -14,6 +14,7 @@ mod client;
 mod content;
 mod decode;
 mod entropy;
+mod ghost;
 mod guard;
 mod net;
 mod node;
@@ -32,6 +33,9 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
+
+/// What one simulation tells a task of its own, at most.
+const MAX_ASKED: usize = 4096;
 
 /// One seed, given by whoever wants to see it again.
 const SEED: &str = "OVERFILL_SIM_SEED";

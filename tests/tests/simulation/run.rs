@@ -10,12 +10,14 @@ use std::{
 use overfill_cluster::discovery::Members;
 use overfill_router::Config;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
-use tokio::{sync::watch, time::timeout};
+use tokio::sync::{mpsc, watch};
 use turmoil::Sim;
 
 use crate::{
+    MAX_ASKED,
     client::{Ask, End, Record, RouterPlace},
     entropy,
+    ghost::ghost,
     guard::Witness,
     net::{GRPC_PORT, Tap, grpc_dialer},
     node::{Place, Surroundings, transfer},
@@ -83,7 +85,7 @@ struct Cluster {
     places: Vec<Place>,
     router: RouterPlace,
     around: Surroundings,
-    ghosts: tokio::sync::mpsc::UnboundedSender<(String, Vec<u8>)>,
+    ghosts: mpsc::Sender<(String, Vec<u8>)>,
     records: Vec<Arc<Record>>,
     /// What ends when, in the order in which it was begun.
     endings: BTreeMap<(Duration, usize), Ending>,
@@ -138,7 +140,7 @@ impl Cluster {
             let start = place.clone();
             sim.host(place.name.as_str(), move || start.clone().run());
         }
-        let (ghosts, asked) = tokio::sync::mpsc::unbounded_channel();
+        let (ghosts, asked) = mpsc::channel(MAX_ASKED);
         let haunted = around.witness.clone();
         sim.client("ghost", ghost(asked, haunted));
         Self {
@@ -235,7 +237,7 @@ impl Cluster {
     fn submit(&mut self, ask: Ask, leaves: Option<Duration>) -> Arc<Record> {
         let record = Record::new(ask, self.now());
         let router = self.router.process.lock();
-        match router.as_ref().filter(|router| router.clients.send(record.clone()).is_ok()) {
+        match router.as_ref().filter(|router| router.clients.try_send(record.clone()).is_ok()) {
             Some(_) => {}
             None => record.set_end(End::Lost),
         }
@@ -286,7 +288,7 @@ impl Cluster {
             Event::Drain(name, time, down) => {
                 let place = self.place(&name);
                 let drain = place.and_then(|place| place.process.lock().as_ref().map(|process| process.drain.clone()));
-                if drain.is_some_and(|drain| drain.send(time).is_ok()) {
+                if drain.is_some_and(|drain| drain.try_send(time).is_ok()) {
                     self.restart_later(&name, down);
                 }
             }
@@ -314,7 +316,7 @@ impl Cluster {
             Event::Ghost(rank) => {
                 if let Some(used) = self.around.tap.used_ticket(rank) {
                     // The ghost lives as long as the simulation.
-                    let _ = self.ghosts.send(used);
+                    let _ = self.ghosts.try_send(used);
                 }
             }
         }
@@ -491,28 +493,4 @@ fn config(plan: &Plan) -> Config {
         dialer: grpc_dialer(),
         ..Config::local(urls(Prefill), urls(Decode))
     }
-}
-
-/// KV-4: whoever repeats what was said on a connection is refused.
-async fn ghost(
-    mut asked: tokio::sync::mpsc::UnboundedReceiver<(String, Vec<u8>)>,
-    witness: Witness,
-) -> turmoil::Result {
-    use overfill_transport::frame::{ANSWER_BYTES, Answer, decode_answer};
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    while let Some((endpoint, said)) = asked.recv().await {
-        let haunt = async {
-            let mut stream = turmoil::net::TcpStream::connect(endpoint).await?;
-            stream.write_all(&said).await?;
-            let mut answer = [0; ANSWER_BYTES];
-            stream.read_exact(&mut answer).await?;
-            std::io::Result::Ok(decode_answer(&answer))
-        };
-        if let Ok(Ok(Some(answer))) = timeout(Duration::from_secs(3), haunt).await
-            && !matches!(answer, Answer::Refuse(_))
-        {
-            witness.violated(format!("KV-4: a used ticket is answered with {answer:?}"));
-        }
-    }
-    Ok(())
 }
