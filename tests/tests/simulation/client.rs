@@ -36,6 +36,8 @@ use crate::{
 
 /// A client without a model to ask for asks again after this long.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
+/// More than a simulation has.
+const MAX_REQUESTS: usize = 64;
 /// How often it is looked which nodes can be used.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
@@ -216,7 +218,7 @@ pub struct RouterProcess {
     /// Its core.
     pub core: Core,
     /// The way to its clients.
-    pub clients: mpsc::UnboundedSender<Arc<Record>>,
+    pub clients: mpsc::Sender<Arc<Record>>,
     /// Nodes that it would send requests to.
     pub usable_nodes: Arc<AtomicUsize>,
 }
@@ -230,7 +232,7 @@ impl RouterPlace {
             nodes.follow_members(members.subscribe(), &shutdown);
         }
         let core = Core::new(nodes, Arc::new(Metrics::new()?), &self.config);
-        let (clients, mut asked) = mpsc::unbounded_channel::<Arc<Record>>();
+        let (clients, mut asked) = mpsc::channel::<Arc<Record>>(MAX_REQUESTS);
         tokio::spawn(follow_capacity(core.clone(), self.config.max_running, shutdown.token()));
         let usable_nodes = Arc::new(AtomicUsize::new(0));
         *self.process.lock() = Some(RouterProcess { core: core.clone(), clients, usable_nodes: usable_nodes.clone() });

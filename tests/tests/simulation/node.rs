@@ -88,7 +88,7 @@ pub struct Process {
     /// What it registers.
     pub registration: Registration,
     /// Tells it to drain within this time.
-    pub drain: mpsc::UnboundedSender<Duration>,
+    pub drain: mpsc::Sender<Duration>,
 }
 
 /// The parts that both roles have.
@@ -171,7 +171,7 @@ impl Place {
         };
         let shutdown = Shutdown::new();
         let drain = Drain::new(&shutdown, Duration::from_secs(2));
-        let (asked, mut asks) = mpsc::unbounded_channel();
+        let (asked, mut asks) = mpsc::channel(16);
         let begins = drain.clone();
         tokio::spawn(async move {
             while let Some(time) = asks.recv().await {

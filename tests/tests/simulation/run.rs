@@ -83,7 +83,7 @@ struct Cluster {
     places: Vec<Place>,
     router: RouterPlace,
     around: Surroundings,
-    ghosts: tokio::sync::mpsc::UnboundedSender<(String, Vec<u8>)>,
+    ghosts: tokio::sync::mpsc::Sender<(String, Vec<u8>)>,
     records: Vec<Arc<Record>>,
     /// What ends when, in the order in which it was begun.
     endings: BTreeMap<(Duration, usize), Ending>,
@@ -138,7 +138,7 @@ impl Cluster {
             let start = place.clone();
             sim.host(place.name.as_str(), move || start.clone().run());
         }
-        let (ghosts, asked) = tokio::sync::mpsc::unbounded_channel();
+        let (ghosts, asked) = tokio::sync::mpsc::channel(64);
         let haunted = around.witness.clone();
         sim.client("ghost", ghost(asked, haunted));
         Self {
@@ -235,7 +235,7 @@ impl Cluster {
     fn submit(&mut self, ask: Ask, leaves: Option<Duration>) -> Arc<Record> {
         let record = Record::new(ask, self.now());
         let router = self.router.process.lock();
-        match router.as_ref().filter(|router| router.clients.send(record.clone()).is_ok()) {
+        match router.as_ref().filter(|router| router.clients.try_send(record.clone()).is_ok()) {
             Some(_) => {}
             None => record.set_end(End::Lost),
         }
@@ -286,7 +286,7 @@ impl Cluster {
             Event::Drain(name, time, down) => {
                 let place = self.place(&name);
                 let drain = place.and_then(|place| place.process.lock().as_ref().map(|process| process.drain.clone()));
-                if drain.is_some_and(|drain| drain.send(time).is_ok()) {
+                if drain.is_some_and(|drain| drain.try_send(time).is_ok()) {
                     self.restart_later(&name, down);
                 }
             }
@@ -314,7 +314,7 @@ impl Cluster {
             Event::Ghost(rank) => {
                 if let Some(used) = self.around.tap.used_ticket(rank) {
                     // The ghost lives as long as the simulation.
-                    let _ = self.ghosts.send(used);
+                    let _ = self.ghosts.try_send(used);
                 }
             }
         }
@@ -484,6 +484,7 @@ fn config(plan: &Plan) -> Config {
     Config {
         max_queue: plan.max_queue,
         max_attempts: plan.max_attempts,
+        max_running: plan.max_running,
         // Reckoned in real time, which does not pass here.
         min_retries_per_second: 1_000_000,
         node_timeout: plan.node_timeout,
@@ -494,10 +495,7 @@ fn config(plan: &Plan) -> Config {
 }
 
 /// KV-4: whoever repeats what was said on a connection is refused.
-async fn ghost(
-    mut asked: tokio::sync::mpsc::UnboundedReceiver<(String, Vec<u8>)>,
-    witness: Witness,
-) -> turmoil::Result {
+async fn ghost(mut asked: tokio::sync::mpsc::Receiver<(String, Vec<u8>)>, witness: Witness) -> turmoil::Result {
     use overfill_transport::frame::{ANSWER_BYTES, Answer, decode_answer};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     while let Some((endpoint, said)) = asked.recv().await {
