@@ -137,6 +137,10 @@ impl Core {
                     Err(e) => {
                         match e {
                             GenerateError::Invalid { .. } => debug!(error = %e, "request refused"),
+                            // Counted; under overload a line for each would be one load more.
+                            GenerateError::NoRoom { .. }
+                            | GenerateError::QueueFull { .. }
+                            | GenerateError::Late { .. } => debug!(error = %e, "request turned away"),
                             _ => warn!(error = %e, "request failed"),
                         }
                         metrics.finished("error", arrived.elapsed());

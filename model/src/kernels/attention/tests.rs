@@ -1,6 +1,6 @@
 //! Against the formula in f64, on every instruction set that there is.
 
-use half::bf16;
+use half::{bf16, f16};
 use overfill_kv::BlockId;
 use proptest::prelude::*;
 
@@ -85,7 +85,7 @@ proptest! {
         let rows: usize = lengths.iter().map(|l| l.0).sum();
         let q = random(rows * sizes.heads * sizes.head_dim, seed);
         let mut cache = random(count * 2 * kv_heads * BLOCK_TOKENS * sizes.head_dim, !seed);
-        // Rounded beforehand, so that both types hold the same.
+        // Rounded beforehand, so that all types hold the same: multiples of 2^-22 below 4, of 8 bits.
         cache.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
         let expected = reference(&q, &cache, &batch, sizes);
         // What lies past a sequence's end must not matter.
@@ -100,9 +100,11 @@ proptest! {
             }
         }
         let narrow: Vec<bf16> = cache.iter().map(|x| bf16::from_f32(*x)).collect();
+        let half: Vec<f16> = cache.iter().map(|x| f16::from_f32(*x)).collect();
         for isa in Isa::available() {
             let got = run(*isa, &q, &cache, &batch, sizes);
             prop_assert_eq!(&got, &run(*isa, &q, &narrow, &batch, sizes));
+            prop_assert_eq!(&got, &run(*isa, &q, &half, &batch, sizes));
             for (i, (got, exact)) in got.iter().zip(&expected).enumerate() {
                 prop_assert!((f64::from(*got) - exact).abs() < 2e-5, "{isa:?} {i}: {got}, not {exact}");
             }
