@@ -341,23 +341,22 @@ impl Place {
     /// Waits for its turn.
     pub async fn run(mut self) -> Result<Running, GenerateError> {
         let began = Instant::now();
-        let Some(mut turn) = self.turn.take() else {
+        let Some(turn) = &mut self.turn else {
             return Err(GenerateError::Internal("a place was used twice".into()));
         };
         let waited = || GenerateError::NoRoom { waited: began.elapsed(), detail: String::new() };
-        match timeout_at(self.ask.run_by, &mut turn).await {
-            Ok(Ok(Ok(()))) => Ok(Running {
+        // It stays in `self` while it is waited for: a client may leave then, and takes its place along.
+        let Ok(turn) = timeout_at(self.ask.run_by, turn).await else { return Err(waited()) };
+        self.turn = None;
+        match turn {
+            Ok(Ok(())) => Ok(Running {
                 queue: self.queue.clone(),
                 counted: self.counted.clone(),
                 began: Instant::now(),
                 tokens: 0,
             }),
-            Ok(Ok(Err(refused))) => Err(refused),
-            Ok(Err(_)) => Err(waited()),
-            Err(_) => {
-                self.turn = Some(turn);
-                Err(waited())
-            }
+            Ok(Err(refused)) => Err(refused),
+            Err(_) => Err(waited()),
         }
     }
 }

@@ -55,6 +55,19 @@ async fn bounds_hold_and_places_come_back() {
 }
 
 #[tokio::test]
+async fn who_leaves_while_waiting_takes_no_turn() {
+    let (admission, a) = (Admission::new(1, 2), tenant("a", 1));
+    let mut places = admission.enter(&a, &[ask(), ask()]).unwrap();
+    let second = places.pop().unwrap();
+    let first = places.pop().unwrap().run().await.unwrap();
+    let left = tokio::time::timeout(Duration::from_millis(1), second.run()).await;
+    assert!(left.is_err(), "two run");
+    assert_eq!((admission.running(), admission.waiting()), (1, 0));
+    drop(first);
+    assert_eq!((admission.running(), admission.waiting(), admission.queue.lock().accounts.len()), (0, 0, 0));
+}
+
+#[tokio::test]
 async fn tenants_take_turns_by_weight_whoever_came_first() {
     let admission = Admission::new(1, 100);
     let (a, b) = (tenant("a", 1), tenant("b", 2));

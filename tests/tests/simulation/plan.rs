@@ -10,6 +10,9 @@ use crate::{client::Ask, content::output, node::Size};
 /// Time that no fault shortens: for requests that have to succeed.
 pub const LONG: Duration = Duration::from_secs(90);
 
+/// More requests than there are.
+const MANY: usize = 256;
+
 /// A simulation.
 pub struct Plan {
     /// Steps of the simulated network.
@@ -34,6 +37,8 @@ pub struct Plan {
     pub progress_timeout: Duration,
     /// Longest wait for room.
     pub max_queue: Duration,
+    /// Most requests that the router has on the nodes.
+    pub max_running: usize,
     /// Attempts per request.
     pub max_attempts: u32,
     /// Do nodes register, or does the router know them?
@@ -156,6 +161,7 @@ impl Plan {
         let mut events = requests(rng, prompts, sheltered, calm_from);
         faults(rng, &nodes, sheltered, discovery, calm_from, &mut events);
         events.sort_by_key(|(at, _)| *at);
+        let max_running = if sheltered { MANY } else { one(rng, &[1, 2, 4, MANY]) };
         let latency = millis(rng, 0..4)..millis(rng, 4..40);
         Self {
             tick: one(rng, &[2, 5, 5, 10].map(Duration::from_millis)),
@@ -168,7 +174,9 @@ impl Plan {
             max_frame_bytes: rng.random_range(1..1500),
             node_timeout: millis(rng, 1000..3000),
             progress_timeout: millis(rng, 1500..4000),
-            max_queue: if sheltered { LONG } else { millis(rng, 1000..8000) },
+            max_running,
+            // Else who waits behind others is refused before that is over.
+            max_queue: if sheltered || max_running < MANY { LONG } else { millis(rng, 1000..8000) },
             max_attempts: if sheltered { 1000 } else { rng.random_range(1..6) },
             discovery,
             sheltered,

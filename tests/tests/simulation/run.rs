@@ -486,6 +486,7 @@ fn config(plan: &Plan) -> Config {
     Config {
         max_queue: plan.max_queue,
         max_attempts: plan.max_attempts,
+        max_running: plan.max_running,
         // Reckoned in real time, which does not pass here.
         min_retries_per_second: 1_000_000,
         node_timeout: plan.node_timeout,
