@@ -41,7 +41,7 @@ pub enum GenerateError {
     /// The waiting room is full.
     #[error("the queue is full: {limit} requests are running or waiting")]
     QueueFull {
-        /// How many may.
+        /// How many do.
         limit: usize,
         /// When there may be room.
         retry_after: Duration,

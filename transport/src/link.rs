@@ -132,6 +132,14 @@ impl Link {
         }
     }
 
+    /// Writes to a connection that was just accepted, of which tokio does not know yet that it can be written to.
+    pub(crate) fn write_at_once(&self, bytes: &[u8]) -> io::Result<usize> {
+        match &self.0 {
+            Kind::Tcp(stream) => socket2::SockRef::from(stream).send(bytes),
+            Kind::Stream(buffered) => buffered.lock().try_write_vectored(&[IoSlice::new(bytes)]),
+        }
+    }
+
     /// Resolves when a read may do something.
     pub(crate) async fn readable(&self) -> io::Result<()> {
         match &self.0 {

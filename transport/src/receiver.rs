@@ -1,7 +1,6 @@
 //! The decode side: reservations, and the listener that lets senders fill them.
 
 use std::collections::HashMap;
-use std::io::IoSlice;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -386,7 +385,7 @@ fn admit(all: &Arc<Shared>, newcomers: &Arc<Newcomers>, tasks: &TaskTracker, ope
         let answer = frame::encode_answer(frame::Answer::Refuse(RefuseReason::Busy));
         // Straight to the socket, which is empty and does not block: whoever is refused gets no task, and no handshake.
         if let Some(Ok(stream)) = opening.now_or_never() {
-            let _ = stream.try_write_vectored(&[IoSlice::new(&answer)]);
+            let _ = stream.write_at_once(&answer);
         }
         return;
     };

@@ -207,8 +207,11 @@ impl Queue {
             let Some(account) = self.accounts.get_mut(&name) else { return };
             let Some(waiter) = account.pop() else { return };
             self.waiting -= 1;
+            let now = Instant::now();
+            // Only for the sake of others who wait: what was learnt may be out of date, and whoever runs teaches anew.
+            let late = now >= waiter.ask.end_by || (self.waiting > 0 && self.learnt.is_late(now, &waiter.ask));
             // Nobody listens only while a place is being dropped, and that looks after itself.
-            if self.learnt.is_late(Instant::now(), &waiter.ask) {
+            if late {
                 let _ = waiter.turn.send(Err(self.too_late(&waiter.ask)));
                 self.leave(&name);
             } else {
@@ -263,7 +266,7 @@ impl Queue {
 
     /// Sees to it that so many waiters go: the newest of those who, with lower priority or more of them, fill the queue.
     fn make_room(&mut self, mut beyond: usize, tenant: &Tenant, asks: &[Ask]) -> Result<(), GenerateError> {
-        let limit = self.max_running + self.max_waiting;
+        let limit = self.running + self.waiting;
         let full = GenerateError::QueueFull { limit, retry_after: self.retry_after() };
         let Some(priority) = asks.iter().map(|ask| ask.priority).min() else { return Ok(()) };
         let mut victims = Vec::new();
