@@ -227,7 +227,10 @@ pub fn run(
                 }
                 Some(prefill_event::Event::FirstToken(first)) => {
                     placed.prefilled();
-                    prefiller.succeeded();
+                    // A prompt that is computed and does not arrive is of no use.
+                    if !with_handoff {
+                        prefiller.succeeded();
+                    }
                     let Some(token) = first.token else { Err(unexpected(&prefiller, "a first token without id"))?; return; };
                     yield Event::Token(token.into(), v1::Role::Prefill);
                     break;
@@ -263,8 +266,9 @@ pub fn run(
                         Ok(Some(_)) => {}
                         Ok(None) => prefill = None,
                         Err(status) => {
-                            prefill = None;
+                            // Before its place is given up: a probe has failed then, and not been abandoned.
                             let error = failed(&prefiller, at_prefill(&both, &status, true), status);
+                            prefill = None;
                             trouble = Some((error, Instant::now() + GRACE));
                         }
                     }
@@ -287,6 +291,7 @@ pub fn run(
             match event.and_then(|e| e.event) {
                 Some(decode_event::Event::Ready(event)) => {
                     ready = true;
+                    prefiller.succeeded();
                     decoder.succeeded();
                     yield Event::Ready(event.transfer);
                 }

@@ -79,6 +79,23 @@ async fn a_failing_prefill_node_is_replaced() {
     assert!(finished.timings.unwrap().migrations >= 1);
 }
 
+/// It goes on giving first tokens, which is not what makes it a good node.
+#[tokio::test]
+async fn a_prefill_node_whose_handoffs_are_lost_is_left_alone() {
+    let rig = rig_with(&[slow(), slow()], &[slow()], |_| {}).await;
+    let (_, ids, _) = generate(&rig, 10).await.unwrap();
+    // The conversation is drawn to where it was.
+    let node = rig.prefill.iter().find(|node| node.taken() > 0).unwrap();
+    node.set_losing(true);
+    let before = node.taken();
+    for _ in 0..20 {
+        assert_eq!(generate(&rig, 10).await.unwrap().1, ids);
+    }
+    // A few until it is found out, then a probe now and then.
+    let taken = node.taken() - before;
+    assert!((1..12).contains(&taken), "{taken}");
+}
+
 #[tokio::test]
 async fn attempts_are_bounded_and_the_end_is_never_silent() {
     let rig = rig_with(&[Options::default()], &[Options::default()], |c| c.max_attempts = 1).await;

@@ -120,11 +120,12 @@ impl Iterator for Events {
 }
 
 impl Events {
-    /// All of it as one answer.
-    pub fn collect_completion(self) -> Result<Completion> {
+    /// All of it as one answer; `on_event` is called as each event comes.
+    pub fn collect_completion(self, mut on_event: impl FnMut()) -> Result<Completion> {
         let mut all = Completion::default();
         for event in self {
             let event = event?;
+            on_event();
             if event["choices"].as_array().is_some_and(|choices| !choices.is_empty()) {
                 all.extend(Completion::parse(&event)?);
             }

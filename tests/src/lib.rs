@@ -8,6 +8,8 @@ pub mod etcd;
 pub mod gguf;
 pub mod golden;
 pub mod metrics;
+pub mod network;
+pub mod rig;
 pub mod service;
 pub mod wait;
 
@@ -16,5 +18,7 @@ pub use completion::{Completion, Request};
 pub use etcd::Etcd;
 pub use golden::Golden;
 pub use metrics::Router;
+pub use network::Network;
+pub use rig::Rig;
 pub use service::Service;
 pub use wait::wait_for;

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use crate::cluster::binary;
 use crate::golden::folder;
 use crate::metrics::{self, Router};
+use crate::network::Host;
 use crate::wait::{PATIENCE, wait_for};
 
 /// What a service prints when it serves.
@@ -27,6 +28,7 @@ struct Ready {
 pub struct Service {
     /// As it was started.
     args: Vec<String>,
+    host: Option<Host>,
     child: Child,
     /// Closed, it would end the service.
     _stdin: ChildStdin,
@@ -58,8 +60,16 @@ pub fn router_args() -> Vec<String> {
 impl Service {
     /// Starts `overfill` with `args` and more of them, and waits until it serves.
     pub fn start<S: AsRef<str>>(args: Vec<String>, more: &[S]) -> Result<Self> {
-        let args: Vec<String> = args.into_iter().chain(more.iter().map(|arg| arg.as_ref().to_owned())).collect();
-        let mut child = Command::new(binary()?)
+        Self::start_on(None, args.into_iter().chain(more.iter().map(|arg| arg.as_ref().to_owned())).collect())
+    }
+
+    /// The same with all arguments; on a host of a network, which it listens to, instead of on this machine.
+    pub fn start_on(host: Option<Host>, args: Vec<String>) -> Result<Self> {
+        let mut command = match &host {
+            Some(host) => host.command(binary()?),
+            None => Command::new(binary()?),
+        };
+        let mut child = command
             .args(&args)
             .arg("--exit-with-stdin")
             .stdin(Stdio::piped())
@@ -84,7 +94,7 @@ impl Service {
             bail!("{args:?} did not start ({status}):\n{}", stderr.join().unwrap_or_default());
         };
         let http = format!("http://{}", ready.http.as_ref().unwrap_or(&ready.admin));
-        Ok(Self { args, child, _stdin: stdin, stderr: Some(stderr), ready, http })
+        Ok(Self { args, host, child, _stdin: stdin, stderr: Some(stderr), ready, http })
     }
 
     /// Starts the same again, at the same addresses. The old one must have ended.
@@ -104,7 +114,8 @@ impl Service {
             let old: Vec<usize> =
                 more.iter().step_by(2).filter_map(|flag| args.iter().position(|a| a == flag)).collect();
             let kept = args.iter().enumerate().filter(|(i, _)| !old.iter().any(|at| *i == *at || *i == at + 1));
-            started = Self::start(kept.map(|(_, arg)| arg.clone()).collect(), &more);
+            let again = kept.map(|(_, arg)| arg.clone()).chain(more.iter().map(|&arg| arg.to_owned()));
+            started = Self::start_on(self.host.clone(), again.collect());
             Ok(started.as_ref().err().filter(|e| e.to_string().contains("in use")).map(ToString::to_string))
         })?;
         started
@@ -118,6 +129,11 @@ impl Service {
     /// Its gRPC address, `host:port`.
     pub fn grpc(&self) -> &str {
         &self.ready.grpc
+    }
+
+    /// The host it runs on, unless that is this machine.
+    pub fn host(&self) -> Option<&Host> {
+        self.host.as_ref()
     }
 
     /// Where it takes KV; decode nodes only.

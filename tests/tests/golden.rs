@@ -25,7 +25,7 @@ fn run_with(pair: &str, up_args: &[String]) -> Result<()> {
             let request = golden_request(&case.prompt, expected.len(), model);
             let whole = request.send(&cluster)?;
             check(expected, &whole).with_context(|| format!("{pair}, case {i}, {model}"))?;
-            let streamed = request.stream(&cluster)?.collect_completion()?;
+            let streamed = request.stream(&cluster)?.collect_completion(|| {})?;
             streamed.check_same(&whole).with_context(|| format!("{pair}, case {i}, {model}, streamed"))?;
         }
     }

@@ -34,7 +34,7 @@ fn thirty_two_clients_get_what_each_gets_alone() -> Result<()> {
             .map(|i| {
                 scope.spawn(move || {
                     let request = mixed_request(i);
-                    if i % 2 == 0 { request.send(cluster) } else { request.stream(cluster)?.collect_completion() }
+                    if i % 2 == 0 { request.send(cluster) } else { request.stream(cluster)?.collect_completion(|| {}) }
                 })
             })
             .collect();

@@ -48,7 +48,7 @@ pub struct TransferConfig {
 impl Default for TransferConfig {
     fn default() -> Self {
         Self {
-            idle_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(6),
             max_frame_bytes: 1024 * 1024,
             hello_timeout: Duration::from_secs(5),
             max_connections: 256,

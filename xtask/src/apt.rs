@@ -31,3 +31,12 @@ pub fn etcd() -> Result<()> {
     }
     Ok(())
 }
+
+/// Sees to it that hosts of a network can be made, for the tests of bad links.
+pub fn network() -> Result<()> {
+    let usable = || succeeds(Command::new("nft").arg("--version")) && succeeds(Command::new("tc").arg("-Version"));
+    if !usable() {
+        install(&["iproute2", "nftables"], "the tests of bad links need ip, tc and nft")?;
+    }
+    Ok(())
+}

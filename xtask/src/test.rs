@@ -24,14 +24,18 @@ pub fn run(etcd: Etcd) -> Result<()> {
         (Err(error), Etcd::Required) => bail!("etcd: {error:#}"),
         (Ok(()), _) => {}
     }
+    if let Err(error) = apt::network() {
+        eprintln!("\n== network: {error:#}. THE TESTS OF BAD LINKS ARE SKIPPED");
+    }
     let mut interpreter = None;
     phase("python environment", || {
         interpreter = Some(python::prepare()?);
         Ok(())
     })?;
     phase("lints", || sh(&mut cargo(&["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"])))?;
-    // The whole-cluster tests start the real binary, which `cargo test` alone would not build.
-    phase("binaries", || sh(&mut cargo(&["build", "--locked", "--workspace", "--bins"])))?;
+    // The whole-cluster tests start the real binary, which `cargo test` alone would not build. With the tests in the same
+    // call, both are built with the same features of all dependencies, which are then compiled once.
+    phase("binaries", || sh(&mut cargo(&["build", "--locked", "--workspace", "--bins", "--tests"])))?;
     phase("tests", || {
         let mut command = cargo(&["test", "--locked", "--workspace", "--no-fail-fast"]);
         if let Some(python) = &interpreter {

@@ -11,7 +11,7 @@ use std::{
     io,
     sync::{
         Arc, LazyLock,
-        atomic::{AtomicI64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -185,6 +185,7 @@ impl SimulatedNode {
             fail_after: AtomicI64::new(-1),
             full: watch::Sender::new(false),
             paused: watch::Sender::new(false),
+            losing: AtomicBool::new(false),
             stop: CancellationToken::new(),
         });
         let server = match role {
@@ -224,6 +225,11 @@ impl SimulatedNode {
         self.state.load.send_modify(|load| load.stalled = stalled);
     }
 
+    /// While set, what a prefill node hands over is lost.
+    pub fn set_losing(&self, losing: bool) {
+        self.state.losing.store(losing, Ordering::SeqCst);
+    }
+
     /// While set it gives no token.
     pub fn set_paused(&self, paused: bool) {
         self.state.paused.send_replace(paused);
@@ -240,6 +246,7 @@ struct State {
     fail_after: AtomicI64,
     full: watch::Sender<bool>,
     paused: watch::Sender<bool>,
+    losing: AtomicBool,
     stop: CancellationToken,
 }
 

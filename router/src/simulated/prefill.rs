@@ -1,6 +1,9 @@
 //! The prefill side.
 
-use std::{pin::Pin, sync::Arc};
+use std::{
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+};
 
 use async_stream::try_stream;
 use futures::{Stream, StreamExt as _};
@@ -73,6 +76,9 @@ impl prefill_server::Prefill for Service {
             }
             let with_handoff = request.handoff.is_some();
             if let Some(target) = request.handoff {
+                if state.losing.load(Ordering::SeqCst) {
+                    Err(Status::unavailable("simulated loss of the handoff"))?;
+                }
                 let receiver = HANDOFFS.lock().remove(&target.ticket);
                 receiver
                     .and_then(|receiver| receiver.send(first).ok())

@@ -1,0 +1,145 @@
+//! A network of hosts on this machine, whose links can lose packets and be slow: network namespaces, joined by a bridge.
+//!
+//! It takes Linux, root, and the `ip`, `tc` and `nft` programs (Debian: iproute2, nftables).
+
+use std::process::{Command, id};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+use anyhow::{Context, Result, ensure};
+
+/// Addresses for tests of networks (RFC 2544): 512 nets of 254 hosts.
+const NETS: u32 = 512;
+
+/// Hosts that reach each other, and this process.
+pub struct Network {
+    bridge: String,
+    /// The first three bytes of every address.
+    prefix: String,
+    hosts: AtomicU32,
+}
+
+/// One host. It lives as long as what was started on it.
+#[derive(Clone, Debug)]
+pub struct Host {
+    namespace: String,
+    address: String,
+    /// The bridge's side of its link.
+    far: String,
+}
+
+impl Network {
+    /// A network without hosts; `None`, and says so, where this machine can have none.
+    pub fn start() -> Result<Option<Self>> {
+        static STARTED: AtomicU32 = AtomicU32::new(0);
+        let net = (id() * 4 + STARTED.fetch_add(1, Relaxed)) % NETS;
+        let (bridge, prefix) = (format!("of{net}"), format!("198.{}.{}", 18 + net / 256, net % 256));
+        // What a test that was killed has left.
+        let _ = run("ip", &["link", "del", &bridge]);
+        let network = Self { bridge, prefix, hosts: AtomicU32::new(0) };
+        match network.set_up() {
+            Ok(()) => Ok(Some(network)),
+            Err(error) => {
+                eprintln!("SKIPPED: no network of hosts on this machine: {error:#}");
+                Ok(None)
+            }
+        }
+    }
+
+    fn set_up(&self) -> Result<()> {
+        run("nft", &["--version"])?;
+        run("tc", &["-Version"])?;
+        run("ip", &["link", "add", &self.bridge, "type", "bridge"])?;
+        run("ip", &["addr", "add", &format!("{}.1/24", self.prefix), "dev", &self.bridge])?;
+        run("ip", &["link", "set", &self.bridge, "up"])?;
+        // All that a host needs, and that its links can be disturbed.
+        let host = self.host()?;
+        host.drop_packets(100, &[])?;
+        host.slow_down(1_000_000)?;
+        host.heal()
+    }
+
+    /// One more host.
+    pub fn host(&self) -> Result<Host> {
+        let n = self.hosts.fetch_add(1, Relaxed);
+        ensure!(n < 200, "too many hosts");
+        let namespace = format!("{}-{n}", self.bridge);
+        let host =
+            Host { address: format!("{}.{}", self.prefix, 10 + n), far: format!("{}v{n}", self.bridge), namespace };
+        let _ = run("ip", &["netns", "del", &host.namespace]);
+        run("ip", &["netns", "add", &host.namespace])?;
+        run("ip", &["link", "add", &host.far, "type", "veth", "peer", "name", "eth0", "netns", &host.namespace])?;
+        run("ip", &["link", "set", &host.far, "master", &self.bridge, "up"])?;
+        host.run("ip", &["addr", "add", &format!("{}/24", host.address), "dev", "eth0"])?;
+        host.run("ip", &["link", "set", "eth0", "up"])?;
+        host.run("ip", &["link", "set", "lo", "up"])?;
+        Ok(host)
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        for n in 0..self.hosts.load(Relaxed) {
+            let _ = run("ip", &["netns", "del", &format!("{}-{n}", self.bridge)]);
+        }
+        let _ = run("ip", &["link", "del", &self.bridge]);
+    }
+}
+
+impl Host {
+    /// Its address.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// A command that runs there, as the process that is started.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.namespace]).arg(program);
+        command
+    }
+
+    fn run(&self, program: &str, args: &[&str]) -> Result<()> {
+        run("ip", &[&["netns", "exec", &self.namespace, program], args].concat())
+    }
+
+    /// Drops so many of a hundred packets, in both directions; of connections to these ports alone, if there are any.
+    /// Nobody is told.
+    pub fn drop_packets(&self, percent: u32, ports: &[&str]) -> Result<()> {
+        self.run("nft", &["add", "table", "inet", "faults"])?;
+        let chance = if percent < 100 { format!("numgen random mod 100 < {percent}") } else { String::new() };
+        for hook in ["input", "output"] {
+            let chain = format!("{{ type filter hook {hook} priority 0 ; }}");
+            self.run("nft", &["add", "chain", "inet", "faults", hook, &chain])?;
+            let sides = if ports.is_empty() { &[""][..] } else { &["tcp dport", "tcp sport"] };
+            for side in sides {
+                let these = if ports.is_empty() { String::new() } else { format!("{{ {} }}", ports.join(", ")) };
+                self.run("nft", &["add", "rule", "inet", "faults", hook, &format!("{side} {these} {chance} drop")])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets pass so many bytes a second, in each direction.
+    pub fn slow_down(&self, bytes_per_second: u32) -> Result<()> {
+        let rate = format!("{bytes_per_second}bps");
+        let limit = ["root", "tbf", "rate", &rate, "burst", "16kb", "latency", "500ms"];
+        self.run("tc", &[&["qdisc", "replace", "dev", "eth0"], &limit[..]].concat())?;
+        run("tc", &[&["qdisc", "replace", "dev", &self.far], &limit[..]].concat())
+    }
+
+    /// Ends all disturbances.
+    pub fn heal(&self) -> Result<()> {
+        let nothing_was_wrong = |result: Result<()>| drop(result);
+        nothing_was_wrong(self.run("nft", &["delete", "table", "inet", "faults"]));
+        nothing_was_wrong(self.run("tc", &["qdisc", "del", "dev", "eth0", "root"]));
+        nothing_was_wrong(run("tc", &["qdisc", "del", "dev", &self.far, "root"]));
+        Ok(())
+    }
+}
+
+fn run(program: &str, args: &[&str]) -> Result<()> {
+    let line = || format!("{program} {}", args.join(" "));
+    let output = Command::new(program).args(args).output().with_context(line)?;
+    ensure!(output.status.success(), "{}: {}", line(), String::from_utf8_lossy(&output.stderr).trim());
+    Ok(())
+}

@@ -1,0 +1,236 @@
+//! A cluster of two nodes of each role under load, every answer compared with the one that it gives undisturbed.
+
+use std::fmt;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::cluster::IDLE_GAUGES;
+use crate::service::{decode_args, prefill_args, router_args};
+use crate::{Completion, Network, Request, Router, Service, wait_for};
+
+const PAIR: &str = "llama-tied";
+/// Clients at once.
+pub const CLIENTS: usize = 8;
+/// Requests that each of them sends at least.
+pub const REQUESTS_EACH: usize = 25;
+/// Different requests.
+const REQUESTS: usize = 12;
+
+/// Long enough to be caught in every phase: the prompt in chunks of a block, many tokens.
+pub fn request(index: usize) -> Request {
+    let prompt: Vec<u32> = (0..150 + index * 8).map(|i| (5 + (i * 7 + index * 31) % 300) as u32).collect();
+    Request::tokens(&prompt, 120)
+}
+
+/// A gauge of a node that computes or decodes.
+pub const RUNNING: &str = "vllm:num_requests_running";
+/// A gauge of a node in the midst of a handoff.
+pub const HANDING_OVER: &str = "overfill_open_handoffs";
+
+/// Waits until a node is caught in a phase, which a gauge of its own shows.
+pub fn wait_phase(node: &Service, gauge: &str) -> Result<()> {
+    wait_for(gauge, || Ok((node.metric(gauge, "")? == Some(0.0)).then(|| "0".into())))
+}
+
+/// What a node does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Role {
+    /// It prefills.
+    Prefill,
+    /// It decodes.
+    Decode,
+}
+
+/// Two nodes of each role, whose decode model is the full one: so a token does not depend on where a request was when
+/// a node failed.
+pub struct Rig {
+    prefill: [Service; 2],
+    decode: [Service; 2],
+    /// The router.
+    pub router: Service,
+}
+
+impl Rig {
+    /// Starts all of it; each node on a host of its own, if there is a network. `router` is for the router.
+    pub fn start(network: Option<&Network>, router: &[&str]) -> Result<Self> {
+        let node = |mut args: Vec<String>, more: &[&str], ports: &[&str]| {
+            args.extend(more.iter().map(|&arg| arg.to_owned()));
+            let host = network.map(Network::host).transpose()?;
+            if let Some(host) = &host {
+                args.push("--allow-insecure".into());
+                for &port in ports {
+                    args.extend([port.to_owned(), format!("{}:0", host.address())]);
+                }
+            }
+            Service::start_on(host, args)
+        };
+        let prefill = || node(prefill_args(PAIR), &["--max-batch-tokens", "16"], &["--listen", "--admin"]);
+        let decode = || node(decode_args(PAIR), &["--max-running", "4"], &["--listen", "--admin", "--kv-listen"]);
+        let (prefill, decode) = ([prefill()?, prefill()?], [decode()?, decode()?]);
+        let urls = |nodes: &[Service; 2]| format!("{},{}", nodes[0].url(), nodes[1].url());
+        let args = ["--prefill-url", &urls(&prefill), "--decode-url", &urls(&decode), "--node-timeout-seconds", "3"];
+        let router = Service::start(router_args(), &[&args[..], router].concat())?;
+        router.wait_nodes(2, 2)?;
+        Ok(Self { prefill, decode, router })
+    }
+
+    /// The one of the two nodes of a role that things happen to.
+    pub fn node(&mut self, role: Role) -> &mut Service {
+        match role {
+            Role::Prefill => &mut self.prefill[0],
+            Role::Decode => &mut self.decode[0],
+        }
+    }
+
+    /// Where decode nodes take KV: the ports alone.
+    pub fn kv_ports(&self) -> Vec<&str> {
+        self.decode.iter().filter_map(|node| node.kv()?.rsplit(':').next()).collect()
+    }
+
+    /// All processes, by name.
+    pub fn services(&self) -> [(&'static str, &Service); 5] {
+        let ([p0, p1], [d0, d1]) = (&self.prefill, &self.decode);
+        [("prefill-0", p0), ("prefill-1", p1), ("decode-0", d0), ("decode-1", d1), ("router", &self.router)]
+    }
+
+    /// Starts a node again that has ended, where it was, and waits until the router has it back.
+    pub fn start_again(&mut self, role: Role) -> Result<()> {
+        let again = self.node(role).start_again()?;
+        *self.node(role) = again;
+        self.wait_up(role, 2)
+    }
+
+    /// What every request gives, one after the other.
+    pub fn answers(&self) -> Result<Vec<Completion>> {
+        (0..REQUESTS).map(|i| request(i).send(&self.router)).collect()
+    }
+
+    /// Requests that have moved so far.
+    pub fn migrations(&self) -> Result<f64> {
+        Ok(self.router.metric("overfill_migrations_total", "")?.unwrap_or_default())
+    }
+
+    /// Waits until no node holds anything for a request.
+    pub fn wait_idle(&self) -> Result<()> {
+        for node in self.prefill.iter().chain(&self.decode) {
+            for gauge in IDLE_GAUGES {
+                node.wait_metric(gauge, "", 0.0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the router sees so many nodes of a role as usable.
+    pub fn wait_up(&self, role: Role, up: u32) -> Result<()> {
+        let role = if role == Role::Prefill { "prefill" } else { "decode" };
+        self.router.wait_metric("overfill_nodes", &format!("role=\"{role}\",state=\"up\""), up.into())
+    }
+
+    /// Runs `disturb` while clients ask, each of them [`REQUESTS_EACH`] times at least, and compares all with `answers`.
+    pub fn under_load(
+        &mut self,
+        answers: &[Completion],
+        disturb: impl FnOnce(&mut Self, &Load) -> Result<()>,
+    ) -> Result<Pauses> {
+        let http = self.router.http().to_owned();
+        let load =
+            Load { http: &http, answers, stop: AtomicBool::new(false), done: 0.into(), pauses: Mutex::default() };
+        std::thread::scope(|scope| {
+            let clients: Vec<_> = (0..CLIENTS)
+                .map(|client| {
+                    let load = &load;
+                    scope.spawn(move || load.client(client).inspect_err(|_| load.stop.store(true, SeqCst)))
+                })
+                .collect();
+            let disturbed = load.wait_progress().and_then(|()| disturb(self, &load));
+            load.stop.store(true, SeqCst);
+            for client in clients {
+                client.join().unwrap_or_else(|_| bail!("a client panicked"))?;
+            }
+            disturbed
+        })?;
+        self.wait_idle()?;
+        let mut pauses = load.pauses.into_inner().unwrap_or_default();
+        pauses.sort_unstable();
+        Ok(Pauses(pauses))
+    }
+}
+
+/// Clients that ask without a pause until they are told to stop, and compare.
+pub struct Load<'a> {
+    http: &'a str,
+    answers: &'a [Completion],
+    stop: AtomicBool,
+    done: AtomicUsize,
+    pauses: Mutex<Vec<Duration>>,
+}
+
+struct Address<'a>(&'a str);
+
+impl Router for Address<'_> {
+    fn http(&self) -> &str {
+        self.0
+    }
+}
+
+impl Load<'_> {
+    fn client(&self, client: usize) -> Result<()> {
+        for (sent, i) in (client..).step_by(5).enumerate() {
+            if sent >= REQUESTS_EACH && self.stop.load(SeqCst) {
+                break;
+            }
+            let i = i % REQUESTS;
+            let router = Address(self.http);
+            let answer = match client.is_multiple_of(2) {
+                true => request(i).send(&router),
+                false => self.stream(&router, i),
+            };
+            let answer = answer.with_context(|| format!("client {client}, request {i}"))?;
+            let expected = &self.answers[i];
+            ensure!(answer == *expected, "client {client}, request {i}: {answer:?} instead of {expected:?}");
+            self.done.fetch_add(1, SeqCst);
+        }
+        Ok(())
+    }
+
+    /// Remembers the longest time between two events.
+    fn stream(&self, router: &Address<'_>, i: usize) -> Result<Completion> {
+        let mut last: Option<Instant> = None;
+        let mut longest = Duration::ZERO;
+        let answer = request(i).stream(router)?.collect_completion(|| {
+            let now = Instant::now();
+            longest = longest.max(last.map_or(Duration::ZERO, |last| now - last));
+            last = Some(now);
+        })?;
+        self.pauses.lock().map_err(|_| anyhow::anyhow!("a client panicked"))?.push(longest);
+        Ok(answer)
+    }
+
+    /// Waits until every client has had its turn again, about.
+    pub fn wait_progress(&self) -> Result<()> {
+        let goal = self.done.load(SeqCst) + 2 * CLIENTS;
+        wait_for("answers", || {
+            // What went wrong is the client's to say.
+            ensure!(!self.stop.load(SeqCst), "a client has failed");
+            let done = self.done.load(SeqCst);
+            Ok((done < goal).then(|| format!("{done}, not {goal}")))
+        })
+    }
+}
+
+/// The longest pause of each streamed answer, shortest first.
+pub struct Pauses(Vec<Duration>);
+
+impl fmt::Display for Pauses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let at = |percent: usize| {
+            self.0.get((self.0.len() * percent).div_ceil(100).saturating_sub(1)).copied().unwrap_or_default()
+        };
+        let seconds = [50, 90, 99, 100].map(|percent| at(percent).as_secs_f64());
+        write!(f, "longest pause of {} streams: p50 {:.2} s, p90 {:.2} s, ", self.0.len(), seconds[0], seconds[1])?;
+        write!(f, "p99 {:.2} s, most {:.2} s", seconds[2], seconds[3])
+    }
+}

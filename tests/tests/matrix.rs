@@ -1,0 +1,103 @@
+//! Every fault, at every phase, of a node of each role, under a load of clients: every answer is the one that an
+//! undisturbed cluster gives.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use overfill_tests::rig::{HANDING_OVER, Load, RUNNING, Role, wait_phase};
+use overfill_tests::{Completion, Network, Rig, wait_for};
+
+/// What happens to a node.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fault {
+    /// It is killed, and started again.
+    Killed,
+    /// It stands still, its connections open, and goes on.
+    Frozen,
+    /// Nothing that is sent to it or by it arrives.
+    Unreachable,
+    /// No KV that is sent to it or by it arrives; all else does.
+    KvLost,
+    /// One of ten packets is lost.
+    Lossy,
+    /// Its link is slow.
+    Slow,
+}
+
+/// Slower than the KV of two requests at once needs.
+const SLOW_BYTES_PER_SECOND: u32 = 150_000;
+
+impl Fault {
+    fn begin(self, rig: &mut Rig, role: Role) -> Result<()> {
+        let ports: Vec<String> = rig.kv_ports().into_iter().map(str::to_owned).collect();
+        let ports: Vec<&str> = ports.iter().map(String::as_str).collect();
+        let node = rig.node(role);
+        let host = || node.host().context("it runs on no host of its own");
+        match self {
+            Self::Killed => node.kill(),
+            Self::Frozen => node.signal("STOP"),
+            Self::Unreachable => host()?.drop_packets(100, &[]),
+            Self::KvLost => host()?.drop_packets(100, &ports),
+            Self::Lossy => host()?.drop_packets(10, &[]),
+            Self::Slow => host()?.slow_down(SLOW_BYTES_PER_SECOND),
+        }
+    }
+
+    fn end(self, rig: &mut Rig, role: Role) -> Result<()> {
+        match self {
+            Self::Killed => return rig.start_again(role),
+            Self::Frozen => rig.node(role).signal("CONT")?,
+            _ => rig.node(role).host().context("it runs on no host of its own")?.heal()?,
+        }
+        rig.wait_up(role, 2)
+    }
+
+    /// Does a router find out that the node is of no use?
+    fn takes_out(self) -> bool {
+        matches!(self, Self::Killed | Self::Frozen | Self::Unreachable)
+    }
+
+    fn needs_network(self) -> bool {
+        !matches!(self, Self::Killed | Self::Frozen)
+    }
+}
+
+const FAULTS: [Fault; 6] = [Fault::Killed, Fault::Frozen, Fault::Unreachable, Fault::KvLost, Fault::Lossy, Fault::Slow];
+
+fn cell(rig: &mut Rig, answers: &[Completion], fault: Fault, role: Role, phase: &str) -> Result<()> {
+    let started = Instant::now();
+    let before = rig.migrations()?;
+    let pauses = rig.under_load(answers, |rig, load: &Load| {
+        wait_phase(rig.node(role), phase)?;
+        fault.begin(rig, role)?;
+        if fault.takes_out() {
+            rig.wait_up(role, 1)?;
+        }
+        if fault == Fault::KvLost || fault.takes_out() && role == Role::Decode && phase == RUNNING {
+            wait_for("migrations", || Ok((rig.migrations()? == before).then(|| "none".into())))?;
+        }
+        for _ in 0..5 {
+            load.wait_progress().context("while it lasted")?;
+        }
+        fault.end(rig, role)
+    })?;
+    let (moved, seconds) = (rig.migrations()? - before, started.elapsed().as_secs_f64());
+    eprintln!("{fault:?} {role:?} at {phase}: {seconds:.1} s, {moved} moved, {pauses}");
+    Ok(())
+}
+
+#[test]
+fn no_fault_at_any_phase_costs_an_answer() -> Result<()> {
+    let network = Network::start()?;
+    let mut rig = Rig::start(network.as_ref(), &[])?;
+    let answers = rig.answers()?;
+    ensure!(rig.migrations()? == 0.0, "migrations before anything happened");
+    for fault in FAULTS.into_iter().filter(|fault| network.is_some() || !fault.needs_network()) {
+        for (role, phase) in
+            [Role::Decode, Role::Prefill].iter().flat_map(|role| [RUNNING, HANDING_OVER].map(|phase| (*role, phase)))
+        {
+            cell(&mut rig, &answers, fault, role, phase).with_context(|| format!("{fault:?}, {role:?} at {phase}"))?;
+        }
+    }
+    Ok(())
+}
