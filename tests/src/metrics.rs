@@ -10,6 +10,15 @@ pub trait Router {
     fn http(&self) -> &str;
 }
 
+/// Whatever serves it at this address.
+pub struct At<'a>(pub &'a str);
+
+impl Router for At<'_> {
+    fn http(&self) -> &str {
+        self.0
+    }
+}
+
 /// A metric at `url`, summed over those of its series whose labels contain `labels`; `None` where there is none.
 pub fn read(url: &str, name: &str, labels: &str) -> Result<Option<f64>> {
     let text = ureq::get(&format!("{url}/metrics")).timeout(Duration::from_secs(10)).call()?.into_string()?;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::cluster::IDLE_GAUGES;
+use crate::metrics::At;
 use crate::service::{decode_args, prefill_args, router_args};
 use crate::{Completion, Network, Request, Router, Service, wait_for};
 
@@ -168,14 +169,6 @@ pub struct Load<'a> {
     pauses: Mutex<Vec<Duration>>,
 }
 
-struct Address<'a>(&'a str);
-
-impl Router for Address<'_> {
-    fn http(&self) -> &str {
-        self.0
-    }
-}
-
 impl Load<'_> {
     fn client(&self, client: usize) -> Result<()> {
         for (sent, i) in (client..).step_by(5).enumerate() {
@@ -183,7 +176,7 @@ impl Load<'_> {
                 break;
             }
             let i = i % REQUESTS;
-            let router = Address(self.http);
+            let router = At(self.http);
             let answer = match client.is_multiple_of(2) {
                 true => request(i).send(&router),
                 false => self.stream(&router, i),
@@ -197,7 +190,7 @@ impl Load<'_> {
     }
 
     /// Remembers the longest time between two events.
-    fn stream(&self, router: &Address<'_>, i: usize) -> Result<Completion> {
+    fn stream(&self, router: &At<'_>, i: usize) -> Result<Completion> {
         let mut last: Option<Instant> = None;
         let mut longest = Duration::ZERO;
         let answer = request(i).stream(router)?.collect_completion(|| {
