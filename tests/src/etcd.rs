@@ -1,6 +1,7 @@
 //! A real etcd, in as many processes as it has members.
 
 use std::net::TcpListener;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -17,12 +18,16 @@ const REQUIRED: &str = "OVERFILL_ETCD_REQUIRED";
 /// An etcd cluster. Dropped, it is killed.
 pub struct Etcd {
     members: Vec<Member>,
+    /// Where `ca.pem`, `cert.pem` and `key.pem` are, if services are to talk to it over TLS.
+    tls: Option<PathBuf>,
     folder: TempDir,
 }
 
 struct Member {
     name: String,
     client: String,
+    /// What services are told: the same, unless there is TLS.
+    advertised: String,
     peer: String,
     child: Option<Child>,
 }
@@ -30,21 +35,37 @@ struct Member {
 impl Etcd {
     /// Starts an etcd of so many members and waits until it serves; `None`, and says so, where etcd is not installed.
     pub fn start(members: usize) -> Result<Option<Self>> {
+        Self::start_with(members, None)
+    }
+
+    /// The same of one that lets services in over TLS alone, and only with a certificate: those in this folder.
+    pub fn start_tls(folder: &Path) -> Result<Option<Self>> {
+        Self::start_with(1, Some(folder))
+    }
+
+    fn start_with(members: usize, tls: Option<&Path>) -> Result<Option<Self>> {
         if Command::new("etcd").arg("--version").output().is_err() {
             ensure!(std::env::var_os(REQUIRED).is_none(), "etcd is not installed, and {REQUIRED} is set");
             eprintln!("SKIPPED: etcd is not installed (Debian: apt install etcd-server)");
             return Ok(None);
         }
-        let members = (0..members)
-            .map(|i| Ok(Member { name: format!("m{i}"), client: free_address()?, peer: free_address()?, child: None }));
-        let mut etcd = Self { members: members.collect::<Result<_>>()?, folder: tempfile::tempdir()? };
+        let member = |i| {
+            let client = free_address()?;
+            let advertised = match tls {
+                Some(_) => free_address()?.replace("http://", "https://"),
+                None => client.clone(),
+            };
+            Ok(Member { name: format!("m{i}"), client, advertised, peer: free_address()?, child: None })
+        };
+        let members = (0..members).map(member).collect::<Result<_>>()?;
+        let mut etcd = Self { members, tls: tls.map(Path::to_owned), folder: tempfile::tempdir()? };
         etcd.start_all()?;
         Ok(Some(etcd))
     }
 
     /// What `--etcd-url` is given.
     pub fn urls(&self) -> String {
-        self.members.iter().map(|member| member.client.as_str()).collect::<Vec<_>>().join(",")
+        self.members.iter().map(|member| member.advertised.as_str()).collect::<Vec<_>>().join(",")
     }
 
     /// Starts all members that do not run.
@@ -52,9 +73,19 @@ impl Etcd {
         let cluster: Vec<_> = self.members.iter().map(|m| format!("{}={}", m.name, m.peer)).collect();
         for member in self.members.iter_mut().filter(|member| member.child.is_none()) {
             let data = self.folder.path().join(&member.name);
-            let child = Command::new("etcd")
-                .args(["--name", &member.name, "--listen-client-urls", &member.client, "--log-level", "error"])
-                .args(["--advertise-client-urls", &member.client, "--listen-peer-urls", &member.peer])
+            let mut command = Command::new("etcd");
+            let mut listen = member.client.clone();
+            if let Some(tls) = &self.tls {
+                listen = format!("{listen},{}", member.advertised);
+                let flags = [("--cert-file", "cert"), ("--key-file", "key"), ("--trusted-ca-file", "ca")];
+                for (flag, file) in flags {
+                    command.arg(flag).arg(tls.join(file).with_extension("pem"));
+                }
+                command.arg("--client-cert-auth");
+            }
+            let child = command
+                .args(["--name", &member.name, "--listen-client-urls", &listen, "--log-level", "error"])
+                .args(["--advertise-client-urls", &member.advertised, "--listen-peer-urls", &member.peer])
                 .args(["--initial-advertise-peer-urls", &member.peer, "--initial-cluster", &cluster.join(",")])
                 // Elections that a small machine comes through.
                 .args(["--heartbeat-interval", "100", "--election-timeout", "1000"])

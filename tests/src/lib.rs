@@ -2,6 +2,7 @@
 //!
 //! Everything here blocks on plain threads: what is tested is the other side.
 
+pub mod certify;
 pub mod cluster;
 pub mod completion;
 pub mod etcd;

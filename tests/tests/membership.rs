@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use overfill_tests::certify::certify;
 use overfill_tests::service::{decode_args, prefill_args, router_args};
 use overfill_tests::{Completion, Etcd, Request, Service, wait_for};
 
@@ -133,6 +134,39 @@ fn etcd_may_want_a_login() -> Result<()> {
     router.wait_nodes(1, 1)?;
     request(0).send(&router)?;
     ensure!(stranger.metric("vllm:request_success_total", "")?.is_none(), "a node that could not register was used");
+    Ok(())
+}
+
+#[test]
+fn etcd_may_want_certificates() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    certify(folder.path())?;
+    let Some(mut etcd) = Etcd::start_tls(folder.path())? else { return Ok(()) };
+    let file = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    let with = |own: bool| {
+        let mut args = etcd_args(&etcd);
+        args.extend(["--etcd-ca".to_owned(), file("ca.pem")]);
+        if own {
+            args.extend(["--etcd-cert".to_owned(), file("cert.pem"), "--etcd-key".to_owned(), file("key.pem")]);
+        }
+        args
+    };
+    let router = Service::start(router_args(), &with(true))?;
+    let _stranger = Service::start(decode_args(PAIR), &with(false))?;
+    let _prefill = Service::start(prefill_args(PAIR), &with(true))?;
+    let _decode = Service::start(decode_args(PAIR), &with(true))?;
+    router.wait_nodes(1, 1)?;
+    let answer = request(0).send(&router)?;
+    // Nor does it stay away when etcd has been.
+    let second = with(true);
+    etcd.kill()?;
+    etcd.wipe()?;
+    etcd.start_all()?;
+    etcd.wait_keys(2)?;
+    let second = Service::start(router_args(), &second)?;
+    second.wait_nodes(1, 1)?;
+    ensure!(request(0).send(&second)? == answer, "another answer from the second router");
+    ensure!(etcd.keys()? == 2, "a node without a certificate has registered");
     Ok(())
 }
 

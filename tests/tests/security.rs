@@ -1,34 +1,20 @@
 //! TLS everywhere, keys for clients, and no port open to the world by accident.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
 use overfill_cluster::Tls;
+use overfill_tests::certify::certify;
 use overfill_tests::cluster::binary;
 use overfill_tests::service::{decode_args, prefill_args, router_args};
 use overfill_tests::{Request, Service, completion, wait_for};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 const PAIR: &str = "llama-tied";
 const KEY: &str = "a-key-of-team-a-0123456789";
-
-/// An authority and one certificate of it, for every service of this machine.
-fn certify(folder: &Path) -> Result<()> {
-    let mut authority = CertificateParams::new(Vec::new())?;
-    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let key = KeyPair::generate()?;
-    std::fs::write(folder.join("ca.pem"), authority.self_signed(&key)?.pem())?;
-    let issuer = Issuer::new(authority, key);
-    let key = KeyPair::generate()?;
-    let cert = CertificateParams::new(vec!["127.0.0.1".to_owned()])?.signed_by(&key, &issuer)?;
-    std::fs::write(folder.join("cert.pem"), cert.pem())?;
-    std::fs::write(folder.join("key.pem"), key.serialize_pem())?;
-    Ok(())
-}
 
 struct Secured {
     folder: tempfile::TempDir,
