@@ -40,3 +40,12 @@ pub fn network() -> Result<()> {
     }
     Ok(())
 }
+
+/// Sees to it that valgrind is there, for the kernels' accesses to memory.
+pub fn valgrind() -> Result<()> {
+    // Without the symbols of the C library it does not start.
+    if !succeeds(Command::new("valgrind").args(["--quiet", "true"])) {
+        install(&["valgrind", "libc6-dbg"], "checking the kernels' accesses to memory needs valgrind")?;
+    }
+    Ok(())
+}

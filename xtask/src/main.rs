@@ -2,6 +2,7 @@
 
 mod apt;
 mod demo;
+mod memory;
 mod process;
 mod python;
 mod test;

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use crate::process::{cargo, phase, run as sh};
-use crate::{apt, python, tidy};
+use crate::{apt, memory, python, tidy};
 
 /// What if etcd is not installed, and can't be?
 #[derive(Clone, Copy, PartialEq)]
@@ -45,5 +45,12 @@ pub fn run(etcd: Etcd) -> Result<()> {
             command.env("OVERFILL_ETCD_REQUIRED", "1");
         }
         sh(&mut command)
-    })
+    })?;
+    match apt::valgrind() {
+        Ok(()) => phase("kernels' accesses to memory", memory::run_kernels),
+        Err(error) => {
+            eprintln!("\n== valgrind: {error:#}. THE KERNELS' ACCESSES TO MEMORY ARE NOT CHECKED");
+            Ok(())
+        }
+    }
 }

@@ -42,7 +42,7 @@ const SEED: &str = "OVERFILL_SIM_SEED";
 /// How many seeds are tried.
 const SEEDS: &str = "OVERFILL_SIM_SEEDS";
 /// Seeds tried unless it is said otherwise.
-const DEFAULT_SEEDS: u64 = 1000;
+const DEFAULT_SEEDS: u64 = 2000;
 /// Real time that a simulation may take.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Name of the test.
