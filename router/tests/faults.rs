@@ -149,6 +149,23 @@ async fn a_full_queue_is_429_and_waiting_ones_get_their_turn() {
 }
 
 #[tokio::test]
+async fn too_many_connections_are_503_and_probes_get_in() {
+    let options = [Options::default()];
+    let rig = rig_with(&options, &options, |c| c.max_connections = 1).await;
+    rig.decode[0].set_paused(true);
+    let body = json!({"prompt": "x", "max_tokens": 3}).to_string();
+    let first = rig.send("POST", "/v1/completions", &body).await;
+    wait_for(async || rig.metric("vllm:num_requests_running").await == 1.0).await;
+    let second = receive(rig.send("POST", "/v1/completions", &body).await).await;
+    assert_eq!(second.status, 503, "{}", second.body);
+    assert!(second.head.contains("retry-after: 1"), "{}", second.head);
+    assert_eq!(receive(rig.send("GET", "/ready", "").await).await.status, 200);
+    rig.decode[0].set_paused(false);
+    assert_eq!(receive(first).await.status, 200);
+    assert_eq!(receive(rig.send("POST", "/v1/completions", &body).await).await.status, 200);
+}
+
+#[tokio::test]
 async fn nodes_without_room_are_waited_for() {
     let options = [Options::default()];
     let rig = rig_with(&options, &options, |c| c.max_queue = Duration::from_millis(200)).await;
