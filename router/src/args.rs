@@ -28,10 +28,10 @@ pub struct Args {
     /// Where gRPC is served.
     #[arg(long, env = "OVERFILL_GRPC", default_value = "127.0.0.1:50051")]
     pub grpc: String,
-    /// Most sequences on the nodes at once; fewer if the nodes have places for fewer.
+    /// Most sequences of one model on the nodes at once; fewer if its nodes have places for fewer.
     #[arg(long, env = "OVERFILL_MAX_RUNNING", default_value_t = 256)]
     pub max_running: u32,
-    /// Most sequences waiting for a place; beyond that requests are refused with 429.
+    /// Most sequences of one model waiting for a place; beyond that requests are refused with 429.
     #[arg(long, env = "OVERFILL_MAX_WAITING", default_value_t = 1024)]
     pub max_waiting: u32,
     /// Time a request may take in all, unless it says otherwise.
@@ -89,9 +89,9 @@ pub struct Config {
     pub http: SocketAddr,
     /// Where gRPC is served; port 0 picks one.
     pub grpc: SocketAddr,
-    /// Most sequences on the nodes at once.
+    /// Most sequences of one model on the nodes at once.
     pub max_running: usize,
-    /// Most sequences waiting.
+    /// Most sequences of one model waiting.
     pub max_waiting: usize,
     /// Time a request may take in all.
     pub default_deadline: Duration,

@@ -82,7 +82,7 @@ impl Router {
         }
         let core = Core::new(nodes, metrics.clone(), &config);
 
-        membership.spawn("capacity", follow_capacity(core.clone(), config.max_running, membership.token()));
+        membership.spawn("capacity", follow_capacity(core.clone(), membership.token()));
         let (reporter, health) = tonic_health::server::health_reporter();
         reporter.set_serving::<v1::router_server::RouterServer<RouterService>>().await;
         let reflection = tonic_reflection::server::Builder::configure()
@@ -112,16 +112,15 @@ impl Router {
     }
 }
 
-/// As many sequences are let in as all nodes have places for, those being prefilled and those being decoded.
-pub async fn follow_capacity(core: Core, max_running: usize, stop: CancellationToken) {
+/// Of each model as many sequences are let in as its nodes have places for.
+pub async fn follow_capacity(core: Core, stop: CancellationToken) {
     let mut changes = core.nodes.changes();
     let follow = async {
         loop {
             let view = core.nodes.view();
-            let places = view.prefill.iter().chain(&view.decode).map(|node| node.info.max_running_requests as usize);
-            // Without nodes, those who are let in are told so.
-            let both = !view.prefill.is_empty() && !view.decode.is_empty();
-            core.admission.set_capacity(if both { places.sum() } else { max_running });
+            for name in view.models.keys() {
+                core.admission.set_capacity(name, view.places(name));
+            }
             if changes.changed().await.is_err() {
                 return;
             }
