@@ -24,17 +24,39 @@ pub struct RouterUrl {
     /// The router's gRPC address.
     #[arg(long, env = "OVERFILL_ROUTER", default_value = "http://127.0.0.1:50051")]
     pub router: String,
-    /// File with the API key that the router asks for; OVERFILL_API_KEY may hold the key itself.
-    #[arg(long)]
-    pub api_key_file: Option<PathBuf>,
+    /// Who asks.
+    #[command(flatten)]
+    pub key: ApiKey,
     /// TLS, for addresses that begin with https://.
     #[command(flatten)]
     pub tls: ClientTls,
 }
 
+/// The API key of whoever uses a subcommand.
+#[derive(Args, Default)]
+pub struct ApiKey {
+    /// File with the API key that the router asks for; OVERFILL_API_KEY may hold the key itself.
+    #[arg(long)]
+    api_key_file: Option<PathBuf>,
+}
+
+impl ApiKey {
+    /// The value of the header `authorization`, where there is a key.
+    pub fn authorization(&self) -> Result<Option<String>> {
+        let key = match &self.api_key_file {
+            Some(path) => {
+                let key = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+                Some(key.trim().to_owned())
+            }
+            None => std::env::var("OVERFILL_API_KEY").ok(),
+        };
+        Ok(key.map(|key| format!("Bearer {key}")))
+    }
+}
+
 /// Connects to the router at `url`, as a process of this machine that has no settings for it.
 pub async fn connect(url: &str) -> Result<Client> {
-    RouterUrl { router: url.to_owned(), api_key_file: None, tls: ClientTls::default() }.connect().await
+    RouterUrl { router: url.to_owned(), key: ApiKey::default(), tls: ClientTls::default() }.connect().await
 }
 
 /// Connects to any service at `url` without further settings.
@@ -81,16 +103,9 @@ impl RouterUrl {
     }
 
     fn authorization(&self) -> Result<Option<AsciiMetadataValue>> {
-        let key = match &self.api_key_file {
-            Some(path) => {
-                let key = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-                Some(key.trim().to_owned())
-            }
-            None => std::env::var("OVERFILL_API_KEY").ok(),
-        };
-        let Some(key) = key else { return Ok(None) };
+        let Some(value) = self.key.authorization()? else { return Ok(None) };
         let mut value: AsciiMetadataValue =
-            MetadataValue::try_from(format!("Bearer {key}")).context("the API key must be of printable characters")?;
+            MetadataValue::try_from(value).context("the API key must be of printable characters")?;
         value.set_sensitive(true);
         Ok(Some(value))
     }

@@ -3,14 +3,24 @@
 //! It is served before the process can do its work, so that one that is loading a model can be told from one that hangs.
 
 use std::{
+    future::pending,
     io,
     sync::{Arc, OnceLock},
 };
 
 use axum::{Router, http::StatusCode, http::header, response::IntoResponse, routing::get};
 use prometheus::{Encoder, Registry, TextEncoder};
-use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle};
+use tokio::net::TcpListener;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
+
+use crate::{
+    http::{self, Limits},
+    net::Listener,
+};
+
+/// Connections to an admin port of its own: probes, and who gathers metrics.
+pub const CONNECTIONS: usize = 64;
 
 /// Can the process serve?
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,28 +102,23 @@ fn health_response(health: Health) -> (StatusCode, String) {
 
 /// Serves the admin port until it is ended: that may be later than the shutdown's beginning, so that a draining process
 /// can still be looked at. Dropped, it ends by itself.
-pub struct AdminServer {
-    stop: oneshot::Sender<()>,
-    serving: JoinHandle<io::Result<()>>,
-}
+pub struct AdminServer(AbortOnDropHandle<()>);
 
 impl AdminServer {
     /// Serves `admin`.
     pub fn start(listener: TcpListener, admin: Admin) -> Self {
-        let (stop, stopped) = oneshot::channel::<()>();
-        let server = axum::serve(listener, admin.routes()).with_graceful_shutdown(async { drop(stopped.await) });
-        Self { stop, serving: tokio::spawn(server.into_future()) }
+        let listener = Listener::new(listener, None);
+        let serving = http::serve(listener, admin.routes(), Limits::http(CONNECTIONS), pending());
+        Self(AbortOnDropHandle::new(tokio::spawn(serving)))
     }
 
     /// Ends it.
     pub async fn end(self) -> io::Result<()> {
-        drop(self.stop);
         // A client that keeps its connection open holds up nobody.
-        self.serving.abort();
-        match self.serving.await {
-            Ok(served) => served,
-            Err(e) if e.is_cancelled() => Ok(()),
-            Err(e) => Err(io::Error::other(e)),
+        self.0.abort();
+        match self.0.await {
+            Err(e) if !e.is_cancelled() => Err(io::Error::other(e)),
+            _ => Ok(()),
         }
     }
 }

@@ -1,24 +1,20 @@
-//! How gRPC is served here: keep-alive that notices vanished clients.
+//! How gRPC is served here.
 
 use std::{io, net::SocketAddr, time::Duration};
 
 use tokio::net::TcpListener;
-use tonic::transport::Server;
 
-/// A client that does not answer a ping for this long is gone, and its requests with it.
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+use crate::http::Limits;
 
 /// Requests that one connection may have: a router sends all of its requests over one, and what is too much is the
 /// queue's to say, not the transport's (whose default would hold up the two hundred and first in silence).
 const MAX_STREAMS: u32 = 1 << 16;
+/// Connections to a node: those of routers, and of who looks at it.
+pub const NODE_CONNECTIONS: usize = 1024;
 
-/// A server with this project's connection settings.
-pub fn server() -> Server {
-    Server::builder()
-        .max_concurrent_streams(MAX_STREAMS)
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+/// What a gRPC server grants. Channels of clients may be idle for long; pings end those whose clients have gone.
+pub fn limits(connections: usize) -> Limits {
+    Limits { streams: MAX_STREAMS, http1: false, idle: Duration::from_secs(3600), ..Limits::http(connections) }
 }
 
 /// An address that could not be listened on.

@@ -16,12 +16,13 @@ use std::process::ExitCode;
 
 pub use args::{Args, Config};
 pub use node::{NodeError, PrefillNode};
-use overfill_cluster::{Shutdown, process};
+use overfill_cluster::{Shutdown, files, process};
 
 /// Runs a node as a process: checks `args`, prints the ready line, serves until told to stop.
 pub async fn main(args: Args) -> ExitCode {
     let process = args.process.clone();
     process::run(&process, args.validate(), async |config: Config, shutdown: Shutdown| {
+        files::raise(node::connections());
         let node = PrefillNode::bind(config).await?;
         node.ready_line().print();
         node.run(shutdown).await

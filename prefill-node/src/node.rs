@@ -3,10 +3,11 @@
 use std::{future::pending, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use overfill_cluster::{
-    Admin, AdminServer, Drain, Health, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown, Started, Tls,
+    Admin, AdminServer, Drain, Health, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown, Started, Tls, admin,
     discovery::{self, NodeRole, Registration},
-    grpc::{self, BindError},
-    net::{self, Incoming},
+    grpc::{self, BindError, NODE_CONNECTIONS},
+    http,
+    net::{self, Listener},
 };
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema};
 use overfill_model::{KvCache, Model, ModelError};
@@ -14,6 +15,7 @@ use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1, v1::prefill_ser
 use overfill_text::TextFiles;
 use overfill_transport::{Dialer, Link, TransferConfig};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinError};
+use tonic::service::Routes;
 use tracing::error;
 
 use crate::{
@@ -38,9 +40,6 @@ pub enum NodeError {
     /// A fault of the program.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
-    /// A server failed.
-    #[error("serving: {0}")]
-    Serve(#[from] tonic::transport::Error),
     /// The system refused a thread or a socket.
     #[error("system: {0}")]
     Io(#[from] io::Error),
@@ -243,13 +242,11 @@ impl PrefillNode {
             .config
             .etcd
             .map(|etcd| shutdown.spawn("registration", discovery::register(etcd, registration, shutdown.token())));
-        let server = grpc::server()
-            .add_service(service)
-            .add_service(health_service)
-            .add_service(reflection)
-            .serve_with_incoming_shutdown(Incoming::new(self.grpc, self.config.tls).into_stream(), stop);
+        let routes = Routes::new(service).add_service(health_service).add_service(reflection).into_axum_router();
+        let listener = Listener::new(self.grpc, self.config.tls);
+        let server = http::serve(listener, routes, grpc::limits(NODE_CONNECTIONS), stop);
         tokio::select! {
-            served = server => served?,
+            () = server => {}
             () = abandoned(&shutdown, &state) => return Ok(()),
             () = ended(&mut engine_end) => return Err(NodeError::EngineEnded),
         }
@@ -271,6 +268,11 @@ fn kv_dialer(tls: Option<Tls>) -> Dialer {
         let dialer = dialer.clone();
         Box::pin(async move { Ok(Link::stream(dialer.dial(endpoint).await?)) })
     })
+}
+
+/// Connections that the node's servers may have in all.
+pub(crate) fn connections() -> usize {
+    grpc::limits(NODE_CONNECTIONS).files() + http::Limits::http(admin::CONNECTIONS).files()
 }
 
 /// Resolves when a shutdown has nothing left to wait for but clients who do not read their last words.

@@ -28,10 +28,10 @@ pub struct Args {
     /// Where gRPC is served.
     #[arg(long, env = "OVERFILL_GRPC", default_value = "127.0.0.1:50051")]
     pub grpc: String,
-    /// Most sequences on the nodes at once; fewer if the nodes have places for fewer.
+    /// Most sequences of one model on the nodes at once; fewer if its nodes have places for fewer.
     #[arg(long, env = "OVERFILL_MAX_RUNNING", default_value_t = 256)]
     pub max_running: u32,
-    /// Most sequences waiting for a place; beyond that requests are refused with 429.
+    /// Most sequences of one model waiting for a place; beyond that requests are refused with 429.
     #[arg(long, env = "OVERFILL_MAX_WAITING", default_value_t = 1024)]
     pub max_waiting: u32,
     /// Time a request may take in all, unless it says otherwise.
@@ -55,6 +55,9 @@ pub struct Args {
     /// Largest HTTP request body.
     #[arg(long, env = "OVERFILL_MAX_BODY_BYTES", default_value_t = 16 << 20)]
     pub max_body_bytes: usize,
+    /// Most connections with requests on each of the two ports. When there are more, whoever is idle gives way.
+    #[arg(long, env = "OVERFILL_MAX_CONNECTIONS", default_value_t = 4096)]
+    pub max_connections: usize,
     /// File with the certificate that clients are shown (PEM), over HTTP and gRPC. Without it nothing is encrypted.
     #[arg(long, env = "OVERFILL_SERVE_TLS_CERT")]
     pub serve_tls_cert: Option<PathBuf>,
@@ -86,9 +89,9 @@ pub struct Config {
     pub http: SocketAddr,
     /// Where gRPC is served; port 0 picks one.
     pub grpc: SocketAddr,
-    /// Most sequences on the nodes at once.
+    /// Most sequences of one model on the nodes at once.
     pub max_running: usize,
-    /// Most sequences waiting.
+    /// Most sequences of one model waiting.
     pub max_waiting: usize,
     /// Time a request may take in all.
     pub default_deadline: Duration,
@@ -104,6 +107,8 @@ pub struct Config {
     pub progress_timeout: Duration,
     /// Largest HTTP body.
     pub max_body_bytes: usize,
+    /// Most connections with requests on each port.
+    pub max_connections: usize,
     /// Towards clients; `None`: nothing is encrypted.
     pub serve_tls: Option<Tls>,
     /// Of clients; `None`: everybody is served.
@@ -133,6 +138,7 @@ impl Config {
             node_timeout: Duration::from_secs(6),
             progress_timeout: Duration::from_secs(120),
             max_body_bytes: 16 << 20,
+            max_connections: 4096,
             serve_tls: None,
             api_keys: None,
             tls: None,
@@ -170,6 +176,7 @@ impl Args {
             node_timeout_seconds,
             progress_timeout_seconds,
             max_body_bytes,
+            max_connections,
             serve_tls_cert,
             serve_tls_key,
             api_keys,
@@ -243,6 +250,8 @@ impl Args {
         let limit = "at most 1000000";
         ConfigError::check(&mut faults, retries_ok, "min-retries-per-second", limit, min_retries_per_second);
         ConfigError::check(&mut faults, max_body_bytes >= 1024, "max-body-bytes", "at least 1024", max_body_bytes);
+        let connections_ok = (1..=1_000_000).contains(&max_connections);
+        ConfigError::check(&mut faults, connections_ok, "max-connections", "in [1, 1000000]", max_connections);
         let etcd = etcd.validate(&mut faults);
         let durations = (default_deadline, max_queue, node_timeout, progress_timeout);
         let (Some(default_deadline), Some(max_queue), Some(node_timeout), Some(progress_timeout)) = durations else {
@@ -263,6 +272,7 @@ impl Args {
                 node_timeout,
                 progress_timeout,
                 max_body_bytes,
+                max_connections,
                 serve_tls,
                 api_keys,
                 dialer: Dialer::tcp(tls.clone()),

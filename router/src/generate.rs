@@ -94,7 +94,7 @@ impl Core {
         tenants::identify(self.keys.as_ref(), authorization, tenant)
     }
 
-    /// A place in the queue for each of these, or for none.
+    /// A place in the queue for each of these, which are of one model, or for none.
     pub fn enter(&self, tenant: &Arc<Tenant>, generations: &[Generation]) -> Result<Vec<Place>, GenerateError> {
         let ask = |generation: &Generation| Ask {
             priority: generation.priority,
@@ -103,7 +103,8 @@ impl Core {
             run_by: self.queue_end(generation),
             end_by: generation.deadline(),
         };
-        self.admission.enter(tenant, &generations.iter().map(ask).collect::<Vec<_>>())
+        let Some(first) = generations.first() else { return Ok(Vec::new()) };
+        self.admission.enter(&first.model.name, tenant, &generations.iter().map(ask).collect::<Vec<_>>())
     }
 
     fn queue_end(&self, generation: &Generation) -> Instant {

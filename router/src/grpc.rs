@@ -3,11 +3,12 @@
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt as _};
+use overfill_cluster::http::Crowded;
 use overfill_kv::SamplingParams;
 use overfill_proto::v1::{self, generate_event, generate_request, router_server};
 use overfill_text::ChatMessage;
 use tokio::time::Instant;
-use tonic::{Request, Response, Status, metadata::MetadataMap};
+use tonic::{Extensions, Request, Response, Status};
 
 use crate::{
     GenerateError,
@@ -30,8 +31,9 @@ impl RouterService {
         Self { core }
     }
 
-    fn identify(&self, metadata: &MetadataMap) -> Result<Arc<Tenant>, GenerateError> {
-        let text = |name: &str| metadata.get(name).and_then(|value| value.to_str().ok());
+    fn identify<T>(&self, request: &Request<T>) -> Result<Arc<Tenant>, GenerateError> {
+        check_crowd(request.extensions())?;
+        let text = |name: &str| request.metadata().get(name).and_then(|value| value.to_str().ok());
         self.core.identify(text("authorization"), text(TENANT_HEADER))
     }
 
@@ -88,6 +90,14 @@ impl RouterService {
     }
 }
 
+/// Refuses what comes while more connections have requests than may.
+pub(crate) fn check_crowd(extensions: &Extensions) -> Result<(), GenerateError> {
+    match extensions.get::<Crowded>() {
+        None => Ok(()),
+        Some(Crowded) => Err(GenerateError::Unavailable("too many connections have requests in progress".into())),
+    }
+}
+
 /// Texts longer than this are tokenised on a thread where that disturbs nobody.
 const LONG_TEXT_BYTES: usize = 16 << 10;
 
@@ -130,7 +140,7 @@ impl router_server::Router for RouterService {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::GenerateEvent, Status>> + Send>>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let tenant = self.identify(request.metadata())?;
+        let tenant = self.identify(&request)?;
         let generation = self.check(request.into_inner()).await?;
         let place = self.core.enter(&tenant, std::slice::from_ref(&generation))?.pop();
         let place = place.ok_or_else(|| Status::internal("admission gave no place"))?;
@@ -146,7 +156,7 @@ impl router_server::Router for RouterService {
         &self,
         request: Request<v1::ListModelsRequest>,
     ) -> Result<Response<v1::ListModelsResponse>, Status> {
-        self.identify(request.metadata())?;
+        self.identify(&request)?;
         let view = self.core.nodes.view();
         let models = view.models.values().map(|model| v1::ServedModel {
             name: model.name.clone(),
@@ -161,7 +171,7 @@ impl router_server::Router for RouterService {
         &self,
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
-        self.identify(request.metadata())?;
+        self.identify(&request)?;
         Ok(Response::new(v1::ListNodesResponse { nodes: self.core.nodes.list() }))
     }
 }

@@ -213,6 +213,16 @@ impl View {
         if role == v1::Role::Prefill { &self.prefill } else { &self.decode }
     }
 
+    /// Sequences that the nodes of a model have places for: those being prefilled, and those being decoded. `None` if it
+    /// has not both. Prefill nodes count for every model that they prefill for; what is too much for them waits there.
+    pub fn places(&self, model: &str) -> Option<usize> {
+        let pairs = |p: &Arc<Node>, d: &Arc<Node>| d.info.model == model && Self::check_pair(p, d).is_ok();
+        let decode = self.decode.iter().filter(|d| self.prefill.iter().any(|p| pairs(p, d)));
+        let prefill = self.prefill.iter().filter(|p| self.decode.iter().any(|d| pairs(p, d)));
+        let places: Vec<_> = decode.chain(prefill).map(|node| node.info.max_running_requests as usize).collect();
+        (!places.is_empty()).then(|| places.iter().sum())
+    }
+
     /// The view of these nodes. `before` are the models known so far; `now` is in seconds since 1970.
     pub fn new(
         prefill: Vec<Arc<Node>>,

@@ -3,11 +3,15 @@
 use std::{io, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use overfill_cluster::{
-    Admin, Health, MetricsError, ReadyLine, Shutdown, Started, discovery, grpc, net::Incoming, process,
+    Admin, Health, MetricsError, ReadyLine, Shutdown, Started, discovery, files, grpc,
+    http::{self, Limits},
+    net::Listener,
+    process,
 };
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
 use tracing::{info, warn};
 
 use crate::{Args, Config, generate::Core, grpc::RouterService, metrics::Metrics, nodes::Nodes, openai};
@@ -32,12 +36,9 @@ pub enum RouterError {
     /// A fault of the program.
     #[error("building the reflection service: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
-    /// A server ended by itself.
-    #[error("serving gRPC")]
-    Grpc(#[from] tonic::transport::Error),
-    /// A server ended by itself.
-    #[error("serving HTTP")]
-    Http(#[from] io::Error),
+    /// The system refused something about a socket.
+    #[error("system: {0}")]
+    Io(#[from] io::Error),
 }
 
 /// A router with its listeners bound.
@@ -81,7 +82,7 @@ impl Router {
         }
         let core = Core::new(nodes, metrics.clone(), &config);
 
-        membership.spawn("capacity", follow_capacity(core.clone(), config.max_running, membership.token()));
+        membership.spawn("capacity", follow_capacity(core.clone(), membership.token()));
         let (reporter, health) = tonic_health::server::health_reporter();
         reporter.set_serving::<v1::router_server::RouterServer<RouterService>>().await;
         let reflection = tonic_reflection::server::Builder::configure()
@@ -91,44 +92,35 @@ impl Router {
         let service = v1::router_server::RouterServer::new(RouterService::new(core.clone()))
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        let stop = shutdown.token();
-        let grpc_server = grpc::server()
-            .add_service(service)
-            .add_service(health)
-            .add_service(reflection)
-            .serve_with_incoming_shutdown(
-                Incoming::new(grpc_listener, config.serve_tls.clone()).into_stream(),
-                stop.cancelled_owned(),
-            );
+        let routes = Routes::new(service).add_service(health).add_service(reflection).into_axum_router();
+        let listener = Listener::new(grpc_listener, config.serve_tls.clone());
+        let grpc_limits = grpc::limits(config.max_connections);
+        let grpc_server = http::serve(listener, routes, grpc_limits, shutdown.token().cancelled_owned());
 
         let app = openai::routes(core.clone(), config.max_body_bytes).merge(admin(core, metrics, &shutdown).routes());
-        let http = Incoming::new(http, config.serve_tls);
-        let stop = shutdown.token();
-        let http_server = axum::serve(http, app).with_graceful_shutdown(stop.cancelled_owned()).into_future();
-
-        let result = tokio::try_join!(async { grpc_server.await.map_err(RouterError::from) }, async {
-            http_server.await.map_err(RouterError::from)
-        });
+        let http_limits = Limits::http(config.max_connections);
+        let http_server =
+            http::serve(Listener::new(http, config.serve_tls), app, http_limits, shutdown.token().cancelled_owned());
+        tokio::join!(grpc_server, http_server);
         shutdown.begin();
         membership.begin();
         if !membership.wait(MEMBERSHIP_END).await {
             warn!(seconds = MEMBERSHIP_END.as_secs(), "tasks that follow nodes have not ended");
         }
         info!("router has ended");
-        result.map(|_| ())
+        Ok(())
     }
 }
 
-/// As many sequences are let in as all nodes have places for, those being prefilled and those being decoded.
-pub async fn follow_capacity(core: Core, max_running: usize, stop: CancellationToken) {
+/// Of each model as many sequences are let in as its nodes have places for.
+pub async fn follow_capacity(core: Core, stop: CancellationToken) {
     let mut changes = core.nodes.changes();
     let follow = async {
         loop {
             let view = core.nodes.view();
-            let places = view.prefill.iter().chain(&view.decode).map(|node| node.info.max_running_requests as usize);
-            // Without nodes, those who are let in are told so.
-            let both = !view.prefill.is_empty() && !view.decode.is_empty();
-            core.admission.set_capacity(if both { places.sum() } else { max_running });
+            for name in view.models.keys() {
+                core.admission.set_capacity(name, view.places(name));
+            }
             if changes.changed().await.is_err() {
                 return;
             }
@@ -174,6 +166,8 @@ fn admin(core: Core, metrics: Arc<Metrics>, shutdown: &Shutdown) -> Admin {
 pub async fn main(args: Args) -> ExitCode {
     let process = args.process.clone();
     process::run(&process, args.validate(), async |config, shutdown| {
+        let max = config.max_connections;
+        files::raise(Limits::http(max).files() + grpc::limits(max).files());
         let router = Router::bind(config).await?;
         let (http, grpc) = (router.http_address(), router.grpc_address());
         info!(%http, %grpc, "router is ready");

@@ -166,6 +166,43 @@ async fn a_full_queue_is_429_and_waiting_ones_get_their_turn() {
 }
 
 #[tokio::test]
+async fn a_model_whose_node_is_busy_keeps_nobody_from_others() {
+    let other = Options { model: "other".into(), ..Options::default() };
+    let rig = rig_with(&[Options::default()], &[Options::default(), other], |c| {
+        (c.max_running, c.max_waiting) = (1, 1);
+    })
+    .await;
+    rig.decode[0].set_paused(true);
+    let body = |model: &str| json!({"model": model, "prompt": "x", "max_tokens": 3});
+    let send = async || rig.send("POST", "/v1/completions", &body("simulated").to_string()).await;
+    let running = send().await;
+    wait_for(async || rig.metric("vllm:num_requests_running").await == 1.0).await;
+    let waiting = send().await;
+    wait_for(async || rig.metric("vllm:num_requests_waiting").await == 1.0).await;
+    assert_eq!(receive(send().await).await.status, 429);
+    assert_eq!(rig.complete(body("other")).await.status, 200);
+    rig.decode[0].set_paused(false);
+    assert_eq!((receive(running).await.status, receive(waiting).await.status), (200, 200));
+}
+
+#[tokio::test]
+async fn too_many_connections_are_503_and_probes_get_in() {
+    let options = [Options::default()];
+    let rig = rig_with(&options, &options, |c| c.max_connections = 1).await;
+    rig.decode[0].set_paused(true);
+    let body = json!({"prompt": "x", "max_tokens": 3}).to_string();
+    let first = rig.send("POST", "/v1/completions", &body).await;
+    wait_for(async || rig.metric("vllm:num_requests_running").await == 1.0).await;
+    let second = receive(rig.send("POST", "/v1/completions", &body).await).await;
+    assert_eq!(second.status, 503, "{}", second.body);
+    assert!(second.head.contains("retry-after: 1"), "{}", second.head);
+    assert_eq!(receive(rig.send("GET", "/ready", "").await).await.status, 200);
+    rig.decode[0].set_paused(false);
+    assert_eq!(receive(first).await.status, 200);
+    assert_eq!(receive(rig.send("POST", "/v1/completions", &body).await).await.status, 200);
+}
+
+#[tokio::test]
 async fn nodes_without_room_are_waited_for() {
     let options = [Options::default()];
     let rig = rig_with(&options, &options, |c| c.max_queue = Duration::from_millis(200)).await;

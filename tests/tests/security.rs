@@ -119,6 +119,34 @@ async fn with_tls_and_keys_only_those_who_may_are_served() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_secured_router_can_be_loaded() -> Result<()> {
+    let secured = Secured::start()?;
+    let url = overfill_tests::Router::http(&secured.router).replace("http://", "https://");
+    let bench = |ca: &str, key: &[&str]| -> Result<Output> {
+        let mut command = Command::new(binary()?);
+        command.args(["bench", "serve", "--json", "--requests", "4", "--prompt-tokens", "8", "--output-tokens", "4"]);
+        command.args(["--http-url", &url, "--tls-ca", ca]).args(key).env_remove("OVERFILL_API_KEY");
+        command.output().context("running the bench")
+    };
+    let file = |name: &str| secured.file(name).to_string_lossy().into_owned();
+    let (ca, key) = (file("ca.pem"), file("key"));
+    let output = bench(&ca, &["--api-key-file", &key])?;
+    ensure!(output.status.success(), "{output:?}");
+    let summary: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(summary["succeeded"] == json!(4), "{summary}");
+    let error = |output: Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    let keyless = error(bench(&ca, &[])?);
+    ensure!(keyless.contains("HTTP 401"), "{keyless}");
+    // Another authority's certificate.
+    let other = tempfile::tempdir()?;
+    certify(other.path())?;
+    let other = other.path().join("ca.pem").to_string_lossy().into_owned();
+    let stranger = error(bench(&other, &["--api-key-file", &key])?);
+    ensure!(stranger.contains("no connection"), "{stranger}");
+    Ok(())
+}
+
 #[tokio::test]
 async fn strangers_reach_no_node() -> Result<()> {
     let mut secured = Secured::start()?;

@@ -1,12 +1,13 @@
-//! Who may run: a bounded number of sequences on the nodes, a bounded number waiting.
+//! Who may run: of each model a bounded number of sequences on the nodes, and a bounded number waiting.
 //!
-//! Whose turn it is: first by priority; among equals by what their tenant has had so far, in tokens, against its weight,
+//! Models do not wait for each other: one whose nodes are all busy, or gone, keeps nobody from the nodes of others. Whose turn it is: first by priority; among equals by what their tenant has had so far, in tokens, against its weight,
 //! output counting double ("virtual token counter", Sheng et al., Fairness in Serving Large Language Models,
 //! arXiv 2401.00588); a tenant's own sequences in order of arrival. When the queue is full, whoever fills it most gives
 //! way to others. A sequence that would not be through in time is refused at once, rather than after it has cost
 //! something: how long that takes is learnt from those that have ended.
 
 mod learnt;
+mod models;
 #[cfg(test)]
 mod tests;
 
@@ -23,6 +24,7 @@ use tokio::{
 };
 
 use self::learnt::Learnt;
+pub use self::models::Admission;
 use crate::{
     GenerateError,
     tenants::{Counted, Tenant},
@@ -33,9 +35,8 @@ const OUTPUT_WEIGHT: f64 = 2.0;
 /// Clients are told to come back after this long at most.
 const MAX_RETRY: Duration = Duration::from_secs(60);
 
-/// The bounds, and the queue. Clones share them.
-#[derive(Clone)]
-pub struct Admission {
+/// The bounds and the queue of one model.
+struct ModelAdmission {
     queue: Arc<Mutex<Queue>>,
 }
 
@@ -99,9 +100,9 @@ pub struct Running {
     tokens: u32,
 }
 
-impl Admission {
+impl ModelAdmission {
     /// At most `max_running` run and `max_waiting` wait.
-    pub fn new(max_running: usize, max_waiting: usize) -> Self {
+    fn new(max_running: usize, max_waiting: usize) -> Self {
         let queue = Queue {
             max_running,
             capacity: max_running,
@@ -116,17 +117,17 @@ impl Admission {
     }
 
     /// The nodes have places for so many: more would only wait there, where nobody knows whose turn it is.
-    pub fn set_capacity(&self, places: usize) {
+    fn set_capacity(&self, places: usize) {
         let mut queue = self.queue.lock();
         queue.capacity = places.clamp(1, queue.max_running);
         queue.admit();
     }
 
     /// A place for each of these sequences, or for none. Does not wait.
-    pub fn enter(&self, tenant: &Arc<Tenant>, asks: &[Ask]) -> Result<Vec<Place>, GenerateError> {
+    fn enter(&self, tenant: &Arc<Tenant>, asks: &[Ask]) -> Result<Vec<Place>, GenerateError> {
         let counted = Arc::new(tenant.count(asks.len())?);
         let mut queue = self.queue.lock();
-        queue.check_count(asks.len())?;
+        check_count(asks.len(), queue.max_running + queue.max_waiting)?;
         let free = queue.capacity.saturating_sub(queue.running + queue.waiting);
         for (i, ask) in asks.iter().enumerate().skip(free) {
             queue.check_in_time(&tenant.name, ask, i - free)?;
@@ -154,32 +155,25 @@ impl Admission {
         Ok(places)
     }
 
-    /// Can so many sequences of one request ever have places? Asked before anything is made of them.
-    pub fn check_count(&self, count: usize) -> Result<(), GenerateError> {
-        self.queue.lock().check_count(count)
-    }
-
-    /// Sequences on the nodes now.
-    pub fn running(&self) -> usize {
+    fn running(&self) -> usize {
         self.queue.lock().running
     }
 
-    /// Sequences waiting now.
-    pub fn waiting(&self) -> usize {
+    fn waiting(&self) -> usize {
         self.queue.lock().waiting
     }
 }
 
-impl Queue {
-    fn check_count(&self, count: usize) -> Result<(), GenerateError> {
-        let limit = self.max_running + self.max_waiting;
-        if count > limit {
-            let message = format!("n times the number of prompts must be at most {limit}, got {count}");
-            return Err(GenerateError::invalid("n", message));
-        }
-        Ok(())
+/// Can so many sequences of one request ever have places?
+fn check_count(count: usize, limit: usize) -> Result<(), GenerateError> {
+    if count > limit {
+        let message = format!("n times the number of prompts must be at most {limit}, got {count}");
+        return Err(GenerateError::invalid("n", message));
     }
+    Ok(())
+}
 
+impl Queue {
     /// The tenant's account. A new one begins level with the least served of those who wait: being away saves nothing up.
     fn account(&mut self, tenant: &Tenant) -> &mut Account {
         if !self.accounts.contains_key(&tenant.name) {

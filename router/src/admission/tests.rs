@@ -35,7 +35,7 @@ async fn order(places: Vec<(&'static str, Place)>, tokens: usize) -> String {
 
 #[tokio::test]
 async fn bounds_hold_and_places_come_back() {
-    let (admission, a) = (Admission::new(1, 1), tenant("a", 1));
+    let (admission, a) = (ModelAdmission::new(1, 1), tenant("a", 1));
     let mut places = admission.enter(&a, &[ask(), Ask { run_by: Instant::now(), ..ask() }]).unwrap();
     let full = admission.enter(&a, &[ask()]).err();
     assert!(matches!(full, Some(GenerateError::QueueFull { limit: 2, .. })), "{full:?}");
@@ -56,7 +56,7 @@ async fn bounds_hold_and_places_come_back() {
 
 #[tokio::test]
 async fn who_leaves_while_waiting_takes_no_turn() {
-    let (admission, a) = (Admission::new(1, 2), tenant("a", 1));
+    let (admission, a) = (ModelAdmission::new(1, 2), tenant("a", 1));
     let mut places = admission.enter(&a, &[ask(), ask()]).unwrap();
     let second = places.pop().unwrap();
     let first = places.pop().unwrap().run().await.unwrap();
@@ -69,7 +69,7 @@ async fn who_leaves_while_waiting_takes_no_turn() {
 
 #[tokio::test]
 async fn tenants_take_turns_by_weight_whoever_came_first() {
-    let admission = Admission::new(1, 100);
+    let admission = ModelAdmission::new(1, 100);
     let (a, b) = (tenant("a", 1), tenant("b", 2));
     let gate = admission.enter(&a, &[ask()]).unwrap().remove(0).run().await.unwrap();
     let places = |tenant, n: usize| admission.enter(tenant, &vec![ask(); n]).unwrap().into_iter();
@@ -85,7 +85,7 @@ async fn tenants_take_turns_by_weight_whoever_came_first() {
 
 #[tokio::test]
 async fn priority_goes_first() {
-    let (admission, a) = (Admission::new(1, 100), tenant("a", 1));
+    let (admission, a) = (ModelAdmission::new(1, 100), tenant("a", 1));
     let gate = admission.enter(&a, &[ask()]).unwrap().remove(0).run().await.unwrap();
     let place = |priority| admission.enter(&a, &[Ask { priority, ..ask() }]).unwrap().remove(0);
     let all = vec![("x", place(5)), ("y", place(0)), ("z", place(-5))];
@@ -95,7 +95,7 @@ async fn priority_goes_first() {
 
 #[tokio::test]
 async fn whoever_fills_the_queue_gives_way() {
-    let (admission, a, b) = (Admission::new(1, 4), tenant("a", 1), tenant("b", 1));
+    let (admission, a, b) = (ModelAdmission::new(1, 4), tenant("a", 1), tenant("b", 1));
     let mut of_a = admission.enter(&a, &[ask(); 5]).unwrap();
     assert!(admission.enter(&a, &[ask()]).is_err(), "one's own do not give way");
     let of_b = admission.enter(&b, &[ask(); 2]).unwrap();
@@ -110,7 +110,7 @@ async fn whoever_fills_the_queue_gives_way() {
 
 #[tokio::test(start_paused = true)]
 async fn what_would_be_late_is_refused_at_once() {
-    let (admission, a) = (Admission::new(1, 100), tenant("a", 1));
+    let (admission, a) = (ModelAdmission::new(1, 100), tenant("a", 1));
     // Two sequences of ten seconds, the second one waiting, teach what to expect.
     for place in admission.enter(&a, &[ask(), ask(), ask()]).unwrap() {
         let mut running = place.run().await.unwrap();
@@ -136,12 +136,30 @@ async fn what_would_be_late_is_refused_at_once() {
 
 #[tokio::test]
 async fn no_more_run_than_the_nodes_have_places_for() {
-    let (admission, a) = (Admission::new(8, 8), tenant("a", 1));
+    let (admission, a) = (ModelAdmission::new(8, 8), tenant("a", 1));
     admission.set_capacity(2);
     let places = admission.enter(&a, &[ask(); 4]).unwrap();
     assert_eq!((admission.running(), admission.waiting()), (2, 2));
     admission.set_capacity(3);
     assert_eq!((admission.running(), admission.waiting()), (3, 1));
     drop(places);
+    assert_eq!((admission.running(), admission.waiting()), (0, 0));
+}
+
+#[tokio::test]
+async fn models_do_not_wait_for_each_other() {
+    let (admission, a) = (Admission::new(8, 2), tenant("a", 1));
+    admission.set_capacity("busy", Some(1));
+    admission.set_capacity("gone", None);
+    let busy = admission.enter("busy", &a, &[ask(); 3]).unwrap();
+    assert!(matches!(admission.enter("busy", &a, &[ask()]), Err(GenerateError::QueueFull { limit: 3, .. })));
+    assert_eq!((admission.running(), admission.waiting()), (1, 2));
+    let gone = admission.enter("gone", &a, &[ask(); 10]).unwrap();
+    let other = admission.enter("other", &a, &[ask()]).unwrap();
+    assert_eq!((admission.running(), admission.waiting()), (10, 4));
+    admission.set_capacity("busy", Some(2));
+    assert_eq!((admission.running(), admission.waiting()), (11, 3));
+    assert!(admission.check_count(10).is_ok() && admission.check_count(11).is_err());
+    drop((busy, gone, other));
     assert_eq!((admission.running(), admission.waiting()), (0, 0));
 }

@@ -13,7 +13,7 @@ use super::error::ApiError;
 use crate::{
     GenerateError,
     generate::Core,
-    grpc::MAX_DEADLINE,
+    grpc::{MAX_DEADLINE, check_crowd},
     tenants::{TENANT_HEADER, Tenant},
 };
 
@@ -47,6 +47,7 @@ impl Caller {
 
 /// Looks at the headers before anything of the body is read.
 pub async fn identify(State(core): State<Core>, mut request: Request, next: Next) -> Result<Response, ApiError> {
+    check_crowd(request.extensions())?;
     let caller = Caller::new(&core, request.headers())?;
     request.extensions_mut().insert(caller);
     Ok(next.run(request).await)

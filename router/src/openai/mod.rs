@@ -10,6 +10,7 @@ mod logprobs;
 mod sse;
 
 use std::{
+    error::Error,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -25,6 +26,7 @@ use axum::{
 };
 use caller::Caller;
 use error::ApiError;
+use overfill_cluster::http::SlowBody;
 use serde_json::{Value, json};
 
 use crate::{GenerateError, generate::Core, node::ServedModel, request::Generation};
@@ -48,9 +50,16 @@ pub fn routes(core: Core, max_body_bytes: usize) -> Router {
         .with_state(core)
 }
 
-/// The body, or why there is none: too long a one is 413.
+/// The body, or why there is none: too long a one is 413, too slow a one 408.
 fn body(result: Result<Bytes, BytesRejection>) -> Result<Bytes, ApiError> {
-    result.map_err(|e| ApiError::bad_request(e.body_text()).with_status(e.status()))
+    result.map_err(|e| {
+        let status = if is_slow(&e) { StatusCode::REQUEST_TIMEOUT } else { e.status() };
+        ApiError::bad_request(e.body_text()).with_status(status)
+    })
+}
+
+fn is_slow(e: &(dyn Error + 'static)) -> bool {
+    e.is::<SlowBody>() || e.source().is_some_and(is_slow)
 }
 
 async fn completions(

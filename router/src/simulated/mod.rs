@@ -16,7 +16,11 @@ use std::{
     time::Duration,
 };
 
-use overfill_cluster::{grpc, net::Incoming};
+use overfill_cluster::{
+    grpc::{self, NODE_CONNECTIONS},
+    http,
+    net::Listener,
+};
 use overfill_kv::{KvDtype, KvSchema, RopeSpec};
 use overfill_proto::v1;
 use overfill_text::TextFiles;
@@ -26,7 +30,7 @@ use tokio::{
     sync::{oneshot, watch},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
+use tonic::{Status, service::Routes};
 
 /// Id of the end-of-text token of [`text_files`]; bytes are ids 3 to 258.
 pub const EOS: u32 = 1;
@@ -188,14 +192,13 @@ impl SimulatedNode {
             losing: AtomicBool::new(false),
             stop: CancellationToken::new(),
         });
-        let server = match role {
-            v1::Role::Prefill => {
-                grpc::server().add_service(v1::prefill_server::PrefillServer::new(prefill::Service(state.clone())))
-            }
-            _ => grpc::server().add_service(v1::decode_server::DecodeServer::new(decode::Service(state.clone()))),
+        let routes = match role {
+            v1::Role::Prefill => Routes::new(v1::prefill_server::PrefillServer::new(prefill::Service(state.clone()))),
+            _ => Routes::new(v1::decode_server::DecodeServer::new(decode::Service(state.clone()))),
         };
         let stop = state.stop.clone().cancelled_owned();
-        tokio::spawn(server.serve_with_incoming_shutdown(Incoming::new(listener, None).into_stream(), stop));
+        let (listener, limits) = (Listener::new(listener, None), grpc::limits(NODE_CONNECTIONS));
+        tokio::spawn(http::serve(listener, routes.into_axum_router(), limits, stop));
         Ok(Self { url, state })
     }
 

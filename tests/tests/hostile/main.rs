@@ -8,6 +8,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use anyhow::{Context, Result, bail, ensure};
+use overfill_cluster::http::SPARE;
 use overfill_fuzz::mutate::{Random, mutated};
 use overfill_tests::cluster::IDLE_GAUGES;
 use overfill_tests::service::{decode_args, prefill_args, router_args};
@@ -27,10 +28,14 @@ const CLIENTS: usize = 6;
 /// found by it: 2.5 KiB for each input on one port alone pass it. The allocator's own ups and downs are a few MiB.
 const GROWTH_KIB: u64 = 24 << 10;
 
-/// Silent connections: more than a decode node serves on its KV port, and as many on the others as one test may have
-/// open where a process may have a thousand.
+/// Silent connections: more than a decode node serves on its KV port, more than the router on either of its own, and as
+/// many on the others as one test may have open where a process may have a thousand.
 const SILENT_KV: usize = 320;
+const SILENT_ROUTER: usize = 120;
 const SILENT: usize = 60;
+/// Of the router, besides [`SPARE`] for those that only ask how it is.
+const MAX_CONNECTIONS: usize = 16;
+const _: () = assert!(MAX_CONNECTIONS + SPARE < SILENT_ROUTER);
 
 /// Where strangers come to, and what their inputs are made of.
 struct Port<'a> {
@@ -49,7 +54,9 @@ impl Rig {
     fn start() -> Result<Self> {
         let prefill = Service::start::<&str>(prefill_args(PAIR), &[])?;
         let decode = Service::start::<&str>(decode_args(PAIR), &[])?;
-        let router = Service::start(router_args(), &["--prefill-url", &prefill.url(), "--decode-url", &decode.url()])?;
+        let args = ["--prefill-url", &prefill.url(), "--decode-url", &decode.url()];
+        let limit = MAX_CONNECTIONS.to_string();
+        let router = Service::start(router_args(), &[&args[..], &["--max-connections", &limit]].concat())?;
         router.wait_nodes(1, 1)?;
         Ok(Self { prefill, decode, router })
     }
@@ -169,7 +176,12 @@ fn silent_connections_keep_nobody_out() -> Result<()> {
     let answer = rig.answer()?;
     let mut silent = Vec::new();
     for port in rig.ports()? {
-        for i in 0..if port.name == "kv" { SILENT_KV } else { SILENT } {
+        let count = match port.name {
+            "kv" => SILENT_KV,
+            "router grpc" | "router http" => SILENT_ROUTER,
+            _ => SILENT,
+        };
+        for i in 0..count {
             let mut stream = TcpStream::connect(port.address)?;
             // Some begin well, and then say no more.
             if i % 3 == 0 {

@@ -232,7 +232,7 @@ impl RouterPlace {
         }
         let core = Core::new(nodes, Arc::new(Metrics::new()?), &self.config);
         let (clients, mut asked) = mpsc::channel::<Arc<Record>>(MAX_ASKED);
-        tokio::spawn(follow_capacity(core.clone(), self.config.max_running, shutdown.token()));
+        tokio::spawn(follow_capacity(core.clone(), shutdown.token()));
         let usable_nodes = Arc::new(AtomicUsize::new(0));
         *self.process.lock() = Some(RouterProcess { core: core.clone(), clients, usable_nodes: usable_nodes.clone() });
         let nodes = core.nodes.clone();

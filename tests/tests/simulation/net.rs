@@ -9,7 +9,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use futures::{FutureExt as _, Stream, stream::unfold};
+use futures::FutureExt as _;
 use overfill_cluster::net;
 use overfill_transport::{
     Dialer, Link, Listen, Opening,
@@ -18,7 +18,6 @@ use overfill_transport::{
 use parking_lot::Mutex;
 use rand::{Rng as _, rngs::StdRng};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tonic::transport::server::Connected;
 use turmoil::net::{TcpListener, TcpStream};
 
 use crate::guard::Witness;
@@ -35,20 +34,15 @@ pub async fn listen(port: u16) -> io::Result<TcpListener> {
     TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).await
 }
 
-/// A connection to a server.
-pub struct Accepted(TcpStream);
+/// Where requests come in.
+pub struct GrpcListener(pub TcpListener);
 
-impl Connected for Accepted {
-    type ConnectInfo = ();
-    fn connect_info(&self) {}
-}
-
-/// The connections of a gRPC server.
-pub fn incoming(listener: TcpListener) -> impl Stream<Item = io::Result<Accepted>> + Send {
-    unfold(listener, async |listener| {
-        let accepted = listener.accept().await.map(|(stream, _)| Accepted(stream));
-        Some((accepted, listener))
-    })
+impl net::Listen for GrpcListener {
+    async fn accept(&mut self) -> io::Result<(net::Opening, SocketAddr)> {
+        let (stream, peer) = self.0.accept().await?;
+        let connection: Box<dyn net::Connection> = Box::new(stream);
+        Ok((std::future::ready(Ok(connection)).boxed(), peer))
+    }
 }
 
 /// Where KV comes in.
@@ -209,25 +203,5 @@ impl AsyncWrite for TappedStream {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
-    }
-}
-
-impl AsyncRead for Accepted {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().0).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Accepted {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().0).poll_write(cx, buf)
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().0).poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().0).poll_shutdown(cx)
     }
 }

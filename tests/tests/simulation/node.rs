@@ -5,7 +5,8 @@ use std::{sync::Arc, time::Duration};
 use overfill_cluster::{
     Drain, LoadState, NodeMetrics, Shutdown,
     discovery::{Members, NodeRole, Registration},
-    grpc,
+    grpc::{self, NODE_CONNECTIONS},
+    http,
 };
 use overfill_decode_node::{engine as decode_engine, request as decode_request, service::DecodeService};
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema};
@@ -17,13 +18,15 @@ use overfill_transport::{Dialer, KvReceiver, TransferConfig};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use turmoil::net::TcpListener;
 
 use crate::{
     MAX_ASKED,
     content::{FILES, FULL, LAYERS, PRUNED, schema},
     decode::{self, Decoder},
     guard::{Guard, Witness},
-    net::{GRPC_PORT, KV_PORT, KvListener, Tap, incoming, listen},
+    net::{GRPC_PORT, GrpcListener, KV_PORT, KvListener, Tap, listen},
     pace::Pace,
     prefill,
 };
@@ -214,11 +217,9 @@ impl Place {
             shutdown: shutdown.clone(),
             drain,
         };
-        let server = grpc::server()
-            .add_service(PrefillServer::new(service))
-            .serve_with_incoming_shutdown(incoming(listener), self.until_drained(&load, &shutdown));
+        let server = self.serve(listener, Routes::new(PrefillServer::new(service)), &load, &shutdown);
         tokio::select! {
-            served = server => served?,
+            () = server => {}
             () = abandoned(&load, &shutdown) => return Ok(()),
         }
         engine.await?;
@@ -262,11 +263,9 @@ impl Place {
             shutdown: shutdown.clone(),
             drain,
         };
-        let server = grpc::server()
-            .add_service(DecodeServer::new(service))
-            .serve_with_incoming_shutdown(incoming(listener), self.until_drained(&load, &shutdown));
+        let server = self.serve(listener, Routes::new(DecodeServer::new(service)), &load, &shutdown);
         tokio::select! {
-            served = server => served?,
+            () = server => {}
             () = abandoned(&load, &shutdown) => return Ok(()),
         }
         end.cancel();
@@ -274,6 +273,17 @@ impl Place {
         stop.cancel();
         receiving.await?;
         Ok(())
+    }
+
+    fn serve(
+        &self,
+        listener: TcpListener,
+        routes: Routes,
+        load: &Arc<LoadState>,
+        shutdown: &Shutdown,
+    ) -> impl Future<Output = ()> + use<> {
+        let (listener, limits) = (GrpcListener(listener), grpc::limits(NODE_CONNECTIONS));
+        http::serve(listener, routes.into_axum_router(), limits, self.until_drained(load, shutdown))
     }
 
     /// Resolves when the node takes nothing new any more; it is no longer registered then.

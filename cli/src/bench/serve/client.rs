@@ -1,10 +1,12 @@
 //! One streamed completion, as a client sees it.
 
 use std::error::Error;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use futures::{StreamExt as _, TryStreamExt as _};
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::time::Instant;
@@ -78,13 +80,30 @@ impl Failure {
 }
 
 impl Api {
-    /// `url` is that of the server, without `/v1`.
-    pub fn new(url: &str, model: &str, timeout: Duration) -> Result<Self> {
-        let client = reqwest::Client::builder()
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .build()
-            .context("preparing the HTTP client")?;
+    /// `url` is that of the server, without `/v1`; for https, `ca` is a file of what its certificate must be signed by.
+    /// `authorization` is the header of this name.
+    pub fn new(
+        url: &str,
+        ca: Option<&Path>,
+        authorization: Option<String>,
+        model: &str,
+        timeout: Duration,
+    ) -> Result<Self> {
+        let mut builder = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
+        if url.starts_with("https://") {
+            let ca = ca.with_context(|| format!("{url} needs --tls-ca: what its certificate must be signed by"))?;
+            let pem = std::fs::read(ca).with_context(|| format!("reading {}", ca.display()))?;
+            let certificates = reqwest::Certificate::from_pem_bundle(&pem)
+                .with_context(|| format!("{}: certificates (PEM) are needed", ca.display()))?;
+            builder = certificates.into_iter().fold(builder, reqwest::ClientBuilder::add_root_certificate);
+        }
+        if let Some(authorization) = authorization {
+            let mut value =
+                HeaderValue::try_from(authorization).context("the API key must be of printable characters")?;
+            value.set_sensitive(true);
+            builder = builder.default_headers(HeaderMap::from_iter([(AUTHORIZATION, value)]));
+        }
+        let client = builder.build().context("preparing the HTTP client")?;
         let url = format!("{}/v1/completions", url.trim_end_matches('/'));
         Ok(Self { client, url, model: model.into(), timeout })
     }

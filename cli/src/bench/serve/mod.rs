@@ -19,12 +19,20 @@ use client::{Api, Outcome};
 use load::{Lengths, Workload};
 use summary::{Limits, Summary};
 
+use crate::router_client::ApiKey;
+
 /// Loads a running router over its OpenAI API.
 #[derive(Args)]
 pub struct ServeArgs {
     /// The router's HTTP address, without /v1.
     #[arg(long, env = "OVERFILL_HTTP_URL", default_value = "http://127.0.0.1:8080")]
     http_url: String,
+    /// File with the certificates (PEM) that the router's must be signed by, for an address that begins with https://.
+    #[arg(long, env = "OVERFILL_TLS_CA")]
+    tls_ca: Option<PathBuf>,
+    /// Who asks.
+    #[command(flatten)]
+    key: ApiKey,
     /// Which model; may be left out where only one is served.
     #[arg(long, default_value = "")]
     model: String,
@@ -77,7 +85,9 @@ pub struct ServeArgs {
 
 /// Runs the subcommand. An error if no request succeeded.
 pub async fn run(args: ServeArgs) -> Result<()> {
-    let api = Arc::new(Api::new(&args.http_url, &args.model, Duration::from_secs_f64(args.timeout_seconds))?);
+    let (ca, key) = (args.tls_ca.as_deref(), args.key.authorization()?);
+    let timeout = Duration::from_secs_f64(args.timeout_seconds);
+    let api = Arc::new(Api::new(&args.http_url, ca, key, &args.model, timeout)?);
     let mut workload = Workload::new(args.prompt_tokens, args.output_tokens, args.vocabulary, args.seed);
     for request in workload.by_ref().take(args.warm_up_requests) {
         let outcome = api.complete(request).await;

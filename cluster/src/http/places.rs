@@ -1,0 +1,253 @@
+//! How many connections a server has, and who goes when there are too many.
+//!
+//! A connection is idle while no request of it is in progress: while its handshake goes on, while a request's head
+//! trickles in, between two requests. Idle ones end after a while, and when there is no place for a newcomer, the one
+//! that has been idle longest gives way: a client that means well asks for something at once.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use super::{Limits, SPARE};
+
+/// How long an idle connection has when the server shuts down: time for its last bytes to leave.
+const CLOSING_GRACE: Duration = Duration::from_secs(2);
+
+/// The connections of one server.
+pub(super) struct Places {
+    connections: usize,
+    first_request: Duration,
+    idle: Duration,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    open: usize,
+    /// Those of them that have requests in progress.
+    busy: usize,
+    /// The others, in the order in which they became idle.
+    idle: BTreeMap<u64, Idle>,
+    next_key: u64,
+    closing: bool,
+    /// Since it was last told.
+    evicted: usize,
+    refused: usize,
+}
+
+struct Idle {
+    since: Instant,
+    limit: Duration,
+    sent_away: CancellationToken,
+}
+
+/// One connection's place. Dropping it gives the place back.
+pub(super) struct Place {
+    all: Arc<Places>,
+    stage: Mutex<Stage>,
+    sent_away: CancellationToken,
+}
+
+enum Stage {
+    /// By this key it is among the idle. If it isn't there any more, it has been sent away, and has lost its place.
+    Idle(u64),
+    /// With so many requests in progress.
+    Busy(usize),
+}
+
+/// A request in progress. Dropping it ends it.
+pub(super) struct InProgress {
+    place: Arc<Place>,
+    /// More connections have requests than may.
+    pub crowded: bool,
+}
+
+impl Places {
+    pub fn new(limits: &Limits) -> Arc<Self> {
+        let Limits { connections, first_request, idle, .. } = *limits;
+        Arc::new(Self { connections, first_request, idle, state: Mutex::default() })
+    }
+
+    /// A place for a connection; `None` if there is none, and everybody who has one has a request.
+    pub fn enter(self: &Arc<Self>) -> Option<Arc<Place>> {
+        let sent_away = CancellationToken::new();
+        let mut state = self.state.lock();
+        if state.open >= self.connections + SPARE {
+            let Some((_, longest)) = state.idle.pop_first() else {
+                state.refused += 1;
+                return None;
+            };
+            longest.sent_away.cancel();
+            state.open -= 1;
+            state.evicted += 1;
+        }
+        state.open += 1;
+        let key = state.idles(self.first_request, &sent_away);
+        drop(state);
+        Some(Arc::new(Place { all: self.clone(), stage: Mutex::new(Stage::Idle(key)), sent_away }))
+    }
+
+    /// Sends away those who have been idle for too long, and tells how many have had to give way since the last time.
+    pub fn sweep(&self) {
+        let now = Instant::now();
+        let mut state = self.state.lock();
+        let closing = state.closing;
+        let before = state.idle.len();
+        state.idle.retain(|_, idle| {
+            let limit = if closing { CLOSING_GRACE } else { idle.limit };
+            let stays = now.saturating_duration_since(idle.since) < limit;
+            if !stays {
+                idle.sent_away.cancel();
+            }
+            stays
+        });
+        state.open -= before - state.idle.len();
+        let (evicted, refused) = (std::mem::take(&mut state.evicted), std::mem::take(&mut state.refused));
+        drop(state);
+        if evicted + refused > 0 {
+            warn!(limit = self.connections, evicted, refused, "too many connections");
+        }
+    }
+
+    /// From now on nobody who is idle may stay for long.
+    pub fn close(&self) {
+        self.state.lock().closing = true;
+    }
+}
+
+impl State {
+    /// Adds one to the idle, and gives its key.
+    fn idles(&mut self, limit: Duration, sent_away: &CancellationToken) -> u64 {
+        let key = self.next_key;
+        self.next_key += 1;
+        self.idle.insert(key, Idle { since: Instant::now(), limit, sent_away: sent_away.clone() });
+        key
+    }
+}
+
+impl Place {
+    /// Resolves when the place is lost.
+    pub async fn lost(&self) {
+        self.sent_away.cancelled().await;
+    }
+
+    /// A request begins.
+    pub fn begin(self: &Arc<Self>) -> InProgress {
+        let mut stage = self.stage.lock();
+        let mut state = self.all.state.lock();
+        match &mut *stage {
+            Stage::Busy(requests) => *requests += 1,
+            Stage::Idle(key) => {
+                if state.idle.remove(key).is_some() {
+                    state.busy += 1;
+                    *stage = Stage::Busy(1);
+                }
+            }
+        }
+        InProgress { place: self.clone(), crowded: state.busy > self.all.connections }
+    }
+}
+
+impl Drop for InProgress {
+    fn drop(&mut self) {
+        let place = &self.place;
+        let mut stage = place.stage.lock();
+        let mut state = place.all.state.lock();
+        match &mut *stage {
+            Stage::Busy(1) => {
+                state.busy -= 1;
+                *stage = Stage::Idle(state.idles(place.all.idle, &place.sent_away));
+            }
+            Stage::Busy(requests) => *requests -= 1,
+            // It began when the place was lost already.
+            Stage::Idle(_) => {}
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut state = self.all.state.lock();
+        // Nobody is busy here: requests in progress hold the place.
+        let Stage::Idle(key) = self.stage.get_mut() else { return };
+        if state.idle.remove(key).is_some() {
+            state.open -= 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places(connections: usize) -> Arc<Places> {
+        let seconds = Duration::from_secs;
+        let limits = Limits { first_request: seconds(10), idle: seconds(100), ..Limits::http(connections) };
+        Places::new(&limits)
+    }
+
+    fn counts(places: &Places) -> (usize, usize, usize) {
+        let state = places.state.lock();
+        (state.open, state.busy, state.idle.len())
+    }
+
+    #[tokio::test]
+    async fn the_longest_idle_gives_way() {
+        let all = places(2);
+        let mut rest: Vec<_> = (0..2 + SPARE).map(|_| all.enter().unwrap()).collect();
+        let (first, second, third) = (rest.remove(0), rest.remove(0), rest.remove(0));
+        let request = first.begin();
+        // It asked for something, and is idle for the shortest time.
+        drop(second.begin());
+        let newcomer = all.enter().unwrap();
+        assert!(third.sent_away.is_cancelled());
+        assert!(![&first, &second, &newcomer].iter().any(|place| place.sent_away.is_cancelled()));
+        assert_eq!(counts(&all), (2 + SPARE, 1, 1 + SPARE));
+        // A request that comes just then disturbs no count.
+        drop(third.begin());
+        drop(third);
+        assert_eq!(counts(&all), (2 + SPARE, 1, 1 + SPARE));
+        drop(first);
+        assert_eq!(counts(&all).0, 2 + SPARE, "its request is still in progress");
+        drop((request, second, newcomer, rest));
+        assert_eq!(counts(&all), (0, 0, 0));
+    }
+
+    #[tokio::test]
+    async fn requests_beyond_the_limit_are_told_apart_and_who_has_one_stays() {
+        let all = places(2);
+        let held: Vec<_> = (0..2 + SPARE).map(|_| all.enter().unwrap().begin()).collect();
+        assert_eq!(held.iter().filter(|request| request.crowded).count(), SPARE);
+        assert!(all.enter().is_none());
+        drop(held);
+        let place = all.enter().unwrap();
+        let (one, two) = (place.begin(), place.begin());
+        assert!(!one.crowded && !two.crowded);
+        assert_eq!(counts(&all), (1, 1, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_idle_for_long_is_sent_away() {
+        let all = places(4);
+        let (silent, kept, busy) = (all.enter().unwrap(), all.enter().unwrap(), all.enter().unwrap());
+        drop(kept.begin());
+        let request = busy.begin();
+        let sweep_after = async |seconds| {
+            tokio::time::advance(Duration::from_secs(seconds)).await;
+            all.sweep();
+            [&silent, &kept, &busy].map(|place| place.sent_away.is_cancelled())
+        };
+        assert_eq!(sweep_after(9).await, [false, false, false]);
+        assert_eq!(sweep_after(1).await, [true, false, false]);
+        assert_eq!(sweep_after(90).await, [true, true, false]);
+        all.close();
+        assert_eq!(sweep_after(10).await, [true, true, false]);
+        drop(request);
+        assert_eq!(sweep_after(1).await, [true, true, false]);
+        assert_eq!(sweep_after(1).await, [true, true, true]);
+        assert_eq!(counts(&all), (0, 0, 0));
+    }
+}
