@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use overfill_tests::cluster::binary;
@@ -51,7 +52,9 @@ fn wait_for_gauge(cluster: &Cluster, role: &str, gauge: &str, least: f64) -> Res
 }
 
 fn check_recovered(cluster: &Cluster, probe: &Request, answer: &Completion) -> Result<()> {
+    let left = Instant::now();
     cluster.wait_idle()?;
+    eprintln!("all is given back after {:.0} ms", left.elapsed().as_secs_f64() * 1e3);
     ensure!(probe.send(cluster)? == *answer, "another answer after the cancellations");
     cluster.check_undisturbed()?;
     cluster.wait_idle()
