@@ -1,8 +1,9 @@
 //! What reads bytes from a network or from a stranger's file, each as one function from bytes, with the properties that
 //! hold whatever they are.
 //!
-//! `cargo fuzz` runs them one by one, guided by coverage (`fuzz_targets/`). `tests/replay.rs` runs all of them over the
-//! inputs in `seeds/` and over mutations of these, as an ordinary test, and watches what they allocate.
+//! `cargo fuzz` runs them one by one, guided by coverage (`fuzz_targets/`; how: docs/reliability.md). `tests/replay.rs`
+//! runs all of them over the inputs in `seeds/` and over mutations of these, as an ordinary test, and watches what they
+//! allocate.
 
 mod files;
 mod frames;
