@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
 
 use crate::cluster::IDLE_GAUGES;
 use crate::metrics::At;
@@ -20,10 +21,14 @@ pub const REQUESTS_EACH: usize = 25;
 /// Different requests.
 const REQUESTS: usize = 12;
 
-/// Long enough to be caught in every phase: the prompt in chunks of a block, many tokens.
+/// Long enough to be caught in every phase: the prompt in chunks of a block, many tokens; most greedy, some drawn.
 pub fn request(index: usize) -> Request {
     let prompt: Vec<u32> = (0..150 + index * 8).map(|i| (5 + (i * 7 + index * 31) % 300) as u32).collect();
-    Request::tokens(&prompt, 120)
+    let request = Request::tokens(&prompt, 120);
+    match index % 4 {
+        3 => request.with("temperature", json!(0.9)).with("top_p", json!(0.95)).with("seed", json!(index)),
+        _ => request,
+    }
 }
 
 /// A gauge of a node that computes or decodes.
