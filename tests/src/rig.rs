@@ -19,7 +19,7 @@ pub const CLIENTS: usize = 8;
 /// Requests that each of them sends at least.
 pub const REQUESTS_EACH: usize = 25;
 /// Different requests.
-const REQUESTS: usize = 12;
+pub const REQUESTS: usize = 12;
 
 /// Long enough to be caught in every phase: the prompt in chunks of a block, many tokens; most greedy, some drawn.
 pub fn request(index: usize) -> Request {
@@ -60,8 +60,8 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// Starts all of it; each node on a host of its own, if there is a network. `router` is for the router.
-    pub fn start(network: Option<&Network>, router: &[&str]) -> Result<Self> {
+    /// Starts all of it; each node on a host of its own, if there is a network.
+    pub fn start(network: Option<&Network>) -> Result<Self> {
         let node = |mut args: Vec<String>, more: &[&str], ports: &[&str]| {
             args.extend(more.iter().map(|&arg| arg.to_owned()));
             let host = network.map(Network::host).transpose()?;
@@ -78,7 +78,7 @@ impl Rig {
         let (prefill, decode) = ([prefill()?, prefill()?], [decode()?, decode()?]);
         let urls = |nodes: &[Service; 2]| format!("{},{}", nodes[0].url(), nodes[1].url());
         let args = ["--prefill-url", &urls(&prefill), "--decode-url", &urls(&decode), "--node-timeout-seconds", "3"];
-        let router = Service::start(router_args(), &[&args[..], router].concat())?;
+        let router = Service::start(router_args(), &args)?;
         router.wait_nodes(2, 2)?;
         Ok(Self { prefill, decode, router })
     }
@@ -92,8 +92,8 @@ impl Rig {
     }
 
     /// Where decode nodes take KV: the ports alone.
-    pub fn kv_ports(&self) -> Vec<&str> {
-        self.decode.iter().filter_map(|node| node.kv()?.rsplit(':').next()).collect()
+    pub fn kv_ports(&self) -> Vec<String> {
+        self.decode.iter().filter_map(|node| Some(node.kv()?.rsplit(':').next()?.to_owned())).collect()
     }
 
     /// All processes, by name.

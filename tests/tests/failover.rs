@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use overfill_tests::cluster::binary;
-use overfill_tests::rig::{RUNNING, Role, request, wait_phase};
+use overfill_tests::rig::{REQUESTS, RUNNING, Role, request, wait_phase};
 use overfill_tests::service::{decode_args, prefill_args, router_args};
 use overfill_tests::{Rig, Service};
 
@@ -25,7 +25,7 @@ fn drain(rig: &Rig, node: &str, seconds: &str) -> Result<()> {
 
 #[test]
 fn drained_nodes_cost_no_answer() -> Result<()> {
-    let mut rig = Rig::start(None, &[])?;
+    let mut rig = Rig::start(None)?;
     let answers = rig.answers()?;
     rig.under_load(&answers, |rig, load| {
         for role in [Role::Decode, Role::Prefill] {
@@ -67,7 +67,7 @@ fn a_decode_node_that_no_kv_reaches_costs_no_answer() -> Result<()> {
     };
     let alone = start(&good.url(), 1)?;
     let both = start(&format!("{},{}", cut_off.url(), good.url()), 2)?;
-    for i in 0..12 {
+    for i in 0..REQUESTS {
         let (expected, answer) = (request(i).send(&alone)?, request(i).send(&both)?);
         ensure!(answer == expected, "request {i}: {answer:?} instead of {expected:?}");
     }

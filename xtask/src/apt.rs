@@ -32,11 +32,26 @@ pub fn etcd() -> Result<()> {
     Ok(())
 }
 
-/// Sees to it that hosts of a network can be made, for the tests of bad links.
+/// Sees to it that the programs are there that make hosts of a network, and disturb their links.
 pub fn network() -> Result<()> {
     let usable = || succeeds(Command::new("nft").arg("--version")) && succeeds(Command::new("tc").arg("-Version"));
     if !usable() {
         install(&["iproute2", "nftables"], "the tests of bad links need ip, tc and nft")?;
+    }
+    Ok(())
+}
+
+/// May there be hosts? An error if this is not root, or the system has no network namespaces.
+pub fn hosts() -> Result<()> {
+    let namespace = format!("overfill-{}", std::process::id());
+    let made = succeeds(Command::new("ip").args(["netns", "add", &namespace]));
+    let entered =
+        succeeds(Command::new("ip").args(["netns", "exec", &namespace, "nft", "add", "table", "inet", "test"]));
+    if made {
+        run(Command::new("ip").args(["netns", "del", &namespace]))?;
+    }
+    if !entered {
+        bail!("no network namespaces, or not for this user");
     }
     Ok(())
 }

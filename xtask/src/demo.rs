@@ -18,7 +18,7 @@ const END_SECONDS: u64 = 20;
 
 /// Builds, starts a cluster, asks, and shuts down.
 pub fn run(prompt: Option<&str>) -> Result<()> {
-    // The same build as the tests': its dependencies are optimised, and nobody compiles them twice.
+    // A development build: its dependencies are optimised, and it takes half the time of a release.
     sh(&mut cargo(&["build", "--locked", "--workspace", "--bins"]))?;
     let binary = target().join("debug/overfill");
 

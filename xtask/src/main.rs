@@ -10,14 +10,14 @@ mod tidy;
 
 use std::process::ExitCode;
 
-use test::Etcd;
+use test::Programs;
 
 const USAGE: &str = "\
 usage: cargo xtask COMMAND
 
-  demo [PROMPT]  build the release binary, start a local cluster on the demo pair, ask it something, stream the answer
-  test           everything that CI runs: format, lints, tidy checks, all tests
-  ci             the same, but nothing may be skipped
+  demo [PROMPT]  build, start a local cluster on the demo pair, ask it something, stream the answer
+  test           everything that CI runs: format, lints, tidy checks, all tests, kernels' accesses to memory
+  ci             the same, but a program that is missing and can't be installed is a fault
   tidy           the project's own rules about its files";
 
 fn main() -> ExitCode {
@@ -25,8 +25,8 @@ fn main() -> ExitCode {
     let result = match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["demo"] => demo::run(None),
         ["demo", prompt] => demo::run(Some(prompt)),
-        ["test"] => test::run(Etcd::IfThere),
-        ["ci"] => test::run(Etcd::Required),
+        ["test"] => test::run(Programs::IfThere),
+        ["ci"] => test::run(Programs::Required),
         ["tidy"] => tidy::run(),
         _ => {
             eprintln!("{USAGE}");

@@ -1,32 +1,38 @@
 //! `cargo xtask test`: what CI runs, in the order in which faults are cheapest to find.
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use crate::process::{cargo, phase, run as sh};
 use crate::{apt, memory, python, tidy};
 
-/// What if etcd is not installed, and can't be?
+/// What if a program that tests need is not installed, and can't be?
 #[derive(Clone, Copy, PartialEq)]
-pub enum Etcd {
-    /// The tests that need it are left out, and say so.
+pub enum Programs {
+    /// Those tests are left out, which is said at the end.
     IfThere,
     /// That is a fault.
     Required,
 }
 
 /// Runs everything; the first fault ends it.
-pub fn run(etcd: Etcd) -> Result<()> {
+pub fn run(programs: Programs) -> Result<()> {
     phase("format", || sh(&mut cargo(&["fmt", "--all", "--check"])))?;
     phase("tidy", tidy::run)?;
-    let found = apt::etcd();
-    match (&found, etcd) {
-        (Err(error), Etcd::IfThere) => eprintln!("\n== etcd: {error:#}. THE TESTS OF DISCOVERY ARE SKIPPED"),
-        (Err(error), Etcd::Required) => bail!("etcd: {error:#}"),
-        (Ok(()), _) => {}
-    }
-    if let Err(error) = apt::network() {
-        eprintln!("\n== network: {error:#}. THE TESTS OF BAD LINKS ARE SKIPPED");
-    }
+    let mut left_out = Vec::new();
+    let mut have = |what: &str, found: Result<()>, required: bool| match found {
+        Ok(()) => Ok(true),
+        Err(error) if required => Err(error.context(what.to_owned())),
+        Err(error) => {
+            left_out.push(format!("{what}: {error:#}"));
+            Ok(false)
+        }
+    };
+    let required = programs == Programs::Required;
+    let etcd = have("tests of discovery", apt::etcd(), required)?;
+    let valgrind = have("kernels' accesses to memory", apt::valgrind(), required)?;
+    let network = have("tests of bad links", apt::network(), required)?;
+    // Whether there may be hosts is up to the system, which nobody can install.
+    let hosts = network && have("tests of bad links", apt::hosts(), false)?;
     let mut interpreter = None;
     phase("python environment", || {
         interpreter = Some(python::prepare()?);
@@ -41,16 +47,19 @@ pub fn run(etcd: Etcd) -> Result<()> {
         if let Some(python) = &interpreter {
             command.env("OVERFILL_PYTHON", python);
         }
-        if found.is_ok() {
-            command.env("OVERFILL_ETCD_REQUIRED", "1");
+        // What is there must not be skipped by mistake.
+        for (variable, there) in [("OVERFILL_ETCD_REQUIRED", etcd), ("OVERFILL_HOSTS_REQUIRED", hosts)] {
+            if there {
+                command.env(variable, "1");
+            }
         }
         sh(&mut command)
     })?;
-    match apt::valgrind() {
-        Ok(()) => phase("kernels' accesses to memory", memory::run_kernels),
-        Err(error) => {
-            eprintln!("\n== valgrind: {error:#}. THE KERNELS' ACCESSES TO MEMORY ARE NOT CHECKED");
-            Ok(())
-        }
+    if valgrind {
+        phase("kernels' accesses to memory", memory::run_kernels)?;
     }
+    for left_out in left_out {
+        eprintln!("\n== LEFT OUT: {left_out}");
+    }
+    Ok(())
 }

@@ -1,6 +1,8 @@
 //! Who may run: of each model a bounded number of sequences on the nodes, and a bounded number waiting.
 //!
-//! Models do not wait for each other: one whose nodes are all busy, or gone, keeps nobody from the nodes of others. Whose turn it is: first by priority; among equals by what their tenant has had so far, in tokens, against its weight,
+//! Models do not wait for each other: one whose nodes are all busy, or gone, keeps nobody from the nodes of others.
+//!
+//! Whose turn it is: first by priority; among equals by what their tenant has had so far, in tokens, against its weight,
 //! output counting double ("virtual token counter", Sheng et al., Fairness in Serving Large Language Models,
 //! arXiv 2401.00588); a tenant's own sequences in order of arrival. When the queue is full, whoever fills it most gives
 //! way to others. A sequence that would not be through in time is refused at once, rather than after it has cost
