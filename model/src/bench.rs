@@ -7,9 +7,9 @@ use rayon::prelude::*;
 use crate::{
     ModelConfig, ModelError, Rows, WeightFormat,
     kernels::{
-        inputs::{Inputs, Quantised},
+        inputs::{InputBuffer, Inputs},
         matmul::multiply,
-        packed::Packed,
+        packed::{PANEL, Packed},
         simd::{Isa, Kernel, Simd},
     },
 };
@@ -106,25 +106,27 @@ impl Kernel for Peak {
 }
 
 /// Measures memory and arithmetic.
-pub fn machine(runs: usize) -> Machine {
+pub fn machine(runs: usize) -> Result<Machine, ModelError> {
     let isa = Isa::best();
     let threads = rayon::current_num_threads();
-    let memory = vec![1.0_f32; BANDWIDTH_BYTES / 4];
-    let part = memory.len().div_ceil(threads * 8);
+    // In a matrix, for memory of the kind that weights lie in.
+    let columns = BANDWIDTH_BYTES / 4 / PANEL / threads / 8;
+    let memory = random(WeightFormat::F32, threads * 8 * PANEL, columns)?;
     let read = best(runs, || {
-        black_box(memory.par_chunks(part).map(|part| isa.run(Sum(part))).sum::<f32>());
+        let sum = |panel| isa.run(Sum(bytemuck::cast_slice(memory.panel(panel))));
+        black_box((0..memory.panels()).into_par_iter().map(sum).sum::<f32>());
     });
     const STEPS: usize = 20_000_000;
     let mut operations = 0.0;
     let arithmetic = best(runs, || {
         operations = (0..threads).into_par_iter().map(|_| black_box(isa.run(Peak(STEPS))).0).sum();
     });
-    Machine {
+    Ok(Machine {
         isa: format!("{isa:?}").to_lowercase(),
         threads,
-        read_bytes_per_second: BANDWIDTH_BYTES as f64 / read,
+        read_bytes_per_second: memory.size_bytes() as f64 / read,
         f32_operations_per_second: operations / arithmetic,
-    }
+    })
 }
 
 /// Measures the products of a model of this geometry, with random weights.
@@ -157,11 +159,11 @@ pub fn kernels(
             // A product of many rows takes long enough alone.
             let matrices = &matrices[..if rows > 32 { 1 } else { matrices.len() }];
             let x: Vec<f32> = (0..rows * inputs).map(|i| (i as f32 * 0.37).sin()).collect();
-            let (mut out, mut buffer) = (vec![0.0; rows * outputs], Quantised::default());
+            let (mut out, mut buffer) = (vec![0.0; rows * outputs], InputBuffer::default());
             let all = best(runs, || {
                 rayon::scope(|_| {
                     for matrix in matrices {
-                        let inputs = Inputs::new(matrix.format().wants_bytes(isa, role), &x, inputs, &mut buffer);
+                        let inputs = Inputs::new(isa, matrix.format().inputs(isa, role), &x, inputs, &mut buffer);
                         multiply(isa, matrix, inputs, 1, &mut out, outputs, |_, [sums, _], out| {
                             out.copy_from_slice(&sums[..out.len()]);
                         });

@@ -44,7 +44,7 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
         Role::Prefill => Rows::Many,
         Role::Decode => Rows::Few,
     };
-    let machine = bench::machine(args.runs);
+    let machine = bench::machine(args.runs)?;
     let mut figures = Vec::new();
     for weights in &args.weights {
         figures.extend(bench::kernels(&config, *weights, rows, &args.rows, args.runs)?);

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::{
     linear::{Arithmetic, GatedLinear, Linear, Source},
+    team,
     workspace::{Widths, Workspace},
 };
 use crate::{
@@ -179,8 +180,7 @@ impl CpuDecoder {
         on_layer: &mut (dyn FnMut(usize) + Send),
         logits: &mut Logits,
     ) -> Result<(), ModelError> {
-        // Within the pool from here on: work is then shared out without waking this thread for each piece.
-        rayon::scope(|_| self.run(cache, batch, on_layer, logits))
+        team::keep_awake(|| self.run(cache, batch, on_layer, logits))
     }
 
     fn run(
@@ -199,16 +199,16 @@ impl CpuDecoder {
         self.embed(batch, &mut w.x);
         for (layer, block) in self.blocks.iter().enumerate() {
             self.norm(&w.x, &block.input_norm, &mut w.normed);
-            block.qkv.forward(how, &w.normed, &mut w.quantised, &mut w.qkv);
+            block.qkv.forward(how, &w.normed, &mut w.inputs, &mut w.qkv);
             self.position(block, sizes, w);
             cache.put(layer, &w.slots, &w.qkv)?;
             on_layer(layer);
             cache.attend(how.isa, layer, batch, &w.q, &mut w.attended, &mut w.attention)?;
-            block.o.add(how, &w.attended, &mut w.quantised, &mut w.x);
+            block.o.add(how, &w.attended, &mut w.inputs, &mut w.x);
 
             self.norm(&w.x, &block.post_attention_norm, &mut w.normed);
-            block.gate_up.forward(how, &w.normed, &mut w.quantised, &mut w.inner);
-            block.down.add(how, &w.inner, &mut w.quantised, &mut w.x);
+            block.gate_up.forward(how, &w.normed, &mut w.inputs, &mut w.inner);
+            block.down.add(how, &w.inner, &mut w.inputs, &mut w.x);
         }
         let hidden = self.config.hidden_size;
         w.normed.resize(w.wanted.len() * hidden, 0.0);
@@ -217,7 +217,7 @@ impl CpuDecoder {
         }
         let out = logits.reset(w.wanted.len(), self.head.outputs());
         if !w.wanted.is_empty() {
-            self.head.forward(how, &w.normed, &mut w.quantised, out);
+            self.head.forward(how, &w.normed, &mut w.inputs, out);
         }
         Ok(())
     }

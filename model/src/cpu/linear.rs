@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::{
     ModelError, Weights,
     kernels::{
-        inputs::{Inputs, Quantised},
+        inputs::{InputBuffer, Inputs},
         matmul::multiply,
         packed::{Format, PANEL, Packed, Rows},
         rows::SiluMul,
@@ -21,8 +21,8 @@ pub(crate) struct Arithmetic {
 }
 
 impl Arithmetic {
-    fn inputs<'a>(self, matrix: &Packed, x: &'a [f32], buffer: &'a mut Quantised) -> Inputs<'a> {
-        Inputs::new(matrix.format().wants_bytes(self.isa, self.rows), x, matrix.columns(), buffer)
+    fn inputs<'a>(self, matrix: &Packed, x: &'a [f32], buffer: &'a mut InputBuffer) -> Inputs<'a> {
+        Inputs::new(self.isa, matrix.format().inputs(self.isa, self.rows), x, matrix.columns(), buffer)
     }
 }
 
@@ -88,7 +88,7 @@ impl Linear {
     }
 
     /// `out = x W^T + b`: `[rows, in]` to `[rows, out]`.
-    pub(crate) fn forward(&self, how: Arithmetic, x: &[f32], buffer: &mut Quantised, out: &mut [f32]) {
+    pub(crate) fn forward(&self, how: Arithmetic, x: &[f32], buffer: &mut InputBuffer, out: &mut [f32]) {
         let inputs = how.inputs(&self.matrix, x, buffer);
         multiply(how.isa, &self.matrix, inputs, 1, out, self.matrix.rows(), |column, [sums, _], out| {
             out.copy_from_slice(&sums[..out.len()]);
@@ -97,7 +97,7 @@ impl Linear {
     }
 
     /// `out += x W^T + b`.
-    pub(crate) fn add(&self, how: Arithmetic, x: &[f32], buffer: &mut Quantised, out: &mut [f32]) {
+    pub(crate) fn add(&self, how: Arithmetic, x: &[f32], buffer: &mut InputBuffer, out: &mut [f32]) {
         let inputs = how.inputs(&self.matrix, x, buffer);
         multiply(how.isa, &self.matrix, inputs, 1, out, self.matrix.rows(), |column, [sums, _], out| {
             out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
@@ -141,7 +141,7 @@ impl GatedLinear {
     }
 
     /// `[rows, in]` to `[rows, out]`.
-    pub(crate) fn forward(&self, how: Arithmetic, x: &[f32], buffer: &mut Quantised, out: &mut [f32]) {
+    pub(crate) fn forward(&self, how: Arithmetic, x: &[f32], buffer: &mut InputBuffer, out: &mut [f32]) {
         let inputs = how.inputs(&self.matrix, x, buffer);
         multiply(how.isa, &self.matrix, inputs, 2, out, self.outputs, |column, [gate, up], out| match &self.bias {
             None => how.isa.run(SiluMul { gate, up, out }),

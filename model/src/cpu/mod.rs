@@ -3,6 +3,7 @@
 
 mod decoder;
 mod linear;
+mod team;
 mod workspace;
 
 pub(crate) use decoder::CpuDecoder;

@@ -2,7 +2,7 @@
 
 use crate::{
     SequenceSlice, Want,
-    kernels::{attention::AttentionScratch, inputs::Quantised, scatter::Slot},
+    kernels::{attention::AttentionScratch, inputs::InputBuffer, scatter::Slot},
 };
 
 /// All that a step of `n` tokens writes besides KV.
@@ -27,7 +27,7 @@ pub(crate) struct Workspace {
     pub(crate) slots: Vec<Slot>,
     /// Rows whose logits are asked for.
     pub(crate) wanted: Vec<usize>,
-    pub(crate) quantised: Quantised,
+    pub(crate) inputs: InputBuffer,
     pub(crate) attention: AttentionScratch,
 }
 

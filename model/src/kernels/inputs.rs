@@ -1,8 +1,98 @@
-//! Inputs of a product: rows of f32, or of bytes with a scale for each 32.
+//! Inputs of a product: rows of f32, of bf16, or of bytes with a scale for each 32.
 
-use super::packed::GROUP;
+use half::bf16;
+use rayon::prelude::*;
 
-/// Rows quantised for integer kernels. Memory is kept from one use to the next.
+use super::{
+    packed::GROUP,
+    simd::{Isa, Kernel, Simd},
+};
+
+/// Values below which it does not pay that another thread turns them into another type.
+const WORTH_SHARING: usize = 1 << 14;
+
+/// Rows of the next tile, so that the last is not much smaller than the others.
+#[inline(always)]
+pub(crate) fn tile_rows(left: usize, most: usize) -> usize {
+    left.div_ceil(left.div_ceil(most))
+}
+
+fn rows_worth_sharing(columns: usize) -> usize {
+    (WORTH_SHARING / columns.max(1)).max(1)
+}
+
+/// What inputs are turned into before they meet weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum InputType {
+    F32,
+    Bf16,
+    Int8,
+}
+
+/// Memory for inputs of other types than f32, kept from one use to the next.
+#[derive(Default)]
+pub(crate) struct InputBuffer {
+    rounded: Rounded,
+    quantised: Quantised,
+}
+
+/// Rows of a tile of bf16 inputs, at most: with two vectors of weights, as many sums as fit in 32 registers.
+const MOST_TILE_ROWS: usize = 12;
+
+/// Rows rounded to bf16, in the order in which a tile of rows is read.
+#[derive(Default)]
+pub(crate) struct Rounded {
+    /// Tiles, each `[stride / 2][rows of the tile][2]`; zero past the end of a row.
+    pub(crate) values: Vec<bf16>,
+    /// Values of a row, an even number.
+    pub(crate) stride: usize,
+    /// Rows of each tile but the last, which may have fewer.
+    pub(crate) tile_rows: usize,
+}
+
+impl Rounded {
+    fn fill(&mut self, isa: Isa, x: &[f32], columns: usize) {
+        let rows = x.len() / columns;
+        self.stride = columns.next_multiple_of(2);
+        self.tile_rows = tile_rows(rows.max(1), MOST_TILE_ROWS);
+        self.values.resize(rows * self.stride, bf16::ZERO);
+        let tiles = self.values.par_chunks_mut(self.tile_rows * self.stride);
+        let tiles = x.par_chunks(self.tile_rows * columns).zip(tiles);
+        let least = rows_worth_sharing(self.tile_rows * columns);
+        tiles.with_min_len(least).for_each(|(x, to)| isa.run(Round { x, to, columns, stride: self.stride }));
+    }
+}
+
+/// One tile.
+struct Round<'a> {
+    x: &'a [f32],
+    to: &'a mut [bf16],
+    columns: usize,
+    stride: usize,
+}
+
+impl Kernel for Round<'_> {
+    type Output = ();
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn run<S: Simd>(self) {
+        // To the nearest, of two the even one, without a branch for NaN: those that arithmetic makes stay what they are.
+        let round = |x: f32| {
+            let bits = x.to_bits();
+            bf16::from_bits((bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16)
+        };
+        let rows = self.to.len() / self.stride;
+        for (row, x) in self.x.chunks_exact(self.columns).enumerate() {
+            let to = self.to[2 * row..].chunks_mut(2 * rows);
+            for (x, to) in x.chunks(2).zip(to) {
+                to[0] = round(x[0]);
+                to[1] = x.get(1).map_or(bf16::ZERO, |x| round(*x));
+            }
+        }
+    }
+}
+
+/// Rows quantised for integer kernels.
 #[derive(Default)]
 pub(crate) struct Quantised {
     /// `[rows][groups * 32]`, -127 to 127; zero past the end of a row.
@@ -18,38 +108,59 @@ pub(crate) struct Quantised {
 
 impl Quantised {
     /// Quantises `[rows, columns]`.
-    fn fill(&mut self, x: &[f32], columns: usize) {
+    fn fill(&mut self, isa: Isa, x: &[f32], columns: usize) {
         self.groups = columns.div_ceil(GROUP);
-        let groups = x.len() / columns * self.groups;
-        self.values.clear();
-        self.values.resize(groups * GROUP, 0);
-        self.wide.resize(groups * GROUP, 0);
-        self.scales.resize(groups, 0.0);
-        self.sums.resize(groups, 0);
-        let rows = self.values.chunks_exact_mut(self.groups * GROUP);
-        let rows = rows.zip(self.scales.chunks_exact_mut(self.groups)).zip(self.sums.chunks_exact_mut(self.groups));
-        for (x, ((values, scales), sums)) in x.chunks_exact(columns).zip(rows) {
-            let groups = values.chunks_exact_mut(GROUP).zip(scales).zip(sums);
-            for (x, ((values, scale), sum)) in x.chunks(GROUP).zip(groups) {
-                // In eight lanes, so that the compiler uses vectors.
-                let mut lanes = [0.0_f32; 8];
-                for x in x.chunks(8) {
-                    for (lane, x) in lanes.iter_mut().zip(x) {
-                        *lane = if x.abs() > *lane { x.abs() } else { *lane };
-                    }
+        let (groups, width) = (self.groups, self.groups * GROUP);
+        let all = x.len() / columns * groups;
+        self.values.resize(all * GROUP, 0);
+        self.wide.resize(all * GROUP, 0);
+        self.scales.resize(all, 0.0);
+        self.sums.resize(all, 0);
+        let rows = x.par_chunks_exact(columns).zip(self.values.par_chunks_exact_mut(width));
+        let rows = rows.zip(self.wide.par_chunks_exact_mut(width)).zip(self.scales.par_chunks_exact_mut(groups));
+        let rows = rows.zip(self.sums.par_chunks_exact_mut(groups)).with_min_len(rows_worth_sharing(columns));
+        rows.for_each(|((((x, values), wide), scales), sums)| isa.run(Quantise { x, values, wide, scales, sums }));
+    }
+}
+
+/// One row.
+struct Quantise<'a> {
+    x: &'a [f32],
+    values: &'a mut [i8],
+    wide: &'a mut [i16],
+    scales: &'a mut [f32],
+    sums: &'a mut [i32],
+}
+
+impl Kernel for Quantise<'_> {
+    type Output = ();
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn run<S: Simd>(self) {
+        let groups = self.values.chunks_exact_mut(GROUP).zip(self.scales).zip(self.sums);
+        for (x, ((values, scale), sum)) in self.x.chunks(GROUP).zip(groups) {
+            // A whole group, in eight lanes, so that the compiler uses vectors.
+            let mut group = [0.0_f32; GROUP];
+            group[..x.len()].copy_from_slice(x);
+            let mut lanes = [0.0_f32; 8];
+            for x in group.chunks_exact(8) {
+                for (lane, x) in lanes.iter_mut().zip(x) {
+                    *lane = if x.abs() > *lane { x.abs() } else { *lane };
                 }
-                let greatest = lanes.iter().fold(0.0_f32, |a, b| a.max(*b));
-                *scale = greatest / 127.0;
-                let inverse = if greatest == 0.0 { 0.0 } else { 127.0 / greatest };
-                for (value, x) in values.iter_mut().zip(x) {
-                    // Adding 1.5 * 2^23 leaves the number, rounded, in the low bits.
-                    *value = (x * inverse + 12_582_912.0).to_bits() as i8;
-                }
-                *sum = values.iter().map(|v| i32::from(*v)).sum();
             }
+            let greatest = lanes.iter().fold(0.0_f32, |a, b| a.max(*b));
+            *scale = greatest / 127.0;
+            let inverse = if greatest == 0.0 { 0.0 } else { 127.0 / greatest };
+            for (value, x) in values.iter_mut().zip(group) {
+                // Adding 1.5 * 2^23 leaves the number, rounded, in the low bits.
+                *value = (x * inverse + 12_582_912.0).to_bits() as i8;
+            }
+            *sum = values.iter().map(|v| i32::from(*v)).sum();
         }
-        for (wide, values) in self.wide.chunks_exact_mut(4).zip(self.values.chunks_exact(4)) {
-            wide.copy_from_slice(&[values[0], values[2], values[1], values[3]].map(i16::from));
+        if S::WIDE_INPUTS {
+            for (wide, values) in self.wide.chunks_exact_mut(4).zip(self.values.chunks_exact(4)) {
+                wide.copy_from_slice(&[values[0], values[2], values[1], values[3]].map(i16::from));
+            }
         }
     }
 }
@@ -64,18 +175,24 @@ pub(crate) struct Inputs<'a> {
 
 #[derive(Clone, Copy)]
 pub(crate) enum Values<'a> {
-    Float(&'a [f32]),
-    Quantised(&'a Quantised),
+    F32(&'a [f32]),
+    Bf16(&'a Rounded),
+    Int8(&'a Quantised),
 }
 
 impl<'a> Inputs<'a> {
-    /// `x` is `[rows, columns]`; `bytes` is what [`super::packed::Format::wants_bytes`] says.
-    pub(crate) fn new(bytes: bool, x: &'a [f32], columns: usize, buffer: &'a mut Quantised) -> Self {
-        let values = if bytes {
-            buffer.fill(x, columns);
-            Values::Quantised(buffer)
-        } else {
-            Values::Float(x)
+    /// `x` is `[rows, columns]`; `wanted` is what [`super::packed::Format::inputs`] says.
+    pub(crate) fn new(isa: Isa, wanted: InputType, x: &'a [f32], columns: usize, buffer: &'a mut InputBuffer) -> Self {
+        let values = match wanted {
+            InputType::F32 => Values::F32(x),
+            InputType::Bf16 => {
+                buffer.rounded.fill(isa, x, columns);
+                Values::Bf16(&buffer.rounded)
+            }
+            InputType::Int8 => {
+                buffer.quantised.fill(isa, x, columns);
+                Values::Int8(&buffer.quantised)
+            }
         };
         Self { rows: x.len() / columns, columns, values }
     }

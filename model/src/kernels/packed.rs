@@ -19,7 +19,7 @@ use half::{bf16, f16};
 use memmap2::MmapMut;
 use rayon::prelude::*;
 
-use super::simd::Isa;
+use super::{inputs::InputType, simd::Isa};
 
 /// Outputs in a panel.
 pub(crate) const PANEL: usize = 32;
@@ -65,15 +65,16 @@ impl Format {
         }
     }
 
-    /// Are inputs to be quantised too, where `rows` says whether there are few or many at a time?
+    /// What inputs are turned into, where `rows` says whether there are few or many at a time.
     ///
     /// The answer is the same for every product that one node computes, so that a row's result never depends on what is
     /// beside it.
-    pub(crate) fn wants_bytes(self, isa: Isa, rows: Rows) -> bool {
+    pub(crate) fn inputs(self, isa: Isa, rows: Rows) -> InputType {
         match self {
-            Self::F32 | Self::F16 | Self::Bf16 => false,
-            Self::Int8 | Self::Int8Channel => rows == Rows::Few || isa.has_fast_int8(),
-            Self::Int4 => true,
+            Self::Bf16 if isa.traits().fast_bf16 => InputType::Bf16,
+            Self::F32 | Self::F16 | Self::Bf16 => InputType::F32,
+            Self::Int8 | Self::Int8Channel if rows == Rows::Many && !isa.traits().fast_int8 => InputType::F32,
+            Self::Int8 | Self::Int8Channel | Self::Int4 => InputType::Int8,
         }
     }
 }

@@ -9,29 +9,59 @@ use crate::kernels::{
 
 /// Groups whose bytes take 17 KiB.
 const CHUNK_GROUPS: usize = 16;
+/// Rows from which on int4 weights are worth unpacking to bytes, where products of those are fast.
+const WORTH_UNPACKING: usize = 16;
+/// Bytes of a group's weights, one each.
+const GROUP_BYTES: usize = PANEL * GROUP;
 
+/// `unpacked` has room for a chunk.
 #[inline(always)]
 #[allow(unsafe_code)]
-pub(super) unsafe fn panel<S: Simd>(format: Format, panel: &[u8], x: &Quantised, rows: usize, results: &mut [f32]) {
-    let most = if S::LANES == 16 { 8 } else { 4 };
+pub(super) unsafe fn panel<S: Simd>(
+    format: Format,
+    panel: &[u8],
+    x: &Quantised,
+    rows: usize,
+    results: &mut [f32],
+    unpacked: &mut [u8],
+) {
+    let most = if S::LANES == 16 { 6 } else { 4 };
+    let unpack = format == Format::Int4 && S::FAST_INT8 && rows >= WORTH_UNPACKING;
     // SAFETY: see `PanelProduct::run`.
     unsafe {
-        let (scales, groups) = match format {
-            Format::Int8Channel => (panel.as_ptr(), panel.as_ptr().add(4 * PANEL)),
-            _ => (panel.as_ptr(), panel.as_ptr()),
+        let groups = match format {
+            Format::Int8Channel => panel.as_ptr().add(4 * PANEL),
+            _ => panel.as_ptr(),
         };
         for first in (0..x.groups).step_by(CHUNK_GROUPS) {
             let count = CHUNK_GROUPS.min(x.groups - first);
+            let group_bytes = format.group_bytes();
+            let groups = groups.add(first * group_bytes);
+            let skip = if format == Format::Int8Channel { 0 } else { SCALES_BYTES };
+            let (format, bytes, bytes_stride) = if unpack {
+                for g in 0..count {
+                    let from = std::slice::from_raw_parts(groups.add(g * group_bytes + skip), GROUP_BYTES / 2);
+                    int4_to_int8(from, &mut unpacked[g * GROUP_BYTES..][..GROUP_BYTES]);
+                }
+                (Format::Int8, unpacked.as_ptr(), GROUP_BYTES)
+            } else {
+                (format, groups.add(skip), group_bytes)
+            };
             let mut row = 0;
             while row < rows {
                 let n = tile_rows(rows - row, most);
                 let at = row * x.groups + first;
                 let tile = Tile {
                     format,
-                    groups: groups.add(first * format.group_bytes()),
+                    bytes,
+                    bytes_stride,
+                    weight_scales: groups.cast(),
+                    weight_scales_stride: group_bytes / 2,
+                    // Rows after the first tile find the chunk in the cache.
+                    ahead: if row == 0 { AHEAD } else { 0 },
                     count,
                     values: x.values.as_ptr().add(at * GROUP),
-                    wide: x.wide.as_ptr().add(at * GROUP),
+                    wide: x.wide.as_ptr().wrapping_add(at * GROUP),
                     scales: x.scales.as_ptr().add(at),
                     sums: x.sums.as_ptr().add(at),
                     stride: x.groups,
@@ -39,7 +69,7 @@ pub(super) unsafe fn panel<S: Simd>(format: Format, panel: &[u8], x: &Quantised,
                     results: results.as_mut_ptr().add(row * PANEL),
                 };
                 match (S::LANES, n) {
-                    (16, _) => with_rows!(n, integer_tile, S, 2, (tile), 1 2 3 4 5 6 7 8),
+                    (16, _) => with_rows!(n, integer_tile, S, 2, (tile), 1 2 3 4 5 6),
                     (8, 1) => with_rows!(n, integer_tile, S, 4, (tile), 1),
                     (8, _) => {
                         for half in [0, PANEL / 2] {
@@ -59,9 +89,21 @@ pub(super) unsafe fn panel<S: Simd>(format: Format, panel: &[u8], x: &Quantised,
             for row in 0..rows {
                 for lane in (0..PANEL).step_by(S::LANES) {
                     let result = results.as_mut_ptr().add(row * PANEL + lane);
-                    S::store(result, S::mul(S::load(result), S::load(scales.cast::<f32>().add(lane))));
+                    S::store(result, S::mul(S::load(result), S::load(panel.as_ptr().cast::<f32>().add(lane))));
                 }
             }
+        }
+    }
+}
+
+/// Unpacks a group.
+#[inline(always)]
+fn int4_to_int8(from: &[u8], to: &mut [u8]) {
+    for (from, to) in from.chunks_exact(4 * PANEL).zip(to.chunks_exact_mut(8 * PANEL)) {
+        let (low, high) = to.split_at_mut(4 * PANEL);
+        for (byte, (low, high)) in from.iter().zip(low.iter_mut().zip(high)) {
+            // 8 has been added to int4, 128 to int8.
+            (*low, *high) = ((byte & 15) + 120, (byte >> 4) + 120);
         }
     }
 }
@@ -70,7 +112,14 @@ pub(super) unsafe fn panel<S: Simd>(format: Format, panel: &[u8], x: &Quantised,
 #[derive(Clone, Copy)]
 struct Tile {
     format: Format,
-    groups: *const u8,
+    /// Weights of the first group, and bytes to those of the next.
+    bytes: *const u8,
+    bytes_stride: usize,
+    /// The first group's scales, as the bits of f16, and how many places further on the next group's are.
+    weight_scales: *const u16,
+    weight_scales_stride: usize,
+    /// Bytes ahead of their use that weights are fetched.
+    ahead: usize,
     count: usize,
     /// Of the first row and group; the next row's come `stride` groups later.
     values: *const i8,
@@ -93,22 +142,23 @@ impl Tile {
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn integer_tile<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile) {
-    // SAFETY: the caller's: `count` groups of the format, ROWS rows, VECS * LANES lanes from `lane` on.
+    // SAFETY: the caller's: `count` groups of the kind, ROWS rows, VECS * LANES lanes from `lane` on.
     unsafe {
         match t.format {
-            Format::Int4 => groups::<S, ROWS, VECS, 4, true>(t),
-            Format::Int8 => groups::<S, ROWS, VECS, 8, true>(t),
-            _ => groups::<S, ROWS, VECS, 8, false>(t),
+            Format::Int4 => groups::<S, ROWS, VECS, true>(t, |g| int4_products::<S, ROWS, VECS>(t, g)),
+            Format::Int8 => groups::<S, ROWS, VECS, true>(t, |g| int8_products::<S, ROWS, VECS>(t, g)),
+            _ => groups::<S, ROWS, VECS, false>(t, |g| int8_products::<S, ROWS, VECS>(t, g)),
         }
     }
 }
 
-/// Adds each group's products of BITS wide weights, times its scales; without SCALED those of the weights are left out.
+/// Adds each group's products times its scales; without SCALED those of the weights are left out.
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn groups<S: Simd, const ROWS: usize, const VECS: usize, const BITS: usize, const SCALED: bool>(t: Tile) {
-    let skip = if SCALED { SCALES_BYTES } else { 0 };
-    let group_bytes = skip + PANEL * GROUP * BITS / 8;
+unsafe fn groups<S: Simd, const ROWS: usize, const VECS: usize, const SCALED: bool>(
+    t: Tile,
+    products: impl Fn(usize) -> [[S::F; VECS]; ROWS],
+) {
     // SAFETY: as for `integer_tile`.
     unsafe {
         let results = t.results.add(t.lane);
@@ -119,15 +169,10 @@ unsafe fn groups<S: Simd, const ROWS: usize, const VECS: usize, const BITS: usiz
             }
         }
         for g in 0..t.count {
-            let group = t.groups.add(g * group_bytes);
-            let bytes = group.add(skip + 4 * t.lane);
-            let products = match BITS {
-                4 => int4_products::<S, ROWS, VECS>(t, g, bytes),
-                _ => int8_products::<S, ROWS, VECS>(t, g, bytes),
-            };
+            let products = products(g);
             for v in 0..VECS {
                 let weight_scales = match SCALED {
-                    true => S::load_f16(group.cast::<u16>().add(t.lane + v * S::LANES)),
+                    true => S::load_f16(t.weight_scales.add(g * t.weight_scales_stride + t.lane + v * S::LANES)),
                     false => S::splat(1.0),
                 };
                 for r in 0..ROWS {
@@ -147,13 +192,10 @@ unsafe fn groups<S: Simd, const ROWS: usize, const VECS: usize, const BITS: usiz
 
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn int8_products<S: Simd, const ROWS: usize, const VECS: usize>(
-    t: Tile,
-    g: usize,
-    bytes: *const u8,
-) -> [[S::F; VECS]; ROWS] {
+unsafe fn int8_products<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile, g: usize) -> [[S::F; VECS]; ROWS] {
     // SAFETY: as for `integer_tile`; a group has 8 times four inputs.
     unsafe {
+        let bytes = t.bytes.add(g * t.bytes_stride + 4 * t.lane);
         let mut sums = [[S::sums8(0); VECS]; ROWS];
         for (r, sums) in sums.iter_mut().enumerate() {
             *sums = [S::sums8(-128 * *t.sums.add(r * t.stride + g)); VECS];
@@ -162,11 +204,11 @@ unsafe fn int8_products<S: Simd, const ROWS: usize, const VECS: usize>(
             let mut inputs = [S::inputs8(t.values, t.wide); ROWS];
             for (r, inputs) in inputs.iter_mut().enumerate() {
                 let at = (r * t.stride + g) * GROUP + 4 * four;
-                *inputs = S::inputs8(t.values.add(at), t.wide.add(at));
+                *inputs = S::inputs8(t.values.add(at), t.wide.wrapping_add(at));
             }
             for v in 0..VECS {
                 let from = bytes.add((four * PANEL + v * S::LANES) * 4);
-                S::prefetch(from.wrapping_add(AHEAD));
+                S::prefetch(from.wrapping_add(t.ahead));
                 let weights = S::int8(from);
                 for (sums, inputs) in sums.iter_mut().zip(inputs) {
                     sums[v] = S::dot8(sums[v], weights, inputs);
@@ -185,18 +227,15 @@ unsafe fn int8_products<S: Simd, const ROWS: usize, const VECS: usize>(
 
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn int4_products<S: Simd, const ROWS: usize, const VECS: usize>(
-    t: Tile,
-    g: usize,
-    bytes: *const u8,
-) -> [[S::F; VECS]; ROWS] {
+unsafe fn int4_products<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile, g: usize) -> [[S::F; VECS]; ROWS] {
     // SAFETY: as for `integer_tile`; a group has 4 times eight inputs.
     unsafe {
+        let bytes = t.bytes.add(g * t.bytes_stride + 4 * t.lane);
         let mut sums = [[S::sums4(); VECS]; ROWS];
         for eight in 0..GROUP / 8 {
             for v in 0..VECS {
                 let from = bytes.add((eight * PANEL + v * S::LANES) * 4);
-                S::prefetch(from.wrapping_add(AHEAD));
+                S::prefetch(from.wrapping_add(t.ahead));
                 let [low, high] = S::int4(from);
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let inputs = t.values.add((r * t.stride + g) * GROUP + 8 * eight);

@@ -4,6 +4,7 @@
 //! weights stay in the first-level cache while all rows pass over them. The sum for one row and output is always taken
 //! in the order of the inputs, so it is the same number whatever rows are beside it and however the work is shared out.
 
+mod bf16;
 mod float;
 mod integer;
 #[cfg(test)]
@@ -14,8 +15,8 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 
 use super::{
-    inputs::{Inputs, Values},
-    packed::{GROUP, PANEL, Packed},
+    inputs::{Inputs, Values, tile_rows},
+    packed::{Format, GROUP, PANEL, Packed},
     simd::{Isa, Kernel, Simd},
 };
 
@@ -23,6 +24,9 @@ use super::{
 const CHUNK_COLUMNS: usize = 128;
 /// Bytes ahead of their use that weights are fetched.
 const AHEAD: usize = 4096;
+/// Weights that a thread takes at a time: much less than a matrix, so that all threads end together, even when one of them is
+/// held up by other programs.
+const TASK_BYTES: usize = 256 << 10;
 /// Multiplications below which sharing work out costs more than it brings.
 const WORTH_SHARING: usize = 1 << 16;
 
@@ -73,7 +77,9 @@ pub(crate) fn multiply(
     if tasks * work < 2 * WORTH_SHARING {
         (0..tasks).for_each(task);
     } else {
-        (0..tasks).into_par_iter().with_min_len((WORTH_SHARING / work).max(1)).for_each(task);
+        let least = (WORTH_SHARING / work).max(1);
+        let most = (TASK_BYTES / (panels * matrix.format().panel_bytes(matrix.columns()))).max(least);
+        (0..tasks).into_par_iter().with_min_len(least).with_max_len(most).for_each(task);
     }
 }
 
@@ -100,7 +106,7 @@ struct PanelProduct<'a> {
     inputs: Inputs<'a>,
     /// `[rows][32]`, zero.
     results: &'a mut [f32],
-    /// A chunk of f32 weights.
+    /// A chunk of f32 weights, or four times as many bytes.
     widened: &'a mut [f32],
 }
 
@@ -117,17 +123,22 @@ impl Kernel for PanelProduct<'_> {
         // `columns` columns, there are `rows` rows of inputs and of results. The caller vouches for the instruction set.
         unsafe {
             match self.inputs.values {
-                Values::Float(x) => {
+                Values::F32(x) => {
                     assert!(x.len() >= rows * columns && self.widened.len() == CHUNK_COLUMNS * PANEL);
                     float::panel::<S>(format, panel, x, rows, columns, self.results, self.widened);
                 }
-                Values::Quantised(x) => {
+                Values::Bf16(x) => {
+                    assert!(format == Format::Bf16 && x.stride >= columns && x.stride % 2 == 0);
+                    assert!(x.values.len() >= rows * x.stride && x.tile_rows > 0);
+                    bf16::panel::<S>(panel, x, rows, columns, self.results);
+                }
+                Values::Int8(x) => {
                     let groups = columns.div_ceil(GROUP);
-                    assert!(
-                        x.groups == groups && x.values.len() >= rows * groups * GROUP && x.wide.len() == x.values.len()
-                    );
+                    assert!(x.groups == groups && x.values.len() >= rows * groups * GROUP);
+                    assert!(!S::WIDE_INPUTS || x.wide.len() == x.values.len());
+                    assert!(self.widened.len() == CHUNK_COLUMNS * PANEL);
                     assert!(x.scales.len() >= rows * groups && x.sums.len() >= rows * groups);
-                    integer::panel::<S>(format, panel, x, rows, self.results);
+                    integer::panel::<S>(format, panel, x, rows, self.results, bytemuck::cast_slice_mut(self.widened));
                 }
             }
         }
@@ -141,9 +152,3 @@ macro_rules! with_rows {
     };
 }
 use with_rows;
-
-/// Rows of the next tile, so that the last is not much smaller than the others.
-#[inline(always)]
-fn tile_rows(left: usize, most: usize) -> usize {
-    left.div_ceil(left.div_ceil(most))
-}

@@ -4,11 +4,24 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::kernels::{
-    inputs::Quantised,
-    packed::{Format, Rows},
+    inputs::{InputBuffer, InputType},
+    packed::Format,
 };
 
 const FORMATS: [Format; 6] = [Format::F32, Format::F16, Format::Bf16, Format::Int8, Format::Int8Channel, Format::Int4];
+
+/// Each with every type of inputs that a kernel takes with it.
+const KERNELS: [(Format, InputType); 9] = [
+    (Format::F32, InputType::F32),
+    (Format::F16, InputType::F32),
+    (Format::Bf16, InputType::F32),
+    (Format::Bf16, InputType::Bf16),
+    (Format::Int8, InputType::F32),
+    (Format::Int8, InputType::Int8),
+    (Format::Int8Channel, InputType::F32),
+    (Format::Int8Channel, InputType::Int8),
+    (Format::Int4, InputType::Int8),
+];
 
 fn random(count: usize, mut state: u64) -> Vec<f32> {
     let mut next = || {
@@ -28,9 +41,9 @@ fn pack(format: Format, rows: usize, columns: usize, values: &[f32]) -> Packed {
 }
 
 /// `[x rows][matrix rows]`.
-fn product(isa: Isa, matrix: &Packed, x: &[f32], rows: Rows) -> Vec<f32> {
-    let mut buffer = Quantised::default();
-    let inputs = Inputs::new(matrix.format().wants_bytes(isa, rows), x, matrix.columns(), &mut buffer);
+fn product(isa: Isa, matrix: &Packed, x: &[f32], wanted: InputType) -> Vec<f32> {
+    let mut buffer = InputBuffer::default();
+    let inputs = Inputs::new(isa, wanted, x, matrix.columns(), &mut buffer);
     let mut out = vec![f32::NAN; inputs.rows * matrix.rows()];
     multiply(isa, matrix, inputs, 1, &mut out, matrix.rows(), |_, [sums, _], out| {
         out.copy_from_slice(&sums[..out.len()]);
@@ -42,23 +55,29 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
     #[test]
     fn every_kernel_multiplies(
-        format in prop::sample::select(&FORMATS[..]), rows in 1_usize..30, outputs in 1_usize..100,
-        columns in 1_usize..1200, seed: u64, many: bool,
+        (format, wanted) in prop::sample::select(&KERNELS[..]), rows in 1_usize..30, outputs in 1_usize..100,
+        columns in 1_usize..1200, seed: u64,
     ) {
         let weights = random(outputs * columns, seed);
         let x = random(rows * columns, !seed);
         let matrix = pack(format, outputs, columns, &weights);
-        let mut buffer = Quantised::default();
+        let mut buffer = InputBuffer::default();
         // What the kernel is given, in f64: weights and inputs as they are stored.
         let stored: Vec<Vec<f32>> = (0..outputs).map(|o| {
             let mut row = vec![0.0; columns];
             matrix.row(o, &mut row);
             row
         }).collect();
-        let role = if many { Rows::Many } else { Rows::Few };
-        let mut given = |isa| match Inputs::new(format.wants_bytes(isa, role), &x, columns, &mut buffer).values {
-            Values::Float(x) => x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>(),
-            Values::Quantised(q) => (0..rows * columns).map(|i| {
+        let mut given = |isa| match Inputs::new(isa, wanted, &x, columns, &mut buffer).values {
+            Values::F32(x) => x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>(),
+            Values::Bf16(x) => (0..rows * columns).map(|i| {
+                let (row, column) = (i / columns, i % columns);
+                let tile = row / x.tile_rows;
+                let tile_rows = x.tile_rows.min(rows - tile * x.tile_rows);
+                let within = (column / 2 * tile_rows + row % x.tile_rows) * 2 + column % 2;
+                f64::from(x.values[tile * x.tile_rows * x.stride + within].to_f32())
+            }).collect(),
+            Values::Int8(q) => (0..rows * columns).map(|i| {
                 let group = i / columns * q.groups + i % columns / GROUP;
                 let value = q.values[group * GROUP + i % columns % GROUP];
                 f64::from(value) * f64::from(q.scales[group])
@@ -66,17 +85,17 @@ proptest! {
         };
         for isa in Isa::available() {
             let inputs = given(*isa);
-            let got = product(*isa, &matrix, &x, role);
+            let got = product(*isa, &matrix, &x, wanted);
             for row in 0..rows {
                 let x_row = &x[row * columns..][..columns];
-                let alone = product(*isa, &matrix, x_row, role);
-                prop_assert_eq!(&alone[..], &got[row * outputs..][..outputs], "{:?} {:?}: not as alone", isa, format);
+                let alone = product(*isa, &matrix, x_row, wanted);
+                prop_assert_eq!(&alone[..], &got[row * outputs..][..outputs], "{:?} {:?} {:?}: not as alone", isa, format, wanted);
                 for (o, weights) in stored.iter().enumerate() {
                     let terms = weights.iter().zip(&inputs[row * columns..]);
                     let exact: f64 = terms.map(|(w, x)| f64::from(*w) * x).sum();
                     let found = f64::from(got[row * outputs + o]);
                     let bound = 1e-6 * columns as f64;
-                    prop_assert!((found - exact).abs() <= bound, "{isa:?} {format:?}: {found}, not {exact}");
+                    prop_assert!((found - exact).abs() <= bound, "{isa:?} {format:?} {wanted:?}: {found}, not {exact}");
                 }
             }
         }
@@ -114,10 +133,10 @@ fn two_panels_that_belong_together_come_together() {
     let weights = random(128 * 40, 1);
     let matrix = pack(Format::Bf16, 128, 40, &weights);
     let x = random(3 * 40, 2);
-    let apart = product(Isa::best(), &matrix, &x, Rows::Few);
-    let mut buffer = Quantised::default();
+    let apart = product(Isa::best(), &matrix, &x, InputType::F32);
+    let mut buffer = InputBuffer::default();
     let mut out = vec![0.0; 3 * 64];
-    let inputs = Inputs::new(false, &x, 40, &mut buffer);
+    let inputs = Inputs::new(Isa::best(), InputType::F32, &x, 40, &mut buffer);
     multiply(Isa::best(), &matrix, inputs, 2, &mut out, 64, |column, [first, second], out| {
         assert!(column == 0 || column == PANEL);
         out.iter_mut().zip(first.iter().zip(second)).for_each(|(out, (a, b))| *out = a - 2.0 * b);

@@ -24,6 +24,8 @@ pub(crate) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
 impl Simd for Avx2 {
     const LANES: usize = 8;
     const FAST_INT8: bool = false;
+    const FAST_BF16: bool = false;
+    const WIDE_INPUTS: bool = true;
     type F = __m256;
     /// As 16-bit numbers: weights 0 and 2 of each lane, and 1 and 3. Products of bytes would not fit into 16 bits.
     type Int8 = (__m256i, __m256i);

@@ -30,6 +30,10 @@ pub(crate) trait Simd: Copy + 'static {
     const LANES: usize;
     /// Are int8 products faster than f32 ones? Where they are not, whoever multiplies many rows is better off in f32.
     const FAST_INT8: bool;
+    /// Are products of bf16 with bf16 faster than f32 ones? Then inputs of bf16 weights are rounded to bf16.
+    const FAST_BF16: bool;
+    /// Are inputs of int8 weights taken as 16-bit numbers?
+    const WIDE_INPUTS: bool;
     /// f32 vector.
     type F: Copy;
     /// Four int8 weights to a lane.
@@ -63,6 +67,12 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn load_bf16(from: *const bf16) -> Self::F;
     /// `2 * LANES` bf16 values: those at even places, and those at odd ones.
     unsafe fn load_bf16_pairs(from: *const bf16) -> (Self::F, Self::F);
+    /// Adds to each lane the products of its pair of weights, of `2 * LANES`, with the one pair of inputs.
+    #[inline(always)]
+    unsafe fn dot_bf16(sums: Self::F, weights: *const bf16, inputs: *const bf16) -> Self::F {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { dot_widened::<Self>(sums, weights, inputs) }
+    }
     /// `LANES` f16 values, given by their bits.
     unsafe fn load_f16(from: *const u16) -> Self::F;
     /// `4 * LANES` bytes, as the numbers 0 to 255: the first of each four, the second, ...
@@ -111,6 +121,18 @@ pub(crate) trait Simd: Copy + 'static {
     }
 }
 
+/// [`Simd::dot_bf16`] of an instruction set that has no instruction for it.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn dot_widened<S: Simd>(sums: S::F, weights: *const bf16, inputs: *const bf16) -> S::F {
+    // SAFETY: the caller's promise is passed on.
+    unsafe {
+        let (even, odd) = S::load_bf16_pairs(weights);
+        let sums = S::mul_add(S::splat((*inputs).to_f32()), even, sums);
+        S::mul_add(S::splat((*inputs.add(1)).to_f32()), odd, sums)
+    }
+}
+
 /// A computation that is compiled for each instruction set.
 pub(crate) trait Kernel {
     /// What it gives.
@@ -121,6 +143,13 @@ pub(crate) trait Kernel {
     /// The processor has the instruction set `S`.
     #[allow(unsafe_code)]
     unsafe fn run<S: Simd>(self) -> Self::Output;
+}
+
+/// What an instruction set is good at: see the constants of [`Simd`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Traits {
+    pub(crate) fast_int8: bool,
+    pub(crate) fast_bf16: bool,
 }
 
 /// An instruction set with kernels of its own.
@@ -134,6 +163,9 @@ pub(crate) enum Isa {
     /// AVX-512 F, BW and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// The same and BF16, where it is fast.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
     /// Every 64-bit ARM.
     #[cfg(target_arch = "aarch64")]
     Neon,
@@ -154,6 +186,9 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vnni")
                 {
                     found.push(Self::Avx512);
+                    if is_x86_feature_detected!("avx512bf16") && avx512::has_fast_bf16() {
+                        found.push(Self::Avx512Bf16);
+                    }
                 }
             }
             #[cfg(target_arch = "aarch64")]
@@ -167,18 +202,18 @@ impl Isa {
         *Self::available().last().unwrap_or(&Self::Portable)
     }
 
-    /// Are int8 products faster than f32 ones?
-    pub(crate) fn has_fast_int8(self) -> bool {
-        struct FastInt8;
-        impl Kernel for FastInt8 {
-            type Output = bool;
+    /// What [`Simd`] says of it.
+    pub(crate) fn traits(self) -> Traits {
+        struct Ask;
+        impl Kernel for Ask {
+            type Output = Traits;
             #[inline(always)]
             #[allow(unsafe_code)]
-            unsafe fn run<S: Simd>(self) -> bool {
-                S::FAST_INT8
+            unsafe fn run<S: Simd>(self) -> Traits {
+                Traits { fast_int8: S::FAST_INT8, fast_bf16: S::FAST_BF16 }
             }
         }
-        self.run(FastInt8)
+        self.run(Ask)
     }
 
     /// Runs a kernel. `self` comes from [`Self::available`].
@@ -193,6 +228,8 @@ impl Isa {
                 Self::Avx2 => avx2::enter(kernel),
                 #[cfg(target_arch = "x86_64")]
                 Self::Avx512 => avx512::enter(kernel),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx512Bf16 => avx512::enter_bf16(kernel),
                 #[cfg(target_arch = "aarch64")]
                 Self::Neon => kernel.run::<neon::Neon>(),
             }

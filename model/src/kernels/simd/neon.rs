@@ -29,6 +29,8 @@ unsafe fn dot(sums: int32x4_t, weights: int8x16_t, inputs: int8x16_t) -> int32x4
 impl Simd for Neon {
     const LANES: usize = 4;
     const FAST_INT8: bool = true;
+    const FAST_BF16: bool = false;
+    const WIDE_INPUTS: bool = false;
     type F = float32x4_t;
     type Int8 = int8x16_t;
     type Inputs8 = int8x16_t;

@@ -25,6 +25,8 @@ fn dot(sums: [i32; LANES], weights: [[u8; 4]; LANES], inputs: [i8; 4]) -> [i32; 
 impl Simd for Portable {
     const LANES: usize = LANES;
     const FAST_INT8: bool = false;
+    const FAST_BF16: bool = false;
+    const WIDE_INPUTS: bool = false;
     type F = [f32; LANES];
     type Int8 = [[u8; 4]; LANES];
     type Inputs8 = [i8; 4];
