@@ -17,7 +17,7 @@ for model in full:3072:8192 pruned:1696:4512; do
     [ -f "$work/$name-bf16.gguf" ] || python3 "$here/random_gguf.py" "$work/$name-bf16.gguf" "$hidden" "$intermediate"
     for type in Q8_0 Q4_0; do
         [ -f "$work/$name-$type.gguf" ] ||
-            "$tools/llama-quantize" --pure "$work/$name-bf16.gguf" "$work/$name-$type.gguf" "$type" >/dev/null 2>&1
+            "$tools/llama-quantize" "$work/$name-bf16.gguf" "$work/$name-$type.gguf" "$type" >/dev/null 2>&1
     done
 done
 

@@ -22,6 +22,8 @@ use crate::{
 
 /// Elements of activations below which their rows are not worth sharing out.
 const WORTH_SHARING: usize = 1 << 15;
+/// Bytes of weights that take a millisecond or so to read: all threads are worth waking for that.
+const WORTH_WAKING_BYTES: usize = 32 << 20;
 /// Between two reports on loading.
 const REPORT_SECONDS: f64 = 2.0;
 
@@ -180,7 +182,7 @@ impl CpuDecoder {
         on_layer: &mut (dyn FnMut(usize) + Send),
         logits: &mut Logits,
     ) -> Result<(), ModelError> {
-        team::keep_awake(|| self.run(cache, batch, on_layer, logits))
+        team::run(self.weight_bytes() >= WORTH_WAKING_BYTES, || self.run(cache, batch, on_layer, logits))
     }
 
     fn run(

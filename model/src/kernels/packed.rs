@@ -94,7 +94,12 @@ pub(crate) struct Packed {
     rows: usize,
     columns: usize,
     memory: MmapMut,
+    /// Where the first panel lies in `memory`.
+    first: usize,
 }
+
+/// Memory that begins at a multiple of this can be of large pages from the start.
+const LARGE_PAGE_BYTES: usize = 2 << 20;
 
 impl Packed {
     /// Packs a matrix whose rows `read(panel, values)` gives, 32 at a time as `[32][columns]` f32 (all zero before the call:
@@ -107,18 +112,22 @@ impl Packed {
         read: impl Fn(usize, &mut [f32]) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
         let panel_bytes = format.panel_bytes(columns);
-        let mut memory = MmapMut::map_anon((rows.div_ceil(PANEL) * panel_bytes).max(1))?;
+        let size = rows.div_ceil(PANEL) * panel_bytes;
+        // What lies before the first panel is never touched, and so takes no memory.
+        let mut memory = MmapMut::map_anon(size + LARGE_PAGE_BYTES)?;
+        let first = memory.as_ptr().align_offset(LARGE_PAGE_BYTES).min(LARGE_PAGE_BYTES);
         // Large pages: a decode step walks through all of this memory. A kernel without them is no fault.
         #[cfg(target_os = "linux")]
-        let _ = memory.advise(memmap2::Advice::HugePage);
-        memory.par_chunks_exact_mut(panel_bytes).enumerate().try_for_each_init(Vec::new, |values, (i, panel)| {
+        let _ = memory.advise_range(memmap2::Advice::HugePage, first, size);
+        let panels = memory[first..][..size].par_chunks_exact_mut(panel_bytes);
+        panels.enumerate().try_for_each_init(Vec::new, |values, (i, panel)| {
             values.clear();
             values.resize(PANEL * columns, 0.0);
             read(i, values)?;
             pack_panel(format, values, columns, panel);
             Ok::<_, E>(())
         })?;
-        Ok(Self { format, rows, columns, memory })
+        Ok(Self { format, rows, columns, memory, first })
     }
 
     pub(crate) fn format(&self) -> Format {
@@ -137,7 +146,7 @@ impl Packed {
 
     /// Bytes of memory.
     pub(crate) fn size_bytes(&self) -> usize {
-        self.memory.len()
+        self.panels() * self.format.panel_bytes(self.columns)
     }
 
     /// How many panels there are.
@@ -147,7 +156,7 @@ impl Packed {
 
     pub(crate) fn panel(&self, i: usize) -> &[u8] {
         let size = self.format.panel_bytes(self.columns);
-        &self.memory[i * size..][..size]
+        &self.memory[self.first + i * size..][..size]
     }
 
     /// One row as f32, `[columns]`: a tied embedding is read so.
