@@ -23,7 +23,7 @@ done
 
 for pair in bf16:bf16 Q8_0:int8 Q4_0:int4; do
     theirs=${pair%:*} ours=${pair#*:}
-    for model in pruned:llama-3.2-3b-overfill full:llama-3.2-3b; do
+    for model in ${MODELS:-pruned:llama-3.2-3b-overfill full:llama-3.2-3b}; do
         echo "== ${model%:*}, $theirs against $ours"
         "$tools/llama-bench" -m "$work/${model%:*}-$theirs.gguf" -t "$threads" -r "$runs" -p "$prefill_tokens" \
             -n "$decode_tokens" 2>/dev/null
