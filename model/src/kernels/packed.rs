@@ -27,6 +27,8 @@ pub(crate) const PANEL: usize = 32;
 pub(crate) const GROUP: usize = 32;
 /// Bytes of a group's f16 scales.
 pub(crate) const SCALES_BYTES: usize = 2 * PANEL;
+/// Memory that begins at a multiple of this can be of large pages from the start.
+const LARGE_PAGE_BYTES: usize = 2 << 20;
 
 /// How a packed matrix stores its weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,9 +99,6 @@ pub(crate) struct Packed {
     /// Where the first panel lies in `memory`.
     first: usize,
 }
-
-/// Memory that begins at a multiple of this can be of large pages from the start.
-const LARGE_PAGE_BYTES: usize = 2 << 20;
 
 impl Packed {
     /// Packs a matrix whose rows `read(panel, values)` gives, 32 at a time as `[32][columns]` f32 (all zero before the call:

@@ -89,7 +89,8 @@ proptest! {
             for row in 0..rows {
                 let x_row = &x[row * columns..][..columns];
                 let alone = product(*isa, &matrix, x_row, wanted);
-                prop_assert_eq!(&alone[..], &got[row * outputs..][..outputs], "{:?} {:?} {:?}: not as alone", isa, format, wanted);
+                let beside = &got[row * outputs..][..outputs];
+                prop_assert_eq!(&alone[..], beside, "{:?} {:?} {:?}: not as alone", isa, format, wanted);
                 for (o, weights) in stored.iter().enumerate() {
                     let terms = weights.iter().zip(&inputs[row * columns..]);
                     let exact: f64 = terms.map(|(w, x)| f64::from(*w) * x).sum();
