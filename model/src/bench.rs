@@ -2,11 +2,14 @@
 
 use std::{hint::black_box, time::Instant};
 
+use candle_core::Device;
+use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, KvStore, blocks_for};
 use rayon::prelude::*;
 
 use crate::{
-    ModelConfig, ModelError, Rows, WeightFormat,
+    KvCache, ModelConfig, ModelError, Rows, SequenceSlice, Want, WeightFormat,
     kernels::{
+        attention::AttentionScratch,
         inputs::{InputBuffer, Inputs},
         matmul::multiply,
         packed::{PANEL, Packed},
@@ -20,6 +23,9 @@ const BANDWIDTH_BYTES: usize = 1 << 30;
 const COLD_BYTES: usize = 256 << 20;
 /// Most copies of a matrix that are made for that.
 const MOST_COPIES: usize = 64;
+
+/// Rows up to which each is the newest token of a sequence of its own; more are one prompt.
+const MOST_SEQUENCES: usize = 32;
 
 /// What this machine can do, with all threads.
 #[derive(Clone, Debug)]
@@ -37,19 +43,17 @@ pub struct Machine {
 /// One product of a model, by one kernel.
 #[derive(Clone, Debug)]
 pub struct KernelFigure {
-    /// How the weights are stored.
-    pub weights: WeightFormat,
-    /// Which product: `qkv`, `o`, `gate_up`, `down`, `head`.
+    /// How the weights, or keys and values, are stored.
+    pub format: String,
+    /// Which product: `qkv`, `o`, `gate_up`, `down`, `head`, or `attention`.
     pub name: &'static str,
-    /// Outputs.
-    pub outputs: usize,
-    /// Inputs.
-    pub inputs: usize,
+    /// Outputs and inputs; of attention heads, heads of KV, their width, and the keys that each query sees.
+    pub shape: String,
     /// Rows multiplied at once.
     pub rows: usize,
     /// Seconds of one product, the best of several.
     pub seconds: f64,
-    /// Bytes of the packed weights per second.
+    /// Bytes of the packed weights, or of keys and values, per second, each counted once.
     pub bytes_per_second: f64,
     /// Operations per second, a multiplication and an addition being two.
     pub operations_per_second: f64,
@@ -66,7 +70,9 @@ impl Kernel for Sum<'_> {
         unsafe {
             let mut sums = [S::splat(0.0); 4];
             for chunk in self.0.chunks_exact(4 * S::LANES) {
-                S::prefetch(chunk.as_ptr().cast::<u8>().wrapping_add(4096));
+                if !S::STREAMS_ALONE {
+                    S::prefetch(chunk.as_ptr().cast::<u8>().wrapping_add(4096));
+                }
                 for (i, sum) in sums.iter_mut().enumerate() {
                     *sum = S::add(*sum, S::load(chunk.as_ptr().add(i * S::LANES)));
                 }
@@ -157,7 +163,7 @@ pub fn kernels(
             .collect::<Result<Vec<_>, _>>()?;
         for &rows in rows {
             // A product of many rows takes long enough alone.
-            let matrices = &matrices[..if rows > 32 { 1 } else { matrices.len() }];
+            let matrices = &matrices[..if rows > MOST_SEQUENCES { 1 } else { matrices.len() }];
             let x: Vec<f32> = (0..rows * inputs).map(|i| (i as f32 * 0.37).sin()).collect();
             let (mut out, mut buffer) = (vec![0.0; rows * outputs], InputBuffer::default());
             let all = best(runs, || {
@@ -172,16 +178,70 @@ pub fn kernels(
             });
             let seconds = all / matrices.len() as f64;
             figures.push(KernelFigure {
-                weights,
+                format: weights.to_string(),
                 name,
-                outputs,
-                inputs,
+                shape: format!("{outputs}x{inputs}"),
                 rows,
                 seconds,
                 bytes_per_second: matrices[0].size_bytes() as f64 / seconds,
                 operations_per_second: 2.0 * (rows * outputs * inputs) as f64 / seconds,
             });
         }
+    }
+    Ok(figures)
+}
+
+/// Measures attention over KV of a model of this geometry: a few rows are the newest tokens of sequences of `context` tokens
+/// each, many the last of one prompt of `rows`.
+pub fn attention(
+    config: &ModelConfig,
+    dtype: KvDtype,
+    rows: &[usize],
+    context: usize,
+    runs: usize,
+) -> Result<Vec<KernelFigure>, ModelError> {
+    let sizes = crate::loading::heads(config);
+    let isa = Isa::best();
+    let mut figures = Vec::new();
+    for &rows in rows {
+        let prompt = rows > MOST_SEQUENCES;
+        let (sequences, each) = if prompt { (1, rows) } else { (rows, context) };
+        let blocks = blocks_for(each);
+        let layer_bytes = sequences * blocks * 2 * sizes.kv_heads * BLOCK_TOKENS * sizes.head_dim * dtype.size_bytes();
+        let layers = if prompt { 1 } else { (COLD_BYTES / layer_bytes).clamp(1, MOST_COPIES) };
+        let cache = KvCache::new(layers, sequences * blocks, sizes, dtype, &Device::Cpu)?;
+        let tables: Vec<Vec<BlockId>> =
+            (0..sequences).map(|s| (s * blocks..(s + 1) * blocks).map(|b| BlockId(b as u32)).collect()).collect();
+        for layer in 0..layers {
+            for table in &tables {
+                // 0x3c3c is a small number in each type; memory that was never written would be one page of zeros.
+                cache.write(layer, table, &mut |_, bytes| bytes.fill(0x3c)).map_err(|e| candle_core::Error::wrap(e))?;
+            }
+        }
+        let tokens = vec![0; if prompt { each } else { 1 }];
+        let slice = |blocks| SequenceSlice { tokens: &tokens, start: each - tokens.len(), blocks, want: Want::Nothing };
+        let batch: Vec<SequenceSlice<'_>> = tables.iter().map(|blocks| slice(&blocks[..])).collect();
+        let q: Vec<f32> = (0..rows * sizes.heads * sizes.head_dim).map(|i| (i as f32 * 0.37).sin()).collect();
+        let (mut out, mut scratch) = (vec![0.0; q.len()], AttentionScratch::default());
+        let mut result = Ok(());
+        let all = best(runs, || {
+            result = rayon::scope(|_| {
+                (0..layers).try_for_each(|layer| cache.attend(isa, layer, &batch, &q, &mut out, &mut scratch))
+            });
+        });
+        result?;
+        let seconds = all / layers as f64;
+        // Each token of a prompt sees itself and those before it.
+        let seen = if prompt { each * (each + 1) / 2 } else { rows * context };
+        figures.push(KernelFigure {
+            format: dtype.to_string(),
+            name: "attention",
+            shape: format!("{}/{}x{}, {each}", sizes.heads, sizes.kv_heads, sizes.head_dim),
+            rows,
+            seconds,
+            bytes_per_second: layer_bytes as f64 / seconds,
+            operations_per_second: (4 * seen * sizes.heads * sizes.head_dim) as f64 / seconds,
+        });
     }
     Ok(figures)
 }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use bytemuck::{cast_slice, cast_slice_mut, zeroed_vec};
+use bytemuck::{cast_slice, cast_slice_mut};
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 use overfill_kv::store::{blocks_in, blocks_in_mut};
@@ -15,50 +15,18 @@ use parking_lot::RwLock;
 use crate::{
     error::plain,
     kernels::{
-        attention::{self, AttentionScratch, Heads},
+        attention::{AttentionScratch, Heads, attend},
         element::Element,
+        memory::LargePages,
         scatter::{Slot, scatter},
         simd::Isa,
     },
     paged::SequenceSlice,
 };
 
-/// KV of one layer in memory of this process.
-enum HostLayer {
-    F32(Vec<f32>),
-    Bf16(Vec<bf16>),
-    F16(Vec<f16>),
-}
-
-impl HostLayer {
-    fn zeros(elements: usize, dtype: KvDtype) -> Self {
-        match dtype {
-            KvDtype::F32 => Self::F32(zeroed_vec(elements)),
-            KvDtype::Bf16 => Self::Bf16(zeroed_vec(elements)),
-            KvDtype::F16 => Self::F16(zeroed_vec(elements)),
-        }
-    }
-
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Self::F32(v) => cast_slice(v),
-            Self::Bf16(v) => cast_slice(v),
-            Self::F16(v) => cast_slice(v),
-        }
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        match self {
-            Self::F32(v) => cast_slice_mut(v),
-            Self::Bf16(v) => cast_slice_mut(v),
-            Self::F16(v) => cast_slice_mut(v),
-        }
-    }
-}
-
 /// Where the layers are.
 enum Layers {
-    Host(Vec<RwLock<HostLayer>>),
+    Host(Vec<RwLock<LargePages>>),
     /// Tensors on a GPU, each with a lock of its own.
     Device(Vec<Tensor>),
 }
@@ -85,7 +53,10 @@ impl KvCache {
         let shape = (num_blocks, 2, sizes.kv_heads, BLOCK_TOKENS, sizes.head_dim);
         let elements = num_blocks * 2 * sizes.kv_heads * BLOCK_TOKENS * sizes.head_dim;
         let layers = match device {
-            Device::Cpu => Layers::Host((0..layers).map(|_| HostLayer::zeros(elements, dtype).into()).collect()),
+            Device::Cpu => {
+                let zeros = |_| LargePages::zeroed(elements * dtype.size_bytes()).map(RwLock::new);
+                Layers::Host((0..layers).map(zeros).collect::<std::io::Result<_>>()?)
+            }
             device => {
                 let zeros = |_| Tensor::zeros(shape, tensor_dtype(dtype), device);
                 Layers::Device((0..layers).map(zeros).collect::<Result<_>>()?)
@@ -119,10 +90,11 @@ impl KvCache {
             }
         }
         let Layers::Host(layers) = &*self.layers else { bail!("kv is not in host memory") };
-        match &mut *layers[layer].write() {
-            HostLayer::F32(cache) => put(cache, slots, qkv, self.sizes),
-            HostLayer::Bf16(cache) => put(cache, slots, qkv, self.sizes),
-            HostLayer::F16(cache) => put(cache, slots, qkv, self.sizes),
+        let cache = &mut **layers[layer].write();
+        match self.dtype {
+            KvDtype::F32 => put::<f32>(cast_slice_mut(cache), slots, qkv, self.sizes),
+            KvDtype::Bf16 => put::<bf16>(cast_slice_mut(cache), slots, qkv, self.sizes),
+            KvDtype::F16 => put::<f16>(cast_slice_mut(cache), slots, qkv, self.sizes),
         }
         Ok(())
     }
@@ -139,10 +111,11 @@ impl KvCache {
         scratch: &mut AttentionScratch,
     ) -> Result<()> {
         let Layers::Host(layers) = &*self.layers else { bail!("kv is not in host memory") };
-        match &*layers[layer].read() {
-            HostLayer::F32(cache) => attention::attend(isa, q, cache, batch, self.sizes, out, scratch),
-            HostLayer::Bf16(cache) => attention::attend(isa, q, cache, batch, self.sizes, out, scratch),
-            HostLayer::F16(cache) => attention::attend(isa, q, cache, batch, self.sizes, out, scratch),
+        let cache = &**layers[layer].read();
+        match self.dtype {
+            KvDtype::F32 => attend::<f32>(isa, q, cast_slice(cache), batch, self.sizes, out, scratch),
+            KvDtype::Bf16 => attend::<bf16>(isa, q, cast_slice(cache), batch, self.sizes, out, scratch),
+            KvDtype::F16 => attend::<f16>(isa, q, cast_slice(cache), batch, self.sizes, out, scratch),
         }
         Ok(())
     }
@@ -312,7 +285,7 @@ impl KvStore for KvCache {
         self.check(layer, blocks)?;
         let Layers::Host(layers) = &*self.layers else { return Ok(false) };
         let memory = layers[layer].read();
-        let places = blocks_in(memory.bytes(), self.block_bytes(), blocks);
+        let places = blocks_in(&memory, self.block_bytes(), blocks);
         places.as_deref().map(f);
         Ok(places.is_some())
     }
@@ -326,7 +299,7 @@ impl KvStore for KvCache {
         self.check(layer, blocks)?;
         let Layers::Host(layers) = &*self.layers else { return Ok(false) };
         let mut memory = layers[layer].write();
-        let mut places = blocks_in_mut(memory.bytes_mut(), self.block_bytes(), blocks);
+        let mut places = blocks_in_mut(&mut memory, self.block_bytes(), blocks);
         places.as_deref_mut().map(f);
         Ok(places.is_some())
     }

@@ -1,7 +1,8 @@
-//! Each product of a model by each kernel, beside what memory and arithmetic of this machine can do.
+//! Each product of a model by each kernel, and attention, beside what memory and arithmetic of this machine can do.
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
+use overfill_kv::KvDtype;
 use overfill_model::{Rows, WeightFormat, bench};
 use serde_json::json;
 
@@ -20,6 +21,12 @@ pub struct KernelsArgs {
     /// Rows of inputs multiplied at once: 1 is a decode step, hundreds are a prompt.
     #[arg(long, value_delimiter = ',', default_value = "1,8,512", value_parser = super::count)]
     rows: Vec<usize>,
+    /// Keys and values: f32, bf16 or f16.
+    #[arg(long, default_value = "bf16")]
+    kv_dtype: KvDtype,
+    /// Tokens of each sequence whose newest token attends to them; the rows of a prompt attend to each other.
+    #[arg(long, default_value_t = 512, value_parser = super::count)]
+    context_tokens: usize,
     /// The node that computes so: it decides whether inputs of int8 weights are bytes or f32.
     #[arg(long, value_enum, default_value_t = Role::Decode)]
     role: Role,
@@ -49,13 +56,13 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
     for weights in &args.weights {
         figures.extend(bench::kernels(&config, *weights, rows, &args.rows, args.runs)?);
     }
+    figures.extend(bench::attention(&config, args.kv_dtype, &args.rows, args.context_tokens, args.runs)?);
     let share = |part: f64, whole: f64| 100.0 * part / whole;
     if args.json {
         let lines: Vec<_> = figures
             .iter()
             .map(|f| {
-                json!({"weights": f.weights.to_string(), "product": f.name, "outputs": f.outputs, "inputs": f.inputs,
-                       "rows": f.rows, "seconds": f.seconds, "bytes_per_second": f.bytes_per_second,
+                json!({"format": f.format, "product": f.name, "shape": f.shape, "rows": f.rows, "seconds": f.seconds, "bytes_per_second": f.bytes_per_second,
                        "operations_per_second": f.operations_per_second})
             })
             .collect();
@@ -77,9 +84,9 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
         .iter()
         .map(|f| {
             [
-                f.weights.to_string(),
+                f.format.clone(),
                 f.name.to_owned(),
-                format!("{}x{}", f.outputs, f.inputs),
+                f.shape.clone(),
                 f.rows.to_string(),
                 text::seconds(f.seconds),
                 format!("{:.1}", f.bytes_per_second / 1e9),
@@ -89,7 +96,7 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
             ]
         })
         .collect();
-    let header = ["WEIGHTS", "PRODUCT", "SHAPE", "ROWS", "TIME", "GB/s", "OF MEMORY", "GFLOP/s", "OF F32 PEAK"];
+    let header = ["FORMAT", "PRODUCT", "SHAPE", "ROWS", "TIME", "GB/s", "OF MEMORY", "GFLOP/s", "OF F32 PEAK"];
     print!("{}", text::table(header, &lines));
     Ok(())
 }

@@ -4,6 +4,7 @@ pub(crate) mod attention;
 pub(crate) mod element;
 pub(crate) mod inputs;
 pub(crate) mod matmul;
+pub(crate) mod memory;
 pub(crate) mod packed;
 pub(crate) mod rows;
 pub(crate) mod scatter;

@@ -16,10 +16,9 @@
 //! Integers are stored as unsigned bytes, with 128 or 8 added; see [`super::simd::Simd`].
 
 use half::{bf16, f16};
-use memmap2::MmapMut;
 use rayon::prelude::*;
 
-use super::{inputs::InputType, simd::Isa};
+use super::{inputs::InputType, memory::LargePages, simd::Isa};
 
 /// Outputs in a panel.
 pub(crate) const PANEL: usize = 32;
@@ -27,8 +26,6 @@ pub(crate) const PANEL: usize = 32;
 pub(crate) const GROUP: usize = 32;
 /// Bytes of a group's f16 scales.
 pub(crate) const SCALES_BYTES: usize = 2 * PANEL;
-/// Memory that begins at a multiple of this can be of large pages from the start.
-const LARGE_PAGE_BYTES: usize = 2 << 20;
 
 /// How a packed matrix stores its weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,9 +92,8 @@ pub(crate) struct Packed {
     format: Format,
     rows: usize,
     columns: usize,
-    memory: MmapMut,
-    /// Where the first panel lies in `memory`.
-    first: usize,
+    /// Panels, one after the other.
+    memory: LargePages,
 }
 
 impl Packed {
@@ -111,14 +107,8 @@ impl Packed {
         read: impl Fn(usize, &mut [f32]) -> Result<(), E> + Sync,
     ) -> Result<Self, E> {
         let panel_bytes = format.panel_bytes(columns);
-        let size = rows.div_ceil(PANEL) * panel_bytes;
-        // What lies before the first panel is never touched, and so takes no memory.
-        let mut memory = MmapMut::map_anon(size + LARGE_PAGE_BYTES)?;
-        let first = memory.as_ptr().align_offset(LARGE_PAGE_BYTES).min(LARGE_PAGE_BYTES);
-        // Large pages: a decode step walks through all of this memory. A kernel without them is no fault.
-        #[cfg(target_os = "linux")]
-        let _ = memory.advise_range(memmap2::Advice::HugePage, first, size);
-        let panels = memory[first..][..size].par_chunks_exact_mut(panel_bytes);
+        let mut memory = LargePages::zeroed(rows.div_ceil(PANEL) * panel_bytes)?;
+        let panels = memory.par_chunks_exact_mut(panel_bytes);
         panels.enumerate().try_for_each_init(Vec::new, |values, (i, panel)| {
             values.clear();
             values.resize(PANEL * columns, 0.0);
@@ -126,7 +116,7 @@ impl Packed {
             pack_panel(format, values, columns, panel);
             Ok::<_, E>(())
         })?;
-        Ok(Self { format, rows, columns, memory, first })
+        Ok(Self { format, rows, columns, memory })
     }
 
     pub(crate) fn format(&self) -> Format {
@@ -155,7 +145,7 @@ impl Packed {
 
     pub(crate) fn panel(&self, i: usize) -> &[u8] {
         let size = self.format.panel_bytes(self.columns);
-        &self.memory[self.first + i * size..][..size]
+        &self.memory[i * size..][..size]
     }
 
     /// One row as f32, `[columns]`: a tied embedding is read so.

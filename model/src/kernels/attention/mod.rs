@@ -3,8 +3,9 @@
 //! tokens of a prompt, share each read of a block.
 //!
 //! A sequence's blocks are taken in segments, each with a softmax of its own, which are then merged in order (as in
-//! flash decoding). The segments of a single query are computed in parallel, those of a tile of a prompt one after the
-//! other; the arithmetic is the same, whatever else is in the batch and however many threads there are.
+//! flash decoding). The segments of a single query are computed in parallel, each for all heads, so that memory is read in
+//! the order in which it lies. A tile of a prompt has much more to do with what it reads: there each KV head is a task, and
+//! its segments follow each other. The arithmetic is the same, whatever else is in the batch and however many threads there are.
 
 mod segment;
 #[cfg(test)]
@@ -20,8 +21,8 @@ use crate::SequenceSlice;
 
 /// Query tokens that share one pass over the keys.
 const TILE_TOKENS: usize = 16;
-/// Blocks of a segment: 512 tokens.
-const SEGMENT_BLOCKS: usize = 32;
+/// Blocks of a segment: 64 tokens.
+const SEGMENT_BLOCKS: usize = 4;
 /// Vectors of the widest instruction set divide this; heads are padded to it.
 const PADDING: usize = 16;
 /// Products below which sharing work out costs more than it brings.
@@ -46,7 +47,7 @@ impl Heads {
     }
 }
 
-/// A tile of one slice's queries under one KV head, over some of its blocks: the unit of parallel work.
+/// A tile of one slice's queries under some KV heads, over some of its blocks: the unit of parallel work.
 #[derive(Clone, Copy)]
 struct Task {
     slice: usize,
@@ -55,11 +56,31 @@ struct Task {
     /// Position of its first query in the sequence.
     position: usize,
     tokens: usize,
+    /// First KV head, and how many there are.
     kv_head: usize,
+    kv_heads: usize,
     /// The only segment, where a tile's segments are shared out.
     segment: Option<usize>,
     /// Where its partial result lies, in f32.
     partial: usize,
+}
+
+impl Task {
+    /// Queries under one KV head, in the order of tokens.
+    fn rows_per_kv_head(&self, sizes: Heads) -> usize {
+        self.tokens * sizes.group()
+    }
+
+    fn rows(&self, sizes: Heads) -> usize {
+        self.kv_heads * self.rows_per_kv_head(sizes)
+    }
+
+    /// Where the head of a row lies in q and in the result.
+    fn head_at(&self, row: usize, sizes: Heads) -> usize {
+        let (each, group) = (self.rows_per_kv_head(sizes), sizes.group());
+        let (kv_head, row) = (self.kv_head + row / each, row % each);
+        ((self.row + row / group) * sizes.heads + kv_head * group + row % group) * sizes.head_dim
+    }
 }
 
 /// Memory that is kept from one call to the next.
@@ -145,22 +166,25 @@ pub(crate) fn attend<T: Element>(
         work += count * end * width;
         for first in (0..count).step_by(TILE_TOKENS) {
             let tokens = TILE_TOKENS.min(count - first);
-            for kv_head in 0..sizes.kv_heads {
-                // Partial results of a whole prompt's segments would take more memory than its KV.
-                let segments = if count == 1 { blocks.len().div_ceil(SEGMENT_BLOCKS) } else { 1 };
+            // Partial results of a whole prompt's segments would take more memory than its KV.
+            let (kv_heads, segments) = match count {
+                1 => (sizes.kv_heads, blocks.len().div_ceil(SEGMENT_BLOCKS)),
+                _ => (1, 1),
+            };
+            for kv_head in (0..sizes.kv_heads).step_by(kv_heads) {
                 for segment in 0..segments {
-                    let segment = (segments > 1).then_some(segment);
-                    let position = slice.start + first;
-                    tasks.push(Task {
+                    let task = Task {
                         slice: i,
                         row: row + first,
-                        position,
+                        position: slice.start + first,
                         tokens,
                         kv_head,
-                        segment,
+                        kv_heads,
+                        segment: (segments > 1).then_some(segment),
                         partial: floats,
-                    });
-                    floats += Partial::floats(tokens * sizes.group(), sizes.padded_dim());
+                    };
+                    floats += Partial::floats(task.rows(sizes), sizes.padded_dim());
+                    tasks.push(task);
                 }
             }
         }
@@ -193,12 +217,8 @@ struct Batch<'a, T> {
 }
 
 impl<T: Element> Batch<'_, T> {
-    fn rows(&self, task: &Task) -> usize {
-        task.tokens * self.sizes.group()
-    }
-
     fn floats(&self, task: &Task) -> usize {
-        Partial::floats(self.rows(task), self.sizes.padded_dim())
+        Partial::floats(task.rows(self.sizes), self.sizes.padded_dim())
     }
 
     /// Halves the tasks until a part is small, as rayon's own iterators would; theirs can't cut memory in unequal parts.
@@ -215,11 +235,11 @@ impl<T: Element> Batch<'_, T> {
     }
 
     fn run(&self, task: &Task, partial: &mut [f32]) {
-        let (rows, dim, padded) = (self.rows(task), self.sizes.head_dim, self.sizes.padded_dim());
-        let (group, heads) = (self.sizes.group(), self.sizes.heads);
+        let (rows, each) = (task.rows(self.sizes), task.rows_per_kv_head(self.sizes));
+        let (dim, padded) = (self.sizes.head_dim, self.sizes.padded_dim());
         SCRATCH.with_borrow_mut(|memory| {
             let sizes =
-                [rows * padded, rows * BLOCK_TOKENS, rows, 2 * BLOCK_TOKENS * padded, Partial::floats(rows, padded)];
+                [rows * padded, each * BLOCK_TOKENS, each, 2 * BLOCK_TOKENS * padded, Partial::floats(rows, padded)];
             memory.resize(memory.len().max(sizes.iter().sum()), 0.0);
             let (queries, rest) = memory.split_at_mut(sizes[0]);
             let (scores, rest) = rest.split_at_mut(sizes[1]);
@@ -229,11 +249,10 @@ impl<T: Element> Batch<'_, T> {
             // Scores come out scaled if queries go in so.
             let scale = 1.0 / (dim as f32).sqrt();
             for (row, query) in queries.chunks_exact_mut(padded).enumerate() {
-                let at = ((task.row + row / group) * heads + task.kv_head * group + row % group) * dim;
+                let at = task.head_at(row, self.sizes);
                 query[..dim].iter_mut().zip(&self.q[at..at + dim]).for_each(|(to, q)| *to = q * scale);
                 query[dim..].fill(0.0);
             }
-            block.fill(0.0);
             let end = task.position + task.tokens;
             let blocks = &self.slices[task.slice].blocks[..end.div_ceil(BLOCK_TOKENS)];
             let segments = blocks.chunks(SEGMENT_BLOCKS).enumerate();
@@ -245,7 +264,7 @@ impl<T: Element> Batch<'_, T> {
                 self.isa.run(Segment {
                     cache: self.cache,
                     sizes: self.sizes,
-                    kv_head: task.kv_head,
+                    kv_heads: task.kv_head..task.kv_head + task.kv_heads,
                     blocks,
                     // Key positions are counted from the segment's first.
                     first_visible: task.position + 1,
@@ -263,10 +282,9 @@ impl<T: Element> Batch<'_, T> {
 
     /// Merges the segments of each tile, divides by the sums of weights, and writes to where the heads belong.
     fn collect(&self, tasks: &[Task], partials: &mut [f32], out: &mut [f32]) {
-        let Heads { heads, head_dim, .. } = self.sizes;
-        let (group, padded) = (self.sizes.group(), self.sizes.padded_dim());
+        let (head_dim, padded) = (self.sizes.head_dim, self.sizes.padded_dim());
         for tile in tasks.chunk_by(|_, next| next.segment.is_some_and(|s| s > 0)) {
-            let rows = self.rows(&tile[0]);
+            let rows = tile[0].rows(self.sizes);
             let size = self.floats(&tile[0]);
             let memory = &mut partials[tile[0].partial..][..size * tile.len()];
             let (first, others) = memory.split_at_mut(size);
@@ -275,7 +293,7 @@ impl<T: Element> Batch<'_, T> {
                 all.merge(&Partial::over(other, rows));
             }
             for (row, values) in all.values.chunks_exact(padded).enumerate() {
-                let at = ((tile[0].row + row / group) * heads + tile[0].kv_head * group + row % group) * head_dim;
+                let at = tile[0].head_at(row, self.sizes);
                 for (out, value) in out[at..at + head_dim].iter_mut().zip(values) {
                     *out = value / all.total[row];
                 }

@@ -1,31 +1,38 @@
-//! The kernel: some queries under one KV head, over a run of blocks.
+//! The kernel: some queries under each of some KV heads, over a run of blocks.
+
+use std::ops::Range;
 
 use overfill_kv::{BLOCK_TOKENS, BlockId};
 
 use super::{Heads, Partial};
 use crate::kernels::{
     element::Element,
+    inputs::tile_rows,
     simd::{Kernel, Simd},
 };
+
+/// Rows from which on it pays to widen keys and values once for all of them.
+const WORTH_WIDENING: usize = 16;
 
 /// A tile's queries over a run of blocks.
 pub(super) struct Segment<'a, 'p, T> {
     pub(super) cache: &'a [T],
     pub(super) sizes: Heads,
-    pub(super) kv_head: usize,
+    pub(super) kv_heads: Range<usize>,
     pub(super) blocks: &'a [BlockId],
     /// Keys, of the whole sequence, that the first query token sees; each later one sees one more.
     pub(super) first_visible: usize,
     /// Keys of the sequence before this segment.
     pub(super) before: usize,
-    /// `[rows][padded]`.
+    /// `[KV heads][rows][padded]`, where `rows` are those under one KV head.
     pub(super) queries: &'a [f32],
     /// `[rows][16]`.
     pub(super) scores: &'a mut [f32],
     /// `[rows]`: what a block makes of the weights before it.
     pub(super) shrink: &'a mut [f32],
-    /// Keys and values of a block, `[2][16][padded]`; the padding is zero.
+    /// Room for keys and values of a block, `[2][16][padded]`.
     pub(super) block: &'a mut [f32],
+    /// Of all KV heads.
     pub(super) partial: &'a mut Partial<'p>,
 }
 
@@ -34,98 +41,170 @@ impl<T: Element> Kernel for Segment<'_, '_, T> {
 
     #[inline(always)]
     #[allow(unsafe_code)]
-    unsafe fn run<S: Simd>(self) {
-        let (group, dim, padded) = (self.sizes.group(), self.sizes.head_dim, self.sizes.padded_dim());
-        let rows = self.scores.len() / BLOCK_TOKENS;
-        let half = BLOCK_TOKENS * padded;
-        assert!(self.queries.len() == rows * padded && self.block.len() == 2 * half);
-        assert!(self.partial.values.len() == rows * padded && self.partial.total.len() == rows);
-        for (i, block) in self.blocks.iter().enumerate() {
-            let seen = |row: usize| {
-                (self.first_visible + row / group).saturating_sub(self.before + i * BLOCK_TOKENS).min(BLOCK_TOKENS)
-            };
-            // What lies past the last token may be left over from another sequence: it is not even read.
-            let filled = seen(rows - 1);
+    unsafe fn run<S: Simd>(mut self) {
+        let dim = self.sizes.head_dim;
+        let (rows, padded) = (self.shrink.len(), self.sizes.padded_dim());
+        let all = self.kv_heads.len() * rows;
+        assert!(self.scores.len() == rows * BLOCK_TOKENS && self.queries.len() == all * padded);
+        assert!(self.partial.total.len() == all && self.partial.greatest.len() == all);
+        assert!(self.partial.values.len() == all * padded && self.block.len() == 2 * BLOCK_TOKENS * padded);
+        let widened = rows >= WORTH_WIDENING || !dim.is_multiple_of(S::LANES);
+        if widened {
+            self.block.fill(0.0);
+        }
+        let cache = self.cache;
+        let (heads, first, total) = (self.kv_heads.len(), self.kv_heads.start, self.sizes.kv_heads);
+        let blocks = self.blocks;
+        // One KV head of one block, in the order in which they lie.
+        let of = |place: usize, part: usize| {
+            let (block, head) = (blocks[place / heads], first + place % heads);
+            let at = ((block.0 as usize * 2 + part) * total + head) * BLOCK_TOKENS * dim;
+            &cache[at..at + BLOCK_TOKENS * dim]
+        };
+        for place in 0..blocks.len() * heads {
+            let (i, head) = (place / heads, place % heads);
+            // What lies past the last token may be left over from another sequence: it has no weight.
+            let filled = self.seen(i, rows - 1);
             if filled == 0 {
                 break;
             }
-            for part in 0..2 {
-                let at = ((block.0 as usize * 2 + part) * self.sizes.kv_heads + self.kv_head) * BLOCK_TOKENS * dim;
-                let from = &self.cache[at..at + filled * dim];
-                let to = &mut self.block[part * half..][..filled * padded];
-                for (from, to) in from.chunks_exact(dim).zip(to.chunks_exact_mut(padded)) {
-                    let whole = dim - dim % S::LANES;
-                    for d in (0..whole).step_by(S::LANES) {
-                        // SAFETY: `d + LANES` is at most `dim`, and `padded` no less.
-                        unsafe { S::store(to.as_mut_ptr().add(d), T::load::<S>(from.as_ptr().add(d))) }
-                    }
-                    for d in whole..dim {
-                        to[d] = from[d].to_f32();
-                    }
-                }
-            }
-            // SAFETY: the asserts above: `rows` rows of queries, scores and values, 16 of keys and values, each `padded` long,
-            // which is a multiple of LANES.
+            let [keys, values] = [0, 1].map(|part| of(place, part));
+            // SAFETY: keys and values are of 16 tokens, each as many elements from the next as is said, and that is a multiple
+            // of LANES.
             unsafe {
-                let (keys, values) = (self.block.as_ptr(), self.block.as_ptr().add(half));
-                let mut row = 0;
-                while row < rows {
-                    let (q, scores) = (self.queries.as_ptr().add(row * padded), self.scores.as_mut_ptr());
-                    let scores = scores.add(row * BLOCK_TOKENS);
-                    if row + 1 < rows {
-                        score::<S, 2>(q, keys, padded, scores);
-                    } else {
-                        score::<S, 1>(q, keys, padded, scores);
-                    }
-                    row += 2;
-                }
-                for row in 0..rows {
-                    let scores = &mut self.scores[row * BLOCK_TOKENS..][..BLOCK_TOKENS];
-                    let (greatest, total) = (&mut self.partial.greatest[row], &mut self.partial.total[row]);
-                    self.shrink[row] = weigh::<S>(scores, seen(row), greatest, total);
-                }
-                let mut row = 0;
-                while row < rows {
-                    let weights = self.scores.as_ptr().add(row * BLOCK_TOKENS);
-                    let shrink = self.shrink.as_ptr().add(row);
-                    let out = self.partial.values.as_mut_ptr().add(row * padded);
-                    if row + 1 < rows {
-                        gather::<S, 2>(weights, shrink, values, filled, padded, out);
-                    } else {
-                        gather::<S, 1>(weights, shrink, values, filled, padded, out);
-                    }
-                    row += 2;
+                if widened {
+                    let (wide_keys, wide_values) = self.block.split_at_mut(BLOCK_TOKENS * padded);
+                    widen::<S, T>(&keys[..filled * dim], dim, wide_keys, padded);
+                    widen::<S, T>(&values[..filled * dim], dim, wide_values, padded);
+                    let at = [wide_keys.as_ptr(), wide_values.as_ptr()];
+                    let block = Block { keys: at[0], values: at[1], next: at, stride: padded };
+                    self.attend::<S, f32>(i, filled, head, block);
+                } else {
+                    let next = (place + 1).min(blocks.len() * heads - 1);
+                    let next = [0, 1].map(|part| of(next, part).as_ptr());
+                    let block = Block { keys: keys.as_ptr(), values: values.as_ptr(), next, stride: dim };
+                    self.attend::<S, T>(i, filled, head, block);
                 }
             }
         }
     }
 }
 
+/// Keys and values of 16 tokens.
+#[derive(Clone, Copy)]
+struct Block<E> {
+    keys: *const E,
+    values: *const E,
+    /// Those that will be read after these.
+    next: [*const E; 2],
+    /// Elements from one token to the next.
+    stride: usize,
+}
+
+impl<T: Element> Segment<'_, '_, T> {
+    /// How many keys of the `i`th block a row sees.
+    fn seen(&self, i: usize, row: usize) -> usize {
+        let group = self.sizes.group();
+        (self.first_visible + row / group).saturating_sub(self.before + i * BLOCK_TOKENS).min(BLOCK_TOKENS)
+    }
+
+    /// Takes in one KV head of the `i`th block, of which `filled` tokens are there.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn attend<S: Simd, E: Element>(&mut self, i: usize, filled: usize, head: usize, block: Block<E>) {
+        let (rows, padded) = (self.shrink.len(), self.sizes.padded_dim());
+        let width = self.sizes.head_dim.next_multiple_of(S::LANES);
+        // As many sums as there are registers for.
+        let most = if S::LANES == 16 { 4 } else { 2 };
+        let first = head * rows;
+        // SAFETY: the asserts of `run`: `rows` rows of queries, scores and values, each `padded` long, which is a multiple of
+        // LANES and no less than `width`; keys and values as the caller says.
+        unsafe {
+            let mut row = 0;
+            while row < rows {
+                let n = tile_rows(rows - row, most);
+                let queries = self.queries.as_ptr().add((first + row) * padded);
+                let scores = self.scores.as_mut_ptr().add(row * BLOCK_TOKENS);
+                with_rows!(n, score, S, E, (queries, padded, block, width, scores), 1 2 3 4);
+                row += n;
+            }
+            for row in 0..rows {
+                let seen = self.seen(i, row);
+                let scores = &mut self.scores[row * BLOCK_TOKENS..][..BLOCK_TOKENS];
+                let (greatest, total) = (&mut self.partial.greatest[first + row], &mut self.partial.total[first + row]);
+                self.shrink[row] = weigh::<S>(scores, seen, greatest, total);
+            }
+            let mut row = 0;
+            while row < rows {
+                let n = tile_rows(rows - row, most);
+                let weights = self.scores.as_ptr().add(row * BLOCK_TOKENS);
+                let shrink = self.shrink.as_ptr().add(row);
+                let out = self.partial.values.as_mut_ptr().add((first + row) * padded);
+                with_rows!(n, gather, S, E, (weights, shrink, block, filled, width, out, padded), 1 2 3 4);
+                row += n;
+            }
+        }
+    }
+}
+
+/// Rows of `dim` elements, as rows of f32 `padded` apart.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn widen<S: Simd, T: Element>(from: &[T], dim: usize, to: &mut [f32], padded: usize) {
+    for (from, to) in from.chunks_exact(dim).zip(to.chunks_exact_mut(padded)) {
+        let whole = dim - dim % S::LANES;
+        for d in (0..whole).step_by(S::LANES) {
+            // SAFETY: `d + LANES` is at most `dim`, and `padded` no less.
+            unsafe { S::store(to.as_mut_ptr().add(d), T::load::<S>(from.as_ptr().add(d))) }
+        }
+        for d in whole..dim {
+            to[d] = from[d].to_f32();
+        }
+    }
+}
+
+/// Asks for COUNT vectors that will be read soon.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn prefetch<S: Simd, E: Element, const COUNT: usize>(from: *const E, at: usize) {
+    let bytes = from.wrapping_add(at).cast::<u8>();
+    for line in (0..COUNT * S::LANES * size_of::<E>()).step_by(64) {
+        // SAFETY: any address will do.
+        unsafe { S::prefetch_far(bytes.wrapping_add(line)) }
+    }
+}
+
 /// Scores of ROWS queries under the 16 keys of a block. Those past the last token are of zeros or old keys: no matter.
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn score<S: Simd, const ROWS: usize>(q: *const f32, keys: *const f32, padded: usize, scores: *mut f32) {
+unsafe fn score<S: Simd, E: Element, const ROWS: usize>(
+    queries: *const f32,
+    padded: usize,
+    block: Block<E>,
+    width: usize,
+    scores: *mut f32,
+) {
     const KEYS: usize = 4;
-    // SAFETY: see `Segment::run`.
+    // SAFETY: see `Segment::attend`.
     unsafe {
         for first in (0..BLOCK_TOKENS).step_by(KEYS) {
             let mut sums = [[S::splat(0.0); KEYS]; ROWS];
-            for d in (0..padded).step_by(S::LANES) {
+            for d in (0..width).step_by(S::LANES) {
+                // In the order of memory, other than it is read: processors know that order.
+                prefetch::<S, E, KEYS>(block.next[0], first * block.stride + d * KEYS);
                 let mut k = [S::splat(0.0); KEYS];
                 for (i, k) in k.iter_mut().enumerate() {
-                    *k = S::load(keys.add((first + i) * padded + d));
+                    *k = E::load::<S>(block.keys.add((first + i) * block.stride + d));
                 }
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    let q = S::load(q.add(r * padded + d));
+                    let q = S::load(queries.add(r * padded + d));
                     for (sum, k) in sums.iter_mut().zip(k) {
                         *sum = S::mul_add(q, k, *sum);
                     }
                 }
             }
-            for (r, sums) in sums.iter().enumerate() {
-                for (i, sum) in sums.iter().enumerate() {
-                    *scores.add(r * BLOCK_TOKENS + first + i) = S::sum(*sum);
-                }
+            for (r, sums) in sums.into_iter().enumerate() {
+                scores.add(r * BLOCK_TOKENS + first).cast::<[f32; KEYS]>().write(S::sum4(sums));
             }
         }
     }
@@ -158,41 +237,45 @@ unsafe fn weigh<S: Simd>(scores: &mut [f32], seen: usize, greatest: &mut f32, to
 /// `out = out * shrink + weights . values` for ROWS queries and the first `filled` values.
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn gather<S: Simd, const ROWS: usize>(
+unsafe fn gather<S: Simd, E: Element, const ROWS: usize>(
     weights: *const f32,
     shrink: *const f32,
-    values: *const f32,
+    block: Block<E>,
     filled: usize,
-    padded: usize,
+    width: usize,
     out: *mut f32,
+    padded: usize,
 ) {
-    // SAFETY: see `Segment::run`.
+    // SAFETY: see `Segment::attend`.
     unsafe {
         let mut d = 0;
-        while d < padded {
-            if d + 4 * S::LANES <= padded {
-                gather_lanes::<S, ROWS, 4>(weights, shrink, values.add(d), filled, padded, out.add(d));
+        while d < width {
+            if d + 4 * S::LANES <= width {
+                gather_lanes::<S, E, ROWS, 4>(weights, shrink, block, filled, d, out, padded);
                 d += 4 * S::LANES;
             } else {
-                gather_lanes::<S, ROWS, 1>(weights, shrink, values.add(d), filled, padded, out.add(d));
+                gather_lanes::<S, E, ROWS, 1>(weights, shrink, block, filled, d, out, padded);
                 d += S::LANES;
             }
         }
     }
 }
 
+/// The same for VECS vectors from `first` on.
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn gather_lanes<S: Simd, const ROWS: usize, const VECS: usize>(
+unsafe fn gather_lanes<S: Simd, E: Element, const ROWS: usize, const VECS: usize>(
     weights: *const f32,
     shrink: *const f32,
-    values: *const f32,
+    block: Block<E>,
     filled: usize,
-    padded: usize,
+    first: usize,
     out: *mut f32,
+    padded: usize,
 ) {
-    // SAFETY: see `Segment::run`.
+    // SAFETY: see `Segment::attend`.
     unsafe {
+        let out = out.add(first);
         let mut sums = [[S::splat(0.0); VECS]; ROWS];
         for (r, sums) in sums.iter_mut().enumerate() {
             let shrink = S::splat(*shrink.add(r));
@@ -201,13 +284,14 @@ unsafe fn gather_lanes<S: Simd, const ROWS: usize, const VECS: usize>(
             }
         }
         for key in 0..filled {
-            let mut values_of_key = [S::splat(0.0); VECS];
-            for (v, value) in values_of_key.iter_mut().enumerate() {
-                *value = S::load(values.add(key * padded + v * S::LANES));
+            prefetch::<S, E, VECS>(block.next[1], first * BLOCK_TOKENS + key * VECS * S::LANES);
+            let mut values = [S::splat(0.0); VECS];
+            for (v, value) in values.iter_mut().enumerate() {
+                *value = E::load::<S>(block.values.add(key * block.stride + first + v * S::LANES));
             }
             for (r, sums) in sums.iter_mut().enumerate() {
                 let weight = S::splat(*weights.add(r * BLOCK_TOKENS + key));
-                for (sum, value) in sums.iter_mut().zip(values_of_key) {
+                for (sum, value) in sums.iter_mut().zip(values) {
                     *sum = S::mul_add(weight, value, *sum);
                 }
             }
@@ -219,3 +303,11 @@ unsafe fn gather_lanes<S: Simd, const ROWS: usize, const VECS: usize>(
         }
     }
 }
+
+/// Calls `$f::<S, E, ROWS>` with `$rows`, which is one of the literals, as ROWS.
+macro_rules! with_rows {
+    ($rows:expr, $f:ident, $s:ty, $e:ty, $args:tt, $($n:literal)+) => {
+        match $rows { $($n => $f::<$s, $e, $n> $args,)+ _ => unreachable!("a tile of {} rows", $rows) }
+    };
+}
+use with_rows;

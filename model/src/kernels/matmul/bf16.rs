@@ -1,10 +1,13 @@
 //! Products of bf16 weights with inputs of bf16, for instruction sets that have an instruction for them.
 
-use super::{AHEAD, with_rows};
+use super::{FEW_ROWS, with_rows};
 use crate::kernels::{inputs::Rounded, packed::PANEL, simd::Simd};
 
 /// Inputs whose weights take 16 KiB, half of the first-level cache.
 const CHUNK_COLUMNS: usize = 256;
+/// Bytes ahead of their use that weights are fetched.
+const FAR_AHEAD: usize = 8192;
+
 #[inline(always)]
 #[allow(unsafe_code)]
 pub(super) unsafe fn panel<S: Simd>(panel: &[u8], x: &Rounded, rows: usize, columns: usize, results: &mut [f32]) {
@@ -20,7 +23,7 @@ pub(super) unsafe fn panel<S: Simd>(panel: &[u8], x: &Rounded, rows: usize, colu
             unsafe {
                 let all_lanes = Tile {
                     weights: panel.as_ptr().cast::<half::bf16>().add(first * PANEL),
-                    ahead: if once { AHEAD } else { 0 },
+                    ahead: once && (rows > FEW_ROWS || !S::STREAMS_ALONE),
                     x: x.values.as_ptr().add(row * x.stride + first * n),
                     pairs,
                     results: results.as_mut_ptr().add(row * PANEL),
@@ -38,8 +41,8 @@ pub(super) unsafe fn panel<S: Simd>(panel: &[u8], x: &Rounded, rows: usize, colu
 #[derive(Clone, Copy)]
 struct Tile {
     weights: *const half::bf16,
-    /// Bytes ahead of their use that weights are fetched.
-    ahead: usize,
+    /// Are weights fetched ahead of their use?
+    ahead: bool,
     /// `[pairs][rows][2]`.
     x: *const half::bf16,
     pairs: usize,
@@ -69,8 +72,10 @@ unsafe fn tile<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile) {
         }
         for pair in 0..t.pairs {
             let weights = t.weights.add(pair * 2 * PANEL);
-            for v in 0..VECS {
-                S::prefetch(weights.add(2 * v * S::LANES).cast::<u8>().wrapping_add(t.ahead));
+            if t.ahead {
+                for v in 0..VECS {
+                    S::prefetch_far(weights.add(2 * v * S::LANES).cast::<u8>().wrapping_add(FAR_AHEAD));
+                }
             }
             for (r, sums) in sums.iter_mut().enumerate() {
                 let x = t.x.add(2 * (pair * ROWS + r));

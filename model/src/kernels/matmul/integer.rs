@@ -1,6 +1,6 @@
 //! Products of int8 and int4 weights with inputs of bytes.
 
-use super::{AHEAD, tile_rows, with_rows};
+use super::{AHEAD, FEW_ROWS, tile_rows, with_rows};
 use crate::kernels::{
     inputs::Quantised,
     packed::{Format, GROUP, PANEL, SCALES_BYTES},
@@ -58,7 +58,7 @@ pub(super) unsafe fn panel<S: Simd>(
                     weight_scales: groups.cast(),
                     weight_scales_stride: group_bytes / 2,
                     // Rows after the first tile find the chunk in the cache.
-                    ahead: if row == 0 { AHEAD } else { 0 },
+                    ahead: if row == 0 && (rows > FEW_ROWS || !S::STREAMS_ALONE) { AHEAD } else { 0 },
                     count,
                     values: x.values.as_ptr().add(at * GROUP),
                     wide: x.wide.as_ptr().wrapping_add(at * GROUP),
@@ -118,7 +118,7 @@ struct Tile {
     /// The first group's scales, as the bits of f16, and how many places further on the next group's are.
     weight_scales: *const u16,
     weight_scales_stride: usize,
-    /// Bytes ahead of their use that weights are fetched.
+    /// Bytes ahead of their use that weights are fetched; 0 if they are not.
     ahead: usize,
     count: usize,
     /// Of the first row and group; the next row's come `stride` groups later.
@@ -208,7 +208,9 @@ unsafe fn int8_products<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile, 
             }
             for v in 0..VECS {
                 let from = bytes.add((four * PANEL + v * S::LANES) * 4);
-                S::prefetch(from.wrapping_add(t.ahead));
+                if t.ahead > 0 {
+                    S::prefetch(from.wrapping_add(t.ahead));
+                }
                 let weights = S::int8(from);
                 for (sums, inputs) in sums.iter_mut().zip(inputs) {
                     sums[v] = S::dot8(sums[v], weights, inputs);
@@ -235,7 +237,9 @@ unsafe fn int4_products<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile, 
         for eight in 0..GROUP / 8 {
             for v in 0..VECS {
                 let from = bytes.add((eight * PANEL + v * S::LANES) * 4);
-                S::prefetch(from.wrapping_add(t.ahead));
+                if t.ahead > 0 {
+                    S::prefetch(from.wrapping_add(t.ahead));
+                }
                 let [low, high] = S::int4(from);
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let inputs = t.values.add((r * t.stride + g) * GROUP + 8 * eight);

@@ -24,6 +24,8 @@ use super::{
 const CHUNK_COLUMNS: usize = 128;
 /// Bytes ahead of their use that weights are fetched.
 const AHEAD: usize = 4096;
+/// Rows up to which arithmetic leaves the processor time to fetch a stream of weights by itself, where it can.
+const FEW_ROWS: usize = 2;
 /// Weights that a thread takes at a time: much less than a matrix, so that all threads end together, even when one of them is
 /// held up by other programs.
 const TASK_BYTES: usize = 256 << 10;

@@ -25,6 +25,7 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     const FAST_INT8: bool = false;
     const FAST_BF16: bool = false;
+    const STREAMS_ALONE: bool = false;
     const WIDE_INPUTS: bool = true;
     type F = __m256;
     /// As 16-bit numbers: weights 0 and 2 of each lane, and 1 and 3. Products of bytes would not fit into 16 bits.
@@ -81,6 +82,15 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn sum4(values: [__m256; 4]) -> [f32; 4] {
+        unsafe {
+            let pairs = _mm256_hadd_ps(values[0], values[1]);
+            let fours = _mm256_hadd_ps(pairs, _mm256_hadd_ps(values[2], values[3]));
+            let sums = _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps::<1>(fours));
+            std::mem::transmute::<__m128, [f32; 4]>(sums)
+        }
+    }
+    #[inline(always)]
     unsafe fn scale_by_power(value: __m256, shifted: __m256) -> __m256 {
         unsafe {
             let power = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted));
@@ -122,6 +132,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn prefetch(from: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch_far(from: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
     }
 
     #[inline(always)]

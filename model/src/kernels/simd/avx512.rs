@@ -41,6 +41,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     const LANES: usize = 16;
     const FAST_INT8: bool = true;
     const FAST_BF16: bool = BF16;
+    const STREAMS_ALONE: bool = BF16;
     const WIDE_INPUTS: bool = false;
     type F = __m512;
     type Int8 = __m512i;
@@ -89,6 +90,22 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     unsafe fn sum(value: __m512) -> f32 {
         unsafe { _mm512_reduce_add_ps(value) }
+    }
+    #[inline(always)]
+    unsafe fn sum4(values: [__m512; 4]) -> [f32; 4] {
+        unsafe {
+            // In each 128 bits: pairs of two vectors, then fours of all.
+            let pairs = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            let [a, b] = [pairs(values[0], values[1]), pairs(values[2], values[3])];
+            let fours =
+                _mm512_add_ps(_mm512_shuffle_ps::<0b01_00_01_00>(a, b), _mm512_shuffle_ps::<0b11_10_11_10>(a, b));
+            let halves = _mm256_add_ps(
+                _mm512_castps512_ps256(fours),
+                _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(fours))),
+            );
+            let sums = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves));
+            std::mem::transmute::<__m128, [f32; 4]>(sums)
+        }
     }
     #[inline(always)]
     unsafe fn scale_by_power(value: __m512, shifted: __m512) -> __m512 {
@@ -144,6 +161,10 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     unsafe fn prefetch(from: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch_far(from: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
     }
 
     #[inline(always)]

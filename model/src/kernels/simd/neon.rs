@@ -30,6 +30,7 @@ impl Simd for Neon {
     const LANES: usize = 4;
     const FAST_INT8: bool = true;
     const FAST_BF16: bool = false;
+    const STREAMS_ALONE: bool = false;
     const WIDE_INPUTS: bool = false;
     type F = float32x4_t;
     type Int8 = int8x16_t;
@@ -80,6 +81,13 @@ impl Simd for Neon {
         unsafe { vaddvq_f32(value) }
     }
     #[inline(always)]
+    unsafe fn sum4(values: [float32x4_t; 4]) -> [f32; 4] {
+        unsafe {
+            let sums = vpaddq_f32(vpaddq_f32(values[0], values[1]), vpaddq_f32(values[2], values[3]));
+            std::mem::transmute::<float32x4_t, [f32; 4]>(sums)
+        }
+    }
+    #[inline(always)]
     unsafe fn scale_by_power(value: float32x4_t, shifted: float32x4_t) -> float32x4_t {
         unsafe {
             let power = vshlq_n_u32::<23>(vreinterpretq_u32_f32(shifted));
@@ -120,6 +128,8 @@ impl Simd for Neon {
     }
     #[inline(always)]
     unsafe fn prefetch(_from: *const u8) {}
+    #[inline(always)]
+    unsafe fn prefetch_far(_from: *const u8) {}
 
     #[inline(always)]
     unsafe fn int8(from: *const u8) -> int8x16_t {

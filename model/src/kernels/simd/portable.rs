@@ -26,6 +26,7 @@ impl Simd for Portable {
     const LANES: usize = LANES;
     const FAST_INT8: bool = false;
     const FAST_BF16: bool = false;
+    const STREAMS_ALONE: bool = false;
     const WIDE_INPUTS: bool = false;
     type F = [f32; LANES];
     type Int8 = [[u8; 4]; LANES];
@@ -109,6 +110,8 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn prefetch(_from: *const u8) {}
+    #[inline(always)]
+    unsafe fn prefetch_far(_from: *const u8) {}
 
     #[inline(always)]
     unsafe fn int8(from: *const u8) -> Self::Int8 {

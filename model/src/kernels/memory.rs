@@ -1,0 +1,58 @@
+//! Memory that a step walks through.
+
+use std::ops::{Deref, DerefMut};
+
+use memmap2::MmapMut;
+
+/// Memory that begins at a multiple of this can be of large pages from the start.
+const LARGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Bytes, zero at first, in large pages where the system has them: in small ones, looking up their places takes a fifth of
+/// the time that reading weights takes, and more for blocks of KV, which are scattered.
+pub(crate) struct LargePages {
+    memory: MmapMut,
+    /// Where the bytes lie in `memory`.
+    first: usize,
+    size: usize,
+}
+
+impl LargePages {
+    /// What is never touched takes no memory.
+    pub(crate) fn zeroed(size: usize) -> std::io::Result<Self> {
+        let memory = MmapMut::map_anon(size + LARGE_PAGE_BYTES)?;
+        let first = memory.as_ptr().align_offset(LARGE_PAGE_BYTES).min(LARGE_PAGE_BYTES);
+        // A system without them is no fault.
+        #[cfg(target_os = "linux")]
+        let _ = memory.advise_range(memmap2::Advice::HugePage, first, size);
+        Ok(Self { memory, first, size })
+    }
+}
+
+impl Deref for LargePages {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.memory[self.first..][..self.size]
+    }
+}
+
+impl DerefMut for LargePages {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.first..][..self.size]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_aligned_zero_and_as_long_as_asked() {
+        for size in [0, 1, 4096, (2 << 20) + 7] {
+            let mut memory = LargePages::zeroed(size).unwrap();
+            assert_eq!(memory.len(), size);
+            assert!(memory.as_ptr().addr().is_multiple_of(LARGE_PAGE_BYTES) && memory.iter().all(|byte| *byte == 0));
+            memory.fill(1);
+        }
+    }
+}
