@@ -215,7 +215,7 @@ pub fn attention(
         for layer in 0..layers {
             for table in &tables {
                 // 0x3c3c is a small number in each type; memory that was never written would be one page of zeros.
-                cache.write(layer, table, &mut |_, bytes| bytes.fill(0x3c)).map_err(|e| candle_core::Error::wrap(e))?;
+                cache.write(layer, table, &mut |_, bytes| bytes.fill(0x3c)).map_err(candle_core::Error::wrap)?;
             }
         }
         let tokens = vec![0; if prompt { each } else { 1 }];
