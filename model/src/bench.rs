@@ -192,7 +192,7 @@ pub fn kernels(
 }
 
 /// Measures attention over KV of a model of this geometry: a few rows are the newest tokens of sequences of `context` tokens
-/// each, many the last of one prompt of `rows`.
+/// each, many are one prompt.
 pub fn attention(
     config: &ModelConfig,
     dtype: KvDtype,
@@ -214,7 +214,7 @@ pub fn attention(
             (0..sequences).map(|s| (s * blocks..(s + 1) * blocks).map(|b| BlockId(b as u32)).collect()).collect();
         for layer in 0..layers {
             for table in &tables {
-                // 0x3c3c is a small number in each type; memory that was never written would be one page of zeros.
+                // 0x3c3c is a number in each type; memory that was never written would be one page of zeros.
                 cache.write(layer, table, &mut |_, bytes| bytes.fill(0x3c)).map_err(candle_core::Error::wrap)?;
             }
         }

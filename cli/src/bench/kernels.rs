@@ -62,7 +62,8 @@ pub fn run(args: &KernelsArgs) -> Result<()> {
         let lines: Vec<_> = figures
             .iter()
             .map(|f| {
-                json!({"format": f.format, "product": f.name, "shape": f.shape, "rows": f.rows, "seconds": f.seconds, "bytes_per_second": f.bytes_per_second,
+                json!({"format": f.format, "product": f.name, "shape": f.shape, "rows": f.rows,
+                       "seconds": f.seconds, "bytes_per_second": f.bytes_per_second,
                        "operations_per_second": f.operations_per_second})
             })
             .collect();

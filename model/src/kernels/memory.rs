@@ -7,8 +7,8 @@ use memmap2::MmapMut;
 /// Memory that begins at a multiple of this can be of large pages from the start.
 const LARGE_PAGE_BYTES: usize = 2 << 20;
 
-/// Bytes, zero at first, in large pages where the system has them: in small ones, looking up their places takes a fifth of
-/// the time that reading weights takes, and more for blocks of KV, which are scattered.
+/// Bytes, zero at first, in large pages where the system has them: in small ones, looking up their places costs
+/// time beside reading weights, and more beside reading blocks of KV, which are scattered.
 pub(crate) struct LargePages {
     memory: MmapMut,
     /// Where the bytes lie in `memory`.

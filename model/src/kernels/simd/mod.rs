@@ -32,7 +32,7 @@ pub(crate) trait Simd: Copy + 'static {
     const FAST_INT8: bool;
     /// Are products of bf16 with bf16 faster than f32 ones? Then inputs of bf16 weights are rounded to bf16.
     const FAST_BF16: bool;
-    /// Does the processor fetch a stream of weights sooner by itself than when it is asked to? (Zen 4: by 2 to 15 %.)
+    /// Does the processor fetch a stream of weights sooner by itself than when it is asked to? (Zen 4 does.)
     const STREAMS_ALONE: bool;
     /// Are inputs of int8 weights taken as 16-bit numbers?
     const WIDE_INPUTS: bool;
