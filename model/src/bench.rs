@@ -10,9 +10,9 @@ use crate::{
     KvCache, ModelConfig, ModelError, Rows, SequenceSlice, Want, WeightFormat,
     kernels::{
         attention::AttentionScratch,
-        inputs::{InputBuffer, Inputs},
+        inputs::InputBuffer,
         matmul::multiply,
-        packed::{PANEL, Packed},
+        packed::{Arithmetic, PANEL, Packed},
         simd::{Isa, Kernel, Simd},
     },
 };
@@ -152,7 +152,7 @@ pub fn kernels(
         ("down", hidden, inner),
         ("head", config.vocab_size, hidden),
     ];
-    let isa = Isa::best();
+    let how = Arithmetic { isa: Isa::best(), rows: role };
     let mut figures = Vec::new();
     for (name, outputs, inputs) in products {
         let matrix = random(weights, outputs, inputs)?;
@@ -169,8 +169,8 @@ pub fn kernels(
             let all = best(runs, || {
                 rayon::scope(|_| {
                     for matrix in matrices {
-                        let inputs = Inputs::new(isa, matrix.format().inputs(isa, role), &x, inputs, &mut buffer);
-                        multiply(isa, matrix, inputs, 1, &mut out, outputs, |_, [sums, _], out| {
+                        let inputs = how.inputs(matrix, &x, &mut buffer);
+                        multiply(how.isa, matrix, inputs, 1, &mut out, outputs, |_, [sums, _], out| {
                             out.copy_from_slice(&sums[..out.len()]);
                         });
                     }
@@ -201,10 +201,10 @@ pub fn attention(
     runs: usize,
 ) -> Result<Vec<KernelFigure>, ModelError> {
     let sizes = crate::loading::heads(config);
-    let isa = Isa::best();
     let mut figures = Vec::new();
     for &rows in rows {
         let prompt = rows > MOST_SEQUENCES;
+        let how = Arithmetic { isa: Isa::best(), rows: if prompt { Rows::Many } else { Rows::Few } };
         let (sequences, each) = if prompt { (1, rows) } else { (rows, context) };
         let blocks = blocks_for(each);
         let layer_bytes = sequences * blocks * 2 * sizes.kv_heads * BLOCK_TOKENS * sizes.head_dim * dtype.size_bytes();
@@ -226,7 +226,7 @@ pub fn attention(
         let mut result = Ok(());
         let all = best(runs, || {
             result = rayon::scope(|_| {
-                (0..layers).try_for_each(|layer| cache.attend(isa, layer, &batch, &q, &mut out, &mut scratch))
+                (0..layers).try_for_each(|layer| cache.attend(how, layer, &batch, &q, &mut out, &mut scratch))
             });
         });
         result?;

@@ -18,8 +18,8 @@ use crate::{
         attention::{AttentionScratch, Heads, attend},
         element::Element,
         memory::LargePages,
+        packed::Arithmetic,
         scatter::{Slot, scatter},
-        simd::Isa,
     },
     paged::SequenceSlice,
 };
@@ -103,7 +103,7 @@ impl KvCache {
     /// `[n, heads, head_dim]`.
     pub(crate) fn attend(
         &self,
-        isa: Isa,
+        how: Arithmetic,
         layer: usize,
         batch: &[SequenceSlice<'_>],
         q: &[f32],
@@ -113,9 +113,12 @@ impl KvCache {
         let Layers::Host(layers) = &*self.layers else { bail!("kv is not in host memory") };
         let cache = &**layers[layer].read();
         match self.dtype {
-            KvDtype::F32 => attend::<f32>(isa, q, cast_slice(cache), batch, self.sizes, out, scratch),
-            KvDtype::Bf16 => attend::<bf16>(isa, q, cast_slice(cache), batch, self.sizes, out, scratch),
-            KvDtype::F16 => attend::<f16>(isa, q, cast_slice(cache), batch, self.sizes, out, scratch),
+            KvDtype::F32 => attend::<f32, f32>(how, q, cast_slice(cache), batch, self.sizes, out, scratch),
+            KvDtype::Bf16 if how.isa.traits().fast_bf16 => {
+                attend::<bf16, bf16>(how, q, cast_slice(cache), batch, self.sizes, out, scratch);
+            }
+            KvDtype::Bf16 => attend::<bf16, f32>(how, q, cast_slice(cache), batch, self.sizes, out, scratch),
+            KvDtype::F16 => attend::<f16, f32>(how, q, cast_slice(cache), batch, self.sizes, out, scratch),
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use rayon::prelude::*;
 
 use super::{
-    linear::{Arithmetic, GatedLinear, Linear, Source},
+    linear::{GatedLinear, Linear, Source},
     team,
     workspace::{Widths, Workspace},
 };
@@ -14,7 +14,7 @@ use crate::{
     KvCache, Logits, ModelConfig, ModelError, SequenceSlice, Weights,
     kernels::{
         attention::Heads,
-        packed::{Format, Rows},
+        packed::{Arithmetic, Format, Rows},
         rows::{rms_norm, rms_norm_in_place, rope},
         simd::Isa,
     },
@@ -205,7 +205,7 @@ impl CpuDecoder {
             self.position(block, sizes, w);
             cache.put(layer, &w.slots, &w.qkv)?;
             on_layer(layer);
-            cache.attend(how.isa, layer, batch, &w.q, &mut w.attended, &mut w.attention)?;
+            cache.attend(how, layer, batch, &w.q, &mut w.attended, &mut w.attention)?;
             block.o.add(how, &w.attended, &mut w.inputs, &mut w.x);
 
             self.norm(&w.x, &block.post_attention_norm, &mut w.normed);

@@ -5,26 +5,12 @@ use std::ops::Range;
 use crate::{
     ModelError, Weights,
     kernels::{
-        inputs::{InputBuffer, Inputs},
+        inputs::InputBuffer,
         matmul::multiply,
-        packed::{Format, PANEL, Packed, Rows},
+        packed::{Arithmetic, Format, PANEL, Packed},
         rows::SiluMul,
-        simd::Isa,
     },
 };
-
-/// How products are computed: the same for all of a model's layers.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Arithmetic {
-    pub(crate) isa: Isa,
-    pub(crate) rows: Rows,
-}
-
-impl Arithmetic {
-    fn inputs<'a>(self, matrix: &Packed, x: &'a [f32], buffer: &'a mut InputBuffer) -> Inputs<'a> {
-        Inputs::new(self.isa, matrix.format().inputs(self.isa, self.rows), x, matrix.columns(), buffer)
-    }
-}
 
 /// A weight tensor in a model's files.
 pub(crate) struct Source<'a> {

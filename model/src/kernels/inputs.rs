@@ -4,7 +4,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::{
-    packed::GROUP,
+    packed::{Arithmetic, GROUP, Packed},
     simd::{Isa, Kernel, Simd},
 };
 
@@ -15,6 +15,13 @@ const WORTH_SHARING: usize = 1 << 14;
 #[inline(always)]
 pub(crate) fn tile_rows(left: usize, most: usize) -> usize {
     left.div_ceil(left.div_ceil(most))
+}
+
+/// To the nearest, of two the even one, without a branch for NaN: those that arithmetic makes stay what they are.
+#[inline(always)]
+pub(crate) fn round_bf16(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    bf16::from_bits((bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16)
 }
 
 fn rows_worth_sharing(columns: usize) -> usize {
@@ -76,17 +83,12 @@ impl Kernel for Round<'_> {
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn run<S: Simd>(self) {
-        // To the nearest, of two the even one, without a branch for NaN: those that arithmetic makes stay what they are.
-        let round = |x: f32| {
-            let bits = x.to_bits();
-            bf16::from_bits((bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16)
-        };
         let rows = self.to.len() / self.stride;
         for (row, x) in self.x.chunks_exact(self.columns).enumerate() {
             let to = self.to[2 * row..].chunks_mut(2 * rows);
             for (x, to) in x.chunks(2).zip(to) {
-                to[0] = round(x[0]);
-                to[1] = x.get(1).map_or(bf16::ZERO, |x| round(*x));
+                to[0] = round_bf16(x[0]);
+                to[1] = x.get(1).map_or(bf16::ZERO, |x| round_bf16(*x));
             }
         }
     }
@@ -195,5 +197,12 @@ impl<'a> Inputs<'a> {
             }
         };
         Self { rows: x.len() / columns, columns, values }
+    }
+}
+
+impl Arithmetic {
+    /// `x` as it meets this matrix.
+    pub(crate) fn inputs<'a>(self, matrix: &Packed, x: &'a [f32], buffer: &'a mut InputBuffer) -> Inputs<'a> {
+        Inputs::new(self.isa, matrix.format().inputs(self), x, matrix.columns(), buffer)
     }
 }

@@ -1,5 +1,6 @@
 //! Memory that a step walks through.
 
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
 use memmap2::MmapMut;
@@ -39,6 +40,34 @@ impl Deref for LargePages {
 impl DerefMut for LargePages {
     fn deref_mut(&mut self) -> &mut [u8] {
         &mut self.memory[self.first..][..self.size]
+    }
+}
+
+/// Values of which each task of parallel work writes some, in places of its own.
+pub(crate) struct Shared<'a> {
+    values: *mut f32,
+    count: usize,
+    of: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: it stands for a `&mut [f32]`, of which its users give each task other places.
+#[allow(unsafe_code)]
+unsafe impl Sync for Shared<'_> {}
+
+impl<'a> Shared<'a> {
+    pub(crate) fn new(values: &'a mut [f32]) -> Self {
+        Self { values: values.as_mut_ptr(), count: values.len(), of: PhantomData }
+    }
+
+    /// `count` values from `at` on.
+    ///
+    /// # Safety
+    /// No other task takes one of them.
+    #[allow(unsafe_code, clippy::mut_from_ref)]
+    pub(crate) unsafe fn part(&self, at: usize, count: usize) -> &mut [f32] {
+        assert!(at <= self.count && count <= self.count - at, "{count} values from {at} on, of {}", self.count);
+        // SAFETY: they are there, and the caller says that nobody else has them.
+        unsafe { std::slice::from_raw_parts_mut(self.values.add(at), count) }
     }
 }
 

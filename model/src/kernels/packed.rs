@@ -64,11 +64,11 @@ impl Format {
         }
     }
 
-    /// What inputs are turned into, where `rows` says whether there are few or many at a time.
+    /// What inputs are turned into, depending on whether there are few rows or many at a time.
     ///
     /// The answer is the same for every product that one node computes, so that a row's result never depends on what is
     /// beside it.
-    pub(crate) fn inputs(self, isa: Isa, rows: Rows) -> InputType {
+    pub(crate) fn inputs(self, Arithmetic { isa, rows }: Arithmetic) -> InputType {
         match self {
             Self::Bf16 if isa.traits().fast_bf16 => InputType::Bf16,
             Self::F32 | Self::F16 | Self::Bf16 => InputType::F32,
@@ -85,6 +85,13 @@ pub enum Rows {
     Few,
     /// Those of a prompt: multiplying is what takes time.
     Many,
+}
+
+/// How a node computes: the same for all of a model's layers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Arithmetic {
+    pub(crate) isa: Isa,
+    pub(crate) rows: Rows,
 }
 
 /// A matrix `[rows, columns]`, packed. It owns its memory.

@@ -1,38 +1,30 @@
-//! The kernel: some queries under each of some KV heads, over a run of blocks.
-
-use std::ops::Range;
+//! The kernel of decode: a token's queries over a run of blocks.
 
 use overfill_kv::{BLOCK_TOKENS, BlockId};
 
-use super::{Heads, Partial};
+use super::{
+    Heads,
+    decode::{Partial, padded_dim},
+};
 use crate::kernels::{
     element::Element,
     inputs::tile_rows,
     simd::{Kernel, Simd},
 };
 
-/// Rows from which on it pays to widen keys and values once for all of them.
-const WORTH_WIDENING: usize = 16;
-
-/// A tile's queries over a run of blocks.
+/// A token's queries over a run of blocks.
 pub(super) struct Segment<'a, 'p, T> {
     pub(super) cache: &'a [T],
     pub(super) sizes: Heads,
-    pub(super) kv_heads: Range<usize>,
     pub(super) blocks: &'a [BlockId],
-    /// Keys, of the whole sequence, that the first query token sees; each later one sees one more.
-    pub(super) first_visible: usize,
-    /// Keys of the sequence before this segment.
-    pub(super) before: usize,
-    /// `[KV heads][rows][padded]`, where `rows` are those under one KV head.
+    /// Keys that it sees, from the first of these blocks on.
+    pub(super) visible: usize,
+    /// `[heads][padded]`.
     pub(super) queries: &'a [f32],
-    /// `[rows][16]`.
+    /// `[heads that share a KV head][16]`.
     pub(super) scores: &'a mut [f32],
-    /// `[rows]`: what a block makes of the weights before it.
-    pub(super) shrink: &'a mut [f32],
     /// Room for keys and values of a block, `[2][16][padded]`.
     pub(super) block: &'a mut [f32],
-    /// Of all KV heads.
     pub(super) partial: &'a mut Partial<'p>,
 }
 
@@ -42,48 +34,42 @@ impl<T: Element> Kernel for Segment<'_, '_, T> {
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn run<S: Simd>(mut self) {
-        let dim = self.sizes.head_dim;
-        let (rows, padded) = (self.shrink.len(), self.sizes.padded_dim());
-        let all = self.kv_heads.len() * rows;
-        assert!(self.scores.len() == rows * BLOCK_TOKENS && self.queries.len() == all * padded);
-        assert!(self.partial.total.len() == all && self.partial.greatest.len() == all);
-        assert!(self.partial.values.len() == all * padded && self.block.len() == 2 * BLOCK_TOKENS * padded);
-        let widened = rows >= WORTH_WIDENING || !dim.is_multiple_of(S::LANES);
+        let Heads { heads, kv_heads, head_dim: dim } = self.sizes;
+        let padded = padded_dim(self.sizes);
+        assert!(self.scores.len() == self.sizes.group() * BLOCK_TOKENS && self.queries.len() == heads * padded);
+        assert!(self.partial.total.len() == heads && self.partial.greatest.len() == heads);
+        assert!(self.partial.values.len() == heads * padded && self.block.len() == 2 * BLOCK_TOKENS * padded);
+        let widened = !dim.is_multiple_of(S::LANES);
         if widened {
             self.block.fill(0.0);
         }
-        let cache = self.cache;
-        let (heads, first, total) = (self.kv_heads.len(), self.kv_heads.start, self.sizes.kv_heads);
-        let blocks = self.blocks;
+        let (cache, blocks) = (self.cache, self.blocks);
         // One KV head of one block, in the order in which they lie.
         let of = |place: usize, part: usize| {
-            let (block, head) = (blocks[place / heads], first + place % heads);
-            let at = ((block.0 as usize * 2 + part) * total + head) * BLOCK_TOKENS * dim;
+            let (block, head) = (blocks[place / kv_heads], place % kv_heads);
+            let at = ((block.0 as usize * 2 + part) * kv_heads + head) * BLOCK_TOKENS * dim;
             &cache[at..at + BLOCK_TOKENS * dim]
         };
-        for place in 0..blocks.len() * heads {
-            let (i, head) = (place / heads, place % heads);
+        for place in 0..blocks.len() * kv_heads {
+            let (i, head) = (place / kv_heads, place % kv_heads);
             // What lies past the last token may be left over from another sequence: it has no weight.
-            let filled = self.seen(i, rows - 1);
-            if filled == 0 {
-                break;
-            }
+            let filled = self.visible.saturating_sub(i * BLOCK_TOKENS).min(BLOCK_TOKENS);
             let [keys, values] = [0, 1].map(|part| of(place, part));
             // SAFETY: keys and values are of 16 tokens, each as many elements from the next as is said, and that is a multiple
             // of LANES.
             unsafe {
                 if widened {
                     let (wide_keys, wide_values) = self.block.split_at_mut(BLOCK_TOKENS * padded);
-                    widen::<S, T>(&keys[..filled * dim], dim, wide_keys, padded);
-                    widen::<S, T>(&values[..filled * dim], dim, wide_values, padded);
+                    widen(&keys[..filled * dim], dim, wide_keys, padded);
+                    widen(&values[..filled * dim], dim, wide_values, padded);
                     let at = [wide_keys.as_ptr(), wide_values.as_ptr()];
-                    let block = Block { keys: at[0], values: at[1], next: at, stride: padded };
-                    self.attend::<S, f32>(i, filled, head, block);
+                    let block = Block { keys: at[0], values: at[1], filled, next: at, stride: padded };
+                    self.attend::<S, f32>(head, block);
                 } else {
-                    let next = (place + 1).min(blocks.len() * heads - 1);
+                    let next = (place + 1).min(blocks.len() * kv_heads - 1);
                     let next = [0, 1].map(|part| of(next, part).as_ptr());
-                    let block = Block { keys: keys.as_ptr(), values: values.as_ptr(), next, stride: dim };
-                    self.attend::<S, T>(i, filled, head, block);
+                    let block = Block { keys: keys.as_ptr(), values: values.as_ptr(), filled, next, stride: dim };
+                    self.attend::<S, T>(head, block);
                 }
             }
         }
@@ -95,52 +81,40 @@ impl<T: Element> Kernel for Segment<'_, '_, T> {
 struct Block<E> {
     keys: *const E,
     values: *const E,
-    /// Those that will be read after these.
+    /// Tokens that are there and seen.
+    filled: usize,
+    /// Keys and values that will be read after these.
     next: [*const E; 2],
     /// Elements from one token to the next.
     stride: usize,
 }
 
 impl<T: Element> Segment<'_, '_, T> {
-    /// How many keys of the `i`th block a row sees.
-    fn seen(&self, i: usize, row: usize) -> usize {
-        let group = self.sizes.group();
-        (self.first_visible + row / group).saturating_sub(self.before + i * BLOCK_TOKENS).min(BLOCK_TOKENS)
-    }
-
-    /// Takes in one KV head of the `i`th block, of which `filled` tokens are there.
+    /// Takes in one KV head of a block.
     #[inline(always)]
     #[allow(unsafe_code)]
-    unsafe fn attend<S: Simd, E: Element>(&mut self, i: usize, filled: usize, head: usize, block: Block<E>) {
-        let (rows, padded) = (self.shrink.len(), self.sizes.padded_dim());
+    unsafe fn attend<S: Simd, E: Element>(&mut self, kv_head: usize, block: Block<E>) {
+        let (rows, padded) = (self.sizes.group(), padded_dim(self.sizes));
         let width = self.sizes.head_dim.next_multiple_of(S::LANES);
         // As many sums as there are registers for.
         let most = if S::LANES == 16 { 4 } else { 2 };
-        let first = head * rows;
         // SAFETY: the asserts of `run`: `rows` rows of queries, scores and values, each `padded` long, which is a multiple of
         // LANES and no less than `width`; keys and values as the caller says.
         unsafe {
             let mut row = 0;
             while row < rows {
                 let n = tile_rows(rows - row, most);
-                let queries = self.queries.as_ptr().add((first + row) * padded);
-                let scores = self.scores.as_mut_ptr().add(row * BLOCK_TOKENS);
-                with_rows!(n, score, S, E, (queries, padded, block, width, scores), 1 2 3 4);
-                row += n;
-            }
-            for row in 0..rows {
-                let seen = self.seen(i, row);
-                let scores = &mut self.scores[row * BLOCK_TOKENS..][..BLOCK_TOKENS];
-                let (greatest, total) = (&mut self.partial.greatest[first + row], &mut self.partial.total[first + row]);
-                self.shrink[row] = weigh::<S>(scores, seen, greatest, total);
-            }
-            let mut row = 0;
-            while row < rows {
-                let n = tile_rows(rows - row, most);
-                let weights = self.scores.as_ptr().add(row * BLOCK_TOKENS);
-                let shrink = self.shrink.as_ptr().add(row);
-                let out = self.partial.values.as_mut_ptr().add((first + row) * padded);
-                with_rows!(n, gather, S, E, (weights, shrink, block, filled, width, out, padded), 1 2 3 4);
+                let at = kv_head * rows + row;
+                let scores = &mut self.scores[row * BLOCK_TOKENS..][..n * BLOCK_TOKENS];
+                let queries = self.queries.as_ptr().add(at * padded);
+                with_rows!(n, score, S, E, (queries, padded, block, width, scores.as_mut_ptr()), 1 2 3 4);
+                let mut shrink = [0.0; 4];
+                for (i, scores) in scores.chunks_exact_mut(BLOCK_TOKENS).enumerate() {
+                    let (greatest, total) = (&mut self.partial.greatest[at + i], &mut self.partial.total[at + i]);
+                    shrink[i] = weigh::<S>(scores, block.filled, greatest, total);
+                }
+                let out = self.partial.values.as_mut_ptr().add(at * padded);
+                with_rows!(n, gather, S, E, (scores.as_ptr(), shrink.as_ptr(), block, width, out, padded), 1 2 3 4);
                 row += n;
             }
         }
@@ -148,18 +122,9 @@ impl<T: Element> Segment<'_, '_, T> {
 }
 
 /// Rows of `dim` elements, as rows of f32 `padded` apart.
-#[inline(always)]
-#[allow(unsafe_code)]
-unsafe fn widen<S: Simd, T: Element>(from: &[T], dim: usize, to: &mut [f32], padded: usize) {
+fn widen<T: Element>(from: &[T], dim: usize, to: &mut [f32], padded: usize) {
     for (from, to) in from.chunks_exact(dim).zip(to.chunks_exact_mut(padded)) {
-        let whole = dim - dim % S::LANES;
-        for d in (0..whole).step_by(S::LANES) {
-            // SAFETY: `d + LANES` is at most `dim`, and `padded` no less.
-            unsafe { S::store(to.as_mut_ptr().add(d), T::load::<S>(from.as_ptr().add(d))) }
-        }
-        for d in whole..dim {
-            to[d] = from[d].to_f32();
-        }
+        to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32());
     }
 }
 
@@ -215,11 +180,6 @@ unsafe fn score<S: Simd, E: Element, const ROWS: usize>(
 #[allow(unsafe_code)]
 unsafe fn weigh<S: Simd>(scores: &mut [f32], seen: usize, greatest: &mut f32, total: &mut f32) -> f32 {
     let best = scores[..seen].iter().fold(*greatest, |a, b| a.max(*b));
-    if best == f32::NEG_INFINITY {
-        // No key of this block is for this query, nor was one before.
-        scores.fill(0.0);
-        return 1.0;
-    }
     for i in (0..BLOCK_TOKENS).step_by(S::LANES) {
         // SAFETY: there are 16 scores.
         unsafe {
@@ -234,14 +194,13 @@ unsafe fn weigh<S: Simd>(scores: &mut [f32], seen: usize, greatest: &mut f32, to
     shrink
 }
 
-/// `out = out * shrink + weights . values` for ROWS queries and the first `filled` values.
+/// `out = out * shrink + weights . values` for ROWS queries and the values that are there.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn gather<S: Simd, E: Element, const ROWS: usize>(
     weights: *const f32,
     shrink: *const f32,
     block: Block<E>,
-    filled: usize,
     width: usize,
     out: *mut f32,
     padded: usize,
@@ -251,10 +210,10 @@ unsafe fn gather<S: Simd, E: Element, const ROWS: usize>(
         let mut d = 0;
         while d < width {
             if d + 4 * S::LANES <= width {
-                gather_lanes::<S, E, ROWS, 4>(weights, shrink, block, filled, d, out, padded);
+                gather_lanes::<S, E, ROWS, 4>(weights, shrink, block, d, out, padded);
                 d += 4 * S::LANES;
             } else {
-                gather_lanes::<S, E, ROWS, 1>(weights, shrink, block, filled, d, out, padded);
+                gather_lanes::<S, E, ROWS, 1>(weights, shrink, block, d, out, padded);
                 d += S::LANES;
             }
         }
@@ -268,7 +227,6 @@ unsafe fn gather_lanes<S: Simd, E: Element, const ROWS: usize, const VECS: usize
     weights: *const f32,
     shrink: *const f32,
     block: Block<E>,
-    filled: usize,
     first: usize,
     out: *mut f32,
     padded: usize,
@@ -283,7 +241,7 @@ unsafe fn gather_lanes<S: Simd, E: Element, const ROWS: usize, const VECS: usize
                 *sum = S::mul(S::load(out.add(r * padded + v * S::LANES)), shrink);
             }
         }
-        for key in 0..filled {
+        for key in 0..block.filled {
             prefetch::<S, E, VECS>(block.next[1], first * BLOCK_TOKENS + key * VECS * S::LANES);
             let mut values = [S::splat(0.0); VECS];
             for (v, value) in values.iter_mut().enumerate() {

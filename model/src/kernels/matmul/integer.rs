@@ -9,57 +9,32 @@ use crate::kernels::{
 
 /// Groups whose bytes take 17 KiB.
 const CHUNK_GROUPS: usize = 16;
-/// Rows from which on int4 weights are worth unpacking to bytes, where products of those are fast.
-const WORTH_UNPACKING: usize = 16;
-/// Bytes of a group's weights, one each.
-const GROUP_BYTES: usize = PANEL * GROUP;
+/// Rows of a tile, at most: with two vectors of weights, as many sums and totals as registers hold with room to spare.
+const MOST_TILE_ROWS: usize = 4;
 
-/// `unpacked` has room for a chunk.
 #[inline(always)]
 #[allow(unsafe_code)]
-pub(super) unsafe fn panel<S: Simd>(
-    format: Format,
-    panel: &[u8],
-    x: &Quantised,
-    rows: usize,
-    results: &mut [f32],
-    unpacked: &mut [u8],
-) {
-    let most = if S::LANES == 16 { 6 } else { 4 };
-    let unpack = format == Format::Int4 && S::FAST_INT8 && rows >= WORTH_UNPACKING;
+pub(super) unsafe fn panel<S: Simd>(format: Format, panel: &[u8], x: &Quantised, rows: usize, results: &mut [f32]) {
+    let group_bytes = format.group_bytes();
     // SAFETY: see `PanelProduct::run`.
     unsafe {
-        let groups = match format {
-            Format::Int8Channel => panel.as_ptr().add(4 * PANEL),
-            _ => panel.as_ptr(),
+        let (groups, skip) = match format {
+            Format::Int8Channel => (panel.as_ptr().add(4 * PANEL), 0),
+            _ => (panel.as_ptr(), SCALES_BYTES),
         };
         for first in (0..x.groups).step_by(CHUNK_GROUPS) {
-            let count = CHUNK_GROUPS.min(x.groups - first);
-            let group_bytes = format.group_bytes();
             let groups = groups.add(first * group_bytes);
-            let skip = if format == Format::Int8Channel { 0 } else { SCALES_BYTES };
-            let (format, bytes, bytes_stride) = if unpack {
-                for g in 0..count {
-                    let from = std::slice::from_raw_parts(groups.add(g * group_bytes + skip), GROUP_BYTES / 2);
-                    int4_to_int8(from, &mut unpacked[g * GROUP_BYTES..][..GROUP_BYTES]);
-                }
-                (Format::Int8, unpacked.as_ptr(), GROUP_BYTES)
-            } else {
-                (format, groups.add(skip), group_bytes)
-            };
-            let mut row = 0;
-            while row < rows {
-                let n = tile_rows(rows - row, most);
+            let (mut row, tiles) = (0, rows.div_ceil(MOST_TILE_ROWS));
+            for index in 0..tiles {
+                let n = tile_rows(rows - row, MOST_TILE_ROWS);
                 let at = row * x.groups + first;
                 let tile = Tile {
                     format,
-                    bytes,
-                    bytes_stride,
+                    bytes: groups.add(skip),
                     weight_scales: groups.cast(),
-                    weight_scales_stride: group_bytes / 2,
-                    // Rows after the first tile find the chunk in the cache.
-                    ahead: if row == 0 && (rows > FEW_ROWS || !S::STREAMS_ALONE) { AHEAD } else { 0 },
-                    count,
+                    group_bytes,
+                    fetch: if rows <= FEW_ROWS { Fetch::once::<S>() } else { Fetch::shared(index, tiles, group_bytes) },
+                    count: CHUNK_GROUPS.min(x.groups - first),
                     values: x.values.as_ptr().add(at * GROUP),
                     wide: x.wide.as_ptr().wrapping_add(at * GROUP),
                     scales: x.scales.as_ptr().add(at),
@@ -69,7 +44,7 @@ pub(super) unsafe fn panel<S: Simd>(
                     results: results.as_mut_ptr().add(row * PANEL),
                 };
                 match (S::LANES, n) {
-                    (16, _) => with_rows!(n, integer_tile, S, 2, (tile), 1 2 3 4 5 6),
+                    (16, _) => with_rows!(n, integer_tile, S, 2, (tile), 1 2 3 4),
                     (8, 1) => with_rows!(n, integer_tile, S, 4, (tile), 1),
                     (8, _) => {
                         for half in [0, PANEL / 2] {
@@ -96,14 +71,38 @@ pub(super) unsafe fn panel<S: Simd>(
     }
 }
 
-/// Unpacks a group.
-#[inline(always)]
-fn int4_to_int8(from: &[u8], to: &mut [u8]) {
-    for (from, to) in from.chunks_exact(4 * PANEL).zip(to.chunks_exact_mut(8 * PANEL)) {
-        let (low, high) = to.split_at_mut(4 * PANEL);
-        for (byte, (low, high)) in from.iter().zip(low.iter_mut().zip(high)) {
-            // 8 has been added to int4, 128 to int8.
-            (*low, *high) = ((byte & 15) + 120, (byte >> 4) + 120);
+/// What a tile asks for that will be read later.
+#[derive(Clone, Copy)]
+struct Fetch {
+    /// Of which groups of the chunk, a bit each.
+    groups: u32,
+    /// Bytes ahead of their use.
+    ahead: usize,
+    /// Into the second-level cache, not the first.
+    far: bool,
+}
+
+impl Fetch {
+    /// Few rows are done with weights at once.
+    #[inline(always)]
+    fn once<S: Simd>() -> Self {
+        Self { groups: if S::STREAMS_ALONE { 0 } else { u32::MAX }, ahead: AHEAD, far: false }
+    }
+
+    /// Several tiles pass over a chunk: each of them fetches a part of the next one, so that memory is never idle.
+    #[inline(always)]
+    fn shared(tile: usize, tiles: usize, group_bytes: usize) -> Self {
+        let groups = (tile..CHUNK_GROUPS).step_by(tiles).fold(0, |groups, g| groups | 1 << g);
+        Self { groups, ahead: CHUNK_GROUPS * group_bytes, far: true }
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn ask<S: Simd>(self, g: usize, from: *const u8) {
+        if self.groups >> g & 1 == 1 {
+            let from = from.wrapping_add(self.ahead);
+            // SAFETY: any address will do.
+            unsafe { if self.far { S::prefetch_far(from) } else { S::prefetch(from) } }
         }
     }
 }
@@ -112,14 +111,12 @@ fn int4_to_int8(from: &[u8], to: &mut [u8]) {
 #[derive(Clone, Copy)]
 struct Tile {
     format: Format,
-    /// Weights of the first group, and bytes to those of the next.
+    /// Of the first group; the next one's lie `group_bytes` further on.
     bytes: *const u8,
-    bytes_stride: usize,
-    /// The first group's scales, as the bits of f16, and how many places further on the next group's are.
+    /// As the bits of f16.
     weight_scales: *const u16,
-    weight_scales_stride: usize,
-    /// Bytes ahead of their use that weights are fetched; 0 if they are not.
-    ahead: usize,
+    group_bytes: usize,
+    fetch: Fetch,
     count: usize,
     /// Of the first row and group; the next row's come `stride` groups later.
     values: *const i8,
@@ -172,7 +169,7 @@ unsafe fn groups<S: Simd, const ROWS: usize, const VECS: usize, const SCALED: bo
             let products = products(g);
             for v in 0..VECS {
                 let weight_scales = match SCALED {
-                    true => S::load_f16(t.weight_scales.add(g * t.weight_scales_stride + t.lane + v * S::LANES)),
+                    true => S::load_f16(t.weight_scales.add(g * t.group_bytes / 2 + t.lane + v * S::LANES)),
                     false => S::splat(1.0),
                 };
                 for r in 0..ROWS {
@@ -195,7 +192,7 @@ unsafe fn groups<S: Simd, const ROWS: usize, const VECS: usize, const SCALED: bo
 unsafe fn int8_products<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile, g: usize) -> [[S::F; VECS]; ROWS] {
     // SAFETY: as for `integer_tile`; a group has 8 times four inputs.
     unsafe {
-        let bytes = t.bytes.add(g * t.bytes_stride + 4 * t.lane);
+        let bytes = t.bytes.add(g * t.group_bytes + 4 * t.lane);
         let mut sums = [[S::sums8(0); VECS]; ROWS];
         for (r, sums) in sums.iter_mut().enumerate() {
             *sums = [S::sums8(-128 * *t.sums.add(r * t.stride + g)); VECS];
@@ -208,9 +205,7 @@ unsafe fn int8_products<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile, 
             }
             for v in 0..VECS {
                 let from = bytes.add((four * PANEL + v * S::LANES) * 4);
-                if t.ahead > 0 {
-                    S::prefetch(from.wrapping_add(t.ahead));
-                }
+                t.fetch.ask::<S>(g, from);
                 let weights = S::int8(from);
                 for (sums, inputs) in sums.iter_mut().zip(inputs) {
                     sums[v] = S::dot8(sums[v], weights, inputs);
@@ -232,14 +227,12 @@ unsafe fn int8_products<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile, 
 unsafe fn int4_products<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile, g: usize) -> [[S::F; VECS]; ROWS] {
     // SAFETY: as for `integer_tile`; a group has 4 times eight inputs.
     unsafe {
-        let bytes = t.bytes.add(g * t.bytes_stride + 4 * t.lane);
+        let bytes = t.bytes.add(g * t.group_bytes + 4 * t.lane);
         let mut sums = [[S::sums4(); VECS]; ROWS];
         for eight in 0..GROUP / 8 {
             for v in 0..VECS {
                 let from = bytes.add((eight * PANEL + v * S::LANES) * 4);
-                if t.ahead > 0 {
-                    S::prefetch(from.wrapping_add(t.ahead));
-                }
+                t.fetch.ask::<S>(g, from);
                 let [low, high] = S::int4(from);
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let inputs = t.values.add((r * t.stride + g) * GROUP + 8 * eight);

@@ -16,6 +16,7 @@ use rayon::prelude::*;
 
 use super::{
     inputs::{Inputs, Values, tile_rows},
+    memory::Shared,
     packed::{Format, GROUP, PANEL, Packed},
     simd::{Isa, Kernel, Simd},
 };
@@ -54,7 +55,7 @@ pub(crate) fn multiply(
     let tasks = matrix.panels() / panels;
     assert!(width <= tasks * PANEL && width > (tasks - 1) * PANEL && out.len() == inputs.rows * width);
     let each = inputs.rows * PANEL;
-    let out = Shared(out.as_mut_ptr());
+    let out = Shared::new(out);
     let task = |index: usize| {
         SCRATCH.with_borrow_mut(|(results, widened)| {
             if results.len() < panels * each {
@@ -71,7 +72,10 @@ pub(crate) fn multiply(
             for row in 0..inputs.rows {
                 let sums = |panel: usize| results.get(panel * each + row * PANEL..).map_or(&[][..], |s| &s[..PANEL]);
                 let second = if panels == 2 { sums(1) } else { &[] };
-                finish(column, [sums(0), second], out.columns(row * width + column, count));
+                // SAFETY: each task has other columns.
+                #[allow(unsafe_code)]
+                let out = unsafe { out.part(row * width + column, count) };
+                finish(column, [sums(0), second], out);
             }
         });
     };
@@ -85,22 +89,6 @@ pub(crate) fn multiply(
     }
 }
 
-/// Memory in which each task writes columns of its own.
-struct Shared(*mut f32);
-
-// SAFETY: it stands for a `&mut [f32]` of which `multiply` gives each task other places.
-#[allow(unsafe_code)]
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    #[allow(unsafe_code, clippy::mut_from_ref)]
-    fn columns(&self, at: usize, count: usize) -> &mut [f32] {
-        // SAFETY: `multiply`, its only user, checks that rows of `width` lie in the slice, and calls this once for each row
-        // and range of columns.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(at), count) }
-    }
-}
-
 /// One panel of all rows.
 struct PanelProduct<'a> {
     matrix: &'a Packed,
@@ -108,7 +96,7 @@ struct PanelProduct<'a> {
     inputs: Inputs<'a>,
     /// `[rows][32]`, zero.
     results: &'a mut [f32],
-    /// A chunk of f32 weights, or four times as many bytes.
+    /// A chunk of f32 weights.
     widened: &'a mut [f32],
 }
 
@@ -138,9 +126,8 @@ impl Kernel for PanelProduct<'_> {
                     let groups = columns.div_ceil(GROUP);
                     assert!(x.groups == groups && x.values.len() >= rows * groups * GROUP);
                     assert!(!S::WIDE_INPUTS || x.wide.len() == x.values.len());
-                    assert!(self.widened.len() == CHUNK_COLUMNS * PANEL);
                     assert!(x.scales.len() >= rows * groups && x.sums.len() >= rows * groups);
-                    integer::panel::<S>(format, panel, x, rows, self.results, bytemuck::cast_slice_mut(self.widened));
+                    integer::panel::<S>(format, panel, x, rows, self.results);
                 }
             }
         }

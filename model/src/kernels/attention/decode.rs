@@ -1,0 +1,181 @@
+//! Attention of newest tokens: each KV byte is read once, in the order in which it lies; query heads that share a KV head
+//! share the read.
+//!
+//! A sequence's blocks are taken in segments, each with a softmax of its own, which are then merged in order (as in
+//! flash decoding). The segments of a single token are computed in parallel. The arithmetic is the same, whatever else is in
+//! the batch and however many threads there are.
+
+use std::cell::RefCell;
+
+use overfill_kv::BLOCK_TOKENS;
+use rayon::prelude::*;
+
+use super::{Batch, Heads, PADDING, segment::Segment};
+use crate::kernels::element::Element;
+
+/// Blocks of a segment: 64 tokens.
+const SEGMENT_BLOCKS: usize = 4;
+
+/// A token's heads over some of its sequence's blocks: the unit of parallel work.
+#[derive(Clone, Copy)]
+struct Task {
+    slice: usize,
+    /// Row of the token in the batch.
+    row: usize,
+    /// Keys that it sees.
+    visible: usize,
+    /// The only segment, where a token's segments are shared out.
+    segment: Option<usize>,
+}
+
+/// Memory that is kept from one call to the next.
+#[derive(Default)]
+pub(super) struct Scratch {
+    tasks: Vec<Task>,
+    partials: Vec<f32>,
+}
+
+/// Elements of a head, as whole vectors.
+pub(super) fn padded_dim(sizes: Heads) -> usize {
+    sizes.head_dim.next_multiple_of(PADDING)
+}
+
+/// A running softmax over some keys, for all heads of a token.
+pub(super) struct Partial<'a> {
+    /// `[heads]`: the greatest score so far.
+    pub(super) greatest: &'a mut [f32],
+    /// `[heads]`: the sum of weights, relative to the greatest.
+    pub(super) total: &'a mut [f32],
+    /// `[heads][padded head_dim]`: values by weight.
+    pub(super) values: &'a mut [f32],
+}
+
+impl<'a> Partial<'a> {
+    fn floats(sizes: Heads) -> usize {
+        sizes.heads * (2 + padded_dim(sizes))
+    }
+
+    fn over(memory: &'a mut [f32], sizes: Heads) -> Self {
+        let (greatest, rest) = memory.split_at_mut(sizes.heads);
+        let (total, values) = rest.split_at_mut(sizes.heads);
+        Self { greatest, total, values }
+    }
+
+    fn clear(&mut self) {
+        self.greatest.fill(f32::NEG_INFINITY);
+        self.total.fill(0.0);
+        self.values.fill(0.0);
+    }
+
+    /// Takes in what `other` has seen.
+    fn merge(&mut self, other: &Partial<'_>) {
+        let padded = self.values.len() / self.total.len();
+        let values = self.values.chunks_exact_mut(padded).zip(other.values.chunks_exact(padded));
+        for (row, (values, others)) in values.enumerate() {
+            let greatest = self.greatest[row].max(other.greatest[row]);
+            if greatest == f32::NEG_INFINITY {
+                continue;
+            }
+            let (mine, theirs) = ((self.greatest[row] - greatest).exp(), (other.greatest[row] - greatest).exp());
+            self.greatest[row] = greatest;
+            self.total[row] = self.total[row] * mine + other.total[row] * theirs;
+            for (value, other) in values.iter_mut().zip(others) {
+                *value = *value * mine + other * theirs;
+            }
+        }
+    }
+}
+
+thread_local! {
+    /// Queries, scores, a block's keys and values, and a partial result.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Attention of a batch into `out`.
+pub(super) fn attend<T: Element>(batch: &Batch<'_, T>, shared: bool, out: &mut [f32], scratch: &mut Scratch) {
+    let Scratch { tasks, partials } = scratch;
+    tasks.clear();
+    let mut row = 0;
+    for (i, slice) in batch.slices.iter().enumerate() {
+        for token in 0..slice.tokens.len() {
+            let visible = slice.start + token + 1;
+            // Partial results of a whole prompt's segments would take more memory than its KV.
+            let segments = match slice.tokens.len() {
+                1 => visible.div_ceil(BLOCK_TOKENS * SEGMENT_BLOCKS),
+                _ => 1,
+            };
+            let task = |segment| Task { slice: i, row, visible, segment: (segments > 1).then_some(segment) };
+            tasks.extend((0..segments).map(task));
+            row += 1;
+        }
+    }
+    let each = Partial::floats(batch.sizes);
+    partials.resize(partials.len().max(each * tasks.len()), 0.0);
+    let partials = &mut partials[..each * tasks.len()];
+    if shared {
+        let tasks = tasks.par_iter().zip(partials.par_chunks_exact_mut(each)).with_max_len(1);
+        tasks.for_each(|(task, partial)| run(batch, task, partial));
+    } else {
+        tasks.iter().zip(partials.chunks_exact_mut(each)).for_each(|(task, partial)| run(batch, task, partial));
+    }
+    collect(batch.sizes, tasks, partials, out);
+}
+
+fn run<T: Element>(batch: &Batch<'_, T>, task: &Task, partial: &mut [f32]) {
+    let sizes = batch.sizes;
+    let (dim, padded) = (sizes.head_dim, padded_dim(sizes));
+    SCRATCH.with_borrow_mut(|memory| {
+        let parts =
+            [sizes.heads * padded, sizes.group() * BLOCK_TOKENS, 2 * BLOCK_TOKENS * padded, Partial::floats(sizes)];
+        memory.resize(memory.len().max(parts.iter().sum()), 0.0);
+        let (queries, rest) = memory.split_at_mut(parts[0]);
+        let (scores, rest) = rest.split_at_mut(parts[1]);
+        let (block, rest) = rest.split_at_mut(parts[2]);
+        let mut local = Partial::over(&mut rest[..parts[3]], sizes);
+        // Scores come out scaled if queries go in so.
+        let scale = 1.0 / (dim as f32).sqrt();
+        let q = batch.q[task.row * sizes.heads * dim..].chunks_exact(dim);
+        for (query, q) in queries.chunks_exact_mut(padded).zip(q) {
+            query[..dim].iter_mut().zip(q).for_each(|(to, q)| *to = q * scale);
+            query[dim..].fill(0.0);
+        }
+        let blocks = &batch.slices[task.slice].blocks[..task.visible.div_ceil(BLOCK_TOKENS)];
+        let mut all = Partial::over(partial, sizes);
+        all.clear();
+        let chosen = task.segment.map_or(0..usize::MAX, |s| s..s + 1);
+        for (i, blocks) in blocks.chunks(SEGMENT_BLOCKS).enumerate().filter(|(i, _)| chosen.contains(i)) {
+            local.clear();
+            batch.isa.run(Segment {
+                cache: batch.cache,
+                sizes,
+                blocks,
+                visible: task.visible - i * SEGMENT_BLOCKS * BLOCK_TOKENS,
+                queries,
+                scores,
+                block,
+                partial: &mut local,
+            });
+            all.merge(&local);
+        }
+    });
+}
+
+/// Merges the segments of each token, divides by the sums of weights, and writes to where the heads belong.
+fn collect(sizes: Heads, tasks: &[Task], partials: &mut [f32], out: &mut [f32]) {
+    let (dim, padded) = (sizes.head_dim, padded_dim(sizes));
+    let each = Partial::floats(sizes);
+    let mut rest = partials;
+    for segments in tasks.chunk_by(|_, next| next.segment.is_some_and(|s| s > 0)) {
+        let (memory, others) = std::mem::take(&mut rest).split_at_mut(each * segments.len());
+        rest = others;
+        let (first, others) = memory.split_at_mut(each);
+        let mut all = Partial::over(first, sizes);
+        for other in others.chunks_exact_mut(each) {
+            all.merge(&Partial::over(other, sizes));
+        }
+        let out = out[segments[0].row * sizes.heads * dim..].chunks_exact_mut(dim);
+        for ((out, values), total) in out.zip(all.values.chunks_exact(padded)).zip(all.total) {
+            out.iter_mut().zip(values).for_each(|(out, value)| *out = value / *total);
+        }
+    }
+}
