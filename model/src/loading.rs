@@ -12,7 +12,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    Decoder, KvCache, LoadOptions, Logits, ModelConfig, ModelError, Ops, Provenance, SequenceSlice, Weights,
+    Decoder, KvCache, LoadOptions, Logits, ModelConfig, ModelError, Ops, Provenance, Rows, SequenceSlice, Weights,
     cpu::CpuDecoder, gguf::folder_of, kernels::attention::Heads, paged, text_files,
 };
 
@@ -92,6 +92,15 @@ impl Model {
         match &self.engine {
             Engine::Cpu(decoder) => Some(decoder.weight_bytes()),
             Engine::Device(_) => None,
+        }
+    }
+
+    /// Takes another role, as if it had been loaded for it: packed weights are the same in all.
+    pub fn set_rows(&mut self, rows: Rows) {
+        match &mut self.engine {
+            Engine::Cpu(decoder) => decoder.set_rows(rows),
+            // Tensor operations make no difference.
+            Engine::Device(_) => {}
         }
     }
 

@@ -6,7 +6,9 @@
 use std::path::{Path, PathBuf};
 
 use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, KvStore, OutputToken, blocks_for};
-use overfill_model::{KvCache, LoadOptions, Logits, Model, ModelError, SequenceSlice, Want, WeightFormat, report};
+use overfill_model::{
+    KvCache, LoadOptions, Logits, Model, ModelError, Rows, SequenceSlice, Want, WeightFormat, report,
+};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -37,8 +39,8 @@ fn expected(pair: &str) -> Expected {
     serde_json::from_slice(&std::fs::read(folder(pair).join("expected.json")).unwrap()).unwrap()
 }
 
-fn load(pair: &str, which: &str, options: &LoadOptions) -> Model {
-    Model::load(&folder(pair).join(which), options).unwrap()
+fn load(pair: &str, which: &str, rows: Rows, options: &LoadOptions) -> Model {
+    Model::load(&folder(pair).join(which), &LoadOptions { rows, ..*options }).unwrap()
 }
 
 fn forward(model: &Model, cache: &KvCache, batch: &[SequenceSlice<'_>]) -> Logits {
@@ -116,12 +118,14 @@ fn compare(got: &[OutputToken], expected: &[Step], label: &str) -> f32 {
 fn two_stage_and_full_only_hold_in_f32() {
     let options = LoadOptions::default();
     for pair in PAIRS {
-        let (full, decode) = (load(pair, "full", &options), load(pair, "decode", &options));
+        // As nodes load them.
+        let full = load(pair, "full", Rows::Many, &options);
+        let [full_decode, decode] = ["full", "decode"].map(|which| load(pair, which, Rows::Few, &options));
         full.producer_schema().check_consumer(&decode.kv_schema()).unwrap();
         for (n, case) in expected(pair).cases.iter().enumerate() {
             for chunk in [BLOCK_TOKENS, 1000] {
                 for (decoder, steps, arm) in
-                    [(&decode, &case.two_stage, "two_stage"), (&full, &case.full_only, "full_only")]
+                    [(&decode, &case.two_stage, "two_stage"), (&full_decode, &case.full_only, "full_only")]
                 {
                     let got = generate(&full, decoder, &case.prompt, steps.len(), chunk);
                     let distance = compare(&got, steps, &format!("{pair} case {n} {arm} chunk {chunk}"));
@@ -146,7 +150,7 @@ fn narrow_types_stay_near() {
     ] {
         let options = LoadOptions { weights, kv_dtype, ..LoadOptions::default() };
         for pair in PAIRS {
-            let (full, decode) = (load(pair, "full", &options), load(pair, "decode", &options));
+            let (full, decode) = (load(pair, "full", Rows::Many, &options), load(pair, "decode", Rows::Few, &options));
             let mut greatest = 0.0_f32;
             for case in &expected(pair).cases {
                 // One step of each stage: later ones follow tokens that rounding may change.
@@ -171,8 +175,12 @@ fn narrow_types_stay_near() {
 #[test]
 fn a_batch_gives_what_each_gives_alone() {
     let formats = [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::F16, WeightFormat::Int8, WeightFormat::Int4];
-    for (weights, pair) in formats.into_iter().flat_map(|weights| ["llama-tied", "qwen3"].map(|pair| (weights, pair))) {
-        let model = load(pair, "full", &LoadOptions { weights, ..LoadOptions::default() });
+    let pairs = ["llama-tied", "qwen3"].into_iter();
+    let models = pairs.flat_map(|pair| [Rows::Few, Rows::Many].map(|rows| (pair, rows)));
+    // KV in bf16, whose prompts may be of other arithmetic.
+    for ((pair, rows), weights) in models.flat_map(|model| formats.map(|weights| (model, weights))) {
+        let options = LoadOptions { weights, kv_dtype: KvDtype::Bf16, ..LoadOptions::default() };
+        let model = load(pair, "full", rows, &options);
         let cases = expected(pair).cases;
         let cache = model.new_cache(512).unwrap();
         let mut next = 0_u32;
@@ -195,7 +203,11 @@ fn a_batch_gives_what_each_gives_alone() {
         assert_eq!(layers, (0..model.config().num_hidden_layers).collect::<Vec<_>>());
         assert_eq!(together.rows(), cases.len());
         for (i, slice) in batch.iter().enumerate() {
-            assert_eq!(forward(&model, &cache, &[*slice]).row(0), together.row(i), "{weights} {pair} case {i}");
+            assert_eq!(
+                forward(&model, &cache, &[*slice]).row(0),
+                together.row(i),
+                "{weights} {rows:?} {pair} case {i}"
+            );
         }
     }
 }

@@ -3,6 +3,7 @@
 mod apt;
 mod demo;
 mod memory;
+mod neon;
 mod process;
 mod python;
 mod test;

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::process::{cargo, phase, run as sh};
-use crate::{apt, memory, python, tidy};
+use crate::{apt, memory, neon, python, tidy};
 
 /// What if a program that tests need is not installed, and can't be?
 #[derive(Clone, Copy, PartialEq)]
@@ -14,25 +14,37 @@ pub enum Programs {
     Required,
 }
 
+const ACCESSES: &str = "kernels' accesses to memory";
+const NEON: &str = "kernels for ARM";
+
+/// What a program was looked for, if it is there; a fault if it is not, but required.
+fn have<T>(what: &str, found: Result<T>, required: bool, left_out: &mut Vec<String>) -> Result<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if required => Err(error.context(what.to_owned())),
+        Err(error) => {
+            left_out.push(format!("{what}: {error:#}"));
+            Ok(None)
+        }
+    }
+}
+
 /// Runs everything; the first fault ends it.
 pub fn run(programs: Programs) -> Result<()> {
     phase("format", || sh(&mut cargo(&["fmt", "--all", "--check"])))?;
     phase("tidy", tidy::run)?;
     let mut left_out = Vec::new();
-    let mut have = |what: &str, found: Result<()>, required: bool| match found {
-        Ok(()) => Ok(true),
-        Err(error) if required => Err(error.context(what.to_owned())),
-        Err(error) => {
-            left_out.push(format!("{what}: {error:#}"));
-            Ok(false)
-        }
-    };
     let required = programs == Programs::Required;
-    let etcd = have("tests of discovery", apt::etcd(), required)?;
-    let valgrind = have("kernels' accesses to memory", apt::valgrind(), required)?;
-    let network = have("tests of bad links", apt::network(), required)?;
+    let etcd = have("tests of discovery", apt::etcd(), required, &mut left_out)?.is_some();
+    let valgrind = have(ACCESSES, apt::valgrind(), required, &mut left_out)?.is_some();
+    let network = have("tests of bad links", apt::network(), required, &mut left_out)?;
     // Whether there may be hosts is up to the system, which nobody can install.
-    let hosts = network && have("tests of bad links", apt::hosts(), false)?;
+    let hosts = network.is_some() && have("tests of bad links", apt::hosts(), false, &mut left_out)?.is_some();
+    // On ARM the ordinary tests are of them.
+    let neon = match cfg!(target_arch = "aarch64") {
+        true => None,
+        false => have(NEON, neon::tools(required), required, &mut left_out)?,
+    };
     let mut interpreter = None;
     phase("python environment", || {
         interpreter = Some(python::prepare()?);
@@ -56,7 +68,10 @@ pub fn run(programs: Programs) -> Result<()> {
         sh(&mut command)
     })?;
     if valgrind {
-        phase("kernels' accesses to memory", memory::run_kernels)?;
+        phase(ACCESSES, memory::run_kernels)?;
+    }
+    if let Some(tools) = neon {
+        phase(NEON, || tools.run_kernels())?;
     }
     for left_out in left_out {
         eprintln!("\n== LEFT OUT: {left_out}");

@@ -43,15 +43,15 @@ pub fn measure(
 ) -> Result<()> {
     let mut full: Option<(&str, Model)> = None;
     for (name, folder) in models {
-        let prefill = Model::load(folder, &LoadOptions { rows: Rows::Many, ..*options })?;
-        measure_prefill(name, &prefill, sizes, runs, report)?;
-        drop(prefill);
         let before = resident_bytes()?;
-        let model = Model::load(folder, &LoadOptions { rows: Rows::Few, ..*options })?;
+        let mut model = Model::load(folder, &LoadOptions { rows: Rows::Few, ..*options })?;
         measure_decode(name, &model, sizes, runs, before, report)?;
-        match &full {
+        model.set_rows(Rows::Many);
+        measure_prefill(name, &model, sizes, runs, report)?;
+        model.set_rows(Rows::Few);
+        match &mut full {
             Some((full_name, full)) if same_kv(full, &model) => {
-                two_stages([full_name, name], [full, &model], sizes, runs, report)?;
+                two_stages([full_name, name], full, &model, sizes, runs, report)?;
             }
             Some((full_name, _)) => {
                 tracing::info!("{name} has KV of another shape than {full_name}, so the two can't share a request")
@@ -114,17 +114,25 @@ fn measure_decode(
 }
 
 /// The same prompt and as long an answer, by the full model alone and by both, in turns.
-fn two_stages(names: [&str; 2], models: [&Model; 2], sizes: &Sizes, runs: usize, report: &mut Report) -> Result<()> {
+fn two_stages(
+    names: [&str; 2],
+    full: &mut Model,
+    decode: &Model,
+    sizes: &Sizes,
+    runs: usize,
+    report: &mut Report,
+) -> Result<()> {
     let (prompt, answer) = (sizes.prefill_tokens, sizes.answer_tokens);
-    let [full, decode] = models;
     let cache = full.new_cache(blocks_for(prompt + answer))?;
     let mut sequence = Sequences::new(full, &cache, 1, prompt + answer);
     let mut times = [Vec::new(), Vec::new()];
     for _ in 0..runs {
-        for (times, decode) in times.iter_mut().zip([full, decode]) {
-            // The prompt's last logits give the first token of the answer.
+        for (times, decode) in times.iter_mut().zip([None, Some(decode)]) {
+            full.set_rows(Rows::Many);
             let prefill = sequence.prefill(full, prompt)?;
-            times.push(prefill + sequence.decode(decode, 1, prompt, answer - 1)?);
+            full.set_rows(Rows::Few);
+            // The prompt's last logits give the first token of the answer.
+            times.push(prefill + sequence.decode(decode.unwrap_or(full), 1, prompt, answer - 1)?);
         }
     }
     let [alone, both] = times.map(median);

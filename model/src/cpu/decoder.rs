@@ -167,6 +167,11 @@ impl CpuDecoder {
         &self.config
     }
 
+    /// Changes what products are fast for.
+    pub(crate) fn set_rows(&mut self, rows: Rows) {
+        self.how.rows = rows;
+    }
+
     /// Bytes of the packed weights.
     pub(crate) fn weight_bytes(&self) -> usize {
         let of = |b: &Block| b.qkv.size_bytes() + b.o.size_bytes() + b.gate_up.size_bytes() + b.down.size_bytes();

@@ -11,10 +11,11 @@ mod prefill;
 mod segment;
 #[cfg(test)]
 mod tests;
+mod tile;
 
 use overfill_kv::BLOCK_TOKENS;
 
-pub(crate) use self::prefill::Operand;
+pub(crate) use self::tile::Operand;
 use super::{
     element::Element,
     packed::{Arithmetic, Rows},

@@ -1,0 +1,415 @@
+//! The kernel of prefill: a tile's queries over all keys that they see.
+
+use bytemuck::Pod;
+use half::bf16;
+use overfill_kv::{BLOCK_TOKENS, BlockId};
+
+use super::{Heads, PADDING};
+use crate::kernels::{
+    element::Element,
+    inputs::{round_bf16, tile_rows},
+    simd::{Kernel, Simd},
+};
+
+/// Keys between two looks at the softmax.
+const SEGMENT_TOKENS: usize = 64;
+
+/// What products are of, where KV is of type `T`.
+pub(crate) trait Operand<T>: Pod + Send + Sync {
+    /// Neighbouring factors that lie in one lane.
+    const PER_LANE: usize;
+    /// Rounds to nearest.
+    fn round(value: f32) -> Self;
+    /// Puts values, exactly, into each `stride`th place.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
+    #[allow(unsafe_code)]
+    unsafe fn convert<S: Simd>(from: &[T], to: &mut [Self], stride: usize);
+    /// Adds to each lane the products of its `PER_LANE` factors, of `PER_LANE * LANES`, with those at `other`.
+    ///
+    /// # Safety
+    /// They are there, and the processor has the instruction set.
+    #[allow(unsafe_code)]
+    unsafe fn dot<S: Simd>(sums: S::F, lanes: *const Self, other: *const Self) -> S::F;
+}
+
+impl<T: Element> Operand<T> for f32 {
+    const PER_LANE: usize = 1;
+    #[inline(always)]
+    fn round(value: f32) -> Self {
+        value
+    }
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn convert<S: Simd>(from: &[T], to: &mut [Self], stride: usize) {
+        let in_vectors = if stride == 1 { from.len().min(to.len()) / S::LANES * S::LANES } else { 0 };
+        for i in (0..in_vectors).step_by(S::LANES) {
+            // SAFETY: both slices have a vector there.
+            unsafe { S::store(to.as_mut_ptr().add(i), T::load::<S>(from.as_ptr().add(i))) }
+        }
+        let rest = to.iter_mut().step_by(stride).zip(from).skip(in_vectors);
+        rest.for_each(|(to, from)| *to = from.to_f32());
+    }
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn dot<S: Simd>(sums: S::F, lanes: *const Self, other: *const Self) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { S::mul_add(S::splat(*other), S::load(lanes), sums) }
+    }
+}
+
+impl Operand<bf16> for bf16 {
+    const PER_LANE: usize = 2;
+    #[inline(always)]
+    fn round(value: f32) -> Self {
+        round_bf16(value)
+    }
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn convert<S: Simd>(from: &[bf16], to: &mut [Self], stride: usize) {
+        to.iter_mut().step_by(stride).zip(from).for_each(|(to, from)| *to = *from);
+    }
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn dot<S: Simd>(sums: S::F, lanes: *const Self, other: *const Self) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { S::dot_bf16(sums, lanes, other) }
+    }
+}
+
+/// Memory of a tile; `rows` are its queries, padded to whole vectors, and `dim` is the size of a head, made even.
+pub(super) struct Memory<'a, O> {
+    /// `[dim / PER_LANE][rows][PER_LANE]`, scaled.
+    queries: &'a mut [O],
+    /// Of a segment, `[64][dim]`.
+    keys: &'a mut [O],
+    /// Of a segment, `[64 / PER_LANE][dim][PER_LANE]`.
+    values: &'a mut [O],
+    /// The softmax's numerators, `[64 / PER_LANE][rows][PER_LANE]`.
+    weights: &'a mut [O],
+    /// `[64][rows]`.
+    scores: &'a mut [f32],
+    /// `[rows]`: the greatest score so far.
+    greatest: &'a mut [f32],
+    /// `[rows]`: the sum of weights, relative to the greatest.
+    total: &'a mut [f32],
+    /// `[rows]`: what a segment makes of the weights before it.
+    shrink: &'a mut [f32],
+    /// `[dim][rows]`: values by weight.
+    attended: &'a mut [f32],
+    rows: usize,
+    dim: usize,
+}
+
+impl<'a, O> Memory<'a, O> {
+    /// Cuts it out of `memory`, for a softmax that has seen nothing.
+    pub(super) fn prepare<T>(memory: &'a mut Vec<f32>, rows: usize, head_dim: usize) -> Self
+    where
+        O: Operand<T>,
+    {
+        let rows = rows.next_multiple_of(PADDING);
+        // Whole pairs of factors.
+        let dim = head_dim.next_multiple_of(2);
+        let most = dim * rows + SEGMENT_TOKENS * (2 * dim + rows) + SEGMENT_TOKENS * rows + 3 * rows + dim * rows;
+        memory.resize(memory.len().max(most), 0.0);
+        let rest = &mut memory[..];
+        let (queries, rest) = cut(rest, dim * rows);
+        let (keys, rest) = cut(rest, SEGMENT_TOKENS * dim);
+        let (values, rest) = cut(rest, SEGMENT_TOKENS * dim);
+        let (weights, rest) = cut(rest, SEGMENT_TOKENS * rows);
+        let (scores, rest) = rest.split_at_mut(SEGMENT_TOKENS * rows);
+        let (greatest, rest) = rest.split_at_mut(rows);
+        let (total, rest) = rest.split_at_mut(rows);
+        let (shrink, rest) = rest.split_at_mut(rows);
+        let attended = &mut rest[..dim * rows];
+        greatest.fill(f32::NEG_INFINITY);
+        total.fill(0.0);
+        attended.fill(0.0);
+        Self { queries, keys, values, weights, scores, greatest, total, shrink, attended, rows, dim }
+    }
+
+    /// Lays queries in lanes, scaled so that scores are.
+    pub(super) fn take_queries<'q, T>(&mut self, queries: impl Iterator<Item = &'q [f32]>)
+    where
+        O: Operand<T>,
+    {
+        self.queries.fill(O::zeroed());
+        for (row, query) in queries.enumerate() {
+            let scale = 1.0 / (query.len() as f32).sqrt();
+            for (d, q) in query.iter().enumerate() {
+                self.queries[(d / O::PER_LANE * self.rows + row) * O::PER_LANE + d % O::PER_LANE] = O::round(q * scale);
+            }
+        }
+    }
+
+    /// What a query attended to.
+    pub(super) fn result(&self, row: usize) -> impl Iterator<Item = f32> {
+        let total = self.total[row];
+        self.attended[row..].iter().step_by(self.rows).map(move |value| value / total)
+    }
+}
+
+/// The first `count` elements, in memory of f32, and the rest of it.
+fn cut<O: Pod>(memory: &mut [f32], count: usize) -> (&mut [O], &mut [f32]) {
+    let (part, rest) = memory.split_at_mut((count * size_of::<O>()).div_ceil(size_of::<f32>()));
+    (&mut bytemuck::cast_slice_mut(part)[..count], rest)
+}
+
+/// The kernel: a tile's queries under one KV head, over all keys that its last token sees.
+pub(super) struct Tile<'a, 'm, T, O> {
+    pub(super) cache: &'a [T],
+    pub(super) sizes: Heads,
+    pub(super) kv_head: usize,
+    pub(super) blocks: &'a [BlockId],
+    /// Of the first token in the sequence; those after it follow.
+    pub(super) position: usize,
+    /// Position past the last token.
+    pub(super) end: usize,
+    pub(super) memory: &'a mut Memory<'m, O>,
+}
+
+impl<T: Element, O: Operand<T>> Kernel for Tile<'_, '_, T, O> {
+    type Output = ();
+
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn run<S: Simd>(mut self) {
+        // SAFETY: the caller vouches for the instruction set.
+        unsafe {
+            for first in (0..self.end).step_by(SEGMENT_TOKENS) {
+                let count = SEGMENT_TOKENS.min(self.end - first);
+                self.take_segment::<S>(first, count);
+                // Whole vectors of queries that see none of these keys are passed by.
+                let lane = self.unseeing(first) / PADDING * PADDING;
+                self.score::<S>(count, lane);
+                self.weigh::<S>(first, count, lane);
+                self.gather::<S>(count, lane);
+            }
+        }
+    }
+}
+
+impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
+    /// How many of the queries, which are in the order of tokens, do not see a key.
+    fn unseeing(&self, key: usize) -> usize {
+        key.saturating_sub(self.position) * self.sizes.group()
+    }
+
+    /// Fetches keys and values of `count` tokens, and zeros in place of those that are not there: what lies past the last
+    /// token may be left over from another sequence.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn take_segment<S: Simd>(&mut self, first: usize, count: usize) {
+        let Memory { keys, values, dim, .. } = &mut *self.memory;
+        let (dim, head_dim) = (*dim, self.sizes.head_dim);
+        if count < SEGMENT_TOKENS || dim > head_dim {
+            keys.fill(O::zeroed());
+            values.fill(O::zeroed());
+        }
+        for (i, block) in self.blocks[first / BLOCK_TOKENS..].iter().take(count.div_ceil(BLOCK_TOKENS)).enumerate() {
+            let filled = BLOCK_TOKENS.min(count - i * BLOCK_TOKENS);
+            let [from_keys, from_values] = [0, 1].map(|part| {
+                let at = ((block.0 as usize * 2 + part) * self.sizes.kv_heads + self.kv_head) * BLOCK_TOKENS * head_dim;
+                &self.cache[at..at + filled * head_dim]
+            });
+            let at = i * BLOCK_TOKENS * dim;
+            for (from, to) in from_keys.chunks_exact(head_dim).zip(keys[at..].chunks_exact_mut(dim)) {
+                // SAFETY: the caller's.
+                unsafe { O::convert::<S>(from, to, 1) }
+            }
+            for (i, from) in from_values.chunks_exact(head_dim).enumerate() {
+                let to = &mut values[at + i / O::PER_LANE * O::PER_LANE * dim..][..O::PER_LANE * dim];
+                // SAFETY: the caller's.
+                unsafe { O::convert::<S>(from, &mut to[i % O::PER_LANE..], O::PER_LANE) }
+            }
+        }
+    }
+
+    /// `scores[key][row] = keys[key] . queries[row]` for `count` keys, and rows from `lane` on.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn score<S: Simd>(&mut self, count: usize, lane: usize) {
+        let Memory { queries, keys, scores, rows, dim, .. } = &mut *self.memory;
+        let product = Product {
+            lanes: &**queries,
+            steps: *dim / O::PER_LANE,
+            others: &**keys,
+            next_other: *dim,
+            next_step: O::PER_LANE,
+            outputs: count,
+            kept: None,
+            rows: *rows,
+        };
+        // SAFETY: the caller's.
+        unsafe { product.run::<S, T>(lane, scores) }
+    }
+
+    /// Turns the scores of `count` keys from `first` on into weights, and those that a query does not see into zero.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn weigh<S: Simd>(&mut self, first: usize, count: usize, lane: usize) {
+        let hidden = |key: usize| (self.unseeing(first + key), key);
+        let hidden: [(usize, usize); SEGMENT_TOKENS] = std::array::from_fn(hidden);
+        let Memory { scores, weights, greatest, total, shrink, rows, .. } = &mut *self.memory;
+        let rows = *rows;
+        for (unseeing, key) in &hidden[..count] {
+            scores[key * rows + lane..][..unseeing.saturating_sub(lane)].fill(f32::NEG_INFINITY);
+        }
+        assert!(scores.len() == SEGMENT_TOKENS * rows && weights.len() == scores.len() && rows.is_multiple_of(PADDING));
+        assert!(greatest.len() == rows && total.len() == rows && shrink.len() == rows && count <= SEGMENT_TOKENS);
+        // SAFETY: the asserts; LANES divides PADDING.
+        unsafe {
+            for at in (lane..rows).step_by(S::LANES) {
+                let column = scores.as_mut_ptr().add(at);
+                let before = S::load(greatest.as_ptr().add(at));
+                let mut best = before;
+                for key in 0..count {
+                    best = S::max(best, S::load(column.add(key * rows)));
+                }
+                let factor = S::exp(S::sub(before, best));
+                let mut sum = S::splat(0.0);
+                for key in 0..count {
+                    let weight = S::exp(S::sub(S::load(column.add(key * rows)), best));
+                    sum = S::add(sum, weight);
+                    S::store(column.add(key * rows), weight);
+                }
+                S::store(greatest.as_mut_ptr().add(at), best);
+                S::store(shrink.as_mut_ptr().add(at), factor);
+                let all = total.as_mut_ptr().add(at);
+                S::store(all, S::mul_add(S::load(all), factor, sum));
+            }
+        }
+        for (unseeing, key) in &hidden[..count] {
+            scores[key * rows + lane..][..unseeing.saturating_sub(lane)].fill(0.0);
+        }
+        if count % O::PER_LANE > 0 {
+            scores[count * rows..][..rows].fill(0.0);
+        }
+        let count = count.next_multiple_of(O::PER_LANE);
+        let lines =
+            scores[..count * rows].chunks_exact(O::PER_LANE * rows).zip(weights.chunks_exact_mut(O::PER_LANE * rows));
+        for (from, to) in lines {
+            for (i, from) in from.chunks_exact(rows).enumerate() {
+                let to = to[i..].iter_mut().step_by(O::PER_LANE);
+                to.zip(from).for_each(|(to, from)| *to = O::round(*from));
+            }
+        }
+    }
+
+    /// `attended[d][row] = attended[d][row] * shrink[row] + weights[row] . values[d]` for rows from `lane` on.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn gather<S: Simd>(&mut self, count: usize, lane: usize) {
+        let Memory { weights, values, shrink, attended, rows, dim, .. } = &mut *self.memory;
+        let product = Product {
+            lanes: &**weights,
+            steps: count.div_ceil(O::PER_LANE),
+            others: &**values,
+            next_other: O::PER_LANE,
+            next_step: *dim * O::PER_LANE,
+            outputs: *dim,
+            kept: Some(&**shrink),
+            rows: *rows,
+        };
+        // SAFETY: the caller's.
+        unsafe { product.run::<S, T>(lane, attended) }
+    }
+}
+
+/// `out[i][row] = sum over steps of lanes[step][row] * others[i * next_other + step * next_step]`, where a step is of `PER_LANE`
+/// factors, plus what was there times `kept[row]`.
+struct Product<'a, O> {
+    /// `[steps][rows][PER_LANE]`.
+    lanes: &'a [O],
+    steps: usize,
+    others: &'a [O],
+    next_other: usize,
+    next_step: usize,
+    outputs: usize,
+    kept: Option<&'a [f32]>,
+    rows: usize,
+}
+
+impl<O: Pod> Product<'_, O> {
+    /// Rows from `lane` on.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn run<S: Simd, T>(&self, lane: usize, out: &mut [f32])
+    where
+        O: Operand<T>,
+    {
+        let rows = self.rows;
+        let last = (self.outputs - 1) * self.next_other + (self.steps - 1) * self.next_step + O::PER_LANE;
+        assert!(self.lanes.len() >= self.steps * rows * O::PER_LANE && self.others.len() >= last);
+        assert!(out.len() >= self.outputs * rows && self.kept.is_none_or(|kept| kept.len() == rows));
+        assert!(rows.is_multiple_of(PADDING) && lane.is_multiple_of(PADDING));
+        // As many sums as there are registers for.
+        let most = if S::LANES == 8 { 6 } else { 12 };
+        let mut at = lane;
+        while at < rows {
+            let vectors = if at + 2 * S::LANES <= rows { 2 } else { 1 };
+            let mut first = 0;
+            while first < self.outputs {
+                let n = tile_rows(self.outputs - first, most);
+                // SAFETY: the asserts say that all that a tile touches is there.
+                unsafe {
+                    match vectors {
+                        2 => with_rows!(n, self.tile, S, T, 2, (at, first, out), 1 2 3 4 5 6 7 8 9 10 11 12),
+                        _ => with_rows!(n, self.tile, S, T, 1, (at, first, out), 1 2 3 4 5 6 7 8 9 10 11 12),
+                    }
+                }
+                first += n;
+            }
+            at += vectors * S::LANES;
+        }
+    }
+
+    /// OUTPUTS outputs of VECS vectors of rows.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn tile<S: Simd, T, const OUTPUTS: usize, const VECS: usize>(&self, at: usize, first: usize, out: &mut [f32])
+    where
+        O: Operand<T>,
+    {
+        // SAFETY: the caller's.
+        unsafe {
+            let out = out.as_mut_ptr().add(first * self.rows + at);
+            let mut sums = [[S::splat(0.0); VECS]; OUTPUTS];
+            if let Some(kept) = self.kept {
+                for v in 0..VECS {
+                    let kept = S::load(kept.as_ptr().add(at + v * S::LANES));
+                    for (i, sums) in sums.iter_mut().enumerate() {
+                        sums[v] = S::mul(S::load(out.add(i * self.rows + v * S::LANES)), kept);
+                    }
+                }
+            }
+            for step in 0..self.steps {
+                let lanes = self.lanes.as_ptr().add((step * self.rows + at) * O::PER_LANE);
+                let others = self.others.as_ptr().add(first * self.next_other + step * self.next_step);
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    for (v, sum) in sums.iter_mut().enumerate() {
+                        let lanes = lanes.add(v * S::LANES * O::PER_LANE);
+                        *sum = O::dot::<S>(*sum, lanes, others.add(i * self.next_other));
+                    }
+                }
+            }
+            for (i, sums) in sums.iter().enumerate() {
+                for (v, sum) in sums.iter().enumerate() {
+                    S::store(out.add(i * self.rows + v * S::LANES), *sum);
+                }
+            }
+        }
+    }
+}
+
+/// Calls `$self.$f::<S, T, OUTPUTS, VECS>` with `$n`, which is one of the literals, as OUTPUTS.
+macro_rules! with_rows {
+    ($n:expr, $self:ident.$f:ident, $s:ty, $t:ty, $vecs:literal, $args:tt, $($literal:literal)+) => {
+        match $n {
+            $($literal => $self.$f::<$s, $t, $literal, $vecs> $args,)+
+            _ => unreachable!("a tile of {} outputs", $n),
+        }
+    };
+}
+use with_rows;

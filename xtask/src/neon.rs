@@ -1,0 +1,75 @@
+//! The kernels for ARM, on a machine of another kind: built by a compiler for both, run by an emulator.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::apt;
+use crate::process::{cargo, run, succeeds, target};
+
+const TARGET: &str = "aarch64-unknown-linux-gnu";
+const LINKER: &str = "aarch64-linux-gnu-gcc";
+const EMULATOR: &str = "qemu-aarch64";
+
+/// What builds and runs programs for ARM.
+pub struct Tools {
+    rustc: PathBuf,
+}
+
+/// Finds the tools; `install` allows to install Debian's.
+pub fn tools(install: bool) -> Result<Tools> {
+    const NEEDS: &str = "the kernels for ARM need rustc with this target, a linker and an emulator";
+    if let Some(tools) = found() {
+        return Ok(tools);
+    }
+    if !install {
+        bail!("{NEEDS}: `rustup target add {TARGET}`, {LINKER} and {EMULATOR}");
+    }
+    // Debian's compiler brings a standard library for other machines as packages of theirs.
+    run(Command::new("dpkg").args(["--add-architecture", "arm64"]))?;
+    apt::install(
+        &[
+            "rustc-web",
+            "libstd-rust-web-dev:arm64",
+            "gcc-aarch64-linux-gnu",
+            "g++-aarch64-linux-gnu",
+            "libc6-dev-arm64-cross",
+            "qemu-user",
+        ],
+        NEEDS,
+    )?;
+    match found() {
+        Some(tools) => Ok(tools),
+        None => bail!("{NEEDS}, and packages did not bring them"),
+    }
+}
+
+fn found() -> Option<Tools> {
+    let starts = |program: &str| succeeds(Command::new(program).arg("--version"));
+    let has_target = |rustc: &Path| {
+        let libraries = Command::new(rustc).args(["--print", "target-libdir", "--target", TARGET]).output();
+        libraries.is_ok_and(|output| Path::new(String::from_utf8_lossy(&output.stdout).trim()).is_dir())
+    };
+    let rustc = ["rustc", "/usr/bin/rustc"].map(PathBuf::from).into_iter().find(|rustc| has_target(rustc))?;
+    (starts(LINKER) && starts(EMULATOR)).then_some(Tools { rustc })
+}
+
+impl Tools {
+    /// Runs the kernels' tests and those of whole models as an ARM processor would.
+    pub fn run_kernels(&self) -> Result<()> {
+        // Only the kernels' own arithmetic must be fast enough for an emulator, and that is ours.
+        let quick_build = r#"profile.dev.package."*".opt-level=0"#;
+        let mut tests = cargo(&["test", "--locked", "--config", quick_build, "--target", TARGET]);
+        tests.args(["-p", "overfill-model", "--lib", "--", "kernels::"]);
+        let target_variable = |name: &str| format!("CARGO_TARGET_{}_{name}", TARGET.to_uppercase().replace('-', "_"));
+        tests
+            .env("RUSTC", &self.rustc)
+            .env("CARGO_TARGET_DIR", target().join("neon"))
+            .env(target_variable("LINKER"), LINKER)
+            .env(target_variable("RUNNER"), EMULATOR)
+            // Threads of dynamically linked programs hang in some versions of the emulator.
+            .env(target_variable("RUSTFLAGS"), "-C target-feature=+crt-static");
+        run(&mut tests)
+    }
+}
