@@ -1,6 +1,6 @@
 //! Products of bf16 weights with inputs of bf16, for instruction sets that have an instruction for them.
 
-use super::{FEW_ROWS, with_rows};
+use super::{FEW_ROWS, Fetch, with_rows};
 use crate::kernels::{inputs::Rounded, packed::PANEL, simd::Simd};
 
 /// Inputs whose weights take 16 KiB, half of the first-level cache.
@@ -12,18 +12,21 @@ const FAR_AHEAD: usize = 8192;
 #[allow(unsafe_code)]
 pub(super) unsafe fn panel<S: Simd>(panel: &[u8], x: &Rounded, rows: usize, columns: usize, results: &mut [f32]) {
     // One tile of rows passes over the weights once, and needs no cache.
-    let once = rows <= x.tile_rows;
-    let chunk = if once { columns } else { CHUNK_COLUMNS };
+    let chunk = if rows <= x.tile_rows { columns } else { CHUNK_COLUMNS };
     for first in (0..columns).step_by(chunk) {
         let pairs = chunk.min(columns - first).div_ceil(2);
-        let mut row = 0;
-        while row < rows {
+        let (mut row, tiles) = (0, rows.div_ceil(x.tile_rows));
+        for index in 0..tiles {
             let n = x.tile_rows.min(rows - row);
             // SAFETY: see `PanelProduct::run`. An odd last input has a pair in the panel and in the row, both padded.
             unsafe {
                 let all_lanes = Tile {
                     weights: panel.as_ptr().cast::<half::bf16>().add(first * PANEL),
-                    ahead: once && (rows > FEW_ROWS || !S::STREAMS_ALONE),
+                    fetch: match tiles {
+                        1 if rows <= FEW_ROWS => Fetch::stream::<S>(FAR_AHEAD),
+                        1 => Fetch::part(0, 1, pairs, FAR_AHEAD),
+                        _ => Fetch::part(index, tiles, pairs, CHUNK_COLUMNS * PANEL * size_of::<half::bf16>()),
+                    },
                     x: x.values.as_ptr().add(row * x.stride + first * n),
                     pairs,
                     results: results.as_mut_ptr().add(row * PANEL),
@@ -41,8 +44,7 @@ pub(super) unsafe fn panel<S: Simd>(panel: &[u8], x: &Rounded, rows: usize, colu
 #[derive(Clone, Copy)]
 struct Tile {
     weights: *const half::bf16,
-    /// Are weights fetched ahead of their use?
-    ahead: bool,
+    fetch: Fetch,
     /// `[pairs][rows][2]`.
     x: *const half::bf16,
     pairs: usize,
@@ -72,10 +74,8 @@ unsafe fn tile<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile) {
         }
         for pair in 0..t.pairs {
             let weights = t.weights.add(pair * 2 * PANEL);
-            if t.ahead {
-                for v in 0..VECS {
-                    S::prefetch_far(weights.add(2 * v * S::LANES).cast::<u8>().wrapping_add(FAR_AHEAD));
-                }
+            for v in 0..VECS {
+                t.fetch.ask::<S>(pair, weights.add(2 * v * S::LANES).cast::<u8>());
             }
             for (r, sums) in sums.iter_mut().enumerate() {
                 let x = t.x.add(2 * (pair * ROWS + r));

@@ -1,6 +1,6 @@
 //! Products of int8 and int4 weights with inputs of bytes.
 
-use super::{AHEAD, FEW_ROWS, tile_rows, with_rows};
+use super::{AHEAD, FEW_ROWS, Fetch, tile_rows, with_rows};
 use crate::kernels::{
     inputs::Quantised,
     packed::{Format, GROUP, PANEL, SCALES_BYTES},
@@ -33,7 +33,10 @@ pub(super) unsafe fn panel<S: Simd>(format: Format, panel: &[u8], x: &Quantised,
                     bytes: groups.add(skip),
                     weight_scales: groups.cast(),
                     group_bytes,
-                    fetch: if rows <= FEW_ROWS { Fetch::once::<S>() } else { Fetch::shared(index, tiles, group_bytes) },
+                    fetch: match rows {
+                        ..=FEW_ROWS => Fetch::stream::<S>(AHEAD),
+                        _ => Fetch::part(index, tiles, CHUNK_GROUPS, CHUNK_GROUPS * group_bytes),
+                    },
                     count: CHUNK_GROUPS.min(x.groups - first),
                     values: x.values.as_ptr().add(at * GROUP),
                     wide: x.wide.as_ptr().wrapping_add(at * GROUP),
@@ -67,42 +70,6 @@ pub(super) unsafe fn panel<S: Simd>(format: Format, panel: &[u8], x: &Quantised,
                     S::store(result, S::mul(S::load(result), S::load(panel.as_ptr().cast::<f32>().add(lane))));
                 }
             }
-        }
-    }
-}
-
-/// What a tile asks for that will be read later.
-#[derive(Clone, Copy)]
-struct Fetch {
-    /// Of which groups of the chunk, a bit each.
-    groups: u32,
-    /// Bytes ahead of their use.
-    ahead: usize,
-    /// Into the second-level cache, not the first.
-    far: bool,
-}
-
-impl Fetch {
-    /// Few rows are done with weights at once.
-    #[inline(always)]
-    fn once<S: Simd>() -> Self {
-        Self { groups: if S::STREAMS_ALONE { 0 } else { u32::MAX }, ahead: AHEAD, far: false }
-    }
-
-    /// Several tiles pass over a chunk: each of them fetches a part of the next one, so that memory is never idle.
-    #[inline(always)]
-    fn shared(tile: usize, tiles: usize, group_bytes: usize) -> Self {
-        let groups = (tile..CHUNK_GROUPS).step_by(tiles).fold(0, |groups, g| groups | 1 << g);
-        Self { groups, ahead: CHUNK_GROUPS * group_bytes, far: true }
-    }
-
-    #[inline(always)]
-    #[allow(unsafe_code)]
-    unsafe fn ask<S: Simd>(self, g: usize, from: *const u8) {
-        if self.groups >> g & 1 == 1 {
-            let from = from.wrapping_add(self.ahead);
-            // SAFETY: any address will do.
-            unsafe { if self.far { S::prefetch_far(from) } else { S::prefetch(from) } }
         }
     }
 }

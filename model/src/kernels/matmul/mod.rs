@@ -89,6 +89,42 @@ pub(crate) fn multiply(
     }
 }
 
+/// What a tile of rows asks for, on its way over a chunk of weights, that will be read later.
+#[derive(Clone, Copy)]
+struct Fetch {
+    /// In which of its steps.
+    steps: (usize, usize),
+    /// How far beyond what a step reads.
+    ahead_bytes: usize,
+    /// Into the second-level cache, not the first.
+    far: bool,
+}
+
+impl Fetch {
+    /// Few rows are done with weights at once: a steady stream, unless the processor sees to that.
+    #[inline(always)]
+    fn stream<S: Simd>(ahead_bytes: usize) -> Self {
+        let steps = if S::STREAMS_ALONE { (0, 0) } else { (0, usize::MAX) };
+        Self { steps, ahead_bytes, far: false }
+    }
+
+    /// All of `tiles` pass over a chunk of `steps` steps: each fetches a part of the next chunk, so that memory is never idle.
+    #[inline(always)]
+    fn part(tile: usize, tiles: usize, steps: usize, chunk_bytes: usize) -> Self {
+        Self { steps: (tile * steps / tiles, (tile + 1) * steps / tiles), ahead_bytes: chunk_bytes, far: true }
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn ask<S: Simd>(self, step: usize, from: *const u8) {
+        if self.steps.0 <= step && step < self.steps.1 {
+            let from = from.wrapping_add(self.ahead_bytes);
+            // SAFETY: any address will do.
+            unsafe { if self.far { S::prefetch_far(from) } else { S::prefetch(from) } }
+        }
+    }
+}
+
 /// One panel of all rows.
 struct PanelProduct<'a> {
     matrix: &'a Packed,
