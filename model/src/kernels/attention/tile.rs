@@ -232,9 +232,9 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
     unsafe fn score<S: Simd>(&mut self, count: usize, lane: usize) {
         let Memory { queries, keys, scores, rows, dim, .. } = &mut *self.memory;
         let product = Product {
-            lanes: &**queries,
+            lanes: queries,
             steps: *dim / O::PER_LANE,
-            others: &**keys,
+            others: keys,
             next_other: *dim,
             next_step: O::PER_LANE,
             outputs: count,
@@ -283,7 +283,7 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
         for (unseeing, key) in &hidden[..count] {
             scores[key * rows + lane..][..unseeing.saturating_sub(lane)].fill(0.0);
         }
-        if count % O::PER_LANE > 0 {
+        if !count.is_multiple_of(O::PER_LANE) {
             scores[count * rows..][..rows].fill(0.0);
         }
         let count = count.next_multiple_of(O::PER_LANE);
@@ -303,9 +303,9 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
     unsafe fn gather<S: Simd>(&mut self, count: usize, lane: usize) {
         let Memory { weights, values, shrink, attended, rows, dim, .. } = &mut *self.memory;
         let product = Product {
-            lanes: &**weights,
+            lanes: weights,
             steps: count.div_ceil(O::PER_LANE),
-            others: &**values,
+            others: values,
             next_other: O::PER_LANE,
             next_step: *dim * O::PER_LANE,
             outputs: *dim,
