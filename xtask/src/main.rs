@@ -1,4 +1,4 @@
-//! The project's commands: `cargo xtask demo | test | ci | tidy`.
+//! The project's commands: `cargo xtask demo | test | ci | tidy | neon`.
 
 mod apt;
 mod demo;
@@ -19,7 +19,8 @@ usage: cargo xtask COMMAND
   demo [PROMPT]  build, start a local cluster on the demo pair, ask it something, stream the answer
   test           everything that CI runs: format, lints, tidy checks, all tests, kernels' accesses to memory
   ci             the same, but a program that is missing and can't be installed is a fault
-  tidy           the project's own rules about its files";
+  tidy           the project's own rules about its files
+  neon           the kernels' tests as an ARM processor runs them, in an emulator (not part of the others)";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         ["test"] => test::run(Programs::IfThere),
         ["ci"] => test::run(Programs::Required),
         ["tidy"] => tidy::run(),
+        ["neon"] => neon::run(),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(64);

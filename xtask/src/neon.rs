@@ -6,28 +6,30 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use crate::apt;
-use crate::process::{cargo, run, succeeds, target};
+use crate::process::{cargo, run as sh, succeeds, target};
 
 const TARGET: &str = "aarch64-unknown-linux-gnu";
 const LINKER: &str = "aarch64-linux-gnu-gcc";
 const EMULATOR: &str = "qemu-aarch64";
 
 /// What builds and runs programs for ARM.
-pub struct Tools {
+struct Tools {
     rustc: PathBuf,
 }
 
-/// Finds the tools; `install` allows to install Debian's.
-pub fn tools(install: bool) -> Result<Tools> {
+/// Runs the kernels' tests as an ARM processor would.
+pub fn run() -> Result<()> {
+    tools()?.run_kernels()
+}
+
+/// Finds the tools, or installs Debian's.
+fn tools() -> Result<Tools> {
     const NEEDS: &str = "the kernels for ARM need rustc with this target, a linker and an emulator";
     if let Some(tools) = found() {
         return Ok(tools);
     }
-    if !install {
-        bail!("{NEEDS}: `rustup target add {TARGET}`, {LINKER} and {EMULATOR}");
-    }
     // Debian's compiler brings a standard library for other machines as packages of theirs.
-    run(Command::new("dpkg").args(["--add-architecture", "arm64"]))?;
+    sh(Command::new("dpkg").args(["--add-architecture", "arm64"]))?;
     apt::install(
         &[
             "rustc-web",
@@ -56,11 +58,8 @@ fn found() -> Option<Tools> {
 }
 
 impl Tools {
-    /// Runs the kernels' tests and those of whole models as an ARM processor would.
-    pub fn run_kernels(&self) -> Result<()> {
-        // Only the kernels' own arithmetic must be fast enough for an emulator, and that is ours.
-        let quick_build = r#"profile.dev.package."*".opt-level=0"#;
-        let mut tests = cargo(&["test", "--locked", "--config", quick_build, "--target", TARGET]);
+    fn run_kernels(&self) -> Result<()> {
+        let mut tests = cargo(&["test", "--locked", "--target", TARGET]);
         tests.args(["-p", "overfill-model", "--lib", "--", "kernels::"]);
         let target_variable = |name: &str| format!("CARGO_TARGET_{}_{name}", TARGET.to_uppercase().replace('-', "_"));
         tests
@@ -70,6 +69,6 @@ impl Tools {
             .env(target_variable("RUNNER"), EMULATOR)
             // Threads of dynamically linked programs hang in some versions of the emulator.
             .env(target_variable("RUSTFLAGS"), "-C target-feature=+crt-static");
-        run(&mut tests)
+        sh(&mut tests)
     }
 }

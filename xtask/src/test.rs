@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::process::{cargo, phase, run as sh};
-use crate::{apt, memory, neon, python, tidy};
+use crate::{apt, memory, python, tidy};
 
 /// What if a program that tests need is not installed, and can't be?
 #[derive(Clone, Copy, PartialEq)]
@@ -15,7 +15,6 @@ pub enum Programs {
 }
 
 const ACCESSES: &str = "kernels' accesses to memory";
-const NEON: &str = "kernels for ARM";
 
 /// What a program was looked for, if it is there; a fault if it is not, but required.
 fn have<T>(what: &str, found: Result<T>, required: bool, left_out: &mut Vec<String>) -> Result<Option<T>> {
@@ -40,11 +39,6 @@ pub fn run(programs: Programs) -> Result<()> {
     let network = have("tests of bad links", apt::network(), required, &mut left_out)?;
     // Whether there may be hosts is up to the system, which nobody can install.
     let hosts = network.is_some() && have("tests of bad links", apt::hosts(), false, &mut left_out)?.is_some();
-    // On ARM the ordinary tests are of them.
-    let neon = match cfg!(target_arch = "aarch64") {
-        true => None,
-        false => have(NEON, neon::tools(required), required, &mut left_out)?,
-    };
     let mut interpreter = None;
     phase("python environment", || {
         interpreter = Some(python::prepare()?);
@@ -69,9 +63,6 @@ pub fn run(programs: Programs) -> Result<()> {
     })?;
     if valgrind {
         phase(ACCESSES, memory::run_kernels)?;
-    }
-    if let Some(tools) = neon {
-        phase(NEON, || tools.run_kernels())?;
     }
     for left_out in left_out {
         eprintln!("\n== LEFT OUT: {left_out}");
