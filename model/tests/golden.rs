@@ -141,7 +141,7 @@ fn two_stage_and_full_only_hold_in_f32() {
 #[test]
 fn narrow_types_stay_near() {
     for (weights, kv_dtype, bound) in [
-        (WeightFormat::Bf16, KvDtype::Bf16, 1.0),
+        (WeightFormat::Bf16, KvDtype::Bf16, 0.6),
         (WeightFormat::F16, KvDtype::F16, 0.1),
         (WeightFormat::F32, KvDtype::Bf16, 0.5),
         (WeightFormat::Int8, KvDtype::F32, 3.0),

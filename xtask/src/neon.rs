@@ -28,19 +28,13 @@ fn tools() -> Result<Tools> {
     if let Some(tools) = found() {
         return Ok(tools);
     }
-    // Debian's compiler brings a standard library for other machines as packages of theirs.
-    sh(Command::new("dpkg").args(["--add-architecture", "arm64"]))?;
     apt::install(
-        &[
-            "rustc-web",
-            "libstd-rust-web-dev:arm64",
-            "gcc-aarch64-linux-gnu",
-            "g++-aarch64-linux-gnu",
-            "libc6-dev-arm64-cross",
-            "qemu-user",
-        ],
+        &["rustc-web", "gcc-aarch64-linux-gnu", "g++-aarch64-linux-gnu", "libc6-dev-arm64-cross", "qemu-user"],
         NEEDS,
     )?;
+    // Its standard library for other machines is a package of theirs. Only now is it known that this is root on Debian.
+    sh(Command::new("dpkg").args(["--add-architecture", "arm64"]))?;
+    apt::install(&["libstd-rust-web-dev:arm64"], NEEDS)?;
     match found() {
         Some(tools) => Ok(tools),
         None => bail!("{NEEDS}, and packages did not bring them"),

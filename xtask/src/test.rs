@@ -14,31 +14,25 @@ pub enum Programs {
     Required,
 }
 
-const ACCESSES: &str = "kernels' accesses to memory";
-
-/// What a program was looked for, if it is there; a fault if it is not, but required.
-fn have<T>(what: &str, found: Result<T>, required: bool, left_out: &mut Vec<String>) -> Result<Option<T>> {
-    match found {
-        Ok(found) => Ok(Some(found)),
-        Err(error) if required => Err(error.context(what.to_owned())),
-        Err(error) => {
-            left_out.push(format!("{what}: {error:#}"));
-            Ok(None)
-        }
-    }
-}
-
 /// Runs everything; the first fault ends it.
 pub fn run(programs: Programs) -> Result<()> {
     phase("format", || sh(&mut cargo(&["fmt", "--all", "--check"])))?;
     phase("tidy", tidy::run)?;
     let mut left_out = Vec::new();
+    let mut have = |what: &str, found: Result<()>, required: bool| match found {
+        Ok(()) => Ok(true),
+        Err(error) if required => Err(error.context(what.to_owned())),
+        Err(error) => {
+            left_out.push(format!("{what}: {error:#}"));
+            Ok(false)
+        }
+    };
     let required = programs == Programs::Required;
-    let etcd = have("tests of discovery", apt::etcd(), required, &mut left_out)?.is_some();
-    let valgrind = have(ACCESSES, apt::valgrind(), required, &mut left_out)?.is_some();
-    let network = have("tests of bad links", apt::network(), required, &mut left_out)?;
+    let etcd = have("tests of discovery", apt::etcd(), required)?;
+    let valgrind = have("kernels' accesses to memory", apt::valgrind(), required)?;
+    let network = have("tests of bad links", apt::network(), required)?;
     // Whether there may be hosts is up to the system, which nobody can install.
-    let hosts = network.is_some() && have("tests of bad links", apt::hosts(), false, &mut left_out)?.is_some();
+    let hosts = network && have("tests of bad links", apt::hosts(), false)?;
     let mut interpreter = None;
     phase("python environment", || {
         interpreter = Some(python::prepare()?);
@@ -62,7 +56,7 @@ pub fn run(programs: Programs) -> Result<()> {
         sh(&mut command)
     })?;
     if valgrind {
-        phase(ACCESSES, memory::run_kernels)?;
+        phase("kernels' accesses to memory", memory::run_kernels)?;
     }
     for left_out in left_out {
         eprintln!("\n== LEFT OUT: {left_out}");
