@@ -58,6 +58,9 @@ impl Logits {
 
 /// Checks what the forward pass relies on.
 pub(crate) fn check(batch: &[SequenceSlice<'_>], vocab_size: usize) -> Result<()> {
+    if batch.is_empty() {
+        bail!("a batch of no slices");
+    }
     for slice in batch {
         let (count, end) = (slice.tokens.len(), slice.start + slice.tokens.len());
         if count == 0 || slice.blocks.len() < blocks_for(end) {

@@ -187,7 +187,10 @@ impl CpuDecoder {
         on_layer: &mut (dyn FnMut(usize) + Send),
         logits: &mut Logits,
     ) -> Result<(), ModelError> {
-        team::run(self.weight_bytes() >= WORTH_WAKING_BYTES, || self.run(cache, batch, on_layer, logits))
+        // Not within the pool: a thread that waits there for a part of its step may take up another step.
+        let mut workspace = self.workspace.lock();
+        let w = &mut *workspace;
+        team::run(self.weight_bytes() >= WORTH_WAKING_BYTES, || self.run(cache, batch, on_layer, logits, w))
     }
 
     fn run(
@@ -196,12 +199,11 @@ impl CpuDecoder {
         batch: &[SequenceSlice<'_>],
         on_layer: &mut (dyn FnMut(usize) + Send),
         logits: &mut Logits,
+        w: &mut Workspace,
     ) -> Result<(), ModelError> {
         let how = self.how;
         let sizes = crate::loading::heads(&self.config);
         let widths = self.widths(sizes);
-        let mut workspace = self.workspace.lock();
-        let w = &mut *workspace;
         w.prepare(batch, &widths, &self.inverse_frequencies);
         self.embed(batch, &mut w.x);
         for (layer, block) in self.blocks.iter().enumerate() {

@@ -144,13 +144,14 @@ impl Kernel for Quantise<'_> {
             // A whole group, in eight lanes, so that the compiler uses vectors.
             let mut group = [0.0_f32; GROUP];
             group[..x.len()].copy_from_slice(x);
-            let mut lanes = [0.0_f32; 8];
+            // Without their signs, bits are in the order of values, infinity and NaN above all: then so is the scale.
+            let mut lanes = [0_u32; 8];
             for x in group.chunks_exact(8) {
                 for (lane, x) in lanes.iter_mut().zip(x) {
-                    *lane = if x.abs() > *lane { x.abs() } else { *lane };
+                    *lane = (*lane).max(x.abs().to_bits());
                 }
             }
-            let greatest = lanes.iter().fold(0.0_f32, |a, b| a.max(*b));
+            let greatest = f32::from_bits(lanes.into_iter().fold(0, u32::max));
             *scale = greatest / 127.0;
             let inverse = if greatest == 0.0 { 0.0 } else { 127.0 / greatest };
             for (value, x) in values.iter_mut().zip(group) {
@@ -204,5 +205,68 @@ impl Arithmetic {
     /// `x` as it meets this matrix.
     pub(crate) fn inputs<'a>(self, matrix: &Packed, x: &'a [f32], buffer: &'a mut InputBuffer) -> Inputs<'a> {
         Inputs::new(self.isa, matrix.format().inputs(self), x, matrix.columns(), buffer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn bytes_are_within_half_a_step(rows in 1_usize..4, columns in 1_usize..100, exponent in -20_i32..20, seed: u64) {
+            let mut state = seed;
+            let x: Vec<f32> = (0..rows * columns).map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                ((state >> 40) as f32 / (1 << 23) as f32 - 1.0) * (exponent as f32).exp2()
+            }).collect();
+            for isa in Isa::available() {
+                let mut buffer = InputBuffer::default();
+                buffer.quantised.fill(*isa, &x, columns);
+                let q = &buffer.quantised;
+                for (row, x) in x.chunks_exact(columns).enumerate() {
+                    for (group, x) in x.chunks(GROUP).enumerate() {
+                        let at = row * q.groups + group;
+                        let (values, scale) = (&q.values[at * GROUP..][..GROUP], q.scales[at]);
+                        for (value, x) in values.iter().zip(x) {
+                            let distance = (f32::from(*value) * scale - x).abs();
+                            prop_assert!(distance <= scale * 0.5001, "{isa:?}: {x} became {value} * {scale}");
+                        }
+                        prop_assert!(values[x.len()..].iter().all(|value| *value == 0));
+                        prop_assert_eq!(q.sums[at], values.iter().map(|value| i32::from(*value)).sum::<i32>());
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn rounding_is_that_of_bf16(x in prop::num::f32::ANY) {
+            // NaN may lose what tells it from another, as long as it is one that arithmetic makes.
+            if !x.is_nan() {
+                prop_assert_eq!(round_bf16(x).to_bits(), bf16::from_f32(x).to_bits());
+            }
+            prop_assert!(round_bf16(f32::NAN).is_nan());
+            // Half way between two.
+            let tie = f32::from_bits(x.to_bits() & 0xffff_0000 | 0x8000);
+            if !tie.is_nan() {
+                prop_assert_eq!(round_bf16(tie).to_bits(), bf16::from_f32(tie).to_bits());
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_does_not_become_one() {
+        for (bad, isa) in
+            [f32::NAN, f32::INFINITY].into_iter().flat_map(|x| Isa::available().iter().map(move |i| (x, i)))
+        {
+            let mut x = [1.0; 40];
+            x[35] = bad;
+            let mut buffer = InputBuffer::default();
+            buffer.quantised.fill(*isa, &x, 40);
+            let product = |i: usize| f32::from(buffer.quantised.values[i]) * buffer.quantised.scales[i / GROUP];
+            assert!(product(0) == 1.0 && product(35).is_nan(), "{isa:?}: {bad} became {}", product(35));
+        }
     }
 }

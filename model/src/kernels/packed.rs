@@ -55,7 +55,7 @@ impl Format {
         }
     }
 
-    /// Bytes of a group of an integer format.
+    /// Bytes of a group of an integer format; for others it says nothing.
     pub(crate) fn group_bytes(self) -> usize {
         match self {
             Self::Int8Channel => PANEL * GROUP,

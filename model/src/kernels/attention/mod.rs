@@ -51,7 +51,7 @@ pub(crate) struct AttentionScratch {
 }
 
 /// Causal attention of q `[n, heads, head_dim]` over a cache layer `[blocks, 2, kv_heads, 16, head_dim]` into `out`, of q's
-/// shape. `O` is what a prompt's products are of.
+/// shape. `O` is the type of the factors that a prompt's products multiply.
 pub(crate) fn attend<T: Element, O: Operand<T>>(
     how: Arithmetic,
     q: &[f32],
@@ -64,6 +64,8 @@ pub(crate) fn attend<T: Element, O: Operand<T>>(
     let n: usize = batch.iter().map(|slice| slice.tokens.len()).sum();
     let width = sizes.heads * sizes.head_dim;
     assert!(q.len() == n * width && out.len() == q.len());
+    // Configurations with others are refused; prefill's kernel takes pairs.
+    assert!(sizes.head_dim.is_multiple_of(2), "an odd head_dim");
     let block_elements = 2 * sizes.kv_heads * BLOCK_TOKENS * sizes.head_dim;
     let mut work = 0;
     for slice in batch {

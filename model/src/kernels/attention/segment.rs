@@ -9,7 +9,7 @@ use super::{
 use crate::kernels::{
     element::Element,
     inputs::tile_rows,
-    simd::{Kernel, Simd},
+    simd::{Kernel, Simd, load_tile, store_tile},
 };
 
 /// A token's queries over a run of blocks.
@@ -91,6 +91,10 @@ struct Block<E> {
 
 impl<T: Element> Segment<'_, '_, T> {
     /// Takes in one KV head of a block.
+    ///
+    /// # Safety
+    /// `block` points to 16 keys and values, `stride` apart, each as many whole vectors as `head_dim` takes up. The asserts of
+    /// `run` have held, and the processor has the instruction set.
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn attend<S: Simd, E: Element>(&mut self, kv_head: usize, block: Block<E>) {
@@ -129,6 +133,9 @@ fn widen<T: Element>(from: &[T], dim: usize, to: &mut [f32], padded: usize) {
 }
 
 /// Asks for COUNT vectors that will be read soon.
+///
+/// # Safety
+/// The processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn prefetch<S: Simd, E: Element, const COUNT: usize>(from: *const E, at: usize) {
@@ -140,6 +147,10 @@ unsafe fn prefetch<S: Simd, E: Element, const COUNT: usize>(from: *const E, at: 
 }
 
 /// Scores of ROWS queries under the 16 keys of a block. Those past the last token are of zeros or old keys: no matter.
+///
+/// # Safety
+/// `queries` are ROWS, `padded` apart, and `block`'s keys 16, all `width` long, a multiple of LANES; there is room for `[ROWS][16]`
+/// scores. The processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn score<S: Simd, E: Element, const ROWS: usize>(
@@ -150,12 +161,13 @@ unsafe fn score<S: Simd, E: Element, const ROWS: usize>(
     scores: *mut f32,
 ) {
     const KEYS: usize = 4;
-    // SAFETY: see `Segment::attend`.
+    // SAFETY: the caller's.
     unsafe {
         for first in (0..BLOCK_TOKENS).step_by(KEYS) {
             let mut sums = [[S::splat(0.0); KEYS]; ROWS];
             for d in (0..width).step_by(S::LANES) {
-                // In the order of memory, other than it is read: processors know that order.
+                // Keys are read four at a time, across their rows, but asked for row by row, as they lie: a processor sees
+                // that order coming.
                 prefetch::<S, E, KEYS>(block.next[0], first * block.stride + d * KEYS);
                 let mut k = [S::splat(0.0); KEYS];
                 for (i, k) in k.iter_mut().enumerate() {
@@ -176,12 +188,16 @@ unsafe fn score<S: Simd, E: Element, const ROWS: usize>(
 }
 
 /// Turns the first `seen` of 16 scores into weights, the others into 0; the result is what earlier weights shrink by.
+///
+/// # Safety
+/// The processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn weigh<S: Simd>(scores: &mut [f32], seen: usize, greatest: &mut f32, total: &mut f32) -> f32 {
+    let scores = &mut scores[..BLOCK_TOKENS];
     let best = scores[..seen].iter().fold(*greatest, |a, b| a.max(*b));
     for i in (0..BLOCK_TOKENS).step_by(S::LANES) {
-        // SAFETY: there are 16 scores.
+        // SAFETY: LANES divides 16, and indexing would have found fewer scores.
         unsafe {
             let at = scores.as_mut_ptr().add(i);
             S::store(at, S::exp(S::sub(S::load(at), S::splat(best))));
@@ -195,6 +211,10 @@ unsafe fn weigh<S: Simd>(scores: &mut [f32], seen: usize, greatest: &mut f32, to
 }
 
 /// `out = out * shrink + weights . values` for ROWS queries and the values that are there.
+///
+/// # Safety
+/// There are `[ROWS][16]` weights, ROWS of `shrink` and of `out`, `padded` apart, and `block`'s values, all `width` long, a multiple
+/// of LANES. The processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn gather<S: Simd, E: Element, const ROWS: usize>(
@@ -205,7 +225,7 @@ unsafe fn gather<S: Simd, E: Element, const ROWS: usize>(
     out: *mut f32,
     padded: usize,
 ) {
-    // SAFETY: see `Segment::attend`.
+    // SAFETY: the caller's.
     unsafe {
         let mut d = 0;
         while d < width {
@@ -221,6 +241,9 @@ unsafe fn gather<S: Simd, E: Element, const ROWS: usize>(
 }
 
 /// The same for VECS vectors from `first` on.
+///
+/// # Safety
+/// As for [`gather`]; those vectors are within `width`.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn gather_lanes<S: Simd, E: Element, const ROWS: usize, const VECS: usize>(
@@ -231,14 +254,14 @@ unsafe fn gather_lanes<S: Simd, E: Element, const ROWS: usize, const VECS: usize
     out: *mut f32,
     padded: usize,
 ) {
-    // SAFETY: see `Segment::attend`.
+    // SAFETY: the caller's.
     unsafe {
         let out = out.add(first);
-        let mut sums = [[S::splat(0.0); VECS]; ROWS];
+        let mut sums = load_tile::<S, ROWS, VECS>(out, padded);
         for (r, sums) in sums.iter_mut().enumerate() {
             let shrink = S::splat(*shrink.add(r));
-            for (v, sum) in sums.iter_mut().enumerate() {
-                *sum = S::mul(S::load(out.add(r * padded + v * S::LANES)), shrink);
+            for sum in sums {
+                *sum = S::mul(*sum, shrink);
             }
         }
         for key in 0..block.filled {
@@ -254,11 +277,7 @@ unsafe fn gather_lanes<S: Simd, E: Element, const ROWS: usize, const VECS: usize
                 }
             }
         }
-        for (r, sums) in sums.iter().enumerate() {
-            for (v, sum) in sums.iter().enumerate() {
-                S::store(out.add(r * padded + v * S::LANES), *sum);
-            }
-        }
+        store_tile::<S, ROWS, VECS>(out, padded, sums);
     }
 }
 

@@ -8,11 +8,11 @@ use super::{Heads, PADDING};
 use crate::kernels::{
     element::Element,
     inputs::{round_bf16, tile_rows},
-    simd::{Kernel, Simd},
+    simd::{Kernel, Simd, load_tile, store_tile},
 };
 
 /// Keys between two looks at the softmax.
-const SEGMENT_TOKENS: usize = 64;
+const CHUNK_TOKENS: usize = 64;
 
 /// What products are of, where KV is of type `T`.
 pub(crate) trait Operand<T>: Pod + Send + Sync {
@@ -78,13 +78,13 @@ impl Operand<bf16> for bf16 {
     }
 }
 
-/// Memory of a tile; `rows` are its queries, padded to whole vectors, and `dim` is the size of a head, made even.
+/// Memory of a tile; `rows` are its queries, padded to whole vectors, and `dim` is the size of a head.
 pub(super) struct Memory<'a, O> {
     /// `[dim / PER_LANE][rows][PER_LANE]`, scaled.
     queries: &'a mut [O],
-    /// Of a segment, `[64][dim]`.
+    /// Of a chunk of keys, `[64][dim]`.
     keys: &'a mut [O],
-    /// Of a segment, `[64 / PER_LANE][dim][PER_LANE]`.
+    /// Of a chunk of keys, `[64 / PER_LANE][dim][PER_LANE]`.
     values: &'a mut [O],
     /// The softmax's numerators, `[64 / PER_LANE][rows][PER_LANE]`.
     weights: &'a mut [O],
@@ -94,7 +94,7 @@ pub(super) struct Memory<'a, O> {
     greatest: &'a mut [f32],
     /// `[rows]`: the sum of weights, relative to the greatest.
     total: &'a mut [f32],
-    /// `[rows]`: what a segment makes of the weights before it.
+    /// `[rows]`: what a chunk makes of the weights before it.
     shrink: &'a mut [f32],
     /// `[dim][rows]`: values by weight.
     attended: &'a mut [f32],
@@ -109,16 +109,15 @@ impl<'a, O> Memory<'a, O> {
         O: Operand<T>,
     {
         let rows = rows.next_multiple_of(PADDING);
-        // Whole pairs of factors.
-        let dim = head_dim.next_multiple_of(2);
-        let most = dim * rows + SEGMENT_TOKENS * (2 * dim + rows) + SEGMENT_TOKENS * rows + 3 * rows + dim * rows;
+        let dim = head_dim;
+        let most = dim * rows + CHUNK_TOKENS * (2 * dim + rows) + CHUNK_TOKENS * rows + 3 * rows + dim * rows;
         memory.resize(memory.len().max(most), 0.0);
         let rest = &mut memory[..];
         let (queries, rest) = cut(rest, dim * rows);
-        let (keys, rest) = cut(rest, SEGMENT_TOKENS * dim);
-        let (values, rest) = cut(rest, SEGMENT_TOKENS * dim);
-        let (weights, rest) = cut(rest, SEGMENT_TOKENS * rows);
-        let (scores, rest) = rest.split_at_mut(SEGMENT_TOKENS * rows);
+        let (keys, rest) = cut(rest, CHUNK_TOKENS * dim);
+        let (values, rest) = cut(rest, CHUNK_TOKENS * dim);
+        let (weights, rest) = cut(rest, CHUNK_TOKENS * rows);
+        let (scores, rest) = rest.split_at_mut(CHUNK_TOKENS * rows);
         let (greatest, rest) = rest.split_at_mut(rows);
         let (total, rest) = rest.split_at_mut(rows);
         let (shrink, rest) = rest.split_at_mut(rows);
@@ -129,7 +128,7 @@ impl<'a, O> Memory<'a, O> {
         Self { queries, keys, values, weights, scores, greatest, total, shrink, attended, rows, dim }
     }
 
-    /// Lays queries in lanes, scaled so that scores are.
+    /// Lays queries in lanes, times the scale that scores shall have.
     pub(super) fn take_queries<'q, T>(&mut self, queries: impl Iterator<Item = &'q [f32]>)
     where
         O: Operand<T>,
@@ -177,14 +176,14 @@ impl<T: Element, O: Operand<T>> Kernel for Tile<'_, '_, T, O> {
     unsafe fn run<S: Simd>(mut self) {
         // SAFETY: the caller vouches for the instruction set.
         unsafe {
-            for first in (0..self.end).step_by(SEGMENT_TOKENS) {
-                let count = SEGMENT_TOKENS.min(self.end - first);
-                self.take_segment::<S>(first, count);
+            for first in (0..self.end).step_by(CHUNK_TOKENS) {
+                let count = CHUNK_TOKENS.min(self.end - first);
+                self.take_chunk::<S>(first, count);
                 // Whole vectors of queries that see none of these keys are passed by.
-                let lane = self.unseeing(first) / PADDING * PADDING;
-                self.score::<S>(count, lane);
-                self.weigh::<S>(first, count, lane);
-                self.gather::<S>(count, lane);
+                let first_row = self.unseeing(first) / PADDING * PADDING;
+                self.score::<S>(count, first_row);
+                self.weigh::<S>(first, count, first_row);
+                self.gather::<S>(count, first_row);
             }
         }
     }
@@ -198,27 +197,30 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
 
     /// Fetches keys and values of `count` tokens, and zeros in place of those that are not there: what lies past the last
     /// token may be left over from another sequence.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
     #[inline(always)]
     #[allow(unsafe_code)]
-    unsafe fn take_segment<S: Simd>(&mut self, first: usize, count: usize) {
+    unsafe fn take_chunk<S: Simd>(&mut self, first: usize, count: usize) {
         let Memory { keys, values, dim, .. } = &mut *self.memory;
-        let (dim, head_dim) = (*dim, self.sizes.head_dim);
-        if count < SEGMENT_TOKENS || dim > head_dim {
+        let dim = *dim;
+        if count < CHUNK_TOKENS {
             keys.fill(O::zeroed());
             values.fill(O::zeroed());
         }
         for (i, block) in self.blocks[first / BLOCK_TOKENS..].iter().take(count.div_ceil(BLOCK_TOKENS)).enumerate() {
             let filled = BLOCK_TOKENS.min(count - i * BLOCK_TOKENS);
             let [from_keys, from_values] = [0, 1].map(|part| {
-                let at = ((block.0 as usize * 2 + part) * self.sizes.kv_heads + self.kv_head) * BLOCK_TOKENS * head_dim;
-                &self.cache[at..at + filled * head_dim]
+                let at = ((block.0 as usize * 2 + part) * self.sizes.kv_heads + self.kv_head) * BLOCK_TOKENS * dim;
+                &self.cache[at..at + filled * dim]
             });
             let at = i * BLOCK_TOKENS * dim;
-            for (from, to) in from_keys.chunks_exact(head_dim).zip(keys[at..].chunks_exact_mut(dim)) {
+            for (from, to) in from_keys.chunks_exact(dim).zip(keys[at..].chunks_exact_mut(dim)) {
                 // SAFETY: the caller's.
                 unsafe { O::convert::<S>(from, to, 1) }
             }
-            for (i, from) in from_values.chunks_exact(head_dim).enumerate() {
+            for (i, from) in from_values.chunks_exact(dim).enumerate() {
                 let to = &mut values[at + i / O::PER_LANE * O::PER_LANE * dim..][..O::PER_LANE * dim];
                 // SAFETY: the caller's.
                 unsafe { O::convert::<S>(from, &mut to[i % O::PER_LANE..], O::PER_LANE) }
@@ -226,10 +228,13 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
         }
     }
 
-    /// `scores[key][row] = keys[key] . queries[row]` for `count` keys, and rows from `lane` on.
+    /// `scores[key][row] = keys[key] . queries[row]` for `count` keys, and rows from `first_row` on.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
     #[inline(always)]
     #[allow(unsafe_code)]
-    unsafe fn score<S: Simd>(&mut self, count: usize, lane: usize) {
+    unsafe fn score<S: Simd>(&mut self, count: usize, first_row: usize) {
         let Memory { queries, keys, scores, rows, dim, .. } = &mut *self.memory;
         let product = Product {
             lanes: queries,
@@ -242,25 +247,28 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
             rows: *rows,
         };
         // SAFETY: the caller's.
-        unsafe { product.run::<S, T>(lane, scores) }
+        unsafe { product.run::<S, T>(first_row, scores) }
     }
 
     /// Turns the scores of `count` keys from `first` on into weights, and those that a query does not see into zero.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
     #[inline(always)]
     #[allow(unsafe_code)]
-    unsafe fn weigh<S: Simd>(&mut self, first: usize, count: usize, lane: usize) {
+    unsafe fn weigh<S: Simd>(&mut self, first: usize, count: usize, first_row: usize) {
         let hidden = |key: usize| (self.unseeing(first + key), key);
-        let hidden: [(usize, usize); SEGMENT_TOKENS] = std::array::from_fn(hidden);
+        let hidden: [(usize, usize); CHUNK_TOKENS] = std::array::from_fn(hidden);
         let Memory { scores, weights, greatest, total, shrink, rows, .. } = &mut *self.memory;
         let rows = *rows;
         for (unseeing, key) in &hidden[..count] {
-            scores[key * rows + lane..][..unseeing.saturating_sub(lane)].fill(f32::NEG_INFINITY);
+            scores[key * rows + first_row..][..unseeing.saturating_sub(first_row)].fill(f32::NEG_INFINITY);
         }
-        assert!(scores.len() == SEGMENT_TOKENS * rows && weights.len() == scores.len() && rows.is_multiple_of(PADDING));
-        assert!(greatest.len() == rows && total.len() == rows && shrink.len() == rows && count <= SEGMENT_TOKENS);
+        assert!(scores.len() == CHUNK_TOKENS * rows && weights.len() == scores.len() && rows.is_multiple_of(PADDING));
+        assert!(greatest.len() == rows && total.len() == rows && shrink.len() == rows && count <= CHUNK_TOKENS);
         // SAFETY: the asserts; LANES divides PADDING.
         unsafe {
-            for at in (lane..rows).step_by(S::LANES) {
+            for at in (first_row..rows).step_by(S::LANES) {
                 let column = scores.as_mut_ptr().add(at);
                 let before = S::load(greatest.as_ptr().add(at));
                 let mut best = before;
@@ -281,7 +289,7 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
             }
         }
         for (unseeing, key) in &hidden[..count] {
-            scores[key * rows + lane..][..unseeing.saturating_sub(lane)].fill(0.0);
+            scores[key * rows + first_row..][..unseeing.saturating_sub(first_row)].fill(0.0);
         }
         if !count.is_multiple_of(O::PER_LANE) {
             scores[count * rows..][..rows].fill(0.0);
@@ -297,10 +305,13 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
         }
     }
 
-    /// `attended[d][row] = attended[d][row] * shrink[row] + weights[row] . values[d]` for rows from `lane` on.
+    /// `attended[d][row] = attended[d][row] * shrink[row] + weights[row] . values[d]` for rows from `first_row` on.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
     #[inline(always)]
     #[allow(unsafe_code)]
-    unsafe fn gather<S: Simd>(&mut self, count: usize, lane: usize) {
+    unsafe fn gather<S: Simd>(&mut self, count: usize, first_row: usize) {
         let Memory { weights, values, shrink, attended, rows, dim, .. } = &mut *self.memory;
         let product = Product {
             lanes: weights,
@@ -313,7 +324,7 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
             rows: *rows,
         };
         // SAFETY: the caller's.
-        unsafe { product.run::<S, T>(lane, attended) }
+        unsafe { product.run::<S, T>(first_row, attended) }
     }
 }
 
@@ -332,10 +343,13 @@ struct Product<'a, O> {
 }
 
 impl<O: Pod> Product<'_, O> {
-    /// Rows from `lane` on.
+    /// Rows from `first_row` on.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
     #[inline(always)]
     #[allow(unsafe_code)]
-    unsafe fn run<S: Simd, T>(&self, lane: usize, out: &mut [f32])
+    unsafe fn run<S: Simd, T>(&self, first_row: usize, out: &mut [f32])
     where
         O: Operand<T>,
     {
@@ -343,10 +357,10 @@ impl<O: Pod> Product<'_, O> {
         let last = (self.outputs - 1) * self.next_other + (self.steps - 1) * self.next_step + O::PER_LANE;
         assert!(self.lanes.len() >= self.steps * rows * O::PER_LANE && self.others.len() >= last);
         assert!(out.len() >= self.outputs * rows && self.kept.is_none_or(|kept| kept.len() == rows));
-        assert!(rows.is_multiple_of(PADDING) && lane.is_multiple_of(PADDING));
+        assert!(rows.is_multiple_of(PADDING) && first_row.is_multiple_of(PADDING));
         // As many sums as there are registers for.
         let most = if S::LANES == 8 { 6 } else { 12 };
-        let mut at = lane;
+        let mut at = first_row;
         while at < rows {
             let vectors = if at + 2 * S::LANES <= rows { 2 } else { 1 };
             let mut first = 0;
@@ -365,7 +379,10 @@ impl<O: Pod> Product<'_, O> {
         }
     }
 
-    /// OUTPUTS outputs of VECS vectors of rows.
+    /// OUTPUTS outputs from `first` on, of VECS vectors of rows from `at` on.
+    ///
+    /// # Safety
+    /// They are there, as the asserts of `run` say of all. The processor has the instruction set.
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn tile<S: Simd, T, const OUTPUTS: usize, const VECS: usize>(&self, at: usize, first: usize, out: &mut [f32])
@@ -377,10 +394,11 @@ impl<O: Pod> Product<'_, O> {
             let out = out.as_mut_ptr().add(first * self.rows + at);
             let mut sums = [[S::splat(0.0); VECS]; OUTPUTS];
             if let Some(kept) = self.kept {
-                for v in 0..VECS {
-                    let kept = S::load(kept.as_ptr().add(at + v * S::LANES));
-                    for (i, sums) in sums.iter_mut().enumerate() {
-                        sums[v] = S::mul(S::load(out.add(i * self.rows + v * S::LANES)), kept);
+                let [kept] = load_tile::<S, 1, VECS>(kept.as_ptr().add(at), 0);
+                sums = load_tile::<S, OUTPUTS, VECS>(out, self.rows);
+                for sums in &mut sums {
+                    for (sum, kept) in sums.iter_mut().zip(kept) {
+                        *sum = S::mul(*sum, kept);
                     }
                 }
             }
@@ -394,11 +412,7 @@ impl<O: Pod> Product<'_, O> {
                     }
                 }
             }
-            for (i, sums) in sums.iter().enumerate() {
-                for (v, sum) in sums.iter().enumerate() {
-                    S::store(out.add(i * self.rows + v * S::LANES), *sum);
-                }
-            }
+            store_tile::<S, OUTPUTS, VECS>(out, self.rows, sums);
         }
     }
 }

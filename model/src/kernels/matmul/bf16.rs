@@ -1,13 +1,22 @@
 //! Products of bf16 weights with inputs of bf16, for instruction sets that have an instruction for them.
 
 use super::{FEW_ROWS, Fetch, with_rows};
-use crate::kernels::{inputs::Rounded, packed::PANEL, simd::Simd};
+use crate::kernels::{
+    inputs::Rounded,
+    packed::PANEL,
+    simd::{Simd, load_tile, store_tile},
+};
 
 /// Inputs whose weights take 16 KiB, half of the first-level cache.
 const CHUNK_COLUMNS: usize = 256;
-/// Bytes ahead of their use that weights are fetched.
-const FAR_AHEAD: usize = 8192;
+/// Bytes ahead of their use that one tile of several rows fetches weights, where there are no chunks.
+const WHOLE_AHEAD: usize = 8192;
 
+/// One panel of all rows.
+///
+/// # Safety
+/// `panel` is one of `columns` columns of bf16, `x` has `rows` rows of as many, and `results` is `[rows][32]`; the processor
+/// has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 pub(super) unsafe fn panel<S: Simd>(panel: &[u8], x: &Rounded, rows: usize, columns: usize, results: &mut [f32]) {
@@ -18,13 +27,13 @@ pub(super) unsafe fn panel<S: Simd>(panel: &[u8], x: &Rounded, rows: usize, colu
         let (mut row, tiles) = (0, rows.div_ceil(x.tile_rows));
         for index in 0..tiles {
             let n = x.tile_rows.min(rows - row);
-            // SAFETY: see `PanelProduct::run`. An odd last input has a pair in the panel and in the row, both padded.
+            // SAFETY: the caller's. An odd last input has a pair in the panel and in the row, both padded.
             unsafe {
                 let all_lanes = Tile {
                     weights: panel.as_ptr().cast::<half::bf16>().add(first * PANEL),
                     fetch: match tiles {
-                        1 if rows <= FEW_ROWS => Fetch::stream::<S>(FAR_AHEAD),
-                        1 => Fetch::part(0, 1, pairs, FAR_AHEAD),
+                        1 if rows <= FEW_ROWS => Fetch::stream::<S>(),
+                        1 => Fetch::part(0, 1, pairs, WHOLE_AHEAD),
                         _ => Fetch::part(index, tiles, pairs, CHUNK_COLUMNS * PANEL * size_of::<half::bf16>()),
                     },
                     x: x.values.as_ptr().add(row * x.stride + first * n),
@@ -52,26 +61,29 @@ struct Tile {
 }
 
 impl Tile {
+    /// The same from another lane on.
+    ///
+    /// # Safety
+    /// There is such a lane.
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn at_lane(self, lane: usize) -> Self {
-        // SAFETY: the caller's: there is such a lane.
+        // SAFETY: the caller's.
         unsafe { Self { weights: self.weights.add(2 * lane), results: self.results.add(lane), ..self } }
     }
 }
 
 /// `results[row][lane] += sum over k of x[row][k] * weights[k][lane]` for ROWS rows and VECS vectors of lanes.
+///
+/// # Safety
+/// `t` points to `pairs` pairs of columns of ROWS rows and of a panel, and to ROWS results; each of panel and results has
+/// VECS * LANES lanes from there on. The processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn tile<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile) {
-    // SAFETY: the caller's: ROWS rows, `pairs` pairs of columns, VECS * LANES lanes of a panel.
+    // SAFETY: the caller's.
     unsafe {
-        let mut sums = [[S::splat(0.0); VECS]; ROWS];
-        for (r, sums) in sums.iter_mut().enumerate() {
-            for (v, sum) in sums.iter_mut().enumerate() {
-                *sum = S::load(t.results.add(r * PANEL + v * S::LANES));
-            }
-        }
+        let mut sums = load_tile::<S, ROWS, VECS>(t.results, PANEL);
         for pair in 0..t.pairs {
             let weights = t.weights.add(pair * 2 * PANEL);
             for v in 0..VECS {
@@ -84,10 +96,6 @@ unsafe fn tile<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile) {
                 }
             }
         }
-        for (r, sums) in sums.iter().enumerate() {
-            for (v, sum) in sums.iter().enumerate() {
-                S::store(t.results.add(r * PANEL + v * S::LANES), *sum);
-            }
-        }
+        store_tile::<S, ROWS, VECS>(t.results, PANEL, sums);
     }
 }

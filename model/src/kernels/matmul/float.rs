@@ -2,10 +2,10 @@
 
 use half::bf16;
 
-use super::{AHEAD, CHUNK_COLUMNS, tile_rows, with_rows};
+use super::{CHUNK_COLUMNS, Fetch, tile_rows, with_rows};
 use crate::kernels::{
     packed::{Format, GROUP, PANEL, SCALES_BYTES},
-    simd::Simd,
+    simd::{Simd, load_tile, store_tile},
 };
 
 /// Up to so many rows multiply bf16 weights as they are; more are worth widening each chunk once.
@@ -13,6 +13,11 @@ const DIRECT_ROWS: usize = 16;
 /// Rows of a tile over bf16 weights.
 const BF16_ROWS: usize = 6;
 
+/// One panel of all rows.
+///
+/// # Safety
+/// `panel` is one of `columns` columns in `format`, `x` is `[rows][columns]`, `results` `[rows][32]`, and `widened` has room for
+/// `CHUNK_COLUMNS`, a multiple of 32; the processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 pub(super) unsafe fn panel<S: Simd>(
@@ -24,10 +29,11 @@ pub(super) unsafe fn panel<S: Simd>(
     results: &mut [f32],
     widened: &mut [f32],
 ) {
-    // SAFETY: see `PanelProduct::run`.
+    let fetch = Fetch::stream::<S>();
+    let direct = format == Format::Bf16 && rows <= DIRECT_ROWS;
+    // SAFETY: the caller's: chunks are parts of what it vouches for.
     unsafe {
         // One tile of rows passes over the weights once, and needs no cache.
-        let direct = format == Format::Bf16 && rows <= DIRECT_ROWS;
         let chunk = if direct && rows <= BF16_ROWS { columns } else { CHUNK_COLUMNS };
         for first in (0..columns).step_by(chunk) {
             let count = chunk.min(columns - first);
@@ -41,7 +47,7 @@ pub(super) unsafe fn panel<S: Simd>(
                 Format::F16 => {
                     let from = panel.as_ptr().cast::<u16>().add(first * PANEL);
                     for i in (0..count * PANEL).step_by(S::LANES) {
-                        S::prefetch(from.wrapping_add(i).cast::<u8>().wrapping_add(AHEAD));
+                        fetch.ask::<S>(0, from.add(i).cast());
                         S::store(widened.as_mut_ptr().add(i), S::load_f16(from.add(i)));
                     }
                     widened.as_ptr()
@@ -56,7 +62,7 @@ pub(super) unsafe fn panel<S: Simd>(
                     for pair in 0..count.div_ceil(2) {
                         for lane in (0..PANEL).step_by(S::LANES) {
                             let from = from.add((pair * PANEL + lane) * 2);
-                            S::prefetch(from.cast::<u8>().wrapping_add(AHEAD));
+                            fetch.ask::<S>(0, from.cast());
                             let (even, odd) = S::load_bf16_pairs(from);
                             let to = widened.as_mut_ptr().add(2 * pair * PANEL + lane);
                             S::store(to, even);
@@ -71,14 +77,18 @@ pub(super) unsafe fn panel<S: Simd>(
     }
 }
 
-/// Widens the int8 weights of `count` inputs from `first`, a multiple of 32, on. What lies past the last input is zero, and
-/// so is not read.
+/// Widens the int8 weights of `count` inputs from `first`, a multiple of 32, on: whole groups, even where the last inputs are
+/// fewer.
+///
+/// # Safety
+/// The panel is of the format and has these inputs; `widened` has room for the groups. The processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn int8_chunk<S: Simd>(format: Format, panel: &[u8], first: usize, count: usize, widened: *mut f32) {
     let skip = if format == Format::Int8 { SCALES_BYTES } else { 0 };
     let before = if format == Format::Int8 { 0 } else { 4 * PANEL };
-    // SAFETY: see `PanelProduct::run`; a chunk has room for whole groups.
+    let fetch = Fetch::stream::<S>();
+    // SAFETY: the caller's.
     unsafe {
         for g in 0..count.div_ceil(GROUP) {
             let group = panel.as_ptr().add(before + (first / GROUP + g) * format.group_bytes());
@@ -90,7 +100,7 @@ unsafe fn int8_chunk<S: Simd>(format: Format, panel: &[u8], first: usize, count:
                 let offset = S::mul(scale, S::splat(-128.0));
                 for four in 0..GROUP / 4 {
                     let from = group.add(skip + (four * PANEL + lane) * 4);
-                    S::prefetch(from.wrapping_add(AHEAD));
+                    fetch.ask::<S>(0, from);
                     let to = widened.add((g * GROUP + 4 * four) * PANEL + lane);
                     for (i, bytes) in S::widen_bytes(from).into_iter().enumerate() {
                         S::store(to.add(i * PANEL), S::mul_add(bytes, scale, offset));
@@ -102,6 +112,10 @@ unsafe fn int8_chunk<S: Simd>(format: Format, panel: &[u8], first: usize, count:
 }
 
 /// All rows over one chunk of f32 weights.
+///
+/// # Safety
+/// There are `columns` inputs of each of `rows` rows, `stride` apart, as many weights of 32 outputs, and `[rows][32]` results. The
+/// processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn f32_tiles<S: Simd>(
@@ -116,7 +130,7 @@ unsafe fn f32_tiles<S: Simd>(
     let mut row = 0;
     while row < rows {
         let n = tile_rows(rows - row, most);
-        // SAFETY: see `PanelProduct::run`; rows from `row` to `row + n` are there.
+        // SAFETY: the caller's: rows from `row` to `row + n` are there.
         unsafe {
             let (x, results) = (x.add(row * stride), results.add(row * PANEL));
             // As many accumulators as there are registers for; a few rows take the whole width of the panel.
@@ -145,6 +159,9 @@ unsafe fn f32_tiles<S: Simd>(
 }
 
 /// `results[row][lane] += sum over k of x[row][k] * weights[k][lane]` for ROWS rows and VECS vectors of lanes.
+///
+/// # Safety
+/// As for [`f32_tiles`], with ROWS rows, and VECS * LANES lanes from where `weights` and `results` point.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn f32_tile<S: Simd, const ROWS: usize, const VECS: usize>(
@@ -154,14 +171,9 @@ unsafe fn f32_tile<S: Simd, const ROWS: usize, const VECS: usize>(
     columns: usize,
     results: *mut f32,
 ) {
-    // SAFETY: the caller's: ROWS rows, `columns` columns, VECS * LANES lanes of a panel.
+    // SAFETY: the caller's.
     unsafe {
-        let mut sums = [[S::splat(0.0); VECS]; ROWS];
-        for (r, sums) in sums.iter_mut().enumerate() {
-            for (v, sum) in sums.iter_mut().enumerate() {
-                *sum = S::load(results.add(r * PANEL + v * S::LANES));
-            }
-        }
+        let mut sums = load_tile::<S, ROWS, VECS>(results, PANEL);
         for k in 0..columns {
             let mut w = [S::splat(0.0); VECS];
             for (v, w) in w.iter_mut().enumerate() {
@@ -174,15 +186,14 @@ unsafe fn f32_tile<S: Simd, const ROWS: usize, const VECS: usize>(
                 }
             }
         }
-        for (r, sums) in sums.iter().enumerate() {
-            for (v, sum) in sums.iter().enumerate() {
-                S::store(results.add(r * PANEL + v * S::LANES), *sum);
-            }
-        }
+        store_tile::<S, ROWS, VECS>(results, PANEL, sums);
     }
 }
 
 /// All rows over one chunk of bf16 weights.
+///
+/// # Safety
+/// As for [`f32_tiles`]; an odd last column has its pair in the panel.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn bf16_tiles<S: Simd>(
@@ -196,7 +207,7 @@ unsafe fn bf16_tiles<S: Simd>(
     let mut row = 0;
     while row < rows {
         let n = tile_rows(rows - row, BF16_ROWS);
-        // SAFETY: see `PanelProduct::run`; rows from `row` to `row + n` are there.
+        // SAFETY: the caller's: rows from `row` to `row + n` are there.
         unsafe {
             let (x, results) = (x.add(row * stride), results.add(row * PANEL));
             match (S::LANES, n) {
@@ -222,6 +233,9 @@ unsafe fn bf16_tiles<S: Simd>(
 }
 
 /// As [`f32_tile`], over pairs of bf16 weights.
+///
+/// # Safety
+/// As for [`bf16_tiles`] and [`f32_tile`].
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn bf16_tile<S: Simd, const ROWS: usize, const VECS: usize>(
@@ -231,20 +245,16 @@ unsafe fn bf16_tile<S: Simd, const ROWS: usize, const VECS: usize>(
     columns: usize,
     results: *mut f32,
 ) {
-    // SAFETY: the caller's: ROWS rows, `columns` columns, VECS * LANES lanes of a panel.
+    // SAFETY: the caller's.
     unsafe {
-        let mut sums = [[S::splat(0.0); VECS]; ROWS];
-        for (r, sums) in sums.iter_mut().enumerate() {
-            for (v, sum) in sums.iter_mut().enumerate() {
-                *sum = S::load(results.add(r * PANEL + v * S::LANES));
-            }
-        }
+        let mut sums = load_tile::<S, ROWS, VECS>(results, PANEL);
+        let fetch = Fetch::stream::<S>();
         for pair in 0..columns / 2 {
             let from = weights.add(pair * 2 * PANEL);
             let (mut even, mut odd) = ([S::splat(0.0); VECS], [S::splat(0.0); VECS]);
             for v in 0..VECS {
                 let from = from.add(2 * v * S::LANES);
-                S::prefetch(from.cast::<u8>().wrapping_add(AHEAD));
+                fetch.ask::<S>(0, from.cast());
                 (even[v], odd[v]) = S::load_bf16_pairs(from);
             }
             for (r, sums) in sums.iter_mut().enumerate() {
@@ -267,10 +277,6 @@ unsafe fn bf16_tile<S: Simd, const ROWS: usize, const VECS: usize>(
                 }
             }
         }
-        for (r, sums) in sums.iter().enumerate() {
-            for (v, sum) in sums.iter().enumerate() {
-                S::store(results.add(r * PANEL + v * S::LANES), *sum);
-            }
-        }
+        store_tile::<S, ROWS, VECS>(results, PANEL, sums);
     }
 }

@@ -1,10 +1,10 @@
 //! Products of int8 and int4 weights with inputs of bytes.
 
-use super::{AHEAD, FEW_ROWS, Fetch, tile_rows, with_rows};
+use super::{FEW_ROWS, Fetch, tile_rows, with_rows};
 use crate::kernels::{
     inputs::Quantised,
     packed::{Format, GROUP, PANEL, SCALES_BYTES},
-    simd::Simd,
+    simd::{Simd, load_tile, store_tile},
 };
 
 /// Groups whose bytes take 17 KiB.
@@ -12,11 +12,16 @@ const CHUNK_GROUPS: usize = 16;
 /// Rows of a tile, at most: with two vectors of weights, as many sums and totals as registers hold with room to spare.
 const MOST_TILE_ROWS: usize = 4;
 
+/// One panel of all rows.
+///
+/// # Safety
+/// `panel` is of an integer format and has the groups that `x` has, `x` has `rows` rows, wide ones if the instruction set takes
+/// those, and `results` is `[rows][32]`; the processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 pub(super) unsafe fn panel<S: Simd>(format: Format, panel: &[u8], x: &Quantised, rows: usize, results: &mut [f32]) {
     let group_bytes = format.group_bytes();
-    // SAFETY: see `PanelProduct::run`.
+    // SAFETY: the caller's: each tile is a part of what it vouches for.
     unsafe {
         let (groups, skip) = match format {
             Format::Int8Channel => (panel.as_ptr().add(4 * PANEL), 0),
@@ -34,7 +39,7 @@ pub(super) unsafe fn panel<S: Simd>(format: Format, panel: &[u8], x: &Quantised,
                     weight_scales: groups.cast(),
                     group_bytes,
                     fetch: match rows {
-                        ..=FEW_ROWS => Fetch::stream::<S>(AHEAD),
+                        ..=FEW_ROWS => Fetch::stream::<S>(),
                         _ => Fetch::part(index, tiles, CHUNK_GROUPS, CHUNK_GROUPS * group_bytes),
                     },
                     count: CHUNK_GROUPS.min(x.groups - first),
@@ -103,10 +108,13 @@ impl Tile {
     }
 }
 
+/// # Safety
+/// `t` points to `count` groups of its format, each `group_bytes` long, to as many of ROWS rows of inputs, and to ROWS results;
+/// there are VECS * LANES lanes from `lane` on. The processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn integer_tile<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile) {
-    // SAFETY: the caller's: `count` groups of the kind, ROWS rows, VECS * LANES lanes from `lane` on.
+    // SAFETY: the caller's.
     unsafe {
         match t.format {
             Format::Int4 => groups::<S, ROWS, VECS, true>(t, |g| int4_products::<S, ROWS, VECS>(t, g)),
@@ -117,21 +125,19 @@ unsafe fn integer_tile<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile) {
 }
 
 /// Adds each group's products times its scales; without SCALED those of the weights are left out.
+///
+/// # Safety
+/// As for [`integer_tile`].
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn groups<S: Simd, const ROWS: usize, const VECS: usize, const SCALED: bool>(
     t: Tile,
     products: impl Fn(usize) -> [[S::F; VECS]; ROWS],
 ) {
-    // SAFETY: as for `integer_tile`.
+    // SAFETY: the caller's.
     unsafe {
         let results = t.results.add(t.lane);
-        let mut totals = [[S::splat(0.0); VECS]; ROWS];
-        for (r, totals) in totals.iter_mut().enumerate() {
-            for (v, total) in totals.iter_mut().enumerate() {
-                *total = S::load(results.add(r * PANEL + v * S::LANES));
-            }
-        }
+        let mut totals = load_tile::<S, ROWS, VECS>(results, PANEL);
         for g in 0..t.count {
             let products = products(g);
             for v in 0..VECS {
@@ -146,18 +152,18 @@ unsafe fn groups<S: Simd, const ROWS: usize, const VECS: usize, const SCALED: bo
                 }
             }
         }
-        for (r, totals) in totals.iter().enumerate() {
-            for (v, total) in totals.iter().enumerate() {
-                S::store(results.add(r * PANEL + v * S::LANES), *total);
-            }
-        }
+        store_tile::<S, ROWS, VECS>(results, PANEL, totals);
     }
 }
 
+/// Products of one group, without scales.
+///
+/// # Safety
+/// As for [`integer_tile`], of int8.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn int8_products<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile, g: usize) -> [[S::F; VECS]; ROWS] {
-    // SAFETY: as for `integer_tile`; a group has 8 times four inputs.
+    // SAFETY: the caller's; a group has 8 times four inputs.
     unsafe {
         let bytes = t.bytes.add(g * t.group_bytes + 4 * t.lane);
         let mut sums = [[S::sums8(0); VECS]; ROWS];
@@ -189,10 +195,14 @@ unsafe fn int8_products<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile, 
     }
 }
 
+/// The same of int4.
+///
+/// # Safety
+/// As for [`integer_tile`], of int4.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn int4_products<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile, g: usize) -> [[S::F; VECS]; ROWS] {
-    // SAFETY: as for `integer_tile`; a group has 4 times eight inputs.
+    // SAFETY: the caller's; a group has 4 times eight inputs.
     unsafe {
         let bytes = t.bytes.add(g * t.group_bytes + 4 * t.lane);
         let mut sums = [[S::sums4(); VECS]; ROWS];

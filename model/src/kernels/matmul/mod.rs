@@ -23,7 +23,7 @@ use super::{
 
 /// Inputs whose weights, widened to f32, take 16 KiB.
 const CHUNK_COLUMNS: usize = 128;
-/// Bytes ahead of their use that weights are fetched.
+/// Bytes ahead of their use that a stream of weights is fetched.
 const AHEAD: usize = 4096;
 /// Rows up to which arithmetic leaves the processor time to fetch a stream of weights by itself, where it can.
 const FEW_ROWS: usize = 2;
@@ -103,17 +103,22 @@ struct Fetch {
 impl Fetch {
     /// Few rows are done with weights at once: a steady stream, unless the processor sees to that.
     #[inline(always)]
-    fn stream<S: Simd>(ahead_bytes: usize) -> Self {
+    fn stream<S: Simd>() -> Self {
         let steps = if S::STREAMS_ALONE { (0, 0) } else { (0, usize::MAX) };
-        Self { steps, ahead_bytes, far: false }
+        Self { steps, ahead_bytes: AHEAD, far: false }
     }
 
-    /// All of `tiles` pass over a chunk of `steps` steps: each fetches a part of the next chunk, so that memory is never idle.
+    /// All of `tiles` pass over a chunk of `steps` steps: each fetches a part of what lies `ahead_bytes` further on, the next
+    /// chunk, so that memory is never idle.
     #[inline(always)]
-    fn part(tile: usize, tiles: usize, steps: usize, chunk_bytes: usize) -> Self {
-        Self { steps: (tile * steps / tiles, (tile + 1) * steps / tiles), ahead_bytes: chunk_bytes, far: true }
+    fn part(tile: usize, tiles: usize, steps: usize, ahead_bytes: usize) -> Self {
+        Self { steps: (tile * steps / tiles, (tile + 1) * steps / tiles), ahead_bytes, far: true }
     }
 
+    /// Fetches what belongs to a step that reads at `from`.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn ask<S: Simd>(self, step: usize, from: *const u8) {
@@ -160,6 +165,7 @@ impl Kernel for PanelProduct<'_> {
                 }
                 Values::Int8(x) => {
                     let groups = columns.div_ceil(GROUP);
+                    assert!(matches!(format, Format::Int8 | Format::Int8Channel | Format::Int4));
                     assert!(x.groups == groups && x.values.len() >= rows * groups * GROUP);
                     assert!(!S::WIDE_INPUTS || x.wide.len() == x.values.len());
                     assert!(x.scales.len() >= rows * groups && x.sums.len() >= rows * groups);
@@ -170,7 +176,7 @@ impl Kernel for PanelProduct<'_> {
     }
 }
 
-/// Calls `$f::<S, ROWS, VECS>` with `$rows`, which is one of the literals, as ROWS.
+/// Calls `$f::<S, ROWS, VECS>` with `$rows`, which is one of the literals, as ROWS: the compiler makes a kernel for each.
 macro_rules! with_rows {
     ($rows:expr, $f:ident, $s:ty, $vecs:literal, $args:tt, $($n:literal)+) => {
         match $rows { $($n => $f::<$s, $n, $vecs> $args,)+ _ => unreachable!("a tile of {} rows", $rows) }

@@ -9,8 +9,8 @@ use super::{Kernel, Simd, dot_widened};
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512<const BF16: bool>;
 
-/// Does `vdpbf16ps` do more than two f32 multiplications do? AMD's processors multiply bf16 at twice the speed of f32 (measured
-/// on Zen 4), Intel's at half of it (Sapphire Rapids).
+/// Is `vdpbf16ps`, which does the work of two f32 multiplications, as fast as one? On AMD's processors it is; on Intel's it
+/// takes as long as several. `overfill bench kernels` shows it.
 pub(super) fn has_fast_bf16() -> bool {
     let id = __cpuid(0);
     [id.ebx, id.edx, id.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD"
@@ -41,6 +41,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     const LANES: usize = 16;
     const FAST_INT8: bool = true;
     const FAST_BF16: bool = BF16;
+    // So it is on Zen 4, and whatever has fast BF16 is that or younger.
     const STREAMS_ALONE: bool = BF16;
     const WIDE_INPUTS: bool = false;
     type F = __m512;

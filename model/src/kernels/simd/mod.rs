@@ -11,7 +11,7 @@ mod avx512;
 mod neon;
 mod portable;
 
-use std::sync::OnceLock;
+use std::{fmt, sync::OnceLock};
 
 use half::bf16;
 
@@ -32,7 +32,7 @@ pub(crate) trait Simd: Copy + 'static {
     const FAST_INT8: bool;
     /// Are products of bf16 with bf16 faster than f32 ones? Then inputs of bf16 weights are rounded to bf16.
     const FAST_BF16: bool;
-    /// Does the processor fetch a stream of weights sooner by itself than when it is asked to? (Zen 4 does.)
+    /// Does the processor fetch a stream of weights sooner by itself than when it is asked to?
     const STREAMS_ALONE: bool;
     /// Are inputs of int8 weights taken as 16-bit numbers?
     const WIDE_INPUTS: bool;
@@ -48,7 +48,7 @@ pub(crate) trait Simd: Copy + 'static {
     type Int4: Copy;
     /// Four inputs, the same in each lane, to go with int4 weights.
     type Inputs4: Copy;
-    /// Sums of at most [`super::GROUP`] int4 products.
+    /// Sums of at most [`GROUP`](super::packed::GROUP) int4 products.
     type Sums4: Copy;
 
     unsafe fn splat(value: f32) -> Self::F;
@@ -58,6 +58,7 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
+    /// The greater; NaN where `b` is. (Where only `a` is NaN, instruction sets differ.)
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
     /// `a * b + c`.
     unsafe fn mul_add(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
@@ -75,7 +76,7 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn load_bf16(from: *const bf16) -> Self::F;
     /// `2 * LANES` bf16 values: those at even places, and those at odd ones.
     unsafe fn load_bf16_pairs(from: *const bf16) -> (Self::F, Self::F);
-    /// Adds to each lane the products of its pair of weights, of `2 * LANES`, with the one pair of inputs.
+    /// Adds to each lane the products of its pair of weights, of `2 * LANES`, with the one pair of inputs, of 2.
     #[inline(always)]
     unsafe fn dot_bf16(sums: Self::F, weights: *const bf16, inputs: *const bf16) -> Self::F {
         // SAFETY: the caller's promise is passed on.
@@ -108,7 +109,7 @@ pub(crate) trait Simd: Copy + 'static {
     /// The sums with `start` = -8 * (sum of the inputs) added.
     unsafe fn sums4_to_f32(sums: Self::Sums4, start: i32) -> Self::F;
 
-    /// e^x within 2 units in the last place, for x <= 88; 0 or the least normal number for very small x.
+    /// e^x within 2 units in the last place, for x from -87.3 to 88; e^-87.3, which is not 0, for what is less; NaN for NaN.
     #[inline(always)]
     unsafe fn exp(x: Self::F) -> Self::F {
         // 2^n * e^r with |r| <= ln(2) / 2 (Cephes, expf).
@@ -116,7 +117,7 @@ pub(crate) trait Simd: Copy + 'static {
         let c = [1.987_569_1e-4_f32, 1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
         // SAFETY: the caller's promise is passed on.
         unsafe {
-            let x = Self::max(x, Self::splat(-87.3));
+            let x = Self::max(Self::splat(-87.3), x);
             let shifted = Self::mul_add(x, Self::splat(std::f32::consts::LOG2_E), Self::splat(SHIFT));
             let n = Self::sub(shifted, Self::splat(SHIFT));
             let r = Self::mul_add(n, Self::splat(-0.693_359_4), x);
@@ -131,7 +132,51 @@ pub(crate) trait Simd: Copy + 'static {
     }
 }
 
+/// Loads ROWS rows of VECS vectors, `stride` values from one row to the next.
+///
+/// # Safety
+/// As for [`Simd`]'s methods: all of them are there.
+#[inline(always)]
+#[allow(unsafe_code)]
+pub(crate) unsafe fn load_tile<S: Simd, const ROWS: usize, const VECS: usize>(
+    from: *const f32,
+    stride: usize,
+) -> [[S::F; VECS]; ROWS] {
+    // SAFETY: the caller's promise is passed on.
+    unsafe {
+        let mut tile = [[S::splat(0.0); VECS]; ROWS];
+        for (r, row) in tile.iter_mut().enumerate() {
+            for (v, value) in row.iter_mut().enumerate() {
+                *value = S::load(from.add(r * stride + v * S::LANES));
+            }
+        }
+        tile
+    }
+}
+
+/// Stores what [`load_tile`] loads.
+///
+/// # Safety
+/// As for [`load_tile`].
+#[inline(always)]
+#[allow(unsafe_code)]
+pub(crate) unsafe fn store_tile<S: Simd, const ROWS: usize, const VECS: usize>(
+    to: *mut f32,
+    stride: usize,
+    tile: [[S::F; VECS]; ROWS],
+) {
+    for (r, row) in tile.into_iter().enumerate() {
+        for (v, value) in row.into_iter().enumerate() {
+            // SAFETY: the caller's promise is passed on.
+            unsafe { S::store(to.add(r * stride + v * S::LANES), value) }
+        }
+    }
+}
+
 /// [`Simd::dot_bf16`] of an instruction set that has no instruction for it.
+///
+/// # Safety
+/// As for [`Simd::dot_bf16`].
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn dot_widened<S: Simd>(sums: S::F, weights: *const bf16, inputs: *const bf16) -> S::F {
@@ -162,9 +207,13 @@ pub(crate) struct Traits {
     pub(crate) fast_bf16: bool,
 }
 
+/// An instruction set that this processor has: there are no others to be had.
+#[derive(Clone, Copy)]
+pub(crate) struct Isa(Set);
+
 /// An instruction set with kernels of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Isa {
+#[derive(Clone, Copy, Debug)]
+enum Set {
     /// Plain Rust, which the compiler vectorises as it can.
     Portable,
     /// AVX2, FMA and F16C.
@@ -187,29 +236,29 @@ impl Isa {
         static AVAILABLE: OnceLock<Vec<Isa>> = OnceLock::new();
         AVAILABLE.get_or_init(|| {
             #[allow(unused_mut)]
-            let mut found = vec![Self::Portable];
+            let mut found = vec![Self(Set::Portable)];
             #[cfg(target_arch = "x86_64")]
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
-                found.push(Self::Avx2);
+                found.push(Self(Set::Avx2));
                 if is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512vnni")
                 {
-                    found.push(Self::Avx512);
+                    found.push(Self(Set::Avx512));
                     if is_x86_feature_detected!("avx512bf16") && avx512::has_fast_bf16() {
-                        found.push(Self::Avx512Bf16);
+                        found.push(Self(Set::Avx512Bf16));
                     }
                 }
             }
             #[cfg(target_arch = "aarch64")]
-            found.push(Self::Neon);
+            found.push(Self(Set::Neon));
             found
         })
     }
 
     /// The best that this processor has.
     pub(crate) fn best() -> Self {
-        *Self::available().last().unwrap_or(&Self::Portable)
+        *Self::available().last().unwrap_or(&Self(Set::Portable))
     }
 
     /// What [`Simd`] says of it.
@@ -226,24 +275,30 @@ impl Isa {
         self.run(Ask)
     }
 
-    /// Runs a kernel. `self` comes from [`Self::available`].
+    /// Runs a kernel.
     #[inline]
     #[allow(unsafe_code)]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        // SAFETY: `available` offers an instruction set only where the processor has it.
+        // SAFETY: `available` alone makes an `Isa`, and only of an instruction set that the processor has.
         unsafe {
-            match self {
-                Self::Portable => kernel.run::<portable::Portable>(),
+            match self.0 {
+                Set::Portable => kernel.run::<portable::Portable>(),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx2 => avx2::enter(kernel),
+                Set::Avx2 => avx2::enter(kernel),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx512 => avx512::enter(kernel),
+                Set::Avx512 => avx512::enter(kernel),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx512Bf16 => avx512::enter_bf16(kernel),
+                Set::Avx512Bf16 => avx512::enter_bf16(kernel),
                 #[cfg(target_arch = "aarch64")]
-                Self::Neon => kernel.run::<neon::Neon>(),
+                Set::Neon => kernel.run::<neon::Neon>(),
             }
         }
+    }
+}
+
+impl fmt::Debug for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }
 
@@ -268,7 +323,7 @@ mod tests {
     #[test]
     fn exp_is_exp() {
         for isa in Isa::available() {
-            let inputs: Vec<f32> = (0..160_000).map(|i| -87.0 + i as f32 * 0.001).collect();
+            let inputs: Vec<f32> = (0..=175_200).map(|i| -87.2 + i as f32 * 0.001).chain([88.0; 15]).collect();
             let mut values = inputs.clone();
             isa.run(Exp(&mut values));
             for (x, got) in inputs.iter().zip(&values) {
@@ -278,6 +333,9 @@ mod tests {
             let mut small = vec![f32::NEG_INFINITY; 16];
             isa.run(Exp(&mut small));
             assert!(small.iter().all(|v| (0.0..2e-38).contains(v)), "{isa:?}: {small:?}");
+            let mut nan = vec![f32::NAN; 16];
+            isa.run(Exp(&mut nan));
+            assert!(nan.iter().all(|v| v.is_nan()), "{isa:?}: {nan:?}");
         }
     }
 }

@@ -68,7 +68,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
-        map2(a, b, f32::max)
+        map2(a, b, |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
     unsafe fn mul_add(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
