@@ -1,4 +1,4 @@
-//! The kernels against what the machine can do, for `overfill bench kernels`.
+//! The kernels against what the machine can do, for `overfill bench`.
 
 use std::{hint::black_box, time::Instant};
 
@@ -12,13 +12,15 @@ use crate::{
         attention::AttentionScratch,
         inputs::InputBuffer,
         matmul::multiply,
-        packed::{Arithmetic, PANEL, Packed},
+        packed::{Arithmetic, Packed},
         simd::{Isa, Kernel, Simd},
     },
 };
 
 /// Bytes that are read to measure the bandwidth: more than any cache holds.
 const BANDWIDTH_BYTES: usize = 1 << 30;
+/// Columns of its panels, which a thread takes one at a time: 256 KiB, as kernels take weights.
+const BANDWIDTH_COLUMNS: usize = 2048;
 /// Least bytes of weights that are walked through before a matrix is used again, so that none is found in a cache.
 const COLD_BYTES: usize = 256 << 20;
 /// Most copies of a matrix that are made for that.
@@ -111,17 +113,34 @@ impl Kernel for Peak {
     }
 }
 
+/// Memory to measure how fast it is read: a matrix, for memory of the kind that weights lie in.
+pub struct MemoryProbe(Packed);
+
+impl MemoryProbe {
+    /// Takes up a GiB.
+    pub fn new() -> Result<Self, ModelError> {
+        random(WeightFormat::F32, BANDWIDTH_BYTES / 4 / BANDWIDTH_COLUMNS, BANDWIDTH_COLUMNS).map(Self)
+    }
+
+    fn read(&self) {
+        let sum = |panel| Isa::best().run(Sum(bytemuck::cast_slice(self.0.panel(panel))));
+        black_box((0..self.0.panels()).into_par_iter().map(sum).sum::<f32>());
+    }
+
+    /// Bytes per second, read once by all threads.
+    pub fn read_bytes_per_second(&self) -> f64 {
+        let begin = Instant::now();
+        self.read();
+        self.0.size_bytes() as f64 / begin.elapsed().as_secs_f64()
+    }
+}
+
 /// Measures memory and arithmetic.
 pub fn machine(runs: usize) -> Result<Machine, ModelError> {
     let isa = Isa::best();
     let threads = rayon::current_num_threads();
-    // In a matrix, for memory of the kind that weights lie in.
-    let columns = BANDWIDTH_BYTES / 4 / PANEL / threads / 8;
-    let memory = random(WeightFormat::F32, threads * 8 * PANEL, columns)?;
-    let read = best(runs, || {
-        let sum = |panel| isa.run(Sum(bytemuck::cast_slice(memory.panel(panel))));
-        black_box((0..memory.panels()).into_par_iter().map(sum).sum::<f32>());
-    });
+    let memory = MemoryProbe::new()?;
+    let read = best(runs, || memory.read());
     const STEPS: usize = 20_000_000;
     let mut operations = 0.0;
     let arithmetic = best(runs, || {
@@ -130,7 +149,7 @@ pub fn machine(runs: usize) -> Result<Machine, ModelError> {
     Ok(Machine {
         isa: format!("{isa:?}").to_lowercase(),
         threads,
-        read_bytes_per_second: memory.size_bytes() as f64 / read,
+        read_bytes_per_second: memory.0.size_bytes() as f64 / read,
         f32_operations_per_second: operations / arithmetic,
     })
 }

@@ -95,6 +95,14 @@ impl Model {
         }
     }
 
+    /// Bytes of weights that a decode step reads, where they are packed for a CPU.
+    pub fn step_weight_bytes(&self) -> Option<usize> {
+        match &self.engine {
+            Engine::Cpu(decoder) => Some(decoder.step_weight_bytes()),
+            Engine::Device(_) => None,
+        }
+    }
+
     /// Takes another role, as if it had been loaded for it: packed weights are the same in all.
     pub fn set_rows(&mut self, rows: Rows) {
         match &mut self.engine {

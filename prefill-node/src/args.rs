@@ -45,6 +45,10 @@ pub struct Args {
     /// Most prompt tokens computed in one step.
     #[arg(long, env = "OVERFILL_MAX_BATCH_TOKENS", default_value_t = 512)]
     pub max_batch_tokens: usize,
+    /// How long a step should take: one has fewer tokens where it would take longer, so that a short prompt does not wait for much
+    /// of a long one.
+    #[arg(long, env = "OVERFILL_STEP_TARGET_SECONDS", default_value_t = 1.0)]
+    pub step_target_seconds: f64,
     /// Most prompts computed at once.
     #[arg(long, env = "OVERFILL_MAX_RUNNING", default_value_t = 16)]
     pub max_running: usize,
@@ -92,6 +96,8 @@ pub struct Config {
     pub advertise_grpc: Option<String>,
     /// Most prompt tokens in one step.
     pub max_batch_tokens: usize,
+    /// How long a step should take.
+    pub step_target: Duration,
     /// Most prompts computed at once.
     pub max_running: usize,
     /// Most prompts waiting.
@@ -123,6 +129,7 @@ impl Args {
             admin,
             advertise_grpc,
             max_batch_tokens,
+            step_target_seconds,
             max_running,
             max_waiting,
             default_deadline_seconds,
@@ -151,6 +158,9 @@ impl Args {
         ConfigError::check(f, pool_ok, "kv-pool-tokens", format!("in [{block}, {MAX_POOL_TOKENS}]"), kv_pool_tokens);
         let batch_ok = (block..=65536).contains(&max_batch_tokens);
         ConfigError::check(f, batch_ok, "max-batch-tokens", format!("in [{block}, 65536]"), max_batch_tokens);
+        let target_ok = step_target_seconds > 0.0 && step_target_seconds <= MAX_DEADLINE_SECONDS;
+        let limit = format!("in (0, {MAX_DEADLINE_SECONDS}]");
+        ConfigError::check(f, target_ok, "step-target-seconds", limit, step_target_seconds);
         ConfigError::check(f, (1..=4096).contains(&max_running), "max-running", "in [1, 4096]", max_running);
         ConfigError::check(f, (1..=65536).contains(&max_waiting), "max-waiting", "in [1, 65536]", max_waiting);
         let deadline_ok = default_deadline_seconds > 0.0 && default_deadline_seconds <= MAX_DEADLINE_SECONDS;
@@ -184,6 +194,7 @@ impl Args {
                     admin,
                     advertise_grpc,
                     max_batch_tokens,
+                    step_target: Duration::from_secs_f64(step_target_seconds),
                     max_running,
                     max_waiting,
                     default_deadline: Duration::from_secs_f64(default_deadline_seconds),

@@ -23,7 +23,7 @@ use tracing::{debug, error};
 
 use crate::{
     job::{Event, HandoffContext, JOB_EVENTS, Job, Request, Running},
-    scheduler::{self, Chunk},
+    scheduler::{self, Chunk, Pace},
 };
 
 /// How long the engine sleeps when prompts wait but none can run: their room comes from handoffs that end elsewhere.
@@ -34,6 +34,8 @@ const POLL: Duration = Duration::from_millis(5);
 pub struct Limits {
     /// Most prompt tokens in one step.
     pub max_batch_tokens: usize,
+    /// How long a step should take: a prompt that comes waits for the one under way.
+    pub step_target: Duration,
     /// Most prompts at once.
     pub max_running: usize,
     /// Most prompts waiting.
@@ -113,6 +115,7 @@ pub fn start(
         waiting: VecDeque::new(),
         running: Vec::new(),
         logits: Logits::default(),
+        pace: Pace::default(),
     };
     let (ended, end) = oneshot::channel();
     thread::Builder::new().name("prefill-engine".into()).spawn(move || {
@@ -133,6 +136,7 @@ struct Engine {
     waiting: VecDeque<Job>,
     running: Vec<Running>,
     logits: Logits,
+    pace: Pace,
 }
 
 impl Engine {
@@ -182,7 +186,9 @@ impl Engine {
 
     /// One forward pass over the next chunks.
     fn step(&mut self) {
-        let chunks = scheduler::plan(self.running.iter().map(Running::progress), self.limits.max_batch_tokens);
+        let tokens = self.pace.step_tokens(self.limits.step_target, self.limits.max_batch_tokens);
+        let chunks = scheduler::plan(self.running.iter().map(Running::progress), tokens);
+        let began = Instant::now();
         let jobs: Vec<&Running> = chunks.iter().map(|chunk| &self.running[chunk.job]).collect();
         let slices: Vec<_> = chunks.iter().zip(&jobs).map(|(chunk, job)| slice(chunk, job)).collect();
         let finals: Vec<Range<usize>> = chunks
@@ -196,7 +202,10 @@ impl Engine {
             }
         };
         match self.model.forward(&self.cache, &slices, &mut on_layer, &mut self.logits) {
-            Ok(()) => self.advance(&chunks),
+            Ok(()) => {
+                self.pace.observe(chunks.iter().map(|chunk| chunk.tokens.len()).sum(), began.elapsed());
+                self.advance(&chunks);
+            }
             Err(e) => {
                 error!(error = %e, prompts = chunks.len(), "computing a batch");
                 let failed: Vec<usize> = chunks.iter().map(|chunk| chunk.job).collect();

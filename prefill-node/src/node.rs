@@ -170,6 +170,7 @@ impl PrefillNode {
         let registration = self.registration(&info, &schema);
         let limits = Limits {
             max_batch_tokens: self.config.max_batch_tokens,
+            step_target: self.config.step_target,
             max_running: self.config.max_running,
             max_waiting: self.config.max_waiting,
         };

@@ -1,6 +1,6 @@
 //! Which tokens of which prompts are computed next. Pure: no model, no thread, no clock.
 
-use std::ops::Range;
+use std::{ops::Range, time::Duration};
 
 use overfill_kv::{BLOCK_TOKENS, blocks_for};
 
@@ -22,6 +22,31 @@ pub struct Chunk {
     pub job: usize,
     /// Token positions.
     pub tokens: Range<usize>,
+}
+
+/// How fast this node computes prompts, and so how many tokens a step of a given length has.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pace {
+    tokens_per_second: Option<f64>,
+}
+
+/// Tokens of a step, at least: with fewer, a step reads all weights for too little. Also those of a first step.
+const LEAST_STEP_TOKENS: usize = 64;
+
+impl Pace {
+    /// Takes in a step's time.
+    pub fn observe(&mut self, tokens: usize, took: Duration) {
+        // The end of a prompt alone says little: it costs nearly what a step costs that is full.
+        if tokens >= LEAST_STEP_TOKENS && !took.is_zero() {
+            self.tokens_per_second = Some(tokens as f64 / took.as_secs_f64());
+        }
+    }
+
+    /// Tokens of a step that takes about `target`; whole blocks, and at most `max_batch_tokens`.
+    pub fn step_tokens(&self, target: Duration, max_batch_tokens: usize) -> usize {
+        let tokens = self.tokens_per_second.map_or(0, |rate| (rate * target.as_secs_f64()) as usize);
+        (tokens / BLOCK_TOKENS * BLOCK_TOKENS).max(LEAST_STEP_TOKENS).min(max_batch_tokens)
+    }
 }
 
 /// Fills a batch of at most `max_batch_tokens`. `jobs` are in order of arrival, the oldest first.
@@ -84,6 +109,24 @@ mod tests {
 
     fn job(computed: usize, total: usize) -> Progress {
         Progress { computed, total, max_chunk: usize::MAX }
+    }
+
+    #[test]
+    fn steps_are_as_long_as_they_should() {
+        let (mut pace, target) = (Pace::default(), Duration::from_millis(500));
+        assert_eq!(pace.step_tokens(target, 512), 64);
+        assert_eq!(pace.step_tokens(target, 32), 32);
+        // 400 tokens per second.
+        pace.observe(64, Duration::from_millis(160));
+        assert_eq!(pace.step_tokens(target, 512), 192);
+        // So few say nothing.
+        pace.observe(5, Duration::from_millis(150));
+        assert_eq!(pace.step_tokens(target, 512), 192);
+        pace.observe(192, Duration::from_millis(20));
+        assert_eq!(pace.step_tokens(target, 512), 512);
+        // However slow a node is.
+        pace.observe(512, Duration::from_secs(100));
+        assert_eq!(pace.step_tokens(target, 512), 64);
     }
 
     fn chunk(job: usize, tokens: Range<usize>) -> Chunk {

@@ -85,8 +85,9 @@ impl Golden {
     pub fn up_args(pair: &str) -> Vec<String> {
         let (full, decode) = (folder(pair, "full"), folder(pair, "decode"));
         let args = ["--full", &full, "--decode", &format!("small={decode}"), "--decode", &format!("big={full}")];
-        // Small pools keep many clusters at once within a small machine's memory.
-        args.into_iter().chain(["--kv-pool-tokens", "16384"]).map(str::to_owned).collect()
+        // The references are of f32. Small pools keep many clusters at once within a small machine's memory.
+        let settings = ["--weights", "f32", "--kv-dtype", "f32", "--kv-pool-tokens", "16384"];
+        args.into_iter().chain(settings).map(str::to_owned).collect()
     }
 }
 

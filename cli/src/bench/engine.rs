@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use overfill_kv::{BlockId, blocks_for};
-use overfill_model::{KvCache, LoadOptions, Logits, Model, Rows, SequenceSlice, Want};
+use overfill_kv::{BLOCK_TOKENS, BlockId, blocks_for};
+use overfill_model::{KvCache, LoadOptions, Logits, Model, Rows, SequenceSlice, Want, bench::MemoryProbe};
 
 use super::report::{Report, median};
 use crate::text;
@@ -41,11 +41,12 @@ pub fn measure(
     runs: usize,
     report: &mut Report,
 ) -> Result<()> {
+    let memory = MemoryProbe::new()?;
     let mut full: Option<(&str, Model)> = None;
     for (name, folder) in models {
         let before = resident_bytes()?;
         let mut model = Model::load(folder, &LoadOptions { rows: Rows::Few, ..*options })?;
-        measure_decode(name, &model, sizes, runs, before, report)?;
+        measure_decode(name, &model, sizes, runs, &memory, before, report)?;
         model.set_rows(Rows::Many);
         measure_prefill(name, &model, sizes, runs, report)?;
         model.set_rows(Rows::Few);
@@ -86,6 +87,7 @@ fn measure_decode(
     model: &Model,
     sizes: &Sizes,
     runs: usize,
+    memory: &MemoryProbe,
     resident_before: usize,
     report: &mut Report,
 ) -> Result<()> {
@@ -96,12 +98,26 @@ fn measure_decode(
     let mut sequences = Sequences::new(model, &cache, most, each);
     sequences.prefill(model, CONTEXT)?;
     for &batch in &sizes.batch {
-        let seconds = (0..runs)
-            .map(|_| sequences.decode(model, batch, CONTEXT, sizes.decode_tokens))
-            .collect::<Result<Vec<_>>>()?;
+        // In turns with reads of memory, whose speed may change.
+        let (mut seconds, mut shares) = (Vec::new(), Vec::new());
+        let context = CONTEXT + sizes.decode_tokens / 2;
+        let kv_bytes = batch * context * model.block_bytes() / BLOCK_TOKENS;
+        for _ in 0..runs {
+            let before = memory.read_bytes_per_second();
+            let run = sequences.decode(model, batch, CONTEXT, sizes.decode_tokens)?;
+            let read = (before + memory.read_bytes_per_second()) / 2.0;
+            seconds.push(run);
+            if let Some(weights) = model.step_weight_bytes() {
+                shares.push(100.0 * ((weights + kv_bytes) * sizes.decode_tokens) as f64 / run / read);
+            }
+        }
         let rate = (batch * sizes.decode_tokens) as f64 / median(seconds);
         let note = format!("{CONTEXT} tokens of context, {} more each", sizes.decode_tokens);
         report.add(format!("decode, {name}, batch {batch}"), rate, "tok/s", note);
+        if !shares.is_empty() {
+            let note = "weights and KV, once a step, per second, of what reads alone get between runs";
+            report.add(format!("memory's speed, {name}, batch {batch}"), median(shares), "%", note);
+        }
     }
     if let Some(weights) = model.weight_bytes() {
         let resident = resident_bytes()?.saturating_sub(resident_before);

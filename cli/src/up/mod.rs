@@ -38,18 +38,19 @@ pub struct UpArgs {
     /// Where the models run: cpu or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// How weights lie in memory: f32, bf16, f16, int8, int8-channel or int4 (integers on the CPU alone).
-    #[arg(long, visible_alias = "dtype", default_value = "f32")]
-    weights: String,
+    /// How weights lie in memory: f32, bf16, f16, int8, int8-channel or int4 (integers on the CPU alone); bf16 if left out, but
+    /// f32 for the demo pair, which is small.
+    #[arg(long, visible_alias = "dtype")]
+    weights: Option<String>,
     /// The same for prefill nodes alone.
     #[arg(long)]
     prefill_weights: Option<String>,
     /// The same for decode nodes alone.
     #[arg(long)]
     decode_weights: Option<String>,
-    /// KV cache: f32, bf16 or f16.
-    #[arg(long, default_value = "f32")]
-    kv_dtype: String,
+    /// KV cache: f32, bf16 or f16; if left out, as for weights.
+    #[arg(long)]
+    kv_dtype: Option<String>,
     /// Tokens that each node's KV pool holds.
     #[arg(long, default_value_t = 65536)]
     kv_pool_tokens: u32,
@@ -142,9 +143,11 @@ impl UpArgs {
     fn node(&self, role: &'static str, index: u32, model: &Named) -> Launch {
         let pool = self.kv_pool_tokens.to_string();
         let own = if role == "prefill" { &self.prefill_weights } else { &self.decode_weights };
-        let weights = own.as_ref().unwrap_or(&self.weights);
+        let default = if self.full.is_some() { "bf16" } else { "f32" };
+        let weights = own.as_ref().or(self.weights.as_ref()).map_or(default, String::as_str);
+        let kv_dtype = self.kv_dtype.as_deref().unwrap_or(default);
         let mut args = vec![role, "--model", &model.model, "--device", &self.device, "--weights", weights];
-        args.extend(["--kv-dtype", &self.kv_dtype, "--kv-pool-tokens", &pool]);
+        args.extend(["--kv-dtype", kv_dtype, "--kv-pool-tokens", &pool]);
         args.extend(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]);
         if let Some(name) = &model.name {
             args.extend(["--served-model-name", name]);

@@ -179,6 +179,11 @@ impl CpuDecoder {
         self.head.size_bytes() + embedding + self.blocks.iter().map(of).sum::<usize>()
     }
 
+    /// Bytes of them that a decode step reads: of an embedding that is not the head, too, it reads but a row.
+    pub(crate) fn step_weight_bytes(&self) -> usize {
+        self.weight_bytes() - self.embedding.as_ref().map_or(0, Linear::size_bytes)
+    }
+
     /// Runs a batch whose slices have been checked; see [`crate::Model::forward`].
     pub(crate) fn forward(
         &self,

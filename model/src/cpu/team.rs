@@ -13,6 +13,9 @@ use rayon::Yield;
 /// something else are not waited for any longer.
 const PATIENCE: Duration = Duration::from_micros(200);
 
+/// Times that a thread looks for work before it lets other programs go first.
+const SPINS: u32 = 100;
+
 /// Runs `step` within rayon's pool; `awake` keeps the pool's other threads looking for its work until it ends. Then they
 /// go to sleep.
 ///
@@ -76,9 +79,16 @@ impl Team {
         while !self.done() && self.looking.load(Ordering::Relaxed) < self.others && began.elapsed() < self.patience {
             hint::spin_loop();
         }
+        let mut fruitless = 0_u32;
         while !self.done() {
-            if rayon::yield_now() != Some(Yield::Executed) {
+            if rayon::yield_now() == Some(Yield::Executed) {
+                fruitless = 0;
+            } else if fruitless < SPINS {
+                fruitless += 1;
                 hint::spin_loop();
+            } else {
+                // Other processes, such as the other stage's node, may have something to do.
+                std::thread::yield_now();
             }
         }
         LOOKING.set(false);

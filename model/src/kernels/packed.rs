@@ -12,7 +12,8 @@
 //! | int8-channel | `{[32] f32 scales}`, then `[K/32][8][32][4]` bytes | 1 |
 //! | int4 | `[K/32]` groups of `{[32] f16 scales, [4][32][4] bytes}`: input j in low halves, j + 4 in high ones | 0.5625 |
 //!
-//! int8 and int4 quantise as llama.cpp's Q8_0 and Q4_0 do (one scale for 32 inputs), so files of those types lose nothing more.
+//! int8 and int4 quantise as llama.cpp's Q8_0 and Q4_0 do (one scale for 32 inputs), so what was quantised so before loses
+//! nothing more.
 //! Integers are stored as unsigned bytes, with 128 or 8 added; see [`super::simd::Simd`].
 
 use half::{bf16, f16};

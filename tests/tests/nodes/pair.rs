@@ -105,6 +105,7 @@ impl Pair {
             admin: any,
             advertise_grpc: None,
             max_batch_tokens: sizes.max_batch_tokens,
+            step_target: Duration::from_secs(1),
             max_running: sizes.max_running,
             max_waiting: sizes.max_waiting,
             default_deadline: PATIENCE,

@@ -193,7 +193,13 @@ impl Place {
         let listener = listen(GRPC_PORT).await?;
         let Parts { info, schema, pool, guard, load, shutdown, drain } = self.parts(|_, _| None)?;
         let Size { max_running, max_waiting, max_batch_tokens, blocks, .. } = self.size;
-        let limits = prefill_engine::Limits { max_batch_tokens, max_running, max_waiting };
+        let limits = prefill_engine::Limits {
+            max_batch_tokens,
+            // The simulated engine's steps take as long as its tokens say.
+            step_target: Duration::MAX,
+            max_running,
+            max_waiting,
+        };
         let (handle, jobs) = prefill_engine::queue(load.clone(), FULL.into(), max_waiting);
         let context = HandoffContext {
             runtime: tokio::runtime::Handle::current(),

@@ -60,12 +60,12 @@ const MOST_TOKENS: usize = 160;
 
 /// Tokens of a slice: short ones, and some that are more than a tile of prefill.
 fn tokens() -> impl Strategy<Value = usize> {
-    prop_oneof![4 => 1_usize..40, 1 => 40..=MOST_TOKENS]
+    prop_oneof![8 => 1_usize..32, 1 => 32..=MOST_TOKENS]
 }
 
 /// Where a slice starts: anywhere, and around the ends of chunks and segments.
 fn starts() -> impl Strategy<Value = usize> {
-    prop_oneof![3 => 0_usize..1200, 1 => prop::sample::select(vec![0, 15, 16, 62, 63, 64, 127, 128, 191])]
+    prop_oneof![6 => 0_usize..300, 1 => 300_usize..1200, 2 => prop::sample::select(vec![0, 15, 16, 62, 63, 64, 127, 128, 191])]
 }
 
 /// What is computed: queries, and slices of what.
@@ -85,14 +85,14 @@ impl Case<'_> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(32))]
     #[test]
     fn it_is_attention(
         // Groups of real models among them: a tile of decode has four heads at most.
         group in 1_usize..9, kv_heads in 1_usize..3,
         // Whole vectors are read where they lie.
         head_dim in prop_oneof![(1_usize..36).prop_map(|half| 2 * half), prop::sample::select(vec![32, 64, 128])],
-        lengths in prop::collection::vec((tokens(), starts()), 1..4), seed: u64,
+        lengths in prop::collection::vec((tokens(), starts()), 1..3), seed: u64,
     ) {
         let sizes = Heads { heads: group * kv_heads, kv_heads, head_dim };
         let mut tables = Vec::new();

@@ -129,6 +129,23 @@ proptest! {
     }
 }
 
+/// As files of Q8_0 and Q4_0 have them: integers, one of each group at the end of the range, times a scale of f16.
+#[test]
+fn what_was_quantised_so_before_loses_nothing() {
+    for (format, most, least) in [(Format::Int8, 127.0, -127.0), (Format::Int4, 7.0, -8.0)] {
+        let columns = 96;
+        let mut weights = random(columns, 7);
+        for (group, values) in weights.chunks_exact_mut(GROUP).enumerate() {
+            let scale = half::f16::from_f32(0.013 * (group as f32 + 1.0)).to_f32();
+            values[group * 3] = -1.0;
+            values.iter_mut().for_each(|value| *value = (*value * -least).round().clamp(least, most) * scale);
+        }
+        let mut row = vec![0.0; columns];
+        pack(format, 1, columns, &weights).row(0, &mut row);
+        assert_eq!(row, weights, "{format:?}");
+    }
+}
+
 #[test]
 fn two_panels_that_belong_together_come_together() {
     let weights = random(128 * 40, 1);
