@@ -10,6 +10,8 @@ use crate::kernels::{
 
 /// Up to so many rows multiply bf16 weights as they are; more are worth widening each chunk once.
 const DIRECT_ROWS: usize = 16;
+/// Weights that are widened come a chunk at a time, with arithmetic in between: no processor takes that for a stream.
+const WIDENED: Fetch = Fetch::STEADY;
 /// Rows of a tile over bf16 weights.
 const BF16_ROWS: usize = 6;
 
@@ -29,7 +31,6 @@ pub(super) unsafe fn panel<S: Simd>(
     results: &mut [f32],
     widened: &mut [f32],
 ) {
-    let fetch = Fetch::stream::<S>();
     let direct = format == Format::Bf16 && rows <= DIRECT_ROWS;
     // SAFETY: the caller's: chunks are parts of what it vouches for.
     unsafe {
@@ -47,7 +48,7 @@ pub(super) unsafe fn panel<S: Simd>(
                 Format::F16 => {
                     let from = panel.as_ptr().cast::<u16>().add(first * PANEL);
                     for i in (0..count * PANEL).step_by(S::LANES) {
-                        fetch.ask::<S>(0, from.add(i).cast());
+                        WIDENED.ask::<S>(0, from.add(i).cast());
                         S::store(widened.as_mut_ptr().add(i), S::load_f16(from.add(i)));
                     }
                     widened.as_ptr()
@@ -62,7 +63,7 @@ pub(super) unsafe fn panel<S: Simd>(
                     for pair in 0..count.div_ceil(2) {
                         for lane in (0..PANEL).step_by(S::LANES) {
                             let from = from.add((pair * PANEL + lane) * 2);
-                            fetch.ask::<S>(0, from.cast());
+                            WIDENED.ask::<S>(0, from.cast());
                             let (even, odd) = S::load_bf16_pairs(from);
                             let to = widened.as_mut_ptr().add(2 * pair * PANEL + lane);
                             S::store(to, even);
@@ -87,7 +88,6 @@ pub(super) unsafe fn panel<S: Simd>(
 unsafe fn int8_chunk<S: Simd>(format: Format, panel: &[u8], first: usize, count: usize, widened: *mut f32) {
     let skip = if format == Format::Int8 { SCALES_BYTES } else { 0 };
     let before = if format == Format::Int8 { 0 } else { 4 * PANEL };
-    let fetch = Fetch::stream::<S>();
     // SAFETY: the caller's.
     unsafe {
         for g in 0..count.div_ceil(GROUP) {
@@ -100,7 +100,7 @@ unsafe fn int8_chunk<S: Simd>(format: Format, panel: &[u8], first: usize, count:
                 let offset = S::mul(scale, S::splat(-128.0));
                 for four in 0..GROUP / 4 {
                     let from = group.add(skip + (four * PANEL + lane) * 4);
-                    fetch.ask::<S>(0, from);
+                    WIDENED.ask::<S>(0, from);
                     let to = widened.add((g * GROUP + 4 * four) * PANEL + lane);
                     for (i, bytes) in S::widen_bytes(from).into_iter().enumerate() {
                         S::store(to.add(i * PANEL), S::mul_add(bytes, scale, offset));

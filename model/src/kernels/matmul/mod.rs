@@ -101,11 +101,13 @@ struct Fetch {
 }
 
 impl Fetch {
+    /// In every step.
+    const STEADY: Self = Self { steps: (0, usize::MAX), ahead_bytes: AHEAD, far: false };
+
     /// Few rows are done with weights at once: a steady stream, unless the processor sees to that.
     #[inline(always)]
     fn stream<S: Simd>() -> Self {
-        let steps = if S::STREAMS_ALONE { (0, 0) } else { (0, usize::MAX) };
-        Self { steps, ahead_bytes: AHEAD, far: false }
+        if S::STREAMS_ALONE { Self { steps: (0, 0), ..Self::STEADY } } else { Self::STEADY }
     }
 
     /// All of `tiles` pass over a chunk of `steps` steps: each fetches a part of what lies `ahead_bytes` further on, the next
