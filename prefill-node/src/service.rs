@@ -207,7 +207,14 @@ impl v1::prefill_server::Prefill for PrefillService {
         Ok(Response::new(Box::pin(async_stream::try_stream! {
             let mut transfer = None;
             let mut computed = false;
+            let mut handed_over = None;
             while !computed || has_handoff {
+                // Never before the first token: that was said first, but this thread may have been kept from hearing it.
+                if let Some(stats) = handed_over.take_if(|_| computed) {
+                    ending.because("length");
+                    yield event(Wire::Transferred(wire_stats(stats)));
+                    break;
+                }
                 let next = tokio::select! {
                     biased;
                     next = events.recv(), if !computed => Next::Engine(next),
@@ -244,9 +251,7 @@ impl v1::prefill_server::Prefill for PrefillService {
                     }
                     Next::Handoff(Ok(stats)) => {
                         debug!(request = %id, bytes = stats.bytes, seconds = stats.seconds, "handed over");
-                        ending.because("length");
-                        yield event(Wire::Transferred(wire_stats(stats)));
-                        break;
+                        (transfer, handed_over) = (None, Some(stats));
                     }
                     Next::Handoff(Err(status)) if status.code() == Code::Cancelled => {
                         debug!(request = %id, "the decode node's side was cancelled");

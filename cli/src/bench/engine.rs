@@ -13,8 +13,6 @@ use crate::text;
 
 /// Prompt tokens per forward pass, as a prefill node computes them by default.
 const CHUNK: usize = 512;
-/// Tokens of each sequence before decoding is measured.
-const CONTEXT: usize = 128;
 
 /// How much is computed.
 #[derive(Args)]
@@ -22,6 +20,9 @@ pub struct Sizes {
     /// Tokens of the prompt that is prefilled.
     #[arg(long, default_value_t = 512, value_parser = super::count)]
     prefill_tokens: usize,
+    /// Tokens of each sequence before those whose decoding is measured.
+    #[arg(long, default_value_t = 128, value_parser = super::count)]
+    context_tokens: usize,
     /// Tokens that each sequence of a batch decodes.
     #[arg(long, default_value_t = 64, value_parser = super::count)]
     decode_tokens: usize,
@@ -92,19 +93,20 @@ fn measure_decode(
     report: &mut Report,
 ) -> Result<()> {
     let most = sizes.batch.iter().copied().max().context("no batch")?;
-    let each = CONTEXT + sizes.decode_tokens;
+    let start = sizes.context_tokens;
+    let each = start + sizes.decode_tokens;
     let blocks = most * blocks_for(each);
     let cache = model.new_cache(blocks)?;
     let mut sequences = Sequences::new(model, &cache, most, each);
-    sequences.prefill(model, CONTEXT)?;
+    sequences.prefill(model, start)?;
     for &batch in &sizes.batch {
         // In turns with reads of memory, whose speed may change.
         let (mut seconds, mut shares) = (Vec::new(), Vec::new());
-        let context = CONTEXT + sizes.decode_tokens / 2;
+        let context = start + sizes.decode_tokens / 2;
         let kv_bytes = batch * context * model.block_bytes() / BLOCK_TOKENS;
         for _ in 0..runs {
             let before = memory.read_bytes_per_second();
-            let run = sequences.decode(model, batch, CONTEXT, sizes.decode_tokens)?;
+            let run = sequences.decode(model, batch, start, sizes.decode_tokens)?;
             let read = (before + memory.read_bytes_per_second()) / 2.0;
             seconds.push(run);
             if let Some(weights) = model.step_weight_bytes() {
@@ -112,7 +114,7 @@ fn measure_decode(
             }
         }
         let rate = (batch * sizes.decode_tokens) as f64 / median(seconds);
-        let note = format!("{CONTEXT} tokens of context, {} more each", sizes.decode_tokens);
+        let note = format!("{start} tokens of context, {} more each", sizes.decode_tokens);
         report.add(format!("decode, {name}, batch {batch}"), rate, "tok/s", note);
         if !shares.is_empty() {
             let note = "weights and KV, once a step, per second, of what reads alone get between runs";

@@ -26,13 +26,16 @@ impl LargePages {
         #[cfg(target_os = "linux")]
         let _ = memory.advise_range(memmap2::Advice::HugePage, first, size);
         #[cfg(all(test, target_arch = "x86_64"))]
-        hide_from_memcheck(&memory[first + size..]);
+        {
+            hide_from_memcheck(&memory[..first]);
+            hide_from_memcheck(&memory[first + size..]);
+        }
         Ok(Self { memory, first, size })
     }
 }
 
-/// Says to valgrind that nobody may read there; elsewhere it does nothing. A mapping is of whole pages, and so longer than
-/// what is kept in it.
+/// Says to valgrind that nobody may read there; elsewhere it does nothing. A mapping is of whole pages, and longer than what is
+/// kept in it.
 #[cfg(all(test, target_arch = "x86_64"))]
 #[allow(unsafe_code)]
 fn hide_from_memcheck(bytes: &[u8]) {

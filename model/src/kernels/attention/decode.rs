@@ -16,6 +16,9 @@ use crate::kernels::element::Element;
 /// Blocks of a segment: 64 tokens.
 const SEGMENT_BLOCKS: usize = 4;
 
+/// Heads whose segments a thread merges at a time.
+const COLLECTED_HEADS: usize = 8;
+
 /// A token's heads over some of its sequence's blocks: the unit of parallel work.
 #[derive(Clone, Copy)]
 struct Task {
@@ -32,6 +35,8 @@ struct Task {
 #[derive(Default)]
 pub(super) struct Scratch {
     tasks: Vec<Task>,
+    /// The first task of each row of the batch, and the end of the last row's.
+    firsts: Vec<usize>,
     partials: Vec<f32>,
 }
 
@@ -61,6 +66,12 @@ impl<'a> Partial<'a> {
         Self { greatest, total, values }
     }
 
+    /// The greatest score, the sum of weights and the values of one head in such memory.
+    fn head(memory: &[f32], sizes: Heads, head: usize) -> (f32, f32, &[f32]) {
+        let padded = padded_dim(sizes);
+        (memory[head], memory[sizes.heads + head], &memory[2 * sizes.heads + head * padded..][..padded])
+    }
+
     fn clear(&mut self) {
         self.greatest.fill(f32::NEG_INFINITY);
         self.total.fill(0.0);
@@ -70,18 +81,33 @@ impl<'a> Partial<'a> {
     /// Takes in what `other` has seen.
     fn merge(&mut self, other: &Partial<'_>) {
         let padded = self.values.len() / self.total.len();
-        let values = self.values.chunks_exact_mut(padded).zip(other.values.chunks_exact(padded));
-        for (row, (values, others)) in values.enumerate() {
-            let greatest = self.greatest[row].max(other.greatest[row]);
-            if greatest == f32::NEG_INFINITY {
-                continue;
-            }
-            let (mine, theirs) = ((self.greatest[row] - greatest).exp(), (other.greatest[row] - greatest).exp());
-            self.greatest[row] = greatest;
-            self.total[row] = self.total[row] * mine + other.total[row] * theirs;
-            for (value, other) in values.iter_mut().zip(others) {
-                *value = *value * mine + other * theirs;
-            }
+        for (head, values) in self.values.chunks_exact_mut(padded).enumerate() {
+            let mut all = Head { greatest: self.greatest[head], total: self.total[head], values };
+            all.merge(other.greatest[head], other.total[head], &other.values[head * padded..]);
+            (self.greatest[head], self.total[head]) = (all.greatest, all.total);
+        }
+    }
+}
+
+/// A running softmax of one head: see [`Partial`].
+struct Head<'a> {
+    greatest: f32,
+    total: f32,
+    values: &'a mut [f32],
+}
+
+impl Head<'_> {
+    /// Takes in another one, over other keys.
+    fn merge(&mut self, other_greatest: f32, other_total: f32, others: &[f32]) {
+        let greatest = self.greatest.max(other_greatest);
+        if greatest == f32::NEG_INFINITY {
+            return;
+        }
+        let (mine, theirs) = ((self.greatest - greatest).exp(), (other_greatest - greatest).exp());
+        self.greatest = greatest;
+        self.total = self.total * mine + other_total * theirs;
+        for (value, other) in self.values.iter_mut().zip(others) {
+            *value = *value * mine + other * theirs;
         }
     }
 }
@@ -93,8 +119,9 @@ thread_local! {
 
 /// Attention of a batch into `out`.
 pub(super) fn attend<T: Element>(batch: &Batch<'_, T>, shared: bool, out: &mut [f32], scratch: &mut Scratch) {
-    let Scratch { tasks, partials } = scratch;
+    let Scratch { tasks, firsts, partials } = scratch;
     tasks.clear();
+    firsts.clear();
     let mut row = 0;
     for (i, slice) in batch.slices.iter().enumerate() {
         for token in 0..slice.tokens.len() {
@@ -105,10 +132,12 @@ pub(super) fn attend<T: Element>(batch: &Batch<'_, T>, shared: bool, out: &mut [
                 _ => 1,
             };
             let task = |segment| Task { slice: i, row, visible, segment: (segments > 1).then_some(segment) };
+            firsts.push(tasks.len());
             tasks.extend((0..segments).map(task));
             row += 1;
         }
     }
+    firsts.push(tasks.len());
     let each = Partial::floats(batch.sizes);
     partials.resize(partials.len().max(each * tasks.len()), 0.0);
     let partials = &mut partials[..each * tasks.len()];
@@ -118,7 +147,13 @@ pub(super) fn attend<T: Element>(batch: &Batch<'_, T>, shared: bool, out: &mut [
     } else {
         tasks.iter().zip(partials.chunks_exact_mut(each)).for_each(|(task, partial)| run(batch, task, partial));
     }
-    collect(batch.sizes, tasks, partials, out);
+    let dim = batch.sizes.head_dim;
+    let collect = |(at, out): (usize, &mut [f32])| collect(batch.sizes, firsts, partials, at, out);
+    if shared {
+        out.par_chunks_exact_mut(dim).enumerate().with_min_len(COLLECTED_HEADS).for_each(collect);
+    } else {
+        out.chunks_exact_mut(dim).enumerate().for_each(collect);
+    }
 }
 
 fn run<T: Element>(batch: &Batch<'_, T>, task: &Task, partial: &mut [f32]) {
@@ -160,22 +195,16 @@ fn run<T: Element>(batch: &Batch<'_, T>, task: &Task, partial: &mut [f32]) {
     });
 }
 
-/// Merges the segments of each token, divides by the sums of weights, and writes to where the heads belong.
-fn collect(sizes: Heads, tasks: &[Task], partials: &mut [f32], out: &mut [f32]) {
-    let (dim, padded) = (sizes.head_dim, padded_dim(sizes));
+/// Merges the segments of one row's head, row and head being `at`, and divides by the sum of weights.
+fn collect(sizes: Heads, firsts: &[usize], partials: &[f32], at: usize, out: &mut [f32]) {
+    let (row, head) = (at / sizes.heads, at % sizes.heads);
     let each = Partial::floats(sizes);
-    let mut rest = partials;
-    for segments in tasks.chunk_by(|_, next| next.segment.is_some_and(|s| s > 0)) {
-        let (memory, others) = std::mem::take(&mut rest).split_at_mut(each * segments.len());
-        rest = others;
-        let (first, others) = memory.split_at_mut(each);
-        let mut all = Partial::over(first, sizes);
-        for other in others.chunks_exact_mut(each) {
-            all.merge(&Partial::over(other, sizes));
-        }
-        let out = out[segments[0].row * sizes.heads * dim..].chunks_exact_mut(dim);
-        for ((out, values), total) in out.zip(all.values.chunks_exact(padded)).zip(all.total) {
-            out.iter_mut().zip(values).for_each(|(out, value)| *out = value / *total);
-        }
+    let mut all = Head { greatest: f32::NEG_INFINITY, total: 0.0, values: out };
+    all.values.fill(0.0);
+    for partial in partials[firsts[row] * each..firsts[row + 1] * each].chunks_exact(each) {
+        let (greatest, total, values) = Partial::head(partial, sizes, head);
+        all.merge(greatest, total, values);
     }
+    let total = all.total;
+    all.values.iter_mut().for_each(|value| *value /= total);
 }
