@@ -16,9 +16,6 @@ use crate::kernels::element::Element;
 /// Blocks of a segment: 64 tokens.
 const SEGMENT_BLOCKS: usize = 4;
 
-/// Heads whose segments a thread merges at a time.
-const COLLECTED_HEADS: usize = 8;
-
 /// A token's heads over some of its sequence's blocks: the unit of parallel work.
 #[derive(Clone, Copy)]
 struct Task {
@@ -66,48 +63,29 @@ impl<'a> Partial<'a> {
         Self { greatest, total, values }
     }
 
-    /// The greatest score, the sum of weights and the values of one head in such memory.
-    fn head(memory: &[f32], sizes: Heads, head: usize) -> (f32, f32, &[f32]) {
-        let padded = padded_dim(sizes);
-        (memory[head], memory[sizes.heads + head], &memory[2 * sizes.heads + head * padded..][..padded])
-    }
-
     fn clear(&mut self) {
         self.greatest.fill(f32::NEG_INFINITY);
         self.total.fill(0.0);
         self.values.fill(0.0);
     }
 
-    /// Takes in what `other` has seen.
-    fn merge(&mut self, other: &Partial<'_>) {
-        let padded = self.values.len() / self.total.len();
-        for (head, values) in self.values.chunks_exact_mut(padded).enumerate() {
-            let mut all = Head { greatest: self.greatest[head], total: self.total[head], values };
-            all.merge(other.greatest[head], other.total[head], &other.values[head * padded..]);
-            (self.greatest[head], self.total[head]) = (all.greatest, all.total);
-        }
-    }
-}
-
-/// A running softmax of one head: see [`Partial`].
-struct Head<'a> {
-    greatest: f32,
-    total: f32,
-    values: &'a mut [f32],
-}
-
-impl Head<'_> {
-    /// Takes in another one, over other keys.
-    fn merge(&mut self, other_greatest: f32, other_total: f32, others: &[f32]) {
-        let greatest = self.greatest.max(other_greatest);
-        if greatest == f32::NEG_INFINITY {
-            return;
-        }
-        let (mine, theirs) = ((self.greatest - greatest).exp(), (other_greatest - greatest).exp());
-        self.greatest = greatest;
-        self.total = self.total * mine + other_total * theirs;
-        for (value, other) in self.values.iter_mut().zip(others) {
-            *value = *value * mine + other * theirs;
+    /// Takes in what another one, in such memory, has seen.
+    fn merge(&mut self, other: &[f32], sizes: Heads) {
+        let padded = padded_dim(sizes);
+        let (greatests, rest) = other.split_at(sizes.heads);
+        let (totals, others) = rest.split_at(sizes.heads);
+        let values = self.values.chunks_exact_mut(padded).zip(others.chunks_exact(padded));
+        for (head, (values, others)) in values.enumerate() {
+            let greatest = self.greatest[head].max(greatests[head]);
+            if greatest == f32::NEG_INFINITY {
+                continue;
+            }
+            let (mine, theirs) = ((self.greatest[head] - greatest).exp(), (greatests[head] - greatest).exp());
+            self.greatest[head] = greatest;
+            self.total[head] = self.total[head] * mine + totals[head] * theirs;
+            for (value, other) in values.iter_mut().zip(others) {
+                *value = *value * mine + other * theirs;
+            }
         }
     }
 }
@@ -147,12 +125,14 @@ pub(super) fn attend<T: Element>(batch: &Batch<'_, T>, shared: bool, out: &mut [
     } else {
         tasks.iter().zip(partials.chunks_exact_mut(each)).for_each(|(task, partial)| run(batch, task, partial));
     }
-    let dim = batch.sizes.head_dim;
-    let collect = |(at, out): (usize, &mut [f32])| collect(batch.sizes, firsts, partials, at, out);
+    let width = batch.sizes.heads * batch.sizes.head_dim;
+    let collect = |(row, out): (usize, &mut [f32])| {
+        collect(batch.sizes, &partials[each * firsts[row]..each * firsts[row + 1]], out);
+    };
     if shared {
-        out.par_chunks_exact_mut(dim).enumerate().with_min_len(COLLECTED_HEADS).for_each(collect);
+        out.par_chunks_exact_mut(width).enumerate().for_each(collect);
     } else {
-        out.chunks_exact_mut(dim).enumerate().for_each(collect);
+        out.chunks_exact_mut(width).enumerate().for_each(collect);
     }
 }
 
@@ -166,7 +146,7 @@ fn run<T: Element>(batch: &Batch<'_, T>, task: &Task, partial: &mut [f32]) {
         let (queries, rest) = memory.split_at_mut(parts[0]);
         let (scores, rest) = rest.split_at_mut(parts[1]);
         let (block, rest) = rest.split_at_mut(parts[2]);
-        let mut local = Partial::over(&mut rest[..parts[3]], sizes);
+        let local = &mut rest[..parts[3]];
         // Scores come out scaled if queries go in so.
         let scale = 1.0 / (dim as f32).sqrt();
         let q = batch.q[task.row * sizes.heads * dim..].chunks_exact(dim);
@@ -179,7 +159,8 @@ fn run<T: Element>(batch: &Batch<'_, T>, task: &Task, partial: &mut [f32]) {
         all.clear();
         let chosen = task.segment.map_or(0..usize::MAX, |s| s..s + 1);
         for (i, blocks) in blocks.chunks(SEGMENT_BLOCKS).enumerate().filter(|(i, _)| chosen.contains(i)) {
-            local.clear();
+            let mut partial = Partial::over(local, sizes);
+            partial.clear();
             batch.isa.run(Segment {
                 cache: batch.cache,
                 sizes,
@@ -188,23 +169,26 @@ fn run<T: Element>(batch: &Batch<'_, T>, task: &Task, partial: &mut [f32]) {
                 queries,
                 scores,
                 block,
-                partial: &mut local,
+                partial: &mut partial,
             });
-            all.merge(&local);
+            all.merge(local, sizes);
         }
     });
 }
 
-/// Merges the segments of one row's head, row and head being `at`, and divides by the sum of weights.
-fn collect(sizes: Heads, firsts: &[usize], partials: &[f32], at: usize, out: &mut [f32]) {
-    let (row, head) = (at / sizes.heads, at % sizes.heads);
-    let each = Partial::floats(sizes);
-    let mut all = Head { greatest: f32::NEG_INFINITY, total: 0.0, values: out };
-    all.values.fill(0.0);
-    for partial in partials[firsts[row] * each..firsts[row + 1] * each].chunks_exact(each) {
-        let (greatest, total, values) = Partial::head(partial, sizes, head);
-        all.merge(greatest, total, values);
-    }
-    let total = all.total;
-    all.values.iter_mut().for_each(|value| *value /= total);
+/// Merges one row's segments, in the order in which they lie, and divides by the sums of weights.
+fn collect(sizes: Heads, segments: &[f32], out: &mut [f32]) {
+    SCRATCH.with_borrow_mut(|memory| {
+        let each = Partial::floats(sizes);
+        memory.resize(memory.len().max(each), 0.0);
+        let mut all = Partial::over(&mut memory[..each], sizes);
+        all.clear();
+        for segment in segments.chunks_exact(each) {
+            all.merge(segment, sizes);
+        }
+        let heads = out.chunks_exact_mut(sizes.head_dim).zip(all.values.chunks_exact(padded_dim(sizes)));
+        for ((out, values), total) in heads.zip(all.total) {
+            out.iter_mut().zip(values).for_each(|(out, value)| *out = value / *total);
+        }
+    });
 }
