@@ -45,8 +45,8 @@ pub struct Args {
     /// Most prompt tokens computed in one step.
     #[arg(long, env = "OVERFILL_MAX_BATCH_TOKENS", default_value_t = 512)]
     pub max_batch_tokens: usize,
-    /// How long a step should take: one has fewer tokens where it would take longer, so that a short prompt does not wait for much
-    /// of a long one.
+    /// How long a step should take: it has fewer tokens where it would take longer, so that a new prompt need not wait long for
+    /// the step under way. At least 64 tokens, or --max-batch-tokens.
     #[arg(long, env = "OVERFILL_STEP_TARGET_SECONDS", default_value_t = 1.0)]
     pub step_target_seconds: f64,
     /// Most prompts computed at once.
