@@ -53,7 +53,8 @@ impl Team {
     /// Calls `step` while `others` threads, or as many as are free, look for its work.
     fn beside(&self, others: usize, step: &mut (dyn FnMut() + Send)) {
         if others > 0 {
-            // As joins, not spawned tasks: those are allocated.
+            // As joins, not spawned tasks: those are allocated. Other threads take the oldest piece of work first, and these are
+            // older than the step's own: so the step's thread, waiting for a piece that another has taken, never comes upon one.
             rayon::join(|| self.beside(others - 1, step), || self.look_for_work());
             return;
         }
