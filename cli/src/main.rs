@@ -66,7 +66,7 @@ fn main() -> ExitCode {
         Command::Status(args) => exit_code(runtime.block_on(status::run(args))),
         Command::Drain(args) => exit_code(runtime.block_on(drain::run(args))),
         Command::Bench(args) => exit_code(bench::run(*args)),
-        Command::Models(command) => exit_code(command.run()),
+        Command::Models(command) => command.run(),
     }
 }
 

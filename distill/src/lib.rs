@@ -1,8 +1,10 @@
 //! Making decode models: importance pruning of a full model by width, fine-tuning under the full model's KV, and
-//! evaluation of what came out. And the demo pair, made by exactly that.
+//! evaluation of what came out. And the demo pair, made by exactly that. And the check of a model against
+//! candle-transformers.
 
 mod attention;
 mod batch;
+pub mod check;
 mod checkpoint;
 pub mod cli;
 mod data;

@@ -1,0 +1,304 @@
+//! candle-transformers' own implementation of a model's family: code that shares nothing with our engine but the reader
+//! of the files.
+
+use std::path::Path;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::Activation;
+use candle_transformers::models::{
+    llama::{self, Llama3RopeConfig, Llama3RopeType},
+    mistral, qwen2, qwen3,
+};
+use overfill_model::{Family, ModelConfig, ModelError, RopeScaling, Weights};
+
+use super::tensors::var_builder;
+
+/// Most tokens of one of the reference's passes: its scores are a matrix of these by all tokens so far, for every head.
+const CHUNK: usize = 256;
+
+/// Which of candle-transformers' implementations computes a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Implementation {
+    Llama,
+    Mistral,
+    Qwen2,
+    Qwen3,
+}
+
+impl Implementation {
+    /// Its name in candle-transformers.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Mistral => "mistral",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+        }
+    }
+}
+
+/// How candle-transformers can compute a model.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    implementation: Implementation,
+    config: ModelConfig,
+    /// Residual width there: the model's own, or wider.
+    hidden_size: usize,
+    /// What a reader of the result should know.
+    pub notes: Vec<String>,
+}
+
+impl Plan {
+    /// Finds the implementation; an error names the field that none of them has.
+    pub fn new(path: &Path, config: &ModelConfig) -> Result<Self, ModelError> {
+        let unsupported = |field: &str, value: &dyn std::fmt::Display, supported: &str| ModelError::Unsupported {
+            file: if super::is_gguf(path) { path.into() } else { path.join("config.json") },
+            field: field.into(),
+            value: value.to_string(),
+            supported: format!("{supported} (candle-transformers has no implementation of anything else)"),
+        };
+        if config.mlp_bias {
+            return Err(unsupported("mlp_bias", &true, "false"));
+        }
+        let plain = matches!(config.family, Family::Llama | Family::Mistral);
+        if plain && config.qkv_bias {
+            return Err(unsupported("attention_bias", &true, "false"));
+        }
+        match &config.rope_scaling {
+            RopeScaling::None => {}
+            RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } if plain => {}
+            scaling => {
+                return Err(unsupported("rope_scaling", scaling, if plain { "none, linear, llama3" } else { "none" }));
+            }
+        }
+        let heads_width = config.num_attention_heads * config.head_dim;
+        let fills = heads_width == config.hidden_size;
+        let implementation = match config.family {
+            Family::Qwen2 => Implementation::Qwen2,
+            Family::Qwen3 => Implementation::Qwen3,
+            Family::Llama if fills => Implementation::Llama,
+            // The same block as a Llama's, with a width of heads of its own, but no scaling.
+            _ if config.rope_scaling == RopeScaling::None => Implementation::Mistral,
+            _ => Implementation::Llama,
+        };
+        let mut notes = Vec::new();
+        if implementation == Implementation::Mistral && config.family == Family::Llama {
+            notes.push(
+                "candle-transformers' mistral stands in for its llama, whose heads always fill hidden_size".into(),
+            );
+        }
+        let mut hidden_size = config.hidden_size;
+        if !fills && matches!(implementation, Implementation::Llama | Implementation::Qwen2) {
+            if heads_width < config.hidden_size {
+                let name = implementation.name();
+                let supported = format!("hidden_size / num_attention_heads or more, for {name}");
+                return Err(unsupported("head_dim", &config.head_dim, &supported));
+            }
+            hidden_size = heads_width;
+            notes.push(format!(
+                "the reference's hidden_size is {heads_width}, not {}: candle-transformers' heads always fill it. The \
+                 channels added are zeros, and its norms are scaled so that these change nothing",
+                config.hidden_size
+            ));
+        }
+        Ok(Self { implementation, config: config.clone(), hidden_size, notes })
+    }
+
+    /// The implementation's name.
+    pub fn name(&self) -> &'static str {
+        self.implementation.name()
+    }
+
+    /// Bytes of the reference's weights.
+    pub fn weight_bytes(&self) -> usize {
+        let widened = ModelConfig { hidden_size: self.hidden_size, ..self.config.clone() };
+        widened
+            .tensor_shapes()
+            .iter()
+            .map(|(_, shape)| shape.iter().product::<usize>() * DType::F32.size_in_bytes())
+            .sum()
+    }
+
+    /// Loads the model for sequences of up to `tokens`. Every tensor must be known to be there: candle-transformers panics
+    /// over some that are not.
+    pub fn load(&self, weights: Weights, tokens: usize) -> Result<Reference, ModelError> {
+        let (c, hidden_size) = (&self.config, self.hidden_size);
+        // As long as rotations are computed for. candle's llama takes it for a bound of the number of KV heads too, of
+        // which a configuration has no more than this.
+        let max_position_embeddings = tokens.max(llama::DEFAULT_MAX_SEQ_LEN);
+        let vb = var_builder(c, weights, hidden_size);
+        Ok(match self.implementation {
+            Implementation::Llama => {
+                let config = llama::Config {
+                    hidden_size,
+                    intermediate_size: c.intermediate_size,
+                    vocab_size: c.vocab_size,
+                    num_hidden_layers: c.num_hidden_layers,
+                    num_attention_heads: c.num_attention_heads,
+                    num_key_value_heads: c.num_key_value_heads,
+                    use_flash_attn: false,
+                    rms_norm_eps: self.rms_norm_eps(),
+                    rope_theta: c.rope_theta as f32,
+                    bos_token_id: None,
+                    eos_token_id: None,
+                    rope_scaling: llama_scaling(&c.rope_scaling),
+                    max_position_embeddings,
+                    tie_word_embeddings: c.tie_word_embeddings,
+                };
+                let cache = llama::Cache::new(true, DType::F32, &config, &Device::Cpu)?;
+                Reference::Llama(llama::Llama::load(vb, &config)?, cache)
+            }
+            Implementation::Mistral => {
+                let config = mistral::Config {
+                    vocab_size: c.vocab_size,
+                    hidden_size,
+                    intermediate_size: c.intermediate_size,
+                    num_hidden_layers: c.num_hidden_layers,
+                    num_attention_heads: c.num_attention_heads,
+                    head_dim: Some(c.head_dim),
+                    num_key_value_heads: c.num_key_value_heads,
+                    hidden_act: Activation::Silu,
+                    max_position_embeddings,
+                    rms_norm_eps: c.rms_norm_eps,
+                    rope_theta: c.rope_theta,
+                    // Sequences are no longer than the window.
+                    sliding_window: None,
+                    use_flash_attn: false,
+                };
+                Reference::Mistral(mistral::Model::new(&config, vb)?)
+            }
+            Implementation::Qwen2 => {
+                let config = qwen2::Config {
+                    vocab_size: c.vocab_size,
+                    hidden_size,
+                    intermediate_size: c.intermediate_size,
+                    num_hidden_layers: c.num_hidden_layers,
+                    num_attention_heads: c.num_attention_heads,
+                    num_key_value_heads: c.num_key_value_heads,
+                    max_position_embeddings,
+                    // Not optional there; sequences are no longer.
+                    sliding_window: max_position_embeddings,
+                    max_window_layers: c.num_hidden_layers,
+                    tie_word_embeddings: c.tie_word_embeddings,
+                    rope_theta: c.rope_theta,
+                    rms_norm_eps: self.rms_norm_eps(),
+                    use_sliding_window: false,
+                    hidden_act: Activation::Silu,
+                };
+                Reference::Qwen2(qwen2::ModelForCausalLM::new(&config, vb)?)
+            }
+            Implementation::Qwen3 => {
+                let config = qwen3::Config {
+                    vocab_size: c.vocab_size,
+                    hidden_size,
+                    intermediate_size: c.intermediate_size,
+                    num_hidden_layers: c.num_hidden_layers,
+                    num_attention_heads: c.num_attention_heads,
+                    head_dim: c.head_dim,
+                    attention_bias: c.qkv_bias,
+                    num_key_value_heads: c.num_key_value_heads,
+                    max_position_embeddings,
+                    sliding_window: None,
+                    max_window_layers: c.num_hidden_layers,
+                    tie_word_embeddings: c.tie_word_embeddings,
+                    rope_theta: c.rope_theta,
+                    rms_norm_eps: c.rms_norm_eps,
+                    use_sliding_window: false,
+                    hidden_act: Activation::Silu,
+                };
+                Reference::Qwen3(qwen3::ModelForCausalLM::new(&config, vb)?)
+            }
+        })
+    }
+
+    /// A mean square over channels of which some are zeros is smaller by their share, and so must this be.
+    fn rms_norm_eps(&self) -> f64 {
+        self.config.rms_norm_eps * self.config.hidden_size as f64 / self.hidden_size as f64
+    }
+}
+
+fn llama_scaling(scaling: &RopeScaling) -> Option<Llama3RopeConfig> {
+    match *scaling {
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+            Some(Llama3RopeConfig {
+                factor: factor as f32,
+                low_freq_factor: low_freq_factor as f32,
+                high_freq_factor: high_freq_factor as f32,
+                original_max_position_embeddings: original_max_position_embeddings as usize,
+                rope_type: Llama3RopeType::Llama3,
+            })
+        }
+        // Every wave is long beside a context of nothing, and so divided.
+        RopeScaling::Linear { factor } => Some(Llama3RopeConfig {
+            factor: factor as f32,
+            low_freq_factor: 1.0,
+            high_freq_factor: 1.0,
+            original_max_position_embeddings: 0,
+            rope_type: Llama3RopeType::Llama3,
+        }),
+        RopeScaling::None | RopeScaling::Factors(_) => None,
+    }
+}
+
+/// A loaded model with the KV of the tokens that it has read. Clones share weights and KV, and go on by themselves.
+#[derive(Clone)]
+pub enum Reference {
+    /// Llama and its cache.
+    Llama(llama::Llama, llama::Cache),
+    /// Mistral.
+    Mistral(mistral::Model),
+    /// Qwen2.
+    Qwen2(qwen2::ModelForCausalLM),
+    /// Qwen3.
+    Qwen3(qwen3::ModelForCausalLM),
+}
+
+/// What the reference says of a prompt and of its own greedy continuation.
+pub struct Continuation {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// The most likely token after the prompt, then those after it.
+    pub tokens: Vec<u32>,
+    /// After the prompt, then after each of `tokens`; each `[vocab]`.
+    pub logits: Vec<Vec<f32>>,
+}
+
+impl Reference {
+    /// Reads the prompts that `lengths`, ascending, cut out of the beginning of `tokens`, and goes on from each for
+    /// `decode` greedy steps.
+    pub fn continuations(mut self, tokens: &[u32], lengths: &[usize], decode: usize) -> Result<Vec<Continuation>> {
+        let mut read = 0;
+        let mut out = Vec::new();
+        for &length in lengths {
+            let mut last = Vec::new();
+            while read < length {
+                let end = length.min(read + CHUNK);
+                last = self.forward(&tokens[read..end], read)?;
+                read = end;
+            }
+            let mut fork = self.clone();
+            let mut continuation = Continuation { prompt_tokens: length, tokens: Vec::new(), logits: vec![last] };
+            for step in 0..decode {
+                let token = super::distance::greedy(&continuation.logits[step]);
+                continuation.tokens.push(token);
+                continuation.logits.push(fork.forward(&[token], length + step)?);
+            }
+            tracing::info!(prompt_tokens = length, "the reference has computed a prompt");
+            out.push(continuation);
+        }
+        Ok(out)
+    }
+
+    /// Logits of the last of `tokens`, which stand at `start`.
+    fn forward(&mut self, tokens: &[u32], start: usize) -> Result<Vec<f32>, ModelError> {
+        let tokens = Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?;
+        let logits = match self {
+            Self::Llama(model, cache) => model.forward(&tokens, start, cache),
+            Self::Mistral(model) => model.forward(&tokens, start),
+            Self::Qwen2(model) => model.forward(&tokens, start),
+            Self::Qwen3(model) => model.forward(&tokens, start),
+        };
+        Ok(logits?.flatten_all()?.to_vec1()?)
+    }
+}
