@@ -1,4 +1,7 @@
-//! The admin port, over HTTP: `/startup`, `/live`, `/ready` (also as `/health`) and `/metrics`.
+//! The admin port, over HTTP: `/startup`, `/live`, `/ready`, `/health` and `/metrics`.
+//!
+//! `/ready` is for who sends requests here, a load balancer: send them, or don't. `/health` tells whether a request would be
+//! served now. They differ where requests are taken, but have to wait.
 //!
 //! It is served before the process can do its work, so that one that is loading a model can be told from one that hangs.
 
@@ -27,6 +30,8 @@ pub const CONNECTIONS: usize = 64;
 pub enum Health {
     /// Yes.
     Serving,
+    /// Not now, and why. Requests are taken all the same, and wait. Ready, but not healthy.
+    Waiting(String),
     /// Not now, and why.
     NotServing(String),
 }
@@ -35,7 +40,7 @@ pub enum Health {
 pub struct Started {
     /// The metrics.
     pub registry: Registry,
-    /// Would a request be served now? Asked at every `/ready`.
+    /// Would a request be served now? Asked at every `/ready` and `/health`.
     pub ready: Box<dyn Fn() -> Health + Send + Sync>,
     /// Called before every `/metrics`: sets gauges that are read off the state rather than counted.
     pub refresh: Box<dyn Fn() + Send + Sync>,
@@ -60,7 +65,7 @@ impl Admin {
         }
     }
 
-    fn ready(&self) -> Health {
+    fn health(&self) -> Health {
         self.started.get().map_or_else(|| self.startup(), |started| (started.ready)())
     }
 
@@ -68,10 +73,10 @@ impl Admin {
     pub fn routes(self) -> Router {
         let (startup, ready, health) = (self.clone(), self.clone(), self.clone());
         Router::new()
-            .route("/startup", get(async move || health_response(startup.startup())))
+            .route("/startup", get(async move || health_response(startup.startup(), StatusCode::OK)))
             .route("/live", get(async || "live\n"))
-            .route("/ready", get(async move || health_response(ready.ready())))
-            .route("/health", get(async move || health_response(health.ready())))
+            .route("/ready", get(async move || health_response(ready.health(), StatusCode::OK)))
+            .route("/health", get(async move || health_response(health.health(), StatusCode::SERVICE_UNAVAILABLE)))
             .route("/metrics", get(async move || self.metrics_response()))
     }
 
@@ -93,9 +98,11 @@ impl Admin {
     }
 }
 
-fn health_response(health: Health) -> (StatusCode, String) {
+/// `waiting` is the status where requests are taken, but have to wait.
+fn health_response(health: Health, waiting: StatusCode) -> (StatusCode, String) {
     match health {
         Health::Serving => (StatusCode::OK, "serving\n".into()),
+        Health::Waiting(why) => (waiting, format!("requests wait: {why}\n")),
         Health::NotServing(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("not serving: {why}\n")),
     }
 }

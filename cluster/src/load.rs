@@ -10,8 +10,9 @@ use std::{
 
 use overfill_kv::BlockPool;
 use tokio::sync::watch;
+use tracing::info;
 
-use crate::NodeMetrics;
+use crate::{Health, NodeMetrics};
 
 /// How old a watched load may be when nothing has told of a change.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -55,6 +56,8 @@ pub struct LoadState {
     waiting: AtomicUsize,
     queued_tokens: AtomicU64,
     open_handoffs: AtomicUsize,
+    routers: AtomicUsize,
+    router_has_joined: AtomicBool,
     stranded_bytes: AtomicU64,
     receiving: Option<Receiving>,
     draining: AtomicBool,
@@ -81,6 +84,8 @@ impl LoadState {
             waiting: AtomicUsize::new(0),
             queued_tokens: AtomicU64::new(0),
             open_handoffs: AtomicUsize::new(0),
+            routers: AtomicUsize::new(0),
+            router_has_joined: AtomicBool::new(false),
             stranded_bytes: AtomicU64::new(0),
             receiving,
             draining: AtomicBool::new(false),
@@ -150,6 +155,7 @@ impl LoadState {
         self.metrics.requests_waiting.set(load.waiting as i64);
         self.metrics.kv_cache_usage.set(self.pool.in_use() as f64 / self.pool.total() as f64);
         self.metrics.open_handoffs.set(load.open_handoffs as i64);
+        self.metrics.routers.set(self.routers.load(Relaxed) as i64);
         self.metrics.stranded_bytes.set(load.stranded_bytes as i64);
     }
 
@@ -216,6 +222,25 @@ impl LoadState {
         Counted { state: self.clone(), what: What::Handoff }
     }
 
+    /// Counts a router that has joined the node, and watches its load, until the guard is dropped.
+    pub fn count_router(self: &Arc<Self>) -> Counted {
+        let routers = self.routers.fetch_add(1, Relaxed) + 1;
+        self.router_has_joined.store(true, Relaxed);
+        info!(routers, "a router has joined this node");
+        Counted { state: self.clone(), what: What::Router }
+    }
+
+    /// Would the node serve a request now? Not before a router has joined it, for nobody else sends it any. A node that
+    /// its routers leave later stays ready: it can't be at fault for all of them.
+    pub fn health(&self) -> Health {
+        match (self.is_draining(), self.is_stalled(), self.router_has_joined.load(Relaxed)) {
+            (true, _, _) => Health::NotServing("draining".into()),
+            (_, true, _) => Health::NotServing("the engine does not get on with its work".into()),
+            (_, _, false) => Health::NotServing("no router has joined this node yet".into()),
+            (false, false, true) => Health::Serving,
+        }
+    }
+
     /// Counts bytes as stranded until the guard is dropped.
     pub fn count_stranded(self: &Arc<Self>, bytes: u64) -> Counted {
         self.stranded_bytes.fetch_add(bytes, Relaxed);
@@ -233,6 +258,7 @@ enum What {
     Running,
     Waiting,
     Handoff,
+    Router,
     Stranded(u64),
 }
 
@@ -248,6 +274,10 @@ impl Drop for Counted {
             What::Running => drop(self.state.running.fetch_sub(1, Relaxed)),
             What::Waiting => drop(self.state.waiting.fetch_sub(1, Relaxed)),
             What::Handoff => drop(self.state.open_handoffs.fetch_sub(1, Relaxed)),
+            What::Router => {
+                let routers = self.state.routers.fetch_sub(1, Relaxed) - 1;
+                info!(routers, "a router has left this node");
+            }
             What::Stranded(bytes) => drop(self.state.stranded_bytes.fetch_sub(bytes, Relaxed)),
         }
         self.state.publish();
@@ -294,6 +324,20 @@ mod tests {
         assert!(strict.load().stalled && !lenient.load().stalled);
         strict.step_ended();
         assert!(!strict.load().stalled);
+    }
+
+    #[test]
+    fn a_node_is_ready_from_its_first_router_on() {
+        let state = LoadState::new(BlockPool::new(4), NodeMetrics::new("m").unwrap(), None, Duration::MAX);
+        assert_eq!(state.health(), Health::NotServing("no router has joined this node yet".into()));
+        let routers = (state.count_router(), state.count_router());
+        state.refresh_metrics();
+        assert_eq!((state.health(), state.metrics().routers.get()), (Health::Serving, 2));
+        drop(routers);
+        state.refresh_metrics();
+        assert_eq!((state.health(), state.metrics().routers.get()), (Health::Serving, 0));
+        state.drain();
+        assert_eq!(state.health(), Health::NotServing("draining".into()));
     }
 
     #[test]

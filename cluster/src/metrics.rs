@@ -43,6 +43,8 @@ pub struct NodeMetrics {
     pub prefix_cache_queries: IntCounter,
     /// Prompt tokens found there.
     pub prefix_cache_hits: IntCounter,
+    /// Routers that have joined the node.
+    pub routers: IntGauge,
     /// Handoffs between reservation and end.
     pub open_handoffs: IntGauge,
     /// KV bytes held for handoffs whose other side has gone.
@@ -97,6 +99,7 @@ impl NodeMetrics {
             preemptions: counter(r, "vllm:num_preemptions_total", "Requests taken out of the batch to make room.")?,
             prefix_cache_queries: counter(r, "vllm:prefix_cache_queries_total", "Prompt tokens looked up.")?,
             prefix_cache_hits: counter(r, "vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")?,
+            routers: int_gauge(r, "overfill_routers", "Routers that have joined the node.")?,
             open_handoffs: int_gauge(r, "overfill_open_handoffs", "Handoffs between reservation and end.")?,
             stranded_bytes: int_gauge(
                 r,

@@ -3,7 +3,7 @@
 use std::{future::pending, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use overfill_cluster::{
-    Admin, AdminServer, Drain, Health, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown, Started, admin,
+    Admin, AdminServer, Drain, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown, Started, admin,
     discovery::{self, NodeRole, Registration},
     grpc::{self, BindError, NODE_CONNECTIONS},
     http,
@@ -220,11 +220,7 @@ impl DecodeNode {
         let (state, asked, refreshed) = (load.clone(), load.clone(), load.clone());
         self.admin.start(Started {
             registry: load.metrics().registry.clone(),
-            ready: Box::new(move || match (asked.is_draining(), asked.is_stalled()) {
-                (true, _) => Health::NotServing("draining".into()),
-                (_, true) => Health::NotServing("the engine does not get on with its work".into()),
-                _ => Health::Serving,
-            }),
+            ready: Box::new(move || asked.health()),
             refresh: Box::new(move || refreshed.refresh_metrics()),
         });
 

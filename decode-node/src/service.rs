@@ -2,7 +2,7 @@
 
 use std::{pin::Pin, sync::Arc, time::Duration};
 
-use futures::Stream;
+use futures::{Stream, StreamExt as _};
 use overfill_cluster::{Drain, Load, LoadState, Shutdown};
 use overfill_kv::{BLOCK_TOKENS, KvSchema, Ticket};
 use overfill_proto::{InvalidField, v1};
@@ -165,7 +165,8 @@ impl v1::decode_server::Decode for DecodeService {
     }
 
     async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {
-        Ok(Response::new(self.reports()))
+        let joined = self.load.count_router();
+        Ok(Response::new(Box::pin(self.reports().inspect(move |_| _ = &joined))))
     }
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<Self::DrainStream>, Status> {

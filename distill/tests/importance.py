@@ -30,23 +30,7 @@ def read_tensors(folder):
     return tensors
 
 
-def rounded(values, dtype):
-    """Values as a cast of the whole model to `dtype` leaves them."""
-    if dtype == "float16":
-        return values.astype(np.float16).astype(np.float64)
-    if dtype == "bfloat16":
-        bits = values.astype(np.float32).view(np.uint32)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
-        return nearest.astype(np.uint32).view(np.float32).astype(np.float64)
-    return values
-
-
 def frequencies(config, head_dim):
-    # The same rule as the model crate's: `dtype` says what the model was cast to, `torch_dtype` says nothing of it.
-    return rounded(exact_frequencies(config, head_dim), config.get("rope_frequency_dtype") or config.get("dtype"))
-
-
-def exact_frequencies(config, head_dim):
     theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0
     inverse = 1.0 / theta ** (np.arange(0, head_dim, 2) / head_dim)
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}

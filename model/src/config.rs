@@ -4,8 +4,7 @@ use std::{fmt, fs, path::Path};
 
 use serde_json::{Map, Value, json};
 
-use half::{bf16, f16};
-use overfill_kv::{KvDtype, RopeSpec};
+use overfill_kv::RopeSpec;
 
 use crate::{ModelError, gguf::Gguf};
 
@@ -28,6 +27,9 @@ const FAMILIES: [(&str, &str, Family); 4] = [
     ("Qwen2ForCausalLM", "qwen2", Family::Qwen2),
     ("Qwen3ForCausalLM", "qwen3", Family::Qwen3),
 ];
+
+/// Earlier versions of our own tools wrote this field. Only `float32` is right, so it says nothing any more.
+const ROPE_FREQUENCY_DTYPE: &str = "rope_frequency_dtype";
 
 /// What a KV schema can say. They also bound the memory that a configuration alone can ask for: its list of tensors.
 const MAX_LAYERS: usize = 1024;
@@ -108,8 +110,6 @@ pub struct ModelConfig {
     pub rope_theta: f64,
     /// Their scaling.
     pub rope_scaling: RopeScaling,
-    /// Type that the rotary frequencies are rounded to before use; see [`frequency_rounding`].
-    pub frequency_rounding: KvDtype,
     /// Is the output head the embedding?
     pub tie_word_embeddings: bool,
     /// Bias on q, k, v.
@@ -228,6 +228,9 @@ impl ModelConfig {
         if let Some(act) = f.present("hidden_act").filter(|a| a.as_str() != Some("silu")) {
             return Err(ModelError::unsupported(file, "hidden_act", act, "silu"));
         }
+        if f.present(ROPE_FREQUENCY_DTYPE).is_some_and(|dtype| dtype.as_str() != Some("float32")) {
+            return Err(f.bad(ROPE_FREQUENCY_DTYPE, "float32"));
+        }
 
         let hidden_size = f.size("hidden_size")?;
         let num_attention_heads = f.size("num_attention_heads")?;
@@ -281,7 +284,6 @@ impl ModelConfig {
             rms_norm_eps: f.number("rms_norm_eps", Some(1e-6))?,
             rope_theta,
             rope_scaling,
-            frequency_rounding: frequency_rounding(&raw),
             tie_word_embeddings: f.flag("tie_word_embeddings", false)?,
             qkv_bias: family == Family::Qwen2 || attention_bias,
             o_bias: family != Family::Qwen2 && attention_bias,
@@ -305,13 +307,7 @@ impl ModelConfig {
         ] {
             map.insert(field.into(), value);
         }
-        // What the model was made under stays true whatever type its weights are written in.
-        let rounding = match self.frequency_rounding {
-            KvDtype::F32 => "float32",
-            KvDtype::Bf16 => "bfloat16",
-            KvDtype::F16 => "float16",
-        };
-        map.insert("rope_frequency_dtype".into(), json!(rounding));
+        map.remove(ROPE_FREQUENCY_DTYPE);
         // One entry a layer: it must not outlive a layer cut.
         if let Some(Value::Array(types)) = map.get_mut("layer_types") {
             types.truncate(self.num_hidden_layers);
@@ -326,15 +322,11 @@ impl ModelConfig {
 
     /// Rotary embedding, as a KV schema states it.
     pub fn rope_spec(&self) -> RopeSpec {
-        let scaling = match self.frequency_rounding {
-            KvDtype::F32 => self.rope_scaling.to_string(),
-            rounding => format!("{} frequencies={rounding}", self.rope_scaling),
-        };
-        RopeSpec { theta: self.rope_theta, scaling }
+        RopeSpec { theta: self.rope_theta, scaling: self.rope_scaling.to_string() }
     }
 
-    /// Rotary frequencies in radians per token, `[head_dim / 2]`, in f32 as the reference implementation has them
-    /// (transformers, modeling_rope_utils.py).
+    /// Rotary frequencies in radians per token, `[head_dim / 2]`, as in transformers' modeling_rope_utils.py. They are f32
+    /// whatever the type of the weights: transformers' `from_pretrained`, vLLM, SGLang and llama.cpp all keep them so.
     pub fn inverse_frequencies(&self) -> Vec<f32> {
         let base = |i: usize| 1.0 / (self.rope_theta as f32).powf((2 * i) as f32 / self.head_dim as f32);
         let scale = |(i, freq): (usize, f32)| match self.rope_scaling {
@@ -355,12 +347,7 @@ impl ModelConfig {
                 }
             }
         };
-        let round = |freq: f32| match self.frequency_rounding {
-            KvDtype::F32 => freq,
-            KvDtype::Bf16 => bf16::from_f32(freq).to_f32(),
-            KvDtype::F16 => f16::from_f32(freq).to_f32(),
-        };
-        (0..self.head_dim / 2).map(base).enumerate().map(scale).map(round).collect()
+        (0..self.head_dim / 2).map(base).enumerate().map(scale).collect()
     }
 
     /// Every weight tensor by its Hugging Face name, with its shape.
@@ -396,22 +383,6 @@ impl ModelConfig {
             out.push(("lm_head.weight".into(), vec![self.vocab_size, h]));
         }
         out
-    }
-}
-
-/// Type that the frequencies are rounded to.
-///
-/// A model that is cast as a whole (`model.to(torch.bfloat16)`) has its table of frequencies cast with it, and computes
-/// with the rounded ones from then on, in whatever type; one that is loaded in a narrow type keeps f32. The folder does
-/// not say which a model was made under, unless it has `rope_frequency_dtype`, a field of ours that wins. Without it
-/// the rule is the one that the reference values of `tests/golden` pin: `dtype`, which transformers writes since 4.56, is
-/// taken at its word; `torch_dtype`, which the published checkpoints of the supported families carry, means f32. It is
-/// part of the KV schema, so that a pair never mixes the two.
-fn frequency_rounding(raw: &Map<String, Value>) -> KvDtype {
-    match raw.get("rope_frequency_dtype").or(raw.get("dtype")).and_then(Value::as_str) {
-        Some("bfloat16") => KvDtype::Bf16,
-        Some("float16") => KvDtype::F16,
-        _ => KvDtype::F32,
     }
 }
 
@@ -475,18 +446,27 @@ mod tests {
     }
 
     #[test]
-    fn frequencies_are_rounded_where_the_folder_says_so() {
-        let with = |field: &str| {
+    fn frequencies_are_f32_whatever_the_weights_are() {
+        let with = |field: &str, dtype: &str| {
             let mut config = llama();
-            config[field] = json!("bfloat16");
-            parse(config).unwrap()
+            config[field] = json!(dtype);
+            parse(config)
         };
-        let (published, cast) = (with("torch_dtype"), with("dtype"));
-        assert_ne!(published.rope_spec(), cast.rope_spec());
-        for (exact, rounded) in published.inverse_frequencies().into_iter().zip(cast.inverse_frequencies()) {
-            assert!((exact - rounded).abs() <= exact / 256.0);
-            assert_eq!(rounded, bf16::from_f32(exact).to_f32());
+        let plain = parse(llama()).unwrap();
+        for (field, dtype) in [
+            ("torch_dtype", "bfloat16"),
+            ("dtype", "bfloat16"),
+            ("dtype", "float16"),
+            ("dtype", "float32"),
+            (ROPE_FREQUENCY_DTYPE, "float32"),
+        ] {
+            let config = with(field, dtype).unwrap();
+            assert_eq!(config.inverse_frequencies(), plain.inverse_frequencies(), "{field} {dtype}");
+            assert_eq!(config.rope_spec(), plain.rope_spec(), "{field} {dtype}");
+            assert_eq!(config.to_json().get(ROPE_FREQUENCY_DTYPE), None);
         }
+        let e = with(ROPE_FREQUENCY_DTYPE, "bfloat16").unwrap_err().to_string();
+        assert_eq!(e, "m/config.json: rope_frequency_dtype is \"bfloat16\", supported: float32");
     }
 
     #[test]

@@ -7,8 +7,7 @@ use std::{
 
 use candle_core::Device;
 use overfill_kv::{BLOCK_TOKENS, KvDtype, KvSchema};
-use overfill_text::TextFiles;
-use serde_json::Value;
+use overfill_text::{TextError, TextFiles, TextModel, token_ids};
 use sha2::{Digest, Sha256};
 
 use crate::{
@@ -127,7 +126,7 @@ impl Model {
         &self.fingerprint
     }
 
-    /// Ids that end a text, from generation_config.json, else config.json.
+    /// Ids that end a text: those of generation_config.json, of config.json, and the tokenizer's `eos_token`.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_token_ids
     }
@@ -229,19 +228,19 @@ fn absolute(path: &Path) -> Result<(PathBuf, String), ModelError> {
     Ok((path, name))
 }
 
+/// Every text file is parsed, though the router is who uses most of them: what is wrong with one ends the start-up here.
 fn eos_token_ids(folder: &Path, text: &TextFiles, config: &ModelConfig) -> Result<Vec<u32>, ModelError> {
-    let file = folder.join("generation_config.json");
-    let generation: Value = match &text.generation_config_json {
-        Some(bytes) => serde_json::from_slice(bytes).map_err(|e| ModelError::malformed(&file, e))?,
-        None => Value::Null,
+    let in_folder = |e| match e {
+        TextError::Invalid { file, reason } => ModelError::malformed(&folder_of(folder).join(file), reason),
+        other => other.into(),
     };
-    let field = "eos_token_id";
-    let value = generation.get(field).or(config.raw.get(field)).unwrap_or(&Value::Null);
-    let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
-    let ids = match value {
-        Value::Null => Some(Vec::new()),
-        Value::Array(ids) => ids.iter().map(id).collect(),
-        one => id(one).map(|id| vec![id]),
-    };
-    ids.ok_or_else(|| ModelError::unsupported(&file, field, value, "a token id, or a list of them"))
+    let text = TextModel::from_files(text).map_err(in_folder)?;
+    let mut ids = text.generation_defaults().eos_token_ids.clone();
+    let of_config = token_ids("config.json", &config.raw).map_err(in_folder)?;
+    for id in of_config.iter().chain(text.eos_token_ids()) {
+        if !ids.contains(id) {
+            ids.push(*id);
+        }
+    }
+    Ok(ids)
 }

@@ -36,7 +36,11 @@ fn folder(pair: &str) -> PathBuf {
 }
 
 fn expected(pair: &str) -> Expected {
-    serde_json::from_slice(&std::fs::read(folder(pair).join("expected.json")).unwrap()).unwrap()
+    let read =
+        |file: &str| -> Expected { serde_json::from_slice(&std::fs::read(folder(pair).join(file)).unwrap()).unwrap() };
+    let mut expected = read("expected.json");
+    expected.cases.extend(read("long.json").cases);
+    expected
 }
 
 fn load(pair: &str, which: &str, rows: Rows, options: &LoadOptions) -> Model {

@@ -22,6 +22,10 @@ pub struct Args {
     /// gRPC address of a decode node; repeat it or separate several by commas. Needed unless nodes register in etcd.
     #[arg(long = "decode-url", env = "OVERFILL_DECODE_URL", value_delimiter = ',')]
     pub decode_url: Vec<String>,
+    /// Name of a model that this router is to serve; repeat it or separate several by commas. It is listed, and its requests
+    /// wait, before a node has come that serves it.
+    #[arg(long = "served-model", env = "OVERFILL_SERVED_MODEL", value_delimiter = ',')]
+    pub served_model: Vec<String>,
     /// Where the OpenAI API is served, with /startup, /live, /ready and /metrics.
     #[arg(long, env = "OVERFILL_HTTP", default_value = "127.0.0.1:8080")]
     pub http: String,
@@ -85,6 +89,8 @@ pub struct Config {
     pub prefill_urls: Vec<String>,
     /// `http://host:port` of each decode node.
     pub decode_urls: Vec<String>,
+    /// Models that are listed before a node serves them.
+    pub served_models: Vec<String>,
     /// Where HTTP is served; port 0 picks one.
     pub http: SocketAddr,
     /// Where gRPC is served; port 0 picks one.
@@ -127,6 +133,7 @@ impl Config {
         Self {
             prefill_urls,
             decode_urls,
+            served_models: Vec::new(),
             http: SocketAddr::from(([127, 0, 0, 1], 0)),
             grpc: SocketAddr::from(([127, 0, 0, 1], 0)),
             max_running: 256,
@@ -165,6 +172,7 @@ impl Args {
         let Self {
             prefill_url,
             decode_url,
+            served_model,
             http,
             grpc,
             max_running,
@@ -241,7 +249,6 @@ impl Args {
         let max_queue = duration("max-queue-seconds", max_queue_seconds);
         let node_timeout = duration("node-timeout-seconds", node_timeout_seconds);
         let progress_timeout = duration("progress-timeout-seconds", progress_timeout_seconds);
-        // The bounds are held in semaphores, whose size is limited.
         let counts = 1..=1_000_000;
         ConfigError::check(&mut faults, counts.contains(&max_running), "max-running", "in [1, 1000000]", max_running);
         ConfigError::check(&mut faults, max_waiting <= 1_000_000, "max-waiting", "at most 1000000", max_waiting);
@@ -252,6 +259,8 @@ impl Args {
         ConfigError::check(&mut faults, max_body_bytes >= 1024, "max-body-bytes", "at least 1024", max_body_bytes);
         let connections_ok = (1..=1_000_000).contains(&max_connections);
         ConfigError::check(&mut faults, connections_ok, "max-connections", "in [1, 1000000]", max_connections);
+        let named = served_model.iter().all(|name| !name.is_empty());
+        ConfigError::check(&mut faults, named, "served-model", "names, none of them empty", served_model.join(","));
         let etcd = etcd.validate(&mut faults);
         let durations = (default_deadline, max_queue, node_timeout, progress_timeout);
         let (Some(default_deadline), Some(max_queue), Some(node_timeout), Some(progress_timeout)) = durations else {
@@ -261,6 +270,7 @@ impl Args {
             (Some(http), Some(grpc), true) => Ok(Config {
                 prefill_urls,
                 decode_urls,
+                served_models: served_model,
                 http,
                 grpc,
                 max_running: max_running as usize,

@@ -16,6 +16,7 @@ use crate::{
     admission::{Admission, Ask, Place},
     affinity::Affinity,
     attempt::{self, AttemptError, Event, Plan},
+    catalog::Catalog,
     metrics::{Metrics, RequestMetrics},
     node::ServedModel,
     nodes::Nodes,
@@ -40,6 +41,8 @@ const BUDGET_PER_REQUEST: f32 = 0.2;
 pub struct Core {
     /// The nodes.
     pub nodes: Nodes,
+    /// The models that clients may name.
+    pub catalog: Catalog,
     /// Who may run.
     pub admission: Admission,
     /// What is counted.
@@ -59,6 +62,7 @@ impl Core {
     /// From the parts of a router.
     pub fn new(nodes: Nodes, metrics: Arc<Metrics>, config: &crate::Config) -> Self {
         Self {
+            catalog: Catalog::new(nodes.clone(), &config.served_models, config.max_waiting),
             nodes,
             admission: Admission::new(config.max_running, config.max_waiting),
             metrics,
@@ -72,21 +76,16 @@ impl Core {
         }
     }
 
-    /// The model of this name; with an empty name, the only one.
-    pub fn model(&self, name: &str) -> Result<Arc<ServedModel>, GenerateError> {
-        let view = self.nodes.view();
-        if view.models.is_empty() {
-            let role = if view.prefill.is_empty() { v1::Role::Prefill } else { v1::Role::Decode };
-            return Err(GenerateError::Unavailable(self.nodes.trouble(role)));
-        }
-        let found = match name {
-            "" if view.models.len() == 1 => view.models.values().next(),
-            name => view.models.get(name),
-        };
-        found.cloned().ok_or_else(|| GenerateError::UnknownModel {
-            model: name.to_owned(),
-            served: view.models.keys().cloned().collect::<Vec<_>>().join(", "),
-        })
+    /// The model of this name; with an empty name, the only one. A request that has `time` waits for it, at most as long as
+    /// for a node.
+    pub async fn model(
+        &self,
+        name: &str,
+        arrived: Instant,
+        time: Option<Duration>,
+    ) -> Result<Arc<ServedModel>, GenerateError> {
+        let time = time.unwrap_or(self.default_time).min(self.max_queue);
+        self.catalog.find(name, arrived + time).await
     }
 
     /// Who asks, by these headers.

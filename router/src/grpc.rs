@@ -41,7 +41,12 @@ impl RouterService {
         let arrived = Instant::now();
         let v1::GenerateRequest { model, prompt, sampling, max_tokens, stop, ignore_eos, deadline_seconds, priority } =
             wire;
-        let model = self.core.model(&model)?;
+        let time = match deadline_seconds {
+            0.0 => self.core.default_time,
+            seconds if seconds > 0.0 && seconds <= MAX_DEADLINE.as_secs_f64() => Duration::from_secs_f64(seconds),
+            other => return Err(GenerateError::limit("deadline_seconds", "in [0, 86400]", other)),
+        };
+        let model = self.core.model(&model, arrived, Some(time)).await?;
         let prompt = match prompt {
             Some(generate_request::Prompt::Text(text)) => encode(&model.text, text, true).await?,
             Some(generate_request::Prompt::Messages(messages)) => {
@@ -67,11 +72,6 @@ impl RouterService {
         sampling
             .validate(model.vocab_size as usize)
             .map_err(|e| GenerateError::limit(&format!("sampling.{}", e.field), e.limit, e.value))?;
-        let time = match deadline_seconds {
-            0.0 => self.core.default_time,
-            seconds if seconds > 0.0 && seconds <= MAX_DEADLINE.as_secs_f64() => Duration::from_secs_f64(seconds),
-            other => return Err(GenerateError::limit("deadline_seconds", "in [0, 86400]", other)),
-        };
         Ok(Generation {
             request_id: request::new_request_id(),
             prompt: prompt.into(),
@@ -158,11 +158,11 @@ impl router_server::Router for RouterService {
     ) -> Result<Response<v1::ListModelsResponse>, Status> {
         self.identify(&request)?;
         let view = self.core.nodes.view();
-        let models = view.models.values().map(|model| v1::ServedModel {
-            name: model.name.clone(),
-            max_context_tokens: model.max_context_tokens,
-            decode_nodes: view.decode.iter().filter(|node| node.info.model == model.name).count() as u32,
-            full_model: model.full_model.clone(),
+        let models = self.core.catalog.list().into_iter().map(|listed| v1::ServedModel {
+            decode_nodes: view.decode.iter().filter(|node| node.info.model == listed.name).count() as u32,
+            max_context_tokens: listed.served.as_ref().map_or(0, |model| model.max_context_tokens),
+            full_model: listed.served.map_or_else(String::new, |model| model.full_model.clone()),
+            name: listed.name,
         });
         Ok(Response::new(v1::ListModelsResponse { models: models.collect() }))
     }

@@ -1,7 +1,7 @@
 //! The router: takes requests over gRPC and the OpenAI HTTP API, leads each through a prefill and a decode node, and
 //! gives back text.
 //!
-//! The way of one request: [`openai`] or [`grpc`] checks it into a [`request::Generation`]; [`admission`] lets it in, in an order that
+//! The way of one request: [`openai`] or [`grpc`] finds its model in the [`catalog`] and checks it into a [`request::Generation`]; [`admission`] lets it in, in an order that
 //! is fair between [`tenants`];
 //! [`generate`] leads it from attempt to attempt and turns tokens into text; [`attempt`] is one pass over one decode
 //! and one prefill node, chosen by [`pick`] from the view that [`nodes`] keeps, as long as its [`breaker`] admits requests ([`join`] makes a node
@@ -12,6 +12,7 @@ pub mod affinity;
 pub mod args;
 pub mod attempt;
 pub mod breaker;
+pub mod catalog;
 pub mod error;
 pub mod generate;
 pub mod grpc;

@@ -240,7 +240,13 @@ impl View {
             let context = |(p, d): &(&Arc<Node>, &Arc<Node>)| p.info.max_context_tokens.min(d.info.max_context_tokens);
             let Some((p, d)) = pairs.max_by_key(context) else { continue };
             let Some(text) = p.text.clone() else { continue };
-            let eos = if p.info.eos_token_ids.is_empty() { text.eos_token_ids() } else { &p.info.eos_token_ids };
+            // A pruned model may have been fine-tuned to end a turn in ways that the full model's files don't name.
+            let mut eos = p.info.eos_token_ids.clone();
+            for id in d.info.eos_token_ids.iter().chain(text.eos_token_ids()) {
+                if !eos.contains(id) {
+                    eos.push(*id);
+                }
+            }
             let model = ServedModel {
                 name: name.to_owned(),
                 full_model: p.info.model.clone(),

@@ -131,23 +131,17 @@ pub async fn follow_capacity(core: Core, stop: CancellationToken) {
 
 /// The admin routes, off the router's state.
 fn admin(core: Core, metrics: Arc<Metrics>, shutdown: &Shutdown) -> Admin {
-    let (shutdown, nodes) = (shutdown.clone(), core.nodes.clone());
+    let (shutdown, catalog) = (shutdown.clone(), core.catalog.clone());
     let ready = move || {
-        let view = nodes.view();
         if shutdown.has_begun() {
             return Health::NotServing("shutting down".into());
         }
-        let missing = match (view.prefill.is_empty(), view.decode.is_empty(), view.models.is_empty()) {
-            (true, _, _) => Some(v1::Role::Prefill),
-            (false, false, false) => None,
-            _ => Some(v1::Role::Decode),
-        };
-        missing.map_or(Health::Serving, |role| Health::NotServing(nodes.trouble(role)))
+        catalog.missing().map_or(Health::Serving, Health::Waiting)
     };
     let refreshed = metrics.clone();
     let refresh = move || {
         refreshed.running.set(core.admission.running() as i64);
-        refreshed.waiting.set(core.admission.waiting() as i64);
+        refreshed.waiting.set((core.admission.waiting() + core.catalog.waiting()) as i64);
         refreshed.nodes.reset();
         for node in core.nodes.list() {
             let role = match node.info.as_ref().map(v1::NodeInfo::role) {

@@ -8,7 +8,10 @@ use std::time::Duration;
 
 use overfill_kv::KvDtype;
 use overfill_proto::v1::{self, generate_event::Event, generate_request::Prompt};
-use overfill_router::simulated::{Options, SimulatedNode};
+use overfill_router::{
+    Config,
+    simulated::{Options, SimulatedNode},
+};
 use serde_json::json;
 use support::{Rig, receive, rig, rig_with, unready_rig, wait_for};
 use tokio::io::AsyncReadExt as _;
@@ -220,10 +223,71 @@ async fn nodes_without_room_are_waited_for() {
 }
 
 #[tokio::test]
+async fn a_router_without_nodes_lists_what_it_is_to_serve_and_lets_requests_wait() {
+    let configure = |c: &mut Config| {
+        (c.served_models, c.max_waiting) = (vec!["simulated".into()], 1);
+        c.prefill_urls = vec!["http://127.0.0.1:1".into()];
+    };
+    let mut rig = unready_rig(&[], &[Options::default()], configure).await;
+    assert_eq!(rig.get("/v1/models").await.json()["data"][0]["id"], "simulated");
+    assert_eq!(rig.get("/v1/models/simulated").await.status, 200);
+    let mut client = rig.client().await;
+    let models = client.list_models(v1::ListModelsRequest {}).await.unwrap().into_inner().models;
+    assert_eq!((models.len(), models[0].name.as_str()), (1, "simulated"));
+    let ready = rig.get("/ready").await;
+    assert_eq!((ready.status, rig.get("/health").await.status), (200, 503));
+    assert!(ready.body.starts_with("requests wait: no prefill node takes requests"), "{}", ready.body);
+
+    // One that it is not to serve is told so at once; one that it is waits, and the next finds the queue full.
+    assert_eq!(rig.complete(json!({"model": "other", "prompt": "x"})).await.status, 404);
+    let body = json!({"model": "simulated", "prompt": "x", "max_tokens": 3}).to_string();
+    let waiting = rig.send("POST", "/v1/completions", &body).await;
+    wait_for(async || rig.metric("vllm:num_requests_waiting").await == 1.0).await;
+    let full = receive(rig.send("POST", "/v1/completions", &body).await).await;
+    assert_eq!(full.status, 429, "{}", full.body);
+    // A client that leaves gives its place back.
+    drop(waiting);
+    wait_for(async || rig.metric("vllm:num_requests_waiting").await == 0.0).await;
+    rig.decode.clear();
+}
+
+#[tokio::test]
+async fn a_request_that_waited_for_the_first_nodes_is_served_or_told_to_come_back() {
+    let spare = SimulatedNode::prefill(Options::default()).await.unwrap();
+    let address = spare.url.replace("http://", "");
+    drop(spare);
+    let with_prefill = |c: &mut Config| c.prefill_urls = vec![format!("http://{address}")];
+    // Without a list of models any name may yet come.
+    let mut rig = unready_rig(&[], &[Options::default()], with_prefill).await;
+    let waiting = rig.send("POST", "/v1/completions", &json!({"prompt": "x", "max_tokens": 3}).to_string()).await;
+    wait_for(async || rig.metric("vllm:num_requests_waiting").await == 1.0).await;
+    let mut listener = None;
+    wait_for(async || {
+        listener = tokio::net::TcpListener::bind(&address).await.ok();
+        listener.is_some()
+    })
+    .await;
+    rig.prefill.push(SimulatedNode::serve(listener.unwrap(), v1::Role::Prefill, Options::default()).unwrap());
+    assert_eq!(receive(waiting).await.status, 200);
+
+    let short = |c: &mut Config| (c.served_models, c.max_queue) = (vec!["m".into()], Duration::from_millis(50));
+    let rig = unready_rig(&[], &[], short).await;
+    for path in ["/v1/completions", "/v1/chat/completions"] {
+        let body = json!({"model": "m", "prompt": "x", "messages": []}).to_string();
+        let answer = receive(rig.send("POST", path, &body).await).await;
+        assert_eq!(answer.status, 503, "{}", answer.body);
+        assert!(answer.head.contains("retry-after: 1"), "{}", answer.head);
+    }
+    let request = v1::GenerateRequest { model: "m".into(), ..Default::default() };
+    let status = rig.client().await.generate(request).await.unwrap_err();
+    assert_eq!((status.code(), status.metadata().contains_key("retry-after")), (tonic::Code::Unavailable, true));
+}
+
+#[tokio::test]
 async fn nodes_that_may_not_share_kv_are_named() {
     let mut other = Options::default();
     other.schema.dtype = KvDtype::Bf16;
-    let rig = unready_rig(&[Options::default()], &[other], |_| {}).await;
+    let rig = unready_rig(&[Options::default()], &[other], |c| c.max_queue = Duration::from_millis(200)).await;
     let mut client = rig.client().await;
     wait_for(async || {
         let nodes = client.list_nodes(v1::ListNodesRequest {}).await.unwrap().into_inner().nodes;

@@ -41,7 +41,7 @@ async fn completion_with_everything_reported() {
                     "tokens": ["token_id:100", "token_id:101", "token_id:102", "token_id:100"],
                     "token_logprobs": [-0.5, -0.5, -0.5, -0.5],
                     "top_logprobs": [top(100), top(101), top(102), top(100)],
-                    "text_offset": [0, 12, 24, 36],
+                    "text_offset": [0, 1, 2, 3],
                 },
                 "token_ids": [100, 101, 102, 100], "prompt_token_ids": [68, 69, 70],
             }],

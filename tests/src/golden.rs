@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::Completion;
 
@@ -66,6 +66,18 @@ pub struct Chat {
     pub ids: Vec<u32>,
 }
 
+/// One pair's `long.json`: more cases, up to 900 tokens.
+#[derive(Deserialize)]
+struct LongPrompts {
+    cases: Vec<Case>,
+}
+
+fn read<T: DeserializeOwned>(pair: &str, file: &str) -> Result<T> {
+    let path = folder(pair, file);
+    let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;
+    serde_json::from_str(&text).context(path)
+}
+
 /// A model folder of a pair.
 pub fn folder(pair: &str, which: &str) -> String {
     let mut path = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
@@ -76,9 +88,9 @@ pub fn folder(pair: &str, which: &str) -> String {
 impl Golden {
     /// Reads a pair's expectations.
     pub fn load(pair: &str) -> Result<Self> {
-        let path = folder(pair, "expected.json");
-        let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;
-        serde_json::from_str(&text).context(path)
+        let mut golden: Self = read(pair, "expected.json")?;
+        golden.cases.extend(read::<LongPrompts>(pair, "long.json")?.cases);
+        Ok(golden)
     }
 
     /// Arguments of `overfill up` that serve the pair as `small`, and its full model alone as `big`.

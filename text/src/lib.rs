@@ -8,12 +8,15 @@ mod generation;
 mod model;
 mod stop;
 mod template;
+mod tokenizer;
+mod vocabulary;
 
 pub use detokenize::Detokenizer;
 pub use files::TextFiles;
-pub use generation::GenerationDefaults;
+pub use generation::{GenerationDefaults, token_ids};
 pub use model::{ChatMessage, TextModel};
 pub use stop::{StopMatch, StopMatcher};
+pub use vocabulary::Offsets;
 
 /// Text files that can't be used, or text that they can't process.
 #[derive(Debug, thiserror::Error)]

@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, HashSet},
     fmt::Write as _,
-    panic::catch_unwind,
     sync::Arc,
 };
 
@@ -12,7 +11,10 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
-use crate::{Detokenizer, GenerationDefaults, TextError, TextFiles, template::ChatTemplate};
+use crate::{
+    Detokenizer, GenerationDefaults, Offsets, TextError, TextFiles, template::ChatTemplate, tokenizer,
+    vocabulary::Vocabulary,
+};
 
 /// One message of a chat.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,8 +35,10 @@ impl ChatMessage {
 /// Tokenizer, chat template and generation defaults of one model. Cheap to share behind an `Arc`.
 pub struct TextModel {
     tokenizer: Arc<Tokenizer>,
+    vocabulary: Arc<Vocabulary>,
     special: Arc<HashSet<u32>>,
     tokenizer_sha256: String,
+    eos_token_ids: Vec<u32>,
     template: Option<ChatTemplate>,
     generation: GenerationDefaults,
 }
@@ -50,22 +54,15 @@ impl TextModel {
             special_tokens_map_json,
         } = files;
         let invalid = |file, e: &dyn ToString| TextError::Invalid { file, reason: e.to_string() };
-        // Some of its readers panic at what they do not expect.
-        let tokenizer = catch_unwind(|| Tokenizer::from_bytes(tokenizer_json));
-        let tokenizer = tokenizer.map_err(|_| invalid("tokenizer.json", &"not the form of a tokenizer"))?;
-        let mut tokenizer = tokenizer.map_err(|e| invalid("tokenizer.json", &e))?;
-        // A folder may carry the settings of its training; a prompt is never cut or padded silently.
-        tokenizer.with_truncation(None).map_err(|e| invalid("tokenizer.json", &e))?;
-        tokenizer.with_padding(None);
-        let special = tokenizer.get_added_tokens_decoder().into_iter().filter(|(_, t)| t.special).map(|(id, _)| id);
-        let special = Arc::new(special.collect());
-
         let json = |file, bytes: &Option<Vec<u8>>| match bytes {
             Some(bytes) => serde_json::from_slice(bytes).map_err(|e| invalid(file, &e)),
             None => Ok(Value::Null),
         };
         let config = json("tokenizer_config.json", tokenizer_config_json)?;
         let map = json("special_tokens_map.json", special_tokens_map_json)?;
+        let tokenizer = Arc::new(tokenizer::load(tokenizer_json, &config, &map)?);
+        let special = tokenizer.get_added_tokens_decoder().into_iter().filter(|(_, t)| t.special).map(|(id, _)| id);
+        let special = Arc::new(special.collect());
         let source = match chat_template {
             Some(bytes) => Some(String::from_utf8(bytes.clone()).map_err(|e| invalid("chat_template.jinja", &e))?),
             None => default_template(&config["chat_template"]),
@@ -83,7 +80,12 @@ impl TextModel {
             let _ = write!(hex, "{byte:02x}");
             hex
         });
-        Ok(Self { tokenizer: Arc::new(tokenizer), special, tokenizer_sha256, template, generation })
+        let mut eos_token_ids = generation.eos_token_ids.clone();
+        let named = tokenizer::special_token(&config, "eos_token").or(tokenizer::special_token(&map, "eos_token"));
+        let id = named.and_then(|token| tokenizer.token_to_id(&token.content));
+        eos_token_ids.extend(id.filter(|id| !eos_token_ids.contains(id)));
+        let vocabulary = Arc::new(Vocabulary::new(tokenizer.clone()));
+        Ok(Self { tokenizer, vocabulary, special, tokenizer_sha256, template, generation, eos_token_ids })
     }
 
     /// SHA-256 of tokenizer.json, lower-case hex: what two models' schemas are compared by.
@@ -101,9 +103,10 @@ impl TextModel {
         &self.generation
     }
 
-    /// Tokens that end a text, from generation_config.json.
+    /// Tokens that end a text: those of generation_config.json, then the tokenizer's `eos_token`. A model's config.json may
+    /// name others; whoever serves the model adds them.
     pub fn eos_token_ids(&self) -> &[u32] {
-        &self.generation.eos_token_ids
+        &self.eos_token_ids
     }
 
     /// Does the folder have a chat template?
@@ -123,9 +126,20 @@ impl TextModel {
         self.tokenizer.decode(ids, skip_special).map_err(|e| TextError::Tokenizer(e.to_string()))
     }
 
-    /// Text of one token alone, as reported with log-probabilities. Part of a character is a replacement character.
-    pub fn token_text(&self, id: u32) -> String {
-        self.tokenizer.decode(&[id], false).unwrap_or_default()
+    /// The bytes that a token adds to a text in its middle. They may be a part of a character.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        self.vocabulary.bytes(id)
+    }
+
+    /// A token as log-probabilities name it: its text, `bytes:\xf0` for a part of a character, or `token_id:17` where
+    /// another token has the same text. No two tokens share a name.
+    pub fn token_name(&self, id: u32) -> String {
+        self.vocabulary.name(id)
+    }
+
+    /// Counts where tokens begin in the text that follows `context`.
+    pub fn offsets(&self, context: &[u32], skip_special: bool) -> Offsets {
+        Offsets::new(self.vocabulary.clone(), self.special.clone(), context, skip_special)
     }
 
     /// The prompt that the chat template makes of `messages`.
@@ -159,18 +173,11 @@ fn default_template(value: &Value) -> Option<String> {
 
 /// `bos_token`, `eos_token` and the like; what a later file says wins.
 fn special_tokens(files: &[&Value]) -> BTreeMap<String, String> {
-    let names = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
     let mut found = BTreeMap::new();
-    for (file, name) in files.iter().flat_map(|file| names.map(|name| (file, name))) {
-        let token = match &file[name] {
-            Value::String(token) => token.clone(),
-            // The serialised form of an added token.
-            token => match token["content"].as_str() {
-                Some(content) => content.to_owned(),
-                None => continue,
-            },
-        };
-        found.insert(name.to_owned(), token);
+    for (file, name) in files.iter().flat_map(|file| tokenizer::NAMED_TOKENS.map(|name| (file, name))) {
+        if let Some(token) = tokenizer::special_token(file, name) {
+            found.insert(name.to_owned(), token.content);
+        }
     }
     found
 }

@@ -3,7 +3,7 @@
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
-use super::{Gguf, header::Metadata};
+use super::{Gguf, header::Metadata, text, tokenizer::Vocabulary};
 use crate::{ModelConfig, ModelError, RopeScaling, weights::Stored};
 
 /// Architectures and the classes that compute the same. Mistral is written as `llama`.
@@ -102,6 +102,10 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
     json.insert("attention_bias".into(), json!(gguf.place("model.layers.0.self_attn.q_proj.bias").is_some()));
     json.insert("mlp_bias".into(), json!(gguf.place("model.layers.0.mlp.gate_proj.bias").is_some()));
     json.insert("rope_scaling".into(), rope_scaling(gguf, &metadata, architecture)?);
+    // A generation_config.json beside the file may name others.
+    if let Some(vocabulary) = Vocabulary::read(&metadata)? {
+        json.insert("eos_token_id".into(), json!(text::end_token_ids(&metadata, &vocabulary)?));
+    }
 
     let config = ModelConfig::from_json(&gguf.file, Value::Object(json)).map_err(|e| match e {
         ModelError::Unsupported { file, field, value, supported } => {

@@ -11,8 +11,9 @@ use super::{
 use crate::ModelError;
 
 /// Tokens that end a turn or a text, beside those that the metadata names: it has room for one of each, where a
-/// generation_config.json lists several.
-const END_TOKENS: [&str; 5] = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>"];
+/// generation_config.json lists several. llama.cpp knows them by their texts, too.
+const END_TOKENS: [&str; 7] =
+    ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>"];
 
 /// The files beside `gguf`, and from its metadata those that are not there.
 pub(super) fn files(gguf: &Gguf) -> Result<TextFiles, ModelError> {
@@ -56,18 +57,22 @@ fn tokenizer_config(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Res
 }
 
 fn generation_config(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Result<Value, ModelError> {
+    Ok(json!({"bos_token_id": vocabulary.bos, "eos_token_id": end_token_ids(metadata, vocabulary)?}))
+}
+
+/// The tokens that end a turn or a text. The one that the metadata names as end-of-text is the first.
+pub(super) fn end_token_ids(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Result<Vec<usize>, ModelError> {
     let mut ends: Vec<usize> = vocabulary.eos.into_iter().collect();
     for key in ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"] {
         ends.extend(vocabulary.id(metadata, key)?);
     }
     let named = |id: &usize| vocabulary.is_added(*id) && END_TOKENS.contains(&&*vocabulary.tokens[*id]);
     ends.extend((0..vocabulary.tokens.len()).filter(named));
-    // The one that the metadata names stays first.
     let mut unique = Vec::new();
     for id in ends {
         if !unique.contains(&id) {
             unique.push(id);
         }
     }
-    Ok(json!({"bos_token_id": vocabulary.bos, "eos_token_id": unique}))
+    Ok(unique)
 }

@@ -29,20 +29,6 @@ fn here(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gguf").join(name)
 }
 
-/// A copy of a golden folder whose frequencies are not rounded: a GGUF file has no way to say that they were.
-fn exact_folder(pair: &str, which: &str) -> TempDir {
-    let copy = tempfile::tempdir().unwrap();
-    for entry in fs::read_dir(golden(pair, which)).unwrap() {
-        let entry = entry.unwrap();
-        fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
-    }
-    let file = copy.path().join("config.json");
-    let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
-    config["rope_frequency_dtype"] = "float32".into();
-    fs::write(&file, config.to_string()).unwrap();
-    copy
-}
-
 /// `parts` as the only file of a folder.
 fn written(parts: &Parts) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
@@ -84,8 +70,8 @@ fn the_stored_type_gives_the_same_logits() {
         ("llama-tied", "full", GgmlDType::BF16, 2e-4),
         ("llama-tied", "decode", GgmlDType::BF16, 2e-4),
     ] {
-        let folder = exact_folder(pair, which);
-        let distance = compare(folder.path(), &parts(folder.path(), dtype));
+        let folder = golden(pair, which);
+        let distance = compare(&folder, &parts(&folder, dtype));
         println!("{pair}/{which} {dtype:?}: {distance}");
         assert!(distance <= limit, "{pair}/{which} {dtype:?}: {distance}");
     }
@@ -100,8 +86,8 @@ fn quantised_weights_stay_near() {
         ("llama-untied", GgmlDType::Q4_0, 0.5),
         ("qwen3", GgmlDType::Q8_0, 0.05),
     ] {
-        let folder = exact_folder(pair, "full");
-        let distance = compare(folder.path(), &parts(folder.path(), dtype));
+        let folder = golden(pair, "full");
+        let distance = compare(&folder, &parts(&folder, dtype));
         println!("{pair} {dtype:?}: {distance}");
         // No rounding at all would mean that something else was read; rows in a wrong order give more than 1.
         assert!(distance > 0.0 && distance <= limit, "{pair} {dtype:?}: {distance}");
@@ -111,14 +97,14 @@ fn quantised_weights_stay_near() {
 /// Every row range of every tensor is a part of what `load` gives, in each format and from safetensors too.
 #[test]
 fn rows_are_parts_of_the_tensor() {
-    let folder = exact_folder("llama-untied", "full");
+    let folder = golden("llama-untied", "full");
     let files: Vec<TempDir> = [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16, GgmlDType::Q8_0, GgmlDType::Q5_1]
         .iter()
-        .map(|dtype| written(&parts(folder.path(), *dtype)))
+        .map(|dtype| written(&parts(&folder, *dtype)))
         .collect();
     let f16_folder = golden("qwen3", "full");
     let bf16_folder = golden("qwen2", "full");
-    for path in files.iter().map(TempDir::path).chain([folder.path(), &f16_folder, &bf16_folder]) {
+    for path in files.iter().map(TempDir::path).chain([folder.as_path(), &f16_folder, &bf16_folder]) {
         let (config, weights) = (ModelConfig::from_folder(path).unwrap(), Weights::open(path).unwrap());
         for (name, shape) in config.tensor_shapes() {
             let whole = weights.load(&name, &shape, &Device::Cpu).unwrap();
@@ -158,9 +144,9 @@ fn blocks_mean_what_the_reference_says() {
 #[test]
 fn the_configuration_is_that_of_the_folder() {
     for pair in ["llama-untied", "qwen2", "qwen3", "llama-tied"] {
-        let folder = exact_folder(pair, "full");
-        let mut expected = ModelConfig::from_folder(folder.path()).unwrap();
-        let file = written(&parts(folder.path(), GgmlDType::F32));
+        let folder = golden(pair, "full");
+        let mut expected = ModelConfig::from_folder(&folder).unwrap();
+        let file = written(&parts(&folder, GgmlDType::F32));
         let got = ModelConfig::from_folder(file.path()).unwrap();
         if let RopeScaling::Factors(_) = got.rope_scaling {
             assert_eq!(pair, "llama-tied");
@@ -194,8 +180,8 @@ fn a_pair_agrees_by_its_rope_factors() {
 /// Of the published models' parameters the factors are recognised, so that a GGUF decoder fits a safetensors model.
 #[test]
 fn factors_of_published_models_are_their_parameters() {
-    let folder = exact_folder("llama-tied", "full");
-    let mut config = ModelConfig::from_folder(folder.path()).unwrap();
+    let folder = golden("llama-tied", "full");
+    let mut config = ModelConfig::from_folder(&folder).unwrap();
     for factor in [8.0, 32.0] {
         config.head_dim = 128;
         config.rope_scaling = RopeScaling::Llama3 {
@@ -204,7 +190,7 @@ fn factors_of_published_models_are_their_parameters() {
             high_freq_factor: 4.0,
             original_max_position_embeddings: 8192,
         };
-        let mut parts = parts(folder.path(), GgmlDType::F32);
+        let mut parts = parts(&folder, GgmlDType::F32);
         parts.tensors.pop();
         parts.tensors.push(write::rope_factors(&config));
         for key in ["attention.key_length", "attention.value_length", "rope.dimension_count"] {

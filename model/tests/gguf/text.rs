@@ -1,7 +1,7 @@
 //! Text files made from metadata give the ids that the originals give.
 
 use candle_core::quantized::{GgmlDType, gguf_file::Value};
-use overfill_model::text_files;
+use overfill_model::{LoadOptions, Model, text_files};
 use overfill_text::{ChatMessage, TextModel};
 use serde::Deserialize;
 use serde_json::Value as Json;
@@ -24,15 +24,16 @@ fn byte_level_bpe_and_chat_as_the_folder() {
     assert_eq!(model.decode(&ids(&expected["text"]["ids"]), true).unwrap(), sample);
     let messages: Vec<ChatMessage> = serde_json::from_value(expected["chat"]["messages"].clone()).unwrap();
     assert_eq!(model.encode_chat(&messages, true).unwrap(), ids(&expected["chat"]["ids"]));
-    assert_eq!(model.eos_token_ids(), [1]);
+    // `<|end|>` is known by its text.
+    assert_eq!(model.eos_token_ids(), [1, 3]);
     assert_eq!(model.vocab_size(), 320);
 
     parts.set("tokenizer.ggml.add_bos_token", Value::Bool(true));
-    parts.set("tokenizer.ggml.eot_token_id", Value::U32(3));
+    parts.set("tokenizer.ggml.eot_token_id", Value::U32(2));
     let model = text(&parts);
     assert_eq!(model.encode(sample, true).unwrap()[..2], [0, ids(&expected["text"]["ids"])[0]]);
     assert_eq!(model.encode(sample, false).unwrap(), ids(&expected["text"]["ids"]));
-    assert_eq!(model.eos_token_ids(), [1, 3]);
+    assert_eq!(model.eos_token_ids(), [1, 2, 3]);
 }
 
 /// The same metadata gives the same bytes: nodes compare their hash.
@@ -49,8 +50,11 @@ fn a_tokenizer_beside_the_file_wins_and_one_that_is_made_is_always_the_same() {
     assert_eq!(files.tokenizer_json, original);
     // What does not lie there still comes from the metadata.
     assert!(TextModel::from_files(&files).unwrap().has_chat_template());
-    std::fs::write(one.path().join("generation_config.json"), r#"{"eos_token_id": [2, 3]}"#).unwrap();
-    assert_eq!(TextModel::from_files(&text_files(one.path()).unwrap()).unwrap().eos_token_ids(), [2, 3]);
+    std::fs::write(one.path().join("generation_config.json"), r#"{"eos_token_id": [2]}"#).unwrap();
+    // Then the metadata's eos_token; the model adds `<|end|>`, which the metadata knows besides.
+    assert_eq!(TextModel::from_files(&text_files(one.path()).unwrap()).unwrap().eos_token_ids(), [2, 1]);
+    let model = Model::load(one.path(), &LoadOptions::default()).unwrap();
+    assert_eq!(model.eos_token_ids(), [2, 1, 3]);
 }
 
 /// A vocabulary of bytes in the byte-level alphabet, of the merges asked for, and of two control tokens.
@@ -77,7 +81,7 @@ fn pieces(parts: &Parts, sample: &str) -> Vec<String> {
     let model = text(parts);
     let ids = model.encode(sample, true).unwrap();
     assert_eq!(model.decode(&ids, true).unwrap(), sample.replace("<|eot_id|>", ""));
-    ids.into_iter().map(|id| model.token_text(id)).collect()
+    ids.into_iter().map(|id| model.token_name(id)).collect()
 }
 
 #[test]

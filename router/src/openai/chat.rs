@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::{
-    Checked, FoundModel, Limits,
+    Checked, Limits,
     batch::{self, Batch, Choice, Merged, Prompt, Usage},
     caller::Caller,
     error::ApiError,
@@ -85,7 +85,12 @@ struct Chat {
 
 /// Serves one request.
 pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response, ApiError> {
-    let chat = parse(&body, |name| core.model(name), |count| core.admission.check_count(count)).await?;
+    let arrived = Instant::now();
+    let mut fields = Fields::parse(&body)?;
+    drop(body);
+    let name = fields.take::<String>("model")?.unwrap_or_default();
+    let model = core.model(&name, arrived, caller.time).await?;
+    let chat = parse(fields, model, arrived, |count| core.admission.check_count(count)).await?;
     let merged = chat.batch.start(&core, &caller, std::slice::from_ref(&chat.prompt)).await?;
     if chat.batch.common.stream {
         return Ok(chat.stream(merged));
@@ -96,19 +101,20 @@ pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response,
 
 /// The sequences that a body asks for.
 pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: Limits) -> Checked {
-    let chat = parse(body, |_| Ok(model.clone()), |count| limits.allow(count)).await?;
+    let mut fields = Fields::parse(body)?;
+    fields.take::<String>("model")?;
+    let chat = parse(fields, model.clone(), Instant::now(), |count| limits.allow(count)).await?;
     Ok(chat.batch.generations(std::slice::from_ref(&chat.prompt), limits.time)?)
 }
 
-/// `may_ask` is asked whether so many sequences can be served at all.
+/// All but the field `model`, of a request that came when `arrived`. `may_ask` is asked whether so many sequences can be
+/// served at all.
 async fn parse(
-    body: &Bytes,
-    model: impl FnOnce(&str) -> FoundModel,
+    mut fields: Fields,
+    model: Arc<ServedModel>,
+    arrived: Instant,
     may_ask: impl FnOnce(usize) -> Result<(), GenerateError>,
 ) -> Result<Chat, ApiError> {
-    let arrived = Instant::now();
-    let mut fields = Fields::parse(body)?;
-    let model = model(&fields.take::<String>("model")?.unwrap_or_default())?;
     let common = Common::take(&mut fields, model.text.generation_defaults())?;
     let logprobs = fields.take("logprobs")?.unwrap_or(false);
     let top_logprobs = fields.take_count("top_logprobs")?;

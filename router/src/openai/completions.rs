@@ -10,12 +10,13 @@ use axum::{
 };
 use futures::StreamExt as _;
 use overfill_kv::SamplingParams;
+use overfill_text::Offsets;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::{
-    Checked, FoundModel, Limits,
+    Checked, Limits,
     batch::{self, Batch, Choice, Merged, Prompt, Usage},
     caller::Caller,
     error::ApiError,
@@ -70,7 +71,12 @@ struct ChoiceBody {
 
 /// Serves one request.
 pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response, ApiError> {
-    let completion = parse(&body, |name| core.model(name), |count| core.admission.check_count(count)).await?;
+    let arrived = Instant::now();
+    let mut fields = Fields::parse(&body)?;
+    drop(body);
+    let name = fields.take::<String>("model")?.unwrap_or_default();
+    let model = core.model(&name, arrived, caller.time).await?;
+    let completion = parse(fields, model, arrived, |count| core.admission.check_count(count)).await?;
     let merged = completion.batch.start(&core, &caller, &completion.prompts).await?;
     if completion.batch.common.stream {
         return Ok(completion.stream(merged));
@@ -81,19 +87,20 @@ pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response,
 
 /// The sequences that a body asks for.
 pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: Limits) -> Checked {
-    let completion = parse(body, |_| Ok(model.clone()), |count| limits.allow(count)).await?;
+    let mut fields = Fields::parse(body)?;
+    fields.take::<String>("model")?;
+    let completion = parse(fields, model.clone(), Instant::now(), |count| limits.allow(count)).await?;
     Ok(completion.batch.generations(&completion.prompts, limits.time)?)
 }
 
-/// `may_ask` is asked whether so many sequences can be served at all.
+/// All but the field `model`, of a request that came when `arrived`. `may_ask` is asked whether so many sequences can be
+/// served at all.
 async fn parse(
-    body: &Bytes,
-    model: impl FnOnce(&str) -> FoundModel,
+    mut fields: Fields,
+    model: Arc<ServedModel>,
+    arrived: Instant,
     may_ask: impl FnOnce(usize) -> Result<(), GenerateError>,
 ) -> Result<Completion, ApiError> {
-    let arrived = Instant::now();
-    let mut fields = Fields::parse(body)?;
-    let model = model(&fields.take::<String>("model")?.unwrap_or_default())?;
     let common = Common::take(&mut fields, model.text.generation_defaults())?;
     let logprobs = fields.take_count("logprobs")?;
     let echo: bool = fields.take("echo")?.unwrap_or(false);
@@ -157,14 +164,16 @@ impl Completion {
         for (index, choice) in choices.iter().enumerate() {
             let prompt = self.prompt(index);
             let mut body = self.body(index);
-            let mut offset = 0;
+            let mut offsets = self.offsets(prompt);
             if self.echo {
                 body.text = prompt.text.clone();
-                self.prompt_logprobs(&mut body, prompt, choice, &mut offset);
+                self.prompt_logprobs(&mut body, prompt, choice, &mut offsets);
             }
             body.text += &choice.text;
             if let Some(logprobs) = &mut body.logprobs {
-                choice.tokens.iter().for_each(|t| logprobs.push(t.token, Some(t), self.names(), &mut offset));
+                for token in &choice.tokens {
+                    logprobs.push(token.token, Some(token), self.names(), offsets.next_output(token.token));
+                }
             }
             if self.batch.common.return_token_ids {
                 body.token_ids = Some(choice.ids());
@@ -194,10 +203,19 @@ impl Completion {
         }
     }
 
-    fn prompt_logprobs(&self, body: &mut ChoiceBody, prompt: &Prompt, choice: &Choice, offset: &mut usize) {
+    /// Where tokens begin in the text of a choice, which begins with the prompt if that is echoed.
+    fn offsets(&self, prompt: &Prompt) -> Offsets {
+        let context = if self.echo { &[] } else { &prompt.tokens[..] };
+        self.batch.model.text.offsets(context, self.batch.common.skip_special)
+    }
+
+    fn prompt_logprobs(&self, body: &mut ChoiceBody, prompt: &Prompt, choice: &Choice, offsets: &mut Offsets) {
         let Some(logprobs) = &mut body.logprobs else { return };
         let reports = std::iter::once(None).chain(choice.prompt_logprobs.iter().map(Some));
-        prompt.tokens.iter().zip(reports).for_each(|(token, r)| logprobs.push(*token, r, self.names(), offset));
+        for (token, report) in prompt.tokens.iter().zip(reports) {
+            logprobs.push(*token, report, self.names(), offsets.next_of_prompt(*token, &prompt.text));
+        }
+        offsets.end_prompt(&prompt.text);
     }
 
     fn frame(&self, choices: Value) -> Value {
@@ -210,12 +228,12 @@ impl Completion {
             let common = &self.batch.common;
             let count = self.prompts.len() * common.n;
             let mut usage = Usage::default();
-            let mut offsets = vec![0; count];
+            let mut offsets: Vec<Offsets> = (0..count).map(|index| self.offsets(self.prompt(index))).collect();
             let mut begun = vec![false; count];
             let mut scores: Vec<Choice> = (0..count).map(|_| Choice::default()).collect();
             while let Some((index, output)) = merged.next().await {
                 let mut body = self.body(index);
-                let offset = &mut offsets[index];
+                let offsets = &mut offsets[index];
                 let output = output?;
                 if let Output::PromptLogprobs(_) = &output {
                     scores[index].take(output);
@@ -226,7 +244,7 @@ impl Completion {
                     let prompt = self.prompt(index);
                     if self.echo {
                         body.text = prompt.text.clone();
-                        self.prompt_logprobs(&mut body, prompt, &std::mem::take(&mut scores[index]), offset);
+                        self.prompt_logprobs(&mut body, prompt, &std::mem::take(&mut scores[index]), offsets);
                     }
                     body.prompt_token_ids = common.return_token_ids.then(|| prompt.tokens.to_vec());
                 }
@@ -241,6 +259,7 @@ impl Completion {
                         body.text += &text;
                         ids.push(token.token);
                         if let Some(logprobs) = &mut body.logprobs {
+                            let offset = offsets.next_output(token.token);
                             logprobs.push(token.token, Some(&token), self.names(), offset);
                         }
                     }

@@ -175,20 +175,17 @@ impl Common {
         let priority: i64 = fields.take("priority")?.unwrap_or(0);
         let priority = i32::try_from(priority)
             .map_err(|_| GenerateError::limit("priority", "in [-2147483648, 2147483647]", priority))?;
-        let off = SamplingParams::default();
+        let unsaid = &defaults.sampling;
         let mut number =
             |name: &str, default: f64| -> Result<f64, GenerateError> { Ok(fields.take(name)?.unwrap_or(default)) };
         let mut sampling = SamplingParams {
-            temperature: number("temperature", defaults.temperature.unwrap_or(off.temperature))?,
-            top_p: number("top_p", defaults.top_p.unwrap_or(off.top_p))?,
-            top_k: top_k.or(defaults.top_k).unwrap_or(off.top_k),
-            min_p: number("min_p", defaults.min_p.unwrap_or(off.min_p))?,
-            presence_penalty: number("presence_penalty", off.presence_penalty)?,
-            frequency_penalty: number("frequency_penalty", off.frequency_penalty)?,
-            repetition_penalty: number(
-                "repetition_penalty",
-                defaults.repetition_penalty.unwrap_or(off.repetition_penalty),
-            )?,
+            temperature: number("temperature", unsaid.temperature)?,
+            top_p: number("top_p", unsaid.top_p)?,
+            top_k: top_k.unwrap_or(unsaid.top_k),
+            min_p: number("min_p", unsaid.min_p)?,
+            presence_penalty: number("presence_penalty", unsaid.presence_penalty)?,
+            frequency_penalty: number("frequency_penalty", unsaid.frequency_penalty)?,
+            repetition_penalty: number("repetition_penalty", unsaid.repetition_penalty)?,
             logit_bias: BTreeMap::new(),
             logprobs: None,
             seed: 0,
@@ -250,7 +247,8 @@ mod tests {
 
     #[test]
     fn the_model_fills_what_the_request_leaves_open() {
-        let defaults = GenerationDefaults { temperature: Some(0.6), top_k: Some(20), ..Default::default() };
+        let sampling = SamplingParams { temperature: 0.6, top_k: 20, ..SamplingParams::default() };
+        let defaults = GenerationDefaults { sampling, ..GenerationDefaults::default() };
         let common = Common::take(&mut fields(r#"{"top_k": -1, "seed": -1, "stop": "x"}"#), &defaults).unwrap();
         assert_eq!((common.sampling.temperature, common.sampling.top_k), (0.6, 0));
         assert_eq!((common.seed, common.stop.len()), (Some(u64::MAX), 1));

@@ -18,7 +18,7 @@ pub struct Names<'a> {
 
 impl Names<'_> {
     fn name(&self, token: u32) -> String {
-        if self.as_ids { format!("token_id:{token}") } else { self.text.token_text(token) }
+        if self.as_ids { format!("token_id:{token}") } else { self.text.token_name(token) }
     }
 }
 
@@ -50,27 +50,21 @@ impl Serialize for Ranked {
 }
 
 impl CompletionLogprobs {
-    /// Adds a token; `offset` counts characters of the tokens' names and is moved on. The first token of a prompt has
-    /// no log-probability.
-    pub fn push(&mut self, token: u32, report: Option<&OutputToken>, names: Names<'_>, offset: &mut usize) {
-        let name = names.name(token);
-        self.text_offset.push(*offset);
-        *offset += name.chars().count();
+    /// Adds a token, which begins `offset` characters into the text. The first token of a prompt has no log-probability.
+    pub fn push(&mut self, token: u32, report: Option<&OutputToken>, names: Names<'_>, offset: usize) {
+        self.text_offset.push(offset);
         self.token_logprobs.push(report.map(|r| finite(r.logprob)));
         self.top_logprobs.push(report.map(|r| {
-            let mut ranked: Vec<(String, f32)> = Vec::with_capacity(r.top.len() + 1);
-            // The chosen token is always among them. Of several with one name, the likeliest stays.
-            for (id, logprob) in std::iter::once(&(r.token, r.logprob)).chain(&r.top) {
-                let name = names.name(*id);
-                match ranked.iter_mut().find(|(known, _)| *known == name) {
-                    Some((_, known)) => *known = known.max(finite(*logprob)),
-                    None => ranked.push((name, finite(*logprob))),
-                }
+            // The chosen token is always among them.
+            let mut listed = r.top.clone();
+            if !listed.iter().any(|(id, _)| *id == r.token) {
+                listed.push((r.token, r.logprob));
             }
+            let mut ranked: Vec<_> = listed.into_iter().map(|(id, lp)| (names.name(id), finite(lp))).collect();
             ranked.sort_by(|a, b| b.1.total_cmp(&a.1));
             Ranked(ranked)
         }));
-        self.tokens.push(name);
+        self.tokens.push(names.name(token));
     }
 }
 
@@ -100,7 +94,7 @@ impl ChatLogprobs {
         let entry = |id: u32, logprob: f32| TokenLogprob {
             token: names.name(id),
             logprob: finite(logprob),
-            bytes: names.text.token_text(id).into_bytes(),
+            bytes: names.text.token_bytes(id),
         };
         let content = tokens.iter().map(|t| ChatToken {
             token: entry(t.token, t.logprob),
@@ -118,10 +112,9 @@ mod tests {
     fn the_chosen_token_is_always_listed() {
         let text = TextModel::from_files(&crate::simulated::text_files()).unwrap();
         let report = OutputToken { token: 70, logprob: -3.0, top: vec![(68, -0.1), (69, f32::NEG_INFINITY)] };
-        let mut offset = 0;
         let mut logprobs = CompletionLogprobs::default();
-        logprobs.push(71, None, Names { text: &text, as_ids: false }, &mut offset);
-        logprobs.push(70, Some(&report), Names { text: &text, as_ids: false }, &mut offset);
+        logprobs.push(71, None, Names { text: &text, as_ids: false }, 0);
+        logprobs.push(70, Some(&report), Names { text: &text, as_ids: false }, 1);
         assert_eq!(
             serde_json::to_string(&logprobs).unwrap(),
             r#"{"text_offset":[0,1],"token_logprobs":[null,-3.0],"tokens":["D","C"],"top_logprobs":[null,{"A":-0.1,"C":-3.0,"B":-9999.0}]}"#

@@ -29,9 +29,8 @@ use error::ApiError;
 use overfill_cluster::http::SlowBody;
 use serde_json::{Value, json};
 
-use crate::{GenerateError, generate::Core, node::ServedModel, request::Generation};
+use crate::{GenerateError, catalog::Listed, generate::Core, node::ServedModel, request::Generation};
 
-type FoundModel = Result<Arc<ServedModel>, GenerateError>;
 type Checked = Result<Vec<Generation>, ApiError>;
 
 /// The routes.
@@ -105,20 +104,21 @@ pub async fn check(body: &Bytes, chat: bool, model: &Arc<ServedModel>, limits: L
     }
 }
 
-fn card(model: &ServedModel) -> Value {
-    json!({"id": model.name, "object": "model", "created": model.created, "owned_by": "overfill",
-           "root": model.full_model, "parent": null, "max_model_len": model.max_context_tokens})
+fn card(model: &Listed) -> Value {
+    let Listed { name, created, served } = model;
+    json!({"id": name, "object": "model", "created": created, "owned_by": "overfill",
+           "root": served.as_ref().map(|served| &served.full_model), "parent": null,
+           "max_model_len": served.as_ref().map(|served| served.max_context_tokens)})
 }
 
 async fn models(State(core): State<Core>) -> Json<Value> {
-    let view = core.nodes.view();
-    Json(json!({"object": "list", "data": view.models.values().map(|m| card(m)).collect::<Vec<_>>()}))
+    Json(json!({"object": "list", "data": core.catalog.list().iter().map(card).collect::<Vec<_>>()}))
 }
 
 async fn model(State(core): State<Core>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
-    let view = core.nodes.view();
-    let model = view.models.get(&name).ok_or_else(|| GenerateError::UnknownModel {
-        served: view.models.keys().cloned().collect::<Vec<_>>().join(", "),
+    let models = core.catalog.list();
+    let model = models.iter().find(|model| model.name == name).ok_or_else(|| GenerateError::UnknownModel {
+        served: models.iter().map(|model| model.name.as_str()).collect::<Vec<_>>().join(", "),
         model: name,
     })?;
     Ok(Json(card(model)))

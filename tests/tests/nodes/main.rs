@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, bail, ensure};
 use futures::future::try_join_all;
 use overfill_kv::SamplingParams;
-use overfill_proto::v1::{FinishReason, decode_event::Event as Decoded, prefill_event::Event as Prefilled};
+use overfill_proto::v1::{self, FinishReason, decode_event::Event as Decoded, prefill_event::Event as Prefilled};
 use overfill_tests::{
     Golden,
     golden::{PAIRS, TOLERANCE},
@@ -367,7 +367,10 @@ async fn what_runs_at_shutdown_is_finished() -> Result<()> {
 async fn an_engine_that_does_not_get_on_is_not_ready() -> Result<()> {
     let pair = Pair::start("llama-tied", Sizes { step_timeout: Duration::from_micros(1), ..Sizes::default() }).await?;
     let admin = &pair.decode_admin;
+    ensure!(ready(admin).await? == 503, "a node that no router has joined is ready");
+    let joined = pair.decode.clone().watch_load(v1::WatchLoadRequest {}).await?;
     ensure!(ready(admin).await? == 200, "an idle node is not ready");
+    drop(joined);
     let ask = Ask::greedy(&prompt(1, 40), 900);
     let deadline = Instant::now() + PATIENCE;
     let work = async {

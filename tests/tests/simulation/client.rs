@@ -121,7 +121,7 @@ impl Record {
         let Ask { prompt, max_tokens, time, ignore_eos, pause, tenant, priority } = &self.ask;
         let arrived = Instant::now();
         let model = loop {
-            match core.model(PRUNED) {
+            match core.model(PRUNED, arrived, Some(*time)).await {
                 Ok(model) => break model,
                 Err(e) if arrived.elapsed() >= *time => return End::Failed(format!("no model: {e}")),
                 Err(_) => sleep(ASK_AGAIN).await,

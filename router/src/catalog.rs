@@ -1,0 +1,122 @@
+//! The models that clients may name: those that nodes serve, and those that the router is configured to serve.
+//!
+//! A router may start before its nodes, and lose them all. A request for a model that nodes will serve waits until they do.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use overfill_proto::v1;
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::{Instant, timeout_at},
+};
+
+use crate::{GenerateError, node::ServedModel, nodes::Nodes};
+
+/// When a client may try again that found the queue full.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// The models of one router. Clones share them.
+#[derive(Clone)]
+pub struct Catalog {
+    nodes: Nodes,
+    configured: Arc<BTreeSet<String>>,
+    /// A place for each request that waits for a model.
+    places: Arc<Semaphore>,
+    max_waiting: usize,
+    /// Seconds since 1970, when the router started.
+    started: u64,
+}
+
+/// A model in a list of them.
+pub struct Listed {
+    /// What clients call it.
+    pub name: String,
+    /// Seconds since 1970, when it was first seen; for a configured one that was not, when the router started.
+    pub created: u64,
+    /// What nodes said of it. A configured model whose nodes never came has nothing.
+    pub served: Option<Arc<ServedModel>>,
+}
+
+impl Catalog {
+    /// At most `max_waiting` requests wait for models that no node serves yet.
+    pub fn new(nodes: Nodes, configured: &[String], max_waiting: usize) -> Self {
+        Self {
+            nodes,
+            configured: Arc::new(configured.iter().cloned().collect()),
+            places: Arc::new(Semaphore::new(max_waiting)),
+            max_waiting,
+            started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        }
+    }
+
+    /// The model of this name; with an empty name, the only one. Waits until `until` for one that no node serves yet.
+    pub async fn find(&self, name: &str, until: Instant) -> Result<Arc<ServedModel>, GenerateError> {
+        let mut changes = self.nodes.changes();
+        let mut place = None;
+        loop {
+            changes.mark_unchanged();
+            if let Some(model) = self.look_up(name)? {
+                return Ok(model);
+            }
+            if place.is_none() {
+                place = Some(self.wait()?);
+            }
+            if !matches!(timeout_at(until, changes.changed()).await, Ok(Ok(()))) {
+                return Err(GenerateError::Unavailable(self.trouble()));
+            }
+        }
+    }
+
+    /// `None`: it may come.
+    fn look_up(&self, name: &str) -> Result<Option<Arc<ServedModel>>, GenerateError> {
+        let known = &self.nodes.view().models;
+        let names: BTreeSet<&String> = known.keys().chain(self.configured.iter()).collect();
+        let name = match (name, names.first()) {
+            ("", Some(only)) if names.len() == 1 => only.as_str(),
+            (name, _) => name,
+        };
+        match known.get(name) {
+            Some(model) => Ok(Some(model.clone())),
+            None if names.is_empty() || self.configured.contains(name) => Ok(None),
+            None => Err(GenerateError::UnknownModel {
+                model: name.to_owned(),
+                served: names.into_iter().cloned().collect::<Vec<_>>().join(", "),
+            }),
+        }
+    }
+
+    fn wait(&self) -> Result<SemaphorePermit<'_>, GenerateError> {
+        let full = |_| GenerateError::QueueFull { limit: self.max_waiting, retry_after: RETRY_AFTER };
+        self.places.try_acquire().map_err(full)
+    }
+
+    /// Requests that wait for a model now.
+    pub fn waiting(&self) -> usize {
+        self.max_waiting - self.places.available_permits()
+    }
+
+    /// Why a request would have to wait now; `None` if nodes of some model take requests.
+    pub fn missing(&self) -> Option<String> {
+        let view = self.nodes.view();
+        (view.prefill.is_empty() || view.decode.is_empty() || view.models.is_empty()).then(|| self.trouble())
+    }
+
+    fn trouble(&self) -> String {
+        let role = if self.nodes.view().prefill.is_empty() { v1::Role::Prefill } else { v1::Role::Decode };
+        self.nodes.trouble(role)
+    }
+
+    /// All models, by name.
+    pub fn list(&self) -> Vec<Listed> {
+        let configured = self.configured.iter().map(|name| (name.clone(), None));
+        let known = self.nodes.view();
+        let known = known.models.iter().map(|(name, model)| (name.clone(), Some(model.clone())));
+        let all: BTreeMap<_, _> = configured.chain(known).collect();
+        let created = |served: &Option<Arc<ServedModel>>| served.as_ref().map_or(self.started, |model| model.created);
+        all.into_iter().map(|(name, served)| Listed { name, created: created(&served), served }).collect()
+    }
+}
