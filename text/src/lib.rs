@@ -15,6 +15,7 @@ pub use detokenize::Detokenizer;
 pub use files::TextFiles;
 pub use generation::{GenerationDefaults, token_ids};
 pub use model::{ChatMessage, TextModel};
+pub use template::ChatInput;
 pub use stop::{StopMatch, StopMatcher};
 pub use vocabulary::Offsets;
 

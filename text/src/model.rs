@@ -7,12 +7,12 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
 use crate::{
-    Detokenizer, GenerationDefaults, Offsets, TextError, TextFiles, template::ChatTemplate, tokenizer,
+    Detokenizer, GenerationDefaults, Offsets, TextError, TextFiles, template::{ChatInput, ChatTemplate}, tokenizer,
     vocabulary::Vocabulary,
 };
 
@@ -148,7 +148,13 @@ impl TextModel {
         messages: &[ChatMessage],
         add_generation_prompt: bool,
     ) -> Result<String, TextError> {
-        self.template.as_ref().ok_or(TextError::NoChatTemplate)?.render(messages, add_generation_prompt)
+        let json = |message: &ChatMessage| json!({"role": message.role, "content": message.content});
+        self.render_chat(&ChatInput::new(&messages.iter().map(json).collect::<Vec<_>>(), add_generation_prompt))
+    }
+
+    /// The prompt that the chat template makes of messages in any form, with tools and variables of the request.
+    pub fn render_chat(&self, input: &ChatInput<'_>) -> Result<String, TextError> {
+        self.template.as_ref().ok_or(TextError::NoChatTemplate)?.render(input)
     }
 
     /// The same as token ids. The template has already written the special tokens: none are added.

@@ -1,0 +1,537 @@
+//! Jinja2's expressions, read as Jinja2 reads them and written down again for minijinja.
+//!
+//! minijinja knows neither tuples nor Python's operators. Whatever differs becomes the call of a function
+//! (`super::operators`) with Python's semantics: `a ~ (1, 2)` becomes `__concat__(a, __tuple__(1, 2))`. Everything is in
+//! parentheses, so that precedence is Jinja2's. The grammar is that of `jinja2/parser.py`.
+
+use super::lexer::{Token, TokenKind};
+
+/// A fault of a template's syntax.
+pub(super) type Fault = String;
+
+/// Expressions within expressions. Deeper ones are refused before they end the stack.
+const MAX_DEPTH: usize = 200;
+
+/// Attributes that Python's own types have as methods, which come before a dictionary's keys.
+pub(super) const METHODS: [&str; 62] = [
+    "append", "capitalize", "casefold", "center", "clear", "copy", "count", "encode", "endswith", "expandtabs", "extend",
+    "find", "format", "format_map", "get", "index", "insert", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit",
+    "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper", "items", "join", "keys", "ljust",
+    "lower", "lstrip", "maketrans", "partition", "pop", "popitem", "remove", "removeprefix", "removesuffix", "replace",
+    "reverse", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "setdefault", "sort", "split", "splitlines",
+    "startswith", "strip", "swapcase", "title", "update", "upper", "values", "zfill",
+];
+
+/// Reads the tokens of one tag.
+pub(super) struct Parser<'t> {
+    tokens: &'t [Token],
+    at: usize,
+    depth: usize,
+}
+
+impl<'t> Parser<'t> {
+    pub(super) fn new(tokens: &'t [Token]) -> Self {
+        Self { tokens, at: 0, depth: 0 }
+    }
+
+    fn peek(&self) -> Option<&'t TokenKind> {
+        self.tokens.get(self.at).map(|token| &token.kind)
+    }
+
+    fn is_operator(&self, operator: &str) -> bool {
+        matches!(self.peek(), Some(TokenKind::Operator(found)) if *found == operator)
+    }
+
+    /// Is the next token this word?
+    pub(super) fn is_word(&self, word: &str) -> bool {
+        matches!(self.peek(), Some(TokenKind::Name(found)) if found == word)
+    }
+
+    /// Takes the operator if it is the next token.
+    pub(super) fn take(&mut self, operator: &str) -> bool {
+        let found = self.is_operator(operator);
+        self.at += usize::from(found);
+        found
+    }
+
+    /// Takes the word if it is the next token.
+    pub(super) fn take_word(&mut self, word: &str) -> bool {
+        let found = self.is_word(word);
+        self.at += usize::from(found);
+        found
+    }
+
+    pub(super) fn expect(&mut self, operator: &str) -> Result<(), Fault> {
+        if self.take(operator) { Ok(()) } else { Err(self.unexpected(&format!("{operator:?}"))) }
+    }
+
+    fn unexpected(&self, wanted: &str) -> Fault {
+        match self.tokens.get(self.at) {
+            Some(token) => format!("expected {wanted}, got {:?}", token.text()),
+            None => format!("expected {wanted}, got the end of the tag"),
+        }
+    }
+
+    /// A name.
+    pub(super) fn name(&mut self) -> Result<String, Fault> {
+        match self.peek() {
+            Some(TokenKind::Name(name)) => {
+                self.at += 1;
+                Ok(name.clone())
+            }
+            _ => Err(self.unexpected("a name")),
+        }
+    }
+
+    /// Passes over a token.
+    pub(super) fn skip(&mut self) {
+        self.at += 1;
+    }
+
+    /// Nothing may follow.
+    pub(super) fn end(&self) -> Result<(), Fault> {
+        if self.at == self.tokens.len() { Ok(()) } else { Err(self.unexpected("the end of the tag")) }
+    }
+
+    /// What an assignment or a loop binds: names, `a.b`, and lists of them with or without parentheses.
+    pub(super) fn target(&mut self, dotted: bool) -> Result<String, Fault> {
+        let mut targets = Vec::new();
+        let mut many = false;
+        loop {
+            let target = match self.take("(") {
+                true => {
+                    let inner = self.nested(|p| p.target(dotted))?;
+                    self.expect(")")?;
+                    format!("({inner})")
+                }
+                false => {
+                    let mut name = self.name()?;
+                    if ["true", "false", "none", "True", "False", "None"].contains(&name.as_str()) {
+                        return Err(format!("can't assign to {name:?}"));
+                    }
+                    while dotted && self.take(".") {
+                        name = format!("{name}.{}", self.name()?);
+                    }
+                    name
+                }
+            };
+            targets.push(target);
+            if !self.take(",") {
+                break;
+            }
+            many = true;
+            if self.is_word("in") || self.is_operator("=") || self.is_operator(")") {
+                break;
+            }
+        }
+        let all = targets.join(", ");
+        Ok(if many && targets.len() == 1 { format!("{all},") } else { all })
+    }
+
+    fn nested<T>(&mut self, parse: impl FnOnce(&mut Self) -> Result<T, Fault>) -> Result<T, Fault> {
+        if self.depth == MAX_DEPTH {
+            return Err(format!("expressions may be nested {MAX_DEPTH} deep"));
+        }
+        self.depth += 1;
+        let parsed = parse(self);
+        self.depth -= 1;
+        parsed
+    }
+
+    /// An expression, or a tuple without parentheses. Without `conditions` an `if` ends it.
+    pub(super) fn tuple(&mut self, conditions: bool) -> Result<String, Fault> {
+        self.tuple_until(conditions, false)
+    }
+
+    fn tuple_until(&mut self, conditions: bool, parenthesised: bool) -> Result<String, Fault> {
+        let mut items = Vec::new();
+        let mut many = false;
+        loop {
+            if self.peek().is_none() || self.is_operator(")") || self.is_word("recursive") {
+                break;
+            }
+            items.push(if conditions { self.expression()? } else { self.or()? });
+            if !self.take(",") {
+                break;
+            }
+            many = true;
+        }
+        match (items.len(), many) {
+            (1, false) => Ok(items.remove(0)),
+            (0, _) if !parenthesised => Err(self.unexpected("an expression")),
+            _ => Ok(format!("__tuple__({})", items.join(", "))),
+        }
+    }
+
+    /// An expression.
+    pub(super) fn expression(&mut self) -> Result<String, Fault> {
+        self.nested(|p| {
+            let mut value = p.or()?;
+            while p.take_word("if") {
+                let condition = p.or()?;
+                value = match p.take_word("else") {
+                    true => format!("({value} if {condition} else {})", p.expression()?),
+                    false => format!("({value} if {condition})"),
+                };
+            }
+            Ok(value)
+        })
+    }
+
+    fn or(&mut self) -> Result<String, Fault> {
+        let mut left = self.and()?;
+        while self.take_word("or") {
+            let right = self.and()?;
+            left = if is_literal(&left) { format!("({left} if {left} else {right})") } else { format!("({left} or {right})") };
+        }
+        Ok(left)
+    }
+
+    fn and(&mut self) -> Result<String, Fault> {
+        let mut left = self.not()?;
+        while self.take_word("and") {
+            let right = self.not()?;
+            left = if is_literal(&left) { format!("({right} if {left} else {left})") } else { format!("({left} and {right})") };
+        }
+        Ok(left)
+    }
+
+    fn not(&mut self) -> Result<String, Fault> {
+        if self.take_word("not") {
+            return Ok(format!("(not {})", self.nested(Self::not)?));
+        }
+        self.compare()
+    }
+
+    /// `a < b < c` is `a < b and b < c`.
+    fn compare(&mut self) -> Result<String, Fault> {
+        let mut left = self.sum()?;
+        let mut all: Vec<String> = Vec::new();
+        loop {
+            let function = match self.peek() {
+                Some(TokenKind::Operator(operator)) => match *operator {
+                    "==" => "__eq__",
+                    "!=" => "__ne__",
+                    "<" => "__lt__",
+                    "<=" => "__le__",
+                    ">" => "__gt__",
+                    ">=" => "__ge__",
+                    _ => break,
+                },
+                Some(TokenKind::Name(name)) if name == "in" => "__in__",
+                Some(TokenKind::Name(name)) if name == "not" => {
+                    let next = self.tokens.get(self.at + 1).map(|token| &token.kind);
+                    if !matches!(next, Some(TokenKind::Name(name)) if name == "in") {
+                        break;
+                    }
+                    self.at += 1;
+                    "__not_in__"
+                }
+                _ => break,
+            };
+            self.at += 1;
+            let right = self.sum()?;
+            all.push(format!("{function}({left}, {right})"));
+            left = right;
+        }
+        Ok(match all.len() {
+            0 => left,
+            1 => all.remove(0),
+            _ => format!("({})", all.join(" and ")),
+        })
+    }
+
+    fn binary(
+        &mut self,
+        operators: &[(&str, &str)],
+        operand: fn(&mut Self) -> Result<String, Fault>,
+    ) -> Result<String, Fault> {
+        let mut left = operand(self)?;
+        while let Some((_, function)) = operators.iter().find(|(operator, _)| self.is_operator(operator)) {
+            self.at += 1;
+            left = format!("{function}({left}, {})", operand(self)?);
+        }
+        Ok(left)
+    }
+
+    fn sum(&mut self) -> Result<String, Fault> {
+        self.binary(&[("+", "__add__"), ("-", "__sub__")], Self::concat)
+    }
+
+    fn concat(&mut self) -> Result<String, Fault> {
+        let mut parts = vec![self.product()?];
+        while self.take("~") {
+            parts.push(self.product()?);
+        }
+        Ok(if parts.len() == 1 { parts.remove(0) } else { format!("__concat__({})", parts.join(", ")) })
+    }
+
+    fn product(&mut self) -> Result<String, Fault> {
+        self.binary(&[("*", "__mul__"), ("/", "__div__"), ("//", "__floordiv__"), ("%", "__mod__")], Self::power)
+    }
+
+    fn power(&mut self) -> Result<String, Fault> {
+        self.binary(&[("**", "__pow__")], |p| p.unary(true))
+    }
+
+    fn unary(&mut self, filters: bool) -> Result<String, Fault> {
+        let sign = if self.take("-") {
+            "__neg__"
+        } else if self.take("+") {
+            "__pos__"
+        } else {
+            ""
+        };
+        let value = match sign {
+            "" => self.primary()?,
+            sign => format!("{sign}({})", self.nested(|p| p.unary(false))?),
+        };
+        let value = self.postfix(value)?;
+        if filters { self.filters(value) } else { Ok(value) }
+    }
+
+    fn primary(&mut self) -> Result<String, Fault> {
+        let Some(token) = self.peek() else { return Err(self.unexpected("an expression")) };
+        match token {
+            TokenKind::Name(name) => {
+                self.at += 1;
+                Ok(match name.as_str() {
+                    "True" => "true".into(),
+                    "False" => "false".into(),
+                    "None" => "none".into(),
+                    name => name.into(),
+                })
+            }
+            TokenKind::Text(text) => {
+                let mut text = text.clone();
+                self.at += 1;
+                while let Some(TokenKind::Text(more)) = self.peek() {
+                    text += more;
+                    self.at += 1;
+                }
+                Ok(quoted(&text))
+            }
+            TokenKind::Integer(digits) => {
+                self.at += 1;
+                Ok(digits.clone())
+            }
+            TokenKind::Float(number) => {
+                self.at += 1;
+                Ok(format!("__float__({})", quoted(number)))
+            }
+            TokenKind::Operator("(") => {
+                self.at += 1;
+                let inner = self.nested(|p| p.tuple_until(true, true))?;
+                self.expect(")")?;
+                Ok(inner)
+            }
+            TokenKind::Operator("[") => {
+                self.at += 1;
+                Ok(format!("[{}]", self.items("]", Self::expression)?.join(", ")))
+            }
+            TokenKind::Operator("{") => {
+                self.at += 1;
+                let pair = |p: &mut Self| {
+                    let key = p.expression()?;
+                    p.expect(":")?;
+                    Ok(format!("{key}: {}", p.expression()?))
+                };
+                Ok(format!("{{{}}}", self.items("}", pair)?.join(", ")))
+            }
+            TokenKind::Operator(_) => Err(self.unexpected("an expression")),
+        }
+    }
+
+    /// Items with commas between them, up to `close`.
+    fn items(
+        &mut self,
+        close: &str,
+        item: impl Fn(&mut Self) -> Result<String, Fault>,
+    ) -> Result<Vec<String>, Fault> {
+        let mut items = Vec::new();
+        while !self.take(close) {
+            if !items.is_empty() {
+                self.expect(",")?;
+                if self.take(close) {
+                    break;
+                }
+            }
+            items.push(item(self)?);
+        }
+        Ok(items)
+    }
+
+    fn postfix(&mut self, mut value: String) -> Result<String, Fault> {
+        loop {
+            value = if self.take(".") {
+                self.attribute(value)?
+            } else if self.take("[") {
+                self.subscript(&value)?
+            } else if self.take("(") {
+                format!("{value}({})", self.arguments()?.join(", "))
+            } else {
+                return Ok(value);
+            }
+        }
+    }
+
+    fn attribute(&mut self, value: String) -> Result<String, Fault> {
+        if let Some(TokenKind::Integer(index)) = self.peek() {
+            self.at += 1;
+            return Ok(format!("__item__({value}, {index})"));
+        }
+        let name = self.name()?;
+        if self.take("(") {
+            let mut arguments = vec![value, quoted(&name)];
+            arguments.extend(self.arguments()?);
+            return Ok(format!("__method__({})", arguments.join(", ")));
+        }
+        if METHODS.contains(&name.as_str()) || name.starts_with('_') {
+            return Ok(format!("__attribute__({value}, {})", quoted(&name)));
+        }
+        Ok(format!("{value}.{name}"))
+    }
+
+    fn subscript(&mut self, value: &str) -> Result<String, Fault> {
+        let mut keys = Vec::new();
+        let mut many = false;
+        loop {
+            if keys.is_empty() || !self.is_operator("]") {
+                keys.push(self.key()?);
+            }
+            if !self.take(",") {
+                break;
+            }
+            many = true;
+        }
+        self.expect("]")?;
+        match (keys.len(), many, keys.swap_remove(0)) {
+            (1, false, Key::One(key)) => Ok(format!("__item__({value}, {key})")),
+            (1, false, Key::Slice(parts)) => Ok(format!("__slice__({value}, {})", parts.join(", "))),
+            _ => Err("a key of several parts is not supported".into()),
+        }
+    }
+
+    fn key(&mut self) -> Result<Key, Fault> {
+        let absent = || "none".to_owned();
+        let start = match self.is_operator(":") {
+            true => absent(),
+            false => {
+                let key = self.expression()?;
+                if !self.is_operator(":") {
+                    return Ok(Key::One(key));
+                }
+                key
+            }
+        };
+        let mut parts = [start, absent(), absent()];
+        for part in &mut parts[1..] {
+            if self.take(":") && !self.is_operator(":") && !self.is_operator("]") && !self.is_operator(",") {
+                *part = self.expression()?;
+            }
+        }
+        Ok(Key::Slice(parts))
+    }
+
+    /// What stands between the parentheses of a call, the first of which has been taken.
+    pub(super) fn arguments(&mut self) -> Result<Vec<String>, Fault> {
+        self.nested(|p| {
+            p.items(")", |p| {
+                for splat in ["**", "*"] {
+                    if p.take(splat) {
+                        return Ok(format!("{splat}{}", p.expression()?));
+                    }
+                }
+                let named = matches!(p.tokens.get(p.at + 1), Some(Token { kind: TokenKind::Operator("="), .. }));
+                if let (Some(TokenKind::Name(name)), true) = (p.peek(), named) {
+                    p.at += 2;
+                    return Ok(format!("{name}={}", p.expression()?));
+                }
+                p.expression()
+            })
+        })
+    }
+
+    /// Filters, tests and calls behind a value.
+    pub(super) fn filters(&mut self, mut value: String) -> Result<String, Fault> {
+        loop {
+            value = if self.take("|") {
+                format!("({value} | {})", self.filter()?)
+            } else if self.take_word("is") {
+                self.test(&value)?
+            } else if self.take("(") {
+                format!("{value}({})", self.arguments()?.join(", "))
+            } else {
+                return Ok(value);
+            }
+        }
+    }
+
+    /// A filter's name and arguments.
+    pub(super) fn filter(&mut self) -> Result<String, Fault> {
+        let name = self.name()?;
+        if !self.take("(") {
+            return Ok(name);
+        }
+        Ok(format!("{name}({})", self.arguments()?.join(", ")))
+    }
+
+    fn test(&mut self, value: &str) -> Result<String, Fault> {
+        let negated = self.take_word("not");
+        let name = self.name()?;
+        // As in Jinja2, `none`, `true` and `false` are names of tests here.
+        let name = match name.as_str() {
+            "None" => "none",
+            "True" => "true",
+            "False" => "false",
+            name => name,
+        };
+        let arguments = if self.take("(") {
+            self.arguments()?
+        } else {
+            match self.peek() {
+                Some(TokenKind::Name(word)) if ["else", "or", "and", "is", "if", "recursive"].contains(&word.as_str()) => {
+                    Vec::new()
+                }
+                Some(TokenKind::Name(word)) if word == "in" || word == "not" => Vec::new(),
+                Some(TokenKind::Operator(operator)) if !["(", "[", "{"].contains(operator) => Vec::new(),
+                None => Vec::new(),
+                Some(_) => {
+                    let argument = self.primary()?;
+                    vec![self.postfix(argument)?]
+                }
+            }
+        };
+        let test = match arguments.is_empty() {
+            true => format!("({value} is {name})"),
+            false => format!("({value} is {name}({}))", arguments.join(", ")),
+        };
+        Ok(if negated { format!("(not {test})") } else { test })
+    }
+}
+
+enum Key {
+    One(String),
+    Slice([String; 3]),
+}
+
+/// minijinja makes a boolean of `'' and 1`, where all of it is literal.
+fn is_literal(value: &str) -> bool {
+    value.starts_with(|c: char| c == '\'' || c == '[' || c == '{' || c.is_ascii_digit())
+        || ["true", "false", "none"].contains(&value)
+}
+
+/// A text as minijinja reads it.
+pub(super) fn quoted(text: &str) -> String {
+    let mut out = String::with_capacity(text.len() + 2);
+    out.push('\'');
+    for c in text.chars() {
+        match c {
+            '\'' => out.push_str("\\'"),
+            '\\' => out.push_str("\\\\"),
+            c => out.push(c),
+        }
+    }
+    out.push('\'');
+    out
+}

@@ -1,0 +1,267 @@
+//! Chat templates, rendered as Hugging Face's transformers renders them.
+//!
+//! transformers uses Jinja2, in a sandbox in which nothing can be changed. Here minijinja runs a template that has been
+//! translated for it (`source`, `expression`), over values that behave as Python's do (`values`, `operators`, `methods`,
+//! `filters`, `predicates`). `text/tests/jinja/` holds what transformers gives for several hundred small templates.
+//!
+//! Unlike in Jinja2: what `map` and its like give can be read more than once, and has a length; text that is escaped is plain
+//! text, and `autoescape` changes nothing; whole numbers have 128 bits; 1 and true are two keys of a dictionary; `pprint`
+//! does not break lines; `varargs` and `kwargs` of macros, `self`, `urlize`, `lipsum` and `random` are missing.
+//!
+//! A template is a program, and comes from whoever made the model: one that loops, or writes without end, ends with an
+//! error, and one that nests without end does not end the process. What it holds in variables is not limited: minijinja
+//! has no place to do so.
+
+mod arguments;
+mod expression;
+mod filters;
+mod format;
+mod json;
+mod lexer;
+mod methods;
+mod objects;
+mod operators;
+mod predicates;
+mod source;
+mod texts;
+mod time;
+mod values;
+
+use std::{collections::BTreeMap, io, thread, time::SystemTime};
+
+use minijinja::{Environment, Error, ErrorKind, Value};
+use serde_json::{Map, Value as Json};
+
+use crate::TextError;
+
+const NAME: &str = "chat_template";
+
+/// Instructions that one rendering may take, and how many more for each message: templates that look through all messages
+/// for each of them take some 30 for each pair.
+const FUEL: u64 = 4_000_000;
+const FUEL_PER_MESSAGE: u64 = 100_000;
+/// At most, however many messages there are: some seconds.
+const MAX_FUEL: u64 = 400_000_000;
+
+/// A prompt may have this many bytes, and [`OUTPUT_PER_BYTE`] more for each byte of the messages.
+const OUTPUT_BYTES: usize = 1 << 20;
+const OUTPUT_PER_BYTE: usize = 16;
+
+/// Of the thread that renders. A value within a value within a value is dropped, and printed, by recursion: as deep as
+/// the fuel lasts, that fits. Only what is used of it becomes memory.
+const STACK_BYTES: usize = 256 << 20;
+
+/// What a chat template is rendered over.
+#[derive(Clone, Copy, Debug)]
+pub struct ChatInput<'a> {
+    /// The messages, as objects whose keys keep the client's order: `role`, `content`, `tool_calls` and what else the
+    /// template knows.
+    pub messages: &'a [Json],
+    /// Tools, as OpenAI's API describes them.
+    pub tools: Option<&'a Json>,
+    /// Documents to answer from.
+    pub documents: Option<&'a Json>,
+    /// End with the beginning of an answer?
+    pub add_generation_prompt: bool,
+    /// Other variables, such as `enable_thinking`.
+    pub variables: Option<&'a Map<String, Json>>,
+}
+
+impl<'a> ChatInput<'a> {
+    /// Messages alone.
+    pub fn new(messages: &'a [Json], add_generation_prompt: bool) -> Self {
+        Self { messages, tools: None, documents: None, add_generation_prompt, variables: None }
+    }
+}
+
+/// A compiled template and the special tokens that it may name.
+pub(crate) struct ChatTemplate {
+    environment: Environment<'static>,
+    special_tokens: BTreeMap<String, String>,
+}
+
+impl ChatTemplate {
+    pub(crate) fn compile(source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self, TextError> {
+        let invalid = |reason: String| TextError::Invalid { file: "chat template", reason };
+        let mut environment = Environment::new();
+        environment.set_trim_blocks(true);
+        environment.set_lstrip_blocks(true);
+        environment.set_formatter(|out, _, value| Ok(out.write_str(&values::text(value)?)?));
+        environment.add_function("raise_exception", |message: &Value| -> Result<Value, Error> {
+            Err(values::fault(values::text(message)?))
+        });
+        environment.add_function("strftime_now", |format: String| time::strftime(&format, SystemTime::now()));
+        operators::register(&mut environment);
+        objects::register(&mut environment);
+        filters::register(&mut environment);
+        predicates::register(&mut environment);
+        let translated = source::translate(source).map_err(invalid)?;
+        environment.add_template_owned(NAME, translated).map_err(|e| invalid(e.to_string()))?;
+        Ok(Self { environment, special_tokens })
+    }
+
+    pub(crate) fn render(&self, input: &ChatInput<'_>) -> Result<String, TextError> {
+        thread::scope(|scope| {
+            let render = || self.render_here(input);
+            let rendering =
+                thread::Builder::new().name(NAME.into()).stack_size(STACK_BYTES).spawn_scoped(scope, render);
+            let rendering = rendering.map_err(|e| TextError::Template(format!("starting a thread for it: {e}")))?;
+            rendering.join().unwrap_or_else(|_| Err(TextError::Template("it failed".into())))
+        })
+    }
+
+    fn render_here(&self, input: &ChatInput<'_>) -> Result<String, TextError> {
+        let ChatInput { messages, tools, documents, add_generation_prompt, variables } = input;
+        let fuel = (FUEL + FUEL_PER_MESSAGE.saturating_mul(messages.len() as u64)).min(MAX_FUEL);
+        // A clone shares the compiled template.
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(fuel));
+        let template = environment.get_template(NAME).map_err(|e| TextError::Template(e.to_string()))?;
+        let given: usize = messages.iter().chain(*tools).chain(*documents).map(text_bytes).sum();
+        let mut out = Limited { bytes: Vec::new(), limit: OUTPUT_BYTES + OUTPUT_PER_BYTE * given, full: false };
+        let mut context: BTreeMap<&str, Value> = BTreeMap::new();
+        for (name, token) in &self.special_tokens {
+            context.insert(name, Value::from(token.as_str()));
+        }
+        for (name, value) in variables.iter().flat_map(|variables| variables.iter()) {
+            context.insert(name, Value::from_serialize(value));
+        }
+        context.insert("messages", Value::from_serialize(messages));
+        context.insert("tools", Value::from_serialize(tools));
+        context.insert("documents", Value::from_serialize(documents));
+        context.insert("add_generation_prompt", Value::from(*add_generation_prompt));
+        let rendered = template.render_captured_to(context, &mut out).map(drop);
+        let Limited { bytes, limit, full } = out;
+        rendered.map_err(|e| {
+            TextError::Template(match e.kind() {
+                _ if full => format!("a prompt must be at most {limit} bytes for {given} bytes of messages"),
+                ErrorKind::OutOfFuel => format!("it must take at most {fuel} steps"),
+                // The detail of `raise_exception` is the message; the place in the template helps nobody but its author.
+                _ => e.detail().map_or_else(|| e.to_string(), str::to_owned),
+            })
+        })?;
+        String::from_utf8(bytes).map_err(|e| TextError::Template(e.to_string()))
+    }
+}
+
+/// Bytes of the texts of a value.
+fn text_bytes(value: &Json) -> usize {
+    match value {
+        Json::String(text) => text.len(),
+        Json::Array(items) => items.iter().map(text_bytes).sum(),
+        Json::Object(entries) => entries.iter().map(|(key, value)| key.len() + text_bytes(value)).sum(),
+        Json::Null | Json::Bool(_) | Json::Number(_) => 0,
+    }
+}
+
+/// What a template writes, up to a limit.
+struct Limited {
+    bytes: Vec<u8>,
+    limit: usize,
+    full: bool,
+}
+
+impl io::Write for Limited {
+    fn write(&mut self, more: &[u8]) -> io::Result<usize> {
+        if more.len() > self.limit - self.bytes.len() {
+            self.full = true;
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        self.bytes.extend_from_slice(more);
+        Ok(more.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn render_over(source: &str, messages: &[Json]) -> Result<String, TextError> {
+        let tokens = BTreeMap::from([("bos_token".to_owned(), "<s>".to_owned())]);
+        ChatTemplate::compile(source, tokens)?.render(&ChatInput::new(messages, true))
+    }
+
+    fn render(source: &str) -> Result<String, TextError> {
+        render_over(source, &[json!({"role": "user", "content": "a \"<b>\" é"})])
+    }
+
+    #[test]
+    fn special_tokens_and_what_is_absent() {
+        assert_eq!(render("{{ bos_token }}{{ messages[0].role }}{{ add_generation_prompt }}").unwrap(), "<s>userTrue");
+        assert_eq!(render("{% if tools is none and eos_token is not defined %}ok{% endif %}").unwrap(), "ok");
+        for source in ["{%}", "{%%}", "{{", "{% if", "{# x", "{{ 'x }}", "{{ (1 }}", "{% for x %}{% endfor %}"] {
+            assert!(render(source).is_err(), "{source}");
+        }
+    }
+
+    #[test]
+    fn objects_keep_their_order() {
+        let source = "{{ messages[0] | tojson }}{% for k, v in {'b': 1, 'a': 2}.items() %}{{ k }}{% endfor %}";
+        let got = render_over(source, &[json!({"role": "user", "content": "q"})]);
+        assert_eq!(got.unwrap(), r#"{"role": "user", "content": "q"}ba"#);
+    }
+
+    #[test]
+    fn values_print_as_in_python() {
+        let source = "{{ 'é' | tojson(ensure_ascii=True) }} {{ [1, 2] | tojson(separators=(',', ':')) }} {{ 1e30 | tojson }} \
+                      {{ (1, 2) }} {{ 'abc'[::-1] }}";
+        assert_eq!(render(source).unwrap(), "\"\\u00e9\" [1,2] 1e+30 (1, 2) cba");
+    }
+
+    #[test]
+    fn tools_that_are_absent_are_not_iterable() {
+        let source = "{%- if tools is iterable and tools | length > 0 %}tools{%- else %}none{%- endif %}:{{ messages[0].content }}";
+        assert_eq!(render_over(source, &[json!({"role": "user", "content": "q"})]).unwrap(), "none:q");
+    }
+
+    #[test]
+    fn a_raised_exception_is_the_message() {
+        let e = render("{{ raise_exception('roles must alternate') }}").unwrap_err();
+        assert_eq!(e.to_string(), "chat template: roles must alternate");
+    }
+
+    #[test]
+    fn a_template_that_does_not_end_is_an_error() {
+        let fault = |source: &str| render(source).unwrap_err().to_string();
+        let loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+        let fuel = FUEL + FUEL_PER_MESSAGE;
+        assert_eq!(fault(loops), format!("chat template: it must take at most {fuel} steps"));
+        let writes = "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}";
+        let given = 14 + "rolecontent".len();
+        let limit = OUTPUT_BYTES + OUTPUT_PER_BYTE * given;
+        assert_eq!(
+            fault(writes),
+            format!("chat template: a prompt must be at most {limit} bytes for {given} bytes of messages")
+        );
+        assert_eq!(fault("{{ 'x' * 9999999 }}"), fault(writes));
+        assert!(fault("{{ 'x' * 99999999999 }}").contains("a repetition must have at most"));
+        for recursion in ["{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{% include 'chat_template' %}"] {
+            assert!(!fault(recursion).is_empty());
+        }
+        let deep = format!("{{{{ {}1{} }}}}", "(".repeat(100_000), ")".repeat(100_000));
+        assert!(fault(&deep).contains("nested"), "{}", fault(&deep));
+    }
+
+    /// As deep as the fuel lasts: what is inside is dropped, printed and compared by recursion.
+    #[test]
+    fn a_template_that_nests_does_not_end_the_process() {
+        let nest = "{% set ns = namespace(a=[], b=[]) %}{% for i in range(99999) %}\
+                    {% set ns.a = [ns.a] %}{% set ns.b = [ns.b] %}{% endfor %}";
+        let objects =
+            "{% set ns = namespace(a={}) %}{% for i in range(99999) %}{% set ns.a = {'a': ns.a} %}{% endfor %}";
+        assert_eq!(render(&format!("{nest}done")).unwrap(), "done");
+        assert_eq!(render(&format!("{objects}done")).unwrap(), "done");
+        for using in
+            ["{{ ns.a }}", "{{ ns.a == ns.b }}", "{{ ns.a | tojson }}", "{{ ns.a ~ '' }}", "{{ [ns.a] | sort }}"]
+        {
+            let _ = render(&format!("{nest}{using}"));
+            let _ = render(&format!("{objects}{using}"));
+        }
+    }
+}

@@ -1,0 +1,368 @@
+//! Python's operators, as functions of a template.
+
+use std::cmp::Ordering;
+
+use minijinja::{
+    Environment, Error, Value,
+    value::{Rest, ValueKind},
+};
+
+use super::{
+    format,
+    methods,
+    values::{Items, Range, Shape, Type, fault, items, text},
+};
+
+/// Bytes, and items, that one operator may make.
+const MAX_BYTES: usize = 16 << 20;
+
+/// Most items of a `range`, as in Jinja2's sandbox.
+const MAX_RANGE: usize = 100_000;
+
+/// Two values to one.
+type Binary = fn(&Value, &Value) -> Result<Value, Error>;
+
+/// Registers what `super::expression` writes for operators.
+pub(super) fn register(environment: &mut Environment<'_>) {
+    let binary: [(&'static str, Binary); 16] = [
+        ("__add__", add),
+        ("__sub__", |a, b| arithmetic("-", a, b)),
+        ("__mul__", multiply),
+        ("__div__", |a, b| arithmetic("/", a, b)),
+        ("__floordiv__", |a, b| arithmetic("//", a, b)),
+        ("__mod__", modulo),
+        ("__pow__", |a, b| arithmetic("**", a, b)),
+        ("__eq__", |a, b| Ok(equal(a, b).into())),
+        ("__ne__", |a, b| Ok((!equal(a, b)).into())),
+        ("__lt__", |a, b| Ok(compare("<", a, b)?.is_some_and(Ordering::is_lt).into())),
+        ("__le__", |a, b| Ok(compare("<=", a, b)?.is_some_and(Ordering::is_le).into())),
+        ("__gt__", |a, b| Ok(compare(">", a, b)?.is_some_and(Ordering::is_gt).into())),
+        ("__ge__", |a, b| Ok(compare(">=", a, b)?.is_some_and(Ordering::is_ge).into())),
+        ("__in__", |a, b| Ok(contains(b, a)?.into())),
+        ("__not_in__", |a, b| Ok((!contains(b, a)?).into())),
+        ("__item__", item),
+    ];
+    for (name, function) in binary {
+        environment.add_function(name, move |a: &Value, b: &Value| function(a, b));
+    }
+    environment.add_function("__neg__", |a: &Value| arithmetic("-", &Value::from(0), a).map(|zero| negated(a, zero)));
+    environment.add_function("__pos__", |a: &Value| arithmetic("+", &Value::from(0), a));
+    environment.add_function("__tuple__", |items: Rest<Value>| Items::tuple(items.0));
+    environment.add_function("__concat__", |parts: Rest<Value>| -> Result<String, Error> {
+        parts.iter().try_fold(String::new(), |all, part| Ok(all + &text(part)?))
+    });
+    environment.add_function("__float__", |digits: &str| digits.parse::<f64>().map_err(|e| fault(e.to_string())));
+    environment.add_function("__slice__", slice);
+    environment.add_function("__iterate__", |value: Value| -> Result<Value, Error> {
+        match value.kind() {
+            ValueKind::None | ValueKind::Bool | ValueKind::Number => items(&value).map(Value::from),
+            _ => Ok(value),
+        }
+    });
+    environment.add_function("__attribute__", |value: Value, name: &str| match () {
+        () if value.is_undefined() => Err(undefined()),
+        // As in Jinja2's sandbox: to use it is an error.
+        () if name.starts_with('_') => Ok(Value::UNDEFINED),
+        () if methods::has(&value, name) => Ok(methods::bound(value, name)),
+        () => value.get_attr(name),
+    });
+    environment.add_function("__method__", methods::call);
+    environment.add_function("__no_loader__", |tag: &str| -> Result<Value, Error> {
+        Err(fault(format!("{tag}: there are no other templates")))
+    });
+    environment.add_function("range", range);
+}
+
+pub(super) fn undefined() -> Error {
+    fault("value is undefined")
+}
+
+fn unsupported(operator: &str, a: &Value, b: &Value) -> Error {
+    let (a, b) = (Type::of(a), Type::of(b));
+    if a == Type::Undefined || b == Type::Undefined {
+        return undefined();
+    }
+    fault(format!("unsupported operand type(s) for {operator}: '{}' and '{}'", a.name(), b.name()))
+}
+
+/// -0.0 is not 0 - 0.0.
+fn negated(a: &Value, difference: Value) -> Value {
+    match Type::of(a) {
+        Type::Float => f64::try_from(a.clone()).map_or(difference, |a| Value::from(-a)),
+        _ => difference,
+    }
+}
+
+/// A number of Python. Booleans are numbers.
+#[derive(Clone, Copy)]
+enum Number {
+    Int(i128),
+    Float(f64),
+}
+
+impl Number {
+    fn of(value: &Value) -> Option<Self> {
+        match Type::of(value) {
+            Type::Bool => Some(Self::Int(value.is_true().into())),
+            Type::Int => i128::try_from(value.clone()).ok().map(Self::Int),
+            Type::Float => f64::try_from(value.clone()).ok().map(Self::Float),
+            _ => None,
+        }
+    }
+
+    fn float(self) -> f64 {
+        match self {
+            Self::Int(n) => n as f64,
+            Self::Float(x) => x,
+        }
+    }
+}
+
+fn int(value: i128) -> Value {
+    i64::try_from(value).map_or_else(|_| Value::from(value), Value::from)
+}
+
+fn arithmetic(operator: &'static str, a: &Value, b: &Value) -> Result<Value, Error> {
+    let (Some(x), Some(y)) = (Number::of(a), Number::of(b)) else { return Err(unsupported(operator, a, b)) };
+    let zero = || fault("division by zero");
+    let large = || fault(format!("the result of {operator} is too large"));
+    if let (Number::Int(x), Number::Int(y)) = (x, y) {
+        match operator {
+            "+" => return x.checked_add(y).map(int).ok_or_else(large),
+            "-" => return x.checked_sub(y).map(int).ok_or_else(large),
+            "*" => return x.checked_mul(y).map(int).ok_or_else(large),
+            "//" | "%" if y == 0 => return Err(zero()),
+            "//" => return Ok(int(x.div_euclid(y) - i128::from(y < 0 && x.rem_euclid(y) != 0))),
+            // The remainder has the divisor's sign.
+            "%" => return Ok(int(((x % y) + y) % y)),
+            "**" if y >= 0 => {
+                return u32::try_from(y).ok().and_then(|y| x.checked_pow(y)).map(int).ok_or_else(large);
+            }
+            _ => {}
+        }
+    }
+    let (x, y) = (x.float(), y.float());
+    let result = match operator {
+        "/" | "//" | "%" if y == 0.0 => return Err(zero()),
+        "+" => x + y,
+        "-" => x - y,
+        "*" => x * y,
+        "/" => x / y,
+        "//" => (x / y).floor(),
+        "%" => x - y * (x / y).floor(),
+        "**" => x.powf(y),
+        other => return Err(fault(format!("no operator {other}"))),
+    };
+    Ok(Value::from(result))
+}
+
+/// Python's `a + b`.
+pub(super) fn add(a: &Value, b: &Value) -> Result<Value, Error> {
+    match (Type::of(a), Type::of(b)) {
+        (Type::Str, Type::Str) => {
+            Ok(Value::from([a.as_str().unwrap_or_default(), b.as_str().unwrap_or_default()].concat()))
+        }
+        (Type::List, Type::List) => Ok(Value::from([items(a)?, items(b)?].concat())),
+        (Type::Tuple, Type::Tuple) => Ok(Items::tuple([items(a)?, items(b)?].concat())),
+        _ => arithmetic("+", a, b),
+    }
+}
+
+fn multiply(a: &Value, b: &Value) -> Result<Value, Error> {
+    let (sequence, times) = match (Type::of(a), Type::of(b)) {
+        (Type::Str | Type::List | Type::Tuple, Type::Int | Type::Bool) => (a, b),
+        (Type::Int | Type::Bool, Type::Str | Type::List | Type::Tuple) => (b, a),
+        _ => return arithmetic("*", a, b),
+    };
+    let times = match Number::of(times) {
+        Some(Number::Int(n)) => usize::try_from(n.max(0)).unwrap_or(usize::MAX),
+        _ => 0,
+    };
+    let check = |size: usize| match size.checked_mul(times) {
+        Some(size) if size <= MAX_BYTES => Ok(()),
+        _ => Err(fault(format!("a repetition must have at most {MAX_BYTES} bytes or items"))),
+    };
+    if let Some(text) = sequence.as_str() {
+        check(text.len())?;
+        return Ok(Value::from(text.repeat(times)));
+    }
+    let all = items(sequence)?;
+    check(all.len())?;
+    let repeated: Vec<Value> = std::iter::repeat_n(all, times).flatten().collect();
+    Ok(if Type::of(sequence) == Type::Tuple { Items::tuple(repeated) } else { Value::from(repeated) })
+}
+
+fn modulo(a: &Value, b: &Value) -> Result<Value, Error> {
+    match a.as_str() {
+        Some(text) => format::percent(text, b).map(Value::from),
+        None => arithmetic("%", a, b),
+    }
+}
+
+/// Python's `a == b`.
+pub(super) fn equal(a: &Value, b: &Value) -> bool {
+    match (Type::of(a), Type::of(b)) {
+        (Type::Bool | Type::Int | Type::Float, Type::Bool | Type::Int | Type::Float) => {
+            match (Number::of(a), Number::of(b)) {
+                (Some(Number::Int(a)), Some(Number::Int(b))) => a == b,
+                (Some(a), Some(b)) => a.float() == b.float(),
+                _ => false,
+            }
+        }
+        (x, y) if x != y => false,
+        (Type::List | Type::Tuple, _) => match (items(a), items(b)) {
+            (Ok(a), Ok(b)) => a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| equal(a, b)),
+            _ => false,
+        },
+        (Type::Dict, _) => {
+            a.len() == b.len()
+                && items(a).is_ok_and(|keys| {
+                    keys.iter().all(|key| match (a.get_item(key), b.get_item(key)) {
+                        (Ok(x), Ok(y)) => !y.is_undefined() && equal(&x, &y),
+                        _ => false,
+                    })
+                })
+        }
+        _ => a == b,
+    }
+}
+
+/// Which of two values comes first; `None` where one is not a number. An error where Python has no order.
+pub(super) fn compare(operator: &str, a: &Value, b: &Value) -> Result<Option<Ordering>, Error> {
+    match (Type::of(a), Type::of(b)) {
+        (Type::Str, Type::Str) => Ok(Some(a.as_str().cmp(&b.as_str()))),
+        (Type::List, Type::List) | (Type::Tuple, Type::Tuple) => {
+            let (x, y) = (items(a)?, items(b)?);
+            match x.iter().zip(&y).find(|(a, b)| !equal(a, b)) {
+                Some((a, b)) => compare(operator, a, b),
+                None => Ok(Some(x.len().cmp(&y.len()))),
+            }
+        }
+        (x, y) => match (Number::of(a), Number::of(b)) {
+            (Some(Number::Int(a)), Some(Number::Int(b))) => Ok(Some(a.cmp(&b))),
+            (Some(a), Some(b)) => Ok(a.float().partial_cmp(&b.float())),
+            _ if x == Type::Undefined || y == Type::Undefined => Err(undefined()),
+            _ => Err(fault(format!(
+                "'{operator}' not supported between instances of '{}' and '{}'",
+                x.name(),
+                y.name()
+            ))),
+        },
+    }
+}
+
+/// Python's `value in container`.
+pub(super) fn contains(container: &Value, value: &Value) -> Result<bool, Error> {
+    match Type::of(container) {
+        Type::Str => match value.as_str() {
+            Some(part) => Ok(container.as_str().unwrap_or_default().contains(part)),
+            None => Err(fault(format!(
+                "'in <string>' requires string as left operand, not {}",
+                Type::of(value).name()
+            ))),
+        },
+        Type::Dict => Ok(!container.get_item(value)?.is_undefined() || items(container)?.iter().any(|k| equal(k, value))),
+        Type::Undefined => Ok(false),
+        Type::None | Type::Bool | Type::Int | Type::Float => {
+            Err(fault(format!("argument of type '{}' is not iterable", Type::of(container).name())))
+        }
+        Type::List | Type::Tuple | Type::Other => Ok(items(container)?.iter().any(|item| equal(item, value))),
+    }
+}
+
+/// Jinja2's `value[key]`: an item, else the attribute of that name, else undefined.
+fn item(value: &Value, key: &Value) -> Result<Value, Error> {
+    let index = |length: usize| match Number::of(key) {
+        Some(Number::Int(i)) if i < 0 => usize::try_from(length as i128 + i).ok(),
+        Some(Number::Int(i)) => usize::try_from(i).ok(),
+        _ => None,
+    };
+    Ok(match Type::of(value) {
+        Type::Undefined => return Err(undefined()),
+        Type::Str => {
+            let text = value.as_str().unwrap_or_default();
+            let at = index(text.chars().count());
+            at.and_then(|at| text.chars().nth(at)).map_or(Value::UNDEFINED, |c| Value::from(c.to_string()))
+        }
+        Type::List | Type::Tuple | Type::Other if matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable) => {
+            match (value.downcast_object_ref::<Items>().map(|items| items.shape), value.len()) {
+                (Some(Shape::View(_) | Shape::Generator), _) | (_, None) => Value::UNDEFINED,
+                (_, Some(length)) => match index(length).filter(|at| *at < length) {
+                    Some(at) => match value.kind() {
+                        ValueKind::Seq => value.get_item_by_index(at)?,
+                        _ => value.try_iter()?.nth(at).unwrap_or_default(),
+                    },
+                    None => Value::UNDEFINED,
+                },
+            }
+        }
+        Type::Dict => match key.kind() {
+            // 1, 1.0 and true are the same key.
+            ValueKind::String => value.get_item(key)?,
+            _ => match items(value)?.iter().find(|other| equal(other, key)) {
+                Some(key) => value.get_item(key)?,
+                None => Value::UNDEFINED,
+            },
+        },
+        Type::Other => value.get_item(key)?,
+        _ => Value::UNDEFINED,
+    })
+}
+
+/// Python's `value[start:stop:step]`.
+fn slice(value: &Value, start: &Value, stop: &Value, step: &Value) -> Result<Value, Error> {
+    let bound = |value: &Value| match Number::of(value) {
+        _ if value.is_none() => Ok(None),
+        Some(Number::Int(n)) => Ok(Some(n)),
+        _ => Err(fault("slice indices must be integers or None")),
+    };
+    let (start, stop, step) = (bound(start)?, bound(stop)?, bound(step)?.unwrap_or(1));
+    if step == 0 {
+        return Err(fault("slice step cannot be zero"));
+    }
+    let chosen = |length: usize| {
+        let length = length as i128;
+        let clamp = |bound: i128, low: i128, high: i128| (if bound < 0 { bound + length } else { bound }).clamp(low, high);
+        let (low, high) = if step > 0 { (0, length) } else { (-1, length - 1) };
+        let start = start.map_or(if step > 0 { 0 } else { length - 1 }, |bound| clamp(bound, low, high));
+        let stop = stop.map_or(if step > 0 { length } else { -1 }, |bound| clamp(bound, low, high));
+        let mut chosen = Vec::new();
+        let mut at = start;
+        while (step > 0 && at < stop) || (step < 0 && at > stop) {
+            chosen.push(at as usize);
+            at = at.saturating_add(step);
+        }
+        chosen
+    };
+    match Type::of(value) {
+        Type::Str => {
+            let all: Vec<char> = value.as_str().unwrap_or_default().chars().collect();
+            Ok(Value::from(chosen(all.len()).into_iter().map(|at| all[at]).collect::<String>()))
+        }
+        Type::List | Type::Tuple => {
+            let all = items(value)?;
+            let part: Vec<Value> = chosen(all.len()).into_iter().map(|at| all[at].clone()).collect();
+            Ok(if Type::of(value) == Type::Tuple { Items::tuple(part) } else { Value::from(part) })
+        }
+        Type::Other if value.downcast_object_ref::<Range>().is_some() => {
+            let all = items(value)?;
+            Ok(Value::from(chosen(all.len()).into_iter().map(|at| all[at].clone()).collect::<Vec<_>>()))
+        }
+        Type::Undefined => Err(undefined()),
+        _ => Ok(Value::UNDEFINED),
+    }
+}
+
+fn range(first: i64, second: Option<i64>, step: Option<i64>) -> Result<Value, Error> {
+    let (start, stop) = second.map_or((0, first), |second| (first, second));
+    let range = Range { start, stop, step: step.unwrap_or(1) };
+    if range.step == 0 {
+        return Err(fault("range() arg 3 must not be zero"));
+    }
+    match range.len() {
+        length if length > MAX_RANGE => {
+            Err(fault(format!("a range must have at most {MAX_RANGE} items, got {length}")))
+        }
+        _ => Ok(Value::from_object(range)),
+    }
+}

@@ -1,0 +1,166 @@
+//! A Jinja2 template, translated for minijinja tag by tag.
+
+use super::{
+    expression::{Fault, Parser, quoted},
+    lexer,
+};
+
+/// The template that gives with minijinja what `source` gives with Jinja2.
+pub(super) fn translate(source: &str) -> Result<String, Fault> {
+    let mut out = String::with_capacity(source.len() * 2);
+    let mut rest = source;
+    let fault = |rest: &str, fault: Fault| {
+        let line = source[..source.len() - rest.len()].matches('\n').count() + 1;
+        format!("line {line}: {fault}")
+    };
+    while let Some(start) = rest.find('{').filter(|at| at + 1 < rest.len()) {
+        let (before, tag) = rest.split_at(start);
+        out.push_str(before);
+        match tag.as_bytes()[1] {
+            b'#' => {
+                let end = tag.find("#}").ok_or_else(|| fault(tag, "a comment is not closed".into()))?;
+                // Its signs work on the whitespace around it.
+                let inner = &tag[2..end];
+                let open = if inner.starts_with(['-', '+']) { &inner[..1] } else { "" };
+                let close = if inner.len() > open.len() && inner.ends_with(['-', '+']) { &inner[inner.len() - 1..] } else { "" };
+                out.push_str(&format!("{{#{open} {close}#}}"));
+                rest = &tag[end + 2..];
+            }
+            b'{' => {
+                let (open, inner) = sign(&tag[2..]);
+                let (tokens, close, length) = lexer::tag(inner, "}}").map_err(|e| fault(tag, e))?;
+                let mut parser = Parser::new(&tokens);
+                let value = parser.tuple(true).and_then(|value| parser.end().map(|()| value));
+                out.push_str(&format!("{{{{{open} {} {close}}}}}", value.map_err(|e| fault(tag, e))?));
+                rest = &inner[length..];
+            }
+            b'%' => {
+                let (open, inner) = sign(&tag[2..]);
+                if let Some(length) = raw(inner) {
+                    out.push_str(&tag[..2 + open.len() + length]);
+                    rest = &inner[length..];
+                    continue;
+                }
+                let (tokens, close, length) = lexer::tag(inner, "%}").map_err(|e| fault(tag, e))?;
+                let mut parser = Parser::new(&tokens);
+                let statement = statement(&mut parser).and_then(|text| parser.end().map(|()| text));
+                out.push_str(&format!("{{%{open} {} {close}%}}", statement.map_err(|e| fault(tag, e))?));
+                rest = &inner[length..];
+            }
+            _ => {
+                out.push('{');
+                rest = &tag[1..];
+            }
+        }
+    }
+    out.push_str(rest);
+    Ok(out)
+}
+
+fn sign(inner: &str) -> (&str, &str) {
+    inner.split_at(usize::from(inner.starts_with(['-', '+'])))
+}
+
+/// The length of a raw block behind its `{%`, up to and with its end tag. Nothing in it is translated.
+fn raw(inner: &str) -> Option<usize> {
+    let after = inner.trim_start().strip_prefix("raw")?.trim_start();
+    let body = after.strip_prefix(['-', '+']).unwrap_or(after).strip_prefix("%}")?;
+    let mut from = inner.len() - body.len();
+    loop {
+        let at = from + inner[from..].find("{%")?;
+        let (_, end) = sign(&inner[at + 2..]);
+        if let Some(end) = end.trim_start().strip_prefix("endraw") {
+            let end = end.trim_start();
+            if let Some(end) = end.strip_prefix(['-', '+']).unwrap_or(end).strip_prefix("%}") {
+                return Some(inner.len() - end.len());
+            }
+        }
+        from = at + 2;
+    }
+}
+
+fn statement(p: &mut Parser<'_>) -> Result<String, Fault> {
+    let word = p.name()?;
+    Ok(match word.as_str() {
+        // transformers marks the assistant's text with it, for training masks. It prints nothing.
+        "generation" => "if true".into(),
+        "endgeneration" => "endif".into(),
+        "if" | "elif" => format!("{word} {}", p.tuple(false)?),
+        "for" => {
+            let target = p.target(false)?;
+            if !p.take_word("in") {
+                return Err("a loop needs \"in\"".into());
+            }
+            let mut text = format!("for {target} in __iterate__({})", p.tuple(false)?);
+            if p.take_word("if") {
+                text += &format!(" if {}", p.expression()?);
+            }
+            if p.take_word("recursive") {
+                text += " recursive";
+            }
+            text
+        }
+        "set" => {
+            let target = p.target(true)?;
+            if p.take("=") {
+                format!("set {target} = {}", p.tuple(true)?)
+            } else {
+                format!("set {target}{}", filters(p)?)
+            }
+        }
+        "with" => {
+            let mut bindings = Vec::new();
+            while p.end().is_err() {
+                let target = p.target(false)?;
+                p.expect("=")?;
+                bindings.push(format!("{target} = {}", p.expression()?));
+                if !p.take(",") {
+                    break;
+                }
+            }
+            format!("with {}", bindings.join(", "))
+        }
+        "filter" => format!("filter {}{}", p.filter()?, filters(p)?),
+        "macro" => {
+            let name = p.name()?;
+            p.expect("(")?;
+            format!("macro {name}({})", p.arguments()?.join(", "))
+        }
+        "call" => {
+            let signature = if p.take("(") { format!("({})", p.arguments()?.join(", ")) } else { String::new() };
+            format!("call{signature} {}", p.expression()?)
+        }
+        "block" => {
+            let name = p.name()?;
+            // `scoped` and `required` change nothing where there is one template.
+            while p.take_word("scoped") || p.take_word("required") {}
+            format!("block {name}")
+        }
+        "endblock" => {
+            let _ = p.name();
+            word
+        }
+        "autoescape" => format!("if {}", p.expression()?),
+        "endautoescape" => "endif".into(),
+        "else" | "endif" | "endfor" | "endset" | "endwith" | "endfilter" | "endmacro" | "endcall" | "break" | "continue" => {
+            word
+        }
+        "include" | "extends" | "import" | "from" => {
+            // There are no other templates: an error, but only where it is reached.
+            while p.end().is_err() {
+                p.skip();
+            }
+            format!("set _ = __no_loader__({})", quoted(&word))
+        }
+        other => return Err(format!("unknown tag {other:?}")),
+    })
+}
+
+/// Filters of a block: `| upper | trim`.
+fn filters(p: &mut Parser<'_>) -> Result<String, Fault> {
+    let mut text = String::new();
+    while p.take("|") {
+        text += &format!(" | {}", p.filter()?);
+    }
+    Ok(text)
+}
