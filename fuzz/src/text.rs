@@ -10,13 +10,12 @@ pub(crate) const TOKENIZER: &[u8] = include_bytes!("../../tests/golden/llama-tie
 const TOKENIZER_CONFIG: &[u8] = include_bytes!("../../tests/golden/llama-tied/full/tokenizer_config.json");
 const TEMPLATE: &[u8] = include_bytes!("../../tests/golden/llama-tied/full/chat_template.jinja");
 
-/// What published templates do with messages, and the golden ones do not. (minijinja panics at an empty list turned
-/// round; that is caught, but libFuzzer would end at it.)
+/// What published templates do with messages, and the golden ones do not.
 const THOROUGH: &[u8] =
     b"{%- if messages[0].role == 'system' %}{{ messages[0].content + '\\n' }}{% set rest = messages[1:] %}\
 {% else %}{% set rest = messages %}{% endif %}{{ strftime_now('%d %b %Y') }}{% set ns = namespace(last=0) %}\
-{% if rest %}{% for m in rest[::-1] %}{% if m.role == 'user' and not m.content.startswith('<tool') %}{% set ns.last = loop.index0 %}\
-{% break %}{% endif %}{% endfor %}{% endif %}{% for m in rest %}{% if m.role not in ['user', 'assistant', 'tool'] %}\
+{% for m in rest[::-1] %}{% if m.role == 'user' and not m.content.startswith('<tool') %}{% set ns.last = loop.index0 %}\
+{% break %}{% endif %}{% endfor %}{% for m in rest %}{% if m.role not in ['user', 'assistant', 'tool'] %}\
 {{ raise_exception('role ' ~ m.role) }}{% endif %}{{ m.content.split('</think>')[-1].lstrip('\\n') | tojson }}\
 {{ m.content[:3] | upper }}{{ m | tojson(indent=2) }}{% endfor %}{{ ns.last }}";
 

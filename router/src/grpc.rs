@@ -51,7 +51,7 @@ impl RouterService {
             Some(generate_request::Prompt::Text(text)) => encode(&model.text, text, true).await?,
             Some(generate_request::Prompt::Messages(messages)) => {
                 let messages = messages.messages.into_iter().map(|m| ChatMessage::new(m.role, m.content));
-                let text = model.text.apply_chat_template(&messages.collect::<Vec<_>>(), true)?;
+                let text = render(&model.text, messages.collect(), true).await?;
                 encode(&model.text, text, false).await?
             }
             Some(generate_request::Prompt::TokenIds(ids)) => ids.ids,
@@ -100,6 +100,25 @@ pub(crate) fn check_crowd(extensions: &Extensions) -> Result<(), GenerateError> 
 
 /// Texts longer than this are tokenised on a thread where that disturbs nobody.
 const LONG_TEXT_BYTES: usize = 16 << 10;
+
+/// Chats of more messages are rendered there, too.
+const MANY_MESSAGES: usize = 50;
+
+/// The prompt that the model's chat template makes of `messages`.
+pub(crate) async fn render(
+    model: &Arc<overfill_text::TextModel>,
+    messages: Vec<ChatMessage>,
+    add_generation_prompt: bool,
+) -> Result<String, GenerateError> {
+    let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
+    if bytes <= LONG_TEXT_BYTES && messages.len() <= MANY_MESSAGES {
+        return Ok(model.apply_chat_template(&messages, add_generation_prompt)?);
+    }
+    let model = model.clone();
+    let rendered = move || model.apply_chat_template(&messages, add_generation_prompt);
+    let rendered = tokio::task::spawn_blocking(rendered).await;
+    Ok(rendered.map_err(|e| GenerateError::Internal(e.to_string()))??)
+}
 
 /// Token ids of `text`.
 pub(crate) async fn encode(

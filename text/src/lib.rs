@@ -15,8 +15,8 @@ pub use detokenize::Detokenizer;
 pub use files::TextFiles;
 pub use generation::{GenerationDefaults, token_ids};
 pub use model::{ChatMessage, TextModel};
-pub use template::ChatInput;
 pub use stop::{StopMatch, StopMatcher};
+pub use template::ChatInput;
 pub use vocabulary::Offsets;
 
 /// Text files that can't be used, or text that they can't process.

@@ -12,7 +12,9 @@ use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
 use crate::{
-    Detokenizer, GenerationDefaults, Offsets, TextError, TextFiles, template::{ChatInput, ChatTemplate}, tokenizer,
+    Detokenizer, GenerationDefaults, Offsets, TextError, TextFiles,
+    template::{ChatInput, ChatTemplate},
+    tokenizer,
     vocabulary::Vocabulary,
 };
 

@@ -27,7 +27,7 @@ use super::{
 use crate::{
     GenerateError,
     generate::Core,
-    grpc::encode,
+    grpc::{encode, render},
     node::ServedModel,
     request::{self, Output},
 };
@@ -136,7 +136,7 @@ async fn parse(
     fields.finish()?;
     may_ask(common.n)?;
     let messages = messages.into_iter().map(MessageBody::message).collect::<Result<Vec<_>, _>>()?;
-    let text = model.text.apply_chat_template(&messages, add_generation_prompt).map_err(GenerateError::from)?;
+    let text = render(&model.text, messages, add_generation_prompt).await?;
     let tokens: Arc<[u32]> = encode(&model.text, text, add_special).await?.into();
     let batch = Batch {
         sampling: SamplingParams { logprobs: logprobs.then_some(top_logprobs.unwrap_or(0)), ..common.sampling.clone() },

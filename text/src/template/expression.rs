@@ -14,12 +14,68 @@ const MAX_DEPTH: usize = 200;
 
 /// Attributes that Python's own types have as methods, which come before a dictionary's keys.
 pub(super) const METHODS: [&str; 62] = [
-    "append", "capitalize", "casefold", "center", "clear", "copy", "count", "encode", "endswith", "expandtabs", "extend",
-    "find", "format", "format_map", "get", "index", "insert", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit",
-    "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper", "items", "join", "keys", "ljust",
-    "lower", "lstrip", "maketrans", "partition", "pop", "popitem", "remove", "removeprefix", "removesuffix", "replace",
-    "reverse", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "setdefault", "sort", "split", "splitlines",
-    "startswith", "strip", "swapcase", "title", "update", "upper", "values", "zfill",
+    "append",
+    "capitalize",
+    "casefold",
+    "center",
+    "clear",
+    "copy",
+    "count",
+    "encode",
+    "endswith",
+    "expandtabs",
+    "extend",
+    "find",
+    "format",
+    "format_map",
+    "get",
+    "index",
+    "insert",
+    "isalnum",
+    "isalpha",
+    "isascii",
+    "isdecimal",
+    "isdigit",
+    "isidentifier",
+    "islower",
+    "isnumeric",
+    "isprintable",
+    "isspace",
+    "istitle",
+    "isupper",
+    "items",
+    "join",
+    "keys",
+    "ljust",
+    "lower",
+    "lstrip",
+    "maketrans",
+    "partition",
+    "pop",
+    "popitem",
+    "remove",
+    "removeprefix",
+    "removesuffix",
+    "replace",
+    "reverse",
+    "rfind",
+    "rindex",
+    "rjust",
+    "rpartition",
+    "rsplit",
+    "rstrip",
+    "setdefault",
+    "sort",
+    "split",
+    "splitlines",
+    "startswith",
+    "strip",
+    "swapcase",
+    "title",
+    "update",
+    "upper",
+    "values",
+    "zfill",
 ];
 
 /// Reads the tokens of one tag.
@@ -182,7 +238,11 @@ impl<'t> Parser<'t> {
         let mut left = self.and()?;
         while self.take_word("or") {
             let right = self.and()?;
-            left = if is_literal(&left) { format!("({left} if {left} else {right})") } else { format!("({left} or {right})") };
+            left = if is_literal(&left) {
+                format!("({left} if {left} else {right})")
+            } else {
+                format!("({left} or {right})")
+            };
         }
         Ok(left)
     }
@@ -191,7 +251,11 @@ impl<'t> Parser<'t> {
         let mut left = self.not()?;
         while self.take_word("and") {
             let right = self.not()?;
-            left = if is_literal(&left) { format!("({right} if {left} else {left})") } else { format!("({left} and {right})") };
+            left = if is_literal(&left) {
+                format!("({right} if {left} else {left})")
+            } else {
+                format!("({left} and {right})")
+            };
         }
         Ok(left)
     }
@@ -343,11 +407,7 @@ impl<'t> Parser<'t> {
     }
 
     /// Items with commas between them, up to `close`.
-    fn items(
-        &mut self,
-        close: &str,
-        item: impl Fn(&mut Self) -> Result<String, Fault>,
-    ) -> Result<Vec<String>, Fault> {
+    fn items(&mut self, close: &str, item: impl Fn(&mut Self) -> Result<String, Fault>) -> Result<Vec<String>, Fault> {
         let mut items = Vec::new();
         while !self.take(close) {
             if !items.is_empty() {
@@ -490,7 +550,9 @@ impl<'t> Parser<'t> {
             self.arguments()?
         } else {
             match self.peek() {
-                Some(TokenKind::Name(word)) if ["else", "or", "and", "is", "if", "recursive"].contains(&word.as_str()) => {
+                Some(TokenKind::Name(word))
+                    if ["else", "or", "and", "is", "if", "recursive"].contains(&word.as_str()) =>
+                {
                     Vec::new()
                 }
                 Some(TokenKind::Name(word)) if word == "in" || word == "not" => Vec::new(),

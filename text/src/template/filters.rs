@@ -2,10 +2,7 @@
 
 use std::cmp::Ordering;
 
-use minijinja::{
-    Environment, Error, State, Value,
-    value::Rest,
-};
+use minijinja::{Environment, Error, State, Value, value::Rest};
 
 use super::{
     arguments::Arguments,
@@ -30,8 +27,10 @@ pub(super) fn register(environment: &mut Environment<'_>) {
             if replaced { default() } else { value }
         });
     }
-    environment.add_filter("first", |value: &Value| Ok::<_, Error>(items(value)?.into_iter().next().unwrap_or_default()));
-    environment.add_filter("last", |value: &Value| Ok::<_, Error>(items(value)?.into_iter().next_back().unwrap_or_default()));
+    environment
+        .add_filter("first", |value: &Value| Ok::<_, Error>(items(value)?.into_iter().next().unwrap_or_default()));
+    environment
+        .add_filter("last", |value: &Value| Ok::<_, Error>(items(value)?.into_iter().next_back().unwrap_or_default()));
     environment.add_filter("list", |value: &Value| items(value).map(Value::from));
     environment.add_filter("items", |value: Value| match Type::of(&value) {
         Type::Undefined => Ok(Items::generator(Vec::new())),
@@ -124,10 +123,9 @@ fn number(value: &Value) -> Option<f64> {
 /// An attribute by a path such as `a.b.0`, as the filters' `attribute` argument names it.
 fn attribute(value: &Value, path: &Value) -> Result<Value, Error> {
     let parts: Vec<Value> = match path.as_str() {
-        Some(path) => path
-            .split('.')
-            .map(|part| part.parse::<i64>().map_or_else(|_| Value::from(part), Value::from))
-            .collect(),
+        Some(path) => {
+            path.split('.').map(|part| part.parse::<i64>().map_or_else(|_| Value::from(part), Value::from)).collect()
+        }
         None => vec![path.clone()],
     };
     parts.iter().try_fold(value.clone(), |value, part| match Type::of(&value) {
@@ -198,9 +196,9 @@ fn dictsort(value: &Value, arguments: Rest<Value>) -> Result<Value, Error> {
         Some(_) => return Err(fault("You can only sort by either \"key\" or \"value\"")),
     };
     let case_sensitive = args.flag(0, "case_sensitive", false);
-    let keyed = pairs(value)?.into_iter().map(|pair| {
-        Ok((vec![key(&pair.get_item_by_index(by)?, None, case_sensitive)?], pair))
-    });
+    let keyed = pairs(value)?
+        .into_iter()
+        .map(|pair| Ok((vec![key(&pair.get_item_by_index(by)?, None, case_sensitive)?], pair)));
     Ok(Value::from(sorted_by(keyed.collect::<Result<_, Error>>()?, args.flag(2, "reverse", false))?))
 }
 
@@ -281,9 +279,14 @@ fn sum(value: &Value, arguments: Rest<Value>) -> Result<Value, Error> {
     })
 }
 
+/// Of none, too, there are no items.
+fn items_if_true(value: &Value) -> Result<Vec<Value>, Error> {
+    if value.is_true() { items(value) } else { Ok(Vec::new()) }
+}
+
 fn map(state: &State<'_, '_>, value: &Value, arguments: Rest<Value>) -> Result<Value, Error> {
     let args = Arguments::new(&arguments);
-    let all = items(value)?;
+    let all = items_if_true(value)?;
     let mapped: Result<Vec<Value>, Error> = match (args.positional.split_first(), args.get(usize::MAX, "attribute")) {
         (Some((filter, _)), _) => {
             let name = filter.as_str().ok_or_else(|| fault("map needs the name of a filter"))?;
@@ -320,7 +323,7 @@ fn chosen(
         false => (None, arguments),
     };
     let mut kept = Vec::new();
-    for item in items(value)? {
+    for item in items_if_true(value)? {
         let looked_at = path.map_or_else(|| Ok(item.clone()), |path| attribute(&item, path))?;
         let holds = match arguments.split_first() {
             None => looked_at.is_true(),
@@ -384,7 +387,8 @@ fn int(value: &Value, arguments: Rest<Value>) -> Result<Value, Error> {
                 base => ("", u32::try_from(base).ok().filter(|base| (2..=36).contains(base)).unwrap_or(10)),
             };
             let whole = i64::from_str_radix(digits.strip_prefix(prefix).unwrap_or(&digits), base).ok();
-            let whole = whole.or_else(|| digits.parse::<f64>().ok().filter(|x| x.is_finite()).map(|x| x.trunc() as i64));
+            let whole =
+                whole.or_else(|| digits.parse::<f64>().ok().filter(|x| x.is_finite()).map(|x| x.trunc() as i64));
             whole.map_or(default, Value::from)
         }
         None => match number(value) {

@@ -43,8 +43,13 @@ pub(super) fn to_json(value: &Value, arguments: Rest<Value>) -> Result<Value, Er
             _ => return Err(fault("separators must be two texts")),
         },
     };
-    let style =
-        Style { ascii: args.flag(0, "ensure_ascii", false), indent, between, after_key, sort_keys: args.flag(3, "sort_keys", false) };
+    let style = Style {
+        ascii: args.flag(0, "ensure_ascii", false),
+        indent,
+        between,
+        after_key,
+        sort_keys: args.flag(3, "sort_keys", false),
+    };
     let mut out = String::new();
     write(&mut out, value, &style, 0)?;
     Ok(Value::from(out))
@@ -87,7 +92,9 @@ fn write(out: &mut String, value: &Value, style: &Style, depth: usize) -> Result
                         write(out, &keys[i], style, depth + 1)?;
                         out.push('"');
                     }
-                    other => return Err(fault(format!("keys must be str, int, float, bool or None, not {}", other.name()))),
+                    other => {
+                        return Err(fault(format!("keys must be str, int, float, bool or None, not {}", other.name())));
+                    }
                 }
                 out.push_str(&style.after_key);
                 write(out, &value.get_item(&keys[i])?, style, depth + 1)

@@ -4,8 +4,8 @@ use super::expression::Fault;
 
 /// Operators, longer ones first.
 const OPERATORS: [&str; 27] = [
-    "//", "**", "==", "!=", ">=", "<=", "+", "-", "/", "*", "%", "~", "[", "]", "(", ")", "{", "}", ">", "<", "=", ".", ":",
-    "|", ",", ";", "!",
+    "//", "**", "==", "!=", ">=", "<=", "+", "-", "/", "*", "%", "~", "[", "]", "(", ")", "{", "}", ">", "<", "=", ".",
+    ":", "|", ",", ";", "!",
 ];
 
 /// A token, and where it lies in the template, in bytes.
@@ -48,7 +48,9 @@ pub(super) fn tag(source: &str, close: &str) -> Result<(Vec<Token>, &'static str
         }
         if open.is_empty() {
             for sign in ["-", "+", ""] {
-                if rest.strip_prefix(sign).is_some_and(|rest| rest.starts_with(close)) && !(sign == "+" && close == "}}") {
+                if rest.strip_prefix(sign).is_some_and(|rest| rest.starts_with(close))
+                    && !(sign == "+" && close == "}}")
+                {
                     let sign = if sign == "-" { "-" } else { sign };
                     return Ok((tokens, sign, at + sign.len() + close.len()));
                 }

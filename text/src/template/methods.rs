@@ -28,7 +28,11 @@ const LIST: [&str; 11] =
 /// Does a value of this type have the method?
 pub(super) fn has(value: &Value, name: &str) -> bool {
     match Type::of(value) {
-        Type::Str => METHODS.contains(&name) && !["get", "items", "keys", "values", "copy"].contains(&name) && !UNSAFE.contains(&name),
+        Type::Str => {
+            METHODS.contains(&name)
+                && !["get", "items", "keys", "values", "copy"].contains(&name)
+                && !UNSAFE.contains(&name)
+        }
         Type::List => LIST.contains(&name),
         Type::Tuple => ["count", "index"].contains(&name),
         Type::Dict => DICT.contains(&name) || name == "clear",
@@ -142,14 +146,17 @@ fn of_sequence(value: &Value, name: &str, args: &Arguments<'_>) -> Result<Value,
 
 fn of_text(s: &str, name: &str, args: &Arguments<'_>) -> Result<Value, Error> {
     let chars = |wanted: &dyn Fn(char) -> bool| !s.is_empty() && s.chars().all(wanted);
-    let cased = |wanted: fn(&char) -> bool, other: fn(&char) -> bool| s.chars().any(|c| wanted(&c)) && !s.chars().any(|c| other(&c));
+    let cased = |wanted: fn(&char) -> bool, other: fn(&char) -> bool| {
+        s.chars().any(|c| wanted(&c)) && !s.chars().any(|c| other(&c))
+    };
     Ok(match name {
         "upper" => s.to_uppercase().into(),
         "lower" | "casefold" => s.to_lowercase().into(),
         "capitalize" => capitalized(s).into(),
         "title" => titled(s).into(),
         "swapcase" => {
-            let swap = |c: char| if c.is_uppercase() { c.to_lowercase().to_string() } else { c.to_uppercase().to_string() };
+            let swap =
+                |c: char| if c.is_uppercase() { c.to_lowercase().to_string() } else { c.to_uppercase().to_string() };
             s.chars().map(swap).collect::<String>().into()
         }
         "strip" | "lstrip" | "rstrip" => strip(s, name, args.get(0, "chars").as_ref())?.into(),
@@ -178,7 +185,8 @@ fn of_text(s: &str, name: &str, args: &Arguments<'_>) -> Result<Value, Error> {
             let part = part(s, args.whole(1, "start")?, args.whole(2, "end")?);
             let mut found = false;
             for affix in &affixes {
-                let affix = affix.as_str().ok_or_else(|| fault(format!("{name} first arg must be str or a tuple of str")))?;
+                let affix =
+                    affix.as_str().ok_or_else(|| fault(format!("{name} first arg must be str or a tuple of str")))?;
                 found |= if name == "startswith" { part.starts_with(affix) } else { part.ends_with(affix) };
             }
             found.into()
@@ -200,7 +208,8 @@ fn of_text(s: &str, name: &str, args: &Arguments<'_>) -> Result<Value, Error> {
             let parts = items(&args.required(0, "iterable")?)?;
             let mut out = Vec::with_capacity(parts.len());
             for (i, part) in parts.iter().enumerate() {
-                let wrong = || fault(format!("sequence item {i}: expected str instance, {} found", Type::of(part).name()));
+                let wrong =
+                    || fault(format!("sequence item {i}: expected str instance, {} found", Type::of(part).name()));
                 out.push(part.as_str().ok_or_else(wrong)?);
             }
             out.join(s).into()
@@ -214,7 +223,11 @@ fn of_text(s: &str, name: &str, args: &Arguments<'_>) -> Result<Value, Error> {
             let mut column = 0;
             for c in s.chars() {
                 let width = if c == '\t' && size > 0 { size - column % size } else { usize::from(c != '\t') };
-                if c == '\t' { out.extend(std::iter::repeat_n(' ', width)) } else { out.push(c) }
+                if c == '\t' {
+                    out.extend(std::iter::repeat_n(' ', width))
+                } else {
+                    out.push(c)
+                }
                 column = if c == '\n' || c == '\r' { 0 } else { column + width };
             }
             out.into()
@@ -244,14 +257,20 @@ fn of_text(s: &str, name: &str, args: &Arguments<'_>) -> Result<Value, Error> {
 /// The first letter large, the others small.
 pub(super) fn capitalized(s: &str) -> String {
     let mut chars = s.chars();
-    chars.next().map_or_else(String::new, |first| first.to_uppercase().chain(chars.as_str().to_lowercase().chars()).collect())
+    chars
+        .next()
+        .map_or_else(String::new, |first| first.to_uppercase().chain(chars.as_str().to_lowercase().chars()).collect())
 }
 
 fn titled(s: &str) -> String {
     let mut out = String::with_capacity(s.len());
     let mut inside = false;
     for c in s.chars() {
-        if inside { out.extend(c.to_lowercase()) } else { out.extend(c.to_uppercase()) }
+        if inside {
+            out.extend(c.to_lowercase())
+        } else {
+            out.extend(c.to_uppercase())
+        }
         inside = c.is_alphabetic();
     }
     out

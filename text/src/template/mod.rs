@@ -4,8 +4,8 @@
 //! translated for it (`source`, `expression`), over values that behave as Python's do (`values`, `operators`, `methods`,
 //! `filters`, `predicates`). `text/tests/jinja/` holds what transformers gives for several hundred small templates.
 //!
-//! Unlike in Jinja2: what `map` and its like give can be read more than once, and has a length; text that is escaped is plain
-//! text, and `autoescape` changes nothing; whole numbers have 128 bits; 1 and true are two keys of a dictionary; `pprint`
+//! Unlike in Jinja2: what `map` and its like give can be read more than once, and has a length; methods of text that is
+//! marked as safe give plain text, and `autoescape` changes nothing; whole numbers have 128 bits; 1 and true are two keys of a dictionary; `pprint`
 //! does not break lines; `varargs` and `kwargs` of macros, `self`, `urlize`, `lipsum` and `random` are missing.
 //!
 //! A template is a program, and comes from whoever made the model: one that loops, or writes without end, ends with an

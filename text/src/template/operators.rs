@@ -8,8 +8,7 @@ use minijinja::{
 };
 
 use super::{
-    format,
-    methods,
+    format, methods, texts,
     values::{Items, Range, Shape, Type, fault, items, text},
 };
 
@@ -159,6 +158,9 @@ fn arithmetic(operator: &'static str, a: &Value, b: &Value) -> Result<Value, Err
 /// Python's `a + b`.
 pub(super) fn add(a: &Value, b: &Value) -> Result<Value, Error> {
     match (Type::of(a), Type::of(b)) {
+        (Type::Str, Type::Str) if a.is_safe() || b.is_safe() => {
+            Ok(Value::from_safe_string(texts::markup(a)? + &texts::markup(b)?))
+        }
         (Type::Str, Type::Str) => {
             Ok(Value::from([a.as_str().unwrap_or_default(), b.as_str().unwrap_or_default()].concat()))
         }
@@ -194,6 +196,18 @@ fn multiply(a: &Value, b: &Value) -> Result<Value, Error> {
 
 fn modulo(a: &Value, b: &Value) -> Result<Value, Error> {
     match a.as_str() {
+        Some(text) if a.is_safe() => {
+            // What goes into text that is marked as safe is escaped on its way.
+            let escaped = |value: &Value| match value.as_str() {
+                Some(_) => texts::markup(value).map(Value::from),
+                None => Ok(value.clone()),
+            };
+            let values = match Type::of(b) {
+                Type::Tuple => Items::tuple(items(b)?.iter().map(escaped).collect::<Result<_, _>>()?),
+                _ => escaped(b)?,
+            };
+            format::percent(text, &values).map(Value::from_safe_string)
+        }
         Some(text) => format::percent(text, b).map(Value::from),
         None => arithmetic("%", a, b),
     }
@@ -242,11 +256,9 @@ pub(super) fn compare(operator: &str, a: &Value, b: &Value) -> Result<Option<Ord
             (Some(Number::Int(a)), Some(Number::Int(b))) => Ok(Some(a.cmp(&b))),
             (Some(a), Some(b)) => Ok(a.float().partial_cmp(&b.float())),
             _ if x == Type::Undefined || y == Type::Undefined => Err(undefined()),
-            _ => Err(fault(format!(
-                "'{operator}' not supported between instances of '{}' and '{}'",
-                x.name(),
-                y.name()
-            ))),
+            _ => {
+                Err(fault(format!("'{operator}' not supported between instances of '{}' and '{}'", x.name(), y.name())))
+            }
         },
     }
 }
@@ -256,12 +268,13 @@ pub(super) fn contains(container: &Value, value: &Value) -> Result<bool, Error> 
     match Type::of(container) {
         Type::Str => match value.as_str() {
             Some(part) => Ok(container.as_str().unwrap_or_default().contains(part)),
-            None => Err(fault(format!(
-                "'in <string>' requires string as left operand, not {}",
-                Type::of(value).name()
-            ))),
+            None => {
+                Err(fault(format!("'in <string>' requires string as left operand, not {}", Type::of(value).name())))
+            }
         },
-        Type::Dict => Ok(!container.get_item(value)?.is_undefined() || items(container)?.iter().any(|k| equal(k, value))),
+        Type::Dict => {
+            Ok(!container.get_item(value)?.is_undefined() || items(container)?.iter().any(|k| equal(k, value)))
+        }
         Type::Undefined => Ok(false),
         Type::None | Type::Bool | Type::Int | Type::Float => {
             Err(fault(format!("argument of type '{}' is not iterable", Type::of(container).name())))
@@ -322,7 +335,8 @@ fn slice(value: &Value, start: &Value, stop: &Value, step: &Value) -> Result<Val
     }
     let chosen = |length: usize| {
         let length = length as i128;
-        let clamp = |bound: i128, low: i128, high: i128| (if bound < 0 { bound + length } else { bound }).clamp(low, high);
+        let clamp =
+            |bound: i128, low: i128, high: i128| (if bound < 0 { bound + length } else { bound }).clamp(low, high);
         let (low, high) = if step > 0 { (0, length) } else { (-1, length - 1) };
         let start = start.map_or(if step > 0 { 0 } else { length - 1 }, |bound| clamp(bound, low, high));
         let stop = stop.map_or(if step > 0 { length } else { -1 }, |bound| clamp(bound, low, high));

@@ -33,7 +33,7 @@ pub(super) fn register(environment: &mut Environment<'_>) {
         ("iterable", iterable),
         ("sequence", sequence),
         ("callable", callable),
-        ("escaped", |_| false),
+        ("escaped", Value::is_safe),
     ];
     for (name, test) in of_type {
         environment.add_test(name, move |value: &Value| test(value));
@@ -52,9 +52,8 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     ];
     for (names, holds) in ordered {
         for name in names {
-            environment.add_test(*name, move |a: &Value, b: &Value| {
-                Ok::<_, Error>(compare("<", a, b)?.is_some_and(holds))
-            });
+            environment
+                .add_test(*name, move |a: &Value, b: &Value| Ok::<_, Error>(compare("<", a, b)?.is_some_and(holds)));
         }
     }
     environment.add_test("in", |value: &Value, container: &Value| contains(container, value));

@@ -22,7 +22,11 @@ pub(super) fn translate(source: &str) -> Result<String, Fault> {
                 // Its signs work on the whitespace around it.
                 let inner = &tag[2..end];
                 let open = if inner.starts_with(['-', '+']) { &inner[..1] } else { "" };
-                let close = if inner.len() > open.len() && inner.ends_with(['-', '+']) { &inner[inner.len() - 1..] } else { "" };
+                let close = if inner.len() > open.len() && inner.ends_with(['-', '+']) {
+                    &inner[inner.len() - 1..]
+                } else {
+                    ""
+                };
                 out.push_str(&format!("{{#{open} {close}#}}"));
                 rest = &tag[end + 2..];
             }
@@ -142,9 +146,8 @@ fn statement(p: &mut Parser<'_>) -> Result<String, Fault> {
         }
         "autoescape" => format!("if {}", p.expression()?),
         "endautoescape" => "endif".into(),
-        "else" | "endif" | "endfor" | "endset" | "endwith" | "endfilter" | "endmacro" | "endcall" | "break" | "continue" => {
-            word
-        }
+        "else" | "endif" | "endfor" | "endset" | "endwith" | "endfilter" | "endmacro" | "endcall" | "break"
+        | "continue" => word,
         "include" | "extends" | "import" | "from" => {
             // There are no other templates: an error, but only where it is reached.
             while p.end().is_err() {

@@ -41,10 +41,12 @@ pub(super) fn register(environment: &mut Environment<'_>) {
         Ok::<_, Error>(s.split(|c: char| c != '_' && !c.is_alphanumeric()).filter(|word| !word.is_empty()).count())
     });
     environment.add_filter("wordwrap", wordwrap);
-    for name in ["escape", "e", "forceescape"] {
-        environment.add_filter(name, |value: &Value| Ok::<_, Error>(escaped(&text(value)?)));
+    for name in ["escape", "e"] {
+        environment.add_filter(name, |value: &Value| markup(value).map(Value::from_safe_string));
     }
-    environment.add_filter("safe", |value: &Value| text(value));
+    environment
+        .add_filter("forceescape", |value: &Value| Ok::<_, Error>(Value::from_safe_string(escaped(&text(value)?))));
+    environment.add_filter("safe", |value: &Value| text(value).map(Value::from_safe_string));
     environment.add_filter("striptags", |value: &Value| {
         let mut out = String::new();
         let mut inside = false;
@@ -100,7 +102,11 @@ fn title(s: &str) -> String {
     let mut out = String::with_capacity(s.len());
     let mut first = true;
     for c in s.chars() {
-        if first { out.extend(c.to_uppercase()) } else { out.extend(c.to_lowercase()) }
+        if first {
+            out.extend(c.to_uppercase())
+        } else {
+            out.extend(c.to_lowercase())
+        }
         first = c.is_whitespace() || "-({[<".contains(c);
     }
     out
@@ -185,6 +191,12 @@ fn wordwrap(value: &Value, arguments: Rest<Value>) -> Result<String, Error> {
         lines.push(line);
     }
     Ok(lines.join(&newline))
+}
+
+/// As a part of text that is marked as safe for HTML: escaped, unless it is marked as well. Nothing is escaped when it is
+/// printed, but `'<a>' | safe + '<b>'` is.
+pub(super) fn markup(value: &Value) -> Result<String, Error> {
+    Ok(if value.is_safe() { text(value)? } else { escaped(&text(value)?) })
 }
 
 fn escaped(s: &str) -> String {

@@ -1,0 +1,102 @@
+//! Public chat templates give what transformers gives; see `public_templates.py`, which downloads and renders them.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use overfill_text::{ChatInput, TextFiles, TextModel};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+#[derive(Deserialize)]
+struct Rendered {
+    conversations: Vec<Map<String, Value>>,
+    special_tokens: Value,
+    templates: Vec<Template>,
+}
+
+#[derive(Deserialize)]
+struct Template {
+    name: String,
+    source: String,
+    results: Vec<Wanted>,
+}
+
+/// An output, or else both must refuse.
+#[derive(Debug, Deserialize)]
+struct Wanted {
+    output: Option<String>,
+}
+
+/// The script's exit code where nothing could be downloaded.
+const NO_DOWNLOAD: i32 = 3;
+
+/// What transformers gives; `None` where there is no interpreter that has it, or no registry to download from.
+fn rendered() -> Option<Rendered> {
+    let skip = |why: &str| {
+        eprintln!("SKIPPED public_templates_as_transformers: {why}");
+        None
+    };
+    let Ok(python) = std::env::var("OVERFILL_PYTHON") else { return skip("OVERFILL_PYTHON is not set") };
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    let out = folder.join("public_templates.json");
+    let mut command = Command::new(python);
+    command.arg(here.join("tests/public_templates.py")).arg(folder.join("public_templates")).arg(&out);
+    // The hub is not asked for anything.
+    let status = command.env("HF_HUB_OFFLINE", "1").stdin(Stdio::null()).status().unwrap();
+    match status.code() {
+        Some(0) => Some(serde_json::from_slice(&std::fs::read(out).unwrap()).unwrap()),
+        Some(NO_DOWNLOAD) => skip("the templates could not be downloaded"),
+        _ => panic!("public_templates.py: {status}"),
+    }
+}
+
+#[test]
+fn public_templates_as_transformers() {
+    let Some(Rendered { conversations, special_tokens, templates }) = rendered() else { return };
+    let tokenizer_json =
+        std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/qwen2/full/tokenizer.json"));
+    let tokenizer_json = tokenizer_json.unwrap();
+    let (mut same, mut refused, mut wrong) = (0, 0, Vec::new());
+    for Template { name, source, results } in &templates {
+        let files = TextFiles {
+            tokenizer_json: tokenizer_json.clone(),
+            tokenizer_config_json: Some(special_tokens.to_string().into_bytes()),
+            chat_template: Some(source.clone().into_bytes()),
+            ..TextFiles::default()
+        };
+        let model = TextModel::from_files(&files).unwrap_or_else(|e| panic!("{name}: {e}"));
+        for (i, (conversation, wanted)) in conversations.iter().zip(results).enumerate() {
+            let mut variables = conversation.clone();
+            let mut take = |field: &str| variables.shift_remove(field);
+            let (messages, tools, documents) = (take("messages").unwrap(), take("tools"), take("documents"));
+            let add_generation_prompt = take("add_generation_prompt").is_none_or(|value| value == true);
+            let input = ChatInput {
+                messages: messages.as_array().unwrap(),
+                tools: tools.as_ref(),
+                documents: documents.as_ref(),
+                add_generation_prompt,
+                variables: Some(&variables),
+            };
+            let got = model.render_chat(&input);
+            match (&got, &wanted.output) {
+                (Ok(got), Some(output)) if got == output => same += 1,
+                (Err(_), None) => refused += 1,
+                (Ok(got), Some(output)) => {
+                    let at = got.bytes().zip(output.bytes()).take_while(|(a, b)| a == b).count();
+                    let part = |text: &str| {
+                        String::from_utf8_lossy(&text.as_bytes()[at.min(text.len())..])
+                            .chars()
+                            .take(80)
+                            .collect::<String>()
+                    };
+                    wrong.push(format!("{name} {i}: at {at} {:?} instead of {:?}", part(got), part(output)));
+                }
+                _ => wrong.push(format!("{name} {i}: {got:.120?} instead of {wanted:.120?}")),
+            }
+        }
+    }
+    println!("{} templates: {same} renderings are the same, {refused} are refused by both", templates.len());
+    assert!(templates.len() >= 70 && same > 2000);
+    assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
+}
