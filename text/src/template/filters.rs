@@ -79,9 +79,10 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     environment.add_filter("float", |value: &Value, default: Option<f64>| {
         let parsed = match value.as_str() {
             Some(text) => text.trim().replace('_', "").parse().ok(),
+            None if value.is_undefined() => return Err(undefined()),
             None => number(value),
         };
-        parsed.or(default).unwrap_or(0.0)
+        Ok(parsed.or(default).unwrap_or(0.0))
     });
     environment.add_filter("round", round);
     environment.add_filter("string", |value: &Value| text(value));
@@ -391,6 +392,7 @@ fn int(value: &Value, arguments: Rest<Value>) -> Result<Value, Error> {
                 whole.or_else(|| digits.parse::<f64>().ok().filter(|x| x.is_finite()).map(|x| x.trunc() as i64));
             whole.map_or(default, Value::from)
         }
+        None if value.is_undefined() => return Err(undefined()),
         None => match number(value) {
             Some(_) if Type::of(value) == Type::Int => value.clone(),
             Some(number) if number.is_finite() => Value::from(number.trunc() as i64),

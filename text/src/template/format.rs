@@ -91,7 +91,7 @@ pub(super) fn percent(format: &str, values: &Value) -> Result<String, Error> {
                 };
                 out += &fielded(&whole, &spec)?;
             }
-            'f' | 'F' | 'e' | 'E' | 'g' | 'G' | 'x' | 'X' | 'o' => {
+            'f' | 'F' | 'e' | 'E' | 'g' | 'G' | 'x' | 'X' | 'o' | 'c' => {
                 spec.kind = Some(kind);
                 out += &fielded(&value, &spec)?;
             }
@@ -208,8 +208,10 @@ fn parse_spec(spec: &str) -> Result<Spec, Error> {
         at += 1;
     }
     if all.get(at) == Some(&'0') {
-        if parsed.align.is_none() {
-            (parsed.fill, parsed.align) = ('0', Some('='));
+        match parsed.align {
+            None => (parsed.fill, parsed.align) = ('0', Some('=')),
+            Some(_) if at < 2 => parsed.fill = '0',
+            Some(_) => {}
         }
         at += 1;
     }
@@ -233,7 +235,19 @@ fn parse_spec(spec: &str) -> Result<Spec, Error> {
 
 /// The value in its field.
 fn fielded(value: &Value, spec: &Spec) -> Result<String, Error> {
-    let of = Type::of(value);
+    let mut spec = spec.clone();
+    let mut of = Type::of(value);
+    let whole;
+    let mut value = value;
+    if of == Type::Bool && spec.kind != Some('s') && (spec.kind.is_some() || spec.width > 0 || spec.thousands.is_some())
+    {
+        (whole, of) = (Value::from(i64::from(value.is_true())), Type::Int);
+        value = &whole;
+    }
+    if spec.kind == Some('n') {
+        spec.kind = if of == Type::Float { Some('g') } else { Some('d') };
+    }
+    let spec = &spec;
     let wrong = |kind: char| fault(format!("unknown format code '{kind}' for object of type '{}'", of.name()));
     let number = || f64::try_from(value.clone()).map_err(|_| wrong(spec.kind.unwrap_or('f')));
     let mut body = match (spec.kind, of) {
@@ -241,7 +255,14 @@ fn fielded(value: &Value, spec: &Spec) -> Result<String, Error> {
             let shown = value.as_str().unwrap_or_default();
             spec.precision.map_or_else(|| shown.to_owned(), |most| shown.chars().take(most).collect())
         }
-        (None, Type::Int) | (Some('d'), Type::Int | Type::Bool) => i128::try_from(value.clone())?.to_string(),
+        (Some('c'), Type::Int) => {
+            let code = u32::try_from(value.clone())?;
+            char::from_u32(code).ok_or_else(|| fault("%c arg not in range(0x110000)"))?.to_string()
+        }
+        (None, Type::Int) | (Some('d'), Type::Int | Type::Bool) => {
+            let n = i128::try_from(value.clone())?;
+            format!("{}{:0>2$}", if n < 0 { "-" } else { "" }, n.unsigned_abs(), spec.precision.unwrap_or(0))
+        }
         (Some(kind @ ('x' | 'X' | 'o' | 'b')), Type::Int | Type::Bool) => {
             let n = i128::try_from(value.clone())?;
             let digits = match kind {
@@ -280,10 +301,11 @@ fn fielded(value: &Value, spec: &Spec) -> Result<String, Error> {
     Ok(match spec.align.unwrap_or(if numeric { '>' } else { '<' }) {
         '<' => body + &fill(missing),
         '^' => fill(missing / 2) + &body + &fill(missing - missing / 2),
-        '=' => {
+        '=' if numeric => {
             let (sign, digits) = body.split_at(usize::from(body.starts_with(['-', '+', ' '])));
             format!("{sign}{}{digits}", fill(missing))
         }
+        '=' => body + &fill(missing),
         _ => fill(missing) + &body,
     })
 }

@@ -156,7 +156,7 @@ fn write_text(out: &mut String, text: &str, ascii: bool) {
             '\t' => write!(out, "\\t"),
             '\u{8}' => write!(out, "\\b"),
             '\u{c}' => write!(out, "\\f"),
-            c if c < ' ' => write!(out, "\\u{:04x}", c as u32),
+            c if c < ' ' || (ascii && c == '\u{7f}') => write!(out, "\\u{:04x}", c as u32),
             c if ascii && !c.is_ascii() => {
                 c.encode_utf16(&mut [0; 2]).iter().try_for_each(|unit| write!(out, "\\u{unit:04x}"))
             }

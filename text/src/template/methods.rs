@@ -14,7 +14,7 @@ use super::{
     expression::METHODS,
     format,
     operators::{equal, undefined},
-    values::{Items, Type, fault, items, text},
+    values::{Items, Type, charge, fault, items, text},
 };
 
 /// Methods that change their object.
@@ -99,7 +99,11 @@ fn method(value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     }
     let args = Arguments::new(args);
     match of {
-        Type::Str => of_text(value.as_str().unwrap_or_default(), name, &args),
+        Type::Str => {
+            let text = value.as_str().unwrap_or_default();
+            charge(text.len())?;
+            of_text(text, name, &args)
+        }
         Type::Dict => of_dict(value, name, &args),
         _ => of_sequence(value, name, &args),
     }
@@ -257,9 +261,13 @@ fn of_text(s: &str, name: &str, args: &Arguments<'_>) -> Result<Value, Error> {
 /// The first letter large, the others small.
 pub(super) fn capitalized(s: &str) -> String {
     let mut chars = s.chars();
-    chars
-        .next()
-        .map_or_else(String::new, |first| first.to_uppercase().chain(chars.as_str().to_lowercase().chars()).collect())
+    chars.next().map_or_else(String::new, |first| large(first) + &chars.as_str().to_lowercase())
+}
+
+/// As the first letter of a word: `ß` gives `Ss`.
+fn large(c: char) -> String {
+    let mut large = c.to_uppercase();
+    large.next().into_iter().chain(large.flat_map(char::to_lowercase)).collect()
 }
 
 fn titled(s: &str) -> String {

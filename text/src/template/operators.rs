@@ -9,7 +9,7 @@ use minijinja::{
 
 use super::{
     format, methods, texts,
-    values::{Items, Range, Shape, Type, fault, items, text},
+    values::{Items, Range, Shape, Type, charge, fault, items, text},
 };
 
 /// Bytes, and items, that one operator may make.
@@ -55,6 +55,8 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     environment.add_function("__iterate__", |value: Value| -> Result<Value, Error> {
         match value.kind() {
             ValueKind::None | ValueKind::Bool | ValueKind::Number => items(&value).map(Value::from),
+            // So that the loop knows its length.
+            ValueKind::String => items(&value).map(Value::from),
             _ => Ok(value),
         }
     });
@@ -162,6 +164,7 @@ pub(super) fn add(a: &Value, b: &Value) -> Result<Value, Error> {
             Ok(Value::from_safe_string(texts::markup(a)? + &texts::markup(b)?))
         }
         (Type::Str, Type::Str) => {
+            charge(a.as_str().map_or(0, str::len) + b.as_str().map_or(0, str::len))?;
             Ok(Value::from([a.as_str().unwrap_or_default(), b.as_str().unwrap_or_default()].concat()))
         }
         (Type::List, Type::List) => Ok(Value::from([items(a)?, items(b)?].concat())),
@@ -181,7 +184,7 @@ fn multiply(a: &Value, b: &Value) -> Result<Value, Error> {
         _ => 0,
     };
     let check = |size: usize| match size.checked_mul(times) {
-        Some(size) if size <= MAX_BYTES => Ok(()),
+        Some(size) if size <= MAX_BYTES => charge(size),
         _ => Err(fault(format!("a repetition must have at most {MAX_BYTES} bytes or items"))),
     };
     if let Some(text) = sequence.as_str() {
@@ -350,6 +353,7 @@ fn slice(value: &Value, start: &Value, stop: &Value, step: &Value) -> Result<Val
     };
     match Type::of(value) {
         Type::Str => {
+            charge(value.as_str().map_or(0, str::len))?;
             let all: Vec<char> = value.as_str().unwrap_or_default().chars().collect();
             Ok(Value::from(chosen(all.len()).into_iter().map(|at| all[at]).collect::<String>()))
         }

@@ -57,8 +57,12 @@ pub(super) fn register(environment: &mut Environment<'_>) {
         }
     }
     environment.add_test("in", |value: &Value, container: &Value| contains(container, value));
-    environment.add_test("odd", |value: &Value| Ok::<_, Error>(whole(value)?.rem_euclid(2) == 1));
-    environment.add_test("even", |value: &Value| Ok::<_, Error>(whole(value)?.rem_euclid(2) == 0));
+    for (name, rest) in [("odd", 1.0), ("even", 0.0)] {
+        environment.add_test(name, move |value: &Value| match Type::of(value) {
+            Type::Float => Ok(f64::try_from(value.clone())?.rem_euclid(2.0) == rest),
+            _ => Ok::<_, Error>(whole(value)?.rem_euclid(2) as f64 == rest),
+        });
+    }
     environment.add_test("divisibleby", |value: &Value, by: &Value| match whole(by)? {
         0 => Err(fault("integer modulo by zero")),
         by => Ok(whole(value)? % by == 0),

@@ -7,6 +7,8 @@ use super::{
 
 /// The template that gives with minijinja what `source` gives with Jinja2.
 pub(super) fn translate(source: &str) -> Result<String, Fault> {
+    // Jinja2 reads every line end as one character.
+    let source = &*source.replace("\r\n", "\n").replace('\r', "\n");
     let mut out = String::with_capacity(source.len() * 2);
     let mut rest = source;
     let fault = |rest: &str, fault: Fault| {
@@ -41,7 +43,12 @@ pub(super) fn translate(source: &str) -> Result<String, Fault> {
             b'%' => {
                 let (open, inner) = sign(&tag[2..]);
                 if let Some(length) = raw(inner) {
-                    out.push_str(&tag[..2 + open.len() + length]);
+                    let block = &tag[..2 + open.len() + length];
+                    // minijinja drops a line end behind `{% raw %}`, Jinja2 does not.
+                    match block.split_once("%}").filter(|(tag, body)| body.starts_with('\n') && !tag.ends_with('-')) {
+                        Some((tag, body)) => out.extend([tag, "%}\n", body]),
+                        None => out.push_str(block),
+                    }
                     rest = &inner[length..];
                     continue;
                 }

@@ -1,6 +1,6 @@
 //! Python's values on minijinja's: tuples, views of dictionaries, and how values are printed.
 
-use std::{fmt, fmt::Write as _, sync::Arc};
+use std::{cell::Cell, fmt, fmt::Write as _, sync::Arc};
 
 use minijinja::{
     Error, ErrorKind, Value,
@@ -9,6 +9,24 @@ use minijinja::{
 
 /// Values within values that are printed. minijinja's own printing has no such bound.
 const MAX_DEPTH: usize = 1000;
+
+/// Bytes that one rendering may make on its way to its output. The limit of steps does not see what one step makes.
+const MAX_MADE_BYTES: usize = 1 << 30;
+
+thread_local! {
+    /// Bytes made so far. Each rendering has a thread of its own.
+    static MADE_BYTES: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Counts bytes before they are made.
+pub(super) fn charge(bytes: usize) -> Result<(), Error> {
+    let made = MADE_BYTES.get().saturating_add(bytes);
+    MADE_BYTES.set(made);
+    match made {
+        ..=MAX_MADE_BYTES => Ok(()),
+        _ => Err(fault(format!("it must make at most {MAX_MADE_BYTES} bytes on its way"))),
+    }
+}
 
 /// An error of a template.
 pub(super) fn fault(message: impl Into<String>) -> Error {
@@ -187,14 +205,21 @@ pub(super) fn items(value: &Value) -> Result<Vec<Value>, Error> {
         Type::None | Type::Bool | Type::Int | Type::Float => {
             Err(fault(format!("'{}' object is not iterable", Type::of(value).name())))
         }
-        _ => Ok(value.try_iter()?.collect()),
+        _ => {
+            charge(value.len().unwrap_or_default().saturating_mul(size_of::<Value>()))?;
+            Ok(value.try_iter()?.collect())
+        }
     }
 }
 
 /// Python's `str(value)`.
 pub(super) fn text(value: &Value) -> Result<String, Error> {
     match Type::of(value) {
-        Type::Str => Ok(value.as_str().unwrap_or_default().to_owned()),
+        Type::Str => {
+            let text = value.as_str().unwrap_or_default();
+            charge(text.len())?;
+            Ok(text.to_owned())
+        }
         Type::Undefined => Ok(String::new()),
         _ => repr(value),
     }
@@ -206,6 +231,7 @@ pub(super) fn repr(value: &Value) -> Result<String, Error> {
 }
 
 fn repr_at(value: &Value, depth: usize) -> Result<String, Error> {
+    charge(value.as_str().map_or(1, str::len))?;
     if depth > MAX_DEPTH {
         return Err(fault(format!("values may be nested {MAX_DEPTH} deep")));
     }
