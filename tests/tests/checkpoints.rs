@@ -59,7 +59,7 @@ fn a_turn_ends_with_every_token_that_the_folder_names() -> Result<()> {
     let generation = |ids: Value| ("generation_config.json", json!({"eos_token_id": ids}));
     let tokenizer = || with("tokenizer_config.json", json!({"eos_token": "<|end|>"}));
     let removed = ("special_tokens_map.json", Value::Null);
-    let cases: Vec<(&str, Vec<(&str, Value)>, Vec<u32>)> = vec![
+    let cases = [
         ("null is absent", vec![generation(Value::Null)], vec![1]),
         ("the tokenizer's counts beside another", vec![generation(json!(1)), tokenizer()?], vec![1, 3]),
         (

@@ -1,5 +1,7 @@
 //! The tokens that tokenizer_config.json adds. The ids are those of transformers 4.57.6 and 5.24.0.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::Path;
 
 use overfill_text::{TextFiles, TextModel};

@@ -1,5 +1,7 @@
 //! Public chat templates give what transformers gives; see `public_templates.py`, which downloads and renders them.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 

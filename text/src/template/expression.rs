@@ -4,151 +4,13 @@
 //! (`super::operators`) with Python's semantics: `a ~ (1, 2)` becomes `__concat__(a, __tuple__(1, 2))`. Everything is in
 //! parentheses, so that precedence is Jinja2's. The grammar is that of `jinja2/parser.py`.
 
-use super::lexer::{Token, TokenKind};
+use super::{
+    cursor::{Fault, Parser},
+    lexer::{Token, TokenKind},
+    methods,
+};
 
-/// A fault of a template's syntax.
-pub(super) type Fault = String;
-
-/// Expressions within expressions. Deeper ones are refused before they end the stack.
-const MAX_DEPTH: usize = 200;
-
-/// Attributes that Python's own types have as methods, which come before a dictionary's keys.
-pub(super) const METHODS: [&str; 62] = [
-    "append",
-    "capitalize",
-    "casefold",
-    "center",
-    "clear",
-    "copy",
-    "count",
-    "encode",
-    "endswith",
-    "expandtabs",
-    "extend",
-    "find",
-    "format",
-    "format_map",
-    "get",
-    "index",
-    "insert",
-    "isalnum",
-    "isalpha",
-    "isascii",
-    "isdecimal",
-    "isdigit",
-    "isidentifier",
-    "islower",
-    "isnumeric",
-    "isprintable",
-    "isspace",
-    "istitle",
-    "isupper",
-    "items",
-    "join",
-    "keys",
-    "ljust",
-    "lower",
-    "lstrip",
-    "maketrans",
-    "partition",
-    "pop",
-    "popitem",
-    "remove",
-    "removeprefix",
-    "removesuffix",
-    "replace",
-    "reverse",
-    "rfind",
-    "rindex",
-    "rjust",
-    "rpartition",
-    "rsplit",
-    "rstrip",
-    "setdefault",
-    "sort",
-    "split",
-    "splitlines",
-    "startswith",
-    "strip",
-    "swapcase",
-    "title",
-    "update",
-    "upper",
-    "values",
-    "zfill",
-];
-
-/// Reads the tokens of one tag.
-pub(super) struct Parser<'t> {
-    tokens: &'t [Token],
-    at: usize,
-    depth: usize,
-}
-
-impl<'t> Parser<'t> {
-    pub(super) fn new(tokens: &'t [Token]) -> Self {
-        Self { tokens, at: 0, depth: 0 }
-    }
-
-    fn peek(&self) -> Option<&'t TokenKind> {
-        self.tokens.get(self.at).map(|token| &token.kind)
-    }
-
-    fn is_operator(&self, operator: &str) -> bool {
-        matches!(self.peek(), Some(TokenKind::Operator(found)) if *found == operator)
-    }
-
-    /// Is the next token this word?
-    pub(super) fn is_word(&self, word: &str) -> bool {
-        matches!(self.peek(), Some(TokenKind::Name(found)) if found == word)
-    }
-
-    /// Takes the operator if it is the next token.
-    pub(super) fn take(&mut self, operator: &str) -> bool {
-        let found = self.is_operator(operator);
-        self.at += usize::from(found);
-        found
-    }
-
-    /// Takes the word if it is the next token.
-    pub(super) fn take_word(&mut self, word: &str) -> bool {
-        let found = self.is_word(word);
-        self.at += usize::from(found);
-        found
-    }
-
-    pub(super) fn expect(&mut self, operator: &str) -> Result<(), Fault> {
-        if self.take(operator) { Ok(()) } else { Err(self.unexpected(&format!("{operator:?}"))) }
-    }
-
-    fn unexpected(&self, wanted: &str) -> Fault {
-        match self.tokens.get(self.at) {
-            Some(token) => format!("expected {wanted}, got {:?}", token.text()),
-            None => format!("expected {wanted}, got the end of the tag"),
-        }
-    }
-
-    /// A name.
-    pub(super) fn name(&mut self) -> Result<String, Fault> {
-        match self.peek() {
-            Some(TokenKind::Name(name)) => {
-                self.at += 1;
-                Ok(name.clone())
-            }
-            _ => Err(self.unexpected("a name")),
-        }
-    }
-
-    /// Passes over a token.
-    pub(super) fn skip(&mut self) {
-        self.at += 1;
-    }
-
-    /// Nothing may follow.
-    pub(super) fn end(&self) -> Result<(), Fault> {
-        if self.at == self.tokens.len() { Ok(()) } else { Err(self.unexpected("the end of the tag")) }
-    }
-
+impl Parser<'_> {
     /// What an assignment or a loop binds: names, `a.b`, and lists of them with or without parentheses.
     pub(super) fn target(&mut self, dotted: bool) -> Result<String, Fault> {
         let mut targets = Vec::new();
@@ -182,16 +44,6 @@ impl<'t> Parser<'t> {
         }
         let all = targets.join(", ");
         Ok(if many && targets.len() == 1 { format!("{all},") } else { all })
-    }
-
-    fn nested<T>(&mut self, parse: impl FnOnce(&mut Self) -> Result<T, Fault>) -> Result<T, Fault> {
-        if self.depth == MAX_DEPTH {
-            return Err(format!("expressions may be nested {MAX_DEPTH} deep"));
-        }
-        self.depth += 1;
-        let parsed = parse(self);
-        self.depth -= 1;
-        parsed
     }
 
     /// An expression, or a tuple without parentheses. Without `conditions` an `if` ends it.
@@ -235,29 +87,29 @@ impl<'t> Parser<'t> {
     }
 
     fn or(&mut self) -> Result<String, Fault> {
-        let mut left = self.and()?;
+        let mut parts = vec![self.and()?];
         while self.take_word("or") {
-            let right = self.and()?;
-            left = if is_literal(&left) {
-                format!("({left} if {left} else {right})")
-            } else {
-                format!("({left} or {right})")
-            };
+            parts.push(self.and()?);
         }
-        Ok(left)
+        let first = parts[0].clone();
+        Ok(match parts.len() {
+            1 => first,
+            _ if is_literal(&first) => format!("({first} if {first} else ({}))", parts[1..].join(" or ")),
+            _ => format!("({})", parts.join(" or ")),
+        })
     }
 
     fn and(&mut self) -> Result<String, Fault> {
-        let mut left = self.not()?;
+        let mut parts = vec![self.not()?];
         while self.take_word("and") {
-            let right = self.not()?;
-            left = if is_literal(&left) {
-                format!("({right} if {left} else {left})")
-            } else {
-                format!("({left} and {right})")
-            };
+            parts.push(self.not()?);
         }
-        Ok(left)
+        let first = parts[0].clone();
+        Ok(match parts.len() {
+            1 => first,
+            _ if is_literal(&first) => format!("(({}) if {first} else {first})", parts[1..].join(" and ")),
+            _ => format!("({})", parts.join(" and ")),
+        })
     }
 
     fn not(&mut self) -> Result<String, Fault> {
@@ -318,8 +170,20 @@ impl<'t> Parser<'t> {
         Ok(left)
     }
 
+    /// A chain of `+` is one call: minijinja bounds how deep calls nest.
     fn sum(&mut self) -> Result<String, Fault> {
-        self.binary(&[("+", "__add__"), ("-", "__sub__")], Self::concat)
+        let mut left = self.concat()?;
+        loop {
+            let mut parts = vec![left];
+            while self.take("+") {
+                parts.push(self.concat()?);
+            }
+            left = if parts.len() == 1 { parts.remove(0) } else { format!("__add__({})", parts.join(", ")) };
+            if !self.take("-") {
+                return Ok(left);
+            }
+            left = format!("__sub__({left}, {})", self.concat()?);
+        }
     }
 
     fn concat(&mut self) -> Result<String, Fault> {
@@ -406,21 +270,6 @@ impl<'t> Parser<'t> {
         }
     }
 
-    /// Items with commas between them, up to `close`.
-    fn items(&mut self, close: &str, item: impl Fn(&mut Self) -> Result<String, Fault>) -> Result<Vec<String>, Fault> {
-        let mut items = Vec::new();
-        while !self.take(close) {
-            if !items.is_empty() {
-                self.expect(",")?;
-                if self.take(close) {
-                    break;
-                }
-            }
-            items.push(item(self)?);
-        }
-        Ok(items)
-    }
-
     fn postfix(&mut self, mut value: String) -> Result<String, Fault> {
         loop {
             value = if self.take(".") {
@@ -446,7 +295,7 @@ impl<'t> Parser<'t> {
             arguments.extend(self.arguments()?);
             return Ok(format!("__method__({})", arguments.join(", ")));
         }
-        if METHODS.contains(&name.as_str()) || name.starts_with('_') {
+        if methods::is_name(&name) || name.starts_with('_') {
             return Ok(format!("__attribute__({value}, {})", quoted(&name)));
         }
         Ok(format!("{value}.{name}"))

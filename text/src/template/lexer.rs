@@ -1,6 +1,6 @@
 //! The tokens of a tag, as `jinja2/lexer.py` cuts them.
 
-use super::expression::Fault;
+use super::cursor::Fault;
 
 /// Operators, longer ones first.
 const OPERATORS: [&str; 27] = [
@@ -8,7 +8,7 @@ const OPERATORS: [&str; 27] = [
     ":", "|", ",", ";", "!",
 ];
 
-/// A token, and where it lies in the template, in bytes.
+/// A token.
 pub(super) struct Token {
     pub kind: TokenKind,
 }

@@ -11,7 +11,6 @@ use minijinja::{
 
 use super::{
     arguments::Arguments,
-    expression::METHODS,
     format,
     operators::{equal, undefined},
     values::{Items, Type, charge, fault, items, text},
@@ -25,14 +24,21 @@ const DICT: [&str; 9] = ["get", "items", "keys", "values", "copy", "pop", "popit
 const LIST: [&str; 11] =
     ["append", "clear", "copy", "count", "extend", "index", "insert", "pop", "remove", "reverse", "sort"];
 
+/// Methods of Python's texts.
+const STR: &str = "capitalize casefold center count encode endswith expandtabs find format format_map index isalnum isalpha \
+                   isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust \
+                   lower lstrip maketrans partition removeprefix removesuffix replace rfind rindex rjust rpartition rsplit \
+                   rstrip split splitlines startswith strip swapcase title upper zfill";
+
+/// Is it a method's name, of any of the types? Methods come before a dictionary's keys.
+pub(super) fn is_name(name: &str) -> bool {
+    STR.split(' ').any(|method| method == name) || LIST.contains(&name) || DICT.contains(&name)
+}
+
 /// Does a value of this type have the method?
 pub(super) fn has(value: &Value, name: &str) -> bool {
     match Type::of(value) {
-        Type::Str => {
-            METHODS.contains(&name)
-                && !["get", "items", "keys", "values", "copy"].contains(&name)
-                && !UNSAFE.contains(&name)
-        }
+        Type::Str => STR.split(' ').any(|method| method == name),
         Type::List => LIST.contains(&name),
         Type::Tuple => ["count", "index"].contains(&name),
         Type::Dict => DICT.contains(&name) || name == "clear",

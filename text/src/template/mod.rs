@@ -13,6 +13,7 @@
 //! has no place to do so.
 
 mod arguments;
+mod cursor;
 mod expression;
 mod filters;
 mod format;
@@ -244,6 +245,9 @@ mod tests {
         for recursion in ["{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{% include 'chat_template' %}"] {
             assert!(!fault(recursion).is_empty());
         }
+        // A long chain is none of those.
+        let chain = format!("{{{{ 0{} }}}}{{{{ (no{}) is none }}}}", " + 1".repeat(1000), " or none".repeat(1000));
+        assert_eq!(render(&chain).unwrap(), "1000True");
         let deep = format!("{{{{ {}1{} }}}}", "(".repeat(100_000), ")".repeat(100_000));
         assert!(fault(&deep).contains("nested"), "{}", fault(&deep));
     }

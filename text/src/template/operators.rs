@@ -23,8 +23,7 @@ type Binary = fn(&Value, &Value) -> Result<Value, Error>;
 
 /// Registers what `super::expression` writes for operators.
 pub(super) fn register(environment: &mut Environment<'_>) {
-    let binary: [(&'static str, Binary); 16] = [
-        ("__add__", add),
+    let binary: [(&'static str, Binary); 15] = [
         ("__sub__", |a, b| arithmetic("-", a, b)),
         ("__mul__", multiply),
         ("__div__", |a, b| arithmetic("/", a, b)),
@@ -46,6 +45,9 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     }
     environment.add_function("__neg__", |a: &Value| arithmetic("-", &Value::from(0), a).map(|zero| negated(a, zero)));
     environment.add_function("__pos__", |a: &Value| arithmetic("+", &Value::from(0), a));
+    environment.add_function("__add__", |first: Value, rest: Rest<Value>| {
+        rest.iter().try_fold(first, |sum, part| add(&sum, part))
+    });
     environment.add_function("__tuple__", |items: Rest<Value>| Items::tuple(items.0));
     environment.add_function("__concat__", |parts: Rest<Value>| -> Result<String, Error> {
         parts.iter().try_fold(String::new(), |all, part| Ok(all + &text(part)?))

@@ -1,7 +1,8 @@
 //! A Jinja2 template, translated for minijinja tag by tag.
 
 use super::{
-    expression::{Fault, Parser, quoted},
+    cursor::{Fault, Parser},
+    expression::quoted,
     lexer,
 };
 
