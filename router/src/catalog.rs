@@ -59,14 +59,21 @@ impl Catalog {
         let mut place = None;
         loop {
             changes.mark_unchanged();
-            if let Some(model) = self.look_up(name)? {
-                return Ok(model);
+            let missing = match self.look_up(name) {
+                Ok(Some(model)) => return Ok(model),
+                Ok(None) => GenerateError::Unavailable(self.trouble()),
+                // Nodes join one after the other: one that waits is not refused because another model came first.
+                Err(unknown) if place.is_some() => unknown,
+                Err(unknown) => return Err(unknown),
+            };
+            if self.max_waiting == 0 {
+                return Err(missing);
             }
             if place.is_none() {
                 place = Some(self.wait()?);
             }
             if !matches!(timeout_at(until, changes.changed()).await, Ok(Ok(()))) {
-                return Err(GenerateError::Unavailable(self.trouble()));
+                return Err(missing);
             }
         }
     }

@@ -70,7 +70,7 @@ impl TextModel {
             None => default_template(&config["chat_template"]),
         };
         let template = match source {
-            Some(source) => Some(ChatTemplate::compile(&source, special_tokens(&[&map, &config]))?),
+            Some(source) => Some(ChatTemplate::compile(&source, special_tokens(&config, &map))?),
             None => None,
         };
         let generation = match generation_config_json {
@@ -83,7 +83,7 @@ impl TextModel {
             hex
         });
         let mut eos_token_ids = generation.eos_token_ids.clone();
-        let named = tokenizer::special_token(&config, "eos_token").or(tokenizer::special_token(&map, "eos_token"));
+        let named = tokenizer::named_token(&config, &map, "eos_token");
         let id = named.and_then(|token| tokenizer.token_to_id(&token.content));
         eos_token_ids.extend(id.filter(|id| !eos_token_ids.contains(id)));
         let vocabulary = Arc::new(Vocabulary::new(tokenizer.clone()));
@@ -179,13 +179,8 @@ fn default_template(value: &Value) -> Option<String> {
     }
 }
 
-/// `bos_token`, `eos_token` and the like; what a later file says wins.
-fn special_tokens(files: &[&Value]) -> BTreeMap<String, String> {
-    let mut found = BTreeMap::new();
-    for (file, name) in files.iter().flat_map(|file| tokenizer::NAMED_TOKENS.map(|name| (file, name))) {
-        if let Some(token) = tokenizer::special_token(file, name) {
-            found.insert(name.to_owned(), token.content);
-        }
-    }
-    found
+/// `bos_token`, `eos_token` and the like.
+fn special_tokens(config: &Value, map: &Value) -> BTreeMap<String, String> {
+    let token = |name: &str| Some((name.to_owned(), tokenizer::named_token(config, map, name)?.content));
+    tokenizer::NAMED_TOKENS.iter().filter_map(|name| token(name)).collect()
 }

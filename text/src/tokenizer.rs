@@ -82,7 +82,7 @@ fn decoder_entries(config: &Value) -> Result<Vec<AddedToken>, TextError> {
 /// `added_tokens_decoder`, as in transformers.
 fn special_tokens(config: &Value, map: &Value) -> Vec<AddedToken> {
     let older = config["added_tokens_decoder"].is_null();
-    let one = |name: &str| special_token(config, name).or_else(|| older.then(|| special_token(map, name)).flatten());
+    let one = |name: &str| named_token(config, map, name);
     let mut tokens: Vec<AddedToken> = NAMED_TOKENS.iter().filter_map(|name| one(name)).collect();
     let several = |value: &Value| -> Vec<AddedToken> {
         match value {
@@ -92,7 +92,7 @@ fn special_tokens(config: &Value, map: &Value) -> Vec<AddedToken> {
         }
     };
     for name in ["additional_special_tokens", "extra_special_tokens"] {
-        let value = if config[name].is_null() && older { &map[name] } else { &config[name] };
+        let value = if older && !map[name].is_null() { &map[name] } else { &config[name] };
         tokens.extend(several(value));
     }
     for token in &mut tokens {
@@ -101,9 +101,10 @@ fn special_tokens(config: &Value, map: &Value) -> Vec<AddedToken> {
     tokens
 }
 
-/// The special token of this name.
-pub(crate) fn special_token(file: &Value, name: &str) -> Option<AddedToken> {
-    token(&file[name])
+/// The special token of this name. What special_tokens_map.json says comes first where it counts.
+pub(crate) fn named_token(config: &Value, map: &Value, name: &str) -> Option<AddedToken> {
+    let older = config["added_tokens_decoder"].is_null();
+    older.then(|| token(&map[name])).flatten().or_else(|| token(&config[name]))
 }
 
 /// A token as a text, or as the serialised form of an added token. A text is not normalised, as is right for a special one.

@@ -3,7 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fmt::Write as _,
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use serde_json::Value;
@@ -14,7 +14,8 @@ pub(crate) struct Vocabulary {
     tokenizer: Arc<Tokenizer>,
     form: Form,
     /// Tokens whose text is the name of another token.
-    without_own_name: HashSet<u32>,
+    /// Found when the first name is asked for: nodes never ask.
+    without_own_name: OnceLock<HashSet<u32>>,
 }
 
 /// How a token's entry in the vocabulary stands for its bytes.
@@ -39,9 +40,7 @@ impl Vocabulary {
             true => Form::ByteLevel(byte_characters()),
             false => Form::Text { byte_fallback: has_type(&decoder, "ByteFallback"), before: before(&tokenizer) },
         };
-        let mut this = Self { tokenizer, form, without_own_name: HashSet::new() };
-        this.without_own_name = this.find_shared();
-        this
+        Self { tokenizer, form, without_own_name: OnceLock::new() }
     }
 
     /// The bytes that a token adds to a text in its middle; none for ids that the tokenizer does not know.
@@ -69,6 +68,7 @@ impl Vocabulary {
     /// A name that no other token has: the token's text where it can be; `bytes:\xf0` for bytes that are no text; else
     /// `token_id:17`.
     pub(crate) fn name(&self, id: u32) -> String {
+        let shared = self.without_own_name.get_or_init(|| self.find_shared()).contains(&id);
         let bytes = self.bytes(id);
         let escaped = |bytes: &[u8]| {
             bytes.iter().fold(String::from("bytes:"), |mut name, byte| {
@@ -78,9 +78,9 @@ impl Vocabulary {
             })
         };
         match String::from_utf8(bytes) {
-            Ok(text) if !text.is_empty() && !self.without_own_name.contains(&id) => text,
+            Ok(text) if !text.is_empty() && !shared => text,
             Ok(text) if self.is_fallback_byte(id) => escaped(text.as_bytes()),
-            Err(e) if !self.without_own_name.contains(&id) => escaped(e.as_bytes()),
+            Err(e) if !shared => escaped(e.as_bytes()),
             _ => format!("token_id:{id}"),
         }
     }
@@ -93,7 +93,7 @@ impl Vocabulary {
     /// Of the tokens of the same bytes, all but one. Byte tokens give way first, then the later ones.
     fn find_shared(&self) -> HashSet<u32> {
         let mut ids: Vec<u32> = self.tokenizer.get_vocab(true).into_values().collect();
-        ids.sort_unstable_by_key(|id| (self.is_fallback_byte(*id), *id));
+        ids.sort_by_cached_key(|id| (self.is_fallback_byte(*id), *id));
         ids.dedup();
         let mut seen = HashSet::with_capacity(ids.len());
         ids.into_iter().filter(|id| !seen.insert(self.bytes(*id))).collect()

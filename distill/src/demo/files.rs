@@ -101,7 +101,9 @@ pub fn write(folder: &Path) -> Result<()> {
         ("special_tokens_map.json", json!({"bos_token": BOS, "eos_token": EOS})),
         ("generation_config.json", json!({"bos_token_id": 0, "eos_token_id": EOS_ID, "do_sample": false})),
     ];
-    for (name, value) in files {
+    for (name, mut value) in files {
+        // Nodes compare the hash of the tokenizer: its bytes must not depend on the order of the lines above.
+        value.sort_all_objects();
         crate::folder::write_json(&folder.join(name), &value)?;
     }
     let path = folder.join("chat_template.jinja");

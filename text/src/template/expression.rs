@@ -10,6 +10,9 @@ use super::{
     methods,
 };
 
+/// Attributes, filters and the like of one value. Each copies what is written for those before.
+const MAX_LINKS: usize = 500;
+
 impl Parser<'_> {
     /// What an assignment or a loop binds: names, `a.b`, and lists of them with or without parentheses.
     pub(super) fn target(&mut self, dotted: bool) -> Result<String, Fault> {
@@ -87,28 +90,22 @@ impl Parser<'_> {
     }
 
     fn or(&mut self) -> Result<String, Fault> {
-        let mut parts = vec![self.and()?];
-        while self.take_word("or") {
-            parts.push(self.and()?);
-        }
-        let first = parts[0].clone();
-        Ok(match parts.len() {
-            1 => first,
-            _ if is_literal(&first) => format!("({first} if {first} else ({}))", parts[1..].join(" or ")),
-            _ => format!("({})", parts.join(" or ")),
-        })
+        self.logic("or", Self::and)
     }
 
     fn and(&mut self) -> Result<String, Fault> {
-        let mut parts = vec![self.not()?];
-        while self.take_word("and") {
-            parts.push(self.not()?);
+        self.logic("and", Self::not)
+    }
+
+    /// minijinja makes a boolean of `'' and 1`, where all of it is literal: a call is none.
+    fn logic(&mut self, word: &str, operand: fn(&mut Self) -> Result<String, Fault>) -> Result<String, Fault> {
+        let mut parts = vec![operand(self)?];
+        while self.take_word(word) {
+            parts.push(operand(self)?);
         }
-        let first = parts[0].clone();
         Ok(match parts.len() {
-            1 => first,
-            _ if is_literal(&first) => format!("(({}) if {first} else {first})", parts[1..].join(" and ")),
-            _ => format!("({})", parts.join(" and ")),
+            1 => parts.remove(0),
+            _ => format!("(__value__({}) {word} {})", parts[0], parts[1..].join(&format!(" {word} "))),
         })
     }
 
@@ -119,42 +116,27 @@ impl Parser<'_> {
         self.compare()
     }
 
-    /// `a < b < c` is `a < b and b < c`.
     fn compare(&mut self) -> Result<String, Fault> {
-        let mut left = self.sum()?;
-        let mut all: Vec<String> = Vec::new();
+        let mut parts = vec![self.sum()?];
         loop {
-            let function = match self.peek() {
-                Some(TokenKind::Operator(operator)) => match *operator {
-                    "==" => "__eq__",
-                    "!=" => "__ne__",
-                    "<" => "__lt__",
-                    "<=" => "__le__",
-                    ">" => "__gt__",
-                    ">=" => "__ge__",
-                    _ => break,
-                },
-                Some(TokenKind::Name(name)) if name == "in" => "__in__",
+            let operator = match self.peek() {
+                Some(TokenKind::Operator(operator @ ("==" | "!=" | "<" | "<=" | ">" | ">="))) => *operator,
+                Some(TokenKind::Name(name)) if name == "in" => "in",
                 Some(TokenKind::Name(name)) if name == "not" => {
                     let next = self.tokens.get(self.at + 1).map(|token| &token.kind);
                     if !matches!(next, Some(TokenKind::Name(name)) if name == "in") {
                         break;
                     }
                     self.at += 1;
-                    "__not_in__"
+                    "not in"
                 }
                 _ => break,
             };
             self.at += 1;
-            let right = self.sum()?;
-            all.push(format!("{function}({left}, {right})"));
-            left = right;
+            parts.push(quoted(operator));
+            parts.push(self.sum()?);
         }
-        Ok(match all.len() {
-            0 => left,
-            1 => all.remove(0),
-            _ => format!("({})", all.join(" and ")),
-        })
+        Ok(if parts.len() == 1 { parts.remove(0) } else { format!("__compare__({})", parts.join(", ")) })
     }
 
     fn binary(
@@ -262,6 +244,7 @@ impl Parser<'_> {
                 let pair = |p: &mut Self| {
                     let key = p.expression()?;
                     p.expect(":")?;
+                    let key = if key.starts_with('\'') { key } else { format!("__key__({key})") };
                     Ok(format!("{key}: {}", p.expression()?))
                 };
                 Ok(format!("{{{}}}", self.items("}", pair)?.join(", ")))
@@ -271,7 +254,7 @@ impl Parser<'_> {
     }
 
     fn postfix(&mut self, mut value: String) -> Result<String, Fault> {
-        loop {
+        for _ in 0..MAX_LINKS {
             value = if self.take(".") {
                 self.attribute(value)?
             } else if self.take("[") {
@@ -282,6 +265,7 @@ impl Parser<'_> {
                 return Ok(value);
             }
         }
+        Err(format!("a value may have at most {MAX_LINKS} attributes, subscripts and calls in a row"))
     }
 
     fn attribute(&mut self, value: String) -> Result<String, Fault> {
@@ -363,7 +347,7 @@ impl Parser<'_> {
 
     /// Filters, tests and calls behind a value.
     pub(super) fn filters(&mut self, mut value: String) -> Result<String, Fault> {
-        loop {
+        for _ in 0..MAX_LINKS {
             value = if self.take("|") {
                 format!("({value} | {})", self.filter()?)
             } else if self.take_word("is") {
@@ -374,6 +358,7 @@ impl Parser<'_> {
                 return Ok(value);
             }
         }
+        Err(format!("a value may have at most {MAX_LINKS} filters and tests in a row"))
     }
 
     /// A filter's name and arguments.
@@ -424,12 +409,6 @@ impl Parser<'_> {
 enum Key {
     One(String),
     Slice([String; 3]),
-}
-
-/// minijinja makes a boolean of `'' and 1`, where all of it is literal.
-fn is_literal(value: &str) -> bool {
-    value.starts_with(|c: char| c == '\'' || c == '[' || c == '{' || c.is_ascii_digit())
-        || ["true", "false", "none"].contains(&value)
 }
 
 /// A text as minijinja reads it.

@@ -9,7 +9,7 @@ use super::{
     format, json, methods,
     operators::{add, compare, equal, undefined},
     texts,
-    values::{Items, Type, fault, items, repr, text},
+    values::{Items, Type, charge, fault, items, repr, text},
 };
 
 /// Registers all of them. Those that work on texts alone are in `texts`.
@@ -147,7 +147,10 @@ fn key(value: &Value, path: Option<&Value>, case_sensitive: bool) -> Result<Valu
         None => value.clone(),
     };
     Ok(match value.as_str() {
-        Some(text) if !case_sensitive => Value::from(text.to_lowercase()),
+        Some(text) if !case_sensitive => {
+            charge(text.len())?;
+            Value::from(text.to_lowercase())
+        }
         _ => value,
     })
 }
@@ -227,6 +230,7 @@ fn unique(value: &Value, arguments: Rest<Value>) -> Result<Value, Error> {
     let mut kept = Vec::new();
     for item in items(value)? {
         let key = key(&item, path.as_ref(), case_sensitive)?;
+        charge(seen.len())?;
         if !seen.iter().any(|other| equal(other, &key)) {
             seen.push(key);
             kept.push(item);
@@ -268,7 +272,7 @@ fn join(value: &Value, arguments: Rest<Value>) -> Result<String, Error> {
     for item in items(value)? {
         parts.push(text(&path.as_ref().map_or_else(|| Ok(item.clone()), |path| attribute(&item, path))?)?);
     }
-    Ok(parts.join(&separator))
+    methods::joined(&parts, &separator)
 }
 
 fn sum(value: &Value, arguments: Rest<Value>) -> Result<Value, Error> {
@@ -411,6 +415,9 @@ fn round(value: &Value, arguments: Rest<Value>) -> Result<Value, Error> {
         // Python's round gives an int back for an int, and otherwise what the decimal digits say, halves to even.
         "common" if Type::of(value) == Type::Int && precision >= 0 => return Ok(value.clone()),
         "common" if precision > 0 => format!("{x:.*}", precision as usize).parse().unwrap_or(x),
+        "common" if Type::of(value) == Type::Int => {
+            return Ok(Value::from(((x * factor).round_ties_even() / factor) as i64));
+        }
         "common" => (x * factor).round_ties_even() / factor,
         "ceil" => (x * factor).ceil() / factor,
         "floor" => (x * factor).floor() / factor,

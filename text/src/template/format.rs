@@ -4,11 +4,11 @@ use minijinja::{Error, Value};
 
 use super::{
     arguments::Arguments,
-    values::{Type, fault, float, items, repr, text},
+    values::{Type, charge, fault, float, items, repr, text},
 };
 
 /// Widest field that a format may ask for.
-const MAX_WIDTH: usize = 1 << 16;
+const MAX_WIDTH: usize = 1 << 15;
 
 /// `[[fill]align][sign][#][0][width][,][.precision][type]`
 #[derive(Clone, Default)]
@@ -235,6 +235,7 @@ fn parse_spec(spec: &str) -> Result<Spec, Error> {
 
 /// The value in its field.
 fn fielded(value: &Value, spec: &Spec) -> Result<String, Error> {
+    charge(spec.width + spec.precision.unwrap_or(0))?;
     let mut spec = spec.clone();
     let mut of = Type::of(value);
     let whole;
@@ -285,7 +286,7 @@ fn fielded(value: &Value, spec: &Spec) -> Result<String, Error> {
         (None, _) => text(value)?,
         (Some(kind), _) => return Err(wrong(kind)),
     };
-    let numeric = matches!(of, Type::Int | Type::Float | Type::Bool) && spec.kind != Some('s');
+    let numeric = matches!(of, Type::Int | Type::Float | Type::Bool) && !matches!(spec.kind, Some('s' | 'c'));
     if let Some(separator) = spec.thousands.filter(|_| numeric) {
         let start = usize::from(body.starts_with('-'));
         let end = body.find('.').unwrap_or(body.len());
@@ -319,7 +320,12 @@ fn exponential(number: f64, precision: usize, kind: char) -> String {
 
 /// The shorter of both forms, without zeros at the end.
 fn general(number: f64, precision: usize) -> String {
-    let exponent = if number == 0.0 { 0 } else { number.abs().log10().floor() as i32 };
+    if !number.is_finite() {
+        return float(number);
+    }
+    // Of the number as it is rounded.
+    let rounded = format!("{number:.*e}", precision - 1);
+    let exponent: i32 = rounded.split_once('e').and_then(|(_, exponent)| exponent.parse().ok()).unwrap_or(0);
     let trimmed = |text: &str| {
         if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text.to_owned() }
     };

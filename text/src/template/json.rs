@@ -7,7 +7,7 @@ use minijinja::{Error, Value, value::Rest};
 use super::{
     arguments::Arguments,
     operators::compare,
-    values::{Type, fault, float, items},
+    values::{Type, VISIT_BYTES, charge, fault, float, items},
 };
 
 /// Values within values that are written.
@@ -30,6 +30,9 @@ pub(super) fn to_json(value: &Value, arguments: Rest<Value>) -> Result<Value, Er
     let indent = match args.get(1, "indent").filter(|indent| !indent.is_none()) {
         None => None,
         Some(indent) => Some(match indent.as_str() {
+            Some(text) if text.len() as i64 > MAX_INDENT => {
+                return Err(fault(format!("indent must have at most {MAX_INDENT} bytes, got {}", text.len())));
+            }
             Some(text) => text.to_owned(),
             None => " ".repeat(i64::try_from(indent)?.clamp(0, MAX_INDENT) as usize),
         }),
@@ -37,10 +40,10 @@ pub(super) fn to_json(value: &Value, arguments: Rest<Value>) -> Result<Value, Er
     let (between, after_key) = match args.get(2, "separators").filter(|separators| !separators.is_none()) {
         None => ((if indent.is_none() { ", " } else { "," }).to_owned(), ": ".to_owned()),
         Some(separators) => match items(&separators)?.as_slice() {
-            [between, after_key] if between.as_str().is_some() && after_key.as_str().is_some() => {
+            [between, after_key] if [between, after_key].iter().all(|s| s.as_str().is_some_and(|s| s.len() <= 64)) => {
                 (between.to_string(), after_key.to_string())
             }
-            _ => return Err(fault("separators must be two texts")),
+            _ => return Err(fault("separators must be two texts of at most 64 bytes")),
         },
     };
     let style = Style {
@@ -59,6 +62,7 @@ fn write(out: &mut String, value: &Value, style: &Style, depth: usize) -> Result
     if depth > MAX_DEPTH {
         return Err(fault(format!("values may be nested {MAX_DEPTH} deep")));
     }
+    charge(value.as_str().map_or(VISIT_BYTES, str::len))?;
     match Type::of(value) {
         Type::None => out.push_str("null"),
         Type::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),

@@ -12,7 +12,7 @@ use minijinja::{
 use super::{
     arguments::Arguments,
     format,
-    operators::{equal, undefined},
+    operators::{equal, hashable, undefined},
     values::{Items, Type, charge, fault, items, text},
 };
 
@@ -106,9 +106,9 @@ fn method(value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     let args = Arguments::new(args);
     match of {
         Type::Str => {
-            let text = value.as_str().unwrap_or_default();
-            charge(text.len())?;
-            of_text(text, name, &args)
+            let made = of_text(value.as_str().unwrap_or_default(), name, &args)?;
+            charge(made.as_str().map_or(0, str::len))?;
+            Ok(made)
         }
         Type::Dict => of_dict(value, name, &args),
         _ => of_sequence(value, name, &args),
@@ -127,6 +127,7 @@ fn of_dict(value: &Value, name: &str, args: &Arguments<'_>) -> Result<Value, Err
         }
         "get" => {
             let key = args.required(0, "key")?;
+            hashable(&key)?;
             match keys.iter().find(|other| equal(other, &key)) {
                 Some(key) => value.get_item(key)?,
                 None => args.get(1, "default").unwrap_or(Value::from(())),
@@ -147,7 +148,8 @@ fn of_sequence(value: &Value, name: &str, args: &Arguments<'_>) -> Result<Value,
         }
         "index" => {
             let wanted = args.required(0, "value")?;
-            let found = all.iter().position(|item| equal(item, &wanted));
+            let start = args.whole(1, "start")?.unwrap_or(0).max(0) as usize;
+            let found = all.iter().skip(start).position(|item| equal(item, &wanted)).map(|at| at + start);
             found.map(Value::from).ok_or_else(|| fault("value is not in list"))
         }
         other => Err(fault(format!("'{} object' has no attribute '{other}'", Type::of(value).name()))),
@@ -184,15 +186,12 @@ fn of_text(s: &str, name: &str, args: &Arguments<'_>) -> Result<Value, Error> {
         }
         "replace" => {
             let (old, new) = (args.text(0, "old")?, args.text(1, "new")?);
-            match args.whole(2, "count")? {
-                Some(count) if count >= 0 => s.replacen(&*old, &new, count as usize).into(),
-                _ => s.replace(&*old, &new).into(),
-            }
+            replaced(s, &old, &new, args.whole(2, "count")?)?.into()
         }
         "startswith" | "endswith" => {
             let affixes = args.required(0, "prefix")?;
             let affixes = if Type::of(&affixes) == Type::Tuple { items(&affixes)? } else { vec![affixes] };
-            let part = part(s, args.whole(1, "start")?, args.whole(2, "end")?);
+            let (_, part) = part(s, args.whole(1, "start")?, args.whole(2, "end")?);
             let mut found = false;
             for affix in &affixes {
                 let affix =
@@ -203,17 +202,21 @@ fn of_text(s: &str, name: &str, args: &Arguments<'_>) -> Result<Value, Error> {
         }
         "find" | "index" | "rfind" | "rindex" => {
             let wanted = args.text(0, "sub")?;
-            let at = if name.starts_with('r') { s.rfind(&*wanted) } else { s.find(&*wanted) };
+            let (skipped, part) = part(s, args.whole(1, "start")?, args.whole(2, "end")?);
+            let at = if name.starts_with('r') { part.rfind(&*wanted) } else { part.find(&*wanted) };
             match at {
-                Some(at) => s[..at].chars().count().into(),
+                Some(at) => (skipped + part[..at].chars().count()).into(),
                 None if name.ends_with("find") => Value::from(-1),
                 None => return Err(fault("substring not found")),
             }
         }
-        "count" => match args.text(0, "sub")?.as_ref() {
-            "" => (s.chars().count() + 1).into(),
-            wanted => s.matches(wanted).count().into(),
-        },
+        "count" => {
+            let (_, part) = part(s, args.whole(1, "start")?, args.whole(2, "end")?);
+            match args.text(0, "sub")?.as_ref() {
+                "" => (part.chars().count() + 1).into(),
+                wanted => part.matches(wanted).count().into(),
+            }
+        }
         "join" => {
             let parts = items(&args.required(0, "iterable")?)?;
             let mut out = Vec::with_capacity(parts.len());
@@ -222,13 +225,14 @@ fn of_text(s: &str, name: &str, args: &Arguments<'_>) -> Result<Value, Error> {
                     || fault(format!("sequence item {i}: expected str instance, {} found", Type::of(part).name()));
                 out.push(part.as_str().ok_or_else(wrong)?);
             }
-            out.join(s).into()
+            joined(&out, s)?.into()
         }
         "removeprefix" => s.strip_prefix(&*args.text(0, "prefix")?).unwrap_or(s).into(),
         "removesuffix" => s.strip_suffix(&*args.text(0, "suffix")?).unwrap_or(s).into(),
         "center" | "ljust" | "rjust" | "zfill" => padded(s, name, args)?.into(),
         "expandtabs" => {
             let size = args.whole(0, "tabsize")?.unwrap_or(8).clamp(0, 1000) as usize;
+            charge(s.matches('\t').count().saturating_mul(size))?;
             let mut out = String::new();
             let mut column = 0;
             for c in s.chars() {
@@ -288,6 +292,20 @@ fn titled(s: &str) -> String {
         inside = c.is_alphabetic();
     }
     out
+}
+
+/// `s` with the first `count` of `old` replaced, or all.
+pub(super) fn replaced(s: &str, old: &str, new: &str, count: Option<i64>) -> Result<String, Error> {
+    let most = count.filter(|count| *count >= 0).map_or(usize::MAX, |count| count as usize);
+    charge(s.matches(old).count().min(most).saturating_mul(new.len()).saturating_add(s.len()))?;
+    Ok(s.replacen(old, new, most))
+}
+
+/// `parts` with `separator` between them.
+pub(super) fn joined(parts: &[impl AsRef<str>], separator: &str) -> Result<String, Error> {
+    let bytes: usize = parts.iter().map(|part| part.as_ref().len()).sum();
+    charge(separator.len().saturating_mul(parts.len()).saturating_add(bytes))?;
+    Ok(parts.iter().map(AsRef::as_ref).collect::<Vec<_>>().join(separator))
 }
 
 /// Without the whitespace, or without these characters, at `strip`ped, `lstrip`ped or `rstrip`ped ends.
@@ -370,16 +388,22 @@ fn lines(s: &str, keep_ends: bool) -> Vec<String> {
     lines
 }
 
-fn part(s: &str, start: Option<i64>, end: Option<i64>) -> String {
+/// `s[start:end]`, and how many characters are before it.
+fn part(s: &str, start: Option<i64>, end: Option<i64>) -> (usize, &str) {
     let length = s.chars().count() as i64;
     let at = |bound: i64| (if bound < 0 { bound + length } else { bound }).clamp(0, length) as usize;
     let (start, end) = (start.map_or(0, at), end.map_or(length as usize, at));
-    s.chars().skip(start).take(end.saturating_sub(start)).collect()
+    let byte = |at: usize| s.char_indices().nth(at).map_or(s.len(), |(byte, _)| byte);
+    (start, &s[byte(start)..byte(end.max(start))])
 }
 
 fn padded(s: &str, name: &str, args: &Arguments<'_>) -> Result<String, Error> {
     let width = args.whole(0, "width")?.unwrap_or(0).clamp(0, 1 << 20) as usize;
     let fill = args.get(1, "fillchar").map(|fill| text(&fill)).transpose()?.unwrap_or_else(|| " ".into());
+    if fill.chars().count() != 1 {
+        return Err(fault("The fill character must be exactly one character long"));
+    }
+    charge(width)?;
     let missing = width.saturating_sub(s.chars().count());
     Ok(match name {
         "ljust" => s.to_owned() + &fill.repeat(missing),

@@ -8,9 +8,9 @@
 //! marked as safe give plain text, and `autoescape` changes nothing; whole numbers have 128 bits; 1 and true are two keys of a dictionary; `pprint`
 //! does not break lines; `varargs` and `kwargs` of macros, `self`, `urlize`, `lipsum` and `random` are missing.
 //!
-//! A template is a program, and comes from whoever made the model: one that loops, or writes without end, ends with an
-//! error, and one that nests without end does not end the process. What it holds in variables is not limited: minijinja
-//! has no place to do so.
+//! A template is a program that a stranger may have written. One that loops, writes or nests without end ends with an error. What
+//! its functions make on their way is bounded (`values::charge`). Its own plain text, captured again and again by `set`
+//! blocks and macros, is bounded by the steps alone.
 
 mod arguments;
 mod cursor;
@@ -48,8 +48,8 @@ const MAX_FUEL: u64 = 400_000_000;
 const OUTPUT_BYTES: usize = 1 << 20;
 const OUTPUT_PER_BYTE: usize = 16;
 
-/// Of the thread that renders. A value within a value within a value is dropped, and printed, by recursion: as deep as
-/// the fuel lasts, that fits. Only what is used of it becomes memory.
+/// Of the threads that compile and render. Templates are compiled, and values dropped and printed, by recursion; their size
+/// and their depth are bounded so that they fit. Only what is used of the stack becomes memory.
 const STACK_BYTES: usize = 256 << 20;
 
 /// What a chat template is rendered over.
@@ -96,19 +96,16 @@ impl ChatTemplate {
         objects::register(&mut environment);
         filters::register(&mut environment);
         predicates::register(&mut environment);
-        let translated = source::translate(source).map_err(invalid)?;
-        environment.add_template_owned(NAME, translated).map_err(|e| invalid(e.to_string()))?;
+        let compiled = on_a_large_stack(|| {
+            let translated = source::translate(source)?;
+            environment.add_template_owned(NAME, translated).map_err(|e| e.to_string())
+        });
+        compiled.map_err(invalid)?.map_err(invalid)?;
         Ok(Self { environment, special_tokens })
     }
 
     pub(crate) fn render(&self, input: &ChatInput<'_>) -> Result<String, TextError> {
-        thread::scope(|scope| {
-            let render = || self.render_here(input);
-            let rendering =
-                thread::Builder::new().name(NAME.into()).stack_size(STACK_BYTES).spawn_scoped(scope, render);
-            let rendering = rendering.map_err(|e| TextError::Template(format!("starting a thread for it: {e}")))?;
-            rendering.join().unwrap_or_else(|_| Err(TextError::Template("it failed".into())))
-        })
+        on_a_large_stack(|| self.render_here(input)).map_err(TextError::Template)?
     }
 
     fn render_here(&self, input: &ChatInput<'_>) -> Result<String, TextError> {
@@ -143,6 +140,15 @@ impl ChatTemplate {
         })?;
         String::from_utf8(bytes).map_err(|e| TextError::Template(e.to_string()))
     }
+}
+
+/// Runs `work` on a thread of its own; an error where that can't be, or where it panics.
+fn on_a_large_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, String> {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name(NAME.into()).stack_size(STACK_BYTES).spawn_scoped(scope, work);
+        let thread = thread.map_err(|e| format!("starting a thread for it: {e}"))?;
+        thread.join().map_err(|_| "it failed".into())
+    })
 }
 
 /// Bytes of the texts of a value.
@@ -252,20 +258,54 @@ mod tests {
         assert!(fault(&deep).contains("nested"), "{}", fault(&deep));
     }
 
-    /// As deep as the fuel lasts: what is inside is dropped, printed and compared by recursion.
+    #[test]
+    fn what_a_template_makes_on_its_way_is_bounded() {
+        let doubled = format!("{{{{ {}0 or 1{} }}}}", "[".repeat(30), "] or 1".repeat(30));
+        let _ = render(&doubled);
+        let compared = format!("{{{{ {}1{} }}}}", "1 < (".repeat(30), " < 1) < 1".repeat(30));
+        let _ = render(&compared);
+        for source in [
+            "{{ 'a'.ljust(1000000, 'x' * 16000000) }}",
+            "{{ ('a' * 1000000).replace('a', 'b' * 1000000) | length }}",
+            "{{ ('x' * 1000000).join(['a'] * 1000000) | length }}",
+            "{{ ('a\n' * 1000000) | indent('x' * 1000000) | length }}",
+            "{{ ('\t' * 16000000).expandtabs(1000) | length }}",
+            "{{ (['x' * 16000000] * 1000) | tojson | length }}",
+            "{{ ('%(a)30000s' * 1000000) % {'a': 1} }}",
+            "{{ range(100000) | unique | list | length }}",
+            "{% for i in range(9999) %}{% set x = [0] * 16000000 %}{% endfor %}",
+            "{{ {[1]: 2} }}",
+            "{{ (-2) ** 127 // -1 }}",
+        ] {
+            assert!(render(source).is_err(), "{source}");
+        }
+        // Deep in what is compiled, not in what is read.
+        for source in [
+            format!("{{{{ a{} }}}}", ".a".repeat(200_000)),
+            format!("{{% if a %}}{}{{% endif %}}", "{% elif a %}".repeat(50_000)),
+        ] {
+            let _ = render(&source);
+        }
+    }
+
+    /// What is inside is dropped, printed and compared by recursion.
     #[test]
     fn a_template_that_nests_does_not_end_the_process() {
         let nest = "{% set ns = namespace(a=[], b=[]) %}{% for i in range(99999) %}\
                     {% set ns.a = [ns.a] %}{% set ns.b = [ns.b] %}{% endfor %}";
         let objects =
             "{% set ns = namespace(a={}) %}{% for i in range(99999) %}{% set ns.a = {'a': ns.a} %}{% endfor %}";
-        assert_eq!(render(&format!("{nest}done")).unwrap(), "done");
-        assert_eq!(render(&format!("{objects}done")).unwrap(), "done");
-        for using in
-            ["{{ ns.a }}", "{{ ns.a == ns.b }}", "{{ ns.a | tojson }}", "{{ ns.a ~ '' }}", "{{ [ns.a] | sort }}"]
-        {
-            let _ = render(&format!("{nest}{using}"));
-            let _ = render(&format!("{objects}{using}"));
+        for source in [nest, objects] {
+            assert!(render(source).unwrap_err().to_string().ends_with("values may be nested 500 deep"));
+        }
+        // What shares its parts is as large as no memory, and not deep.
+        let nest = "{% set ns = namespace(a=[], b=[]) %}{% for i in range(60) %}\
+                    {% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}";
+        let objects =
+            "{% set ns = namespace(a={}) %}{% for i in range(60) %}{% set ns.a = {'a': ns.a, 'b': ns.a} %}{% endfor %}";
+        for using in ["{{ ns.a }}", "{{ ns.a == ns.b }}", "{{ ns.a | tojson }}"] {
+            assert!(render(&format!("{nest}{using}")).is_err(), "{using}");
+            assert!(render(&format!("{objects}{using}")).is_err(), "{using}");
         }
     }
 }

@@ -15,6 +15,7 @@ use minijinja::{
 
 use super::{
     arguments::Arguments,
+    operators::hashable,
     values::{Type, fault, items},
 };
 
@@ -43,6 +44,7 @@ fn dict(arguments: Rest<Value>) -> Result<Value, Error> {
                     other => return Err(fault(format!("dict() needs pairs, got {} values", other.len()))),
                 },
             };
+            hashable(&key)?;
             pairs.push((key, value));
         }
     }

@@ -9,7 +9,7 @@ use minijinja::{
 
 use super::{
     format, methods, texts,
-    values::{Items, Range, Shape, Type, charge, fault, items, text},
+    values::{Items, Range, Shape, Type, VISIT_BYTES, charge, fault, items, text},
 };
 
 /// Bytes, and items, that one operator may make.
@@ -18,26 +18,21 @@ const MAX_BYTES: usize = 16 << 20;
 /// Most items of a `range`, as in Jinja2's sandbox.
 const MAX_RANGE: usize = 100_000;
 
+/// Values within values that a namespace may hold.
+const MAX_STORED_DEPTH: usize = 500;
+
 /// Two values to one.
 type Binary = fn(&Value, &Value) -> Result<Value, Error>;
 
 /// Registers what `super::expression` writes for operators.
 pub(super) fn register(environment: &mut Environment<'_>) {
-    let binary: [(&'static str, Binary); 15] = [
+    let binary: [(&'static str, Binary); 7] = [
         ("__sub__", |a, b| arithmetic("-", a, b)),
         ("__mul__", multiply),
         ("__div__", |a, b| arithmetic("/", a, b)),
         ("__floordiv__", |a, b| arithmetic("//", a, b)),
         ("__mod__", modulo),
         ("__pow__", |a, b| arithmetic("**", a, b)),
-        ("__eq__", |a, b| Ok(equal(a, b).into())),
-        ("__ne__", |a, b| Ok((!equal(a, b)).into())),
-        ("__lt__", |a, b| Ok(compare("<", a, b)?.is_some_and(Ordering::is_lt).into())),
-        ("__le__", |a, b| Ok(compare("<=", a, b)?.is_some_and(Ordering::is_le).into())),
-        ("__gt__", |a, b| Ok(compare(">", a, b)?.is_some_and(Ordering::is_gt).into())),
-        ("__ge__", |a, b| Ok(compare(">=", a, b)?.is_some_and(Ordering::is_ge).into())),
-        ("__in__", |a, b| Ok(contains(b, a)?.into())),
-        ("__not_in__", |a, b| Ok((!contains(b, a)?).into())),
         ("__item__", item),
     ];
     for (name, function) in binary {
@@ -48,6 +43,20 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     environment.add_function("__add__", |first: Value, rest: Rest<Value>| {
         rest.iter().try_fold(first, |sum, part| add(&sum, part))
     });
+    environment.add_function("__compare__", |first: Value, rest: Rest<Value>| -> Result<bool, Error> {
+        // `a < b < c` is `a < b and b < c`.
+        let mut left = &first;
+        for pair in rest.chunks_exact(2) {
+            if !holds(left, pair[0].as_str().unwrap_or_default(), &pair[1])? {
+                return Ok(false);
+            }
+            left = &pair[1];
+        }
+        Ok(true)
+    });
+    environment.add_function("__value__", |value: Value| value);
+    environment.add_function("__key__", |key: Value| hashable(&key).map(|()| key));
+    environment.add_function("__stored__", |value: Value| check_depth(&value, MAX_STORED_DEPTH).map(|()| value));
     environment.add_function("__tuple__", |items: Rest<Value>| Items::tuple(items.0));
     environment.add_function("__concat__", |parts: Rest<Value>| -> Result<String, Error> {
         parts.iter().try_fold(String::new(), |all, part| Ok(all + &text(part)?))
@@ -74,6 +83,46 @@ pub(super) fn register(environment: &mut Environment<'_>) {
         Err(fault(format!("{tag}: there are no other templates")))
     });
     environment.add_function("range", range);
+}
+
+fn holds(a: &Value, operator: &str, b: &Value) -> Result<bool, Error> {
+    let order = |holds: fn(Ordering) -> bool| Ok(compare(operator, a, b)?.is_some_and(holds));
+    match operator {
+        "==" => Ok(equal(a, b)),
+        "!=" => Ok(!equal(a, b)),
+        "<" => order(Ordering::is_lt),
+        "<=" => order(Ordering::is_le),
+        ">" => order(Ordering::is_gt),
+        ">=" => order(Ordering::is_ge),
+        "in" => contains(b, a),
+        _ => Ok(!contains(b, a)?),
+    }
+}
+
+/// A dictionary has no lists and dictionaries as keys.
+pub(super) fn hashable(key: &Value) -> Result<(), Error> {
+    match Type::of(key) {
+        of @ (Type::List | Type::Dict) => Err(fault(format!("unhashable type: '{}'", of.name()))),
+        Type::Tuple => items(key)?.iter().try_for_each(hashable),
+        _ => Ok(()),
+    }
+}
+
+/// A loop can only make values nest deeper through a namespace: what is stored there may nest as deep as `left`. Values are
+/// dropped by recursion.
+fn check_depth(value: &Value, left: usize) -> Result<(), Error> {
+    charge(VISIT_BYTES)?;
+    let inner = match Type::of(value) {
+        Type::List | Type::Tuple | Type::Other if matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable) => {
+            items(value)?
+        }
+        Type::Dict => items(value)?.iter().map(|key| value.get_item(key)).collect::<Result<_, _>>()?,
+        _ => return Ok(()),
+    };
+    if left == 0 {
+        return Err(fault(format!("values may be nested {MAX_STORED_DEPTH} deep")));
+    }
+    inner.iter().try_for_each(|value| check_depth(value, left - 1))
 }
 
 pub(super) fn undefined() -> Error {
@@ -135,9 +184,15 @@ fn arithmetic(operator: &'static str, a: &Value, b: &Value) -> Result<Value, Err
             "-" => return x.checked_sub(y).map(int).ok_or_else(large),
             "*" => return x.checked_mul(y).map(int).ok_or_else(large),
             "//" | "%" if y == 0 => return Err(zero()),
-            "//" => return Ok(int(x.div_euclid(y) - i128::from(y < 0 && x.rem_euclid(y) != 0))),
-            // The remainder has the divisor's sign.
-            "%" => return Ok(int(((x % y) + y) % y)),
+            // Rounded down, so that the remainder has the divisor's sign.
+            "//" | "%" => {
+                let (quotient, rest) = (x.checked_div(y).ok_or_else(large)?, x % y);
+                let down = rest != 0 && (rest < 0) != (y < 0);
+                return Ok(match operator {
+                    "//" => int(quotient - i128::from(down)),
+                    _ => int(if down { rest + y } else { rest }),
+                });
+            }
             "**" if y >= 0 => {
                 return u32::try_from(y).ok().and_then(|y| x.checked_pow(y)).map(int).ok_or_else(large);
             }
@@ -151,8 +206,15 @@ fn arithmetic(operator: &'static str, a: &Value, b: &Value) -> Result<Value, Err
         "-" => x - y,
         "*" => x * y,
         "/" => x / y,
-        "//" => (x / y).floor(),
-        "%" => x - y * (x / y).floor(),
+        "//" | "%" => {
+            let rest = x % y;
+            let rest = if rest != 0.0 && (rest < 0.0) != (y < 0.0) {
+                rest + y
+            } else {
+                rest.abs().copysign(y).min(rest.abs().max(rest))
+            };
+            if operator == "%" { rest } else { ((x - rest) / y).round() }
+        }
         "**" => x.powf(y),
         other => return Err(fault(format!("no operator {other}"))),
     };
@@ -185,16 +247,16 @@ fn multiply(a: &Value, b: &Value) -> Result<Value, Error> {
         Some(Number::Int(n)) => usize::try_from(n.max(0)).unwrap_or(usize::MAX),
         _ => 0,
     };
-    let check = |size: usize| match size.checked_mul(times) {
-        Some(size) if size <= MAX_BYTES => charge(size),
+    let check = |size: usize, unit: usize| match size.checked_mul(times) {
+        Some(size) if size <= MAX_BYTES => charge(size.saturating_mul(unit)),
         _ => Err(fault(format!("a repetition must have at most {MAX_BYTES} bytes or items"))),
     };
     if let Some(text) = sequence.as_str() {
-        check(text.len())?;
+        check(text.len(), 1)?;
         return Ok(Value::from(text.repeat(times)));
     }
     let all = items(sequence)?;
-    check(all.len())?;
+    check(all.len(), size_of::<Value>())?;
     let repeated: Vec<Value> = std::iter::repeat_n(all, times).flatten().collect();
     Ok(if Type::of(sequence) == Type::Tuple { Items::tuple(repeated) } else { Value::from(repeated) })
 }
@@ -219,7 +281,13 @@ fn modulo(a: &Value, b: &Value) -> Result<Value, Error> {
 }
 
 /// Python's `a == b`.
+///
+/// Values that share parts may be far larger than what the program has made: past the budget nothing is equal, and whatever is
+/// made next is an error.
 pub(super) fn equal(a: &Value, b: &Value) -> bool {
+    if matches!(Type::of(a), Type::List | Type::Tuple | Type::Dict | Type::Other) && charge(VISIT_BYTES).is_err() {
+        return false;
+    }
     match (Type::of(a), Type::of(b)) {
         (Type::Bool | Type::Int | Type::Float, Type::Bool | Type::Int | Type::Float) => {
             match (Number::of(a), Number::of(b)) {
@@ -242,6 +310,11 @@ pub(super) fn equal(a: &Value, b: &Value) -> bool {
                     })
                 })
         }
+        (Type::Other, _) if matches!(a.kind(), ValueKind::Seq | ValueKind::Iterable) => match (items(a), items(b)) {
+            (Ok(x), Ok(y)) => a.kind() == b.kind() && x.len() == y.len() && x.iter().zip(&y).all(|(a, b)| equal(a, b)),
+            _ => false,
+        },
+        (Type::Other, _) => false,
         _ => a == b,
     }
 }
@@ -278,7 +351,8 @@ pub(super) fn contains(container: &Value, value: &Value) -> Result<bool, Error> 
             }
         },
         Type::Dict => {
-            Ok(!container.get_item(value)?.is_undefined() || items(container)?.iter().any(|k| equal(k, value)))
+            hashable(value)?;
+            Ok(items(container)?.iter().any(|key| equal(key, value)))
         }
         Type::Undefined => Ok(false),
         Type::None | Type::Bool | Type::Int | Type::Float => {
@@ -290,6 +364,14 @@ pub(super) fn contains(container: &Value, value: &Value) -> Result<bool, Error> 
 
 /// Jinja2's `value[key]`: an item, else the attribute of that name, else undefined.
 fn item(value: &Value, key: &Value) -> Result<Value, Error> {
+    let found = item_alone(value, key)?;
+    Ok(match key.as_str() {
+        Some(name) if found.is_undefined() && methods::has(value, name) => methods::bound(value.clone(), name),
+        _ => found,
+    })
+}
+
+fn item_alone(value: &Value, key: &Value) -> Result<Value, Error> {
     let index = |length: usize| match Number::of(key) {
         Some(Number::Int(i)) if i < 0 => usize::try_from(length as i128 + i).ok(),
         Some(Number::Int(i)) => usize::try_from(i).ok(),
@@ -315,8 +397,8 @@ fn item(value: &Value, key: &Value) -> Result<Value, Error> {
             }
         }
         Type::Dict => match key.kind() {
-            // 1, 1.0 and true are the same key.
             ValueKind::String => value.get_item(key)?,
+            // 1, 1.0 and true are the same key.
             _ => match items(value)?.iter().find(|other| equal(other, key)) {
                 Some(key) => value.get_item(key)?,
                 None => Value::UNDEFINED,

@@ -65,7 +65,7 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     }
     environment.add_test("divisibleby", |value: &Value, by: &Value| match whole(by)? {
         0 => Err(fault("integer modulo by zero")),
-        by => Ok(whole(value)? % by == 0),
+        by => Ok(whole(value)?.checked_rem(by).is_none_or(|rest| rest == 0)),
     });
     environment.add_test("sameas", |a: &Value, b: &Value| Type::of(a) == Type::of(b) && equal(a, b));
     environment.add_test("lower", |value: &Value| cased(value, char::is_lowercase, char::is_uppercase));

@@ -6,8 +6,14 @@ use super::{
     lexer,
 };
 
+/// Longest template. Its parts are compiled by recursion, on a stack that this fits.
+const MAX_SOURCE_BYTES: usize = 1 << 20;
+
 /// The template that gives with minijinja what `source` gives with Jinja2.
 pub(super) fn translate(source: &str) -> Result<String, Fault> {
+    if source.len() > MAX_SOURCE_BYTES {
+        return Err(format!("a template must have at most {MAX_SOURCE_BYTES} bytes, got {}", source.len()));
+    }
     // Jinja2 reads every line end as one character.
     let source = &*source.replace("\r\n", "\n").replace('\r', "\n");
     let mut out = String::with_capacity(source.len() * 2);
@@ -95,8 +101,9 @@ fn statement(p: &mut Parser<'_>) -> Result<String, Fault> {
     let word = p.name()?;
     Ok(match word.as_str() {
         // transformers marks the assistant's text with it, for training masks. It prints nothing.
+        // (minijinja can't leave the scope of a `with` by `break`, so this has none.)
         "generation" => "if true".into(),
-        "endgeneration" => "endif".into(),
+        "endgeneration" | "endautoescape" => "endif".into(),
         "if" | "elif" => format!("{word} {}", p.tuple(false)?),
         "for" => {
             let target = p.target(false)?;
@@ -115,22 +122,30 @@ fn statement(p: &mut Parser<'_>) -> Result<String, Fault> {
         "set" => {
             let target = p.target(true)?;
             if p.take("=") {
-                format!("set {target} = {}", p.tuple(true)?)
+                match p.tuple(true)? {
+                    value if target.contains('.') => format!("set {target} = __stored__({value})"),
+                    value => format!("set {target} = {value}"),
+                }
             } else {
                 format!("set {target}{}", filters(p)?)
             }
         }
         "with" => {
-            let mut bindings = Vec::new();
+            let (mut targets, mut values) = (Vec::new(), Vec::new());
             while p.end().is_err() {
-                let target = p.target(false)?;
+                targets.push(p.name()?);
                 p.expect("=")?;
-                bindings.push(format!("{target} = {}", p.expression()?));
+                values.push(p.expression()?);
                 if !p.take(",") {
                     break;
                 }
             }
-            format!("with {}", bindings.join(", "))
+            // None of the values sees the new names.
+            match targets.len() {
+                0 => "with".into(),
+                1 => format!("with {} = {}", targets[0], values[0]),
+                _ => format!("with ({}) = [{}]", targets.join(", "), values.join(", ")),
+            }
         }
         "filter" => format!("filter {}{}", p.filter()?, filters(p)?),
         "macro" => {
@@ -152,8 +167,10 @@ fn statement(p: &mut Parser<'_>) -> Result<String, Fault> {
             let _ = p.name();
             word
         }
-        "autoescape" => format!("if {}", p.expression()?),
-        "endautoescape" => "endif".into(),
+        "autoescape" => {
+            p.expression()?;
+            "if true".into()
+        }
         "else" | "endif" | "endfor" | "endset" | "endwith" | "endfilter" | "endmacro" | "endcall" | "break"
         | "continue" => word,
         "include" | "extends" | "import" | "from" => {

@@ -7,7 +7,7 @@ use minijinja::{Environment, Error, Value, value::Rest};
 use super::{
     arguments::Arguments,
     methods,
-    values::{Type, fault, items, text},
+    values::{Type, charge, fault, items, text},
 };
 
 /// Widest line that a filter may make.
@@ -25,10 +25,7 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     environment.add_filter("replace", |value: &Value, arguments: Rest<Value>| {
         let args = Arguments::new(&arguments);
         let (s, old, new) = (text(value)?, text(&args.required(0, "old")?)?, text(&args.required(1, "new")?)?);
-        Ok::<_, Error>(match args.whole(2, "count")? {
-            Some(count) if count >= 0 => s.replacen(&old, &new, count as usize),
-            _ => s.replace(&old, &new),
-        })
+        methods::replaced(&s, &old, &new, args.whole(2, "count")?)
     });
     environment.add_filter("center", |value: &Value, arguments: Rest<Value>| {
         let width = Arguments::new(&arguments).whole(0, "width")?.unwrap_or(80);
@@ -133,6 +130,7 @@ fn indent(value: &Value, arguments: Rest<Value>) -> Result<String, Error> {
     };
     let (first, blank) = (args.flag(1, "first", false), args.flag(2, "blank", false));
     let s = text(value)?;
+    charge(s.matches('\n').count().saturating_mul(indent.len()).saturating_add(s.len()))?;
     let mut out = String::with_capacity(s.len());
     for (i, line) in s.split('\n').enumerate() {
         if i > 0 {
@@ -190,7 +188,7 @@ fn wordwrap(value: &Value, arguments: Rest<Value>) -> Result<String, Error> {
         }
         lines.push(line);
     }
-    Ok(lines.join(&newline))
+    methods::joined(&lines, &newline)
 }
 
 /// As a part of text that is marked as safe for HTML: escaped, unless it is marked as well. Nothing is escaped when it is

@@ -22,6 +22,7 @@ pub(super) fn strftime(format: &str, now: SystemTime) -> String {
     let seconds = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let (days, second_of_day) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = civil(days);
+    let hour = second_of_day / 3600;
     let (month_name, day_name) = (MONTHS[month as usize - 1], DAYS[(days % 7) as usize]);
     let mut out = String::new();
     let mut chars = format.chars();
@@ -39,7 +40,37 @@ pub(super) fn strftime(format: &str, now: SystemTime) -> String {
             Some('b') => out += &month_name[..3],
             Some('A') => out += day_name,
             Some('a') => out += &day_name[..3],
-            Some('H') => out += &format!("{:02}", second_of_day / 3600),
+            Some('e') => out += &format!("{day:2}"),
+            Some('j') => out += &format!("{:03}", days - first_of(year) + 1),
+            Some('I') => out += &format!("{:02}", (hour + 11) % 12 + 1),
+            Some('p') => out += if hour < 12 { "AM" } else { "PM" },
+            Some('F') => out += &format!("{year}-{month:02}-{day:02}"),
+            Some('T') => out += &strftime("%H:%M:%S", now),
+            Some('R') => out += &strftime("%H:%M", now),
+            Some('D' | 'x') => out += &strftime("%m/%d/%y", now),
+            Some('X') => out += &strftime("%H:%M:%S", now),
+            Some('c') => out += &strftime("%a %b %e %H:%M:%S %Y", now),
+            Some('h') => out += &month_name[..3],
+            Some('u') => out += &((days + 3) % 7 + 1).to_string(),
+            Some('w') => out += &((days + 4) % 7).to_string(),
+            Some('s') => out += &seconds.to_string(),
+            Some('f') => {
+                out += &format!("{:06}", now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.subsec_micros()))
+            }
+            // What a time without a zone has of one.
+            Some('z' | 'Z') => {}
+            Some('n') => out.push('\n'),
+            Some('t') => out.push('\t'),
+            // Without zeros in front, as glibc has it.
+            Some('-') => match chars.next() {
+                Some(directive) => {
+                    let padded = strftime(&format!("%{directive}"), now);
+                    let short = padded.trim_start_matches(['0', ' ']);
+                    out += if short.is_empty() { "0" } else { short };
+                }
+                None => out += "%-",
+            },
+            Some('H') => out += &format!("{hour:02}"),
             Some('M') => out += &format!("{:02}", second_of_day / 60 % 60),
             Some('S') => out += &format!("{:02}", second_of_day % 60),
             Some('%') => out.push('%'),
@@ -48,6 +79,12 @@ pub(super) fn strftime(format: &str, now: SystemTime) -> String {
         }
     }
     out
+}
+
+/// The days from 1970 to the first of a year's.
+fn first_of(year: u64) -> u64 {
+    let before = year - 1;
+    before * 365 + before / 4 - before / 100 + before / 400 - 719_162
 }
 
 /// Days since 1970 to (year, month, day), after Howard Hinnant's `civil_from_days`.
@@ -71,5 +108,8 @@ mod tests {
     fn dates() {
         let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_709_210_096);
         assert_eq!(strftime("%d %b %Y %A %H:%M:%S %%", at), "29 Feb 2024 Thursday 12:34:56 %");
+        assert_eq!(strftime("%F %T %j %-d %-m %I:%M %p %u %w %e", at), "2024-02-29 12:34:56 060 29 2 12:34 PM 4 4 29");
+        let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_735_693_445);
+        assert_eq!(strftime("%j %-d %-I %-H %p %D %c", at), "001 1 1 1 AM 01/01/25 Wed Jan  1 01:04:05 2025");
     }
 }

@@ -13,6 +13,9 @@ const MAX_DEPTH: usize = 1000;
 /// Bytes that one rendering may make on its way to its output. The limit of steps does not see what one step makes.
 const MAX_MADE_BYTES: usize = 1 << 30;
 
+/// What to look into one value counts. Values that share parts may be far larger than what the program has made.
+pub(super) const VISIT_BYTES: usize = 64;
+
 thread_local! {
     /// Bytes made so far. Each rendering has a thread of its own.
     static MADE_BYTES: Cell<usize> = const { Cell::new(0) };
@@ -231,7 +234,7 @@ pub(super) fn repr(value: &Value) -> Result<String, Error> {
 }
 
 fn repr_at(value: &Value, depth: usize) -> Result<String, Error> {
-    charge(value.as_str().map_or(1, str::len))?;
+    charge(value.as_str().map_or(VISIT_BYTES, str::len))?;
     if depth > MAX_DEPTH {
         return Err(fault(format!("values may be nested {MAX_DEPTH} deep")));
     }
@@ -253,6 +256,8 @@ fn repr_at(value: &Value, depth: usize) -> Result<String, Error> {
             Some(items) => items_repr(&items, depth)?,
             // minijinja writes bytes as Python does, but only for programmers.
             None if value.as_bytes().is_some() => format!("{value:?}"),
+            // minijinja would write all that a namespace holds, however often it holds it.
+            None if value.kind() == ValueKind::Map => "<object>".into(),
             None => value.to_string(),
         },
         Type::None | Type::Bool | Type::Int => value.to_string(),
