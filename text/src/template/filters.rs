@@ -9,7 +9,7 @@ use super::{
     format, json, methods,
     operators::{add, compare, equal, undefined},
     texts,
-    values::{Items, Type, charge, fault, items, repr, text},
+    values::{Items, Type, VISIT_BYTES, charge, fault, items, repr, text},
 };
 
 /// Registers all of them. Those that work on texts alone are in `texts`.
@@ -230,7 +230,7 @@ fn unique(value: &Value, arguments: Rest<Value>) -> Result<Value, Error> {
     let mut kept = Vec::new();
     for item in items(value)? {
         let key = key(&item, path.as_ref(), case_sensitive)?;
-        charge(seen.len())?;
+        charge(seen.len().saturating_mul(VISIT_BYTES))?;
         if !seen.iter().any(|other| equal(other, &key)) {
             seen.push(key);
             kept.push(item);
