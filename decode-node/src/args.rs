@@ -36,7 +36,7 @@ pub struct Args {
     /// Address of the gRPC service.
     #[arg(long, env = "OVERFILL_LISTEN", default_value = "127.0.0.1:0")]
     pub listen: String,
-    /// Address of /startup, /live, /ready and /metrics.
+    /// Address of /startup, /live, /ready, /health and /metrics.
     #[arg(long, env = "OVERFILL_ADMIN", default_value = "127.0.0.1:0")]
     pub admin: String,
     /// Address at which KV is received.

@@ -26,7 +26,7 @@ pub struct Args {
     /// wait, before a node has come that serves it.
     #[arg(long = "served-model", env = "OVERFILL_SERVED_MODEL", value_delimiter = ',')]
     pub served_model: Vec<String>,
-    /// Where the OpenAI API is served, with /startup, /live, /ready and /metrics.
+    /// Where the OpenAI API is served, with /startup, /live, /ready, /health and /metrics.
     #[arg(long, env = "OVERFILL_HTTP", default_value = "127.0.0.1:8080")]
     pub http: String,
     /// Where gRPC is served.

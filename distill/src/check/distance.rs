@@ -26,6 +26,9 @@ pub struct Distance {
 impl Distance {
     /// Adds a position; both are logits, `[vocab]`.
     pub fn add(&mut self, reference: &[f32], engine: &[f32]) {
+        // What is compared with nothing must not pass.
+        assert_eq!(reference.len(), engine.len(), "logits of both sides");
+        assert!(!reference.is_empty(), "logits of no tokens");
         let (expected, got) = (log_sum_exp(reference), log_sum_exp(engine));
         let (mut greatest, mut sum) = (0.0_f64, 0.0);
         for (reference, engine) in reference.iter().zip(engine) {

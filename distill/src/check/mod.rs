@@ -102,6 +102,9 @@ pub struct Report {
 /// Runs both sides. The reference goes first and is dropped, so that only one copy of the weights is in memory at a time.
 /// Errors are of what can't be compared.
 pub fn check(config: &CheckConfig) -> Result<Report> {
+    if let Some(bound) = config.bound {
+        ensure!(bound.is_finite() && bound >= 0.0, "--bound must be a finite number of at least 0, got {bound}");
+    }
     let reference_path = config.reference.as_ref().unwrap_or(&config.model);
     let reference_config = ModelConfig::from_folder(reference_path)?;
     let plan = Plan::new(reference_path, &reference_config)?;
