@@ -273,6 +273,13 @@ impl Parser<'_> {
             self.at += 1;
             return Ok(format!("__item__({value}, {index})"));
         }
+        // `a.0.1` has two of them.
+        if let Some(TokenKind::Float(indices)) = self.peek()
+            && let Some((first, second)) = indices.split_once('.')
+        {
+            self.at += 1;
+            return Ok(format!("__item__(__item__({value}, {first}), {second})"));
+        }
         let name = self.name()?;
         if self.take("(") {
             let mut arguments = vec![value, quoted(&name)];
@@ -373,13 +380,6 @@ impl Parser<'_> {
     fn test(&mut self, value: &str) -> Result<String, Fault> {
         let negated = self.take_word("not");
         let name = self.name()?;
-        // As in Jinja2, `none`, `true` and `false` are names of tests here.
-        let name = match name.as_str() {
-            "None" => "none",
-            "True" => "true",
-            "False" => "false",
-            name => name,
-        };
         let arguments = if self.take("(") {
             self.arguments()?
         } else {

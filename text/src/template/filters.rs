@@ -9,7 +9,7 @@ use super::{
     format, json, methods,
     operators::{add, compare, equal, undefined},
     texts,
-    values::{Items, Type, VISIT_BYTES, charge, fault, items, repr, text},
+    values::{Items, Shape, Type, VISIT_BYTES, charge, fault, items, repr, text},
 };
 
 /// Registers all of them. Those that work on texts alone are in `texts`.
@@ -29,8 +29,10 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     }
     environment
         .add_filter("first", |value: &Value| Ok::<_, Error>(items(value)?.into_iter().next().unwrap_or_default()));
-    environment
-        .add_filter("last", |value: &Value| Ok::<_, Error>(items(value)?.into_iter().next_back().unwrap_or_default()));
+    environment.add_filter("last", |value: &Value| match is_generator(value) {
+        true => Err(fault("'generator' object is not reversible")),
+        false => Ok(items(value)?.into_iter().next_back().unwrap_or_default()),
+    });
     environment.add_filter("list", |value: &Value| items(value).map(Value::from));
     environment.add_filter("items", |value: Value| match Type::of(&value) {
         Type::Undefined => Ok(Items::generator(Vec::new())),
@@ -101,11 +103,16 @@ pub(super) fn register(environment: &mut Environment<'_>) {
 pub(super) fn length(value: &Value) -> Result<usize, Error> {
     match Type::of(value) {
         Type::Undefined => Ok(0),
+        _ if is_generator(value) => Err(fault("object of type 'generator' has no len()")),
         Type::Str | Type::List | Type::Tuple | Type::Dict | Type::Other if value.len().is_some() => {
             Ok(value.len().unwrap_or_default())
         }
         other => Err(fault(format!("object of type '{}' has no len()", other.name()))),
     }
+}
+
+fn is_generator(value: &Value) -> bool {
+    value.downcast_object_ref::<Items>().is_some_and(|items| items.shape == Shape::Generator)
 }
 
 fn pairs(value: &Value) -> Result<Vec<Value>, Error> {

@@ -256,6 +256,7 @@ fn fielded(value: &Value, spec: &Spec) -> Result<String, Error> {
             let shown = value.as_str().unwrap_or_default();
             spec.precision.map_or_else(|| shown.to_owned(), |most| shown.chars().take(most).collect())
         }
+        (Some('c'), Type::Str) if value.len() == Some(1) => text(value)?,
         (Some('c'), Type::Int) => {
             let code = u32::try_from(value.clone())?;
             char::from_u32(code).ok_or_else(|| fault("%c arg not in range(0x110000)"))?.to_string()
@@ -278,7 +279,8 @@ fn fielded(value: &Value, spec: &Spec) -> Result<String, Error> {
         (Some('f' | 'F'), _) => format!("{:.*}", spec.precision.unwrap_or(6), number()?),
         (Some('%'), _) => format!("{:.*}%", spec.precision.unwrap_or(6), number()? * 100.0),
         (Some(kind @ ('e' | 'E')), _) => exponential(number()?, spec.precision.unwrap_or(6), kind),
-        (Some('g' | 'G'), _) => general(number()?, spec.precision.unwrap_or(6).max(1)),
+        (Some('G'), _) => general(number()?, spec.precision.unwrap_or(6).max(1)).to_uppercase(),
+        (Some('g'), _) => general(number()?, spec.precision.unwrap_or(6).max(1)),
         (None, Type::Float) => match spec.precision {
             Some(precision) => general(number()?, precision.max(1)),
             None => float(number()?),

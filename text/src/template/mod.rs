@@ -6,7 +6,9 @@
 //!
 //! Unlike in Jinja2: what `map` and its like give can be read more than once, and has a length; methods of text that is
 //! marked as safe give plain text, and `autoescape` changes nothing; whole numbers have 128 bits; 1 and true are two keys of a dictionary; `pprint`
-//! does not break lines; `varargs` and `kwargs` of macros, `self`, `urlize`, `lipsum` and `random` are missing.
+//! does not break lines; bodies of `generation`, `set` and `filter` have no
+//! scope of their own, and a `with` can't be left by `break`; `varargs` and `kwargs` of macros, names of a `groupby` result,
+//! `print`, `self`, `urlize`, `lipsum` and `random` are missing.
 //!
 //! A template is a program that a stranger may have written. One that loops, writes or nests without end ends with an error. What
 //! its functions make on their way is bounded (`values::charge`). Its own plain text, captured again and again by `set`

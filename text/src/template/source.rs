@@ -104,7 +104,11 @@ fn statement(p: &mut Parser<'_>) -> Result<String, Fault> {
         // (minijinja can't leave the scope of a `with` by `break`, so this has none.)
         "generation" => "if true".into(),
         "endgeneration" | "endautoescape" => "endif".into(),
-        "if" | "elif" => format!("{word} {}", p.tuple(false)?),
+        "if" | "elif" => {
+            let text = format!("{word} {}", p.tuple(false)?);
+            p.take(":");
+            text
+        }
         "for" => {
             let target = p.target(false)?;
             if !p.take_word("in") {
@@ -117,6 +121,7 @@ fn statement(p: &mut Parser<'_>) -> Result<String, Fault> {
             if p.take_word("recursive") {
                 text += " recursive";
             }
+            p.take(":");
             text
         }
         "set" => {
@@ -124,6 +129,8 @@ fn statement(p: &mut Parser<'_>) -> Result<String, Fault> {
             if p.take("=") {
                 match p.tuple(true)? {
                     value if target.contains('.') => format!("set {target} = __stored__({value})"),
+                    // A text has characters to unpack.
+                    value if target.contains(',') => format!("set {target} = __iterate__({value})"),
                     value => format!("set {target} = {value}"),
                 }
             } else {

@@ -129,7 +129,10 @@ fn indent(value: &Value, arguments: Rest<Value>) -> Result<String, Error> {
         },
     };
     let (first, blank) = (args.flag(1, "first", false), args.flag(2, "blank", false));
-    let s = text(value)?;
+    let Some(s) = value.as_str() else {
+        return Err(fault(format!("indent needs a text, not '{}'", Type::of(value).name())));
+    };
+    let s = s.replace("\r\n", "\n");
     charge(s.matches('\n').count().saturating_mul(indent.len()).saturating_add(s.len()))?;
     let mut out = String::with_capacity(s.len());
     for (i, line) in s.split('\n').enumerate() {

@@ -151,12 +151,14 @@ def render(template):
 def main():
     expressions = [expression for line in EXPRESSIONS for expression in split(line)]
     cases = []
-    for template in [f"{{{{ {expression} }}}}" for expression in expressions] + TEMPLATES:
+    here = pathlib.Path(__file__).parent
+    variations = [json.loads(line) for line in (here / "variations.jsonl").read_text().splitlines()]
+    for template in [f"{{{{ {expression} }}}}" for expression in expressions] + TEMPLATES + variations:
         case = {"template": template, **render(template)}
         # An address is another one each time.
         if " at 0x" not in case.get("output", ""):
             cases.append(case)
-    out = pathlib.Path(__file__).parent / "cases.json"
+    out = here / "cases.json"
     lines = ",\n".join(json.dumps(case, ensure_ascii=False) for case in cases)
     out.write_text(f'{{"variables": {json.dumps(VARIABLES, ensure_ascii=False)},\n"cases": [\n{lines}\n]}}\n')
     print(len(cases), "cases,", sum("error" in case for case in cases), "of them errors")
