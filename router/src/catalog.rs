@@ -1,4 +1,4 @@
-//! The models that clients may name: those that nodes serve, and those that the router is configured to serve.
+//! The models that clients may name: nodes serve them, or the router is configured to expect them.
 //!
 //! A router may start before its nodes, and lose them all. A request for a model that nodes will serve waits until they do.
 

@@ -13,7 +13,7 @@ const FILE: &str = "generation_config.json";
 pub struct GenerationDefaults {
     /// Tokens that end a text. See [`crate::TextModel::eos_token_ids`] for all of them.
     pub eos_token_ids: Vec<u32>,
-    /// Sampling parameters, within their limits; those that the file does not give are off.
+    /// Sampling parameters, within their limits. A parameter that the file does not give is off.
     pub sampling: SamplingParams,
     /// Most tokens to generate.
     pub max_new_tokens: Option<u32>,

@@ -106,7 +106,7 @@ impl TextModel {
     }
 
     /// Tokens that end a text: those of generation_config.json, then the tokenizer's `eos_token`. A model's config.json may
-    /// name others; whoever serves the model adds them.
+    /// name others: the node that serves the model adds them.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_token_ids
     }

@@ -17,7 +17,7 @@ pub struct Distance {
     pub mean: f64,
     /// Positions at which both have the same most likely token.
     pub same_greedy: usize,
-    /// Of the others, those that are close calls for the reference.
+    /// Positions with another greedy token at which the reference's two best are close.
     pub close_calls: usize,
     #[serde(skip)]
     sum: f64,

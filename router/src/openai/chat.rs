@@ -107,8 +107,8 @@ pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: 
     Ok(chat.batch.generations(std::slice::from_ref(&chat.prompt), limits.time)?)
 }
 
-/// All but the field `model`, of a request that came when `arrived`. `may_ask` is asked whether so many sequences can be
-/// served at all.
+/// All but the field `model`, of a request that came when `arrived`. `may_ask` refuses a number of sequences that can never
+/// be served.
 async fn parse(
     mut fields: Fields,
     model: Arc<ServedModel>,

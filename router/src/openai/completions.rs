@@ -93,8 +93,8 @@ pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: 
     Ok(completion.batch.generations(&completion.prompts, limits.time)?)
 }
 
-/// All but the field `model`, of a request that came when `arrived`. `may_ask` is asked whether so many sequences can be
-/// served at all.
+/// All but the field `model`, of a request that came when `arrived`. `may_ask` refuses a number of sequences that can never
+/// be served.
 async fn parse(
     mut fields: Fields,
     model: Arc<ServedModel>,

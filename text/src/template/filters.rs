@@ -12,7 +12,7 @@ use super::{
     values::{Items, Shape, Type, VISIT_BYTES, charge, fault, items, repr, text},
 };
 
-/// Registers all of them. Those that work on texts alone are in `texts`.
+/// Registers all of them. `texts` has the filters of texts.
 pub(super) fn register(environment: &mut Environment<'_>) {
     texts::register(environment);
     environment.add_filter("tojson", json::to_json);

@@ -1,6 +1,6 @@
 //! The methods of Python's texts, lists, tuples and dictionaries that do not change them.
 //!
-//! transformers renders in Jinja2's immutable sandbox, which refuses those that do.
+//! transformers renders in Jinja2's immutable sandbox, which refuses methods that change their object.
 
 use std::{fmt, sync::Arc};
 
