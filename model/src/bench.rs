@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::{
     KvCache, ModelConfig, ModelError, Rows, SequenceSlice, Want, WeightFormat,
-    kernels::{
+    cpu::kernels::{
         attention::AttentionScratch,
         inputs::InputBuffer,
         matmul::multiply,

@@ -13,15 +13,15 @@ use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, KvStore, StoreError};
 use parking_lot::RwLock;
 
 use crate::{
-    error::plain,
-    kernels::{
+    SequenceSlice,
+    cpu::kernels::{
         attention::{AttentionScratch, Heads, attend},
         element::Element,
         memory::LargePages,
         packed::Arithmetic,
         scatter::{Slot, scatter},
     },
-    paged::SequenceSlice,
+    error::plain,
 };
 
 /// Where the layers are.

@@ -4,31 +4,29 @@
 //! The same [`Decoder`] serves and trains: what differs is where attention finds keys and values ([`Attention`]), and
 //! whether its operations keep a gradient ([`Ops`]).
 
+mod batch;
 pub mod bench;
 mod cache;
 mod config;
 mod cpu;
-mod decoder;
-mod differentiable;
 mod error;
 mod gguf;
-mod kernels;
-mod linear;
+
 mod loading;
 mod options;
-mod paged;
 mod provenance;
 mod sampler;
+mod tensor;
 mod weights;
 
+pub use batch::{Logits, SequenceSlice, Want};
 pub use cache::KvCache;
 pub use config::{Family, ModelConfig, RopeScaling};
-pub use decoder::{Attention, Decoder, Observer, Ops, Site};
 pub use error::ModelError;
 pub use gguf::text_files;
 pub use loading::Model;
 pub use options::{DeviceSpec, LoadOptions, Rows, WeightDtype, WeightFormat, resolve};
-pub use paged::{Logits, SequenceSlice, Want};
 pub use provenance::{FullModel, Provenance};
 pub use sampler::{report, sample};
+pub use tensor::{Attention, Decoder, Observer, Ops, Site};
 pub use weights::{TensorInfo, Weights};

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     Decoder, KvCache, LoadOptions, Logits, ModelConfig, ModelError, Ops, Provenance, Rows, SequenceSlice, Weights,
-    cpu::CpuDecoder, gguf::folder_of, kernels::attention::Heads, paged, text_files,
+    batch, cpu::CpuDecoder, cpu::kernels::attention::Heads, gguf::folder_of, tensor::paged, text_files,
 };
 
 /// Who computes.
@@ -191,7 +191,7 @@ impl Model {
         on_layer: &mut (dyn FnMut(usize) + Send),
         logits: &mut Logits,
     ) -> Result<(), ModelError> {
-        paged::check(batch, self.config().vocab_size)?;
+        batch::check(batch, self.config().vocab_size)?;
         match &self.engine {
             Engine::Cpu(decoder) => decoder.forward(cache, batch, on_layer, logits),
             Engine::Device(decoder) => Ok(paged::forward(decoder, cache, batch, on_layer, logits)?),

@@ -5,9 +5,9 @@ use std::{fmt, path::PathBuf, str::FromStr};
 use candle_core::{DType, Device};
 use overfill_kv::KvDtype;
 
-use crate::{ModelError, error::plain, gguf::Gguf, kernels::packed::Format};
+use crate::{ModelError, cpu::kernels::packed::Format, error::plain, gguf::Gguf};
 
-pub use crate::kernels::packed::Rows;
+pub use crate::cpu::kernels::packed::Rows;
 
 /// Element type of a model's tensors, as they are trained, pruned and written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     KvCache, Logits, ModelConfig, ModelError, SequenceSlice, Weights,
-    kernels::{
+    cpu::kernels::{
         attention::Heads,
         packed::{Arithmetic, Format, Rows},
         rows::{rms_norm, rms_norm_in_place, rope},
@@ -297,7 +297,7 @@ mod tests {
     use overfill_kv::{BlockId, KvDtype};
 
     use super::*;
-    use crate::{Decoder, Ops, Want, loading::heads, paged};
+    use crate::{Decoder, Ops, Want, loading::heads, tensor::paged};
 
     /// GPUs run the tensor operations; here they run on the CPU, so that both ways are seen to agree.
     #[test]

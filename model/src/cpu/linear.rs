@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::{
     ModelError, Weights,
-    kernels::{
+    cpu::kernels::{
         inputs::InputBuffer,
         matmul::multiply,
         packed::{Arithmetic, Format, PANEL, Packed},

@@ -2,6 +2,7 @@
 //! would allocate and walk over its operands anew. What it computes is what [`crate::Decoder`] computes.
 
 mod decoder;
+pub(crate) mod kernels;
 mod linear;
 mod team;
 mod workspace;

@@ -2,7 +2,7 @@
 
 use crate::{
     SequenceSlice, Want,
-    kernels::{attention::AttentionScratch, inputs::InputBuffer, scatter::Slot},
+    cpu::kernels::{attention::AttentionScratch, inputs::InputBuffer, scatter::Slot},
 };
 
 /// All that a step of `n` tokens writes besides KV.

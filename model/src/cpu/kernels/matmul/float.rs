@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::{CHUNK_COLUMNS, Fetch, tile_rows, with_rows};
-use crate::kernels::{
+use crate::cpu::kernels::{
     packed::{Format, GROUP, PANEL, SCALES_BYTES},
     simd::{Simd, load_tile, store_tile},
 };

@@ -1,7 +1,7 @@
 //! Products of bf16 weights with inputs of bf16, for instruction sets that have an instruction for them.
 
 use super::{FEW_ROWS, Fetch, with_rows};
-use crate::kernels::{
+use crate::cpu::kernels::{
     inputs::Rounded,
     packed::PANEL,
     simd::{Simd, load_tile, store_tile},

@@ -5,7 +5,7 @@ use half::bf16;
 use overfill_kv::{BLOCK_TOKENS, BlockId};
 
 use super::{Heads, PADDING};
-use crate::kernels::{
+use crate::cpu::kernels::{
     element::Element,
     inputs::{round_bf16, tile_rows},
     simd::{Kernel, Simd, load_tile, store_tile},

@@ -1,7 +1,7 @@
 //! Products of int8 and int4 weights with inputs of bytes.
 
 use super::{FEW_ROWS, Fetch, tile_rows, with_rows};
-use crate::kernels::{
+use crate::cpu::kernels::{
     inputs::Quantised,
     packed::{Format, GROUP, PANEL, SCALES_BYTES},
     simd::{Simd, load_tile, store_tile},

@@ -6,7 +6,7 @@ use super::{
     Heads,
     decode::{Partial, padded_dim},
 };
-use crate::kernels::{
+use crate::cpu::kernels::{
     element::Element,
     inputs::tile_rows,
     simd::{Kernel, Simd, load_tile, store_tile},

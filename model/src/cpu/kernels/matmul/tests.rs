@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::kernels::{
+use crate::cpu::kernels::{
     inputs::{InputBuffer, InputType},
     packed::Format,
 };

@@ -11,7 +11,7 @@ use overfill_kv::BLOCK_TOKENS;
 use rayon::prelude::*;
 
 use super::{Batch, Heads, PADDING, segment::Segment};
-use crate::kernels::element::Element;
+use crate::cpu::kernels::element::Element;
 
 /// Blocks of a segment: 64 tokens.
 const SEGMENT_BLOCKS: usize = 4;

@@ -14,7 +14,7 @@ use super::{
     Batch,
     tile::{Memory, Operand, Tile},
 };
-use crate::kernels::{element::Element, memory::Shared};
+use crate::cpu::kernels::{element::Element, memory::Shared};
 
 /// Queries of a tile, about: tokens times query heads that share a KV head.
 const TILE_ROWS: usize = 144;

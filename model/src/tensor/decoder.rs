@@ -8,7 +8,8 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{ops, rotary_emb};
 
-use crate::{ModelConfig, ModelError, differentiable, linear::Linear};
+use super::{differentiable, linear::Linear};
+use crate::{ModelConfig, ModelError};
 
 /// Where attention finds its keys and values.
 pub trait Attention {
