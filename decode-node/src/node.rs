@@ -4,12 +4,12 @@ use std::{future::pending, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use overfill_cluster::{
     Admin, AdminServer, Drain, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown, Started, admin,
-    discovery::{self, NodeRole, Registration},
+    discovery::{self, Registration},
     grpc::{self, BindError, NODE_CONNECTIONS},
     http,
     net::Listener,
 };
-use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema};
+use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema, Role};
 use overfill_model::{KvCache, Model, ModelError};
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1, v1::decode_server::DecodeServer};
 use overfill_transport::{KvReceiver, TransferConfig};
@@ -175,7 +175,7 @@ impl DecodeNode {
 
     fn registration(&self, info: &v1::NodeInfo, schema: &KvSchema) -> Registration {
         Registration {
-            role: NodeRole::Decode,
+            role: Role::Decode,
             node_id: info.node_id.clone(),
             incarnation: info.incarnation.clone(),
             grpc: self.config.advertise_grpc.clone().unwrap_or_else(|| self.grpc_address.to_string()),

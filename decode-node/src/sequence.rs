@@ -4,7 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use overfill_cluster::{LoadState, load::Counted};
 use overfill_kv::{
-    BlockHash, BlockId, BlockLease, BlockPool, KvStore, OutputToken, RequestId, SamplingParams, StoreError, blocks_for,
+    BlockHash, BlockId, BlockLease, BlockPool, FinishReason, KvStore, OutputToken, RequestId, SamplingParams,
+    StoreError, blocks_for,
 };
 use tokio::{sync::mpsc, time::Instant};
 
@@ -36,15 +37,6 @@ pub struct Request {
     pub deadline: Instant,
 }
 
-/// Why an output ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
-    /// A stop token.
-    Stop,
-    /// `max_tokens`.
-    Length,
-}
-
 /// What a client hears, in this order.
 #[derive(Debug)]
 pub enum Event {
@@ -58,7 +50,7 @@ pub enum Event {
     /// The second, third, ... token of the output.
     Token(OutputToken),
     /// The last event.
-    Finished(Finish),
+    Finished(FinishReason),
     /// The engine could not go on with it. The last event.
     Failed(String),
 }
@@ -213,11 +205,11 @@ impl Sequence {
     }
 
     /// The end, if the output has come to it.
-    pub fn finish(&self) -> Option<Finish> {
+    pub fn finish(&self) -> Option<FinishReason> {
         let output = &self.tokens[self.request.tokens.len()..];
         match output.last() {
-            Some(last) if self.request.stop_token_ids.contains(last) => Some(Finish::Stop),
-            _ => (output.len() >= self.request.max_tokens).then_some(Finish::Length),
+            Some(last) if self.request.stop_token_ids.contains(last) => Some(FinishReason::Stop),
+            _ => (output.len() >= self.request.max_tokens).then_some(FinishReason::Length),
         }
     }
 
@@ -401,10 +393,10 @@ mod tests {
         }
         assert!(sequence.steps());
         sequence.push(token(9));
-        assert_eq!(sequence.finish(), Some(Finish::Stop));
-        sequence.tell(Event::Finished(Finish::Stop));
+        assert_eq!(sequence.finish(), Some(FinishReason::Stop));
+        sequence.tell(Event::Finished(FinishReason::Stop));
         let heard = std::iter::from_fn(|| client.try_recv().ok()).last();
-        assert!(matches!(heard, Some(Event::Finished(Finish::Stop))), "{heard:?}");
+        assert!(matches!(heard, Some(Event::Finished(FinishReason::Stop))), "{heard:?}");
     }
 
     #[test]

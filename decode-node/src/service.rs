@@ -6,7 +6,7 @@ use futures::{Stream, StreamExt as _};
 use overfill_cluster::{Drain, Load, LoadState, Shutdown};
 use overfill_kv::{BLOCK_TOKENS, KvSchema, Ticket};
 use overfill_proto::{InvalidField, v1};
-use overfill_transport::{Committed, HandoffError, IncomingHandoff, KvReceiver, Reservation, TransferStats};
+use overfill_transport::{Committed, HandoffError, IncomingHandoff, KvReceiver, Reservation};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep, sleep_until},
@@ -18,7 +18,7 @@ use crate::{
     args::MAX_DEADLINE_SECONDS,
     engine::{EngineHandle, Refused},
     request::RequestLimits,
-    sequence::{Event, Finish},
+    sequence::Event,
 };
 
 /// Load is reported at most this often.
@@ -65,10 +65,6 @@ fn wire_load(load: Load) -> v1::NodeLoad {
         open_handoffs: open_handoffs as u32,
         stalled,
     }
-}
-
-fn wire_stats(stats: TransferStats) -> v1::TransferStats {
-    v1::TransferStats { bytes: stats.bytes, seconds: stats.seconds, exposed_seconds: stats.exposed_seconds }
 }
 
 fn event(event: v1::decode_event::Event) -> v1::DecodeEvent {
@@ -230,7 +226,7 @@ impl v1::decode_server::Decode for DecodeService {
                         load.metrics().transfer_exposed_seconds.observe(stats.exposed_seconds);
                         debug!(request = %id, bytes = stats.bytes, seconds = stats.seconds, "took over");
                         engine.ready(arrival, first_token)?;
-                        yield event(Wire::Ready(v1::HandoffReady { transfer: Some(wire_stats(stats)) }));
+                        yield event(Wire::Ready(v1::HandoffReady { transfer: Some(stats.into()) }));
                     }
                     Next::Handoff(outcome) => {
                         let reason = match outcome {
@@ -243,16 +239,13 @@ impl v1::decode_server::Decode for DecodeService {
                         Err(ended_early(deadline, &format!("taking the prompt's KV over: {reason}")))?;
                     }
                     Next::Engine(Some(Event::Token(token))) => yield event(Wire::Token(token.into())),
-                    Next::Engine(Some(Event::Finished(finish))) => {
+                    Next::Engine(Some(Event::Finished(reason))) => {
                         if let Some(handoff) = &handoff {
                             handoff.finished();
                         }
-                        let (name, reason) = match finish {
-                            Finish::Stop => ("stop", v1::FinishReason::Stop),
-                            Finish::Length => ("length", v1::FinishReason::Length),
-                        };
-                        ending.because(name);
-                        yield event(Wire::Finished(v1::DecodeFinished { reason: reason.into() }));
+                        ending.because(reason.as_str());
+                        let reason = v1::FinishReason::from(reason).into();
+                        yield event(Wire::Finished(v1::DecodeFinished { reason }));
                         break;
                     }
                     Next::Engine(Some(Event::Failed(reason))) => {

@@ -3,13 +3,15 @@
 
 pub mod handoff;
 pub mod ids;
+mod outcome;
 pub mod pool;
 pub mod prefix;
 pub mod sampling;
 pub mod schema;
 pub mod store;
 
-pub use ids::{BlockId, RequestId, Ticket};
+pub use ids::{BlockId, RequestId, Role, Ticket};
+pub use outcome::{FinishReason, TransferStats};
 pub use pool::{BlockLease, BlockPool, NoRoom};
 pub use prefix::{BlockHash, block_hashes};
 pub use sampling::{OutputToken, SamplingParams};

@@ -5,9 +5,9 @@ use std::{sync::Arc, time::Duration};
 use overfill_cluster::load::{Counted, LoadState, QueuedTokens};
 use overfill_kv::{
     BLOCK_TOKENS, BlockHash, BlockId, BlockLease, BlockPool, KvSchema, KvStore, OutputToken, RequestId, SamplingParams,
-    Ticket, blocks_for,
+    Ticket, TransferStats, blocks_for,
 };
-use overfill_transport::{HandoffError, KvSender, SendPlan, TransferConfig, TransferStats};
+use overfill_transport::{HandoffError, KvSender, SendPlan, TransferConfig};
 use tokio::{
     runtime,
     sync::{mpsc, oneshot},

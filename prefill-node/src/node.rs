@@ -4,12 +4,12 @@ use std::{future::pending, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use overfill_cluster::{
     Admin, AdminServer, Drain, LoadState, MetricsError, NodeMetrics, ReadyLine, Shutdown, Started, Tls, admin,
-    discovery::{self, NodeRole, Registration},
+    discovery::{self, Registration},
     grpc::{self, BindError, NODE_CONNECTIONS},
     http,
     net::{self, Listener},
 };
-use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema};
+use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema, Role};
 use overfill_model::{KvCache, Model, ModelError};
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1, v1::prefill_server::PrefillServer};
 use overfill_text::TextFiles;
@@ -147,7 +147,7 @@ impl PrefillNode {
 
     fn registration(&self, info: &v1::NodeInfo, schema: &KvSchema) -> Registration {
         Registration {
-            role: NodeRole::Prefill,
+            role: Role::Prefill,
             node_id: info.node_id.clone(),
             incarnation: info.incarnation.clone(),
             grpc: self.config.advertise_grpc.clone().unwrap_or_else(|| self.grpc_address.to_string()),

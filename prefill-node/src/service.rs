@@ -4,10 +4,11 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt as _};
 use overfill_cluster::{Drain, Load, LoadState, Shutdown};
+use overfill_kv::TransferStats;
 use overfill_kv::handoff::{Failure, RefuseReason};
 use overfill_proto::{InvalidField, v1};
 use overfill_text::TextFiles;
-use overfill_transport::{HandoffError, TransferStats};
+use overfill_transport::HandoffError;
 use tokio::{
     sync::oneshot,
     time::{Instant, sleep, sleep_until},
@@ -66,10 +67,6 @@ fn wire_load(load: Load) -> v1::NodeLoad {
         open_handoffs: open_handoffs as u32,
         stalled,
     }
-}
-
-fn wire_stats(stats: TransferStats) -> v1::TransferStats {
-    v1::TransferStats { bytes: stats.bytes, seconds: stats.seconds, exposed_seconds: stats.exposed_seconds }
 }
 
 fn event(event: v1::prefill_event::Event) -> v1::PrefillEvent {
@@ -213,7 +210,7 @@ impl v1::prefill_server::Prefill for PrefillService {
                 // Never before the first token: that was said first, but this thread may have been kept from hearing it.
                 if let Some(stats) = handed_over.take_if(|_| computed) {
                     ending.because("length");
-                    yield event(Wire::Transferred(wire_stats(stats)));
+                    yield event(Wire::Transferred(v1::TransferStats::from(stats)));
                     break;
                 }
                 let next = tokio::select! {

@@ -1,6 +1,8 @@
 //! Wire to domain and back. Only a receiver converts from the wire, and refuses what a domain type cannot be.
 
-use overfill_kv::{KvDtype, KvSchema, OutputToken, RopeSpec, SamplingParams, Ticket};
+use overfill_kv::{
+    FinishReason, KvDtype, KvSchema, OutputToken, Role, RopeSpec, SamplingParams, Ticket, TransferStats,
+};
 
 use crate::v1;
 
@@ -32,6 +34,60 @@ impl From<InvalidField> for tonic::Status {
 /// A ticket from its 16 wire bytes.
 pub fn ticket_from_wire(bytes: &[u8]) -> Result<Ticket, InvalidField> {
     Ticket::from_bytes(bytes).ok_or_else(|| InvalidField::new("ticket", "16 bytes", format!("{} bytes", bytes.len())))
+}
+
+impl From<Role> for v1::Role {
+    fn from(role: Role) -> Self {
+        match role {
+            Role::Prefill => Self::Prefill,
+            Role::Decode => Self::Decode,
+        }
+    }
+}
+
+impl TryFrom<v1::Role> for Role {
+    type Error = InvalidField;
+
+    fn try_from(wire: v1::Role) -> Result<Self, InvalidField> {
+        match wire {
+            v1::Role::Prefill => Ok(Self::Prefill),
+            v1::Role::Decode => Ok(Self::Decode),
+            v1::Role::Unspecified => Err(InvalidField::new("role", "prefill or decode", wire.as_str_name())),
+        }
+    }
+}
+
+impl From<FinishReason> for v1::FinishReason {
+    fn from(reason: FinishReason) -> Self {
+        match reason {
+            FinishReason::Stop => Self::Stop,
+            FinishReason::Length => Self::Length,
+        }
+    }
+}
+
+impl TryFrom<v1::FinishReason> for FinishReason {
+    type Error = InvalidField;
+
+    fn try_from(wire: v1::FinishReason) -> Result<Self, InvalidField> {
+        match wire {
+            v1::FinishReason::Stop => Ok(Self::Stop),
+            v1::FinishReason::Length => Ok(Self::Length),
+            v1::FinishReason::Unspecified => Err(InvalidField::new("reason", "stop or length", wire.as_str_name())),
+        }
+    }
+}
+
+impl From<TransferStats> for v1::TransferStats {
+    fn from(TransferStats { bytes, seconds, exposed_seconds }: TransferStats) -> Self {
+        Self { bytes, seconds, exposed_seconds }
+    }
+}
+
+impl From<v1::TransferStats> for TransferStats {
+    fn from(v1::TransferStats { bytes, seconds, exposed_seconds }: v1::TransferStats) -> Self {
+        Self { bytes, seconds, exposed_seconds }
+    }
 }
 
 impl From<KvDtype> for v1::KvDtype {

@@ -11,8 +11,9 @@ use std::{
 
 use overfill_cluster::{
     Shutdown,
-    discovery::{Members, NodeRole, Registration},
+    discovery::{Members, Registration},
 };
+use overfill_kv::Role;
 use overfill_proto::v1;
 use parking_lot::{Mutex, RwLock};
 use rand::Rng as _;
@@ -96,8 +97,8 @@ impl Nodes {
 
     fn list_members(&self, members: Members, shutdown: &Shutdown) {
         let role = |registration: &Registration| match registration.role {
-            NodeRole::Prefill => v1::Role::Prefill,
-            NodeRole::Decode => v1::Role::Decode,
+            Role::Prefill => v1::Role::Prefill,
+            Role::Decode => v1::Role::Decode,
         };
         let mut listed: BTreeMap<Key, Registration> = members
             .into_values()

@@ -25,7 +25,7 @@ use std::time::Duration;
 
 pub use link::{Dialer, Link, Listen, Opening};
 pub use memory::MemoryStore;
-use overfill_kv::handoff::Failure;
+use overfill_kv::{TransferStats, handoff::Failure};
 pub use receiver::{IncomingHandoff, KvReceiver, Reservation};
 pub use sender::{KvSender, SendPlan};
 
@@ -62,18 +62,6 @@ impl TransferConfig {
     fn frame_limit(&self, block_bytes: usize) -> usize {
         self.max_frame_bytes.max(block_bytes)
     }
-}
-
-/// One handoff, as its sender or receiver measured it.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct TransferStats {
-    /// Bytes of KV.
-    pub bytes: u64,
-    /// From the first frame to the commit's confirmation.
-    pub seconds: f64,
-    /// The part of it after the sender's owner had called [`KvSender::commit`]: what the overlap with the computation
-    /// did not hide.
-    pub exposed_seconds: f64,
 }
 
 /// What a whole handoff brought.

@@ -9,7 +9,7 @@ use futures::FutureExt as _;
 use overfill_kv::handoff::{
     Commit, Failure, HandoffSpec, HandoffState, ReceiverAction, ReceiverEvent, ReceiverHandoff, RefuseReason,
 };
-use overfill_kv::{BlockId, BlockLease, KvSchema, KvStore, RequestId, Ticket, blocks_for};
+use overfill_kv::{BlockId, BlockLease, KvSchema, KvStore, RequestId, Ticket, TransferStats, blocks_for};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::link::{Listen, Opening};
 use crate::newcomers::Newcomers;
-use crate::{Committed, HandoffError, TransferConfig, TransferStats, connection, frame};
+use crate::{Committed, HandoffError, TransferConfig, connection, frame};
 
 /// What is set aside for one attempt.
 #[derive(Debug)]

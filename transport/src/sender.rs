@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use overfill_kv::handoff::{Failure, HandoffSpec, Piece, SenderAction, SenderEvent, SenderHandoff};
-use overfill_kv::{BlockId, BlockLease, KvSchema, KvStore, RequestId, Ticket, blocks_for};
+use overfill_kv::{BlockId, BlockLease, KvSchema, KvStore, RequestId, Ticket, TransferStats, blocks_for};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::frame::{self, ANSWER_BYTES, Answer, Header};
 use crate::link::{Dialer, Link};
 use crate::payload::{MoveError, Outgoing};
-use crate::{HandoffError, TransferConfig, TransferStats};
+use crate::{HandoffError, TransferConfig};
 
 /// What is to be sent, and where.
 #[derive(Debug)]

@@ -13,34 +13,16 @@ pub use args::{EtcdArgs, EtcdConfig};
 pub use follow::follow;
 pub use register::register;
 
-use std::{collections::BTreeMap, fmt};
+use std::collections::BTreeMap;
 
+use overfill_kv::Role;
 use serde::{Deserialize, Serialize};
-
-/// What a node does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum NodeRole {
-    /// Runs the full model over prompts.
-    Prefill,
-    /// Continues requests over the full model's KV.
-    Decode,
-}
-
-impl fmt::Display for NodeRole {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Prefill => "prefill",
-            Self::Decode => "decode",
-        })
-    }
-}
 
 /// What a node says of itself in etcd, as JSON. Fixed for the life of the process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registration {
     /// What it does.
-    pub role: NodeRole,
+    pub role: Role,
     /// Its name.
     pub node_id: String,
     /// Random per process: a restarted node is another incarnation, even at the same address.
@@ -92,7 +74,7 @@ mod tests {
             "kv_schema_digest":"ff","total_blocks":1,"max_running_requests":2,"max_context_tokens":3,"version":"0",
             "of_a_later_version":true}"#;
         let registration: Registration = serde_json::from_str(text).unwrap();
-        assert_eq!((registration.role, registration.url("http").as_str()), (NodeRole::Decode, "http://a:1"));
+        assert_eq!((registration.role, registration.url("http").as_str()), (Role::Decode, "http://a:1"));
         let again = serde_json::from_str(&serde_json::to_string(&registration).unwrap()).unwrap();
         assert_eq!(registration, again);
     }

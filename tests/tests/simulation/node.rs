@@ -4,12 +4,12 @@ use std::{sync::Arc, time::Duration};
 
 use overfill_cluster::{
     Drain, LoadState, NodeMetrics, Shutdown,
-    discovery::{Members, NodeRole, Registration},
+    discovery::{Members, Registration},
     grpc::{self, NODE_CONNECTIONS},
     http,
 };
 use overfill_decode_node::{engine as decode_engine, request as decode_request, service::DecodeService};
-use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema};
+use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema, Role};
 use overfill_prefill_node::{
     engine as prefill_engine, job::HandoffContext, request as prefill_request, service::PrefillService,
 };
@@ -72,7 +72,7 @@ pub struct Place {
     /// Name of host and node.
     pub name: String,
     /// What it does.
-    pub role: NodeRole,
+    pub role: Role,
     /// What it is like.
     pub size: Size,
     /// How fast it is.
@@ -108,7 +108,7 @@ struct Parts {
 
 impl Place {
     /// A node that runs nowhere yet.
-    pub fn new(name: String, role: NodeRole, size: Size, around: &Surroundings) -> Self {
+    pub fn new(name: String, role: Role, size: Size, around: &Surroundings) -> Self {
         let pace = Pace::new(size.step);
         Self { name, role, size, pace, around: around.clone(), process: Arc::default() }
     }
@@ -116,8 +116,8 @@ impl Place {
     /// What the host runs.
     pub async fn run(self) -> turmoil::Result {
         match self.role {
-            NodeRole::Prefill => self.prefill().await,
-            NodeRole::Decode => self.decode().await,
+            Role::Prefill => self.prefill().await,
+            Role::Decode => self.decode().await,
         }
     }
 
@@ -133,8 +133,8 @@ impl Place {
         let Size { blocks, max_running, .. } = self.size;
         let all: Vec<u32> = (0..LAYERS).collect();
         let (role, model, layers) = match self.role {
-            NodeRole::Prefill => (v1::Role::Prefill, FULL, &all),
-            NodeRole::Decode => (v1::Role::Decode, PRUNED, &self.size.layers),
+            Role::Prefill => (v1::Role::Prefill, FULL, &all),
+            Role::Decode => (v1::Role::Decode, PRUNED, &self.size.layers),
         };
         let schema = schema(layers);
         let pool = BlockPool::new(blocks);

@@ -2,7 +2,7 @@
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
-use overfill_cluster::discovery::NodeRole;
+use overfill_kv::Role;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
 use crate::{client::Ask, content::output, node::Size};
@@ -24,7 +24,7 @@ pub struct Plan {
     /// Do hosts run in another order in each step?
     pub random_order: bool,
     /// Nodes: the first of each role is sheltered, if any is.
-    pub nodes: Vec<(String, NodeRole, Size)>,
+    pub nodes: Vec<(String, Role, Size)>,
     /// Longest silence on a KV connection.
     pub idle_timeout: Duration,
     /// Longest wait for its first words.
@@ -187,12 +187,12 @@ impl Plan {
     }
 }
 
-fn nodes(rng: &mut StdRng) -> Vec<(String, NodeRole, Size)> {
+fn nodes(rng: &mut StdRng) -> Vec<(String, Role, Size)> {
     let decoders = rng.random_range(2..=3);
-    let names = (0..2).map(|i| (format!("prefill-{i}"), NodeRole::Prefill));
+    let names = (0..2).map(|i| (format!("prefill-{i}"), Role::Prefill));
     let layers = one(rng, &[vec![0, 1, 2], vec![0, 2], vec![1]]);
     names
-        .chain((0..decoders).map(|i| (format!("decode-{i}"), NodeRole::Decode)))
+        .chain((0..decoders).map(|i| (format!("decode-{i}"), Role::Decode)))
         .map(|(name, role)| {
             // Fast ones see most requests through before anything happens; slow ones are met in the middle.
             let slowest = one(rng, &[30, 120]);
@@ -226,7 +226,7 @@ fn requests(rng: &mut StdRng, prompts: &mut Prompts, sheltered: bool, calm_from:
 
 fn faults(
     rng: &mut StdRng,
-    nodes: &[(String, NodeRole, Size)],
+    nodes: &[(String, Role, Size)],
     sheltered: bool,
     discovery: bool,
     calm_from: Duration,

@@ -478,7 +478,7 @@ fn link(a: &str, b: &str) -> (String, String) {
 }
 
 fn config(plan: &Plan) -> Config {
-    use overfill_cluster::discovery::NodeRole::{Decode, Prefill};
+    use overfill_kv::Role::{Decode, Prefill};
     let urls = |role| {
         let names = plan.nodes.iter().filter(|node| node.1 == role && !plan.discovery);
         names.map(|(name, ..)| format!("http://{name}:{GRPC_PORT}")).collect()

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use overfill_kv::handoff::{Failure, Hello};
 use overfill_kv::{
-    BlockId, BlockLease, BlockPool, KvDtype, KvSchema, KvStore, RequestId, RopeSpec, StoreError, Ticket,
+    BlockId, BlockLease, BlockPool, KvDtype, KvSchema, KvStore, RequestId, RopeSpec, StoreError, Ticket, TransferStats,
 };
 use overfill_transport::{
     Dialer, HandoffError, IncomingHandoff, KvReceiver, KvSender, Link, Listen, MemoryStore, Opening, Reservation,
-    SendPlan, TransferConfig, TransferStats,
+    SendPlan, TransferConfig,
 };
 use parking_lot::{Condvar, Mutex};
 use tokio::net::TcpListener;
