@@ -14,8 +14,9 @@ use std::{
 
 use overfill_cluster::LoadState;
 use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, block_hashes};
-use overfill_model::{KvCache, Logits, Model, ModelError, SequenceSlice, Want, sample};
-use rayon::prelude::*;
+use overfill_model::{
+    Choice, Engine as ModelEngine, LayerSink, ModelError, Outputs, SamplingContext, SequenceSlice, Want, no_layers,
+};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error};
 
@@ -98,36 +99,37 @@ pub trait Compute {
 }
 
 struct ModelCompute {
-    model: Model,
-    cache: KvCache,
-    logits: Logits,
+    engine: Box<dyn ModelEngine>,
+    layers: Arc<dyn LayerSink>,
+    outputs: Outputs,
 }
 
 impl Compute for ModelCompute {
     fn step(&mut self, sequences: &[&Sequence]) -> Result<Vec<OutputToken>, ModelError> {
         let slices: Vec<_> = sequences.iter().map(|sequence| slice(sequence)).collect();
-        self.model.forward(&self.cache, &slices, &mut |_| {}, &mut self.logits)?;
-        let logits = &self.logits;
-        // Stateless, so the rows may be sampled in any order; with a large vocabulary it is worth several processors.
-        let choose = |(row, sequence): (usize, &&Sequence)| {
-            let (prompt, output) = sequence.prompt_and_output();
-            sample(logits.row(row), &sequence.request.sampling, prompt, output, sequence.tokens.len())
-        };
-        Ok(sequences.par_iter().enumerate().map(choose).collect())
+        self.engine.run(&slices, &self.layers, &mut self.outputs)?;
+        Ok((0..slices.len()).filter_map(|i| self.outputs.take_next(i)).collect())
     }
+}
+
+fn slice(sequence: &Sequence) -> SequenceSlice<'_> {
+    let start = sequence.tokens.len() - 1;
+    let (prompt, output) = sequence.prompt_and_output();
+    let context = SamplingContext::following(prompt, output);
+    let want = Want::Next(Choice { params: &sequence.request.sampling, context });
+    SequenceSlice { tokens: &sequence.tokens[start..], start, blocks: &sequence.blocks, want }
 }
 
 /// Starts the engine's thread. The second value resolves when it has ended, for whatever reason.
 pub fn start(
-    model: Model,
-    cache: KvCache,
+    engine: Box<dyn ModelEngine>,
     pool: BlockPool,
     load: Arc<LoadState>,
     limits: Limits,
 ) -> io::Result<(EngineHandle, oneshot::Receiver<()>)> {
-    let store = Arc::new(cache.clone());
-    let (handle, engine) =
-        Engine::new(ModelCompute { model, cache, logits: Logits::default() }, store, pool, load, limits);
+    let store = engine.kv();
+    let compute = ModelCompute { engine, layers: no_layers(), outputs: Outputs::default() };
+    let (handle, engine) = Engine::new(compute, store, pool, load, limits);
     let (ended, end) = oneshot::channel();
     thread::Builder::new().name("decode-engine".into()).spawn(move || {
         let _ended: oneshot::Sender<()> = ended;
@@ -350,9 +352,4 @@ impl<C: Compute> Engine<C> {
         });
         true
     }
-}
-
-fn slice(sequence: &Sequence) -> SequenceSlice<'_> {
-    let start = sequence.tokens.len() - 1;
-    SequenceSlice { tokens: &sequence.tokens[start..], start, blocks: &sequence.blocks, want: Want::Last }
 }

@@ -10,7 +10,7 @@ use overfill_cluster::{
     net::Listener,
 };
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema, Role};
-use overfill_model::{KvCache, Model, ModelError};
+use overfill_model::{Model, ModelError};
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1, v1::decode_server::DecodeServer};
 use overfill_transport::{KvReceiver, TransferConfig};
 use tokio::{
@@ -79,7 +79,6 @@ pub struct DecodeNode {
     /// Ends the KV plane: later than the shutdown's beginning, so that open handoffs come to their end.
     receiver_stop: DropGuard,
     model: Model,
-    cache: KvCache,
     pool: BlockPool,
     load: Arc<LoadState>,
 }
@@ -96,21 +95,16 @@ impl DecodeNode {
         let kv = grpc::bind("kv-listen", config.kv_listen).await?;
         let kv_address = kv.local_addr()?;
         let Config { model: folder, load: options, kv_blocks, .. } = config.clone();
-        let load = move || -> Result<_, NodeError> {
-            let model = Model::load(&folder, &options)?;
-            let cache = model.new_cache(kv_blocks)?;
-            Ok((model, cache))
-        };
-        let (model, cache) = tokio::task::spawn_blocking(load).await??;
+        let load = move || -> Result<_, NodeError> { Ok(Model::load(&folder, &options, kv_blocks)?) };
+        let model = tokio::task::spawn_blocking(load).await??;
         let pool = BlockPool::new(kv_blocks);
         let metrics = NodeMetrics::new(config.served_model_name.as_deref().unwrap_or(model.name()))?;
         let stop = CancellationToken::new();
-        let store = Arc::new(cache.clone());
         let transfer = TransferConfig::default();
         let (receiver, receiving) = KvReceiver::start(
             KvListener::new(kv, config.tls.clone()),
             model.kv_schema(),
-            store,
+            model.kv(),
             transfer,
             stop.clone(),
         );
@@ -129,7 +123,6 @@ impl DecodeNode {
             admin,
             admin_server,
             model,
-            cache,
             pool,
         })
     }
@@ -198,7 +191,7 @@ impl DecodeNode {
         let registration = self.registration(&info, &schema);
         let limits = Limits { max_running: self.config.max_running, max_waiting: self.config.max_waiting };
         let load = self.load;
-        let (engine, mut engine_end) = engine::start(self.model, self.cache, self.pool, load.clone(), limits)?;
+        let (engine, mut engine_end) = engine::start(self.model.into_engine(), self.pool, load.clone(), limits)?;
         let service = DecodeService {
             engine,
             limits: RequestLimits {

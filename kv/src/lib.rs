@@ -16,7 +16,7 @@ pub use pool::{BlockLease, BlockPool, NoRoom};
 pub use prefix::{BlockHash, block_hashes};
 pub use sampling::{OutputToken, SamplingParams};
 pub use schema::{KvDtype, KvSchema, RopeSpec, SchemaMismatch};
-pub use store::{KvStore, StoreError};
+pub use store::{KvMemory, KvStore, StoreError};
 
 /// Tokens per KV block.
 pub const BLOCK_TOKENS: usize = 16;

@@ -12,23 +12,42 @@ pub trait KvStore: Send + Sync {
     fn num_blocks(&self) -> usize;
     /// Bytes of one layer of one block.
     fn block_bytes(&self) -> usize;
+    /// Where the blocks are.
+    fn memory(&self) -> KvMemory;
     /// Calls `f` with the bytes of each block in turn. The store may be locked meanwhile: `f` must not block.
     fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError>;
     /// Calls `f` with each block's bytes, all to be overwritten. The store may be locked meanwhile: `f` must not block.
     fn write(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), StoreError>;
 
-    /// As [`Self::read`], but calls `f` once with all blocks, where they lie. False, without a call, if they do not lie
-    /// in memory of this process.
-    fn view(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&[&[u8]])) -> Result<bool, StoreError> {
+    /// As [`Self::read`], but calls `f` once, with all blocks in place. Only where [`Self::memory`] is [`KvMemory::Host`].
+    fn view(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&[&[u8]])) -> Result<(), StoreError> {
         let _ = (layer, blocks, f);
-        Ok(false)
+        Err(StoreError::NotInHostMemory)
     }
 
-    /// As [`Self::view`], to write: what `f` leaves alone stays as it is. `blocks` are distinct; if they are not, `f`
-    /// is not called and the answer is false.
-    fn edit(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&mut [&mut [u8]])) -> Result<bool, StoreError> {
+    /// As [`Self::view`], to write: what `f` leaves alone stays as it is. `blocks` must be distinct.
+    fn edit(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&mut [&mut [u8]])) -> Result<(), StoreError> {
         let _ = (layer, blocks, f);
-        Ok(false)
+        Err(StoreError::NotInHostMemory)
+    }
+}
+
+/// Where a store keeps its blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvMemory {
+    /// In this process's memory: [`KvStore::view`] and [`KvStore::edit`] give its bytes in place.
+    Host,
+    /// On a device: each read and write is a copy.
+    Device,
+}
+
+/// Refuses a layer or block that the store does not have.
+pub fn check_range(store: &dyn KvStore, layer: usize, blocks: &[BlockId]) -> Result<(), StoreError> {
+    let (num_layers, num_blocks) = (store.num_layers(), store.num_blocks());
+    let outside = blocks.iter().find(|block| block.0 as usize >= num_blocks);
+    match outside.or((layer >= num_layers).then_some(&BlockId(0))) {
+        Some(block) => Err(StoreError::OutOfRange { layer, block: block.0, num_layers, num_blocks }),
+        None => Ok(()),
     }
 }
 
@@ -37,7 +56,7 @@ pub fn blocks_in<'a>(memory: &'a [u8], block_bytes: usize, blocks: &[BlockId]) -
     blocks.iter().map(|b| memory.get(b.0 as usize * block_bytes..)?.get(..block_bytes)).collect()
 }
 
-/// As [`blocks_in`], to write; `None` also if a block is there twice. O(n log n) in the number of blocks.
+/// As [`blocks_in`], to write; `None` also if a block is named twice. O(n log n) in the number of blocks.
 pub fn blocks_in_mut<'a>(
     mut memory: &'a mut [u8],
     block_bytes: usize,
@@ -75,6 +94,12 @@ pub enum StoreError {
     /// The device's.
     #[error("kv memory: {0}")]
     Device(String),
+    /// The caller's mistake: only host memory can be seen in place.
+    #[error("kv memory is on a device and can't be read in place")]
+    NotInHostMemory,
+    /// The caller's mistake: a block can't be written in two places at once.
+    #[error("a kv block is named twice in one write")]
+    Repeated,
 }
 
 #[cfg(test)]

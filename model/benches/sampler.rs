@@ -2,7 +2,7 @@
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use overfill_kv::SamplingParams;
-use overfill_model::sample;
+use overfill_model::{SamplingContext, sample};
 
 /// Llama 3's.
 const VOCABULARY: usize = 128_256;
@@ -37,7 +37,7 @@ fn sampler(criterion: &mut Criterion) {
             group.bench_function(*way, |bencher| {
                 bencher.iter(|| {
                     position += 1;
-                    sample(&logits, params, &[], &[], position)
+                    sample(&logits, params, &SamplingContext { position, ..SamplingContext::following(&[], &[]) })
                 });
             });
         }

@@ -2,18 +2,20 @@
 
 use std::{hint::black_box, time::Instant};
 
-use candle_core::Device;
 use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, KvStore, blocks_for};
 use rayon::prelude::*;
 
 use crate::{
-    KvCache, ModelConfig, ModelError, Rows, SequenceSlice, Want, WeightFormat,
-    cpu::kernels::{
-        attention::AttentionScratch,
-        inputs::InputBuffer,
-        matmul::multiply,
-        packed::{Arithmetic, Packed},
-        simd::{Isa, Kernel, Simd},
+    ModelConfig, ModelError, Rows, SequenceSlice, Want, WeightFormat,
+    cpu::{
+        CpuKv,
+        kernels::{
+            attention::AttentionScratch,
+            inputs::InputBuffer,
+            matmul::multiply,
+            packed::{Arithmetic, Packed},
+            simd::{Isa, Kernel, Simd},
+        },
     },
 };
 
@@ -219,7 +221,7 @@ pub fn attention(
     context: usize,
     runs: usize,
 ) -> Result<Vec<KernelFigure>, ModelError> {
-    let sizes = crate::loading::heads(config);
+    let sizes = config.heads();
     let mut figures = Vec::new();
     for &rows in rows {
         let prompt = rows > MOST_SEQUENCES;
@@ -228,7 +230,7 @@ pub fn attention(
         let blocks = blocks_for(each);
         let layer_bytes = sequences * blocks * 2 * sizes.kv_heads * BLOCK_TOKENS * sizes.head_dim * dtype.size_bytes();
         let layers = if prompt { 1 } else { (COLD_BYTES / layer_bytes).clamp(1, MOST_COPIES) };
-        let cache = KvCache::new(layers, sequences * blocks, sizes, dtype, &Device::Cpu)?;
+        let cache = CpuKv::new(layers, sequences * blocks, sizes, dtype)?;
         let tables: Vec<Vec<BlockId>> =
             (0..sequences).map(|s| (s * blocks..(s + 1) * blocks).map(|b| BlockId(b as u32)).collect()).collect();
         for layer in 0..layers {
@@ -242,13 +244,11 @@ pub fn attention(
         let batch: Vec<SequenceSlice<'_>> = tables.iter().map(|blocks| slice(&blocks[..])).collect();
         let q: Vec<f32> = (0..rows * sizes.heads * sizes.head_dim).map(|i| (i as f32 * 0.37).sin()).collect();
         let (mut out, mut scratch) = (vec![0.0; q.len()], AttentionScratch::default());
-        let mut result = Ok(());
         let all = best(runs, || {
-            result = rayon::scope(|_| {
-                (0..layers).try_for_each(|layer| cache.attend(how, layer, &batch, &q, &mut out, &mut scratch))
+            rayon::scope(|_| {
+                (0..layers).for_each(|layer| cache.attend(how, layer, &batch, &q, &mut out, &mut scratch));
             });
         });
-        result?;
         let seconds = all / layers as f64;
         // Each token of a prompt sees itself and those before it.
         let seen = if prompt { each * (each + 1) / 2 } else { rows * context };

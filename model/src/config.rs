@@ -122,6 +122,26 @@ pub struct ModelConfig {
     pub raw: Map<String, Value>,
 }
 
+/// The sizes of attention: query heads, KV heads that divide them, and the width of both.
+#[derive(Clone, Copy)]
+pub(crate) struct Heads {
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+}
+
+impl Heads {
+    /// Query heads that share a KV head.
+    pub(crate) fn group(self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Elements of one layer of a KV block, keys and values.
+    pub(crate) fn block_elements(self) -> usize {
+        2 * self.kv_heads * overfill_kv::BLOCK_TOKENS * self.head_dim
+    }
+}
+
 /// Reads fields of one JSON object, with errors that name them.
 struct Fields<'a> {
     file: &'a Path,
@@ -318,6 +338,11 @@ impl ModelConfig {
     /// Does the family norm every head of q and k?
     pub fn qk_norm(&self) -> bool {
         self.family == Family::Qwen3
+    }
+
+    /// Sizes of attention.
+    pub(crate) fn heads(&self) -> Heads {
+        Heads { heads: self.num_attention_heads, kv_heads: self.num_key_value_heads, head_dim: self.head_dim }
     }
 
     /// Rotary embedding, as a KV schema states it.

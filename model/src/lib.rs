@@ -6,9 +6,9 @@
 
 mod batch;
 pub mod bench;
-mod cache;
 mod config;
 mod cpu;
+mod engine;
 mod error;
 mod gguf;
 
@@ -19,14 +19,14 @@ mod sampler;
 mod tensor;
 mod weights;
 
-pub use batch::{Logits, SequenceSlice, Want};
-pub use cache::KvCache;
+pub use batch::{Choice, Logits, Outputs, SequenceSlice, Want};
 pub use config::{Family, ModelConfig, RopeScaling};
+pub use engine::{Engine, LayerSink, no_layers};
 pub use error::ModelError;
 pub use gguf::text_files;
 pub use loading::Model;
 pub use options::{DeviceSpec, LoadOptions, Rows, WeightDtype, WeightFormat, resolve};
 pub use provenance::{FullModel, Provenance};
-pub use sampler::{report, sample};
+pub use sampler::{SamplingContext, TokenMask, report, sample};
 pub use tensor::{Attention, Decoder, Observer, Ops, Site};
 pub use weights::{TensorInfo, Weights};

@@ -2,32 +2,26 @@
 
 use std::{
     path::{Path, PathBuf},
+    sync::Arc,
     time::Instant,
 };
 
 use candle_core::Device;
-use overfill_kv::{BLOCK_TOKENS, KvDtype, KvSchema};
+use overfill_kv::{BLOCK_TOKENS, KvDtype, KvSchema, KvStore};
 use overfill_text::{TextError, TextFiles, TextModel, token_ids};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    Decoder, KvCache, LoadOptions, Logits, ModelConfig, ModelError, Ops, Provenance, Rows, SequenceSlice, Weights,
-    batch, cpu::CpuDecoder, cpu::kernels::attention::Heads, gguf::folder_of, tensor::paged, text_files,
+    Engine, LoadOptions, ModelConfig, ModelError, Provenance, Weights, cpu::CpuEngine, gguf::folder_of,
+    tensor::TensorEngine, text_files,
 };
 
-/// Who computes.
-enum Engine {
-    /// Kernels of ours.
-    Cpu(Box<CpuDecoder>),
-    /// The tensor library.
-    Device(Box<Decoder>),
-}
-
-/// A decoder with all that a node needs to know of it.
+/// What a node needs to know of a model, and the engine that runs it.
 pub struct Model {
     folder: PathBuf,
     name: String,
-    engine: Engine,
+    config: ModelConfig,
+    engine: Box<dyn Engine>,
     kv_dtype: KvDtype,
     provenance: Option<Provenance>,
     fingerprint: String,
@@ -36,8 +30,9 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads a Hugging Face folder or a .gguf file. Configuration and tensor shapes are checked before memory is taken.
-    pub fn load(folder: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
+    /// Loads a Hugging Face folder or a .gguf file, with a KV cache of `kv_blocks` blocks. Configuration and tensor shapes
+    /// are checked before memory is taken.
+    pub fn load(folder: &Path, options: &LoadOptions, kv_blocks: usize) -> Result<Self, ModelError> {
         let started = Instant::now();
         let (folder, name) = absolute(folder)?;
         let device = options.device.open()?;
@@ -47,19 +42,21 @@ impl Model {
         let text = text_files(&folder)?;
         let eos_token_ids = eos_token_ids(&folder, &text, &config)?;
         let weights = Weights::open(&folder)?;
-        let engine = match &device {
-            Device::Cpu => {
-                Engine::Cpu(Box::new(CpuDecoder::load(&config, &weights, options.weights.packed(), options.rows)?))
-            }
+        let engine: Box<dyn Engine> = match &device {
+            Device::Cpu => Box::new(CpuEngine::load(
+                &config,
+                &weights,
+                options.weights.packed(),
+                options.rows,
+                options.kv_dtype,
+                kv_blocks,
+            )?),
             device => {
                 let dtype = options.weights.dtype().ok_or_else(|| ModelError::Device {
                     device: options.device.to_string(),
                     reason: format!("weights are {}, supported here: f32, bf16, f16", options.weights),
                 })?;
-                let dtype = dtype.dtype();
-                Engine::Device(Box::new(Decoder::build(&config, Ops::Fused, dtype, &mut |name, shape| {
-                    Ok(weights.load(name, shape, device)?.to_dtype(dtype)?)
-                })?))
+                Box::new(TensorEngine::load(&config, &weights, dtype, device, options.kv_dtype, kv_blocks)?)
             }
         };
         tracing::info!(
@@ -70,6 +67,7 @@ impl Model {
             fingerprint: weights.fingerprint()?,
             folder,
             name,
+            config,
             engine,
             kv_dtype: options.kv_dtype,
             provenance,
@@ -80,35 +78,32 @@ impl Model {
 
     /// Its geometry.
     pub fn config(&self) -> &ModelConfig {
-        match &self.engine {
-            Engine::Cpu(decoder) => decoder.config(),
-            Engine::Device(decoder) => decoder.config(),
-        }
+        &self.config
     }
 
-    /// Bytes of its weights in memory, where they are packed for a CPU.
+    /// What computes.
+    pub fn engine(&mut self) -> &mut dyn Engine {
+        &mut *self.engine
+    }
+
+    /// What computes, without what is known of the model.
+    pub fn into_engine(self) -> Box<dyn Engine> {
+        self.engine
+    }
+
+    /// The KV cache of its engine.
+    pub fn kv(&self) -> Arc<dyn KvStore> {
+        self.engine.kv()
+    }
+
+    /// Bytes of its weights in memory; `None` where the engine does not know.
     pub fn weight_bytes(&self) -> Option<usize> {
-        match &self.engine {
-            Engine::Cpu(decoder) => Some(decoder.weight_bytes()),
-            Engine::Device(_) => None,
-        }
+        self.engine.weight_bytes()
     }
 
-    /// Bytes of weights that a decode step reads, where they are packed for a CPU.
+    /// Bytes of weights that a decode step reads; `None` where the engine does not know.
     pub fn step_weight_bytes(&self) -> Option<usize> {
-        match &self.engine {
-            Engine::Cpu(decoder) => Some(decoder.step_weight_bytes()),
-            Engine::Device(_) => None,
-        }
-    }
-
-    /// Takes another role, as if it had been loaded for it: packed weights are the same in all.
-    pub fn set_rows(&mut self, rows: Rows) {
-        match &mut self.engine {
-            Engine::Cpu(decoder) => decoder.set_rows(rows),
-            // Tensor operations make no difference.
-            Engine::Device(_) => {}
-        }
+        self.engine.step_weight_bytes()
     }
 
     /// Its folder or .gguf file, absolute.
@@ -133,12 +128,12 @@ impl Model {
 
     /// Longest sequence in tokens.
     pub fn max_context_tokens(&self) -> usize {
-        self.config().max_position_embeddings
+        self.config.max_position_embeddings
     }
 
     /// What this model's KV is, as a producer of its own (no overfill.json), or as a consumer of the full model's.
     pub fn kv_schema(&self) -> KvSchema {
-        let config = self.config();
+        let config = &self.config;
         let all = || (0..config.num_hidden_layers as u32).collect();
         let (layers, full_model) = match &self.provenance {
             Some(p) => (
@@ -162,45 +157,15 @@ impl Model {
 
     /// The schema of the KV that this model computes as the full model of a prefill node.
     pub fn producer_schema(&self) -> KvSchema {
-        let layers = (0..self.config().num_hidden_layers as u32).collect();
+        let layers = (0..self.config.num_hidden_layers as u32).collect();
         KvSchema { layers, full_model: Some(self.fingerprint.clone()), ..self.kv_schema() }
     }
 
     /// Bytes that one block takes over all layers.
     pub fn block_bytes(&self) -> usize {
-        let layers = self.config().num_hidden_layers;
+        let layers = self.config.num_hidden_layers;
         layers * self.kv_schema().block_bytes()
     }
-
-    /// An empty cache of `num_blocks` blocks for this model.
-    pub fn new_cache(&self, num_blocks: usize) -> Result<KvCache, ModelError> {
-        let config = self.config();
-        let device = match &self.engine {
-            Engine::Cpu(_) => &Device::Cpu,
-            Engine::Device(decoder) => decoder.device(),
-        };
-        Ok(KvCache::new(config.num_hidden_layers, num_blocks, heads(config), self.kv_dtype, device)?)
-    }
-
-    /// Runs a ragged batch. The KV of every slice's tokens is written into its blocks; `on_layer(l)` is called as soon
-    /// as that of layer `l` is there. Logits come for the tokens that the slices ask for.
-    pub fn forward(
-        &self,
-        cache: &KvCache,
-        batch: &[SequenceSlice<'_>],
-        on_layer: &mut (dyn FnMut(usize) + Send),
-        logits: &mut Logits,
-    ) -> Result<(), ModelError> {
-        batch::check(batch, self.config().vocab_size)?;
-        match &self.engine {
-            Engine::Cpu(decoder) => decoder.forward(cache, batch, on_layer, logits),
-            Engine::Device(decoder) => Ok(paged::forward(decoder, cache, batch, on_layer, logits)?),
-        }
-    }
-}
-
-pub(crate) fn heads(config: &ModelConfig) -> Heads {
-    Heads { heads: config.num_attention_heads, kv_heads: config.num_key_value_heads, head_dim: config.head_dim }
 }
 
 /// overfill.json must name as many layers as the model has.

@@ -6,8 +6,8 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-use overfill_kv::BlockId;
-use overfill_model::{LoadOptions, Logits, Model, SequenceSlice, Want};
+use overfill_kv::{BlockId, SamplingParams};
+use overfill_model::{Choice, LoadOptions, Model, Outputs, SamplingContext, SequenceSlice, Want, no_layers};
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 
@@ -35,19 +35,16 @@ static ALLOCATOR: Counting = Counting;
 fn a_decode_step_allocates_nothing() {
     const STEPS: usize = 128;
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/qwen3/full");
-    let model = Model::load(&folder, &LoadOptions::default()).unwrap();
-    let cache = model.new_cache(64).unwrap();
+    let mut engine = Model::load(&folder, &LoadOptions::default(), 64).unwrap().into_engine();
     let tables: Vec<Vec<BlockId>> = (0..4).map(|s| (s * 16..s * 16 + 16).map(BlockId).collect()).collect();
-    let mut logits = Logits::default();
-    let token = [7];
+    let mut out = Outputs::default();
+    let (token, params, layers) = ([7], SamplingParams::greedy(), no_layers());
+    let want = Want::Next(Choice { params: &params, context: SamplingContext::following(&token, &[]) });
     let mut step = |start: usize| {
-        let slices: [SequenceSlice<'_>; 4] = std::array::from_fn(|i| SequenceSlice {
-            tokens: &token,
-            start: start + 16 * i,
-            blocks: &tables[i],
-            want: Want::Last,
-        });
-        model.forward(&cache, &slices, &mut |_| {}, &mut logits).unwrap();
+        let slices: [SequenceSlice<'_>; 4] =
+            std::array::from_fn(|i| SequenceSlice { tokens: &token, start: start + 16 * i, blocks: &tables[i], want });
+        engine.run(&slices, &layers, &mut out).unwrap();
+        assert!((0..4).all(|i| out.take_next(i).is_some()));
     };
     // Threads of the pool get memory of their own at their first piece of work, whenever that comes.
     (0..32).for_each(&mut step);

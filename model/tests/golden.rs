@@ -5,9 +5,9 @@
 
 use std::path::{Path, PathBuf};
 
-use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, KvStore, OutputToken, blocks_for};
+use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, OutputToken, blocks_for};
 use overfill_model::{
-    KvCache, LoadOptions, Logits, Model, ModelError, Rows, SequenceSlice, Want, WeightFormat, report,
+    LoadOptions, Logits, Model, ModelError, Outputs, Rows, SequenceSlice, Want, WeightFormat, no_layers, report,
 };
 use serde::Deserialize;
 
@@ -43,24 +43,27 @@ fn expected(pair: &str) -> Expected {
     expected
 }
 
+/// Room for the longest prompt and what follows it.
+const KV_BLOCKS: usize = 512;
+
 fn load(pair: &str, which: &str, rows: Rows, options: &LoadOptions) -> Model {
-    Model::load(&folder(pair).join(which), &LoadOptions { rows, ..*options }).unwrap()
+    Model::load(&folder(pair).join(which), &LoadOptions { rows, ..*options }, KV_BLOCKS).unwrap()
 }
 
-fn forward(model: &Model, cache: &KvCache, batch: &[SequenceSlice<'_>]) -> Logits {
-    let mut logits = Logits::default();
-    model.forward(cache, batch, &mut |_| {}, &mut logits).unwrap();
-    logits
+fn forward(model: &mut Model, batch: &[SequenceSlice<'_>]) -> Logits {
+    let mut out = Outputs::default();
+    model.engine().run(batch, &no_layers(), &mut out).unwrap();
+    out.logits().clone()
 }
 
 /// Prefills `prompt` in chunks of `chunk` tokens; reports the first token.
-fn prefill(model: &Model, cache: &KvCache, prompt: &[u32], blocks: &[BlockId], chunk: usize) -> OutputToken {
+fn prefill(model: &mut Model, prompt: &[u32], blocks: &[BlockId], chunk: usize) -> OutputToken {
     let mut start = 0;
     loop {
         let tokens = &prompt[start..prompt.len().min(start + chunk)];
         let last = start + tokens.len() == prompt.len();
-        let want = if last { Want::Last } else { Want::Nothing };
-        let logits = forward(model, cache, &[SequenceSlice { tokens, start, blocks, want }]);
+        let want = if last { Want::LastLogits } else { Want::Nothing };
+        let logits = forward(model, &[SequenceSlice { tokens, start, blocks, want }]);
         if last {
             return greedy(logits.row(0));
         }
@@ -74,27 +77,27 @@ fn greedy(logits: &[f32]) -> OutputToken {
 }
 
 /// Copies the layers that `decode` uses out of the full model's cache, as a handoff does.
-fn hand_over(full: &KvCache, decode_model: &Model, decode: &KvCache, blocks: &[BlockId]) {
-    for (wire, layer) in decode_model.kv_schema().layers.iter().enumerate() {
+fn hand_over(full: &Model, decode: &Model, blocks: &[BlockId]) {
+    let (from, to) = (full.kv(), decode.kv());
+    for (wire, layer) in decode.kv_schema().layers.iter().enumerate() {
         let mut bytes: Vec<Vec<u8>> = Vec::new();
-        full.read(*layer as usize, blocks, &mut |_, b| bytes.push(b.to_vec())).unwrap();
-        decode.write(wire, blocks, &mut |i, b| b.copy_from_slice(&bytes[i])).unwrap();
+        from.read(*layer as usize, blocks, &mut |_, b| bytes.push(b.to_vec())).unwrap();
+        to.write(wire, blocks, &mut |i, b| b.copy_from_slice(&bytes[i])).unwrap();
     }
 }
 
 /// Greedy steps over both stages: as many as the reference has.
-fn generate(full: &Model, decode: &Model, prompt: &[u32], steps: usize, chunk: usize) -> Vec<OutputToken> {
+fn generate(full: &mut Model, decode: &mut Model, prompt: &[u32], steps: usize, chunk: usize) -> Vec<OutputToken> {
     // Blocks out of order and not from 0: a table is a table.
     let count = blocks_for(prompt.len() + steps);
     let blocks: Vec<BlockId> = (0..count as u32).map(|b| BlockId(count as u32 + 1 - b)).collect();
-    let (full_cache, decode_cache) = (full.new_cache(count + 2).unwrap(), decode.new_cache(count + 2).unwrap());
-    let mut out = vec![prefill(full, &full_cache, prompt, &blocks, chunk)];
-    hand_over(&full_cache, decode, &decode_cache, &blocks);
+    let mut out = vec![prefill(full, prompt, &blocks, chunk)];
+    hand_over(full, decode, &blocks);
     for step in 1..steps {
         let tokens = [out[step - 1].token];
         let slice =
-            SequenceSlice { tokens: &tokens, start: prompt.len() + step - 1, blocks: &blocks, want: Want::Last };
-        let logits = forward(decode, &decode_cache, &[slice]);
+            SequenceSlice { tokens: &tokens, start: prompt.len() + step - 1, blocks: &blocks, want: Want::LastLogits };
+        let logits = forward(decode, &[slice]);
         out.push(greedy(logits.row(0)));
     }
     out
@@ -123,15 +126,15 @@ fn two_stage_and_full_only_hold_in_f32() {
     let options = LoadOptions::default();
     for pair in PAIRS {
         // As nodes load them.
-        let full = load(pair, "full", Rows::Many, &options);
-        let [full_decode, decode] = ["full", "decode"].map(|which| load(pair, which, Rows::Few, &options));
+        let mut full = load(pair, "full", Rows::Many, &options);
+        let [mut full_decode, mut decode] = ["full", "decode"].map(|which| load(pair, which, Rows::Few, &options));
         full.producer_schema().check_consumer(&decode.kv_schema()).unwrap();
         for (n, case) in expected(pair).cases.iter().enumerate() {
             for chunk in [BLOCK_TOKENS, 1000] {
                 for (decoder, steps, arm) in
-                    [(&decode, &case.two_stage, "two_stage"), (&full_decode, &case.full_only, "full_only")]
+                    [(&mut decode, &case.two_stage, "two_stage"), (&mut full_decode, &case.full_only, "full_only")]
                 {
-                    let got = generate(&full, decoder, &case.prompt, steps.len(), chunk);
+                    let got = generate(&mut full, decoder, &case.prompt, steps.len(), chunk);
                     let distance = compare(&got, steps, &format!("{pair} case {n} {arm} chunk {chunk}"));
                     assert!(distance < 1e-3, "{pair} case {n} {arm} chunk {chunk}: {distance}");
                 }
@@ -154,11 +157,12 @@ fn narrow_types_stay_near() {
     ] {
         let options = LoadOptions { weights, kv_dtype, ..LoadOptions::default() };
         for pair in PAIRS {
-            let (full, decode) = (load(pair, "full", Rows::Many, &options), load(pair, "decode", Rows::Few, &options));
+            let mut full = load(pair, "full", Rows::Many, &options);
+            let mut decode = load(pair, "decode", Rows::Few, &options);
             let mut greatest = 0.0_f32;
             for case in &expected(pair).cases {
                 // One step of each stage: later ones follow tokens that rounding may change.
-                let got = generate(&full, &decode, &case.prompt, 2, 1000);
+                let got = generate(&mut full, &mut decode, &case.prompt, 2, 1000);
                 for (got, step) in got.iter().zip(&case.two_stage) {
                     for (token, logprob) in &step.top {
                         if let Some(found) = got.top.iter().find(|t| t.0 == *token) {
@@ -184,9 +188,8 @@ fn a_batch_gives_what_each_gives_alone() {
     // KV in bf16, whose prompts may be of other arithmetic.
     for ((pair, rows), weights) in models.flat_map(|model| formats.map(|weights| (model, weights))) {
         let options = LoadOptions { weights, kv_dtype: KvDtype::Bf16, ..LoadOptions::default() };
-        let model = load(pair, "full", rows, &options);
+        let mut model = load(pair, "full", rows, &options);
         let cases = expected(pair).cases;
-        let cache = model.new_cache(512).unwrap();
         let mut next = 0_u32;
         let tables: Vec<Vec<BlockId>> = cases
             .iter()
@@ -199,19 +202,12 @@ fn a_batch_gives_what_each_gives_alone() {
         let batch: Vec<SequenceSlice<'_>> = cases
             .iter()
             .zip(&tables)
-            .map(|(case, blocks)| SequenceSlice { tokens: &case.prompt, start: 0, blocks, want: Want::Last })
+            .map(|(case, blocks)| SequenceSlice { tokens: &case.prompt, start: 0, blocks, want: Want::LastLogits })
             .collect();
-        let mut layers = Vec::new();
-        let mut together = Logits::default();
-        model.forward(&cache, &batch, &mut |layer| layers.push(layer), &mut together).unwrap();
-        assert_eq!(layers, (0..model.config().num_hidden_layers).collect::<Vec<_>>());
+        let together = forward(&mut model, &batch);
         assert_eq!(together.rows(), cases.len());
         for (i, slice) in batch.iter().enumerate() {
-            assert_eq!(
-                forward(&model, &cache, &[*slice]).row(0),
-                together.row(i),
-                "{weights} {rows:?} {pair} case {i}"
-            );
+            assert_eq!(forward(&mut model, &[*slice]).row(0), together.row(i), "{weights} {rows:?} {pair} case {i}");
         }
     }
 }
@@ -225,7 +221,7 @@ fn faults_of_a_folder_are_one_line() {
             std::fs::copy(entry.path(), folder_copy.path().join(entry.file_name())).unwrap();
         }
         change(folder_copy.path());
-        let error: ModelError = Model::load(folder_copy.path(), &LoadOptions::default()).err().unwrap();
+        let error: ModelError = Model::load(folder_copy.path(), &LoadOptions::default(), 1).err().unwrap();
         assert!(!error.to_string().contains('\n'));
         error.to_string()
     };

@@ -1,5 +1,5 @@
-//! The thread that owns the model: takes prompts in, computes them together in chunks, lets their KV leave layer by
-//! layer.
+//! The thread that owns the model: it takes prompts in, computes them together in chunks, and lets their KV leave layer
+//! by layer.
 
 use std::{
     collections::VecDeque,
@@ -11,8 +11,10 @@ use std::{
 };
 
 use overfill_cluster::LoadState;
-use overfill_kv::{BlockPool, block_hashes};
-use overfill_model::{KvCache, Logits, Model, SequenceSlice, Want, report, sample};
+use overfill_kv::{BlockPool, OutputToken, block_hashes};
+use overfill_model::{
+    Choice, Engine as ModelEngine, LayerSink, ModelError, Outputs, SamplingContext, SequenceSlice, Want,
+};
 use overfill_transport::TransferConfig;
 use tokio::{
     runtime,
@@ -22,7 +24,7 @@ use tokio::{
 use tracing::{debug, error};
 
 use crate::{
-    job::{Event, HandoffContext, JOB_EVENTS, Job, Request, Running},
+    job::{ChunkLayers, Event, HandoffContext, JOB_EVENTS, Job, Request, Running},
     scheduler::{self, Chunk, Pace},
 };
 
@@ -82,41 +84,104 @@ impl EngineHandle {
     }
 }
 
-/// The way into an engine, and what comes by it: [`start`] has one that computes with a model.
-pub fn queue(load: Arc<LoadState>, producer: Arc<str>, max_waiting: usize) -> (EngineHandle, std_mpsc::Receiver<Job>) {
-    let (jobs, queue) = std_mpsc::sync_channel(max_waiting);
-    (EngineHandle { jobs, load, producer, max_waiting }, queue)
+/// Part of a prompt that a step computes.
+pub struct PromptChunk<'a> {
+    /// The prompt, with its blocks.
+    pub job: &'a Running,
+    /// Positions of the tokens.
+    pub tokens: Range<usize>,
 }
 
-/// Starts the engine's thread. The second value resolves when it has ended, for whatever reason.
+impl PromptChunk<'_> {
+    /// Is the prompt computed after this chunk?
+    pub fn is_last(&self) -> bool {
+        self.tokens.end == self.job.request.tokens.len()
+    }
+}
+
+/// What a chunk brought.
+#[derive(Debug, Default)]
+pub struct ChunkOutput {
+    /// Log-probabilities of the prompt's tokens that follow those of the chunk, if the request wants them.
+    pub logprobs: Vec<OutputToken>,
+    /// The first token of the output, if this was the prompt's last chunk.
+    pub first_token: Option<OutputToken>,
+}
+
+/// What computes prompts: the model's engine. (Or, where time is simulated, something that needs none.)
+pub trait Compute {
+    /// Computes chunks together; one output each. `layers` hears of each layer, perhaps after this has returned.
+    fn step(&mut self, chunks: &[PromptChunk<'_>], layers: Arc<dyn LayerSink>) -> Result<Vec<ChunkOutput>, ModelError>;
+}
+
+struct ModelCompute {
+    engine: Box<dyn ModelEngine>,
+    outputs: Outputs,
+}
+
+impl Compute for ModelCompute {
+    fn step(&mut self, chunks: &[PromptChunk<'_>], layers: Arc<dyn LayerSink>) -> Result<Vec<ChunkOutput>, ModelError> {
+        let slices: Vec<_> = chunks.iter().map(slice).collect();
+        self.engine.run(&slices, &layers, &mut self.outputs)?;
+        let mut output =
+            |i| ChunkOutput { logprobs: self.outputs.take_scores(i), first_token: self.outputs.take_next(i) };
+        Ok((0..chunks.len()).map(&mut output).collect())
+    }
+}
+
+fn slice<'a>(chunk: &'a PromptChunk<'_>) -> SequenceSlice<'a> {
+    let (request, tokens) = (&chunk.job.request, &chunk.tokens);
+    let (prompt, output) = request.tokens.split_at(request.tokens.len() - request.generated);
+    let next = Choice { params: &request.sampling, context: SamplingContext::following(prompt, output) };
+    let next = chunk.is_last().then_some(next);
+    let want = match (request.prompt_logprobs, next) {
+        (true, next) => Want::Scores {
+            following: &request.tokens[tokens.start + 1..request.tokens.len().min(tokens.end + 1)],
+            top: request.sampling.logprobs.unwrap_or(0),
+            next,
+        },
+        (false, Some(next)) => Want::Next(next),
+        (false, None) => Want::Nothing,
+    };
+    SequenceSlice { tokens: &request.tokens[tokens.clone()], start: tokens.start, blocks: &chunk.job.blocks, want }
+}
+
+/// Hears of the layers of a step, for all of its prompts.
+struct StepLayers {
+    chunks: Vec<ChunkLayers>,
+    pool: BlockPool,
+    last_layer: usize,
+}
+
+impl LayerSink for StepLayers {
+    fn layer_ready(&self, layer: usize) {
+        for chunk in &self.chunks {
+            chunk.ready(layer);
+            if layer == self.last_layer {
+                chunk.publish(&self.pool);
+            }
+        }
+    }
+}
+
+/// Starts the engine's thread. The second value resolves when it has ended, for whatever reason. `producer` is the
+/// fingerprint of the model.
 pub fn start(
-    model: Model,
-    cache: KvCache,
+    engine: Box<dyn ModelEngine>,
+    producer: Arc<str>,
     pool: BlockPool,
     load: Arc<LoadState>,
     limits: Limits,
     transfer: TransferConfig,
 ) -> io::Result<(EngineHandle, oneshot::Receiver<()>)> {
-    let (handle, jobs) = queue(load.clone(), model.fingerprint().into(), limits.max_waiting);
     let context = HandoffContext {
         runtime: runtime::Handle::current(),
-        store: Arc::new(cache.clone()),
+        store: engine.kv(),
         config: transfer,
         load: load.clone(),
     };
-    let engine = Engine {
-        model,
-        cache,
-        pool,
-        load,
-        limits,
-        context,
-        jobs,
-        waiting: VecDeque::new(),
-        running: Vec::new(),
-        logits: Logits::default(),
-        pace: Pace::default(),
-    };
+    let compute = ModelCompute { engine, outputs: Outputs::default() };
+    let (handle, engine) = Engine::new(compute, producer, pool, limits, context);
     let (ended, end) = oneshot::channel();
     thread::Builder::new().name("prefill-engine".into()).spawn(move || {
         let _ended: oneshot::Sender<()> = ended;
@@ -125,50 +190,85 @@ pub fn start(
     Ok((handle, end))
 }
 
-struct Engine {
-    model: Model,
-    cache: KvCache,
+/// Prompts on their way through the node.
+pub struct Engine<C> {
+    compute: C,
     pool: BlockPool,
     load: Arc<LoadState>,
     limits: Limits,
     context: HandoffContext,
     jobs: std_mpsc::Receiver<Job>,
+    /// New prompts, in order of arrival.
     waiting: VecDeque<Job>,
+    /// In the batch, in order of arrival.
     running: Vec<Running>,
-    logits: Logits,
     pace: Pace,
 }
 
-impl Engine {
+impl<C: Compute> Engine<C> {
+    /// An engine that nobody drives yet: [`start`] gives it a thread.
+    pub fn new(
+        compute: C,
+        producer: Arc<str>,
+        pool: BlockPool,
+        limits: Limits,
+        context: HandoffContext,
+    ) -> (EngineHandle, Self) {
+        let (sender, jobs) = std_mpsc::sync_channel(limits.max_waiting);
+        let load = context.load.clone();
+        let handle = EngineHandle { jobs: sender, load: load.clone(), producer, max_waiting: limits.max_waiting };
+        let engine = Self {
+            compute,
+            pool,
+            load,
+            limits,
+            context,
+            jobs,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            pace: Pace::default(),
+        };
+        (handle, engine)
+    }
+
     fn run(mut self) {
-        while self.receive() {
-            self.load.step_began();
-            self.waiting.retain(|job| !job.is_over());
-            self.running.retain(|job| !job.is_over());
-            self.admit();
-            if !self.running.is_empty() {
-                self.step();
-            }
-            self.load.step_ended();
-            self.load.publish();
+        let mut computed = true;
+        while self.receive(computed) {
+            computed = self.turn();
         }
         debug!("the engine has ended");
     }
 
-    /// Takes what has come; waits only when there is nothing to compute. False when nothing is left and nothing can come.
-    fn receive(&mut self) -> bool {
-        if self.running.is_empty() {
-            let received = match self.waiting.is_empty() {
+    /// Takes what has come, lets go of what has gone, and computes a step. False if there was none to compute.
+    pub fn turn(&mut self) -> bool {
+        self.waiting.extend(self.jobs.try_iter());
+        self.load.step_began();
+        self.waiting.retain(|job| !job.is_over());
+        self.running.retain(|job| !job.is_over());
+        self.admit();
+        let computed = !self.running.is_empty();
+        if computed {
+            self.step();
+        }
+        self.load.step_ended();
+        self.load.publish();
+        computed
+    }
+
+    /// Waits for something to do, if nothing could be computed. False when nothing is left and nothing can come.
+    fn receive(&mut self, computed: bool) -> bool {
+        let idle = self.running.is_empty() && self.waiting.is_empty();
+        if idle || !computed {
+            let received = match idle {
                 true => self.jobs.recv().map_err(|_| std_mpsc::RecvTimeoutError::Disconnected),
                 false => self.jobs.recv_timeout(POLL),
             };
             match received {
                 Ok(job) => self.waiting.push_back(job),
-                Err(std_mpsc::RecvTimeoutError::Disconnected) if self.waiting.is_empty() => return false,
+                Err(std_mpsc::RecvTimeoutError::Disconnected) if idle => return false,
                 Err(_) => {}
             }
         }
-        self.waiting.extend(self.jobs.try_iter());
         true
     }
 
@@ -187,79 +287,41 @@ impl Engine {
     /// One forward pass over the next chunks.
     fn step(&mut self) {
         let tokens = self.pace.step_tokens(self.limits.step_target, self.limits.max_batch_tokens);
-        let chunks = scheduler::plan(self.running.iter().map(Running::progress), tokens);
+        let plan = scheduler::plan(self.running.iter().map(Running::progress), tokens);
         let began = Instant::now();
-        let jobs: Vec<&Running> = chunks.iter().map(|chunk| &self.running[chunk.job]).collect();
-        let slices: Vec<_> = chunks.iter().zip(&jobs).map(|(chunk, job)| slice(chunk, job)).collect();
-        let finals: Vec<Range<usize>> = chunks
+        let chunks: Vec<_> = plan
             .iter()
-            .zip(&jobs)
-            .map(|(chunk, job)| scheduler::final_blocks(&chunk.tokens, job.request.tokens.len()))
+            .map(|chunk| PromptChunk { job: &self.running[chunk.job], tokens: chunk.tokens.clone() })
             .collect();
-        let mut on_layer = |layer| {
-            for (job, blocks) in jobs.iter().zip(&finals) {
-                job.layer_ready(layer, blocks);
-            }
+        let layers = StepLayers {
+            chunks: chunks.iter().map(|chunk| chunk.job.chunk_layers(&chunk.tokens)).collect(),
+            pool: self.pool.clone(),
+            last_layer: self.context.store.num_layers() - 1,
         };
-        match self.model.forward(&self.cache, &slices, &mut on_layer, &mut self.logits) {
-            Ok(()) => {
-                self.pace.observe(chunks.iter().map(|chunk| chunk.tokens.len()).sum(), began.elapsed());
-                self.advance(&chunks);
+        match self.compute.step(&chunks, Arc::new(layers)) {
+            Ok(outputs) => {
+                self.pace.observe(plan.iter().map(|chunk| chunk.tokens.len()).sum(), began.elapsed());
+                self.advance(&plan, outputs);
             }
             Err(e) => {
-                error!(error = %e, prompts = chunks.len(), "computing a batch");
-                let failed: Vec<usize> = chunks.iter().map(|chunk| chunk.job).collect();
-                let mut index = 0;
-                for job in self.running.extract_if(.., |_| (failed.contains(&index), index += 1).0) {
-                    job.fail(&format!("computing the prompt: {e}"));
+                error!(error = %e, prompts = plan.len(), "computing a batch");
+                for chunk in plan.iter().rev() {
+                    self.running.remove(chunk.job).fail(&format!("computing the prompt: {e}"));
                 }
             }
         }
     }
 
-    /// Takes the results of a step.
-    fn advance(&mut self, chunks: &[Chunk]) {
-        let logits = &self.logits;
-        let mut rows = 0..logits.rows();
-        let mut done = Vec::new();
-        for chunk in chunks {
-            let job = &mut self.running[chunk.job];
-            let end = chunk.tokens.end;
-            job.advance(end, &self.pool);
-            if job.request.prompt_logprobs {
-                let top = job.request.sampling.logprobs.unwrap_or(0);
-                // The row of a position says what follows it; that of the last is the first token's.
-                let followed = chunk.tokens.len() - usize::from(end == job.request.tokens.len());
-                for (next, row) in job.request.tokens[chunk.tokens.start + 1..].iter().zip(rows.by_ref().take(followed))
-                {
-                    job.logprobs.push(report(logits.row(row), *next, top));
-                }
-            }
-            if end < job.request.tokens.len() {
-                continue;
-            }
-            if let Some(row) = rows.next() {
-                let (prompt, output) = job.request.tokens.split_at(end - job.request.generated);
-                done.push((chunk.job, sample(logits.row(row), &job.request.sampling, prompt, output, end)));
-            }
-        }
+    /// Takes the results of a step. Prompts are in the plan in order of arrival.
+    fn advance(&mut self, plan: &[Chunk], outputs: Vec<ChunkOutput>) {
         // From the back, so that the places of those in front stay.
-        for (job, token) in done.into_iter().rev() {
-            self.running.remove(job).finish(token, &self.load);
+        for (chunk, output) in plan.iter().zip(outputs).rev() {
+            let job = &mut self.running[chunk.job];
+            job.advance(chunk.tokens.end);
+            job.logprobs.extend(output.logprobs);
+            if let Some(token) = output.first_token {
+                self.running.remove(chunk.job).finish(token, &self.load);
+            }
         }
-    }
-}
-
-fn slice<'a>(chunk: &Chunk, job: &'a Running) -> SequenceSlice<'a> {
-    let want = match () {
-        () if job.request.prompt_logprobs => Want::All,
-        () if chunk.tokens.end == job.request.tokens.len() => Want::Last,
-        () => Want::Nothing,
-    };
-    SequenceSlice {
-        tokens: &job.request.tokens[chunk.tokens.clone()],
-        start: chunk.tokens.start,
-        blocks: &job.blocks,
-        want,
     }
 }

@@ -1,13 +1,13 @@
 //! One prompt: as it arrives, while it runs, and what its requester hears.
 
-use std::{sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use overfill_cluster::load::{Counted, LoadState, QueuedTokens};
 use overfill_kv::{
     BLOCK_TOKENS, BlockHash, BlockId, BlockLease, BlockPool, KvSchema, KvStore, OutputToken, RequestId, SamplingParams,
     Ticket, TransferStats, blocks_for,
 };
-use overfill_transport::{HandoffError, KvSender, SendPlan, TransferConfig};
+use overfill_transport::{HandoffError, KvLayers, KvSender, SendPlan, TransferConfig};
 use tokio::{
     runtime,
     sync::{mpsc, oneshot},
@@ -148,7 +148,7 @@ pub struct Running {
     events: mpsc::Sender<Event>,
     sender: Option<KvSender>,
     queued_tokens: QueuedTokens,
-    _lease: Arc<BlockLease>,
+    lease: Arc<BlockLease>,
     _running: Counted,
 }
 
@@ -165,7 +165,7 @@ impl Running {
             Some(handoff) => {
                 let (sender, transfer) = context.start(&request, handoff, &blocks, &lease);
                 for layer in handoff.schema.layers.iter().filter(|_| handoff.held_blocks < cached) {
-                    sender.layer_ready(*layer as usize, handoff.held_blocks as u32..cached as u32);
+                    sender.layers().ready(*layer as usize, handoff.held_blocks as u32..cached as u32);
                 }
                 (Some(sender), Some(transfer))
             }
@@ -186,7 +186,7 @@ impl Running {
             events,
             sender,
             queued_tokens,
-            _lease: lease,
+            lease,
             _running: context.load.count_running(),
         };
         let cached_tokens = running.computed;
@@ -205,19 +205,21 @@ impl Running {
         Progress { computed: self.computed, total: self.request.tokens.len(), max_chunk }
     }
 
-    /// The KV of `layer` is final in `blocks` of the prompt: what the receiver lacks of it may leave.
-    pub fn layer_ready(&self, layer: usize, blocks: &std::ops::Range<usize>) {
-        let (Some(sender), Some(handoff)) = (&self.sender, &self.request.handoff) else { return };
-        let blocks = blocks.start.max(handoff.held_blocks)..blocks.end;
-        if !blocks.is_empty() && handoff.schema.layers.contains(&(layer as u32)) {
-            sender.layer_ready(layer, blocks.start as u32..blocks.end as u32);
+    /// What hears of the layers of a step that computes `tokens` of the prompt.
+    pub(crate) fn chunk_layers(&self, tokens: &Range<usize>) -> ChunkLayers {
+        let last = scheduler::final_blocks(tokens, self.request.tokens.len());
+        let full = tokens.start / BLOCK_TOKENS..tokens.end / BLOCK_TOKENS;
+        ChunkLayers {
+            sender: self.sender.as_ref().map(|sender| sender.layers().clone()),
+            announced: last.start as u32..last.end as u32,
+            blocks: self.blocks[full.clone()].to_vec(),
+            hashes: self.hashes[full].to_vec(),
+            _lease: self.lease.clone(),
         }
     }
 
-    /// The prompt is computed up to `end`. Its full blocks become findable.
-    pub fn advance(&mut self, end: usize, pool: &BlockPool) {
-        let full = self.computed / BLOCK_TOKENS..end / BLOCK_TOKENS;
-        pool.publish(&self.blocks[full.clone()], &self.hashes[full]);
+    /// The prompt is computed up to `end`.
+    pub fn advance(&mut self, end: usize) {
         self.queued_tokens.computed(end - self.computed);
         self.computed = end;
     }
@@ -246,6 +248,33 @@ impl Running {
     fn tell(&self, event: Event) {
         // The channel has room for all that a job can say; closed, nobody wants to hear it.
         let _ = self.events.try_send(event);
+    }
+}
+
+/// One prompt's part of a step. It hears of the step's layers from the engine's thread or a device's, perhaps after the
+/// step, and holds the prompt's blocks until the engine lets go of it.
+pub(crate) struct ChunkLayers {
+    sender: Option<KvLayers>,
+    /// Blocks of the prompt that are final after the step, by index.
+    announced: Range<u32>,
+    /// Full blocks that the step completes, and their names.
+    blocks: Vec<BlockId>,
+    hashes: Vec<BlockHash>,
+    _lease: Arc<BlockLease>,
+}
+
+impl ChunkLayers {
+    /// The KV of `layer` is final: what the receiver lacks of it may leave.
+    pub(crate) fn ready(&self, layer: usize) {
+        if let Some(sender) = &self.sender {
+            sender.ready(layer, self.announced.clone());
+        }
+    }
+
+    /// The KV of all layers is final: the prompt's full blocks become findable. Not before: another prompt that finds them
+    /// hands them over at once.
+    pub(crate) fn publish(&self, pool: &BlockPool) {
+        pool.publish(&self.blocks, &self.hashes);
     }
 }
 

@@ -10,7 +10,7 @@ use overfill_cluster::{
     net::{self, Listener},
 };
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema, Role};
-use overfill_model::{KvCache, Model, ModelError};
+use overfill_model::{Model, ModelError};
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1, v1::prefill_server::PrefillServer};
 use overfill_text::TextFiles;
 use overfill_transport::{Dialer, Link, TransferConfig};
@@ -66,7 +66,6 @@ pub struct PrefillNode {
     grpc_address: SocketAddr,
     admin_address: SocketAddr,
     model: Model,
-    cache: KvCache,
     files: TextFiles,
     pool: BlockPool,
     load: Arc<LoadState>,
@@ -84,11 +83,10 @@ impl PrefillNode {
         let Config { model: folder, load: options, kv_blocks, .. } = config.clone();
         let load = move || -> Result<_, NodeError> {
             let files = overfill_model::text_files(&folder)?;
-            let model = Model::load(&folder, &options)?;
-            let cache = model.new_cache(kv_blocks)?;
-            Ok((files, model, cache))
+            let model = Model::load(&folder, &options, kv_blocks)?;
+            Ok((files, model))
         };
-        let (files, model, cache) = tokio::task::spawn_blocking(load).await??;
+        let (files, model) = tokio::task::spawn_blocking(load).await??;
         let pool = BlockPool::new(kv_blocks);
         let metrics = NodeMetrics::new(config.served_model_name.as_deref().unwrap_or(model.name()))?;
         Ok(Self {
@@ -100,7 +98,6 @@ impl PrefillNode {
             admin,
             admin_server,
             model,
-            cache,
             files,
             pool,
         })
@@ -176,8 +173,9 @@ impl PrefillNode {
         };
         let load = self.load;
         let transfer = TransferConfig { dialer: kv_dialer(self.config.tls.clone()), ..TransferConfig::default() };
+        let producer = self.model.fingerprint().into();
         let (engine, mut engine_end) =
-            engine::start(self.model, self.cache, self.pool, load.clone(), limits, transfer)?;
+            engine::start(self.model.into_engine(), producer, self.pool, load.clone(), limits, transfer)?;
         let service = PrefillService {
             engine,
             limits: RequestLimits {

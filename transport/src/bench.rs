@@ -200,7 +200,7 @@ async fn handoff(
     let start = Instant::now();
     let (sender, sending) = KvSender::start(plan, source.clone(), config.clone());
     for layer in 0..source.num_layers() {
-        sender.layer_ready(layer, 0..blocks as u32);
+        sender.layers().ready(layer, 0..blocks as u32);
     }
     sender.commit(1);
     incoming.ready().await?;

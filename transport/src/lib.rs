@@ -27,7 +27,7 @@ pub use link::{Dialer, Link, Listen, Opening};
 pub use memory::MemoryStore;
 use overfill_kv::{TransferStats, handoff::Failure};
 pub use receiver::{IncomingHandoff, KvReceiver, Reservation};
-pub use sender::{KvSender, SendPlan};
+pub use sender::{KvLayers, KvSender, SendPlan};
 
 /// Limits of the KV plane. Both sides of a handoff should have the same.
 #[derive(Clone, Debug)]

@@ -1,7 +1,7 @@
 //! KV in plain memory.
 
-use overfill_kv::store::{blocks_in, blocks_in_mut};
-use overfill_kv::{BlockId, KvStore, StoreError};
+use overfill_kv::store::{blocks_in, blocks_in_mut, check_range};
+use overfill_kv::{BlockId, KvMemory, KvStore, StoreError};
 use parking_lot::RwLock;
 
 /// A [`KvStore`] in plain memory, without a model: for tests and for measuring the transport itself.
@@ -29,19 +29,6 @@ impl MemoryStore {
             *slot.write() = layer;
         }
     }
-
-    fn check(&self, layer: usize, blocks: &[BlockId]) -> Result<(), StoreError> {
-        let bad = blocks.iter().find(|b| b.0 as usize >= self.num_blocks);
-        match (self.layers.get(layer), bad) {
-            (Some(_), None) => Ok(()),
-            (_, bad) => Err(StoreError::OutOfRange {
-                layer,
-                block: bad.map_or(0, |b| b.0),
-                num_layers: self.layers.len(),
-                num_blocks: self.num_blocks,
-            }),
-        }
-    }
 }
 
 impl KvStore for MemoryStore {
@@ -57,29 +44,31 @@ impl KvStore for MemoryStore {
         self.block_bytes
     }
 
+    fn memory(&self) -> KvMemory {
+        KvMemory::Host
+    }
+
     fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError> {
-        self.view(layer, blocks, &mut |all| all.iter().enumerate().for_each(|(i, bytes)| f(i, bytes)))?;
-        Ok(())
+        self.view(layer, blocks, &mut |all| all.iter().enumerate().for_each(|(i, bytes)| f(i, bytes)))
     }
 
     fn write(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), StoreError> {
-        self.edit(layer, blocks, &mut |all| all.iter_mut().enumerate().for_each(|(i, bytes)| f(i, bytes)))?;
+        self.edit(layer, blocks, &mut |all| all.iter_mut().enumerate().for_each(|(i, bytes)| f(i, bytes)))
+    }
+
+    fn view(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&[&[u8]])) -> Result<(), StoreError> {
+        check_range(self, layer, blocks)?;
+        let places = self.layers[layer].read();
+        let places = blocks_in(&places, self.block_bytes, blocks);
+        // The range was checked.
+        f(&places.unwrap_or_default());
         Ok(())
     }
 
-    fn view(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&[&[u8]])) -> Result<bool, StoreError> {
-        self.check(layer, blocks)?;
-        let places = self.layers[layer].read();
-        let places = blocks_in(&places, self.block_bytes, blocks);
-        places.as_deref().map(f);
-        Ok(places.is_some())
-    }
-
-    fn edit(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&mut [&mut [u8]])) -> Result<bool, StoreError> {
-        self.check(layer, blocks)?;
+    fn edit(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&mut [&mut [u8]])) -> Result<(), StoreError> {
+        check_range(self, layer, blocks)?;
         let mut memory = self.layers[layer].write();
-        let mut places = blocks_in_mut(&mut memory, self.block_bytes, blocks);
-        places.as_deref_mut().map(f);
-        Ok(places.is_some())
+        f(&mut blocks_in_mut(&mut memory, self.block_bytes, blocks).ok_or(StoreError::Repeated)?);
+        Ok(())
     }
 }

@@ -8,7 +8,7 @@ use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 
 use crate::frame::{SUM_BYTES, next_sum};
 use crate::link::Link;
-use overfill_kv::{BlockId, KvStore, StoreError};
+use overfill_kv::{BlockId, KvMemory, KvStore, StoreError};
 
 /// Most bytes per call to the system: few calls, and yet what was summed is still in cache when it is sent.
 pub(crate) const CHUNK_BYTES: usize = 512 * 1024;
@@ -113,7 +113,7 @@ impl<'a> Outgoing<'a> {
         let size = store.block_bytes();
         let length = ids.len() * size;
         let mut p = Progress::after(header);
-        if store.view(layer, ids, &mut |_| ())? {
+        if store.memory() == KvMemory::Host {
             while p.at < length {
                 let mut blocked = Ok(());
                 store.view(layer, ids, &mut |blocks| blocked = self.send_now(blocks, &mut p))?;
@@ -210,7 +210,7 @@ impl<'a> Incoming<'a> {
         let size = store.block_bytes();
         let length = ids.len() * size;
         let mut p = Progress::after(header);
-        let direct = store.edit(layer, ids, &mut |_| ())?;
+        let direct = store.memory() == KvMemory::Host;
         if direct {
             while p.at < length {
                 let mut blocked = Ok(());

@@ -40,7 +40,7 @@ pub struct SendPlan {
     pub first_block: u32,
     /// Length of the whole prompt.
     pub prompt_tokens: u32,
-    /// Most calls of [`KvSender::layer_ready`] that will come: chunks times layers.
+    /// Most calls of [`KvLayers::ready`] that will come: chunks times layers.
     pub max_pieces: usize,
     /// By then the receiver has confirmed, or the handoff has failed.
     pub deadline: Instant,
@@ -86,10 +86,17 @@ struct Control {
 
 /// The owner's end of one handoff. Dropping it without a commit aborts the handoff.
 pub struct KvSender {
+    layers: KvLayers,
+}
+
+/// Where the layers of one handoff are announced, from any thread. Clones are the same. It keeps nothing alive: once the
+/// handoff is over, announcements go nowhere.
+#[derive(Clone)]
+pub struct KvLayers {
     commands: mpsc::Sender<Command>,
     control: Arc<Control>,
     /// Position of each of the local store's layers on the wire.
-    wire_layers: Vec<Option<u32>>,
+    wire_layers: Arc<[Option<u32>]>,
     first_block: u32,
     request_id: RequestId,
 }
@@ -115,10 +122,10 @@ impl KvSender {
                 *slot = Some(wire as u32);
             }
         }
-        let sender = Self {
+        let layers = KvLayers {
             commands,
             control: control.clone(),
-            wire_layers,
+            wire_layers: wire_layers.into(),
             first_block: plan.first_block,
             request_id: plan.request_id.clone(),
         };
@@ -126,31 +133,39 @@ impl KvSender {
             plan.check(&*store)?;
             Shell::new(plan, store, config, queue, control).run().await
         });
-        (sender, task)
+        (Self { layers }, task)
     }
 
+    /// Where layers are announced.
+    pub fn layers(&self) -> &KvLayers {
+        &self.layers
+    }
+
+    /// This is the first token. The commit leaves when all layers of all blocks were announced and sent. Never blocks.
+    pub fn commit(&self, first_token: u32) {
+        let KvLayers { control, .. } = &self.layers;
+        control.committed_at.lock().get_or_insert_with(Instant::now);
+        self.layers.send(Command::Commit(first_token));
+        control.committed.store(true, Ordering::Release);
+    }
+
+    /// Gives the handoff up, committed or not.
+    pub fn abort(self) {
+        self.layers.control.aborted.cancel();
+    }
+}
+
+impl KvLayers {
     /// The KV of these prompt blocks (by index) of one layer of the local store is final, and may be sent.
     ///
     /// Never blocks. Layers and blocks that the receiver does not want are ignored; the same block twice, or more calls
     /// than planned, fail the handoff.
-    pub fn layer_ready(&self, layer: usize, blocks: Range<u32>) {
+    pub fn ready(&self, layer: usize, blocks: Range<u32>) {
         let first_block = blocks.start.max(self.first_block);
         let Some(Some(layer)) = self.wire_layers.get(layer) else { return };
         if first_block < blocks.end {
             self.send(Command::LayerReady(Piece { layer: *layer, first_block, blocks: blocks.end - first_block }));
         }
-    }
-
-    /// All layers of all blocks were announced, and this is the first token. Never blocks.
-    pub fn commit(&self, first_token: u32) {
-        self.control.committed_at.lock().get_or_insert_with(Instant::now);
-        self.send(Command::Commit(first_token));
-        self.control.committed.store(true, Ordering::Release);
-    }
-
-    /// Gives the handoff up, committed or not.
-    pub fn abort(self) {
-        self.control.aborted.cancel();
     }
 
     fn send(&self, command: Command) {
@@ -168,8 +183,9 @@ impl KvSender {
 
 impl Drop for KvSender {
     fn drop(&mut self) {
-        if !self.control.committed.load(Ordering::Acquire) {
-            self.control.aborted.cancel();
+        let control = &self.layers.control;
+        if !control.committed.load(Ordering::Acquire) {
+            control.aborted.cancel();
         }
     }
 }

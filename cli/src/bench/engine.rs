@@ -5,10 +5,16 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use overfill_kv::{BLOCK_TOKENS, BlockId, blocks_for};
-use overfill_model::{KvCache, LoadOptions, Logits, Model, Rows, SequenceSlice, Want, bench::MemoryProbe};
+use overfill_kv::{BLOCK_TOKENS, BlockId, SamplingParams, blocks_for};
+use overfill_model::{
+    Choice, Engine, LoadOptions, Model, Outputs, Rows, SamplingContext, SequenceSlice, Want, bench::MemoryProbe,
+    no_layers,
+};
 
-use super::report::{Report, median};
+use super::{
+    formats::hand_over,
+    report::{Report, median},
+};
 use crate::text;
 
 /// Prompt tokens per forward pass, as a prefill node computes them by default.
@@ -34,6 +40,20 @@ pub struct Sizes {
     answer_tokens: usize,
 }
 
+impl Sizes {
+    /// Tokens of a sequence whose decoding is measured.
+    fn decode_sequence_tokens(&self) -> usize {
+        self.context_tokens + self.decode_tokens
+    }
+
+    /// Blocks of KV for the largest measurement.
+    fn kv_blocks(&self) -> usize {
+        let most = self.batch.iter().copied().max().unwrap_or(0);
+        let decode = most * blocks_for(self.decode_sequence_tokens());
+        decode.max(blocks_for(self.prefill_tokens + self.answer_tokens))
+    }
+}
+
 /// Measures each of the models; the first is the full one of those after it that have KV of the same shape.
 pub fn measure(
     models: &[(String, PathBuf)],
@@ -46,14 +66,14 @@ pub fn measure(
     let mut full: Option<(&str, Model)> = None;
     for (name, folder) in models {
         let before = resident_bytes()?;
-        let mut model = Model::load(folder, &LoadOptions { rows: Rows::Few, ..*options })?;
-        measure_decode(name, &model, sizes, runs, &memory, before, report)?;
-        model.set_rows(Rows::Many);
-        measure_prefill(name, &model, sizes, runs, report)?;
-        model.set_rows(Rows::Few);
+        let mut model = Model::load(folder, &LoadOptions { rows: Rows::Few, ..*options }, sizes.kv_blocks())?;
+        measure_decode(name, &mut model, sizes, runs, &memory, before, report)?;
+        model.engine().set_rows(Rows::Many);
+        measure_prefill(name, &mut model, sizes, runs, report)?;
+        model.engine().set_rows(Rows::Few);
         match &mut full {
             Some((full_name, full)) if same_kv(full, &model) => {
-                two_stages([full_name, name], full, &model, sizes, runs, report)?;
+                two_stages([full_name, name], full, &mut model, sizes, runs, report)?;
             }
             Some((full_name, _)) => {
                 tracing::info!("{name} has KV of another shape than {full_name}, so the two can't share a request")
@@ -72,11 +92,10 @@ fn same_kv(full: &Model, decode: &Model) -> bool {
 }
 
 /// Prefill as a prefill node does it.
-fn measure_prefill(name: &str, model: &Model, sizes: &Sizes, runs: usize, report: &mut Report) -> Result<()> {
+fn measure_prefill(name: &str, model: &mut Model, sizes: &Sizes, runs: usize, report: &mut Report) -> Result<()> {
     let tokens = sizes.prefill_tokens;
-    let cache = model.new_cache(blocks_for(tokens))?;
-    let mut one = Sequences::new(model, &cache, 1, tokens);
-    let seconds = (0..runs).map(|_| one.prefill(model, tokens)).collect::<Result<Vec<_>>>()?;
+    let mut one = Sequences::new(model, 1, tokens);
+    let seconds = (0..runs).map(|_| one.prefill(model.engine(), tokens)).collect::<Result<Vec<_>>>()?;
     let rate = tokens as f64 / median(seconds);
     report.add(format!("prefill, {name}"), rate, "tok/s", format!("{tokens} tokens in chunks of {CHUNK}"));
     Ok(())
@@ -85,7 +104,7 @@ fn measure_prefill(name: &str, model: &Model, sizes: &Sizes, runs: usize, report
 /// Decode as a decode node does it, and memory.
 fn measure_decode(
     name: &str,
-    model: &Model,
+    model: &mut Model,
     sizes: &Sizes,
     runs: usize,
     memory: &MemoryProbe,
@@ -94,11 +113,10 @@ fn measure_decode(
 ) -> Result<()> {
     let most = sizes.batch.iter().copied().max().context("no batch")?;
     let start = sizes.context_tokens;
-    let each = start + sizes.decode_tokens;
+    let each = sizes.decode_sequence_tokens();
     let blocks = most * blocks_for(each);
-    let cache = model.new_cache(blocks)?;
-    let mut sequences = Sequences::new(model, &cache, most, each);
-    sequences.prefill(model, start)?;
+    let mut sequences = Sequences::new(model, most, each);
+    sequences.prefill(model.engine(), start)?;
     for &batch in &sizes.batch {
         // In turns with reads of memory, whose speed may change.
         let (mut seconds, mut shares) = (Vec::new(), Vec::new());
@@ -106,7 +124,7 @@ fn measure_decode(
         let kv_bytes = batch * context * model.block_bytes() / BLOCK_TOKENS;
         for _ in 0..runs {
             let before = memory.read_bytes_per_second();
-            let run = sequences.decode(model, batch, start, sizes.decode_tokens)?;
+            let run = sequences.decode(model.engine(), batch, start, sizes.decode_tokens)?;
             let read = (before + memory.read_bytes_per_second()) / 2.0;
             seconds.push(run);
             if let Some(weights) = model.step_weight_bytes() {
@@ -135,22 +153,27 @@ fn measure_decode(
 fn two_stages(
     names: [&str; 2],
     full: &mut Model,
-    decode: &Model,
+    decode: &mut Model,
     sizes: &Sizes,
     runs: usize,
     report: &mut Report,
 ) -> Result<()> {
     let (prompt, answer) = (sizes.prefill_tokens, sizes.answer_tokens);
-    let cache = full.new_cache(blocks_for(prompt + answer))?;
-    let mut sequence = Sequences::new(full, &cache, 1, prompt + answer);
+    let mut sequence = Sequences::new(full, 1, prompt + answer);
     let mut times = [Vec::new(), Vec::new()];
     for _ in 0..runs {
-        for (times, decode) in times.iter_mut().zip([None, Some(decode)]) {
-            full.set_rows(Rows::Many);
-            let prefill = sequence.prefill(full, prompt)?;
-            full.set_rows(Rows::Few);
+        for (times, two_stage) in times.iter_mut().zip([false, true]) {
+            full.engine().set_rows(Rows::Many);
             // The prompt's last logits give the first token of the answer.
-            times.push(prefill + sequence.decode(decode.unwrap_or(full), 1, prompt, answer - 1)?);
+            let mut seconds = sequence.prefill(full.engine(), prompt)?;
+            full.engine().set_rows(Rows::Few);
+            if two_stage {
+                let begin = Instant::now();
+                hand_over(full, decode, &sequence.blocks[0][..blocks_for(prompt)])?;
+                seconds += begin.elapsed().as_secs_f64();
+            }
+            let decoder = if two_stage { &mut *decode } else { &mut *full };
+            times.push(seconds + sequence.decode(decoder.engine(), 1, prompt, answer - 1)?);
         }
     }
     let [alone, both] = times.map(median);
@@ -162,44 +185,47 @@ fn two_stages(
 }
 
 /// Sequences in a cache, each in blocks of its own.
-struct Sequences<'a> {
-    cache: &'a KvCache,
+struct Sequences {
     prompt: Vec<u32>,
     blocks: Vec<Vec<BlockId>>,
     next: Vec<u32>,
-    logits: Logits,
+    greedy: SamplingParams,
+    outputs: Outputs,
 }
 
-impl<'a> Sequences<'a> {
-    fn new(model: &Model, cache: &'a KvCache, count: usize, tokens_each: usize) -> Self {
+impl Sequences {
+    fn new(model: &Model, count: usize, tokens_each: usize) -> Self {
         let each = blocks_for(tokens_each) as u32;
         Self {
-            cache,
             prompt: (0..tokens_each).map(|i| (i * 7919 % model.config().vocab_size) as u32).collect(),
             blocks: (0..count as u32).map(|i| (i * each..(i + 1) * each).map(BlockId).collect()).collect(),
             next: vec![1; count],
-            logits: Logits::default(),
+            greedy: SamplingParams::greedy(),
+            outputs: Outputs::default(),
         }
     }
 
     /// Seconds to prefill `tokens` tokens of each sequence, one sequence after the other.
-    fn prefill(&mut self, model: &Model, tokens: usize) -> Result<f64> {
+    fn prefill(&mut self, engine: &mut dyn Engine, tokens: usize) -> Result<f64> {
         let begin = Instant::now();
+        let choice = Choice { params: &self.greedy, context: SamplingContext::following(&self.prompt[..tokens], &[]) };
         for (blocks, next) in self.blocks.iter().zip(&mut self.next) {
             for (i, chunk) in self.prompt[..tokens].chunks(CHUNK).enumerate() {
                 let start = i * CHUNK;
-                let want = if start + chunk.len() == tokens { Want::Last } else { Want::Nothing };
+                let want = if start + chunk.len() == tokens { Want::Next(choice) } else { Want::Nothing };
                 let slice = SequenceSlice { tokens: chunk, start, blocks, want };
-                model.forward(self.cache, &[slice], &mut |_| {}, &mut self.logits)?;
+                engine.run(&[slice], &no_layers(), &mut self.outputs)?;
             }
-            *next = best(self.logits.row(0)).context("no logits")?;
+            *next = self.outputs.take_next(0).context("no token")?.token;
         }
         Ok(begin.elapsed().as_secs_f64())
     }
 
     /// Seconds for `steps` tokens of each of the first `batch` sequences, which have `start` tokens.
-    fn decode(&mut self, model: &Model, batch: usize, start: usize, steps: usize) -> Result<f64> {
+    fn decode(&mut self, engine: &mut dyn Engine, batch: usize, start: usize, steps: usize) -> Result<f64> {
         ensure!(batch <= self.blocks.len(), "a batch of {batch} of {} sequences", self.blocks.len());
+        let layers = no_layers();
+        let choice = Choice { params: &self.greedy, context: SamplingContext::following(&[], &[]) };
         let begin = Instant::now();
         for step in 0..steps {
             let sequences = self.blocks[..batch].iter().zip(&self.next);
@@ -208,20 +234,16 @@ impl<'a> Sequences<'a> {
                     tokens: std::slice::from_ref(token),
                     start: start + step,
                     blocks,
-                    want: Want::Last,
+                    want: Want::Next(choice),
                 })
                 .collect();
-            model.forward(self.cache, &slices, &mut |_| {}, &mut self.logits)?;
-            for (row, next) in self.next[..batch].iter_mut().enumerate() {
-                *next = best(self.logits.row(row)).context("no logits")?;
+            engine.run(&slices, &layers, &mut self.outputs)?;
+            for (i, next) in self.next[..batch].iter_mut().enumerate() {
+                *next = self.outputs.take_next(i).context("no token")?.token;
             }
         }
         Ok(begin.elapsed().as_secs_f64())
     }
-}
-
-fn best(logits: &[f32]) -> Option<u32> {
-    logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(token, _)| token as u32)
 }
 
 /// Memory of this process that is not swapped out or shared with the file cache.

@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use overfill_distill::{Example, demo};
-use overfill_kv::{BlockId, KvDtype, KvStore, blocks_for};
-use overfill_model::{KvCache, LoadOptions, Logits, Model, Rows, SequenceSlice, Want, WeightFormat, report, resolve};
+use overfill_kv::{BlockId, KvDtype, blocks_for};
+use overfill_model::{
+    LoadOptions, Logits, Model, Outputs, Rows, SequenceSlice, Want, WeightFormat, no_layers, report, resolve,
+};
 use serde_json::json;
 
 use crate::{text, up};
@@ -91,28 +93,27 @@ pub fn run(args: &FormatsArgs) -> Result<()> {
 
 fn score(full: &Path, decode: &Path, weights: WeightFormat, kv_dtype: KvDtype, examples: &[Example]) -> Result<Score> {
     let options = |rows| LoadOptions { weights, kv_dtype, rows, ..LoadOptions::default() };
-    let full = Model::load(full, &options(Rows::Many))?;
-    let decode = Model::load(decode, &options(Rows::Few))?;
-    full.producer_schema().check_consumer(&decode.kv_schema())?;
     let longest = examples.iter().map(|e| e.tokens.len()).max().context("no examples")?;
     let blocks: Vec<BlockId> = (0..blocks_for(longest) as u32).map(BlockId).collect();
-    let caches = [full.new_cache(blocks.len())?, decode.new_cache(blocks.len())?];
-    let mut logits = Logits::default();
+    let mut full = Model::load(full, &options(Rows::Many), blocks.len())?;
+    let mut decode = Model::load(decode, &options(Rows::Few), blocks.len())?;
+    full.producer_schema().check_consumer(&decode.kv_schema())?;
+    let (layers, mut outputs) = (no_layers(), Outputs::default());
     let (mut exact, mut tokens, mut sum) = (0, 0, 0.0);
     for example in examples {
         let (prompt, response) = example.last_response();
         ensure!(!prompt.is_empty() && !response.is_empty(), "an example without a prompt or response");
-        let slice = SequenceSlice { tokens: prompt, start: 0, blocks: &blocks, want: Want::Last };
-        full.forward(&caches[0], &[slice], &mut |_| {}, &mut logits)?;
-        let mut right = follows(&logits, 0, response[0], &mut sum);
+        let slice = SequenceSlice { tokens: prompt, start: 0, blocks: &blocks, want: Want::LastLogits };
+        full.engine().run(&[slice], &layers, &mut outputs)?;
+        let mut right = follows(outputs.logits(), 0, response[0], &mut sum);
         if response.len() > 1 {
-            hand_over(&caches, &decode, &blocks[..blocks_for(prompt.len())])?;
+            hand_over(&full, &decode, &blocks[..blocks_for(prompt.len())])?;
             // One token at a time would give the same bits.
             let tokens = &response[..response.len() - 1];
-            let slice = SequenceSlice { tokens, start: prompt.len(), blocks: &blocks, want: Want::All };
-            decode.forward(&caches[1], &[slice], &mut |_| {}, &mut logits)?;
+            let slice = SequenceSlice { tokens, start: prompt.len(), blocks: &blocks, want: Want::AllLogits };
+            decode.engine().run(&[slice], &layers, &mut outputs)?;
             for (row, token) in response[1..].iter().enumerate() {
-                right &= follows(&logits, row, *token, &mut sum);
+                right &= follows(outputs.logits(), row, *token, &mut sum);
             }
         }
         tokens += response.len();
@@ -129,7 +130,8 @@ fn follows(logits: &Logits, row: usize, token: u32, sum: &mut f64) -> bool {
 }
 
 /// Copies the layers that the decode model uses, as a handoff does.
-fn hand_over([from, to]: &[KvCache; 2], decode: &Model, blocks: &[BlockId]) -> Result<()> {
+pub(super) fn hand_over(full: &Model, decode: &Model, blocks: &[BlockId]) -> Result<()> {
+    let (from, to) = (full.kv(), decode.kv());
     for (wire, layer) in decode.kv_schema().layers.iter().enumerate() {
         let mut bytes: Vec<Vec<u8>> = Vec::with_capacity(blocks.len());
         from.read(*layer as usize, blocks, &mut |_, block| bytes.push(block.to_vec()))?;

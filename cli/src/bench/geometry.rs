@@ -219,7 +219,7 @@ mod tests {
     fn a_written_model_loads_and_is_found_again() {
         let models = tempfile::tempdir().unwrap();
         let folder = Geometry::SmallOverfill.folder(models.path()).unwrap();
-        let model = Model::load(&folder, &LoadOptions::default()).unwrap();
+        let model = Model::load(&folder, &LoadOptions::default(), 1).unwrap();
         assert_eq!(model.config().hidden_size, 281);
         let weights = folder.join("model.safetensors");
         let written = fs::metadata(&weights).unwrap().modified().unwrap();

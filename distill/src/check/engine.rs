@@ -5,7 +5,8 @@ use std::path::Path;
 use anyhow::Result;
 use overfill_kv::{BlockId, KvDtype, blocks_for};
 use overfill_model::{
-    DeviceSpec, KvCache, LoadOptions, Logits, Model, ModelError, Rows, SequenceSlice, Want, WeightFormat,
+    DeviceSpec, Engine as ModelEngine, LoadOptions, Model, ModelError, Outputs, Rows, SequenceSlice, Want,
+    WeightFormat, no_layers,
 };
 
 use super::{distance::Distance, reference::Continuation};
@@ -15,10 +16,9 @@ const CHUNK: usize = 512;
 
 /// A loaded model and room for one sequence.
 pub struct Engine {
-    model: Model,
-    cache: KvCache,
+    engine: Box<dyn ModelEngine>,
     blocks: Vec<BlockId>,
-    logits: Logits,
+    outputs: Outputs,
 }
 
 /// How far the engine is from the reference over one prompt.
@@ -33,34 +33,33 @@ impl Engine {
     /// Loads the model for sequences of up to `tokens`.
     pub fn load(path: &Path, weights: WeightFormat, kv_dtype: KvDtype, tokens: usize) -> Result<Self, ModelError> {
         let options = LoadOptions { device: DeviceSpec::Cpu, weights, kv_dtype, rows: Rows::Many };
-        let model = Model::load(path, &options)?;
         let count = blocks_for(tokens);
-        let cache = model.new_cache(count)?;
+        let engine = Model::load(path, &options, count)?.into_engine();
         // Any order is as good: a table is a table.
         let blocks = (0..count as u32).rev().map(BlockId).collect();
-        Ok(Self { model, cache, blocks, logits: Logits::default() })
+        Ok(Self { engine, blocks, outputs: Outputs::default() })
     }
 
     /// Computes a prompt, and the reference's continuation of it.
     pub fn compare(&mut self, prompt: &[u32], expected: &Continuation) -> Result<Compared, ModelError> {
         let mut compared = Compared { prefill: Distance::default(), decode: Distance::default() };
-        self.model.set_rows(Rows::Many);
+        self.engine.set_rows(Rows::Many);
         for (n, chunk) in prompt.chunks(CHUNK).enumerate() {
             let start = n * CHUNK;
             let last = start + chunk.len() == prompt.len();
-            self.forward(chunk, start, if last { Want::Last } else { Want::Nothing })?;
+            self.forward(chunk, start, if last { Want::LastLogits } else { Want::Nothing })?;
         }
-        compared.prefill.add(&expected.logits[0], self.logits.row(0));
-        self.model.set_rows(Rows::Few);
+        compared.prefill.add(&expected.logits[0], self.outputs.logits().row(0));
+        self.engine.set_rows(Rows::Few);
         for (step, (token, logits)) in expected.tokens.iter().zip(&expected.logits[1..]).enumerate() {
-            self.forward(&[*token], prompt.len() + step, Want::Last)?;
-            compared.decode.add(logits, self.logits.row(0));
+            self.forward(&[*token], prompt.len() + step, Want::LastLogits)?;
+            compared.decode.add(logits, self.outputs.logits().row(0));
         }
         Ok(compared)
     }
 
-    fn forward(&mut self, tokens: &[u32], start: usize, want: Want) -> Result<(), ModelError> {
+    fn forward(&mut self, tokens: &[u32], start: usize, want: Want<'_>) -> Result<(), ModelError> {
         let slice = SequenceSlice { tokens, start, blocks: &self.blocks, want };
-        self.model.forward(&self.cache, &[slice], &mut |_| {}, &mut self.logits)
+        self.engine.run(&[slice], &no_layers(), &mut self.outputs)
     }
 }

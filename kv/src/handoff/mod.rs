@@ -176,7 +176,7 @@ pub enum Failure {
     /// This side's owner gave it up.
     #[error("handoff cancelled")]
     Cancelled,
-    /// This side's owner handed over blocks twice, outside the plan, or committed before all were handed over.
+    /// This side's owner handed over blocks twice or outside the plan, or committed twice.
     #[error("handoff out of plan: {0}")]
     Plan(&'static str),
 }

@@ -206,7 +206,23 @@ fn a_sender_out_of_plan_fails_at_once() {
     assert!(plan(&mut s, SenderEvent::LayerReady(piece)));
     let mut s = SenderHandoff::new(spec(), 2, T0);
     s.on_event(SenderEvent::LayerReady(piece), T0);
+    assert_eq!(s.on_event(SenderEvent::Commit { first_token: 1 }, T0), []);
     assert!(plan(&mut s, SenderEvent::Commit { first_token: 1 }));
+}
+
+/// A device may say that a layer is done after its token is known.
+#[test]
+fn a_commit_waits_for_layers_that_are_announced_after_it() {
+    let mut s = SenderHandoff::new(spec(), 3, T0);
+    s.on_event(SenderEvent::Connected, T0);
+    s.on_event(SenderEvent::Accepted, T0);
+    assert_eq!(s.on_event(SenderEvent::Commit { first_token: 5 }, T0), []);
+    for layer in 0..2 {
+        let piece = Piece { layer, first_block: 1, blocks: 3 };
+        assert_eq!(s.on_event(SenderEvent::LayerReady(piece), T0), [SenderAction::SendLayer(piece)]);
+        let commit = SenderAction::SendCommit(Commit { first_token: 5, frames: 2, bytes: 600 });
+        assert_eq!(s.on_event(SenderEvent::Sent, T0), if layer == 1 { vec![commit] } else { vec![] });
+    }
 }
 
 #[test]

@@ -2,16 +2,15 @@
 
 use std::time::Instant;
 
-use parking_lot::Mutex;
 use rayon::prelude::*;
 
 use super::{
+    cache::CpuKv,
     linear::{GatedLinear, Linear, Source},
-    team,
     workspace::{Widths, Workspace},
 };
 use crate::{
-    KvCache, Logits, ModelConfig, ModelError, SequenceSlice, Weights,
+    LayerSink, ModelConfig, ModelError, SequenceSlice, Weights,
     cpu::kernels::{
         attention::Heads,
         packed::{Arithmetic, Format, Rows},
@@ -22,8 +21,6 @@ use crate::{
 
 /// Elements of activations below which their rows are not worth sharing out.
 const WORTH_SHARING: usize = 1 << 15;
-/// Bytes of weights that take a millisecond or so to read: all threads are worth waking for that.
-const WORTH_WAKING_BYTES: usize = 32 << 20;
 /// Between two reports on loading.
 const REPORT_SECONDS: f64 = 2.0;
 
@@ -49,7 +46,6 @@ pub(crate) struct CpuDecoder {
     blocks: Vec<Block>,
     norm: Vec<f32>,
     head: Linear,
-    workspace: Mutex<Workspace>,
 }
 
 impl CpuDecoder {
@@ -158,7 +154,6 @@ impl CpuDecoder {
             blocks,
             norm: vector("model.norm.weight".into(), h)?,
             head,
-            workspace: Mutex::default(),
         })
     }
 
@@ -184,30 +179,17 @@ impl CpuDecoder {
         self.weight_bytes() - self.embedding.as_ref().map_or(0, Linear::size_bytes)
     }
 
-    /// Runs a batch whose slices have been checked; see [`crate::Model::forward`].
-    pub(crate) fn forward(
+    /// Runs a batch whose slices have been checked. `logits` gets a row of `[vocab]` for each row that the batch wants.
+    pub(crate) fn run(
         &self,
-        cache: &KvCache,
+        kv: &CpuKv,
         batch: &[SequenceSlice<'_>],
-        on_layer: &mut (dyn FnMut(usize) + Send),
-        logits: &mut Logits,
-    ) -> Result<(), ModelError> {
-        // Not within the pool: a thread that waits there for a part of its step may take up another step.
-        let mut workspace = self.workspace.lock();
-        let w = &mut *workspace;
-        team::run(self.weight_bytes() >= WORTH_WAKING_BYTES, || self.run(cache, batch, on_layer, logits, w))
-    }
-
-    fn run(
-        &self,
-        cache: &KvCache,
-        batch: &[SequenceSlice<'_>],
-        on_layer: &mut (dyn FnMut(usize) + Send),
-        logits: &mut Logits,
+        layers: &dyn LayerSink,
+        logits: &mut Vec<f32>,
         w: &mut Workspace,
-    ) -> Result<(), ModelError> {
+    ) {
         let how = self.how;
-        let sizes = crate::loading::heads(&self.config);
+        let sizes = self.config.heads();
         let widths = self.widths(sizes);
         w.prepare(batch, &widths, &self.inverse_frequencies);
         self.embed(batch, &mut w.x);
@@ -215,9 +197,9 @@ impl CpuDecoder {
             self.norm(&w.x, &block.input_norm, &mut w.normed);
             block.qkv.forward(how, &w.normed, &mut w.inputs, &mut w.qkv);
             self.position(block, sizes, w);
-            cache.put(layer, &w.slots, &w.qkv)?;
-            on_layer(layer);
-            cache.attend(how, layer, batch, &w.q, &mut w.attended, &mut w.attention)?;
+            kv.put(layer, &w.slots, &w.qkv);
+            layers.layer_ready(layer);
+            kv.attend(how, layer, batch, &w.q, &mut w.attended, &mut w.attention);
             block.o.add(how, &w.attended, &mut w.inputs, &mut w.x);
 
             self.norm(&w.x, &block.post_attention_norm, &mut w.normed);
@@ -229,11 +211,11 @@ impl CpuDecoder {
         for (row, normed) in w.wanted.iter().zip(w.normed.chunks_exact_mut(hidden)) {
             rms_norm(how.isa, &w.x[row * hidden..][..hidden], &self.norm, self.config.rms_norm_eps as f32, normed);
         }
-        let out = logits.reset(w.wanted.len(), self.head.outputs());
+        // Every row is overwritten.
+        logits.resize(w.wanted.len() * self.head.outputs(), 0.0);
         if !w.wanted.is_empty() {
-            self.head.forward(how, &w.normed, &mut w.inputs, out);
+            self.head.forward(how, &w.normed, &mut w.inputs, logits);
         }
-        Ok(())
     }
 
     fn widths(&self, Heads { heads, kv_heads, head_dim }: Heads) -> Widths {
@@ -285,63 +267,6 @@ impl CpuDecoder {
             let rows = w.qkv.par_chunks_exact_mut(width).zip(w.q.par_chunks_exact_mut(q_width));
             let rows = rows.zip(w.cos.par_chunks_exact(half).zip(w.sin.par_chunks_exact(half)));
             rows.for_each(|((qkv, q), (cos, sin))| row(qkv, q, cos, sin));
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use candle_core::Device;
-    use overfill_kv::{BlockId, KvDtype};
-
-    use super::*;
-    use crate::{Decoder, Ops, Want, loading::heads, tensor::paged};
-
-    /// GPUs run the tensor operations; here they run on the CPU, so that both ways are seen to agree.
-    #[test]
-    fn kernels_and_tensor_operations_agree() {
-        for pair in ["llama-tied", "llama-untied", "llama-depth", "qwen2", "qwen3"] {
-            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(pair).join("full");
-            let config = ModelConfig::from_folder(&folder).unwrap();
-            let weights = Weights::open(&folder).unwrap();
-            let kernels = CpuDecoder::load(&config, &weights, Format::F32, Rows::Few).unwrap();
-            let tensors = Decoder::build(&config, Ops::Fused, candle_core::DType::F32, &mut |name, shape| {
-                Ok(weights.load(name, shape, &Device::Cpu)?.to_dtype(candle_core::DType::F32)?)
-            })
-            .unwrap();
-            let tokens: Vec<u32> = (0..70).map(|i| i * 7 % config.vocab_size as u32).collect();
-            let blocks: Vec<BlockId> = (0..5).rev().map(BlockId).collect();
-            let other: Vec<BlockId> = (5..7).map(BlockId).collect();
-            let (layers, sizes) = (config.num_hidden_layers, heads(&config));
-            let caches = [
-                KvCache::new(layers, 7, sizes, KvDtype::Bf16, &Device::Cpu).unwrap(),
-                KvCache::of_tensors(layers, 7, sizes, KvDtype::Bf16).unwrap(),
-            ];
-            let slice = |tokens, start, blocks, want| SequenceSlice { tokens, start, blocks, want };
-            let steps = [
-                vec![
-                    slice(&tokens[..37], 0, &blocks[..], Want::Nothing),
-                    slice(&tokens[3..20], 0, &other[..], Want::All),
-                ],
-                vec![
-                    slice(&tokens[37..70], 37, &blocks[..], Want::Last),
-                    slice(&tokens[9..10], 17, &other[..], Want::Last),
-                ],
-            ];
-            for batch in &steps {
-                let mut got = [Logits::default(), Logits::default()];
-                kernels.forward(&caches[0], batch, &mut |_| {}, &mut got[0]).unwrap();
-                paged::forward(&tensors, &caches[1], batch, &mut |_| {}, &mut got[1]).unwrap();
-                assert!(got[0].rows() > 0 && got[0].rows() == got[1].rows());
-                for row in 0..got[0].rows() {
-                    for (a, b) in got[0].row(row).iter().zip(got[1].row(row)) {
-                        // KV is rounded to bf16: what lies near the middle between two may go either way.
-                        assert!((a - b).abs() < 2e-2, "{pair} row {row}: {a} by kernels, {b} by tensors");
-                    }
-                }
-            }
         }
     }
 }

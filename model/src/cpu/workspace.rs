@@ -1,8 +1,9 @@
 //! Memory of a forward pass, kept from one to the next: after the first of its size, a step allocates nothing.
 
 use crate::{
-    SequenceSlice, Want,
-    cpu::kernels::{attention::AttentionScratch, inputs::InputBuffer, scatter::Slot},
+    SequenceSlice,
+    batch::Slot,
+    cpu::kernels::{attention::AttentionScratch, inputs::InputBuffer},
 };
 
 /// All that a step of `n` tokens writes besides KV.
@@ -63,11 +64,7 @@ impl Workspace {
                     self.cos.push(cos);
                 }
             }
-            match slice.want {
-                Want::Nothing => {}
-                Want::Last => self.wanted.push(self.slots.len() - 1),
-                Want::All => self.wanted.extend(first..self.slots.len()),
-            }
+            self.wanted.extend(first + slice.want.first_row(slice.tokens.len())..self.slots.len());
         }
     }
 }

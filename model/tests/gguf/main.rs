@@ -17,7 +17,7 @@ use candle_core::{
     quantized::{GgmlDType, QTensor, gguf_file::Value},
 };
 use overfill_kv::BlockId;
-use overfill_model::{LoadOptions, Logits, Model, ModelConfig, RopeScaling, SequenceSlice, Want, Weights};
+use overfill_model::{LoadOptions, Model, ModelConfig, Outputs, RopeScaling, SequenceSlice, Want, Weights, no_layers};
 use tempfile::TempDir;
 use write::{Parts, parts};
 
@@ -37,13 +37,13 @@ fn written(parts: &Parts) -> TempDir {
 }
 
 /// Logits of every token of a prompt.
-fn logits(model: &Model) -> Vec<f32> {
+fn logits(model: Model) -> Vec<f32> {
     let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % 320).collect();
     let blocks = [BlockId(0), BlockId(1), BlockId(2)];
-    let cache = model.new_cache(3).unwrap();
-    let slice = SequenceSlice { tokens: &tokens, start: 0, blocks: &blocks, want: Want::All };
-    let mut logits = Logits::default();
-    model.forward(&cache, &[slice], &mut |_| {}, &mut logits).unwrap();
+    let slice = SequenceSlice { tokens: &tokens, start: 0, blocks: &blocks, want: Want::AllLogits };
+    let mut out = Outputs::default();
+    model.into_engine().run(&[slice], &no_layers(), &mut out).unwrap();
+    let logits = out.logits();
     (0..logits.rows()).flat_map(|row| logits.row(row).to_vec()).collect()
 }
 
@@ -51,8 +51,8 @@ fn logits(model: &Model) -> Vec<f32> {
 fn compare(folder: &Path, parts: &Parts) -> f32 {
     let file = written(parts);
     let options = LoadOptions::default();
-    let expected = logits(&Model::load(folder, &options).unwrap());
-    let got = logits(&Model::load(file.path(), &options).unwrap());
+    let expected = logits(Model::load(folder, &options, 3).unwrap());
+    let got = logits(Model::load(file.path(), &options, 3).unwrap());
     let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>();
     let distance = squares(&mut expected.iter().zip(&got).map(|(a, b)| a - b));
     (distance / squares(&mut expected.iter().copied())).sqrt()
@@ -160,7 +160,7 @@ fn the_configuration_is_that_of_the_folder() {
 #[test]
 fn a_pair_agrees_by_its_rope_factors() {
     let options = LoadOptions::default();
-    let load = |parts: &Parts| Model::load(written(parts).path(), &options).unwrap();
+    let load = |parts: &Parts| Model::load(written(parts).path(), &options, 1).unwrap();
     let full = parts(&golden("llama-tied", "full"), GgmlDType::BF16);
     let mut decode = parts(&golden("llama-tied", "decode"), GgmlDType::BF16);
     let schema = load(&full).producer_schema();
@@ -212,7 +212,7 @@ fn faults_name_file_key_and_values() {
     let fault = |change: &dyn Fn(&mut Parts)| -> String {
         let mut parts = parts(&folder, GgmlDType::F32);
         change(&mut parts);
-        let error = Model::load(written(&parts).path(), &LoadOptions::default()).err().unwrap().to_string();
+        let error = Model::load(written(&parts).path(), &LoadOptions::default(), 1).err().unwrap().to_string();
         assert!(error.contains("model.gguf: ") && !error.contains('\n'), "{error}");
         error
     };
@@ -291,7 +291,8 @@ fn a_model_is_a_file_or_the_only_one_of_a_folder() {
     let folder = written(&parts);
     let file = folder.path().join("model.gguf");
     let options = LoadOptions::default();
-    let (of_file, of_folder) = (Model::load(&file, &options).unwrap(), Model::load(folder.path(), &options).unwrap());
+    let (of_file, of_folder) =
+        (Model::load(&file, &options, 1).unwrap(), Model::load(folder.path(), &options, 1).unwrap());
     assert_eq!(of_file.name(), "model");
     assert_eq!(of_folder.name(), folder.path().file_name().unwrap().to_str().unwrap());
     assert_eq!(of_file.fingerprint(), of_folder.fingerprint());
@@ -299,13 +300,13 @@ fn a_model_is_a_file_or_the_only_one_of_a_folder() {
 
     // overfill.json lies beside it.
     fs::write(folder.path().join("overfill.json"), r#"{"version": 1, "kept_layers": [0, 2]}"#).unwrap();
-    let error = Model::load(&file, &options).err().unwrap().to_string();
+    let error = Model::load(&file, &options, 1).err().unwrap().to_string();
     assert!(error.contains("overfill.json: kept_layers is [0, 2], supported: as many layers"), "{error}");
     fs::write(folder.path().join("overfill.json"), r#"{"version": 1, "kept_layers": [0, 2, 5]}"#).unwrap();
-    assert_eq!(Model::load(&file, &options).unwrap().kv_schema().layers, [0, 2, 5]);
+    assert_eq!(Model::load(&file, &options, 1).unwrap().kv_schema().layers, [0, 2, 5]);
 
     parts.write(&folder.path().join("other.gguf"));
-    let error = Model::load(folder.path(), &options).err().unwrap().to_string();
+    let error = Model::load(folder.path(), &options, 1).err().unwrap().to_string();
     assert!(error.contains("holds 2 .gguf files (model.gguf, other.gguf") || error.contains("(other.gguf, model.gguf"));
     let other = folder.path().join("other.txt");
     fs::write(&other, "x").unwrap();

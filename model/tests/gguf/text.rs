@@ -53,7 +53,7 @@ fn a_tokenizer_beside_the_file_wins_and_one_that_is_made_is_always_the_same() {
     std::fs::write(one.path().join("generation_config.json"), r#"{"eos_token_id": [2]}"#).unwrap();
     // Then the metadata's eos_token; the model adds `<|end|>`, which the metadata knows besides.
     assert_eq!(TextModel::from_files(&text_files(one.path()).unwrap()).unwrap().eos_token_ids(), [2, 1]);
-    let model = Model::load(one.path(), &LoadOptions::default()).unwrap();
+    let model = Model::load(one.path(), &LoadOptions::default(), 1).unwrap();
     assert_eq!(model.eos_token_ids(), [2, 1, 3]);
 }
 

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use overfill_kv::{BlockId, BlockLease, BlockPool, KvStore, StoreError};
+use overfill_kv::{BlockId, BlockLease, BlockPool, KvMemory, KvStore, StoreError};
 use overfill_transport::MemoryStore;
 use parking_lot::Mutex;
 
@@ -148,6 +148,10 @@ impl KvStore for Guard {
         self.memory.block_bytes()
     }
 
+    fn memory(&self) -> KvMemory {
+        self.memory.memory()
+    }
+
     fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError> {
         self.memory.read(layer, blocks, &mut |i, bytes| {
             self.check_sent(layer, blocks[i], bytes);
@@ -163,7 +167,7 @@ impl KvStore for Guard {
         })
     }
 
-    fn view(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&[&[u8]])) -> Result<bool, StoreError> {
+    fn view(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&[&[u8]])) -> Result<(), StoreError> {
         self.memory.view(layer, blocks, &mut |all| {
             for (id, bytes) in blocks.iter().zip(all) {
                 self.check_sent(layer, *id, bytes);
@@ -172,7 +176,7 @@ impl KvStore for Guard {
         })
     }
 
-    fn edit(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&mut [&mut [u8]])) -> Result<bool, StoreError> {
+    fn edit(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&mut [&mut [u8]])) -> Result<(), StoreError> {
         self.memory.edit(layer, blocks, &mut |all| {
             let before: Vec<Vec<u8>> = all.iter().map(|bytes| bytes.to_vec()).collect();
             f(all);

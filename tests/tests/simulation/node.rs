@@ -28,7 +28,7 @@ use crate::{
     guard::{Guard, Witness},
     net::{GRPC_PORT, GrpcListener, KV_PORT, KvListener, Tap, listen},
     pace::Pace,
-    prefill,
+    prefill::{self, LateLayers, Prefiller},
 };
 
 /// How long a node waits for clients that do not read their last words, as the real ones do.
@@ -200,15 +200,17 @@ impl Place {
             max_running,
             max_waiting,
         };
-        let (handle, jobs) = prefill_engine::queue(load.clone(), FULL.into(), max_waiting);
         let context = HandoffContext {
             runtime: tokio::runtime::Handle::current(),
             store: guard.clone(),
             config: self.around.transfer.clone(),
             load: load.clone(),
         };
-        let engine = prefill::Engine { jobs, context, pool, limits, guard, pace: self.pace.clone() };
-        let engine = tokio::task::spawn_local(engine.run());
+        let late = LateLayers::default();
+        let prefiller = Prefiller { guard: guard.clone(), late: late.clone() };
+        let (handle, engine) = prefill_engine::Engine::new(prefiller, FULL.into(), pool, limits, context);
+        let end = CancellationToken::new();
+        let engine = tokio::task::spawn_local(prefill::run(engine, guard, late, self.pace.clone(), end.clone()));
         let service = PrefillService {
             engine: handle,
             limits: prefill_request::RequestLimits {
@@ -228,6 +230,7 @@ impl Place {
             () = server => {}
             () = abandoned(&load, &shutdown) => return Ok(()),
         }
+        end.cancel();
         engine.await?;
         Ok(())
     }

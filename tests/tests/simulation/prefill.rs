@@ -1,21 +1,13 @@
-//! The engine of a simulated prefill node: the real one's queue, scheduler and jobs, but the model takes only time.
+//! The engine of a simulated prefill node: the real one, but the model takes only time.
 
-use std::{
-    collections::VecDeque,
-    ops::Range,
-    sync::{
-        Arc,
-        mpsc::{Receiver, TryRecvError},
-    },
-    time::Duration,
-};
+use std::{ops::Range, sync::Arc, time::Duration};
 
-use overfill_kv::{BLOCK_TOKENS, BlockPool, KvStore as _, OutputToken};
-use overfill_prefill_node::{
-    engine::Limits,
-    job::{HandoffContext, Job, Running},
-    scheduler::{self, Chunk},
-};
+use overfill_kv::{BLOCK_TOKENS, BlockId, KvStore as _, OutputToken};
+use overfill_model::{LayerSink, ModelError};
+use overfill_prefill_node::engine::{ChunkOutput, Compute, Engine, PromptChunk};
+use parking_lot::Mutex;
+use rand::Rng as _;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     content::{BLOCK_BYTES, Content, FULL, LAYERS, next_token},
@@ -26,90 +18,92 @@ use crate::{
 /// As the real engine's.
 const POLL: Duration = Duration::from_millis(5);
 
-/// What an engine works with.
-pub struct Engine {
-    /// New prompts.
-    pub jobs: Receiver<Job>,
-    /// How KV leaves.
-    pub context: HandoffContext,
-    /// Blocks.
-    pub pool: BlockPool,
-    /// Bounds.
-    pub limits: Limits,
+/// Computes prompts. As a GPU does, it gives the tokens of a step before all of its layers are done.
+pub struct Prefiller {
     /// Memory.
     pub guard: Arc<Guard>,
-    /// Time for a layer.
-    pub pace: Pace,
+    /// Layers that are still to be done.
+    pub late: LateLayers,
 }
 
-impl Engine {
-    /// Computes until nothing is left and nothing can come.
-    pub async fn run(self) {
-        let mut waiting: VecDeque<Job> = VecDeque::new();
-        let mut running: Vec<(Running, Arc<Content>)> = Vec::new();
-        loop {
-            let ended = loop {
-                match self.jobs.try_recv() {
-                    Ok(job) => waiting.push_back(job),
-                    Err(e) => break e == TryRecvError::Disconnected,
-                }
-            };
-            waiting.retain(|job| !job.is_over());
-            running.retain(|(job, _)| !job.is_over());
-            if ended && waiting.is_empty() && running.is_empty() {
-                return;
-            }
-            while running.len() < self.limits.max_running {
-                let Some((lease, cached)) = waiting.front().and_then(|job| job.take_blocks(&self.pool)) else { break };
-                let Some(job) = waiting.pop_front() else { break };
-                let content = Arc::new(Content::new(&job.request.tokens, FULL));
-                self.guard.will_send(lease.blocks(), &content);
-                running.push((Running::start(job, lease, cached, &self.context), content));
-            }
-            match running.is_empty() {
-                true => tokio::time::sleep(POLL).await,
-                false => self.step(&mut running).await,
-            }
-            self.context.load.publish();
-        }
-    }
+/// Layers of the last step that are done after it.
+#[derive(Clone, Default)]
+pub struct LateLayers(Arc<Mutex<Option<Late>>>);
 
-    async fn step(&self, running: &mut Vec<(Running, Arc<Content>)>) {
-        let progress = running.iter().map(|(job, _)| job.progress());
-        let chunks = scheduler::plan(progress, self.limits.max_batch_tokens);
-        for layer in 0..LAYERS as usize {
-            for chunk in &chunks {
-                let (job, content) = &running[chunk.job];
-                self.compute(job, content, layer, chunk);
-            }
-            self.pace.step().await;
-            for chunk in &chunks {
-                let (job, _) = &running[chunk.job];
-                job.layer_ready(layer, &scheduler::final_blocks(&chunk.tokens, job.request.tokens.len()));
-            }
-        }
-        let mut done = Vec::new();
-        for chunk in &chunks {
-            let (job, _) = &mut running[chunk.job];
-            job.advance(chunk.tokens.end, &self.pool);
-            if chunk.tokens.end == job.request.tokens.len() {
-                done.push(chunk.job);
-            }
-        }
-        for i in done.into_iter().rev() {
-            let (job, _) = running.remove(i);
-            let token = next_token(&job.request.tokens);
-            job.finish(OutputToken { token, logprob: f32::NAN, top: Vec::new() }, &self.context.load);
-        }
-    }
+struct Late {
+    from: usize,
+    chunks: Vec<Written>,
+    layers: Arc<dyn LayerSink>,
+}
 
-    /// Writes the KV of a chunk, to the end of its last block.
-    fn compute(&self, job: &Running, content: &Content, layer: usize, chunk: &Chunk) {
+/// What a chunk writes into each layer.
+struct Written {
+    content: Arc<Content>,
+    /// Index of the first block in the prompt.
+    first: usize,
+    blocks: Vec<BlockId>,
+}
+
+impl Compute for Prefiller {
+    fn step(&mut self, chunks: &[PromptChunk<'_>], layers: Arc<dyn LayerSink>) -> Result<Vec<ChunkOutput>, ModelError> {
+        let written: Vec<Written> = chunks.iter().map(|chunk| self.written(chunk)).collect();
+        let early = rand::rng().random_range(0..=LAYERS as usize);
+        for layer in 0..early {
+            compute(&self.guard, layer, &written, &*layers);
+        }
+        *self.late.0.lock() = Some(Late { from: early, chunks: written, layers });
+        let output = |chunk: &PromptChunk<'_>| ChunkOutput {
+            logprobs: Vec::new(),
+            first_token: chunk.is_last().then(|| {
+                let token = next_token(&chunk.job.request.tokens);
+                OutputToken { token, logprob: f32::NAN, top: Vec::new() }
+            }),
+        };
+        Ok(chunks.iter().map(output).collect())
+    }
+}
+
+impl Prefiller {
+    fn written(&self, chunk: &PromptChunk<'_>) -> Written {
+        let content = Arc::new(Content::new(&chunk.job.request.tokens, FULL));
+        self.guard.will_send(&chunk.job.blocks, &content);
+        // To the end of the last block.
         let touched: Range<usize> = chunk.tokens.start / BLOCK_TOKENS..chunk.tokens.end.div_ceil(BLOCK_TOKENS);
+        Written { content, first: touched.start, blocks: chunk.job.blocks[touched].to_vec() }
+    }
+}
+
+fn compute(guard: &Guard, layer: usize, chunks: &[Written], layers: &dyn LayerSink) {
+    for chunk in chunks {
         let write = &mut |i: usize, bytes: &mut [u8]| {
-            let block: [u8; BLOCK_BYTES] = content.block(layer as u32, touched.start + i);
+            let block: [u8; BLOCK_BYTES] = chunk.content.block(layer as u32, chunk.first + i);
             bytes.copy_from_slice(&block);
         };
-        self.guard.memory.write(layer, &job.blocks[touched.clone()], write).expect("a job's blocks are the node's");
+        guard.memory.write(layer, &chunk.blocks, write).expect("a job's blocks are the node's");
+    }
+    layers.layer_ready(layer);
+}
+
+/// Lets the engine compute until `end`.
+pub async fn run(
+    mut engine: Engine<Prefiller>,
+    guard: Arc<Guard>,
+    late: LateLayers,
+    pace: Pace,
+    end: CancellationToken,
+) {
+    while !end.is_cancelled() {
+        engine.turn();
+        let step = late.0.lock().take();
+        let Some(step) = step else {
+            tokio::time::sleep(POLL).await;
+            continue;
+        };
+        for layer in 0..LAYERS as usize {
+            pace.step().await;
+            if layer >= step.from {
+                compute(&guard, layer, &step.chunks, &*step.layers);
+            }
+        }
     }
 }

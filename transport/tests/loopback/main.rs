@@ -21,7 +21,7 @@ async fn layers_arrive_while_later_ones_are_computed() {
     for chunk in [0..3, 3..5] {
         for layer in 0..3 {
             tokio::task::yield_now().await;
-            sender.layer_ready(layer, chunk.clone());
+            sender.layers().ready(layer, chunk.clone());
         }
     }
     sender.commit(77);
@@ -112,7 +112,7 @@ async fn dropping_the_sender_without_a_commit_aborts() {
     let rig = Rig::new(TransferConfig::default()).await;
     let mut incoming = rig.reserve([1; 16], 0);
     let (sender, sending) = rig.send([1; 16], 0);
-    sender.layer_ready(0, 0..5);
+    sender.layers().ready(0, 0..5);
     until("frames arrive", || incoming.state() == HandoffState::Transferring).await;
     drop(sender);
     assert_eq!(sending.await.unwrap(), failed(Failure::Cancelled));
@@ -126,7 +126,7 @@ async fn a_cancelled_request_stops_its_sender() {
     let rig = Rig::new(TransferConfig::default()).await;
     let incoming = rig.reserve([1; 16], 0);
     let (sender, sending) = rig.send([1; 16], 0);
-    sender.layer_ready(0, 0..5);
+    sender.layers().ready(0, 0..5);
     until("frames arrive", || incoming.state() == HandoffState::Transferring).await;
     drop(incoming);
     assert_eq!(sending.await.unwrap(), failed(Failure::Refused(RefuseReason::Cancelled)));
@@ -142,7 +142,7 @@ async fn blocks_are_kept_until_the_writing_task_has_stopped() {
     gate.close();
     let incoming = rig.reserve([1; 16], 0);
     let (sender, sending) = rig.send([1; 16], 0);
-    sender.layer_ready(0, 0..5);
+    sender.layers().ready(0, 0..5);
     until("a write is under way", || gate.is_held()).await;
     drop(incoming);
     assert!(rig.target_pool.in_use() > 0);
@@ -157,7 +157,7 @@ async fn blocks_are_kept_until_the_writing_task_has_stopped() {
 async fn a_plan_that_is_broken_fails_at_once() {
     let rig = Rig::new(TransferConfig::default()).await;
     let (sender, sending) = rig.send([1; 16], 0);
-    sender.layer_ready(0, 0..5);
+    sender.layers().ready(0, 0..5);
     sender.commit(1);
     assert!(matches!(sending.await.unwrap(), Err(HandoffError::Failed(Failure::Plan(_) | Failure::Refused(_)))));
 
@@ -180,7 +180,7 @@ async fn more_pieces_than_planned_fail_the_handoff() {
     plan.endpoint = "192.0.2.1:9".into();
     let (sender, sending) = KvSender::start(plan, rig.source.clone(), TransferConfig::default());
     for block in 0..5 {
-        sender.layer_ready(0, block..block + 1);
+        sender.layers().ready(0, block..block + 1);
     }
     assert!(matches!(
         sending.await.unwrap(),

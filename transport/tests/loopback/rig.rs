@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use overfill_kv::handoff::{Failure, Hello};
 use overfill_kv::{
-    BlockId, BlockLease, BlockPool, KvDtype, KvSchema, KvStore, RequestId, RopeSpec, StoreError, Ticket, TransferStats,
+    BlockId, BlockLease, BlockPool, KvDtype, KvMemory, KvSchema, KvStore, RequestId, RopeSpec, StoreError, Ticket,
+    TransferStats,
 };
 use overfill_transport::{
     Dialer, HandoffError, IncomingHandoff, KvReceiver, KvSender, Link, Listen, MemoryStore, Opening, Reservation,
@@ -174,7 +175,7 @@ impl Rig {
 
     pub fn announce_all(&self, sender: &KvSender) {
         for layer in 0..SOURCE_LAYERS {
-            sender.layer_ready(layer, 0..BLOCKS as u32);
+            sender.layers().ready(layer, 0..BLOCKS as u32);
         }
     }
 
@@ -240,6 +241,9 @@ impl KvStore for Staged {
     fn block_bytes(&self) -> usize {
         self.0.block_bytes()
     }
+    fn memory(&self) -> KvMemory {
+        KvMemory::Device
+    }
     fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError> {
         self.0.read(layer, blocks, f)
     }
@@ -290,6 +294,9 @@ impl KvStore for Gated {
     }
     fn block_bytes(&self) -> usize {
         self.inner.block_bytes()
+    }
+    fn memory(&self) -> KvMemory {
+        KvMemory::Device
     }
     fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError> {
         self.inner.read(layer, blocks, f)

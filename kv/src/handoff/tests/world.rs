@@ -300,7 +300,8 @@ impl World {
         [
             (a.sender.state() == SenderState::Connecting, Step::Connect),
             (alive && !a.to_announce.is_empty(), Step::Announce),
-            (alive && a.to_announce.is_empty() && !a.committed, Step::Commit),
+            // Before, among or after the announcements: a device may say late that a layer is done.
+            (alive && !a.committed, Step::Commit),
             (a.reading.is_some(), Step::Sent),
             (a.sender_stops, Step::SenderStopped),
             (!a.to_receiver.is_empty() && a.landing.is_none(), Step::Deliver),

@@ -1,22 +1,9 @@
 //! Writing new keys and values into their blocks.
 
-use overfill_kv::{BLOCK_TOKENS, BlockId};
+use overfill_kv::BLOCK_TOKENS;
 
 use super::element::Element;
-
-/// Where a token's key and value go: a block, and the place in it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Slot {
-    pub(crate) block: u32,
-    pub(crate) token: u32,
-}
-
-impl Slot {
-    /// Of a position in the sequence whose blocks these are.
-    pub(crate) fn of(blocks: &[BlockId], position: usize) -> Self {
-        Self { block: blocks[position / BLOCK_TOKENS].0, token: (position % BLOCK_TOKENS) as u32 }
-    }
-}
+use crate::batch::Slot;
 
 /// Writes one token's key (`part` 0) or value (`part` 1), `[kv_heads * head_dim]`, into a cache layer
 /// `[blocks, 2, kv_heads, 16, head_dim]`.

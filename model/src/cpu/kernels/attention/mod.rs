@@ -22,26 +22,12 @@ use super::{
     simd::Isa,
 };
 use crate::SequenceSlice;
+pub(crate) use crate::config::Heads;
 
 /// Vectors of the widest instruction set divide this.
 const PADDING: usize = 16;
 /// Products below which sharing work out costs more than it brings.
 const WORTH_SHARING: usize = 1 << 16;
-
-/// Sizes of heads.
-#[derive(Clone, Copy)]
-pub(crate) struct Heads {
-    pub(crate) heads: usize,
-    pub(crate) kv_heads: usize,
-    pub(crate) head_dim: usize,
-}
-
-impl Heads {
-    /// Query heads that share a KV head.
-    fn group(self) -> usize {
-        self.heads / self.kv_heads
-    }
-}
 
 /// Memory that is kept from one call to the next.
 #[derive(Default)]

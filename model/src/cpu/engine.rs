@@ -1,0 +1,70 @@
+//! A model on the CPU: packed weights, KV in host memory, and the workspace of a step.
+
+use std::sync::Arc;
+
+use overfill_kv::{KvDtype, KvStore};
+
+use super::{cache::CpuKv, decoder::CpuDecoder, kernels::packed::Format, team, workspace::Workspace};
+use crate::{Engine, LayerSink, ModelConfig, ModelError, Outputs, Rows, SequenceSlice, Weights, batch};
+
+/// Bytes of weights that take a millisecond or so to read: waking all threads is worth that.
+const WORTH_WAKING_BYTES: usize = 32 << 20;
+
+/// The engine of `--device cpu`.
+pub(crate) struct CpuEngine {
+    decoder: CpuDecoder,
+    kv: Arc<CpuKv>,
+    workspace: Workspace,
+    /// `[rows wanted, vocab]` of the last batch.
+    logits: Vec<f32>,
+}
+
+impl CpuEngine {
+    /// Packs the weights of a model folder and makes a cache of `kv_blocks` blocks. `rows` is what products are fast for.
+    pub(crate) fn load(
+        config: &ModelConfig,
+        weights: &Weights,
+        format: Format,
+        rows: Rows,
+        kv_dtype: KvDtype,
+        kv_blocks: usize,
+    ) -> Result<Self, ModelError> {
+        let decoder = CpuDecoder::load(config, weights, format, rows)?;
+        let kv = CpuKv::new(config.num_hidden_layers, kv_blocks, config.heads(), kv_dtype)?;
+        Ok(Self { decoder, kv: Arc::new(kv), workspace: Workspace::default(), logits: Vec::new() })
+    }
+}
+
+impl Engine for CpuEngine {
+    fn run(
+        &mut self,
+        batch: &[SequenceSlice<'_>],
+        layers: &Arc<dyn LayerSink>,
+        out: &mut Outputs,
+    ) -> Result<(), ModelError> {
+        let Self { decoder, kv, workspace, logits } = self;
+        let vocab_size = decoder.config().vocab_size;
+        batch::check(batch, vocab_size)?;
+        team::run(decoder.weight_bytes() >= WORTH_WAKING_BYTES, || {
+            decoder.run(kv, batch, &**layers, logits, workspace);
+            out.fill(batch, logits, vocab_size);
+        });
+        Ok(())
+    }
+
+    fn kv(&self) -> Arc<dyn KvStore> {
+        self.kv.clone()
+    }
+
+    fn set_rows(&mut self, rows: Rows) {
+        self.decoder.set_rows(rows);
+    }
+
+    fn weight_bytes(&self) -> Option<usize> {
+        Some(self.decoder.weight_bytes())
+    }
+
+    fn step_weight_bytes(&self) -> Option<usize> {
+        Some(self.decoder.step_weight_bytes())
+    }
+}

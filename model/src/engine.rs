@@ -1,0 +1,177 @@
+//! The seam between a node and the device that computes: an engine owns a model's weights and its KV on one device.
+//!
+//! [`crate::cpu`] has kernels of ours, [`crate::tensor`] a tensor library's operations.
+
+use std::sync::Arc;
+
+use overfill_kv::KvStore;
+
+use crate::{ModelError, Outputs, Rows, SequenceSlice};
+
+/// Hears that the KV of a layer is final, for all tokens of one batch.
+///
+/// Each layer is announced once, in order. An engine may call from any thread, and may go on calling after
+/// [`Engine::run`] has returned: a GPU says with an event that a layer is done. It keeps the sink until it has announced
+/// the last layer, or until it is known that no kernel of the batch runs any more. So what the sink owns (a lease of the
+/// batch's blocks, say) outlives every write into those blocks.
+pub trait LayerSink: Send + Sync {
+    /// The KV of layer `layer` of the batch is in the engine's [`KvStore`]. Must not block.
+    fn layer_ready(&self, layer: usize);
+}
+
+impl<F: Fn(usize) + Send + Sync> LayerSink for F {
+    fn layer_ready(&self, layer: usize) {
+        self(layer);
+    }
+}
+
+/// A model on one device: weights, KV and the forward pass.
+pub trait Engine: Send {
+    /// Runs a ragged batch. The KV of every slice's tokens is written into its blocks, and `layers` hears of each layer.
+    /// When this returns, `out` has what the slices want.
+    ///
+    /// A slice's result does not depend on what else is in the batch, nor on how a prompt was cut into slices.
+    ///
+    /// # Errors
+    /// A batch that contradicts itself, or a fault of the device. Then the KV of the batch's tokens is undefined.
+    fn run(
+        &mut self,
+        batch: &[SequenceSlice<'_>],
+        layers: &Arc<dyn LayerSink>,
+        out: &mut Outputs,
+    ) -> Result<(), ModelError>;
+
+    /// The KV cache that [`Self::run`] reads and writes, `[layers][blocks][K|V][kv_heads][16][head_dim]`.
+    fn kv(&self) -> Arc<dyn KvStore>;
+
+    /// Takes another role, as if the model had been loaded for it.
+    fn set_rows(&mut self, rows: Rows);
+
+    /// Bytes of the weights in memory; `None` where the engine does not know.
+    fn weight_bytes(&self) -> Option<usize>;
+
+    /// Bytes of weights that a decode step reads; `None` where the engine does not know.
+    fn step_weight_bytes(&self) -> Option<usize>;
+}
+
+/// A sink for those who need not hear of layers: nothing leaves while the batch runs.
+pub fn no_layers() -> Arc<dyn LayerSink> {
+    Arc::new(|_| {})
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use candle_core::Device;
+    use overfill_kv::{BlockId, KvDtype, SamplingParams};
+    use parking_lot::Mutex;
+
+    use super::*;
+    use crate::{
+        Choice, ModelConfig, SamplingContext, Want, WeightDtype, WeightFormat, Weights, cpu::CpuEngine, report, sample,
+        tensor::TensorEngine,
+    };
+
+    const PAIRS: [&str; 5] = ["llama-tied", "llama-untied", "llama-depth", "qwen2", "qwen3"];
+
+    fn engines(pair: &str) -> (ModelConfig, [Box<dyn Engine>; 2]) {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(pair).join("full");
+        let config = ModelConfig::from_folder(&folder).unwrap();
+        let weights = Weights::open(&folder).unwrap();
+        let (kv, f32) = (KvDtype::Bf16, WeightFormat::F32.packed());
+        let kernels = CpuEngine::load(&config, &weights, f32, Rows::Few, kv, 7).unwrap();
+        let tensors = TensorEngine::load(&config, &weights, WeightDtype::F32, &Device::Cpu, kv, 7).unwrap();
+        (config, [Box::new(kernels), Box::new(tensors)])
+    }
+
+    /// Kernels against the tensor library's operations, over the same batches.
+    #[test]
+    fn engines_agree() {
+        for pair in PAIRS {
+            let (config, engines) = engines(pair);
+            let tokens: Vec<u32> = (0..70).map(|i| i * 7 % config.vocab_size as u32).collect();
+            let blocks: Vec<BlockId> = (0..5).rev().map(BlockId).collect();
+            let other: Vec<BlockId> = (5..7).map(BlockId).collect();
+            let slice = |tokens, start, blocks, want| SequenceSlice { tokens, start, blocks, want };
+            let steps = [
+                vec![
+                    slice(&tokens[..37], 0, &blocks[..], Want::Nothing),
+                    slice(&tokens[3..20], 0, &other[..], Want::AllLogits),
+                ],
+                vec![
+                    slice(&tokens[37..70], 37, &blocks[..], Want::LastLogits),
+                    slice(&tokens[9..10], 17, &other[..], Want::LastLogits),
+                ],
+            ];
+            let [got, expected] = engines.map(|mut engine| {
+                steps.each_ref().map(|batch| {
+                    let heard = Arc::new(Mutex::new(Vec::new()));
+                    let hears = heard.clone();
+                    let layers: Arc<dyn LayerSink> = Arc::new(move |layer| hears.lock().push(layer));
+                    let mut out = Outputs::default();
+                    engine.run(batch, &layers, &mut out).unwrap();
+                    assert_eq!(*heard.lock(), (0..config.num_hidden_layers).collect::<Vec<_>>());
+                    out.logits().clone()
+                })
+            });
+            for (got, expected) in got.iter().zip(&expected) {
+                assert!(got.rows() > 0 && got.rows() == expected.rows());
+                for row in 0..got.rows() {
+                    for (a, b) in got.row(row).iter().zip(expected.row(row)) {
+                        // KV is rounded to bf16: what lies near the middle between two may go either way.
+                        assert!((a - b).abs() < 2e-2, "{pair} row {row}: {a} by kernels, {b} by tensors");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Tokens and scores behind the seam are those of the logits that the same batch gives.
+    #[test]
+    fn choices_and_scores_are_those_of_the_logits() {
+        let (_, engines) = engines("llama-tied");
+        let tokens: Vec<u32> = (1..20).collect();
+        let blocks: Vec<BlockId> = (0..2).map(BlockId).collect();
+        let other: Vec<BlockId> = (2..4).map(BlockId).collect();
+        let params = SamplingParams { seed: 5, logprobs: Some(3), ..SamplingParams::default() };
+        let next = Choice { params: &params, context: SamplingContext::following(&tokens, &[]) };
+        for mut engine in engines {
+            let mut run = |want: [Want<'_>; 2]| {
+                let tables = [&blocks, &other];
+                let batch =
+                    [0, 1].map(|i| SequenceSlice { tokens: &tokens, start: 0, blocks: tables[i], want: want[i] });
+                let mut out = Outputs::default();
+                engine.run(&batch, &no_layers(), &mut out).unwrap();
+                out
+            };
+            let logits = run([Want::AllLogits, Want::Nothing]);
+            let last = sample(logits.logits().row(18), &params, &next.context);
+            let scores: Vec<_> = (0..18).map(|i| report(logits.logits().row(i), tokens[i + 1], 2)).collect();
+            let score = Want::Scores { following: &tokens[1..], top: 2, next: Some(next) };
+            let mut out = run([score, Want::Next(next)]);
+            assert_eq!(out.take_scores(0), scores);
+            assert_eq!([0, 1].map(|i| out.take_next(i)), [Some(last.clone()), Some(last)]);
+            assert_eq!((out.take_next(0), out.take_next(9), out.logits().rows()), (None, None, 0));
+            let mut out = run([Want::Nothing, Want::Scores { following: &tokens[1..3], top: 2, next: None }]);
+            assert_eq!((out.take_scores(1), out.take_next(1)), (scores[..2].to_vec(), None));
+        }
+    }
+
+    #[test]
+    fn a_batch_that_contradicts_itself_is_refused() {
+        let (config, engines) = engines("qwen3");
+        let blocks = [BlockId(0)];
+        for mut engine in engines {
+            let mut refused = |tokens: &[u32], want| {
+                let batch = [SequenceSlice { tokens, start: 0, blocks: &blocks, want }];
+                engine.run(&batch, &no_layers(), &mut Outputs::default()).unwrap_err().to_string()
+            };
+            assert!(refused(&[], Want::Nothing).contains("a slice of 0 tokens"));
+            assert!(refused(&[1; 17], Want::Nothing).contains("17 tokens up to 17 has 1 blocks"));
+            assert!(refused(&[config.vocab_size as u32], Want::Nothing).contains("not in the vocabulary"));
+            let scores = Want::Scores { following: &[1, 2], top: 0, next: None };
+            assert!(refused(&[1], scores).contains("2 scores"));
+        }
+    }
+}
