@@ -6,7 +6,7 @@ use prost::Message as _;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let files = ["common", "prefill", "decode", "router"].map(|name| format!("proto/overfill/v1/{name}.proto"));
+    let files = ["common", "node", "prefill", "decode", "router"].map(|name| format!("proto/overfill/v1/{name}.proto"));
     let descriptors = protox::compile(files, ["proto"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("overfill.v1.bin"), descriptors.encode_to_vec())?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use overfill_proto::v1::{self, decode_client::DecodeClient, prefill_client::PrefillClient};
+use overfill_proto::v1::{self, node_client::NodeClient};
 
 use crate::router_client::{RouterUrl, refusal};
 
@@ -30,11 +30,7 @@ pub async fn run(args: DrainArgs) -> Result<()> {
     let node = find(&nodes, &args.node)?;
     let channel = args.router.tls.channel(&node.url).await?;
     let request = v1::DrainRequest { timeout_seconds: args.drain_timeout };
-    let reports = match node.info.as_ref().map(v1::NodeInfo::role) {
-        Some(v1::Role::Prefill) => PrefillClient::new(channel).drain(request).await,
-        _ => DecodeClient::new(channel).drain(request).await,
-    };
-    let mut reports = reports.map_err(refusal)?.into_inner();
+    let mut reports = NodeClient::new(channel).drain(request).await.map_err(refusal)?.into_inner();
     let mut shown = None;
     loop {
         let report = tokio::time::timeout(SILENCE, reports.message()).await;
@@ -53,8 +49,8 @@ pub async fn run(args: DrainArgs) -> Result<()> {
 }
 
 /// The node that `name` means.
-fn find<'a>(nodes: &'a [v1::Node], name: &str) -> Result<&'a v1::Node> {
-    let is_meant = |node: &&v1::Node| {
+fn find<'a>(nodes: &'a [v1::ListedNode], name: &str) -> Result<&'a v1::ListedNode> {
+    let is_meant = |node: &&v1::ListedNode| {
         let id = node.info.as_ref().is_some_and(|info| !info.node_id.is_empty() && info.node_id == name);
         id || node.url == name || node.url.split_once("://").is_some_and(|(_, rest)| rest == name)
     };
@@ -75,7 +71,7 @@ mod tests {
 
     #[test]
     fn a_node_is_found_by_address_or_id() {
-        let node = |url: &str, id: &str| v1::Node {
+        let node = |url: &str, id: &str| v1::ListedNode {
             url: url.into(),
             info: Some(v1::NodeInfo { node_id: id.into(), ..Default::default() }),
             ..Default::default()

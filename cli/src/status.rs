@@ -66,7 +66,7 @@ fn role(info: &v1::NodeInfo) -> &'static str {
     }
 }
 
-fn state(node: &v1::Node, load: &v1::NodeLoad) -> String {
+fn state(node: &v1::ListedNode, load: &v1::NodeLoad) -> String {
     match (node.healthy, load.draining) {
         (_, true) => "draining".into(),
         (true, _) => "serving".into(),
@@ -74,7 +74,7 @@ fn state(node: &v1::Node, load: &v1::NodeLoad) -> String {
     }
 }
 
-fn node_row(node: &v1::Node) -> [String; 9] {
+fn node_row(node: &v1::ListedNode) -> [String; 9] {
     let (info, load) = (node.info.clone().unwrap_or_default(), node.load.unwrap_or_default());
     [
         node.url.clone(),
@@ -89,7 +89,7 @@ fn node_row(node: &v1::Node) -> [String; 9] {
     ]
 }
 
-fn json(nodes: &[v1::Node], models: &[v1::ServedModel]) -> serde_json::Value {
+fn json(nodes: &[v1::ListedNode], models: &[v1::ServedModel]) -> serde_json::Value {
     let nodes: Vec<_> = nodes
         .iter()
         .map(|node| {

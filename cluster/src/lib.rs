@@ -6,11 +6,9 @@
 pub mod admin;
 pub mod config;
 pub mod discovery;
-pub mod drain;
 pub mod files;
 pub mod grpc;
 pub mod http;
-pub mod load;
 pub mod metrics;
 pub mod net;
 pub mod process;
@@ -22,9 +20,7 @@ pub mod tls;
 
 pub use admin::{Admin, AdminServer, Health, Started};
 pub use config::ConfigError;
-pub use drain::Drain;
-pub use load::{Load, LoadState};
-pub use metrics::{MetricsError, NodeMetrics};
+pub use metrics::MetricsError;
 pub use process::{EXIT_CONFIG, EXIT_FAILURE, ProcessArgs};
 pub use ready::ReadyLine;
 pub use shutdown::Shutdown;

@@ -8,15 +8,14 @@ use std::{
         atomic::{AtomicU64, Ordering},
         mpsc as std_mpsc,
     },
-    thread,
     time::Duration,
 };
 
-use overfill_cluster::LoadState;
-use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, block_hashes};
+use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, Role, block_hashes};
 use overfill_model::{
     Choice, Engine as ModelEngine, LayerSink, ModelError, Outputs, SamplingContext, SequenceSlice, Want, no_layers,
 };
+use overfill_node::{LoadState, Refused, Turn, spawn_engine};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error};
 
@@ -25,8 +24,7 @@ use crate::{
     sequence::{CLIENT_EVENTS, Event, Job, Request, Reserved, Sequence, Swapped},
 };
 
-/// How long the engine sleeps when it has requests but can compute none: what it waits for (blocks that a handoff lets
-/// go, a client that reads, a client that goes away) sends it no message.
+/// How long the engine sleeps when it has requests but can compute none.
 const POLL: Duration = Duration::from_millis(5);
 
 /// What bounds the engine.
@@ -36,17 +34,6 @@ pub struct Limits {
     pub max_running: usize,
     /// Most requests waiting.
     pub max_waiting: usize,
-}
-
-/// A request that the engine does not take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
-    /// Too many wait already.
-    #[error("{0} requests are waiting, which is the most")]
-    QueueFull(usize),
-    /// The node is shutting down, or the engine has ended.
-    #[error("the node is shutting down")]
-    Draining,
 }
 
 enum Command {
@@ -130,11 +117,7 @@ pub fn start(
     let store = engine.kv();
     let compute = ModelCompute { engine, layers: no_layers(), outputs: Outputs::default() };
     let (handle, engine) = Engine::new(compute, store, pool, load, limits);
-    let (ended, end) = oneshot::channel();
-    thread::Builder::new().name("decode-engine".into()).spawn(move || {
-        let _ended: oneshot::Sender<()> = ended;
-        engine.run();
-    })?;
+    let end = spawn_engine(Role::Decode, move || engine.run())?;
     Ok((handle, end))
 }
 
@@ -189,18 +172,24 @@ impl<C: Compute> Engine<C> {
     }
 
     fn run(mut self) {
-        let mut computed = true;
-        while self.receive(computed) {
-            computed = self.turn();
+        loop {
+            match self.turn() {
+                Turn::Computed => {}
+                Turn::Idle => self.wait(),
+                Turn::Over => break,
+            }
         }
         debug!("the engine has ended");
     }
 
-    /// Takes what has come, lets go of what has gone, and computes a step. False if there was none to compute.
-    pub fn turn(&mut self) -> bool {
-        while let Ok(command) = self.commands.try_recv() {
-            self.take(command);
-        }
+    /// Takes what has come, lets go of what has gone, and computes a step.
+    pub fn turn(&mut self) -> Turn {
+        let can_come = loop {
+            match self.commands.try_recv() {
+                Ok(command) => self.take(command),
+                Err(e) => break e == std_mpsc::TryRecvError::Empty,
+            }
+        };
         self.load.step_began();
         self.waiting.retain(|job| !job.is_over());
         self.swapped.retain(|request| !request.is_over());
@@ -211,7 +200,11 @@ impl<C: Compute> Engine<C> {
         let computed = self.step();
         self.load.step_ended();
         self.load.publish();
-        computed
+        match (computed, can_come || !self.is_idle()) {
+            (true, _) => Turn::Computed,
+            (false, true) => Turn::Idle,
+            (false, false) => Turn::Over,
+        }
     }
 
     /// Requests whose KV is on its way, and the blocks that it goes to.
@@ -219,22 +212,19 @@ impl<C: Compute> Engine<C> {
         self.reserved.values().map(Reserved::to_fill)
     }
 
-    /// Waits for something to do, if nothing could be computed. False when nothing is left and nothing can come.
-    fn receive(&mut self, computed: bool) -> bool {
-        let idle =
-            self.running.is_empty() && self.waiting.is_empty() && self.swapped.is_empty() && self.reserved.is_empty();
-        if idle || !computed {
-            let received = match idle {
-                true => self.commands.recv().map_err(|_| std_mpsc::RecvTimeoutError::Disconnected),
-                false => self.commands.recv_timeout(POLL),
-            };
-            match received {
-                Ok(command) => self.take(command),
-                Err(std_mpsc::RecvTimeoutError::Disconnected) if idle => return false,
-                Err(_) => {}
-            }
+    /// Waits for something to do.
+    fn wait(&mut self) {
+        let received = match self.is_idle() {
+            true => self.commands.recv().ok(),
+            false => self.commands.recv_timeout(POLL).ok(),
+        };
+        if let Some(command) = received {
+            self.take(command);
         }
-        true
+    }
+
+    fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty() && self.swapped.is_empty() && self.reserved.is_empty()
     }
 
     fn take(&mut self, command: Command) {

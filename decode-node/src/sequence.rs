@@ -2,11 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use overfill_cluster::{LoadState, load::Counted};
 use overfill_kv::{
     BlockHash, BlockId, BlockLease, BlockPool, FinishReason, KvStore, OutputToken, RequestId, SamplingParams,
     StoreError, blocks_for,
 };
+use overfill_node::{LoadState, load::Counted};
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::scheduler::{self, Occupancy, Seat};
@@ -305,8 +305,8 @@ impl Swapped {
 
 #[cfg(test)]
 mod tests {
-    use overfill_cluster::NodeMetrics;
     use overfill_kv::block_hashes;
+    use overfill_node::NodeMetrics;
     use overfill_transport::MemoryStore;
 
     use super::*;

@@ -1,30 +1,17 @@
 //! The gRPC service `overfill.v1.Decode`.
 
-use std::{pin::Pin, sync::Arc, time::Duration};
-
-use futures::{Stream, StreamExt as _};
-use overfill_cluster::{Drain, Load, LoadState, Shutdown};
 use overfill_kv::{BLOCK_TOKENS, KvSchema, Ticket};
-use overfill_proto::{InvalidField, v1};
+use overfill_node::{Drain, Ending, EventStream, NodeCore, RequestLimits, ended_early};
+use overfill_proto::v1;
 use overfill_transport::{Committed, HandoffError, IncomingHandoff, KvReceiver, Reservation};
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, sleep_until},
 };
 use tonic::{Request, Response, Status};
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
-use crate::{
-    args::MAX_DEADLINE_SECONDS,
-    engine::{EngineHandle, Refused},
-    request::RequestLimits,
-    sequence::Event,
-};
-
-/// Load is reported at most this often.
-const LOAD_INTERVAL: Duration = Duration::from_millis(50);
-
-type EventStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+use crate::{engine::EngineHandle, request, sequence::Event};
 
 /// The service; what it needs of the node.
 pub struct DecodeService {
@@ -32,63 +19,14 @@ pub struct DecodeService {
     pub engine: EngineHandle,
     /// What requests are checked against.
     pub limits: RequestLimits,
-    /// What the node is.
-    pub info: v1::NodeInfo,
     /// Where KV comes in.
     pub receiver: KvReceiver,
-    /// What the node is doing.
-    pub load: Arc<LoadState>,
-    /// Wakes the load streams.
-    pub shutdown: Shutdown,
-    /// Ends the node, and says when what runs must go.
-    pub drain: Drain,
-}
-
-impl From<Refused> for Status {
-    fn from(e: Refused) -> Self {
-        match e {
-            Refused::QueueFull(_) => Status::resource_exhausted(e.to_string()),
-            Refused::Draining => Status::unavailable(e.to_string()),
-        }
-    }
-}
-
-fn wire_load(load: Load) -> v1::NodeLoad {
-    let Load { free_blocks, running, waiting, queued_tokens, open_handoffs, stranded_bytes, draining, stalled } = load;
-    v1::NodeLoad {
-        free_blocks: free_blocks as u32,
-        running_requests: running as u32,
-        waiting_requests: waiting as u32,
-        queued_tokens,
-        stranded_bytes,
-        draining,
-        open_handoffs: open_handoffs as u32,
-        stalled,
-    }
+    /// The node.
+    pub core: NodeCore,
 }
 
 fn event(event: v1::decode_event::Event) -> v1::DecodeEvent {
     v1::DecodeEvent { event: Some(event) }
-}
-
-/// Counts how a request ended: also when its stream is dropped on the way.
-struct Ending {
-    load: Arc<LoadState>,
-    arrived: Instant,
-    reason: &'static str,
-}
-
-impl Ending {
-    fn because(&mut self, reason: &'static str) {
-        self.reason = reason;
-    }
-}
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        self.load.metrics().finished(self.reason);
-        self.load.metrics().e2e_request_latency_seconds.observe(self.arrived.elapsed().as_secs_f64());
-    }
 }
 
 /// What a request's stream hears next.
@@ -98,11 +36,6 @@ enum Next {
     Deadline,
     /// The node drains, and the request has had its time.
     Moved,
-}
-
-/// What has ended before its time: by a fault of another part, or because time is up.
-fn ended_early(deadline: Instant, message: &str) -> Status {
-    if Instant::now() < deadline { Status::unavailable(message) } else { Status::deadline_exceeded(message) }
 }
 
 /// The next event; a handoff that is awaited may come first.
@@ -127,71 +60,23 @@ async fn next(
     }
 }
 
-impl DecodeService {
-    /// The load, whenever it changes; to its end when the node drains.
-    fn reports(&self) -> EventStream<v1::NodeLoad> {
-        let (state, shutdown) = (self.load.clone(), self.shutdown.clone());
-        let mut watch = state.watch();
-        Box::pin(async_stream::stream! {
-            loop {
-                let load = *watch.borrow_and_update();
-                yield Ok(wire_load(load));
-                if load.draining && load.is_idle() {
-                    return;
-                }
-                sleep(LOAD_INTERVAL).await;
-                tokio::select! {
-                    () = state.changed(&mut watch) => {}
-                    () = shutdown.cancelled(), if !load.draining => {}
-                }
-            }
-        })
-    }
-}
-
 #[tonic::async_trait]
 impl v1::decode_server::Decode for DecodeService {
-    type WatchLoadStream = EventStream<v1::NodeLoad>;
-    type DrainStream = EventStream<v1::NodeLoad>;
     type DecodeStream = EventStream<v1::DecodeEvent>;
-
-    async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
-        let load = Some(wire_load(self.load.load()));
-        Ok(Response::new(v1::DescribeResponse { info: Some(self.info.clone()), load }))
-    }
-
-    async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {
-        let joined = self.load.count_router();
-        Ok(Response::new(Box::pin(self.reports().inspect(move |_| _ = &joined))))
-    }
-
-    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<Self::DrainStream>, Status> {
-        let timeout = match request.into_inner().timeout_seconds {
-            Some(seconds) if (0.0..=MAX_DEADLINE_SECONDS).contains(&seconds) => Some(Duration::from_secs_f64(seconds)),
-            Some(other) => {
-                let limit = format!("in [0, {MAX_DEADLINE_SECONDS}]");
-                return Err(InvalidField::new("timeout_seconds", limit, other).into());
-            }
-            None => None,
-        };
-        info!(timeout_seconds = timeout.map(|timeout| timeout.as_secs_f64()), "asked to drain");
-        self.drain.begin(timeout);
-        Ok(Response::new(self.reports()))
-    }
 
     async fn decode(&self, request: Request<v1::DecodeRequest>) -> Result<Response<Self::DecodeStream>, Status> {
         use v1::decode_event::Event as Wire;
         let arrived = Instant::now();
-        let request = self.limits.check(request.into_inner(), arrived)?;
+        let request = request::check(&self.limits, request.into_inner(), arrived)?;
         let (id, deadline, prompt_tokens) = (request.id.clone(), request.deadline, request.tokens.len() as u32);
         // Named in the reservation, the producer is checked by the prefill node: what is held fits what will be sent.
-        let kv_schema = KvSchema { full_model: request.producer.clone(), ..self.limits.schema.clone() };
+        let kv_schema = KvSchema { full_model: request.producer.clone(), ..self.core.identity.schema.clone() };
         let (arrival, mut events) = self.engine.submit(request)?;
-        let (engine, receiver, load) = (self.engine.clone(), self.receiver.clone(), self.load.clone());
-        let drain = self.drain.clone();
-        let kv_endpoint = self.info.kv_endpoint.clone();
-        let vocab_size = self.limits.schema.vocab_size;
-        let mut ending = Ending { load: load.clone(), arrived, reason: "abort" };
+        let (engine, receiver, load) = (self.engine.clone(), self.receiver.clone(), self.core.load.clone());
+        let drain = self.core.drain.clone();
+        let kv_endpoint = self.core.identity.kv_endpoint.clone().unwrap_or_default();
+        let vocab_size = self.core.identity.schema.vocab_size;
+        let mut ending = Ending::new(load.clone(), arrived);
         // The stream owns the request: dropped, it drops `events` and the handoff, and the engine lets go.
         Ok(Response::new(Box::pin(async_stream::try_stream! {
             let mut handoff: Option<IncomingHandoff> = None;

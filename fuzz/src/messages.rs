@@ -3,9 +3,8 @@
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use overfill_decode_node::request::RequestLimits as DecodeLimits;
-use overfill_kv::{BLOCK_TOKENS, KvDtype, KvSchema, RopeSpec, SamplingParams};
-use overfill_prefill_node::request::RequestLimits as PrefillLimits;
+use overfill_kv::{KvSchema, Role, SamplingParams};
+use overfill_node::RequestLimits;
 use overfill_proto::{ticket_from_wire, v1};
 use overfill_router::request;
 use prost::Message;
@@ -17,20 +16,9 @@ use crate::input::Input;
 /// What the nodes' models and pools are, to the requests under test.
 pub(crate) const CONTEXT: usize = 64;
 
-pub(crate) static SCHEMA: LazyLock<KvSchema> = LazyLock::new(|| KvSchema {
-    layers: vec![0, 1],
-    kv_heads: 2,
-    head_dim: 8,
-    rope: RopeSpec { theta: 1e4, scaling: "none".into() },
-    dtype: KvDtype::F32,
-    block_tokens: BLOCK_TOKENS as u32,
-    vocab_size: 100,
-    tokenizer_sha256: "aa".into(),
-    full_model: Some("f".into()),
-});
+pub(crate) static SCHEMA: LazyLock<KvSchema> =
+    LazyLock::new(|| RequestLimits::of_a_small_node(Role::Decode).identity.schema.clone());
 
-const INCARNATION: &str = "1";
-const DEADLINE: Duration = Duration::from_secs(9);
 const DAY: Duration = Duration::from_secs(86_400);
 
 /// A message of the kind that the first byte says.
@@ -80,14 +68,9 @@ fn check_tokens(tokens: &[u32], generated: usize, deadline: Instant, now: Instan
 
 fn decode_request(bytes: &[u8]) {
     same_again::<v1::DecodeRequest>(bytes, |wire| {
-        let limits = DecodeLimits {
-            schema: SCHEMA.clone(),
-            max_context_tokens: CONTEXT,
-            default_deadline: DEADLINE,
-            incarnation: INCARNATION.into(),
-        };
+        let limits = RequestLimits::of_a_small_node(Role::Decode);
         let now = Instant::now();
-        match limits.check(wire, now) {
+        match overfill_decode_node::request::check(&limits, wire, now) {
             Ok(request) => {
                 check_tokens(&request.tokens, request.generated, request.deadline, now);
                 assert!(request.max_tokens >= 2 && request.tokens.len() + request.max_tokens <= CONTEXT);
@@ -101,19 +84,14 @@ fn decode_request(bytes: &[u8]) {
 
 fn prefill_request(bytes: &[u8]) {
     same_again::<v1::PrefillRequest>(bytes, |wire| {
-        let limits = PrefillLimits {
-            schema: SCHEMA.clone(),
-            max_context_tokens: CONTEXT,
-            default_deadline: DEADLINE,
-            incarnation: INCARNATION.into(),
-        };
+        let limits = RequestLimits::of_a_small_node(Role::Prefill);
         let now = Instant::now();
-        match limits.check(wire, now) {
+        match overfill_prefill_node::request::check(&limits, wire, now) {
             Ok(request) => {
                 check_tokens(&request.tokens, request.generated, request.deadline, now);
                 assert_eq!(request.sampling.validate(SCHEMA.vocab_size as usize), Ok(()));
                 if let Some(handoff) = request.handoff {
-                    assert!(handoff.held_blocks * BLOCK_TOKENS < request.tokens.len());
+                    assert!(handoff.held_blocks * overfill_kv::BLOCK_TOKENS < request.tokens.len());
                     assert_eq!(SCHEMA.check_consumer(&handoff.schema), Ok(()));
                 }
             }

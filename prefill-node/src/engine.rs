@@ -6,15 +6,14 @@ use std::{
     io,
     ops::Range,
     sync::{Arc, mpsc as std_mpsc},
-    thread,
     time::Duration,
 };
 
-use overfill_cluster::LoadState;
-use overfill_kv::{BlockPool, OutputToken, block_hashes};
+use overfill_kv::{BlockPool, OutputToken, Role, block_hashes};
 use overfill_model::{
     Choice, Engine as ModelEngine, LayerSink, ModelError, Outputs, SamplingContext, SequenceSlice, Want,
 };
+use overfill_node::{LoadState, Refused, Turn, spawn_engine};
 use overfill_transport::TransferConfig;
 use tokio::{
     runtime,
@@ -42,17 +41,6 @@ pub struct Limits {
     pub max_running: usize,
     /// Most prompts waiting.
     pub max_waiting: usize,
-}
-
-/// A request that the engine does not take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
-    /// Too many wait already.
-    #[error("{0} prompts are waiting, which is the most")]
-    QueueFull(usize),
-    /// The node is shutting down, or the engine has ended.
-    #[error("the node is shutting down")]
-    Draining,
 }
 
 /// The way into the engine. The engine ends when all handles are gone and its work is done.
@@ -182,11 +170,7 @@ pub fn start(
     };
     let compute = ModelCompute { engine, outputs: Outputs::default() };
     let (handle, engine) = Engine::new(compute, producer, pool, limits, context);
-    let (ended, end) = oneshot::channel();
-    thread::Builder::new().name("prefill-engine".into()).spawn(move || {
-        let _ended: oneshot::Sender<()> = ended;
-        engine.run();
-    })?;
+    let end = spawn_engine(Role::Prefill, move || engine.run())?;
     Ok((handle, end))
 }
 
@@ -232,44 +216,52 @@ impl<C: Compute> Engine<C> {
     }
 
     fn run(mut self) {
-        let mut computed = true;
-        while self.receive(computed) {
-            computed = self.turn();
+        loop {
+            match self.turn() {
+                Turn::Computed => {}
+                Turn::Idle => self.wait(),
+                Turn::Over => break,
+            }
         }
         debug!("the engine has ended");
     }
 
-    /// Takes what has come, lets go of what has gone, and computes a step. False if there was none to compute.
-    pub fn turn(&mut self) -> bool {
-        self.waiting.extend(self.jobs.try_iter());
+    /// Takes what has come, lets go of what has gone, and computes a step.
+    pub fn turn(&mut self) -> Turn {
+        let can_come = loop {
+            match self.jobs.try_recv() {
+                Ok(job) => self.waiting.push_back(job),
+                Err(e) => break e == std_mpsc::TryRecvError::Empty,
+            }
+        };
         self.load.step_began();
         self.waiting.retain(|job| !job.is_over());
         self.running.retain(|job| !job.is_over());
         self.admit();
-        let computed = !self.running.is_empty();
-        if computed {
+        let computes = !self.running.is_empty();
+        if computes {
             self.step();
         }
         self.load.step_ended();
         self.load.publish();
-        computed
+        match (computes, can_come || !self.is_idle()) {
+            (true, _) => Turn::Computed,
+            (false, true) => Turn::Idle,
+            (false, false) => Turn::Over,
+        }
     }
 
-    /// Waits for something to do, if nothing could be computed. False when nothing is left and nothing can come.
-    fn receive(&mut self, computed: bool) -> bool {
-        let idle = self.running.is_empty() && self.waiting.is_empty();
-        if idle || !computed {
-            let received = match idle {
-                true => self.jobs.recv().map_err(|_| std_mpsc::RecvTimeoutError::Disconnected),
-                false => self.jobs.recv_timeout(POLL),
-            };
-            match received {
-                Ok(job) => self.waiting.push_back(job),
-                Err(std_mpsc::RecvTimeoutError::Disconnected) if idle => return false,
-                Err(_) => {}
-            }
-        }
-        true
+    /// Waits for something to do.
+    fn wait(&mut self) {
+        let received = match self.is_idle() {
+            true => self.jobs.recv().ok(),
+            false => self.jobs.recv_timeout(POLL).ok(),
+        };
+        self.waiting.extend(received);
+    }
+
+    fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
     }
 
     /// Lets waiting prompts into the batch, first come, first served: one that does not fit holds up those behind it,

@@ -2,11 +2,11 @@
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
-use overfill_cluster::load::{Counted, LoadState, QueuedTokens};
 use overfill_kv::{
     BLOCK_TOKENS, BlockHash, BlockId, BlockLease, BlockPool, KvSchema, KvStore, OutputToken, RequestId, SamplingParams,
     Ticket, TransferStats, blocks_for,
 };
+use overfill_node::load::{Counted, LoadState, QueuedTokens};
 use overfill_transport::{HandoffError, KvLayers, KvSender, SendPlan, TransferConfig};
 use tokio::{
     runtime,

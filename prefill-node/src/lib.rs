@@ -15,14 +15,14 @@ pub mod service;
 use std::process::ExitCode;
 
 pub use args::{Args, Config};
-pub use node::{NodeError, PrefillNode};
+pub use node::PrefillNode;
 use overfill_cluster::{Shutdown, files, process};
 
 /// Runs a node as a process: checks `args`, prints the ready line, serves until told to stop.
 pub async fn main(args: Args) -> ExitCode {
-    let process = args.process.clone();
+    let process = args.node.process.clone();
     process::run(&process, args.validate(), async |config: Config, shutdown: Shutdown| {
-        files::raise(node::connections());
+        files::raise(overfill_node::connections());
         let node = PrefillNode::bind(config).await?;
         node.ready_line().print();
         node.run(shutdown).await

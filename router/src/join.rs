@@ -123,13 +123,8 @@ impl Joiner {
         listed: Option<&Registration>,
         channel: Channel,
     ) -> Result<(Arc<Node>, Reports), JoinError> {
-        let mut prefill =
-            v1::prefill_client::PrefillClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        let mut decode = v1::decode_client::DecodeClient::new(channel.clone());
-        let described = match role {
-            v1::Role::Prefill => prefill.describe(v1::DescribeRequest {}).await?,
-            _ => decode.describe(v1::DescribeRequest {}).await?,
-        };
+        let mut client = v1::node_client::NodeClient::new(channel.clone());
+        let described = client.describe(v1::DescribeRequest {}).await?;
         let v1::DescribeResponse { info, load } = described.into_inner();
         let info = info.ok_or(JoinError::Field { field: "info", limit: "present".into(), value: "nothing".into() })?;
         if info.role() != role {
@@ -154,15 +149,14 @@ impl Joiner {
         }
         let text = match role {
             v1::Role::Prefill => {
+                let mut prefill = v1::prefill_client::PrefillClient::new(channel.clone())
+                    .max_decoding_message_size(MAX_MESSAGE_BYTES);
                 let files = prefill.model_files(v1::ModelFilesRequest {}).await?.into_inner();
                 Some(self.text(files, &schema).await?)
             }
             _ => None,
         };
-        let reports = match role {
-            v1::Role::Prefill => prefill.watch_load(v1::WatchLoadRequest {}).await?,
-            _ => decode.watch_load(v1::WatchLoadRequest {}).await?,
-        };
+        let reports = client.watch_load(v1::WatchLoadRequest {}).await?;
         let key = self.next_key.fetch_add(1, Ordering::Relaxed);
         let node = Node::new(key, url.to_owned(), info, schema, text, channel, load.unwrap_or_default());
         Ok((Arc::new(node), reports.into_inner()))

@@ -149,7 +149,7 @@ impl Nodes {
     }
 
     /// Every address with what is known of it, for people.
-    pub fn list(&self) -> Vec<v1::Node> {
+    pub fn list(&self) -> Vec<v1::ListedNode> {
         let view = self.view();
         let states = self.inner.states.lock();
         let list = states.iter().map(|((url, role), state)| {
@@ -163,7 +163,7 @@ impl Nodes {
                 .node
                 .as_ref()
                 .map_or_else(|| v1::NodeInfo { role: (*role).into(), ..Default::default() }, |node| node.info.clone());
-            v1::Node {
+            v1::ListedNode {
                 url: url.clone(),
                 info: Some(info),
                 load: state.node.as_ref().map(|node| node.load()),

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 use overfill_kv::KvSchema;
-use overfill_proto::v1::{DescribeRequest, NodeInfo, decode_client::DecodeClient, prefill_client::PrefillClient};
+use overfill_proto::v1::{DescribeRequest, NodeInfo, node_client::NodeClient};
 
 use super::child::Started;
 use super::demo;
@@ -73,11 +73,7 @@ pub async fn check_pairing(nodes: &[Started]) -> Result<()> {
 
 async fn schema(node: &Started) -> Result<KvSchema> {
     let channel = channel(&node.grpc_url()).await?;
-    let request = DescribeRequest {};
-    let response = match node.ready.role.as_str() {
-        "prefill" => PrefillClient::new(channel).describe(request).await,
-        _ => DecodeClient::new(channel).describe(request).await,
-    };
+    let response = NodeClient::new(channel).describe(DescribeRequest {}).await;
     let info: NodeInfo = response.map_err(refusal)?.into_inner().info.unwrap_or_default();
     let schema = info.kv_schema.with_context(|| format!("{} did not describe its kv_schema", node.name))?;
     KvSchema::try_from(schema).with_context(|| format!("{}'s kv_schema", node.name))

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use overfill_proto::v1::{ListNodesRequest, Node};
+use overfill_proto::v1::{ListNodesRequest, ListedNode};
 
 use super::child::{ROUTER, Started};
 use crate::router_client::{self, refusal};
@@ -34,7 +34,7 @@ pub async fn wait_for_nodes(started: &[Started]) -> Result<()> {
     }
 }
 
-fn describe(node: &Node) -> String {
+fn describe(node: &ListedNode) -> String {
     format!("{}: {}", node.url, if node.error.is_empty() { "not joined yet" } else { &node.error })
 }
 

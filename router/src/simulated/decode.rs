@@ -1,19 +1,15 @@
 //! The decode side.
 
-use std::{pin::Pin, sync::Arc};
+use std::sync::Arc;
 
 use async_stream::try_stream;
-use futures::{Stream, StreamExt as _};
 use overfill_proto::v1::{self, decode_event, decode_server};
 use tokio::sync::oneshot;
-use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status};
 
-use super::{Active, Continuation, HANDOFFS, State};
+use super::{Active, Continuation, HANDOFFS, State, node::Events};
 
 pub(super) struct Service(pub(super) Arc<State>);
-
-type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 fn event(event: decode_event::Event) -> v1::DecodeEvent {
     v1::DecodeEvent { event: Some(event) }
@@ -34,22 +30,7 @@ impl Drop for Reservation {
 
 #[tonic::async_trait]
 impl decode_server::Decode for Service {
-    type WatchLoadStream = Events<v1::NodeLoad>;
-    type DrainStream = Events<v1::NodeLoad>;
     type DecodeStream = Events<v1::DecodeEvent>;
-
-    async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
-        Ok(Response::new(self.0.describe()))
-    }
-
-    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<Self::DrainStream>, Status> {
-        Err(Status::unimplemented("a simulated node does not drain"))
-    }
-
-    async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {
-        let stop = self.0.stop.clone().cancelled_owned();
-        Ok(Response::new(Box::pin(WatchStream::new(self.0.load.subscribe()).map(Ok).take_until(stop))))
-    }
 
     async fn decode(&self, request: Request<v1::DecodeRequest>) -> Result<Response<Self::DecodeStream>, Status> {
         let state = self.0.clone();

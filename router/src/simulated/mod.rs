@@ -4,6 +4,7 @@
 //! (or read from a script), so that a request gives the same output however often it is moved between nodes.
 
 mod decode;
+mod node;
 mod prefill;
 
 use std::{
@@ -196,6 +197,7 @@ impl SimulatedNode {
             v1::Role::Prefill => Routes::new(v1::prefill_server::PrefillServer::new(prefill::Service(state.clone()))),
             _ => Routes::new(v1::decode_server::DecodeServer::new(decode::Service(state.clone()))),
         };
+        let routes = routes.add_service(v1::node_server::NodeServer::new(node::Service(state.clone())));
         let stop = state.stop.clone().cancelled_owned();
         let (listener, limits) = (Listener::new(listener, None), grpc::limits(NODE_CONNECTIONS));
         tokio::spawn(http::serve(listener, routes.into_axum_router(), limits, stop));
@@ -276,10 +278,6 @@ impl Drop for Active {
 }
 
 impl State {
-    fn describe(&self) -> v1::DescribeResponse {
-        v1::DescribeResponse { info: Some(self.info.clone()), load: Some(*self.load.borrow()) }
-    }
-
     /// Time passes; then the node may fail, if a test wants it to.
     async fn step(&self, time: Duration) -> Result<(), Status> {
         // The sender is part of `self`.

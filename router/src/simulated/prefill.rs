@@ -1,21 +1,14 @@
 //! The prefill side.
 
-use std::{
-    pin::Pin,
-    sync::{Arc, atomic::Ordering},
-};
+use std::sync::{Arc, atomic::Ordering};
 
 use async_stream::try_stream;
-use futures::{Stream, StreamExt as _};
 use overfill_proto::v1::{self, prefill_event, prefill_server};
-use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status};
 
-use super::{Active, Continuation, HANDOFFS, State, output};
+use super::{Active, Continuation, HANDOFFS, State, node::Events, output};
 
 pub(super) struct Service(pub(super) Arc<State>);
-
-type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 fn event(event: prefill_event::Event) -> v1::PrefillEvent {
     v1::PrefillEvent { event: Some(event) }
@@ -23,22 +16,7 @@ fn event(event: prefill_event::Event) -> v1::PrefillEvent {
 
 #[tonic::async_trait]
 impl prefill_server::Prefill for Service {
-    type WatchLoadStream = Events<v1::NodeLoad>;
-    type DrainStream = Events<v1::NodeLoad>;
     type PrefillStream = Events<v1::PrefillEvent>;
-
-    async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
-        Ok(Response::new(self.0.describe()))
-    }
-
-    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<Self::DrainStream>, Status> {
-        Err(Status::unimplemented("a simulated node does not drain"))
-    }
-
-    async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {
-        let stop = self.0.stop.clone().cancelled_owned();
-        Ok(Response::new(Box::pin(WatchStream::new(self.0.load.subscribe()).map(Ok).take_until(stop))))
-    }
 
     async fn model_files(&self, _: Request<v1::ModelFilesRequest>) -> Result<Response<v1::ModelFilesResponse>, Status> {
         let files = self.0.options.files.clone();

@@ -3,14 +3,15 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
-use overfill_cluster::{LoadState, Shutdown};
+use overfill_cluster::Shutdown;
 use overfill_decode_node::DecodeNode;
 use overfill_kv::{BlockPool, SamplingParams};
-use overfill_model::LoadOptions;
+use overfill_model::{LoadOptions, Rows};
+use overfill_node::{LoadState, NodeConfig};
 use overfill_prefill_node::PrefillNode;
 use overfill_proto::v1::{
-    self, decode_client::DecodeClient, decode_event::Event as Decoded, prefill_client::PrefillClient,
-    prefill_event::Event as Prefilled,
+    self, decode_client::DecodeClient, decode_event::Event as Decoded, node_client::NodeClient,
+    prefill_client::PrefillClient, prefill_event::Event as Prefilled,
 };
 use overfill_tests::{golden::folder, wait::PATIENCE};
 use tokio::{task::JoinHandle, time::timeout};
@@ -87,52 +88,41 @@ pub struct Answer {
     pub transferred_bytes: u64,
 }
 
-fn load_options() -> LoadOptions {
-    LoadOptions::default()
+fn node_config(pair: &str, model: &str, kv_blocks: usize, rows: Rows, sizes: &Sizes) -> Result<NodeConfig> {
+    let any = "127.0.0.1:0".parse()?;
+    Ok(NodeConfig {
+        model: folder(pair, model).into(),
+        served_model_name: None,
+        node_id: None,
+        load: LoadOptions { rows, ..LoadOptions::default() },
+        kv_blocks,
+        listen: any,
+        admin: any,
+        advertise_grpc: None,
+        max_waiting: sizes.max_waiting,
+        default_deadline: PATIENCE,
+        drain_timeout: PATIENCE,
+        step_timeout: sizes.step_timeout,
+        tls: None,
+        etcd: None,
+    })
 }
 
 impl Pair {
     /// Starts both nodes over a golden pair.
     pub async fn start(name: &str, sizes: Sizes) -> Result<Self> {
-        let any = "127.0.0.1:0".parse()?;
         let prefill = PrefillNode::bind(overfill_prefill_node::Config {
-            model: folder(name, "full").into(),
-            served_model_name: None,
-            node_id: None,
-            load: load_options(),
-            kv_blocks: sizes.prefill_blocks,
-            listen: any,
-            admin: any,
-            advertise_grpc: None,
+            node: node_config(name, "full", sizes.prefill_blocks, Rows::Many, &sizes)?,
             max_batch_tokens: sizes.max_batch_tokens,
             step_target: Duration::from_secs(1),
             max_running: sizes.max_running,
-            max_waiting: sizes.max_waiting,
-            default_deadline: PATIENCE,
-            drain_timeout: PATIENCE,
-            step_timeout: sizes.step_timeout,
-            tls: None,
-            etcd: None,
         })
         .await?;
         let decode = DecodeNode::bind(overfill_decode_node::Config {
-            model: folder(name, sizes.decoder).into(),
-            served_model_name: None,
-            node_id: None,
-            load: load_options(),
-            kv_blocks: sizes.decode_blocks,
-            listen: any,
-            admin: any,
-            kv_listen: any,
+            node: node_config(name, sizes.decoder, sizes.decode_blocks, Rows::Few, &sizes)?,
+            kv_listen: "127.0.0.1:0".parse()?,
             advertise_kv: None,
-            advertise_grpc: None,
             max_running: sizes.max_running,
-            max_waiting: sizes.max_waiting,
-            default_deadline: PATIENCE,
-            drain_timeout: PATIENCE,
-            step_timeout: sizes.step_timeout,
-            tls: None,
-            etcd: None,
         })
         .await?;
         let shutdown = Shutdown::new();
@@ -145,9 +135,10 @@ impl Pair {
             tokio::spawn(async move { Ok(Box::pin(prefill.run(first)).await?) }),
             tokio::spawn(async move { Ok(Box::pin(decode.run(second)).await?) }),
         ];
-        let mut prefill = PrefillClient::connect(format!("http://{prefill_at}")).await?;
+        let mut node = NodeClient::connect(format!("http://{prefill_at}")).await?;
+        let prefill = PrefillClient::connect(format!("http://{prefill_at}")).await?;
         let decode = DecodeClient::connect(format!("http://{decode_at}")).await?;
-        let info = prefill.describe(v1::DescribeRequest {}).await?.into_inner().info.context("info")?;
+        let info = node.describe(v1::DescribeRequest {}).await?.into_inner().info.context("info")?;
         let producer = info.kv_schema.context("schema")?.full_model;
         Ok(Self {
             prefill,

@@ -8,7 +8,7 @@ use overfill_decode_node::{
 };
 use overfill_kv::{BLOCK_TOKENS, BlockId, KvStore as _, OutputToken};
 use overfill_model::ModelError;
-use tokio_util::sync::CancellationToken;
+use overfill_node::Turn;
 
 use crate::{
     content::{Content, FULL, PRUNED, next_token, row_place},
@@ -78,17 +78,18 @@ impl Decoder {
     }
 }
 
-/// Lets the engine compute until `end`.
-pub async fn run(mut engine: Engine<Decoder>, guard: Arc<Guard>, pace: Pace, end: CancellationToken) {
-    while !end.is_cancelled() {
-        let computed = engine.turn();
+/// Lets the engine compute until nothing is left and nothing can come.
+pub async fn run(mut engine: Engine<Decoder>, guard: Arc<Guard>, pace: Pace) {
+    loop {
+        let turn = engine.turn();
         for (request, lease) in engine.reserved() {
             let held = overfill_kv::blocks_for(request.tokens.len()) - lease.len();
             guard.will_fill(lease, held, || Content::new(&request.tokens, FULL));
         }
-        match computed {
-            true => pace.step().await,
-            false => tokio::time::sleep(POLL).await,
+        match turn {
+            Turn::Computed => pace.step().await,
+            Turn::Idle => tokio::time::sleep(POLL).await,
+            Turn::Over => return,
         }
     }
 }

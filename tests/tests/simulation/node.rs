@@ -3,22 +3,22 @@
 use std::{sync::Arc, time::Duration};
 
 use overfill_cluster::{
-    Drain, LoadState, NodeMetrics, Shutdown,
+    Shutdown,
     discovery::{Members, Registration},
-    grpc::{self, NODE_CONNECTIONS},
-    http,
 };
-use overfill_decode_node::{engine as decode_engine, request as decode_request, service::DecodeService};
-use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema, Role};
-use overfill_prefill_node::{
-    engine as prefill_engine, job::HandoffContext, request as prefill_request, service::PrefillService,
+use overfill_decode_node::{engine as decode_engine, service::DecodeService};
+use overfill_kv::{BLOCK_TOKENS, BlockPool, Role};
+use overfill_node::{
+    Identity, LoadState, NodeCore, NodeError, NodeMetrics, RoleService, Served, load::Receiving, new_incarnation,
 };
-use overfill_proto::v1::{self, decode_server::DecodeServer, prefill_server::PrefillServer};
+use overfill_prefill_node::{engine as prefill_engine, job::HandoffContext, service::PrefillService};
 use overfill_transport::{Dialer, KvReceiver, TransferConfig};
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
 use turmoil::net::TcpListener;
 
 use crate::{
@@ -31,8 +31,8 @@ use crate::{
     prefill::{self, LateLayers, Prefiller},
 };
 
-/// How long a node waits for clients that do not read their last words, as the real ones do.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+/// For requests without a deadline of their own.
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// What a node is like.
 #[derive(Clone, Debug)]
@@ -95,17 +95,6 @@ pub struct Process {
     pub drain: mpsc::Sender<Duration>,
 }
 
-/// The parts that both roles have.
-struct Parts {
-    info: v1::NodeInfo,
-    schema: KvSchema,
-    pool: BlockPool,
-    guard: Arc<Guard>,
-    load: Arc<LoadState>,
-    shutdown: Shutdown,
-    drain: Drain,
-}
-
 impl Place {
     /// A node that runs nowhere yet.
     pub fn new(name: String, role: Role, size: Size, around: &Surroundings) -> Self {
@@ -126,73 +115,64 @@ impl Place {
         format!("{}/{}", self.role, self.name)
     }
 
-    fn parts(
+    /// What the node is, and what it is doing.
+    fn core(
         &self,
-        receiving: impl FnOnce(&BlockPool, &Arc<Guard>) -> Option<KvReceiver>,
-    ) -> Result<Parts, overfill_cluster::MetricsError> {
-        let Size { blocks, max_running, .. } = self.size;
-        let all: Vec<u32> = (0..LAYERS).collect();
-        let (role, model, layers) = match self.role {
-            Role::Prefill => (v1::Role::Prefill, FULL, &all),
-            Role::Decode => (v1::Role::Decode, PRUNED, &self.size.layers),
+        pool: &BlockPool,
+        receiver: Option<&KvReceiver>,
+    ) -> Result<NodeCore, overfill_cluster::MetricsError> {
+        let (model, schema) = match self.role {
+            Role::Prefill => (FULL, schema(&(0..LAYERS).collect::<Vec<_>>())),
+            Role::Decode => (PRUNED, schema(&self.size.layers)),
         };
-        let schema = schema(layers);
-        let pool = BlockPool::new(blocks);
-        let guard = Guard::new(&self.name, layers, &pool, self.around.damage, &self.around.witness);
-        let receiver = receiving(&pool, &guard);
-        let kv_endpoint = receiver.as_ref().map(|_| format!("{}:{KV_PORT}", self.name));
-        let counted = receiver.map(|receiver| -> overfill_cluster::load::Receiving {
-            Box::new(move || (receiver.open_handoffs(), receiver.stranded_bytes()))
-        });
+        let counted = receiver
+            .cloned()
+            .map(|receiver| -> Receiving { Box::new(move || (receiver.open_handoffs(), receiver.stranded_bytes())) });
         let load = LoadState::new(pool.clone(), NodeMetrics::new(model)?, counted, Duration::MAX);
-        let info = v1::NodeInfo {
+        let identity = Identity {
+            role: self.role,
             node_id: self.name.clone(),
-            incarnation: format!("{:016x}", rand::random::<u64>()),
-            role: role.into(),
+            incarnation: new_incarnation(),
             model: model.into(),
-            kv_schema: Some((&schema).into()),
-            max_context_tokens: (blocks * BLOCK_TOKENS) as u32,
-            total_blocks: blocks as u32,
-            max_running_requests: max_running as u32,
-            kv_endpoint: kv_endpoint.clone().unwrap_or_default(),
-            version: "0".into(),
+            schema,
+            max_context_tokens: self.size.blocks * BLOCK_TOKENS,
+            total_blocks: self.size.blocks,
+            max_running: self.size.max_running,
+            kv_endpoint: receiver.map(|_| format!("{}:{KV_PORT}", self.name)),
             weights: "f32".into(),
             eos_token_ids: vec![overfill_router::simulated::EOS],
         };
-        let registration = Registration {
-            role: self.role,
-            node_id: self.name.clone(),
-            incarnation: info.incarnation.clone(),
-            grpc: format!("{}:{GRPC_PORT}", self.name),
-            kv: kv_endpoint,
-            model: model.into(),
-            full_model: schema.full_model.clone(),
-            kv_schema_digest: schema.digest_hex(),
-            total_blocks: info.total_blocks,
-            max_running_requests: info.max_running_requests,
-            max_context_tokens: info.max_context_tokens,
-            version: info.version.clone(),
-        };
-        let shutdown = Shutdown::new();
-        let drain = Drain::new(&shutdown, Duration::from_secs(2));
+        let core = NodeCore::new(identity, load, &Shutdown::new(), Duration::from_secs(2));
+        let registration = core.identity.registration(format!("{}:{GRPC_PORT}", self.name));
         let (asked, mut asks) = mpsc::channel(MAX_ASKED);
-        let begins = drain.clone();
+        let begins = core.drain.clone();
         tokio::spawn(async move {
             while let Some(time) = asks.recv().await {
                 begins.begin(Some(time));
             }
         });
-        let process =
-            Process { pool: pool.clone(), load: load.clone(), registration: registration.clone(), drain: asked };
+        let load = core.load.clone();
+        let process = Process { pool: pool.clone(), load, registration: registration.clone(), drain: asked };
         *self.process.lock() = Some(process);
         self.around.members.send_modify(|members| drop(members.insert(self.key(), registration)));
-        Ok(Parts { info, schema, pool, guard, load, shutdown, drain })
+        let (shutdown, members, key) = (core.shutdown.clone(), self.around.members.clone(), self.key());
+        tokio::spawn(async move {
+            shutdown.cancelled().await;
+            members.send_modify(|members| drop(members.remove(&key)));
+        });
+        Ok(core)
+    }
+
+    fn guard(&self, layers: &[u32], pool: &BlockPool) -> Arc<Guard> {
+        Guard::new(&self.name, layers, pool, self.around.damage, &self.around.witness)
     }
 
     async fn prefill(self) -> turmoil::Result {
         let listener = listen(GRPC_PORT).await?;
-        let Parts { info, schema, pool, guard, load, shutdown, drain } = self.parts(|_, _| None)?;
         let Size { max_running, max_waiting, max_batch_tokens, blocks, .. } = self.size;
+        let pool = BlockPool::new(blocks);
+        let guard = self.guard(&(0..LAYERS).collect::<Vec<_>>(), &pool);
+        let core = self.core(&pool, None)?;
         let limits = prefill_engine::Limits {
             max_batch_tokens,
             // The simulated engine's steps take as long as its tokens say.
@@ -204,34 +184,19 @@ impl Place {
             runtime: tokio::runtime::Handle::current(),
             store: guard.clone(),
             config: self.around.transfer.clone(),
-            load: load.clone(),
+            load: core.load.clone(),
         };
         let late = LateLayers::default();
         let prefiller = Prefiller { guard: guard.clone(), late: late.clone() };
         let (handle, engine) = prefill_engine::Engine::new(prefiller, FULL.into(), pool, limits, context);
-        let end = CancellationToken::new();
-        let engine = tokio::task::spawn_local(prefill::run(engine, guard, late, self.pace.clone(), end.clone()));
+        let engine = tokio::task::spawn_local(prefill::run(engine, guard, late, self.pace.clone()));
         let service = PrefillService {
             engine: handle,
-            limits: prefill_request::RequestLimits {
-                schema,
-                max_context_tokens: blocks * BLOCK_TOKENS,
-                default_deadline: Duration::from_secs(60),
-                incarnation: info.incarnation.clone(),
-            },
-            info,
+            limits: core.request_limits(DEADLINE),
             files: Arc::new(FILES.clone()),
-            load: load.clone(),
-            shutdown: shutdown.clone(),
-            drain,
+            core: core.clone(),
         };
-        let server = self.serve(listener, Routes::new(PrefillServer::new(service)), &load, &shutdown);
-        tokio::select! {
-            () = server => {}
-            () = abandoned(&load, &shutdown) => return Ok(()),
-        }
-        end.cancel();
-        engine.await?;
+        serve(&core, listener, service.into_role_service(), engine).await?;
         Ok(())
     }
 
@@ -239,15 +204,12 @@ impl Place {
         let listener = listen(GRPC_PORT).await?;
         let kv = KvListener(listen(KV_PORT).await?);
         let stop = CancellationToken::new();
-        let mut receiving = None;
-        let Parts { info, schema, pool, guard, load, shutdown, drain } = self.parts(|_, guard| {
-            let (own, config) = (crate::content::schema(&self.size.layers), self.around.transfer.clone());
-            let (receiver, task) = KvReceiver::start(kv, own, guard.clone(), config, stop.clone());
-            receiving = Some((receiver.clone(), task));
-            Some(receiver)
-        })?;
-        let Some((receiver, receiving)) = receiving else { return Err("nobody receives KV".into()) };
         let Size { max_running, max_waiting, blocks, .. } = self.size;
+        let pool = BlockPool::new(blocks);
+        let guard = self.guard(&self.size.layers, &pool);
+        let (own, config) = (schema(&self.size.layers), self.around.transfer.clone());
+        let (receiver, receiving) = KvReceiver::start(kv, own, guard.clone(), config, stop.clone());
+        let core = self.core(&pool, Some(&receiver))?;
         let decoder = Decoder {
             guard: guard.clone(),
             layers: self.size.layers.clone(),
@@ -255,62 +217,32 @@ impl Place {
             witness: self.around.witness.clone(),
         };
         let limits = decode_engine::Limits { max_running, max_waiting };
-        let (handle, engine) = decode_engine::Engine::new(decoder, guard.memory.clone(), pool, load.clone(), limits);
-        let end = CancellationToken::new();
-        let engine = tokio::task::spawn_local(decode::run(engine, guard, self.pace.clone(), end.clone()));
-        let service = DecodeService {
-            engine: handle,
-            limits: decode_request::RequestLimits {
-                schema,
-                max_context_tokens: blocks * BLOCK_TOKENS,
-                default_deadline: Duration::from_secs(60),
-                incarnation: info.incarnation.clone(),
-            },
-            info,
-            receiver,
-            load: load.clone(),
-            shutdown: shutdown.clone(),
-            drain,
-        };
-        let server = self.serve(listener, Routes::new(DecodeServer::new(service)), &load, &shutdown);
-        tokio::select! {
-            () = server => {}
-            () = abandoned(&load, &shutdown) => return Ok(()),
+        let load = core.load.clone();
+        let (handle, engine) = decode_engine::Engine::new(decoder, guard.memory.clone(), pool, load, limits);
+        let engine = tokio::task::spawn_local(decode::run(engine, guard, self.pace.clone()));
+        let service =
+            DecodeService { engine: handle, limits: core.request_limits(DEADLINE), receiver, core: core.clone() };
+        if serve(&core, listener, service.into_role_service(), engine).await? == Served::Drained {
+            stop.cancel();
+            receiving.await?;
         }
-        end.cancel();
-        engine.await?;
-        stop.cancel();
-        receiving.await?;
         Ok(())
-    }
-
-    fn serve(
-        &self,
-        listener: TcpListener,
-        routes: Routes,
-        load: &Arc<LoadState>,
-        shutdown: &Shutdown,
-    ) -> impl Future<Output = ()> + use<> {
-        let (listener, limits) = (GrpcListener(listener), grpc::limits(NODE_CONNECTIONS));
-        http::serve(listener, routes.into_axum_router(), limits, self.until_drained(load, shutdown))
-    }
-
-    /// Resolves when the node takes nothing new any more; it is no longer registered then.
-    fn until_drained(&self, load: &Arc<LoadState>, shutdown: &Shutdown) -> impl Future<Output = ()> + use<> {
-        let (load, shutdown, members, key) = (load.clone(), shutdown.clone(), self.around.members.clone(), self.key());
-        async move {
-            shutdown.cancelled().await;
-            load.drain();
-            members.send_modify(|members| drop(members.remove(&key)));
-        }
     }
 }
 
-/// Resolves when a node that drains has nothing left to wait for but clients who do not read their last words.
-async fn abandoned(load: &LoadState, shutdown: &Shutdown) {
-    shutdown.cancelled().await;
-    load.drained().await;
-    tokio::time::sleep(LAST_WORDS).await;
+/// Serves until the node has drained. `engine` ends with the last way into it.
+async fn serve(
+    core: &NodeCore,
+    listener: TcpListener,
+    service: RoleService,
+    engine: JoinHandle<()>,
+) -> Result<Served, NodeError> {
+    let (ended, mut end) = oneshot::channel::<()>();
+    tokio::task::spawn_local(async move {
+        let _ended = ended;
+        let _ = engine.await;
+    });
+    core.serve(GrpcListener(listener), service, &mut end).await
 }
 
 /// How a simulation's nodes transfer KV.

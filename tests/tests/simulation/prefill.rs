@@ -4,10 +4,10 @@ use std::{ops::Range, sync::Arc, time::Duration};
 
 use overfill_kv::{BLOCK_TOKENS, BlockId, KvStore as _, OutputToken};
 use overfill_model::{LayerSink, ModelError};
+use overfill_node::Turn;
 use overfill_prefill_node::engine::{ChunkOutput, Compute, Engine, PromptChunk};
 use parking_lot::Mutex;
 use rand::Rng as _;
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     content::{BLOCK_BYTES, Content, FULL, LAYERS, next_token},
@@ -84,21 +84,16 @@ fn compute(guard: &Guard, layer: usize, chunks: &[Written], layers: &dyn LayerSi
     layers.layer_ready(layer);
 }
 
-/// Lets the engine compute until `end`.
-pub async fn run(
-    mut engine: Engine<Prefiller>,
-    guard: Arc<Guard>,
-    late: LateLayers,
-    pace: Pace,
-    end: CancellationToken,
-) {
-    while !end.is_cancelled() {
-        engine.turn();
+/// Lets the engine compute until nothing is left and nothing can come.
+pub async fn run(mut engine: Engine<Prefiller>, guard: Arc<Guard>, late: LateLayers, pace: Pace) {
+    loop {
+        match engine.turn() {
+            Turn::Computed => {}
+            Turn::Idle => tokio::time::sleep(POLL).await,
+            Turn::Over => return,
+        }
         let step = late.0.lock().take();
-        let Some(step) = step else {
-            tokio::time::sleep(POLL).await;
-            continue;
-        };
+        let Some(step) = step else { continue };
         for layer in 0..LAYERS as usize {
             pace.step().await;
             if layer >= step.from {

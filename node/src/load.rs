@@ -12,7 +12,9 @@ use overfill_kv::BlockPool;
 use tokio::sync::watch;
 use tracing::info;
 
-use crate::{Health, NodeMetrics};
+use overfill_cluster::Health;
+
+use crate::NodeMetrics;
 
 /// How old a watched load may be when nothing has told of a change.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);

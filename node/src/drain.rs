@@ -2,9 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use overfill_cluster::Shutdown;
 use tokio::{sync::watch, time::Instant};
-
-use crate::Shutdown;
 
 /// A node's shutdown with a time for what still runs. Clones are the same drain.
 #[derive(Clone, Debug)]

@@ -1,0 +1,216 @@
+//! The settings that both roles have: as given, and as checked.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use overfill_cluster::{
+    ConfigError, ProcessArgs, Tls, TlsArgs,
+    discovery::{EtcdArgs, EtcdConfig},
+};
+use overfill_kv::{BLOCK_TOKENS, KvDtype};
+use overfill_model::{DeviceSpec, LoadOptions, Rows, WeightFormat};
+
+/// Longest deadline of a request, in seconds.
+pub const MAX_DEADLINE_SECONDS: f64 = 86400.0;
+/// Block ids are 32 bits; this is far below, and far above any memory.
+const MAX_POOL_TOKENS: usize = 1 << 30;
+
+/// Settings of a node, whatever its role.
+#[derive(Clone, Debug, clap::Args)]
+pub struct NodeArgs {
+    /// The node's model: a Hugging Face folder, a .gguf file, or a hub id. Prefill nodes run the full model.
+    #[arg(long, env = "OVERFILL_MODEL", help_heading = "Model")]
+    pub model: String,
+    /// Name under which the model is served; by default the name of its folder.
+    #[arg(long, env = "OVERFILL_SERVED_MODEL_NAME", help_heading = "Model")]
+    pub served_model_name: Option<String>,
+    /// Where to compute: cpu, or cuda:N.
+    #[arg(long, env = "OVERFILL_DEVICE", default_value = "cpu", help_heading = "Model")]
+    pub device: String,
+    /// Format of the weights in memory: f32, bf16, f16, int8, int8-channel or int4. Integers need --device cpu.
+    #[arg(long, visible_alias = "dtype", env = "OVERFILL_WEIGHTS", default_value = "bf16", help_heading = "Model")]
+    pub weights: String,
+    /// Type of the KV cache in memory and on the wire, the same on all nodes: f32, bf16 or f16.
+    #[arg(long, env = "OVERFILL_KV_DTYPE", default_value = "bf16", help_heading = "Model")]
+    pub kv_dtype: String,
+    /// Tokens that the KV cache holds.
+    #[arg(long, env = "OVERFILL_KV_POOL_TOKENS", default_value_t = 65536, help_heading = "Model")]
+    pub kv_pool_tokens: usize,
+    /// Name of this node; by default its role and address.
+    #[arg(long, env = "OVERFILL_NODE_ID", help_heading = "Network")]
+    pub node_id: Option<String>,
+    /// Address of the gRPC service.
+    #[arg(long, env = "OVERFILL_LISTEN", default_value = "127.0.0.1:0", help_heading = "Network")]
+    pub listen: String,
+    /// Address of /startup, /live, /ready, /health and /metrics.
+    #[arg(long, env = "OVERFILL_ADMIN", default_value = "127.0.0.1:0", help_heading = "Network")]
+    pub admin: String,
+    /// The gRPC address as routers must dial it, host:port; by default the listen address. Only for etcd.
+    #[arg(long, env = "OVERFILL_ADVERTISE_GRPC", help_heading = "Network")]
+    pub advertise_grpc: Option<String>,
+    /// Most requests waiting; more are refused.
+    #[arg(long, env = "OVERFILL_MAX_WAITING", default_value_t = 256, help_heading = "Scheduling")]
+    pub max_waiting: usize,
+    /// Seconds that a request may take if it does not say.
+    #[arg(long, env = "OVERFILL_DEFAULT_DEADLINE_SECONDS", default_value_t = 600.0, help_heading = "Scheduling")]
+    pub default_deadline_seconds: f64,
+    /// When the node shuts down, requests that still run after this long go back to their router, which moves them.
+    #[arg(long, env = "OVERFILL_DRAIN_TIMEOUT_SECONDS", default_value_t = 25.0, help_heading = "Scheduling")]
+    pub drain_timeout_seconds: f64,
+    /// Longest step of the engine. Beyond it the node is not ready, and routers leave it.
+    #[arg(long, env = "OVERFILL_STEP_TIMEOUT_SECONDS", default_value_t = 60.0, help_heading = "Scheduling")]
+    pub step_timeout_seconds: f64,
+    /// Between services.
+    #[command(flatten)]
+    pub tls: TlsArgs,
+    /// Where the node registers.
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
+    /// Settings of every service process.
+    #[command(flatten)]
+    pub process: ProcessArgs,
+}
+
+/// Checked settings.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// Folder or file of the model.
+    pub model: PathBuf,
+    /// Name under which the model is served; `None`: the name of its folder.
+    pub served_model_name: Option<String>,
+    /// Name of the node; `None`: its role and address.
+    pub node_id: Option<String>,
+    /// How the model is loaded.
+    pub load: LoadOptions,
+    /// Blocks of the KV cache.
+    pub kv_blocks: usize,
+    /// Where gRPC is served.
+    pub listen: SocketAddr,
+    /// Where probes and metrics are served.
+    pub admin: SocketAddr,
+    /// What routers dial; `None`: the listen address.
+    pub advertise_grpc: Option<String>,
+    /// Most requests waiting.
+    pub max_waiting: usize,
+    /// For requests without a deadline of their own.
+    pub default_deadline: Duration,
+    /// How long requests may go on running when the node shuts down.
+    pub drain_timeout: Duration,
+    /// Longest step of the engine.
+    pub step_timeout: Duration,
+    /// Between services; `None`: nothing is encrypted.
+    pub tls: Option<Tls>,
+    /// Where the node registers; `None`: nowhere.
+    pub etcd: Option<EtcdConfig>,
+}
+
+impl NodeArgs {
+    /// Checks everything and adds every fault to `f`. The result is there only if `f` is empty. `rows` is what the role's
+    /// products are made fast for.
+    pub fn validate(self, rows: Rows, f: &mut Vec<ConfigError>) -> Option<NodeConfig> {
+        let Self {
+            model,
+            served_model_name,
+            node_id,
+            device,
+            weights,
+            kv_dtype,
+            kv_pool_tokens,
+            listen,
+            admin,
+            advertise_grpc,
+            max_waiting,
+            default_deadline_seconds,
+            drain_timeout_seconds,
+            step_timeout_seconds,
+            tls,
+            etcd,
+            process,
+        } = self;
+        let address = "an IP address and port";
+        let model = overfill_model::resolve(&model)
+            .inspect_err(|e| f.push(ConfigError::new("model", "a model folder, .gguf file or hub id", e)))
+            .ok();
+        let device = ConfigError::collect(f, device.parse::<DeviceSpec>(), "device", "cpu or cuda:N", &device);
+        let parsed = weights.parse::<WeightFormat>();
+        let weights = ConfigError::collect(f, parsed, "weights", WeightFormat::SUPPORTED, &weights);
+        let kv = ConfigError::collect(f, kv_dtype.parse::<KvDtype>(), "kv-dtype", "f32, bf16 or f16", &kv_dtype);
+        let listen = ConfigError::collect(f, listen.parse::<SocketAddr>(), "listen", address, &listen);
+        let admin = ConfigError::collect(f, admin.parse(), "admin", address, &admin);
+        let name_ok = |name: &Option<String>| name.as_ref().is_none_or(|n| !n.trim().is_empty());
+        ConfigError::check(f, name_ok(&served_model_name), "served-model-name", "a name", "an empty text");
+        ConfigError::check(f, name_ok(&node_id), "node-id", "a name", "an empty text");
+        let block = BLOCK_TOKENS;
+        let pool_ok = (block..=MAX_POOL_TOKENS).contains(&kv_pool_tokens);
+        ConfigError::check(f, pool_ok, "kv-pool-tokens", format!("in [{block}, {MAX_POOL_TOKENS}]"), kv_pool_tokens);
+        ConfigError::check(f, (1..=65536).contains(&max_waiting), "max-waiting", "in [1, 65536]", max_waiting);
+        let default_deadline = positive(f, "default-deadline-seconds", default_deadline_seconds);
+        let drain_timeout = match (0.0..=MAX_DEADLINE_SECONDS).contains(&drain_timeout_seconds) {
+            true => Some(Duration::from_secs_f64(drain_timeout_seconds)),
+            false => {
+                let limit = format!("in [0, {MAX_DEADLINE_SECONDS}]");
+                f.push(ConfigError::new("drain-timeout-seconds", limit, drain_timeout_seconds));
+                None
+            }
+        };
+        let step_timeout = positive(f, "step-timeout-seconds", step_timeout_seconds);
+        let tls = tls.validate(f);
+        ConfigError::check_exposed(f, "listen", listen, tls.is_some(), "--tls-ca", &process);
+        let etcd = etcd.validate(f);
+        // Only etcd is told the advertised address.
+        let registered = listen.filter(|_| etcd.is_some());
+        ConfigError::check_advertised(f, "advertise-grpc", advertise_grpc.as_deref(), registered);
+        if !f.is_empty() {
+            return None;
+        }
+        Some(NodeConfig {
+            model: model?,
+            served_model_name,
+            node_id,
+            load: LoadOptions { device: device?, weights: weights?, kv_dtype: kv?, rows },
+            kv_blocks: kv_pool_tokens / block,
+            listen: listen?,
+            admin: admin?,
+            advertise_grpc,
+            max_waiting,
+            default_deadline: default_deadline?,
+            drain_timeout: drain_timeout?,
+            step_timeout: step_timeout?,
+            tls,
+            etcd,
+        })
+    }
+}
+
+/// A number of seconds above 0.
+pub(crate) fn positive(f: &mut Vec<ConfigError>, flag: &'static str, seconds: f64) -> Option<Duration> {
+    let ok = seconds > 0.0 && seconds <= MAX_DEADLINE_SECONDS;
+    ConfigError::check(f, ok, flag, format!("in (0, {MAX_DEADLINE_SECONDS}]"), seconds);
+    ok.then(|| Duration::from_secs_f64(seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: NodeArgs,
+    }
+
+    #[test]
+    fn every_fault_is_reported_at_once() {
+        let line = "x --model /no/such --device gpu --weights f8 --listen nowhere --kv-pool-tokens 1 --max-waiting 0 \
+                    --step-timeout-seconds 0 --drain-timeout-seconds -1";
+        let mut faults = Vec::new();
+        let args = Cli::parse_from(line.split_whitespace()).args;
+        assert!(args.validate(Rows::Few, &mut faults).is_none());
+        let flags: Vec<_> = faults.iter().map(|f| f.flag).collect();
+        let expected = ["model", "device", "weights", "listen", "kv-pool-tokens", "max-waiting"];
+        assert_eq!(flags[..6], expected);
+        assert_eq!(flags[6..], ["drain-timeout-seconds", "step-timeout-seconds"]);
+        assert_eq!(faults[5].to_string(), "--max-waiting must be in [1, 65536], got 0");
+    }
+}

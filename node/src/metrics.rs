@@ -1,0 +1,132 @@
+//! The metrics of a node, under the names that dashboards for vLLM already read where they mean the same.
+
+use overfill_cluster::metrics::{MetricsError, counter, histogram, int_gauge, register};
+use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+
+/// Metrics that prefill and decode nodes share. Every series has the label `model_name`.
+#[derive(Clone, Debug)]
+pub struct NodeMetrics {
+    /// All of them.
+    pub registry: Registry,
+    /// Requests in the running batch.
+    pub requests_running: IntGauge,
+    /// Requests accepted but not in the batch.
+    pub requests_waiting: IntGauge,
+    /// Part of the KV blocks that requests hold, 0 to 1. Blocks that are merely cached are free to be taken.
+    pub kv_cache_usage: Gauge,
+    /// Prompt tokens of the requests taken.
+    pub prompt_tokens: IntCounter,
+    /// Tokens chosen.
+    pub generation_tokens: IntCounter,
+    /// Requests ended, by `finished_reason`: `stop`, `length`, `abort`, `error`.
+    pub request_success: IntCounterVec,
+    /// Arrival to first token.
+    pub time_to_first_token_seconds: Histogram,
+    /// Between two tokens of one request.
+    pub inter_token_latency_seconds: Histogram,
+    /// Arrival to end.
+    pub e2e_request_latency_seconds: Histogram,
+    /// Requests taken out of the batch to make room.
+    pub preemptions: IntCounter,
+    /// Prompt tokens looked up in the prefix cache.
+    pub prefix_cache_queries: IntCounter,
+    /// Prompt tokens found there.
+    pub prefix_cache_hits: IntCounter,
+    /// Routers that have joined the node.
+    pub routers: IntGauge,
+    /// Handoffs between reservation and end.
+    pub open_handoffs: IntGauge,
+    /// KV bytes held for handoffs whose other side has gone.
+    pub stranded_bytes: IntGauge,
+    /// KV bytes that changed hands.
+    pub transfer_bytes: IntCounter,
+    /// First frame to confirmed commit.
+    pub transfer_seconds: Histogram,
+    /// The part of it that computing did not hide.
+    pub transfer_exposed_seconds: Histogram,
+    /// Handoffs that failed.
+    pub transfer_failures: IntCounter,
+}
+
+impl NodeMetrics {
+    /// Registers all of them for a node that serves `model`.
+    pub fn new(model: &str) -> Result<Self, MetricsError> {
+        let labels = [("model_name".to_owned(), model.to_owned())].into();
+        let registry = Registry::new_custom(None, Some(labels))?;
+        let r = &registry;
+        Ok(Self {
+            requests_running: int_gauge(r, "vllm:num_requests_running", "Requests in the running batch.")?,
+            requests_waiting: int_gauge(r, "vllm:num_requests_waiting", "Requests waiting for room.")?,
+            kv_cache_usage: register(
+                r,
+                Gauge::new("vllm:kv_cache_usage_perc", "Part of the KV blocks held by requests, 0 to 1.")?,
+            )?,
+            prompt_tokens: counter(r, "vllm:prompt_tokens_total", "Prompt tokens taken.")?,
+            generation_tokens: counter(r, "vllm:generation_tokens_total", "Tokens chosen.")?,
+            request_success: register(
+                r,
+                IntCounterVec::new(
+                    Opts::new("vllm:request_success_total", "Requests ended, by reason."),
+                    &["finished_reason"],
+                )?,
+            )?,
+            time_to_first_token_seconds: histogram(
+                r,
+                "vllm:time_to_first_token_seconds",
+                "Seconds from arrival to the first token.",
+            )?,
+            inter_token_latency_seconds: histogram(
+                r,
+                "vllm:inter_token_latency_seconds",
+                "Seconds between two tokens of a request.",
+            )?,
+            e2e_request_latency_seconds: histogram(
+                r,
+                "vllm:e2e_request_latency_seconds",
+                "Seconds from arrival to the end.",
+            )?,
+            preemptions: counter(r, "vllm:num_preemptions_total", "Requests taken out of the batch to make room.")?,
+            prefix_cache_queries: counter(r, "vllm:prefix_cache_queries_total", "Prompt tokens looked up.")?,
+            prefix_cache_hits: counter(r, "vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")?,
+            routers: int_gauge(r, "overfill_routers", "Routers that have joined the node.")?,
+            open_handoffs: int_gauge(r, "overfill_open_handoffs", "Handoffs between reservation and end.")?,
+            stranded_bytes: int_gauge(
+                r,
+                "overfill_stranded_bytes",
+                "KV bytes held for handoffs whose other side has gone.",
+            )?,
+            transfer_bytes: counter(r, "overfill_transfer_bytes_total", "KV bytes that changed hands.")?,
+            transfer_seconds: histogram(
+                r,
+                "overfill_transfer_seconds",
+                "Seconds from a handoff's first frame to its confirmed commit.",
+            )?,
+            transfer_exposed_seconds: histogram(
+                r,
+                "overfill_transfer_exposed_seconds",
+                "Seconds of a handoff that computing did not hide.",
+            )?,
+            transfer_failures: counter(r, "overfill_transfer_failures_total", "Handoffs that failed.")?,
+            registry,
+        })
+    }
+
+    /// Counts an ended request.
+    pub fn finished(&self, reason: &str) {
+        self.request_success.with_label_values(&[reason]).inc();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_valid_and_carry_the_model() {
+        let metrics = NodeMetrics::new("tiny").unwrap();
+        metrics.finished("stop");
+        let text = prometheus::TextEncoder::new().encode_to_string(&metrics.registry.gather()).unwrap();
+        assert!(text.contains(r#"vllm:request_success_total{finished_reason="stop",model_name="tiny"} 1"#), "{text}");
+        assert!(text.contains(r#"vllm:num_requests_running{model_name="tiny"} 0"#), "{text}");
+    }
+}

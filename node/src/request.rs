@@ -1,0 +1,227 @@
+//! The checks that requests of both roles share: every refusal names the field, its limit and its value, and nothing is
+//! allocated before it.
+
+use std::{sync::Arc, time::Duration};
+
+use overfill_kv::{RequestId, SamplingParams, SchemaMismatch};
+use overfill_proto::{InvalidField, v1};
+use tokio::time::Instant;
+use tonic::Status;
+
+use crate::{Identity, MAX_DEADLINE_SECONDS};
+
+/// What a request is checked against.
+#[derive(Clone, Debug)]
+pub struct RequestLimits {
+    /// The node.
+    pub identity: Arc<Identity>,
+    /// For requests without a deadline of their own.
+    pub default_deadline: Duration,
+}
+
+/// A request that can't be served.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum RequestError {
+    /// A field with a value it may not have.
+    #[error(transparent)]
+    Field(#[from] InvalidField),
+    /// The KV of the one node is not what the other node's model attends to.
+    #[error(transparent)]
+    Schema(#[from] SchemaMismatch),
+    /// The request was meant for an earlier process at this address.
+    #[error("incarnation {asked} of this node is gone; this is {own}")]
+    Restarted {
+        /// The incarnation that was meant.
+        asked: String,
+        /// This one.
+        own: String,
+    },
+}
+
+impl From<RequestError> for Status {
+    fn from(e: RequestError) -> Self {
+        match e {
+            RequestError::Field(e) => e.into(),
+            RequestError::Schema(_) | RequestError::Restarted { .. } => Status::failed_precondition(e.to_string()),
+        }
+    }
+}
+
+/// A request that an engine does not take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// Too many wait already.
+    #[error("{0} requests are waiting, which is the most")]
+    QueueFull(usize),
+    /// The node is shutting down, or the engine has ended.
+    #[error("the node is shutting down")]
+    Draining,
+}
+
+impl From<Refused> for Status {
+    fn from(e: Refused) -> Self {
+        match e {
+            Refused::QueueFull(_) => Status::resource_exhausted(e.to_string()),
+            Refused::Draining => Status::unavailable(e.to_string()),
+        }
+    }
+}
+
+/// The fields that requests of both roles have, as they arrive.
+#[derive(Clone, Debug, Default)]
+pub struct CommonFields {
+    /// The request's name.
+    pub request_id: String,
+    /// The prompt, and earlier output.
+    pub prompt_tokens: Vec<u32>,
+    /// How tokens are chosen.
+    pub sampling: Option<v1::SamplingParams>,
+    /// From the request's arrival on; 0: the node's default.
+    pub deadline_seconds: f64,
+    /// The last of `prompt_tokens` that are earlier output.
+    pub generated_tokens: u32,
+    /// The process that is meant; empty: any.
+    pub incarnation: String,
+}
+
+/// The same fields, checked.
+#[derive(Clone, Debug)]
+pub struct Common {
+    /// The request's name.
+    pub id: RequestId,
+    /// The prompt, and earlier output; at least one token.
+    pub tokens: Vec<u32>,
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// The last of `tokens` that are earlier output: penalties count them as such.
+    pub generated: usize,
+    /// When the request has failed.
+    pub deadline: Instant,
+}
+
+impl RequestLimits {
+    /// Checks the common fields of a request that arrived at `now`.
+    pub fn check(&self, fields: CommonFields, now: Instant) -> Result<Common, RequestError> {
+        let CommonFields {
+            request_id,
+            prompt_tokens: tokens,
+            sampling,
+            deadline_seconds,
+            generated_tokens,
+            incarnation,
+        } = fields;
+        if !incarnation.is_empty() && incarnation != self.identity.incarnation {
+            return Err(RequestError::Restarted { asked: incarnation, own: self.identity.incarnation.clone() });
+        }
+        if request_id.is_empty() || request_id.len() > 256 {
+            let length = format!("{} bytes", request_id.len());
+            return Err(InvalidField::new("request_id", "1 to 256 bytes", length).into());
+        }
+        let (count, max) = (tokens.len(), self.identity.max_context_tokens);
+        if count == 0 || count > max {
+            return Err(
+                InvalidField::new("prompt_tokens", format!("1 to {max} tokens"), format!("{count} tokens")).into()
+            );
+        }
+        let vocab_size = self.identity.schema.vocab_size;
+        if let Some(id) = tokens.iter().find(|id| **id >= vocab_size) {
+            let limit = format!("of ids below the vocabulary size {vocab_size}");
+            return Err(InvalidField::new("prompt_tokens", limit, id).into());
+        }
+        let generated = generated_tokens as usize;
+        if generated >= count {
+            let limit = format!("less than the {count} prompt tokens");
+            return Err(InvalidField::new("generated_tokens", limit, generated).into());
+        }
+        let sampling = sampling.map(SamplingParams::from).unwrap_or_default();
+        sampling.validate(vocab_size as usize).map_err(|e| InvalidField::new(e.field, e.limit, e.value))?;
+        let deadline = now + self.check_deadline(deadline_seconds)?;
+        Ok(Common { id: RequestId(request_id), tokens, sampling, generated, deadline })
+    }
+
+    fn check_deadline(&self, seconds: f64) -> Result<Duration, InvalidField> {
+        if seconds == 0.0 {
+            return Ok(self.default_deadline);
+        }
+        if seconds > 0.0 && seconds <= MAX_DEADLINE_SECONDS {
+            return Ok(Duration::from_secs_f64(seconds));
+        }
+        Err(InvalidField::new("deadline_seconds", format!("in [0, {MAX_DEADLINE_SECONDS}]"), seconds))
+    }
+
+    /// Limits of a node of incarnation `1` and 64 tokens of context, for tests.
+    #[doc(hidden)]
+    pub fn of_a_small_node(role: overfill_kv::Role) -> Self {
+        use overfill_kv::{KvDtype, KvSchema, RopeSpec};
+        let schema = KvSchema {
+            layers: vec![0, 1],
+            kv_heads: 2,
+            head_dim: 8,
+            rope: RopeSpec { theta: 1e4, scaling: "none".into() },
+            dtype: KvDtype::F32,
+            block_tokens: 16,
+            vocab_size: 100,
+            tokenizer_sha256: "aa".into(),
+            full_model: Some("f".into()),
+        };
+        let identity = Identity {
+            role,
+            node_id: "n".into(),
+            incarnation: "1".into(),
+            model: "m".into(),
+            schema,
+            max_context_tokens: 64,
+            total_blocks: 4,
+            max_running: 1,
+            kv_endpoint: None,
+            weights: "f32".into(),
+            eos_token_ids: vec![],
+        };
+        Self { identity: Arc::new(identity), default_deadline: Duration::from_secs(9) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use overfill_kv::Role;
+
+    use super::*;
+
+    fn check(change: impl FnOnce(&mut CommonFields)) -> Result<Common, String> {
+        let mut fields = CommonFields { request_id: "r".into(), prompt_tokens: vec![1; 20], ..CommonFields::default() };
+        change(&mut fields);
+        let now = Instant::now();
+        let checked = RequestLimits::of_a_small_node(Role::Decode).check(fields, now);
+        assert!(checked.as_ref().is_ok_and(|r| r.deadline <= now + Duration::from_secs(9)) || checked.is_err());
+        checked.map_err(|e| e.to_string())
+    }
+
+    fn refused(change: impl FnOnce(&mut CommonFields)) -> String {
+        check(change).unwrap_err()
+    }
+
+    #[test]
+    fn a_good_request_is_taken() {
+        let request = check(|r| r.generated_tokens = 3).unwrap();
+        assert_eq!((request.tokens.len(), request.generated), (20, 3));
+    }
+
+    #[test]
+    fn a_request_for_the_process_before_is_refused() {
+        assert_eq!(refused(|r| r.incarnation = "0".into()), "incarnation 0 of this node is gone; this is 1");
+    }
+
+    #[test]
+    fn refusals_name_field_limit_and_value() {
+        assert_eq!(refused(|r| r.prompt_tokens.clear()), "prompt_tokens must be 1 to 64 tokens, got 0 tokens");
+        assert_eq!(refused(|r| r.prompt_tokens = vec![1; 65]), "prompt_tokens must be 1 to 64 tokens, got 65 tokens");
+        let outside = refused(|r| r.prompt_tokens[3] = 100);
+        assert_eq!(outside, "prompt_tokens must be of ids below the vocabulary size 100, got 100");
+        assert!(refused(|r| r.request_id.clear()).starts_with("request_id must be"));
+        assert!(refused(|r| r.generated_tokens = 20).starts_with("generated_tokens must be less than the 20"));
+        assert!(refused(|r| r.deadline_seconds = f64::NAN).starts_with("deadline_seconds must be"));
+        assert!(refused(|r| r.deadline_seconds = -1.0).starts_with("deadline_seconds must be"));
+        let hot = v1::SamplingParams { top_p: 1.0, repetition_penalty: 1.0, temperature: -1.0, ..Default::default() };
+        assert_eq!(refused(|r| r.sampling = Some(hot)), "temperature must be in [0, 100], got -1");
+    }
+}
