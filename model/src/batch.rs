@@ -57,7 +57,7 @@ impl Want<'_> {
             Self::Nothing => count,
             Self::Next(_) | Self::LastLogits => count - 1,
             Self::AllLogits => 0,
-            Self::Scores { following, next, .. } if following.is_empty() => count - usize::from(next.is_some()),
+            Self::Scores { following: [], next, .. } => count - usize::from(next.is_some()),
             Self::Scores { .. } => 0,
         }
     }

@@ -5,7 +5,6 @@
 //! the parts of a running node have in common. The checks that both roles' requests share are in [`request`].
 
 mod args;
-mod core;
 mod drain;
 mod engine;
 mod host;
@@ -13,11 +12,11 @@ mod identity;
 pub mod load;
 mod metrics;
 pub mod request;
+mod serve;
 mod service;
 mod stream;
 
 pub use args::{MAX_DEADLINE_SECONDS, NodeArgs, NodeConfig};
-pub use core::{NodeCore, RoleService, Served};
 pub use drain::Drain;
 pub use engine::{Turn, spawn_engine};
 pub use host::{Front, Host, NodeError, connections};
@@ -25,5 +24,6 @@ pub use identity::{Identity, new_incarnation};
 pub use load::{Load, LoadState};
 pub use metrics::NodeMetrics;
 pub use request::{Refused, RequestError, RequestLimits};
+pub use serve::{NodeCore, RoleService, Served};
 pub use service::NodeService;
 pub use stream::{Ending, EventStream, ended_early};

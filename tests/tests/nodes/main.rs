@@ -368,7 +368,7 @@ async fn an_engine_that_does_not_get_on_is_not_ready() -> Result<()> {
     let pair = Pair::start("llama-tied", Sizes { step_timeout: Duration::from_micros(1), ..Sizes::default() }).await?;
     let admin = &pair.decode_admin;
     ensure!(ready(admin).await? == 503, "a node that no router has joined is ready");
-    let joined = pair.decode.clone().watch_load(v1::WatchLoadRequest {}).await?;
+    let joined = pair.decode_node.clone().watch_load(v1::WatchLoadRequest {}).await?;
     ensure!(ready(admin).await? == 200, "an idle node is not ready");
     drop(joined);
     let ask = Ask::greedy(&prompt(1, 40), 900);

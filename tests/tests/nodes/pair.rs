@@ -48,6 +48,7 @@ impl Default for Sizes {
 pub struct Pair {
     pub prefill: PrefillClient<Channel>,
     pub decode: DecodeClient<Channel>,
+    pub decode_node: NodeClient<Channel>,
     pub prefill_load: Arc<LoadState>,
     pub decode_load: Arc<LoadState>,
     pub prefill_pool: BlockPool,
@@ -138,11 +139,13 @@ impl Pair {
         let mut node = NodeClient::connect(format!("http://{prefill_at}")).await?;
         let prefill = PrefillClient::connect(format!("http://{prefill_at}")).await?;
         let decode = DecodeClient::connect(format!("http://{decode_at}")).await?;
+        let decode_node = NodeClient::connect(format!("http://{decode_at}")).await?;
         let info = node.describe(v1::DescribeRequest {}).await?.into_inner().info.context("info")?;
         let producer = info.kv_schema.context("schema")?.full_model;
         Ok(Self {
             prefill,
             decode,
+            decode_node,
             prefill_load,
             decode_load,
             prefill_pool,
