@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use overfill_cluster::{Tls, net::Dialer};
+use overfill_cluster::{Tls, net};
 use overfill_proto::MAX_MESSAGE_BYTES;
 use overfill_proto::v1::router_client::RouterClient;
 use tonic::metadata::{AsciiMetadataValue, MetadataValue};
@@ -123,7 +123,8 @@ impl ClientTls {
             }
             (true, None) => bail!("{url} needs --tls-ca: the certificates that its own must be signed by"),
         };
-        let connecting = Dialer::tcp(tls).channel(&url, |endpoint| endpoint.connect_timeout(CONNECT_TIMEOUT)).await;
+        let connecting =
+            net::channel(&net::tcp_dialer(tls), &url, |endpoint| endpoint.connect_timeout(CONNECT_TIMEOUT)).await;
         connecting.with_context(|| format!("connecting to {url}"))
     }
 }

@@ -6,7 +6,6 @@
 
 pub mod args;
 pub mod engine;
-mod kv_plane;
 pub mod node;
 pub mod request;
 pub mod scheduler;

@@ -3,8 +3,8 @@
 use std::{net::SocketAddr, sync::Arc};
 
 use overfill_cluster::{ReadyLine, Shutdown, grpc};
-use overfill_kv::{BlockPool, Role};
-use overfill_node::{Host, LoadState, NodeCore, NodeError, RoleService, Served, load::Receiving};
+use overfill_kv::{BlockPool, KvEndpoint, Role};
+use overfill_node::{Host, KvListener, LoadState, NodeCore, NodeError, RoleService, Served, load::Receiving};
 use overfill_proto::{MAX_MESSAGE_BYTES, v1::decode_server::DecodeServer};
 use overfill_transport::{KvReceiver, TransferConfig};
 use tokio::task::JoinHandle;
@@ -14,7 +14,6 @@ use tonic::service::Routes;
 use crate::{
     args::Config,
     engine::{self, Limits},
-    kv_plane::KvListener,
     service::DecodeService,
 };
 
@@ -75,7 +74,7 @@ impl DecodeNode {
     /// Serves until the shutdown begins and what runs then has ended.
     pub async fn run(self, shutdown: Shutdown) -> Result<(), NodeError> {
         let Self { host, limits, kv_address, advertise_kv, receiver, receiving, receiver_stop, load } = self;
-        let kv_endpoint = advertise_kv.unwrap_or_else(|| kv_address.to_string());
+        let kv_endpoint = KvEndpoint::Tcp(advertise_kv.unwrap_or_else(|| kv_address.to_string()));
         let identity = host.identity(host.model.kv_schema(), limits.max_running, Some(kv_endpoint));
         let core = NodeCore::new(identity, load.clone(), &shutdown, host.config.drain_timeout);
         let request_limits = core.request_limits(host.config.default_deadline);

@@ -74,7 +74,7 @@ impl v1::decode_server::Decode for DecodeService {
         let (arrival, mut events) = self.engine.submit(request)?;
         let (engine, receiver, load) = (self.engine.clone(), self.receiver.clone(), self.core.load.clone());
         let drain = self.core.drain.clone();
-        let kv_endpoint = self.core.identity.kv_endpoint.clone().unwrap_or_default();
+        let kv_endpoint = self.core.identity.kv_endpoint.clone();
         let vocab_size = self.core.identity.schema.vocab_size;
         let mut ending = Ending::new(load.clone(), arrived);
         // The stream owns the request: dropped, it drops `events` and the handoff, and the engine lets go.
@@ -96,7 +96,7 @@ impl v1::decode_server::Decode for DecodeService {
                         load.publish();
                         yield event(Wire::Reserved(v1::Reserved {
                             ticket: ticket.0.to_vec(),
-                            kv_endpoint: kv_endpoint.clone(),
+                            kv_endpoint: kv_endpoint.clone().map(Into::into),
                             held_tokens: (held_blocks * BLOCK_TOKENS) as u32,
                             kv_schema: Some((&kv_schema).into()),
                         }));

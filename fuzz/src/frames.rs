@@ -1,6 +1,6 @@
 //! The KV plane's wire: `transport/src/frame.rs`.
 
-use overfill_transport::frame::{
+use overfill_transport::tcp::frame::{
     ANSWER_BYTES, COMMIT_BYTES, HEADER_BYTES, HELLO_BYTES, Header, SUM_BYTES, checksum, decode_answer, decode_commit,
     decode_header, decode_hello, encode_answer, encode_commit, encode_header, encode_hello,
 };

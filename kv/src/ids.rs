@@ -47,6 +47,21 @@ impl fmt::Display for Role {
     }
 }
 
+/// Where a decode node receives KV, by transport.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum KvEndpoint {
+    /// `host:port`.
+    Tcp(String),
+}
+
+impl fmt::Display for KvEndpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(f, "tcp {address}"),
+        }
+    }
+}
+
 /// The right to write one attempt's KV into one reservation: 128 random bits, single use (KV-4).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Ticket(pub [u8; 16]);

@@ -10,7 +10,7 @@ pub mod sampling;
 pub mod schema;
 pub mod store;
 
-pub use ids::{BlockId, RequestId, Role, Ticket};
+pub use ids::{BlockId, KvEndpoint, RequestId, Role, Ticket};
 pub use outcome::{FinishReason, TransferStats};
 pub use pool::{BlockLease, BlockPool, NoRoom};
 pub use prefix::{BlockHash, block_hashes};

@@ -8,7 +8,7 @@ use overfill_cluster::{
     http,
     net::Listener,
 };
-use overfill_kv::{BLOCK_TOKENS, BlockPool, KvSchema, Role};
+use overfill_kv::{BLOCK_TOKENS, BlockPool, KvEndpoint, KvSchema, Role};
 use overfill_model::{Model, ModelError};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinError};
 
@@ -102,7 +102,7 @@ impl Host {
     }
 
     /// What this node is, with its role's `schema`, limit and KV address.
-    pub fn identity(&self, schema: KvSchema, max_running: usize, kv_endpoint: Option<String>) -> Identity {
+    pub fn identity(&self, schema: KvSchema, max_running: usize, kv_endpoint: Option<KvEndpoint>) -> Identity {
         let default_id = || format!("{}-{}", self.role, self.grpc_address);
         Identity {
             role: self.role,

@@ -1,7 +1,7 @@
 //! What a node is.
 
 use overfill_cluster::discovery::Registration;
-use overfill_kv::{KvSchema, Role};
+use overfill_kv::{KvEndpoint, KvSchema, Role};
 use overfill_proto::v1;
 
 /// What a node is. Fixed for the life of the process.
@@ -23,8 +23,8 @@ pub struct Identity {
     pub total_blocks: usize,
     /// Most requests computed at once.
     pub max_running: usize,
-    /// Where prefill nodes send KV, `host:port`; decode nodes only.
-    pub kv_endpoint: Option<String>,
+    /// Where prefill nodes send KV; decode nodes only.
+    pub kv_endpoint: Option<KvEndpoint>,
     /// Format of its weights.
     pub weights: String,
     /// Token ids that end a text.
@@ -48,7 +48,7 @@ impl Identity {
             max_context_tokens: self.max_context_tokens as u32,
             total_blocks: self.total_blocks as u32,
             max_running_requests: self.max_running as u32,
-            kv_endpoint: self.kv_endpoint.clone().unwrap_or_default(),
+            kv_endpoint: self.kv_endpoint.clone().map(Into::into),
             version: env!("CARGO_PKG_VERSION").into(),
             weights: self.weights.clone(),
             eos_token_ids: self.eos_token_ids.clone(),
@@ -62,7 +62,7 @@ impl Identity {
             node_id: self.node_id.clone(),
             incarnation: self.incarnation.clone(),
             grpc,
-            kv: self.kv_endpoint.clone(),
+            kv: self.kv_endpoint.as_ref().map(|KvEndpoint::Tcp(address)| address.clone()),
             model: self.model.clone(),
             full_model: self.schema.full_model.clone(),
             kv_schema_digest: self.schema.digest_hex(),

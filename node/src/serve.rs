@@ -6,8 +6,9 @@ use overfill_cluster::{
     Shutdown,
     grpc::{self, NODE_CONNECTIONS},
     http,
-    net::Listen,
+    net::Connection,
 };
+use overfill_net::Listen;
 use overfill_proto::{FILE_DESCRIPTOR_SET, v1::node_server::NodeServer};
 use tokio::sync::oneshot;
 use tonic::{server::NamedService, service::Routes};
@@ -73,7 +74,7 @@ impl NodeCore {
     /// The engine ends while the node is serving.
     pub async fn serve(
         &self,
-        listener: impl Listen + 'static,
+        listener: impl Listen<Connection = Box<dyn Connection>>,
         service: RoleService,
         engine_end: &mut oneshot::Receiver<()>,
     ) -> Result<Served, NodeError> {

@@ -3,8 +3,8 @@
 use std::{ops::Range, sync::Arc, time::Duration};
 
 use overfill_kv::{
-    BLOCK_TOKENS, BlockHash, BlockId, BlockLease, BlockPool, KvSchema, KvStore, OutputToken, RequestId, SamplingParams,
-    Ticket, TransferStats, blocks_for,
+    BLOCK_TOKENS, BlockHash, BlockId, BlockLease, BlockPool, KvEndpoint, KvSchema, KvStore, OutputToken, RequestId,
+    SamplingParams, Ticket, TransferStats, blocks_for,
 };
 use overfill_node::load::{Counted, LoadState, QueuedTokens};
 use overfill_transport::{HandoffError, KvLayers, KvSender, SendPlan, TransferConfig};
@@ -47,8 +47,8 @@ pub struct Request {
 pub struct Handoff {
     /// The right to write there.
     pub ticket: Ticket,
-    /// `host:port`.
-    pub endpoint: String,
+    /// Where the receiver takes it.
+    pub endpoint: KvEndpoint,
     /// The receiver's.
     pub schema: KvSchema,
     /// Leading blocks that the receiver holds already.

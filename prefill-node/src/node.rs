@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use overfill_cluster::{ReadyLine, Shutdown, Tls, net};
+use overfill_cluster::{ReadyLine, Shutdown};
 use overfill_kv::{BlockPool, Role};
-use overfill_node::{Host, LoadState, NodeCore, NodeError, RoleService};
+use overfill_node::{Host, LoadState, NodeCore, NodeError, RoleService, kv_dialer};
 use overfill_proto::{MAX_MESSAGE_BYTES, v1::prefill_server::PrefillServer};
 use overfill_text::TextFiles;
-use overfill_transport::{Dialer, Link, TransferConfig};
+use overfill_transport::TransferConfig;
 use tonic::service::Routes;
 
 use crate::{
@@ -75,14 +75,4 @@ impl PrefillService {
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         RoleService::new::<PrefillServer<Self>>(Routes::new(server))
     }
-}
-
-/// How decode nodes' KV planes are reached.
-fn kv_dialer(tls: Option<Tls>) -> Dialer {
-    let Some(tls) = tls else { return Dialer::default() };
-    let dialer = net::Dialer::tcp(Some(tls));
-    Dialer::new(move |endpoint| {
-        let dialer = dialer.clone();
-        Box::pin(async move { Ok(Link::stream(dialer.dial(endpoint).await?)) })
-    })
 }

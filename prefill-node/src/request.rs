@@ -1,7 +1,7 @@
 //! From the wire to a checked [`Request`]: every refusal names the field, its limit and its value, and nothing is
 //! allocated before it.
 
-use overfill_kv::{BLOCK_TOKENS, KvSchema};
+use overfill_kv::{BLOCK_TOKENS, KvEndpoint, KvSchema};
 use overfill_node::{
     RequestError, RequestLimits,
     request::{Common, CommonFields},
@@ -36,10 +36,8 @@ fn check_handoff(
 ) -> Result<Handoff, RequestError> {
     let v1::HandoffTarget { ticket, kv_endpoint, kv_schema, held_tokens } = wire;
     let ticket = ticket_from_wire(&ticket)?;
-    if kv_endpoint.is_empty() || kv_endpoint.len() > 512 {
-        let length = format!("{} bytes", kv_endpoint.len());
-        return Err(InvalidField::new("handoff.kv_endpoint", "1 to 512 bytes", length).into());
-    }
+    let endpoint = kv_endpoint.ok_or_else(|| InvalidField::new("handoff.kv_endpoint", "present", "nothing"))?;
+    let endpoint = KvEndpoint::try_from(endpoint)?;
     let schema = kv_schema.ok_or_else(|| InvalidField::new("handoff.kv_schema", "present", "nothing"))?;
     let schema = KvSchema::try_from(schema)?;
     limits.identity.schema.check_consumer(&schema)?;
@@ -48,7 +46,7 @@ fn check_handoff(
         let limit = format!("a multiple of {BLOCK_TOKENS} below the {prompt_tokens} prompt tokens");
         return Err(InvalidField::new("handoff.held_tokens", limit, held).into());
     }
-    Ok(Handoff { ticket, endpoint: kv_endpoint, schema, held_blocks: held / BLOCK_TOKENS })
+    Ok(Handoff { ticket, endpoint, schema, held_blocks: held / BLOCK_TOKENS })
 }
 
 #[cfg(test)]
@@ -70,7 +68,7 @@ mod tests {
             sampling: Some((&SamplingParams::greedy()).into()),
             handoff: Some(v1::HandoffTarget {
                 ticket: vec![1; 16],
-                kv_endpoint: "127.0.0.1:1".into(),
+                kv_endpoint: Some(KvEndpoint::Tcp("127.0.0.1:1".into()).into()),
                 kv_schema: Some((&limits().identity.schema).into()),
                 held_tokens: 16,
             }),
@@ -100,7 +98,12 @@ mod tests {
         assert!(refused(|h| h.held_tokens = 15).starts_with("handoff.held_tokens must be a multiple of 16"));
         assert!(refused(|h| h.held_tokens = 32).starts_with("handoff.held_tokens must be"));
         assert!(refused(|h| h.ticket.clear()).starts_with("ticket must be 16 bytes"));
-        assert!(refused(|h| h.kv_endpoint.clear()).starts_with("handoff.kv_endpoint must be 1 to 512 bytes"));
+        assert!(refused(|h| h.kv_endpoint = None).starts_with("handoff.kv_endpoint must be present"));
+        let empty = KvEndpoint::Tcp(String::new());
+        let refusal = refused(|h| h.kv_endpoint = Some(empty.into()));
+        assert_eq!(refusal, "kv_endpoint.tcp.address must be 1 to 512 bytes, got 0 bytes");
+        let unknown = refused(|h| h.kv_endpoint = Some(v1::KvEndpoint { transport: None }));
+        assert_eq!(unknown, "kv_endpoint must be of a known transport: tcp, got nothing");
         assert!(refused(|h| h.kv_schema = None).starts_with("handoff.kv_schema must be present"));
         let other = |h: &mut v1::HandoffTarget| h.kv_schema.as_mut().unwrap().full_model = "g".into();
         assert!(refused(other).starts_with("kv schema mismatch: full_model is"));

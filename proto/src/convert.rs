@@ -1,10 +1,13 @@
 //! Wire to domain and back. Only a receiver converts from the wire, and refuses what a domain type cannot be.
 
 use overfill_kv::{
-    FinishReason, KvDtype, KvSchema, OutputToken, Role, RopeSpec, SamplingParams, Ticket, TransferStats,
+    FinishReason, KvDtype, KvEndpoint, KvSchema, OutputToken, Role, RopeSpec, SamplingParams, Ticket, TransferStats,
 };
 
 use crate::v1;
+
+/// Longest address of a KV endpoint.
+const MAX_ADDRESS_BYTES: usize = 512;
 
 /// A field of a received message with a value it may not have.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -87,6 +90,33 @@ impl From<TransferStats> for v1::TransferStats {
 impl From<v1::TransferStats> for TransferStats {
     fn from(v1::TransferStats { bytes, seconds, exposed_seconds }: v1::TransferStats) -> Self {
         Self { bytes, seconds, exposed_seconds }
+    }
+}
+
+impl From<KvEndpoint> for v1::KvEndpoint {
+    fn from(endpoint: KvEndpoint) -> Self {
+        let transport = match endpoint {
+            KvEndpoint::Tcp(address) => v1::kv_endpoint::Transport::Tcp(v1::TcpEndpoint { address }),
+        };
+        Self { transport: Some(transport) }
+    }
+}
+
+impl TryFrom<v1::KvEndpoint> for KvEndpoint {
+    type Error = InvalidField;
+
+    fn try_from(wire: v1::KvEndpoint) -> Result<Self, InvalidField> {
+        match wire.transport {
+            Some(v1::kv_endpoint::Transport::Tcp(v1::TcpEndpoint { address })) => {
+                if !(1..=MAX_ADDRESS_BYTES).contains(&address.len()) {
+                    let (limit, length) =
+                        (format!("1 to {MAX_ADDRESS_BYTES} bytes"), format!("{} bytes", address.len()));
+                    return Err(InvalidField::new("kv_endpoint.tcp.address", limit, length));
+                }
+                Ok(Self::Tcp(address))
+            }
+            None => Err(InvalidField::new("kv_endpoint", "of a known transport: tcp", "nothing")),
+        }
     }
 }
 

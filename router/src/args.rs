@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use overfill_cluster::{
     ConfigError, ProcessArgs, Tls, TlsArgs,
     discovery::{EtcdArgs, EtcdConfig},
-    net::Dialer,
+    net::{self, Dialer},
 };
 
 use crate::tenants::ApiKeys;
@@ -149,7 +149,7 @@ impl Config {
             serve_tls: None,
             api_keys: None,
             tls: None,
-            dialer: Dialer::tcp(None),
+            dialer: net::tcp_dialer(None),
             etcd: None,
         }
     }
@@ -285,7 +285,7 @@ impl Args {
                 max_connections,
                 serve_tls,
                 api_keys,
-                dialer: Dialer::tcp(tls.clone()),
+                dialer: net::tcp_dialer(tls.clone()),
                 tls,
                 etcd,
             }),

@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use overfill_cluster::{discovery::Registration, net::Dialer};
+use overfill_cluster::{
+    discovery::Registration,
+    net::{self, Dialer},
+};
 use overfill_kv::KvSchema;
 use overfill_proto::{MAX_MESSAGE_BYTES, v1};
 use overfill_text::{TextFiles, TextModel};
@@ -111,7 +114,7 @@ impl Joiner {
                 .keep_alive_timeout(self.node_timeout * 2 / 3)
                 .keep_alive_while_idle(true)
         };
-        let channel = self.dialer.channel(url, configure).await?;
+        let channel = net::channel(&self.dialer, url, configure).await?;
         let limit = JoinError::Timeout(DESCRIBE_TIMEOUT);
         timeout(DESCRIBE_TIMEOUT, self.describe(url, role, listed, channel)).await.map_err(|_| limit)?
     }

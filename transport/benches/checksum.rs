@@ -1,7 +1,7 @@
 //! The checksum that every KV byte passes twice, once on each side.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use overfill_transport::frame::{checksum, next_sum};
+use overfill_transport::tcp::frame::{checksum, next_sum};
 
 /// One layer of one block of a Llama-3.2-3B in bf16.
 const BLOCK_BYTES: usize = 64 << 10;

@@ -4,12 +4,12 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use overfill_kv::{BlockId, BlockPool, KvDtype, KvSchema, KvStore, RequestId, RopeSpec, Ticket};
+use overfill_kv::{BlockId, BlockPool, KvDtype, KvEndpoint, KvSchema, KvStore, RequestId, RopeSpec, Ticket};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-use crate::link::Link;
-use crate::payload::{CHUNK_BYTES, read_full, write_full};
+use crate::tcp::payload::{CHUNK_BYTES, read_full, write_full};
+use crate::tcp::{Link, PlainListener};
 use crate::{HandoffError, IncomingHandoff, KvReceiver, KvSender, MemoryStore, Reservation, SendPlan, TransferConfig};
 
 /// Each way is measured this often, in turns; the best counts.
@@ -68,7 +68,7 @@ pub async fn loopback(bytes: usize) -> Result<LoopbackReport, HandoffError> {
     let listener = TcpListener::bind("127.0.0.1:0").await.map_err(local)?;
     let endpoint = listener.local_addr().map_err(local)?.to_string();
     let (receiver, serving) =
-        KvReceiver::start(listener, schema.clone(), target.clone(), config.clone(), shutdown.clone());
+        KvReceiver::start(PlainListener(listener), schema.clone(), target.clone(), config.clone(), shutdown.clone());
     for round in 0..ROUNDS {
         let rate = |took: Duration| report.bytes as f64 / took.as_secs_f64();
         let memcpy = rate(memcpy(&source, &target));
@@ -186,7 +186,7 @@ async fn handoff(
         deadline,
     });
     let plan = SendPlan {
-        endpoint: endpoint.to_owned(),
+        endpoint: KvEndpoint::Tcp(endpoint.to_owned()),
         ticket,
         request_id,
         schema: schema.clone(),

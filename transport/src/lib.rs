@@ -1,33 +1,31 @@
-//! KV bytes from a prefill node to a decode node, over TCP.
+//! KV bytes from a prefill node to a decode node.
 //!
-//! A connection carries one handoff. The decode node reserves blocks under a ticket ([`KvReceiver::reserve`]); the
-//! prefill node connects with that ticket ([`KvSender::start`]) and sends the KV of each layer as soon as it is
-//! computed. Frames carry several blocks of one layer, straight from the sender's KV memory into the receiver's, each
-//! with a length limit and a checksum. A commit closes the handoff; only when it agrees with what arrived may the
-//! request decode.
+//! The decode node reserves blocks under a ticket ([`KvReceiver::reserve`]). The prefill node connects with that ticket
+//! ([`KvSender::start`]) and sends the KV of each layer as soon as it is computed ([`KvLayers::ready`]), straight from its KV
+//! memory into the receiver's. A commit closes the handoff; only when it agrees with what arrived may the request decode.
 //!
 //! All decisions (who may write, when blocks are free, when a handoff is over) are made by the state machines of
-//! [`overfill_kv::handoff`]; this crate moves bytes and time to them and does what they say. The wire is in [`frame`].
+//! [`overfill_kv::handoff`]; this crate moves bytes and time to them and does what they say. What is common to all
+//! transports stands here: plan, reservations, outcome. [`tcp`] is the one transport so far.
 
 #![warn(clippy::large_futures)]
 
 pub mod bench;
-mod connection;
-pub mod frame;
-mod link;
 mod memory;
-mod newcomers;
-mod payload;
+mod plan;
 mod receiver;
+mod reservations;
 mod sender;
+pub mod tcp;
 
 use std::time::Duration;
 
-pub use link::{Dialer, Link, Listen, Opening};
 pub use memory::MemoryStore;
 use overfill_kv::{TransferStats, handoff::Failure};
-pub use receiver::{IncomingHandoff, KvReceiver, Reservation};
-pub use sender::{KvLayers, KvSender, SendPlan};
+pub use plan::SendPlan;
+pub use receiver::{IncomingHandoff, KvReceiver};
+pub use reservations::Reservation;
+pub use sender::{KvLayers, KvSender};
 
 /// Limits of the KV plane. Both sides of a handoff should have the same.
 #[derive(Clone, Debug)]
@@ -41,8 +39,8 @@ pub struct TransferConfig {
     /// Connections that a receiver serves at once. One more takes the place of the oldest that has no handoff yet, and is
     /// refused where all have one.
     pub max_connections: usize,
-    /// How a sender connects.
-    pub dialer: Dialer,
+    /// How a sender connects over TCP.
+    pub dialer: tcp::Dialer,
 }
 
 impl Default for TransferConfig {
@@ -52,7 +50,7 @@ impl Default for TransferConfig {
             max_frame_bytes: 1024 * 1024,
             hello_timeout: Duration::from_secs(5),
             max_connections: 256,
-            dialer: Dialer::default(),
+            dialer: tcp::plain_dialer(),
         }
     }
 }

@@ -1,15 +1,12 @@
 //! The decode side: reservations, and the listener that lets senders fill them.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::FutureExt as _;
-use overfill_kv::handoff::{
-    Commit, Failure, HandoffSpec, HandoffState, ReceiverAction, ReceiverEvent, ReceiverHandoff, RefuseReason,
-};
-use overfill_kv::{BlockId, BlockLease, KvSchema, KvStore, RequestId, Ticket, TransferStats, blocks_for};
+use overfill_kv::handoff::{Failure, HandoffSpec, HandoffState, ReceiverEvent, ReceiverHandoff};
+use overfill_kv::{KvSchema, KvStore, blocks_for};
+use overfill_net::Listen;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
@@ -17,27 +14,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::link::{Listen, Opening};
-use crate::newcomers::Newcomers;
-use crate::{Committed, HandoffError, TransferConfig, connection, frame};
-
-/// What is set aside for one attempt.
-#[derive(Debug)]
-pub struct Reservation {
-    /// The right to fill it: fresh for every attempt (KV-4).
-    pub ticket: Ticket,
-    /// For logs.
-    pub request_id: RequestId,
-    /// The blocks to fill, in prompt order, without the ones already held. The receiver keeps a share of the lease for
-    /// as long as anything may write to them (KV-1).
-    pub lease: Arc<BlockLease>,
-    /// Index in the prompt of the lease's first block.
-    pub first_block: u32,
-    /// Length of the whole prompt.
-    pub prompt_tokens: u32,
-    /// By then the KV is here, or the attempt has failed.
-    pub deadline: Instant,
-}
+use crate::reservations::{Entry, Inner, Registry, Shared};
+use crate::{Committed, HandoffError, Reservation, TransferConfig, tcp};
 
 /// The receiving end of the KV plane. Cheap to clone.
 #[derive(Clone)]
@@ -45,148 +23,12 @@ pub struct KvReceiver {
     shared: Arc<Shared>,
 }
 
-/// What the listener, its connections and the owners share.
-pub(crate) struct Shared {
-    pub schema: KvSchema,
-    pub store: Arc<dyn KvStore>,
-    pub config: TransferConfig,
-    digest: [u8; 32],
-    /// Origin of the state machines' time.
-    epoch: Instant,
-    registry: Mutex<Registry>,
-    /// A limit of time, or the number of entries, has changed.
-    changed: Notify,
-}
-
-struct Registry {
-    /// Attempts that may still be written to. A ticket is 128 random bits and the map's hash is keyed, so the time of
-    /// a look-up tells a stranger nothing.
-    entries: HashMap<Ticket, Arc<Entry>>,
-    /// The listener has ended: nobody would ever fill a new reservation.
-    closed: bool,
-}
-
-/// One attempt: its state machine, and what the machine's actions are about.
-pub(crate) struct Entry {
-    shared: Arc<Shared>,
-    pub request_id: RequestId,
-    spec: HandoffSpec,
-    /// The blocks to fill, in prompt order.
-    pub blocks: Vec<BlockId>,
-    /// Cancelled when the writer must stop.
-    pub stop: CancellationToken,
-    inner: Mutex<Inner>,
-}
-
-struct Inner {
-    machine: ReceiverHandoff,
-    /// The transport's own share of the lease (KV-1).
-    hold: Option<Arc<BlockLease>>,
-    outcome: Option<oneshot::Sender<Result<Committed, HandoffError>>>,
-    tell: Option<RefuseReason>,
-    first_frame: Option<Instant>,
-    exposed: Duration,
-}
-
-impl Entry {
-    /// Tells the machine what happened and does what it says; returns the actions that are the connection's to do.
-    pub fn on_event(&self, event: ReceiverEvent) -> Vec<ReceiverAction> {
-        let now = Instant::now();
-        let mut released = None;
-        let mut for_connection = Vec::new();
-        {
-            let mut inner = self.inner.lock();
-            if matches!(event, ReceiverEvent::Layer(_)) {
-                inner.first_frame.get_or_insert(now);
-            }
-            for action in inner.machine.on_event(event, now - self.shared.epoch) {
-                match action {
-                    ReceiverAction::Ready { first_token } => {
-                        let stats = inner.stats(now);
-                        inner.tell_owner(Ok(Committed { first_token, stats }));
-                    }
-                    ReceiverAction::Fail(failure) => inner.tell_owner(Err(failure.into())),
-                    ReceiverAction::StopWriter { tell } => {
-                        inner.tell = tell;
-                        self.stop.cancel();
-                    }
-                    ReceiverAction::ReleaseBlocks => released = inner.hold.take(),
-                    other => for_connection.push(other),
-                }
-            }
-        }
-        if released.is_some() {
-            drop(released);
-            self.shared.registry.lock().entries.remove(&self.spec.ticket);
-            self.shared.changed.notify_one();
-        }
-        if for_connection.contains(&ReceiverAction::Accept) {
-            self.shared.changed.notify_one();
-        }
-        for_connection
-    }
-
-    /// As [`Self::on_event`], for the last frame. `exposed`: how long the sender had been waiting for the transfer.
-    pub fn on_commit(&self, commit: Commit, exposed: Duration) -> Vec<ReceiverAction> {
-        self.inner.lock().exposed = exposed;
-        self.on_event(ReceiverEvent::Commit(commit))
-    }
-
-    /// What to tell the sender now that the writer has to stop.
-    pub fn tell(&self) -> Option<RefuseReason> {
-        self.inner.lock().tell
-    }
-
-    /// The blocks of a piece that the machine has admitted.
-    pub fn blocks_of(&self, first_block: u32, blocks: u32) -> &[BlockId] {
-        let from = (first_block - self.spec.first_block) as usize;
-        &self.blocks[from..from + blocks as usize]
-    }
-
-    fn next_tick(&self) -> Option<Instant> {
-        self.inner.lock().machine.next_tick().map(|at| self.shared.epoch + at)
-    }
-
-    fn stranded_bytes(&self) -> u64 {
-        if self.inner.lock().machine.is_stranded() {
-            self.blocks.len() as u64 * u64::from(self.spec.layers) * self.spec.block_bytes as u64
-        } else {
-            0
-        }
-    }
-}
-
-impl Inner {
-    fn stats(&self, now: Instant) -> TransferStats {
-        let seconds = self.first_frame.map_or(0.0, |first| (now - first).as_secs_f64());
-        TransferStats { bytes: self.machine.bytes(), seconds, exposed_seconds: self.exposed.as_secs_f64().min(seconds) }
-    }
-
-    fn tell_owner(&mut self, outcome: Result<Committed, HandoffError>) {
-        if let Some(owner) = self.outcome.take() {
-            // The owner may have gone; its `Drop` has told the machine, or will.
-            let _ = owner.send(outcome);
-        }
-    }
-}
-
-impl Shared {
-    /// The attempt that a ticket opens.
-    pub fn find(&self, ticket: &Ticket) -> Option<Arc<Entry>> {
-        self.registry.lock().entries.get(ticket).cloned()
-    }
-
-    fn entries(&self) -> Vec<Arc<Entry>> {
-        self.registry.lock().entries.values().cloned().collect()
-    }
-}
-
 impl KvReceiver {
     /// Serves `listener`, writing into `store`, whose layers are those of `schema`, in order.
     ///
     /// After `shutdown` the task goes on until every reservation has its outcome, then ends.
     pub fn start(
-        listener: impl Listen,
+        listener: impl Listen<Connection = tcp::Link>,
         schema: KvSchema,
         store: Arc<dyn KvStore>,
         config: TransferConfig,
@@ -201,7 +43,7 @@ impl KvReceiver {
             registry: Mutex::new(Registry { entries: HashMap::new(), closed: false }),
             changed: Notify::new(),
         });
-        let task = tokio::spawn(listen(shared.clone(), listener, shutdown));
+        let task = tokio::spawn(run(shared.clone(), listener, shutdown));
         (Self { shared }, task)
     }
 
@@ -342,58 +184,12 @@ impl Drop for IncomingHandoff {
 }
 
 /// Accepts connections and lets time pass for every attempt, until shutdown has begun and no attempt is left.
-async fn listen(shared: Arc<Shared>, mut listener: impl Listen, shutdown: CancellationToken) {
-    let newcomers = Newcomers::new(shared.config.max_connections);
+async fn run(shared: Arc<Shared>, listener: impl Listen<Connection = tcp::Link>, shutdown: CancellationToken) {
     let connections = TaskTracker::new();
-    let mut draining = false;
-    loop {
-        if draining {
-            let mut registry = shared.registry.lock();
-            if registry.entries.is_empty() {
-                registry.closed = true;
-                break;
-            }
-        }
-        let next = shared.entries().iter().filter_map(|e| e.next_tick()).min();
-        tokio::select! {
-            () = shutdown.cancelled(), if !draining => draining = true,
-            () = shared.changed.notified() => {}
-            () = tokio::time::sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {
-                for entry in shared.entries() {
-                    if entry.next_tick().is_some_and(|at| at <= Instant::now()) {
-                        entry.on_event(ReceiverEvent::Tick);
-                    }
-                }
-            }
-            accepted = listener.accept() => match accepted {
-                Ok((opening, peer)) => admit(&shared, &newcomers, &connections, opening, peer),
-                Err(error) => {
-                    // Out of file descriptors, most likely: taking the next one at once would spin.
-                    tracing::warn!(%error, "accepting a kv connection");
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
-            },
-        }
+    tokio::select! {
+        () = shared.until_settled(&shutdown) => {}
+        () = tcp::accept(&shared, listener, &connections) => {}
     }
     connections.close();
     connections.wait().await;
-}
-
-fn admit(all: &Arc<Shared>, newcomers: &Arc<Newcomers>, tasks: &TaskTracker, opening: Opening, peer: SocketAddr) {
-    let Some(place) = newcomers.enter() else {
-        tracing::warn!(%peer, limit = all.config.max_connections, "refusing a kv connection: too many");
-        let answer = frame::encode_answer(frame::Answer::Refuse(RefuseReason::Busy));
-        // Straight to the socket, which is empty and does not block: whoever is refused gets no task, and no handshake.
-        if let Some(Ok(stream)) = opening.now_or_never() {
-            let _ = stream.write_at_once(&answer);
-        }
-        return;
-    };
-    let shared = all.clone();
-    tasks.spawn(async move {
-        tokio::select! {
-            () = place.taken() => tracing::debug!(%peer, "another kv connection takes the place of a silent one"),
-            () = connection::serve(&shared, opening, peer, &place) => {}
-        }
-    });
 }

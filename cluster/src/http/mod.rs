@@ -30,7 +30,9 @@ use self::{
     body::{Download, Upload},
     places::{Place, Places},
 };
-use crate::net::{Listen, Opening};
+use overfill_net::Listen;
+
+use crate::net::{Connection, Opening};
 
 /// Connections beyond the limit: they are served as long as all others have requests, so that whoever only asks how the
 /// process is gets in, and everybody else is told to come back. See [`Crowded`].
@@ -96,7 +98,12 @@ impl Limits {
 pub struct Crowded;
 
 /// Serves `routes` until `stop` resolves and the requests in progress have ended. Dropped, it ends all of them.
-pub async fn serve(mut listener: impl Listen, routes: Router, limits: Limits, stop: impl Future<Output = ()>) {
+pub async fn serve(
+    mut listener: impl Listen<Connection = Box<dyn Connection>>,
+    routes: Router,
+    limits: Limits,
+    stop: impl Future<Output = ()>,
+) {
     let stopping = CancellationToken::new();
     let places = Places::new(&limits);
     let mut connections = JoinSet::new();

@@ -44,7 +44,7 @@ impl decode_server::Decode for Service {
             let reservation = Reservation(ticket.clone());
             yield event(decode_event::Event::Reserved(v1::Reserved {
                 ticket,
-                kv_endpoint: String::new(),
+                kv_endpoint: None,
                 held_tokens: 0,
                 kv_schema: Some((&state.options.schema).into()),
             }));

@@ -178,7 +178,7 @@ impl SimulatedNode {
                 max_context_tokens: options.max_context_tokens,
                 total_blocks: 1 << 20,
                 max_running_requests: 64,
-                kv_endpoint: String::new(),
+                kv_endpoint: None,
                 version: env!("CARGO_PKG_VERSION").into(),
                 weights: "f32".into(),
                 eos_token_ids: vec![EOS],

@@ -5,11 +5,11 @@ use std::net::TcpStream;
 
 use anyhow::{Context, Result, bail, ensure};
 use overfill_kv::handoff::{Commit, Hello, Piece, RefuseReason};
-use overfill_kv::{BLOCK_TOKENS, KvSchema};
+use overfill_kv::{BLOCK_TOKENS, KvEndpoint, KvSchema};
 use overfill_proto::{ticket_from_wire, v1};
 use overfill_tests::Service;
 use overfill_tests::wait::PATIENCE;
-use overfill_transport::frame::{
+use overfill_transport::tcp::frame::{
     ANSWER_BYTES, Answer, Header, decode_answer, encode_commit, encode_header, encode_hello,
 };
 
@@ -47,7 +47,7 @@ async fn misuse_one(url: String, misdeed: usize) -> Result<()> {
         first_block: reserved.held_tokens / BLOCK_TOKENS as u32,
         prompt_tokens: PROMPT as u32,
     };
-    let endpoint = reserved.kv_endpoint;
+    let KvEndpoint::Tcp(endpoint) = reserved.kv_endpoint.context("endpoint")?.try_into()?;
     let done = tokio::task::spawn_blocking(move || send(&endpoint, &hello, schema.block_bytes(), misdeed));
     done.await??;
     // The request can't go on, and its client hears so.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use overfill_transport::frame::{ANSWER_BYTES, Answer, decode_answer};
+use overfill_transport::tcp::frame::{ANSWER_BYTES, Answer, decode_answer};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     sync::mpsc,

@@ -11,8 +11,9 @@ use std::{
 
 use futures::FutureExt as _;
 use overfill_cluster::net;
-use overfill_transport::{
-    Dialer, Link, Listen, Opening,
+use overfill_net::Listen;
+use overfill_transport::tcp::{
+    Dialer, Link, Opening,
     frame::{ANSWER_BYTES, Answer, HELLO_BYTES, decode_answer, decode_hello},
 };
 use parking_lot::Mutex;
@@ -37,7 +38,9 @@ pub async fn listen(port: u16) -> io::Result<TcpListener> {
 /// Where requests come in.
 pub struct GrpcListener(pub TcpListener);
 
-impl net::Listen for GrpcListener {
+impl Listen for GrpcListener {
+    type Connection = Box<dyn net::Connection>;
+
     async fn accept(&mut self) -> io::Result<(net::Opening, SocketAddr)> {
         let (stream, peer) = self.0.accept().await?;
         let connection: Box<dyn net::Connection> = Box::new(stream);
@@ -49,6 +52,8 @@ impl net::Listen for GrpcListener {
 pub struct KvListener(pub TcpListener);
 
 impl Listen for KvListener {
+    type Connection = Link;
+
     async fn accept(&mut self) -> io::Result<(Opening, SocketAddr)> {
         let (stream, peer) = self.0.accept().await?;
         Ok((std::future::ready(Ok(Link::stream(stream))).boxed(), peer))

@@ -7,12 +7,12 @@ use overfill_cluster::{
     discovery::{Members, Registration},
 };
 use overfill_decode_node::{engine as decode_engine, service::DecodeService};
-use overfill_kv::{BLOCK_TOKENS, BlockPool, Role};
+use overfill_kv::{BLOCK_TOKENS, BlockPool, KvEndpoint, Role};
 use overfill_node::{
     Identity, LoadState, NodeCore, NodeError, NodeMetrics, RoleService, Served, load::Receiving, new_incarnation,
 };
 use overfill_prefill_node::{engine as prefill_engine, job::HandoffContext, service::PrefillService};
-use overfill_transport::{Dialer, KvReceiver, TransferConfig};
+use overfill_transport::{KvReceiver, TransferConfig, tcp};
 use parking_lot::Mutex;
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -138,7 +138,7 @@ impl Place {
             max_context_tokens: self.size.blocks * BLOCK_TOKENS,
             total_blocks: self.size.blocks,
             max_running: self.size.max_running,
-            kv_endpoint: receiver.map(|_| format!("{}:{KV_PORT}", self.name)),
+            kv_endpoint: receiver.map(|_| KvEndpoint::Tcp(format!("{}:{KV_PORT}", self.name))),
             weights: "f32".into(),
             eos_token_ids: vec![overfill_router::simulated::EOS],
         };
@@ -246,6 +246,6 @@ async fn serve(
 }
 
 /// How a simulation's nodes transfer KV.
-pub fn transfer(idle: Duration, hello: Duration, max_frame_bytes: usize, dialer: Dialer) -> TransferConfig {
+pub fn transfer(idle: Duration, hello: Duration, max_frame_bytes: usize, dialer: tcp::Dialer) -> TransferConfig {
     TransferConfig { idle_timeout: idle, hello_timeout: hello, max_frame_bytes, max_connections: 64, dialer }
 }

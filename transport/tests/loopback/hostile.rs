@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use overfill_kv::handoff::{Commit, Failure, HandoffState, Piece, RefuseReason};
 use overfill_transport::TransferConfig;
-use overfill_transport::frame::{self, ANSWER_BYTES, Answer, Header};
+use overfill_transport::tcp::frame::{self, ANSWER_BYTES, Answer, Header};
 use rand::{Rng, SeedableRng};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use overfill_kv::handoff::{Failure, Hello};
 use overfill_kv::{
-    BlockId, BlockLease, BlockPool, KvDtype, KvMemory, KvSchema, KvStore, RequestId, RopeSpec, StoreError, Ticket,
-    TransferStats,
+    BlockId, BlockLease, BlockPool, KvDtype, KvEndpoint, KvMemory, KvSchema, KvStore, RequestId, RopeSpec, StoreError,
+    Ticket, TransferStats,
 };
+use overfill_net::Listen;
 use overfill_transport::{
-    Dialer, HandoffError, IncomingHandoff, KvReceiver, KvSender, Link, Listen, MemoryStore, Opening, Reservation,
-    SendPlan, TransferConfig,
+    HandoffError, IncomingHandoff, KvReceiver, KvSender, MemoryStore, Reservation, SendPlan, TransferConfig,
+    tcp::{Dialer, Link, Opening, PlainListener},
 };
 use parking_lot::{Condvar, Mutex};
 use tokio::net::TcpListener;
@@ -55,6 +56,8 @@ fn schema() -> KvSchema {
 struct Streams(TcpListener);
 
 impl Listen for Streams {
+    type Connection = Link;
+
     async fn accept(&mut self) -> std::io::Result<(Opening, std::net::SocketAddr)> {
         let (stream, peer) = self.0.accept().await?;
         Ok((Box::pin(std::future::ready(Ok(Link::stream(stream)))), peer))
@@ -70,7 +73,7 @@ async fn serve(
     let endpoint = listener.local_addr().unwrap().to_string();
     let shutdown = CancellationToken::new();
     let (receiver, serving) =
-        KvReceiver::start(listener, schema.clone(), target.clone(), config.clone(), shutdown.clone());
+        KvReceiver::start(PlainListener(listener), schema.clone(), target.clone(), config.clone(), shutdown.clone());
     (receiver, serving, endpoint, shutdown)
 }
 
@@ -152,7 +155,7 @@ impl Rig {
     pub fn plan(&self, ticket: [u8; 16], first_block: u32) -> SendPlan {
         let lease = self.source_pool.allocate(BLOCKS).unwrap();
         SendPlan {
-            endpoint: self.endpoint.clone(),
+            endpoint: KvEndpoint::Tcp(self.endpoint.clone()),
             ticket: Ticket(ticket),
             request_id: RequestId("r".into()),
             schema: self.schema.clone(),

@@ -3,13 +3,13 @@
 //! A plain TCP socket moves bytes straight between the system and KV memory. Any other stream (TLS, or a simulated
 //! network) goes through a small buffer on each side, behind the same calls.
 
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 
+use overfill_net::Listen;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
@@ -17,45 +17,25 @@ use tokio::net::{TcpListener, TcpStream};
 /// Bytes buffered in each direction of a stream that is not a plain socket: four TLS records.
 const BUFFER_BYTES: usize = 64 * 1024;
 
-/// A connection that is being opened: connected, and its handshake done.
-pub type Opening = Pin<Box<dyn Future<Output = io::Result<Link>> + Send>>;
+/// How a sender connects to a receiver. By default over plain TCP; see [`plain_dialer`].
+pub type Dialer = overfill_net::Dialer<Link>;
 
-/// How a sender connects to a receiver's endpoint. By default over plain TCP.
-#[derive(Clone)]
-pub struct Dialer(Arc<dyn Fn(String) -> Opening + Send + Sync>);
+/// A link that is being opened.
+pub type Opening = overfill_net::Opening<Link>;
 
-impl Dialer {
-    /// Connects with `dial`, which gets an endpoint as the receiver named it.
-    pub fn new(dial: impl Fn(String) -> Opening + Send + Sync + 'static) -> Self {
-        Self(Arc::new(dial))
-    }
-
-    pub(crate) fn dial(&self, endpoint: String) -> Opening {
-        (self.0)(endpoint)
-    }
+/// Connects over plain TCP.
+pub fn plain_dialer() -> Dialer {
+    Dialer::new(|address| Box::pin(async move { Link::tcp(TcpStream::connect(address).await?) }))
 }
 
-impl Default for Dialer {
-    fn default() -> Self {
-        Self::new(|endpoint| Box::pin(async move { Link::tcp(TcpStream::connect(endpoint).await?) }))
-    }
-}
+/// Accepts plain TCP connections.
+pub struct PlainListener(pub TcpListener);
 
-impl std::fmt::Debug for Dialer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Dialer")
-    }
-}
+impl Listen for PlainListener {
+    type Connection = Link;
 
-/// Where senders' connections come in.
-pub trait Listen: Send + 'static {
-    /// The next connection, which is still to be opened, and who makes it. Nothing is lost if this is dropped.
-    fn accept(&mut self) -> impl Future<Output = io::Result<(Opening, SocketAddr)>> + Send;
-}
-
-impl Listen for TcpListener {
     async fn accept(&mut self) -> io::Result<(Opening, SocketAddr)> {
-        let (stream, peer) = TcpListener::accept(self).await?;
+        let (stream, peer) = self.0.accept().await?;
         Ok((Box::pin(std::future::ready(Link::tcp(stream))), peer))
     }
 }
@@ -69,7 +49,7 @@ enum Kind {
     Stream(Mutex<Buffered>),
 }
 
-/// Of a stream that tells nobody whether it is ready.
+/// Buffers of a stream that can't be asked whether it is ready.
 struct Buffered {
     io: Box<dyn Duplex>,
     incoming: Box<[u8]>,
@@ -180,7 +160,7 @@ impl Link {
     }
 }
 
-/// For a look at a stream that nobody waits for: whoever waits afterwards asks again with a waker.
+/// For a look at a stream without waiting for it. A wait that follows asks again, with a waker.
 fn no_waker() -> Context<'static> {
     Context::from_waker(Waker::noop())
 }

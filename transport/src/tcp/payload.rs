@@ -6,8 +6,8 @@
 
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 
-use crate::frame::{SUM_BYTES, next_sum};
-use crate::link::Link;
+use super::frame::{SUM_BYTES, next_sum};
+use super::link::Link;
 use overfill_kv::{BlockId, KvMemory, KvStore, StoreError};
 
 /// Most bytes per call to the system: few calls, and yet what was summed is still in cache when it is sent.

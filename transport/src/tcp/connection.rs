@@ -7,11 +7,11 @@ use std::time::Duration;
 use overfill_kv::handoff::{Hello, ReceiverAction, ReceiverEvent, RefuseReason};
 use tokio::time::timeout;
 
-use crate::frame::{self, Answer, COMMIT_BYTES, HEADER_BYTES, HELLO_BYTES, Header, SUM_BYTES};
-use crate::link::{Link, Opening};
-use crate::newcomers::Place;
-use crate::payload::{Incoming, MoveError, read_full, write_full};
-use crate::receiver::{Entry, Shared};
+use super::frame::{self, Answer, COMMIT_BYTES, HEADER_BYTES, HELLO_BYTES, Header, SUM_BYTES};
+use super::link::{Link, Opening};
+use super::newcomers::Place;
+use super::payload::{Incoming, MoveError, read_full, write_full};
+use crate::reservations::{Entry, Shared};
 
 /// After a refusal, what the sender has on its way is read and thrown away for this long: closing at once would reset
 /// the connection, and the reason would not arrive.

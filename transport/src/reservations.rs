@@ -1,0 +1,196 @@
+//! What a receiver has set aside: each reservation with its state machine, whatever transport fills it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use overfill_kv::handoff::{Commit, HandoffSpec, ReceiverAction, ReceiverEvent, ReceiverHandoff, RefuseReason};
+use overfill_kv::{BlockId, BlockLease, KvSchema, KvStore, RequestId, Ticket, TransferStats};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::{Committed, HandoffError, TransferConfig};
+
+/// What is set aside for one attempt.
+#[derive(Debug)]
+pub struct Reservation {
+    /// The right to fill it: fresh for every attempt (KV-4).
+    pub ticket: Ticket,
+    /// For logs.
+    pub request_id: RequestId,
+    /// The blocks to fill, in prompt order, without the ones already held. The receiver keeps a share of the lease for
+    /// as long as anything may write to them (KV-1).
+    pub lease: Arc<BlockLease>,
+    /// Index in the prompt of the lease's first block.
+    pub first_block: u32,
+    /// Length of the whole prompt.
+    pub prompt_tokens: u32,
+    /// By then the KV is here, or the attempt has failed.
+    pub deadline: Instant,
+}
+
+/// What the listener, its connections and the owners share.
+pub(crate) struct Shared {
+    pub schema: KvSchema,
+    pub store: Arc<dyn KvStore>,
+    pub config: TransferConfig,
+    pub digest: [u8; 32],
+    /// Origin of the state machines' time.
+    pub epoch: Instant,
+    pub registry: Mutex<Registry>,
+    /// A limit of time, or the number of entries, has changed.
+    pub changed: Notify,
+}
+
+pub(crate) struct Registry {
+    /// Attempts that may still be written to. A ticket is 128 random bits and the map's hash is keyed, so the time of
+    /// a look-up tells a stranger nothing.
+    pub entries: HashMap<Ticket, Arc<Entry>>,
+    /// The listener has ended: nobody would ever fill a new reservation.
+    pub closed: bool,
+}
+
+/// One attempt: its state machine, and what the machine's actions are about.
+pub(crate) struct Entry {
+    pub shared: Arc<Shared>,
+    pub request_id: RequestId,
+    pub spec: HandoffSpec,
+    /// The blocks to fill, in prompt order.
+    pub blocks: Vec<BlockId>,
+    /// Cancelled when the writer must stop.
+    pub stop: CancellationToken,
+    pub inner: Mutex<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub machine: ReceiverHandoff,
+    /// The transport's own share of the lease (KV-1).
+    pub hold: Option<Arc<BlockLease>>,
+    pub outcome: Option<oneshot::Sender<Result<Committed, HandoffError>>>,
+    pub tell: Option<RefuseReason>,
+    pub first_frame: Option<Instant>,
+    pub exposed: Duration,
+}
+
+impl Entry {
+    /// Tells the machine what happened and does what it says; returns the actions that are the connection's to do.
+    pub fn on_event(&self, event: ReceiverEvent) -> Vec<ReceiverAction> {
+        let now = Instant::now();
+        let mut released = None;
+        let mut for_connection = Vec::new();
+        {
+            let mut inner = self.inner.lock();
+            if matches!(event, ReceiverEvent::Layer(_)) {
+                inner.first_frame.get_or_insert(now);
+            }
+            for action in inner.machine.on_event(event, now - self.shared.epoch) {
+                match action {
+                    ReceiverAction::Ready { first_token } => {
+                        let stats = inner.stats(now);
+                        inner.tell_owner(Ok(Committed { first_token, stats }));
+                    }
+                    ReceiverAction::Fail(failure) => inner.tell_owner(Err(failure.into())),
+                    ReceiverAction::StopWriter { tell } => {
+                        inner.tell = tell;
+                        self.stop.cancel();
+                    }
+                    ReceiverAction::ReleaseBlocks => released = inner.hold.take(),
+                    other => for_connection.push(other),
+                }
+            }
+        }
+        if released.is_some() {
+            drop(released);
+            self.shared.registry.lock().entries.remove(&self.spec.ticket);
+            self.shared.changed.notify_one();
+        }
+        if for_connection.contains(&ReceiverAction::Accept) {
+            self.shared.changed.notify_one();
+        }
+        for_connection
+    }
+
+    /// As [`Self::on_event`], for the last frame. `exposed`: how long the sender had been waiting for the transfer.
+    pub fn on_commit(&self, commit: Commit, exposed: Duration) -> Vec<ReceiverAction> {
+        self.inner.lock().exposed = exposed;
+        self.on_event(ReceiverEvent::Commit(commit))
+    }
+
+    /// What to tell the sender now that the writer has to stop.
+    pub fn tell(&self) -> Option<RefuseReason> {
+        self.inner.lock().tell
+    }
+
+    /// The blocks of a piece that the machine has admitted.
+    pub fn blocks_of(&self, first_block: u32, blocks: u32) -> &[BlockId] {
+        let from = (first_block - self.spec.first_block) as usize;
+        &self.blocks[from..from + blocks as usize]
+    }
+
+    pub fn next_tick(&self) -> Option<Instant> {
+        self.inner.lock().machine.next_tick().map(|at| self.shared.epoch + at)
+    }
+
+    pub fn stranded_bytes(&self) -> u64 {
+        if self.inner.lock().machine.is_stranded() {
+            self.blocks.len() as u64 * u64::from(self.spec.layers) * self.spec.block_bytes as u64
+        } else {
+            0
+        }
+    }
+}
+
+impl Inner {
+    fn stats(&self, now: Instant) -> TransferStats {
+        let seconds = self.first_frame.map_or(0.0, |first| (now - first).as_secs_f64());
+        TransferStats { bytes: self.machine.bytes(), seconds, exposed_seconds: self.exposed.as_secs_f64().min(seconds) }
+    }
+
+    fn tell_owner(&mut self, outcome: Result<Committed, HandoffError>) {
+        if let Some(owner) = self.outcome.take() {
+            // The owner may have gone; its `Drop` has told the machine, or will.
+            let _ = owner.send(outcome);
+        }
+    }
+}
+
+impl Shared {
+    /// The attempt that a ticket opens.
+    pub fn find(&self, ticket: &Ticket) -> Option<Arc<Entry>> {
+        self.registry.lock().entries.get(ticket).cloned()
+    }
+
+    /// All attempts that may still be written to.
+    pub fn entries(&self) -> Vec<Arc<Entry>> {
+        self.registry.lock().entries.values().cloned().collect()
+    }
+
+    /// Lets time pass for every attempt. Resolves when `shutdown` has begun and no attempt is left; no reservation is taken
+    /// after that.
+    pub async fn until_settled(&self, shutdown: &CancellationToken) {
+        let mut draining = false;
+        loop {
+            if draining {
+                let mut registry = self.registry.lock();
+                if registry.entries.is_empty() {
+                    registry.closed = true;
+                    return;
+                }
+            }
+            let next = self.entries().iter().filter_map(|e| e.next_tick()).min();
+            tokio::select! {
+                () = shutdown.cancelled(), if !draining => draining = true,
+                () = self.changed.notified() => {}
+                () = tokio::time::sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {
+                    for entry in self.entries() {
+                        if entry.next_tick().is_some_and(|at| at <= Instant::now()) {
+                            entry.on_event(ReceiverEvent::Tick);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Where senders' connections come in.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt as _;
+use overfill_kv::handoff::RefuseReason;
+use overfill_net::Listen;
+use tokio_util::task::TaskTracker;
+
+use super::link::{Link, Opening};
+use super::newcomers::Newcomers;
+use super::{connection, frame};
+use crate::reservations::Shared;
+
+/// Accepts connections and serves each in a task of `connections`. Never resolves.
+pub(crate) async fn accept(
+    shared: &Arc<Shared>,
+    mut listener: impl Listen<Connection = Link>,
+    connections: &TaskTracker,
+) {
+    let newcomers = Newcomers::new(shared.config.max_connections);
+    loop {
+        match listener.accept().await {
+            Ok((opening, peer)) => admit(shared, &newcomers, connections, opening, peer),
+            Err(error) => {
+                // Out of file descriptors, most likely: taking the next one at once would spin.
+                tracing::warn!(%error, "accepting a kv connection");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+fn admit(all: &Arc<Shared>, newcomers: &Arc<Newcomers>, tasks: &TaskTracker, opening: Opening, peer: SocketAddr) {
+    let Some(place) = newcomers.enter() else {
+        tracing::warn!(%peer, limit = all.config.max_connections, "refusing a kv connection: too many");
+        let answer = frame::encode_answer(frame::Answer::Refuse(RefuseReason::Busy));
+        // Straight to the socket, which is empty and does not block: a refused peer gets no task and no handshake.
+        if let Some(Ok(stream)) = opening.now_or_never() {
+            let _ = stream.write_at_once(&answer);
+        }
+        return;
+    };
+    let shared = all.clone();
+    tasks.spawn(async move {
+        tokio::select! {
+            () = place.taken() => tracing::debug!(%peer, "another kv connection takes the place of a silent one"),
+            () = connection::serve(&shared, opening, peer, &place) => {}
+        }
+    });
+}
