@@ -18,7 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 use crate::{
-    http::{self, Limits},
+    http::{self, ConnectionLimits},
     net::Listener,
 };
 
@@ -115,7 +115,7 @@ impl AdminServer {
     /// Serves `admin`.
     pub fn start(listener: TcpListener, admin: Admin) -> Self {
         let listener = Listener::new(listener, None);
-        let serving = http::serve(listener, admin.routes(), Limits::http(CONNECTIONS), pending());
+        let serving = http::serve(listener, admin.routes(), ConnectionLimits::http(CONNECTIONS), pending());
         Self(AbortOnDropHandle::new(tokio::spawn(serving)))
     }
 

@@ -4,7 +4,7 @@ use std::{io, net::SocketAddr, time::Duration};
 
 use tokio::net::TcpListener;
 
-use crate::http::Limits;
+use crate::http::ConnectionLimits;
 
 /// Requests that one connection may have: a router sends all of its requests over one, and what is too much is the
 /// queue's to say, not the transport's (whose default would hold up the two hundred and first in silence).
@@ -13,8 +13,13 @@ const MAX_STREAMS: u32 = 1 << 16;
 pub const NODE_CONNECTIONS: usize = 1024;
 
 /// What a gRPC server grants. Channels of clients may be idle for long; pings end those whose clients have gone.
-pub fn limits(connections: usize) -> Limits {
-    Limits { streams: MAX_STREAMS, http1: false, idle: Duration::from_secs(3600), ..Limits::http(connections) }
+pub fn limits(connections: usize) -> ConnectionLimits {
+    ConnectionLimits {
+        streams: MAX_STREAMS,
+        http1: false,
+        idle: Duration::from_secs(3600),
+        ..ConnectionLimits::http(connections)
+    }
 }
 
 /// An address that could not be listened on.

@@ -21,7 +21,7 @@ use tracing::{debug, error};
 
 use crate::{
     scheduler::{self, Growth, Occupancy},
-    sequence::{CLIENT_EVENTS, Event, Job, Request, Reserved, Sequence, Swapped},
+    sequence::{CLIENT_EVENTS, Job, Request, Reserved, Sequence, SequenceEvent, Swapped},
 };
 
 /// How long the engine sleeps when it has requests but can compute none.
@@ -29,7 +29,7 @@ const POLL: Duration = Duration::from_millis(5);
 
 /// What bounds the engine.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct EngineLimits {
     /// Most requests that hold blocks.
     pub max_running: usize,
     /// Most requests waiting.
@@ -52,7 +52,7 @@ pub struct EngineHandle {
 
 impl EngineHandle {
     /// Queues a request; returns its place in the order of arrival and its events. Dropping the receiver cancels it.
-    pub fn submit(&self, request: Request) -> Result<(u64, mpsc::Receiver<Event>), Refused> {
+    pub fn submit(&self, request: Request) -> Result<(u64, mpsc::Receiver<SequenceEvent>), Refused> {
         if self.load.is_draining() {
             return Err(Refused::Draining);
         }
@@ -112,7 +112,7 @@ pub fn start(
     engine: Box<dyn ModelEngine>,
     pool: BlockPool,
     load: Arc<LoadState>,
-    limits: Limits,
+    limits: EngineLimits,
 ) -> io::Result<(EngineHandle, oneshot::Receiver<()>)> {
     let store = engine.kv();
     let compute = ModelCompute { engine, layers: no_layers(), outputs: Outputs::default() };
@@ -127,7 +127,7 @@ pub struct Engine<C> {
     store: Arc<dyn KvStore>,
     pool: BlockPool,
     load: Arc<LoadState>,
-    limits: Limits,
+    limits: EngineLimits,
     commands: std_mpsc::Receiver<Command>,
     /// New requests, in order of arrival.
     waiting: VecDeque<Box<Job>>,
@@ -146,7 +146,7 @@ impl<C: Compute> Engine<C> {
         store: Arc<dyn KvStore>,
         pool: BlockPool,
         load: Arc<LoadState>,
-        limits: Limits,
+        limits: EngineLimits,
     ) -> (EngineHandle, Self) {
         // Each waiting request has one message here at most, and each that holds blocks another.
         let (sender, commands) = std_mpsc::sync_channel(limits.max_waiting + limits.max_running);
@@ -235,7 +235,7 @@ impl<C: Compute> Engine<C> {
                 let Some(reserved) = self.reserved.remove(&arrival) else { return };
                 let sequence = reserved.ready(first_token, &self.pool);
                 match sequence.finish() {
-                    Some(finish) => sequence.tell(Event::Finished(finish)),
+                    Some(finish) => sequence.tell(SequenceEvent::Finished(finish)),
                     None => self.seat(sequence),
                 }
             }
@@ -305,7 +305,7 @@ impl<C: Compute> Engine<C> {
             }
             Err((sequence, e)) => {
                 error!(error = %e, "copying KV to host memory");
-                sequence.tell(Event::Failed(format!("copying KV to host memory: {e}")));
+                sequence.tell(SequenceEvent::Failed(format!("copying KV to host memory: {e}")));
             }
         }
     }
@@ -323,7 +323,7 @@ impl<C: Compute> Engine<C> {
             Err(e) => {
                 error!(error = %e, sequences = stepping.len(), "computing a step");
                 for i in stepping.into_iter().rev() {
-                    self.running.remove(i).tell(Event::Failed(format!("computing a token: {e}")));
+                    self.running.remove(i).tell(SequenceEvent::Failed(format!("computing a token: {e}")));
                 }
                 return true;
             }
@@ -335,7 +335,7 @@ impl<C: Compute> Engine<C> {
         }
         self.running.retain(|sequence| match sequence.finish() {
             Some(finish) => {
-                sequence.tell(Event::Finished(finish));
+                sequence.tell(SequenceEvent::Finished(finish));
                 false
             }
             None => true,

@@ -13,14 +13,14 @@ use tonic::service::Routes;
 
 use crate::{
     args::Config,
-    engine::{self, Limits},
+    engine::{self, EngineLimits},
     service::DecodeService,
 };
 
 /// A decode node whose listeners are bound and whose model is loaded.
 pub struct DecodeNode {
     host: Host,
-    limits: Limits,
+    limits: EngineLimits,
     kv_address: SocketAddr,
     advertise_kv: Option<String>,
     receiver: KvReceiver,
@@ -34,7 +34,7 @@ impl DecodeNode {
     /// Binds the listeners, then loads the model.
     pub async fn bind(config: Config) -> Result<Self, NodeError> {
         let Config { node, kv_listen, advertise_kv, max_running } = config;
-        let limits = Limits { max_running, max_waiting: node.max_waiting };
+        let limits = EngineLimits { max_running, max_waiting: node.max_waiting };
         let kv = grpc::bind("kv-listen", kv_listen).await?;
         let kv_address = kv.local_addr()?;
         let host = Host::bind(Role::Decode, node).await?;

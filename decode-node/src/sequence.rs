@@ -39,7 +39,7 @@ pub struct Request {
 
 /// What a client hears, in this order.
 #[derive(Debug)]
-pub enum Event {
+pub enum SequenceEvent {
     /// The request has its blocks.
     Reserved {
         /// Those that are to be filled.
@@ -64,12 +64,12 @@ pub struct Job {
     /// Names of the prompt's full blocks, if their producer is known.
     pub hashes: Vec<BlockHash>,
     /// To its client; closed when that one has gone.
-    pub events: mpsc::Sender<Event>,
+    pub events: mpsc::Sender<SequenceEvent>,
     pub(crate) waiting: Counted,
 }
 
 /// Has a client gone, or its time? The service watches the time, too, but not while its client does not read.
-fn is_over(events: &mpsc::Sender<Event>, request: &Request) -> bool {
+fn is_over(events: &mpsc::Sender<SequenceEvent>, request: &Request) -> bool {
     events.is_closed() || Instant::now() >= request.deadline
 }
 
@@ -101,7 +101,7 @@ impl Job {
         metrics.prefix_cache_hits.inc_by((held.len() * overfill_kv::BLOCK_TOKENS) as u64);
         let Self { arrival, request, hashes, events, waiting } = *self;
         drop(waiting);
-        let _ = events.try_send(Event::Reserved { to_fill: to_fill.clone(), held_blocks: held.len() });
+        let _ = events.try_send(SequenceEvent::Reserved { to_fill: to_fill.clone(), held_blocks: held.len() });
         Ok(Reserved { arrival, request, hashes, events, held, to_fill, seat: load.count_running() })
     }
 }
@@ -112,7 +112,7 @@ pub struct Reserved {
     pub arrival: u64,
     request: Request,
     hashes: Vec<BlockHash>,
-    events: mpsc::Sender<Event>,
+    events: mpsc::Sender<SequenceEvent>,
     held: BlockLease,
     to_fill: Arc<BlockLease>,
     seat: Counted,
@@ -161,7 +161,7 @@ pub struct Sequence {
     pub tokens: Vec<u32>,
     /// From position 0 on.
     pub blocks: Vec<BlockId>,
-    events: mpsc::Sender<Event>,
+    events: mpsc::Sender<SequenceEvent>,
     last_token_at: Instant,
     /// The prompt's blocks, as reserved; none once they were swapped out.
     _prompt: Option<(BlockLease, Arc<BlockLease>)>,
@@ -216,13 +216,13 @@ impl Sequence {
     /// The next token of the output; returns the time since the last one.
     pub fn push(&mut self, token: OutputToken) -> Duration {
         self.tokens.push(token.token);
-        self.tell(Event::Token(token));
+        self.tell(SequenceEvent::Token(token));
         let now = Instant::now();
         now - std::mem::replace(&mut self.last_token_at, now)
     }
 
     /// Says a last word.
-    pub fn tell(&self, event: Event) {
+    pub fn tell(&self, event: SequenceEvent) {
         // Room was looked for before the step; closed, nobody wants to hear it.
         let _ = self.events.try_send(event);
     }
@@ -263,7 +263,7 @@ pub struct Swapped {
     layers: Vec<Vec<u8>>,
     request: Request,
     tokens: Vec<u32>,
-    events: mpsc::Sender<Event>,
+    events: mpsc::Sender<SequenceEvent>,
     last_token_at: Instant,
     _waiting: Counted,
 }
@@ -285,7 +285,7 @@ impl Swapped {
         for (layer, bytes) in self.layers.iter().enumerate() {
             let mut copy = |i: usize, block: &mut [u8]| block.copy_from_slice(&bytes[i * size..][..size]);
             if let Err(e) = store.write(layer, lease.blocks(), &mut copy) {
-                let _ = self.events.try_send(Event::Failed(format!("copying KV back: {e}")));
+                let _ = self.events.try_send(SequenceEvent::Failed(format!("copying KV back: {e}")));
                 return Err(e);
             }
         }
@@ -321,7 +321,7 @@ mod tests {
         Node { load: LoadState::new(pool.clone(), NodeMetrics::new("m").unwrap(), None, Duration::MAX), pool }
     }
 
-    fn job(node: &Node, tokens: Vec<u32>) -> (Box<Job>, mpsc::Receiver<Event>) {
+    fn job(node: &Node, tokens: Vec<u32>) -> (Box<Job>, mpsc::Receiver<SequenceEvent>) {
         let (events, receiver) = mpsc::channel(CLIENT_EVENTS);
         let request = Request {
             id: RequestId("r".into()),
@@ -338,10 +338,10 @@ mod tests {
         (Box::new(Job { arrival: 0, request, hashes, events, waiting }), receiver)
     }
 
-    fn decoding(node: &Node, tokens: Vec<u32>) -> (Sequence, mpsc::Receiver<Event>) {
+    fn decoding(node: &Node, tokens: Vec<u32>) -> (Sequence, mpsc::Receiver<SequenceEvent>) {
         let (job, mut receiver) = job(node, tokens);
         let Ok(reserved) = job.reserve(&node.pool, 0, 4, &node.load) else { panic!("no room") };
-        assert!(matches!(receiver.try_recv(), Ok(Event::Reserved { .. })));
+        assert!(matches!(receiver.try_recv(), Ok(SequenceEvent::Reserved { .. })));
         (reserved.ready(5, &node.pool), receiver)
     }
 
@@ -394,9 +394,9 @@ mod tests {
         assert!(sequence.steps());
         sequence.push(token(9));
         assert_eq!(sequence.finish(), Some(FinishReason::Stop));
-        sequence.tell(Event::Finished(FinishReason::Stop));
+        sequence.tell(SequenceEvent::Finished(FinishReason::Stop));
         let heard = std::iter::from_fn(|| client.try_recv().ok()).last();
-        assert!(matches!(heard, Some(Event::Finished(FinishReason::Stop))), "{heard:?}");
+        assert!(matches!(heard, Some(SequenceEvent::Finished(FinishReason::Stop))), "{heard:?}");
     }
 
     #[test]

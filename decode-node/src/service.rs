@@ -11,7 +11,7 @@ use tokio::{
 use tonic::{Request, Response, Status};
 use tracing::{debug, warn};
 
-use crate::{engine::EngineHandle, request, sequence::Event};
+use crate::{engine::EngineHandle, request, sequence::SequenceEvent};
 
 /// The service; what it needs of the node.
 pub struct DecodeService {
@@ -31,7 +31,7 @@ fn event(event: v1::decode_event::Event) -> v1::DecodeEvent {
 
 /// What a request's stream hears next.
 enum Next {
-    Engine(Option<Event>),
+    Engine(Option<SequenceEvent>),
     Handoff(Result<Committed, HandoffError>),
     Deadline,
     /// The node drains, and the request has had its time.
@@ -40,7 +40,7 @@ enum Next {
 
 /// The next event; a handoff that is awaited may come first.
 async fn next(
-    events: &mut mpsc::Receiver<Event>,
+    events: &mut mpsc::Receiver<SequenceEvent>,
     handoff: Option<&mut IncomingHandoff>,
     deadline: Instant,
     drain: &Drain,
@@ -83,7 +83,7 @@ impl v1::decode_server::Decode for DecodeService {
             let mut is_here = false;
             loop {
                 match next(&mut events, handoff.as_mut().filter(|_| !is_here), deadline, &drain).await {
-                    Next::Engine(Some(Event::Reserved { to_fill, held_blocks })) => {
+                    Next::Engine(Some(SequenceEvent::Reserved { to_fill, held_blocks })) => {
                         let ticket = Ticket(rand::random());
                         handoff = Some(receiver.reserve(Reservation {
                             ticket,
@@ -123,8 +123,8 @@ impl v1::decode_server::Decode for DecodeService {
                         warn!(request = %id, error = reason, "handoff failed");
                         Err(ended_early(deadline, &format!("taking the prompt's KV over: {reason}")))?;
                     }
-                    Next::Engine(Some(Event::Token(token))) => yield event(Wire::Token(token.into())),
-                    Next::Engine(Some(Event::Finished(reason))) => {
+                    Next::Engine(Some(SequenceEvent::Token(token))) => yield event(Wire::Token(token.into())),
+                    Next::Engine(Some(SequenceEvent::Finished(reason))) => {
                         if let Some(handoff) = &handoff {
                             handoff.finished();
                         }
@@ -133,7 +133,7 @@ impl v1::decode_server::Decode for DecodeService {
                         yield event(Wire::Finished(v1::DecodeFinished { reason }));
                         break;
                     }
-                    Next::Engine(Some(Event::Failed(reason))) => {
+                    Next::Engine(Some(SequenceEvent::Failed(reason))) => {
                         ending.because("error");
                         Err(Status::internal(reason))?;
                     }

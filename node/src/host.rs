@@ -171,5 +171,5 @@ impl Front {
 
 /// Connections that a node's gRPC and admin servers may have.
 pub fn connections() -> usize {
-    grpc::limits(NODE_CONNECTIONS).files() + http::Limits::http(admin::CONNECTIONS).files()
+    grpc::limits(NODE_CONNECTIONS).files() + http::ConnectionLimits::http(admin::CONNECTIONS).files()
 }

@@ -23,7 +23,7 @@ use tokio::{
 use tracing::{debug, error};
 
 use crate::{
-    job::{ChunkLayers, Event, HandoffContext, JOB_EVENTS, Job, Request, Running},
+    job::{ChunkLayers, HandoffContext, JOB_EVENTS, Job, JobEvent, Request, Running},
     scheduler::{self, Chunk, Pace},
 };
 
@@ -32,7 +32,7 @@ const POLL: Duration = Duration::from_millis(5);
 
 /// What bounds the engine.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct EngineLimits {
     /// Most prompt tokens in one step.
     pub max_batch_tokens: usize,
     /// How long a step should take: a prompt that comes waits for the one under way.
@@ -54,7 +54,7 @@ pub struct EngineHandle {
 
 impl EngineHandle {
     /// Queues a request. Dropping the receiver cancels it.
-    pub fn submit(&self, request: Request) -> Result<mpsc::Receiver<Event>, Refused> {
+    pub fn submit(&self, request: Request) -> Result<mpsc::Receiver<JobEvent>, Refused> {
         if self.load.is_draining() {
             return Err(Refused::Draining);
         }
@@ -159,7 +159,7 @@ pub fn start(
     producer: Arc<str>,
     pool: BlockPool,
     load: Arc<LoadState>,
-    limits: Limits,
+    limits: EngineLimits,
     transfer: TransferConfig,
 ) -> io::Result<(EngineHandle, oneshot::Receiver<()>)> {
     let context = HandoffContext {
@@ -179,7 +179,7 @@ pub struct Engine<C> {
     compute: C,
     pool: BlockPool,
     load: Arc<LoadState>,
-    limits: Limits,
+    limits: EngineLimits,
     context: HandoffContext,
     jobs: std_mpsc::Receiver<Job>,
     /// New prompts, in order of arrival.
@@ -195,7 +195,7 @@ impl<C: Compute> Engine<C> {
         compute: C,
         producer: Arc<str>,
         pool: BlockPool,
-        limits: Limits,
+        limits: EngineLimits,
         context: HandoffContext,
     ) -> (EngineHandle, Self) {
         let (sender, jobs) = std_mpsc::sync_channel(limits.max_waiting);

@@ -14,7 +14,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::scheduler::{self, Progress};
+use crate::scheduler::{self, PromptProgress};
 
 /// Most tokens of a chunk whose every logit is wanted: at a vocabulary of 128 k, a row takes half a megabyte.
 const PROMPT_LOGPROBS_CHUNK: usize = 128;
@@ -57,7 +57,7 @@ pub struct Handoff {
 
 /// What a requester hears, in this order.
 #[derive(Debug)]
-pub enum Event {
+pub enum JobEvent {
     /// The prompt has its blocks.
     Started {
         /// Tokens whose KV was here already.
@@ -92,7 +92,7 @@ pub struct Job {
     /// When it came.
     pub arrived: Instant,
     /// To its requester; closed when that one has gone.
-    pub events: mpsc::Sender<Event>,
+    pub events: mpsc::Sender<JobEvent>,
     pub(crate) waiting: Counted,
     pub(crate) queued_tokens: QueuedTokens,
 }
@@ -145,7 +145,7 @@ pub struct Running {
     pub logprobs: Vec<OutputToken>,
     arrived: Instant,
     started: Instant,
-    events: mpsc::Sender<Event>,
+    events: mpsc::Sender<JobEvent>,
     sender: Option<KvSender>,
     queued_tokens: QueuedTokens,
     lease: Arc<BlockLease>,
@@ -190,7 +190,7 @@ impl Running {
             _running: context.load.count_running(),
         };
         let cached_tokens = running.computed;
-        running.tell(Event::Started { cached_tokens, queued: started - arrived, transfer });
+        running.tell(JobEvent::Started { cached_tokens, queued: started - arrived, transfer });
         running
     }
 
@@ -200,9 +200,9 @@ impl Running {
     }
 
     /// For the scheduler.
-    pub fn progress(&self) -> Progress {
+    pub fn progress(&self) -> PromptProgress {
         let max_chunk = if self.request.prompt_logprobs { PROMPT_LOGPROBS_CHUNK } else { usize::MAX };
-        Progress { computed: self.computed, total: self.request.tokens.len(), max_chunk }
+        PromptProgress { computed: self.computed, total: self.request.tokens.len(), max_chunk }
     }
 
     /// What hears of the layers of a step that computes `tokens` of the prompt.
@@ -228,13 +228,13 @@ impl Running {
     pub fn finish(mut self, token: OutputToken, load: &LoadState) {
         if self.request.prompt_logprobs {
             let tokens = std::mem::take(&mut self.logprobs);
-            self.tell(Event::PromptLogprobs(tokens));
+            self.tell(JobEvent::PromptLogprobs(tokens));
         }
         load.metrics().generation_tokens.inc();
         load.metrics().time_to_first_token_seconds.observe(self.arrived.elapsed().as_secs_f64());
         let first_token = token.token;
         // Before the commit: the outcome of the handoff is the later event.
-        self.tell(Event::FirstToken { token, computed_in: self.started.elapsed() });
+        self.tell(JobEvent::FirstToken { token, computed_in: self.started.elapsed() });
         if let Some(sender) = &self.sender {
             sender.commit(first_token);
         }
@@ -242,10 +242,10 @@ impl Running {
 
     /// The engine can't go on with it.
     pub fn fail(self, reason: &str) {
-        self.tell(Event::Failed(reason.to_owned()));
+        self.tell(JobEvent::Failed(reason.to_owned()));
     }
 
-    fn tell(&self, event: Event) {
+    fn tell(&self, event: JobEvent) {
         // The channel has room for all that a job can say; closed, nobody wants to hear it.
         let _ = self.events.try_send(event);
     }

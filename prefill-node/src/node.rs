@@ -12,14 +12,14 @@ use tonic::service::Routes;
 
 use crate::{
     args::Config,
-    engine::{self, Limits},
+    engine::{self, EngineLimits},
     service::PrefillService,
 };
 
 /// A prefill node whose listeners are bound and whose model is loaded.
 pub struct PrefillNode {
     host: Host,
-    limits: Limits,
+    limits: EngineLimits,
     files: TextFiles,
     load: Arc<LoadState>,
 }
@@ -28,7 +28,7 @@ impl PrefillNode {
     /// Binds the listeners, then loads the model.
     pub async fn bind(config: Config) -> Result<Self, NodeError> {
         let Config { node, max_batch_tokens, step_target, max_running } = config;
-        let limits = Limits { max_batch_tokens, step_target, max_running, max_waiting: node.max_waiting };
+        let limits = EngineLimits { max_batch_tokens, step_target, max_running, max_waiting: node.max_waiting };
         let folder = node.model.clone();
         let host = Host::bind(Role::Prefill, node).await?;
         let files = tokio::task::spawn_blocking(move || overfill_model::text_files(&folder)).await??;

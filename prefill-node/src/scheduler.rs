@@ -6,7 +6,7 @@ use overfill_kv::{BLOCK_TOKENS, blocks_for};
 
 /// A running prompt, as the scheduler sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Progress {
+pub struct PromptProgress {
     /// Tokens whose KV is there; a multiple of the block size.
     pub computed: usize,
     /// Tokens of the prompt; more than `computed`.
@@ -57,8 +57,8 @@ impl Pace {
 ///
 /// A chunk ends at a block's border or at the prompt's end, so whatever a batch completes are whole blocks: those may be
 /// announced and cached. With at least a block of room, the oldest prompt always gets on.
-pub fn plan(jobs: impl IntoIterator<Item = Progress>, max_batch_tokens: usize) -> Vec<Chunk> {
-    let jobs: Vec<Progress> = jobs.into_iter().collect();
+pub fn plan(jobs: impl IntoIterator<Item = PromptProgress>, max_batch_tokens: usize) -> Vec<Chunk> {
+    let jobs: Vec<PromptProgress> = jobs.into_iter().collect();
     let mut shortest_first: Vec<usize> = (0..jobs.len()).collect();
     shortest_first.sort_by_key(|&job| jobs[job].total - jobs[job].computed);
     let oldest = (0..jobs.len().min(1)).map(|job| (job, oldest_share(max_batch_tokens)));
@@ -67,7 +67,7 @@ pub fn plan(jobs: impl IntoIterator<Item = Progress>, max_batch_tokens: usize) -
     let mut room = max_batch_tokens;
     let mut ends: Vec<usize> = jobs.iter().map(|job| job.computed).collect();
     for (job, most) in turns {
-        let Progress { computed, total, max_chunk } = jobs[job];
+        let PromptProgress { computed, total, max_chunk } = jobs[job];
         let start = ends[job];
         let mut end = total.min(start + room.min(most)).min(computed.saturating_add(max_chunk));
         if end < total {
@@ -107,8 +107,8 @@ mod tests {
 
     use super::*;
 
-    fn job(computed: usize, total: usize) -> Progress {
-        Progress { computed, total, max_chunk: usize::MAX }
+    fn job(computed: usize, total: usize) -> PromptProgress {
+        PromptProgress { computed, total, max_chunk: usize::MAX }
     }
 
     #[test]
@@ -151,7 +151,7 @@ mod tests {
     fn chunks_end_at_block_borders_or_the_prompts_end() {
         // 60 left after the first prompt: 9 suffice for the short one, of the other 51 are 48 whole blocks.
         assert_eq!(plan([job(0, 4), job(0, 500), job(0, 9)], 64), [chunk(0, 0..4), chunk(1, 0..48), chunk(2, 0..9)]);
-        assert_eq!(plan([Progress { computed: 32, total: 90, max_chunk: 40 }], 512), [chunk(0, 32..64)]);
+        assert_eq!(plan([PromptProgress { computed: 32, total: 90, max_chunk: 40 }], 512), [chunk(0, 32..64)]);
     }
 
     #[test]
@@ -177,7 +177,8 @@ mod tests {
 
     /// One step; checks what holds in each. Prompts that are done leave.
     fn step(running: &mut Vec<Prompt>, room: usize) {
-        let jobs = running.iter().map(|p| Progress { computed: p.computed, total: p.total, max_chunk: p.max_chunk });
+        let jobs =
+            running.iter().map(|p| PromptProgress { computed: p.computed, total: p.total, max_chunk: p.max_chunk });
         let chunks = plan(jobs, room);
         assert!(chunks.iter().map(|c| c.tokens.len()).sum::<usize>() <= room, "more than {room}: {chunks:?}");
         assert!(chunks.is_sorted_by(|a, b| a.job < b.job), "not in order, or two chunks of a prompt: {chunks:?}");

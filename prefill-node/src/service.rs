@@ -15,7 +15,7 @@ use tokio::{
 use tonic::{Code, Request, Response, Status};
 use tracing::{debug, warn};
 
-use crate::{engine::EngineHandle, job::Event, request};
+use crate::{engine::EngineHandle, job::JobEvent, request};
 
 /// The service; what it needs of the node.
 pub struct PrefillService {
@@ -35,7 +35,7 @@ fn event(event: v1::prefill_event::Event) -> v1::PrefillEvent {
 
 /// What a request's stream hears next.
 enum Next {
-    Engine(Option<Event>),
+    Engine(Option<JobEvent>),
     Handoff(Result<TransferStats, Status>),
     Deadline,
     /// The node drains, and the request has had its time.
@@ -108,7 +108,7 @@ impl v1::prefill_server::Prefill for PrefillService {
                     () = drain.is_over() => Next::Moved,
                 };
                 match next {
-                    Next::Engine(Some(Event::Started { cached_tokens, queued, transfer: started })) => {
+                    Next::Engine(Some(JobEvent::Started { cached_tokens, queued, transfer: started })) => {
                         transfer = started;
                         let queue_seconds = queued.as_secs_f64();
                         yield event(Wire::Started(v1::PrefillStarted {
@@ -116,11 +116,11 @@ impl v1::prefill_server::Prefill for PrefillService {
                             queue_seconds,
                         }));
                     }
-                    Next::Engine(Some(Event::PromptLogprobs(tokens))) => {
+                    Next::Engine(Some(JobEvent::PromptLogprobs(tokens))) => {
                         let tokens = tokens.into_iter().map(Into::into).collect();
                         yield event(Wire::PromptLogprobs(v1::PromptLogprobs { tokens }));
                     }
-                    Next::Engine(Some(Event::FirstToken { token, computed_in })) => {
+                    Next::Engine(Some(JobEvent::FirstToken { token, computed_in })) => {
                         computed = true;
                         if !has_handoff {
                             ending.because("length");
@@ -130,7 +130,7 @@ impl v1::prefill_server::Prefill for PrefillService {
                             prefill_seconds: computed_in.as_secs_f64(),
                         }));
                     }
-                    Next::Engine(Some(Event::Failed(reason))) => {
+                    Next::Engine(Some(JobEvent::Failed(reason))) => {
                         ending.because("error");
                         Err(Status::internal(reason))?;
                     }

@@ -4,7 +4,7 @@ use std::{io, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use overfill_cluster::{
     Admin, Health, MetricsError, ReadyLine, Shutdown, Started, discovery, files, grpc,
-    http::{self, Limits},
+    http::{self, ConnectionLimits},
     net::Listener,
     process,
 };
@@ -98,7 +98,7 @@ impl Router {
         let grpc_server = http::serve(listener, routes, grpc_limits, shutdown.token().cancelled_owned());
 
         let app = openai::routes(core.clone(), config.max_body_bytes).merge(admin(core, metrics, &shutdown).routes());
-        let http_limits = Limits::http(config.max_connections);
+        let http_limits = ConnectionLimits::http(config.max_connections);
         let http_server =
             http::serve(Listener::new(http, config.serve_tls), app, http_limits, shutdown.token().cancelled_owned());
         tokio::join!(grpc_server, http_server);
@@ -161,7 +161,7 @@ pub async fn main(args: Args) -> ExitCode {
     let process = args.process.clone();
     process::run(&process, args.validate(), async |config, shutdown| {
         let max = config.max_connections;
-        files::raise(Limits::http(max).files() + grpc::limits(max).files());
+        files::raise(ConnectionLimits::http(max).files() + grpc::limits(max).files());
         let router = Router::bind(config).await?;
         let (http, grpc) = (router.http_address(), router.grpc_address());
         info!(%http, %grpc, "router is ready");

@@ -28,7 +28,7 @@ use tracing::{debug, error, warn};
 pub use self::body::SlowBody;
 use self::{
     body::{Download, Upload},
-    places::{Place, Places},
+    places::{ConnectionPlace, ConnectionPlaces},
 };
 use overfill_net::Listen;
 
@@ -54,7 +54,7 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What a server grants.
 #[derive(Clone, Debug)]
-pub struct Limits {
+pub struct ConnectionLimits {
     /// Connections that may have requests in progress. There may be [`SPARE`] more.
     pub connections: usize,
     /// Requests that one connection may have (over HTTP/2).
@@ -69,7 +69,7 @@ pub struct Limits {
     pub body: Duration,
 }
 
-impl Limits {
+impl ConnectionLimits {
     /// Of a server for browsers, probes, and clients of all kinds.
     ///
     /// Load balancers keep connections for reuse, the longest of the common ones (Google's) for 600 seconds. If this
@@ -101,11 +101,11 @@ pub struct Crowded;
 pub async fn serve(
     mut listener: impl Listen<Connection = Box<dyn Connection>>,
     routes: Router,
-    limits: Limits,
+    limits: ConnectionLimits,
     stop: impl Future<Output = ()>,
 ) {
     let stopping = CancellationToken::new();
-    let places = Places::new(&limits);
+    let places = ConnectionPlaces::new(&limits);
     let mut connections = JoinSet::new();
     let mut sweep = interval((limits.first_request.min(limits.idle) / 8).min(SWEEP_INTERVAL));
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -153,7 +153,7 @@ fn note(ended: Result<(), JoinError>) {
     }
 }
 
-fn builder(limits: &Limits) -> Builder<TokioExecutor> {
+fn builder(limits: &ConnectionLimits) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
     // It would end connections between two requests, too, and none whose first bytes do not say which HTTP they speak:
     // places end all of them.
@@ -176,7 +176,7 @@ struct Server {
 }
 
 impl Server {
-    async fn connection(self: Arc<Self>, opening: Opening, peer: SocketAddr, place: Arc<Place>) {
+    async fn connection(self: Arc<Self>, opening: Opening, peer: SocketAddr, place: Arc<ConnectionPlace>) {
         let opened = tokio::select! {
             opened = timeout(HANDSHAKE_TIMEOUT, opening) => opened,
             () = place.lost() => return,

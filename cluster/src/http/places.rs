@@ -11,13 +11,13 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::{Limits, SPARE};
+use super::{ConnectionLimits, SPARE};
 
 /// How long an idle connection has when the server shuts down: time for its last bytes to leave.
 const CLOSING_GRACE: Duration = Duration::from_secs(2);
 
 /// The connections of one server.
-pub(super) struct Places {
+pub(super) struct ConnectionPlaces {
     connections: usize,
     first_request: Duration,
     idle: Duration,
@@ -45,8 +45,8 @@ struct Idle {
 }
 
 /// One connection's place. Dropping it gives the place back.
-pub(super) struct Place {
-    all: Arc<Places>,
+pub(super) struct ConnectionPlace {
+    all: Arc<ConnectionPlaces>,
     stage: Mutex<Stage>,
     sent_away: CancellationToken,
 }
@@ -60,19 +60,19 @@ enum Stage {
 
 /// A request in progress. Dropping it ends it.
 pub(super) struct InProgress {
-    place: Arc<Place>,
+    place: Arc<ConnectionPlace>,
     /// More connections have requests than may.
     pub crowded: bool,
 }
 
-impl Places {
-    pub fn new(limits: &Limits) -> Arc<Self> {
-        let Limits { connections, first_request, idle, .. } = *limits;
+impl ConnectionPlaces {
+    pub fn new(limits: &ConnectionLimits) -> Arc<Self> {
+        let ConnectionLimits { connections, first_request, idle, .. } = *limits;
         Arc::new(Self { connections, first_request, idle, state: Mutex::default() })
     }
 
     /// A place for a connection; `None` if there is none, and everybody who has one has a request.
-    pub fn enter(self: &Arc<Self>) -> Option<Arc<Place>> {
+    pub fn enter(self: &Arc<Self>) -> Option<Arc<ConnectionPlace>> {
         let sent_away = CancellationToken::new();
         let mut state = self.state.lock();
         if state.open >= self.connections + SPARE {
@@ -87,7 +87,7 @@ impl Places {
         state.open += 1;
         let key = state.idles(self.first_request, &sent_away);
         drop(state);
-        Some(Arc::new(Place { all: self.clone(), stage: Mutex::new(Stage::Idle(key)), sent_away }))
+        Some(Arc::new(ConnectionPlace { all: self.clone(), stage: Mutex::new(Stage::Idle(key)), sent_away }))
     }
 
     /// Sends away those who have been idle for too long, and tells how many have had to give way since the last time.
@@ -128,7 +128,7 @@ impl State {
     }
 }
 
-impl Place {
+impl ConnectionPlace {
     /// Resolves when the place is lost.
     pub async fn lost(&self) {
         self.sent_away.cancelled().await;
@@ -168,7 +168,7 @@ impl Drop for InProgress {
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionPlace {
     fn drop(&mut self) {
         let mut state = self.all.state.lock();
         // Nobody is busy here: requests in progress hold the place.
@@ -183,13 +183,14 @@ impl Drop for Place {
 mod tests {
     use super::*;
 
-    fn places(connections: usize) -> Arc<Places> {
+    fn places(connections: usize) -> Arc<ConnectionPlaces> {
         let seconds = Duration::from_secs;
-        let limits = Limits { first_request: seconds(10), idle: seconds(100), ..Limits::http(connections) };
-        Places::new(&limits)
+        let limits =
+            ConnectionLimits { first_request: seconds(10), idle: seconds(100), ..ConnectionLimits::http(connections) };
+        ConnectionPlaces::new(&limits)
     }
 
-    fn counts(places: &Places) -> (usize, usize, usize) {
+    fn counts(places: &ConnectionPlaces) -> (usize, usize, usize) {
         let state = places.state.lock();
         (state.open, state.busy, state.idle.len())
     }

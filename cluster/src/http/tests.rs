@@ -31,7 +31,7 @@ struct Rig {
     serving: JoinHandle<()>,
 }
 
-async fn start(limits: Limits) -> Rig {
+async fn start(limits: ConnectionLimits) -> Rig {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let open = watch::Sender::new(false);
@@ -100,7 +100,7 @@ async fn rest(stream: &mut TcpStream) -> String {
 
 #[tokio::test]
 async fn who_asks_for_nothing_is_ended() {
-    let rig = start(Limits { first_request: SHORT, idle: SHORT, ..Limits::http(8) }).await;
+    let rig = start(ConnectionLimits { first_request: SHORT, idle: SHORT, ..ConnectionLimits::http(8) }).await;
     for begun in
         ["", "PRI * HTT", "GET /quick HTTP/1.1\r\nhost:", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0"]
     {
@@ -121,7 +121,7 @@ async fn who_asks_for_nothing_is_ended() {
 
 #[tokio::test]
 async fn a_body_must_come_in_time() {
-    let rig = start(Limits { body: SHORT, ..Limits::http(8) }).await;
+    let rig = start(ConnectionLimits { body: SHORT, ..ConnectionLimits::http(8) }).await;
     let head = "POST /body HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\n";
     let mut stream = rig.connect().await;
     stream.write_all(format!("{head}body").as_bytes()).await.unwrap();
@@ -133,7 +133,7 @@ async fn a_body_must_come_in_time() {
 
 #[tokio::test]
 async fn the_silent_keep_nobody_out() {
-    let rig = start(Limits::http(2)).await;
+    let rig = start(ConnectionLimits::http(2)).await;
     let mut first = rig.connect().await;
     let mut silent = Vec::new();
     for _ in 0..3 * SPARE {
@@ -146,7 +146,7 @@ async fn the_silent_keep_nobody_out() {
 
 #[tokio::test]
 async fn who_has_a_request_stays_and_the_rest_are_told() {
-    let rig = start(Limits::http(2)).await;
+    let rig = start(ConnectionLimits::http(2)).await;
     let (mut one, mut two) = (rig.ask("/held").await, rig.ask("/held").await);
     // Once the other two have come.
     let mut three = rig.connect().await;
@@ -166,7 +166,7 @@ async fn who_has_a_request_stays_and_the_rest_are_told() {
 
 #[tokio::test]
 async fn a_shutdown_waits_for_answers_alone() {
-    let mut rig = start(Limits::http(8)).await;
+    let mut rig = start(ConnectionLimits::http(8)).await;
     let mut held = rig.ask("/held").await;
     let mut idle = rig.ask("/quick").await;
     until(&mut idle, "quick").await;

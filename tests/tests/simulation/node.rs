@@ -68,7 +68,7 @@ pub struct Surroundings {
 
 /// A node, as its host starts it again and again.
 #[derive(Clone)]
-pub struct Place {
+pub struct SimulatedHost {
     /// Name of host and node.
     pub name: String,
     /// What it does.
@@ -95,7 +95,7 @@ pub struct Process {
     pub drain: mpsc::Sender<Duration>,
 }
 
-impl Place {
+impl SimulatedHost {
     /// A node that runs nowhere yet.
     pub fn new(name: String, role: Role, size: Size, around: &Surroundings) -> Self {
         let pace = Pace::new(size.step);
@@ -173,7 +173,7 @@ impl Place {
         let pool = BlockPool::new(blocks);
         let guard = self.guard(&(0..LAYERS).collect::<Vec<_>>(), &pool);
         let core = self.core(&pool, None)?;
-        let limits = prefill_engine::Limits {
+        let limits = prefill_engine::EngineLimits {
             max_batch_tokens,
             // The simulated engine's steps take as long as its tokens say.
             step_target: Duration::MAX,
@@ -216,7 +216,7 @@ impl Place {
             name: self.name.clone(),
             witness: self.around.witness.clone(),
         };
-        let limits = decode_engine::Limits { max_running, max_waiting };
+        let limits = decode_engine::EngineLimits { max_running, max_waiting };
         let load = core.load.clone();
         let (handle, engine) = decode_engine::Engine::new(decoder, guard.memory.clone(), pool, load, limits);
         let engine = tokio::task::spawn_local(decode::run(engine, guard, self.pace.clone()));

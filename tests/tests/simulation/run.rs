@@ -20,7 +20,7 @@ use crate::{
     ghost::ghost,
     guard::Witness,
     net::{GRPC_PORT, Tap, grpc_dialer},
-    node::{Place, Surroundings, transfer},
+    node::{SimulatedHost, Surroundings, transfer},
     plan::{self, Event, LONG, Plan, Prompts},
 };
 
@@ -82,7 +82,7 @@ struct Cluster {
     rng: StdRng,
     prompts: Prompts,
     plan: Plan,
-    places: Vec<Place>,
+    places: Vec<SimulatedHost>,
     router: RouterPlace,
     around: Surroundings,
     ghosts: mpsc::Sender<(String, Vec<u8>)>,
@@ -131,10 +131,10 @@ impl Cluster {
         };
         let start = router.clone();
         sim.host("router", move || start.clone().run());
-        let places: Vec<Place> = plan
+        let places: Vec<SimulatedHost> = plan
             .nodes
             .iter()
-            .map(|(name, role, size)| Place::new(name.clone(), *role, size.clone(), &around))
+            .map(|(name, role, size)| SimulatedHost::new(name.clone(), *role, size.clone(), &around))
             .collect();
         for place in &places {
             let start = place.clone();
@@ -249,7 +249,7 @@ impl Cluster {
         record
     }
 
-    fn place(&self, name: &str) -> Option<&Place> {
+    fn place(&self, name: &str) -> Option<&SimulatedHost> {
         self.places.iter().find(|place| place.name == name)
     }
 
@@ -301,7 +301,7 @@ impl Cluster {
                 self.later(long, Ending::SpeedUp(name));
             }
             Event::Forget(name, long) => {
-                if let Some(key) = self.place(&name).map(Place::key) {
+                if let Some(key) = self.place(&name).map(SimulatedHost::key) {
                     self.around.members.send_modify(|members| drop(members.remove(&key)));
                     self.later(long, Ending::Register(name));
                 }
@@ -370,7 +370,7 @@ impl Cluster {
                 }
             }
             Ending::Lease(name, incarnation) => {
-                let Some(key) = self.place(&name).map(Place::key) else { return };
+                let Some(key) = self.place(&name).map(SimulatedHost::key) else { return };
                 let is_old = |members: &Members| members.get(&key).is_some_and(|r| r.incarnation == incarnation);
                 self.around.members.send_if_modified(|members| is_old(members) && members.remove(&key).is_some());
             }

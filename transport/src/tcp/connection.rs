@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::frame::{self, Answer, COMMIT_BYTES, HEADER_BYTES, HELLO_BYTES, Header, SUM_BYTES};
 use super::link::{Link, Opening};
-use super::newcomers::Place;
+use super::newcomers::Newcomer;
 use super::payload::{Incoming, MoveError, read_full, write_full};
 use crate::reservations::{Entry, Shared};
 
@@ -20,7 +20,7 @@ const LINGER: Duration = Duration::from_millis(500);
 /// Longest wait for an answer of a few bytes to leave.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
-pub(crate) async fn serve(shared: &Shared, opening: Opening, peer: SocketAddr, place: &Place) {
+pub(crate) async fn serve(shared: &Shared, opening: Opening, peer: SocketAddr, newcomer: &Newcomer) {
     let opened = async {
         let stream = opening.await?;
         let mut bytes = [0; HELLO_BYTES];
@@ -44,8 +44,8 @@ pub(crate) async fn serve(shared: &Shared, opening: Opening, peer: SocketAddr, p
     };
     let stream = &stream;
     let refused = match shared.find(&hello.ticket) {
-        // Before the attempt hears of it: a place that is taken is not one to write from.
-        Some(_) if !place.keep() => None,
+        // Before the attempt hears of it: a connection that was sent away must not write.
+        Some(_) if !newcomer.stay() => None,
         Some(entry) => handoff(shared, &entry, stream, hello).await,
         None => Some(RefuseReason::Ticket),
     };

@@ -34,7 +34,7 @@ pub(crate) async fn accept(
 }
 
 fn admit(all: &Arc<Shared>, newcomers: &Arc<Newcomers>, tasks: &TaskTracker, opening: Opening, peer: SocketAddr) {
-    let Some(place) = newcomers.enter() else {
+    let Some(newcomer) = newcomers.enter() else {
         tracing::warn!(%peer, limit = all.config.max_connections, "refusing a kv connection: too many");
         let answer = frame::encode_answer(frame::Answer::Refuse(RefuseReason::Busy));
         // Straight to the socket, which is empty and does not block: a refused peer gets no task and no handshake.
@@ -46,8 +46,8 @@ fn admit(all: &Arc<Shared>, newcomers: &Arc<Newcomers>, tasks: &TaskTracker, ope
     let shared = all.clone();
     tasks.spawn(async move {
         tokio::select! {
-            () = place.taken() => tracing::debug!(%peer, "another kv connection takes the place of a silent one"),
-            () = connection::serve(&shared, opening, peer, &place) => {}
+            () = newcomer.sent_away() => tracing::debug!(%peer, "another kv connection takes the place of a silent one"),
+            () = connection::serve(&shared, opening, peer, &newcomer) => {}
         }
     });
 }

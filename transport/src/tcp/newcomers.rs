@@ -1,7 +1,7 @@
-//! How many connections a receiver has, and who goes when there are too many.
+//! How many connections a receiver has, and which one ends when there are too many.
 //!
-//! A stranger who opens connections and sends nothing keeps each for as long as a hello may take. So those that have
-//! not shown a ticket of ours yet have to give way, the oldest first: a sender shows its ticket at once.
+//! A stranger who opens connections and sends nothing keeps each for as long as a hello may take. So connections that have
+//! not shown a ticket of ours yet are newcomers: they give way, the oldest first. A sender shows its ticket at once.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 /// The connections of one receiver.
 pub(crate) struct Newcomers {
     slots: Arc<Semaphore>,
-    /// Those that have no attempt yet, in the order in which they came.
+    /// Newcomers, in order of arrival.
     waiting: Mutex<VecDeque<Waiting>>,
     next_key: AtomicU64,
 }
@@ -25,8 +25,8 @@ struct Waiting {
     sent_away: CancellationToken,
 }
 
-/// One connection's place among them. Dropping it gives the place back.
-pub(crate) struct Place {
+/// One connection. Dropping it makes room for another.
+pub(crate) struct Newcomer {
     all: Arc<Newcomers>,
     key: u64,
     sent_away: CancellationToken,
@@ -39,8 +39,8 @@ impl Newcomers {
         Arc::new(Self { slots: Arc::new(Semaphore::new(max)), waiting: Mutex::default(), next_key: AtomicU64::new(0) })
     }
 
-    /// A place for a connection; `None` if there is none, and everybody who has one has a handoff.
-    pub fn enter(self: &Arc<Self>) -> Option<Place> {
+    /// Lets a connection in, in place of the oldest newcomer if there is no room. `None` if all connections have handoffs.
+    pub fn enter(self: &Arc<Self>) -> Option<Newcomer> {
         let (key, sent_away) = (self.next_key.fetch_add(1, Ordering::Relaxed), CancellationToken::new());
         let mut waiting = self.waiting.lock();
         let slot = match self.slots.clone().try_acquire_owned() {
@@ -52,18 +52,18 @@ impl Newcomers {
             }
         };
         waiting.push_back(Waiting { key, slot, sent_away: sent_away.clone() });
-        Some(Place { all: self.clone(), key, sent_away, slot: Mutex::new(None) })
+        Some(Newcomer { all: self.clone(), key, sent_away, slot: Mutex::new(None) })
     }
 }
 
-impl Place {
-    /// Resolves when another connection has taken the place.
-    pub async fn taken(&self) {
+impl Newcomer {
+    /// Resolves when it has to give way.
+    pub async fn sent_away(&self) {
         self.sent_away.cancelled().await;
     }
 
-    /// From now on nobody takes it; false if somebody has.
-    pub fn keep(&self) -> bool {
+    /// From now on it need not give way; false if it has had to.
+    pub fn stay(&self) -> bool {
         let slot = self.leave_queue();
         let kept = slot.is_some();
         *self.slot.lock() = slot;
@@ -77,7 +77,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Newcomer {
     fn drop(&mut self) {
         drop(self.leave_queue());
     }
@@ -91,14 +91,14 @@ mod tests {
     fn the_oldest_without_a_handoff_gives_way() {
         let all = Newcomers::new(2);
         let (first, second) = (all.enter().unwrap(), all.enter().unwrap());
-        assert!(first.keep());
+        assert!(first.stay());
         let third = all.enter().unwrap();
-        assert!(second.sent_away.is_cancelled() && !second.keep());
-        assert!(!first.sent_away.is_cancelled() && third.keep());
+        assert!(second.sent_away.is_cancelled() && !second.stay());
+        assert!(!first.sent_away.is_cancelled() && third.stay());
         // Both have handoffs now.
         assert!(all.enter().is_none());
         drop(second);
-        assert!(all.enter().is_none(), "a place that was taken was given back again");
+        assert!(all.enter().is_none(), "room that another has taken was given back again");
         drop(first);
         let fourth = all.enter().unwrap();
         drop((third, fourth));

@@ -112,7 +112,7 @@ impl<'a> Outgoing<'a> {
         self.push(header);
         let size = store.block_bytes();
         let length = ids.len() * size;
-        let mut p = Progress::after(header);
+        let mut p = FrameProgress::after(header);
         if store.memory() == KvMemory::Host {
             while p.at < length {
                 let mut blocked = Ok(());
@@ -135,7 +135,7 @@ impl<'a> Outgoing<'a> {
     }
 
     /// Sends from where `p` stands until everything has left or the socket takes no more.
-    fn send_now(&mut self, blocks: &[&[u8]], p: &mut Progress) -> io::Result<()> {
+    fn send_now(&mut self, blocks: &[&[u8]], p: &mut FrameProgress) -> io::Result<()> {
         let size = blocks.first().map_or(1, |b| b.len().max(1));
         let length = size * blocks.len();
         while p.at < length {
@@ -158,7 +158,7 @@ impl<'a> Outgoing<'a> {
 }
 
 /// How far a payload has moved; carried over every wait.
-struct Progress {
+struct FrameProgress {
     /// Bytes that have moved.
     at: usize,
     /// Blocks that are in the sum.
@@ -166,7 +166,7 @@ struct Progress {
     sum: u64,
 }
 
-impl Progress {
+impl FrameProgress {
     fn after(header: &[u8]) -> Self {
         Self { at: 0, summed: 0, sum: next_sum(0, header) }
     }
@@ -209,7 +209,7 @@ impl<'a> Incoming<'a> {
     ) -> Result<bool, MoveError> {
         let size = store.block_bytes();
         let length = ids.len() * size;
-        let mut p = Progress::after(header);
+        let mut p = FrameProgress::after(header);
         let direct = store.memory() == KvMemory::Host;
         if direct {
             while p.at < length {
@@ -236,7 +236,7 @@ impl<'a> Incoming<'a> {
 }
 
 /// Reads into `blocks`, from where `p` stands, until they are full or the socket has no more.
-fn receive_now(stream: &Link, blocks: &mut [&mut [u8]], p: &mut Progress) -> io::Result<()> {
+fn receive_now(stream: &Link, blocks: &mut [&mut [u8]], p: &mut FrameProgress) -> io::Result<()> {
     let size = blocks.first().map_or(1, |b| b.len().max(1));
     let length = size * blocks.len();
     while p.at < length {
