@@ -89,7 +89,7 @@ impl v1::decode_server::Decode for DecodeService {
                             ticket,
                             request_id: id.clone(),
                             lease: to_fill,
-                            first_block: held_blocks as u32,
+                            held_blocks: held_blocks as u32,
                             prompt_tokens,
                             deadline,
                         }));

@@ -40,7 +40,7 @@ pub fn handoff(data: &[u8]) {
         ticket: TICKET,
         schema_digest: DIGEST,
         layers: 1 + u32::from(input.below(3)),
-        first_block: u32::from(input.below(3)),
+        held_blocks: u32::from(input.below(3)),
         blocks: 1 + u32::from(input.below(4)),
         block_bytes: BLOCK_BYTES,
         prompt_tokens: 100,
@@ -79,13 +79,13 @@ fn event(input: &mut Input<'_>, watched: &Watched) -> ReceiverEvent {
         0..4 => ReceiverEvent::Hello(Hello {
             ticket: TICKET,
             schema_digest: DIGEST,
-            first_block: spec.first_block,
+            held_blocks: spec.held_blocks,
             prompt_tokens: spec.prompt_tokens,
         }),
         4 => ReceiverEvent::Hello(Hello {
             ticket: Ticket([input.byte(); 16]),
             schema_digest: [input.byte(); 32],
-            first_block: input.number(),
+            held_blocks: input.number(),
             prompt_tokens: input.number(),
         }),
         5..13 => {
@@ -169,8 +169,8 @@ impl Watched {
                 // KV-4: a ticket is for one writer, once, who means this very attempt.
                 assert!(!self.accepted && !self.released);
                 let ReceiverEvent::Hello(hello) = event else { panic!("accepted {event:?}") };
-                let meant = (hello.ticket, hello.schema_digest, hello.first_block, hello.prompt_tokens);
-                assert_eq!(meant, (TICKET, DIGEST, self.spec.first_block, self.spec.prompt_tokens));
+                let meant = (hello.ticket, hello.schema_digest, hello.held_blocks, hello.prompt_tokens);
+                assert_eq!(meant, (TICKET, DIGEST, self.spec.held_blocks, self.spec.prompt_tokens));
                 (self.accepted, self.writer) = (true, true);
             }
             ReceiverAction::Refuse(_) => assert!(matches!(event, ReceiverEvent::Hello(_))),
@@ -178,7 +178,7 @@ impl Watched {
                 assert_eq!(*event, ReceiverEvent::Layer(piece));
                 // KV-1: into reserved blocks that nobody else writes to, and never over what is there.
                 assert!(self.writer && !self.released && self.landing.is_none() && piece.blocks > 0);
-                let reserved = self.spec.first_block..self.spec.first_block + self.spec.blocks;
+                let reserved = self.spec.held_blocks..self.spec.held_blocks + self.spec.blocks;
                 for (layer, block) in self.cells(&piece) {
                     assert!(layer < self.spec.layers && reserved.contains(&block), "{piece:?} reaches outside");
                     assert!(!self.landed.contains(&(layer, block)), "{piece:?} is there already");

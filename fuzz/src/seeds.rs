@@ -43,7 +43,7 @@ pub fn seeds(target: &str) -> Vec<Seed> {
 }
 
 fn frames() -> Vec<(&'static str, Vec<u8>)> {
-    let hello = Hello { ticket: Ticket([7; 16]), schema_digest: [9; 32], first_block: 1, prompt_tokens: 100 };
+    let hello = Hello { ticket: Ticket([7; 16]), schema_digest: [9; 32], held_blocks: 1, prompt_tokens: 100 };
     let piece = Piece { layer: 1, first_block: 2, blocks: 3 };
     vec![
         ("hello", encode_hello(&hello).to_vec()),

@@ -295,7 +295,7 @@ impl HandoffContext {
             schema: handoff.schema.clone(),
             blocks: blocks.to_vec(),
             lease: lease.clone(),
-            first_block: handoff.held_blocks as u32,
+            held_blocks: handoff.held_blocks as u32,
             prompt_tokens: request.tokens.len() as u32,
             // A chunk has at least a block, and what was cached is one piece more.
             max_pieces: handoff.schema.layers.len() * (to_send + 1),

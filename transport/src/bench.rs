@@ -181,7 +181,7 @@ async fn handoff(
         ticket,
         request_id: request_id.clone(),
         lease: lease().map_err(no_room)?,
-        first_block: 0,
+        held_blocks: 0,
         prompt_tokens,
         deadline,
     });
@@ -192,7 +192,7 @@ async fn handoff(
         schema: schema.clone(),
         blocks: all_blocks(source),
         lease: lease().map_err(no_room)?,
-        first_block: 0,
+        held_blocks: 0,
         prompt_tokens,
         max_pieces: source.num_layers(),
         deadline,

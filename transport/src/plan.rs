@@ -23,8 +23,8 @@ pub struct SendPlan {
     pub blocks: Vec<BlockId>,
     /// What keeps them; let go when the receiver has confirmed or the handoff has failed (KV-2).
     pub lease: Arc<BlockLease>,
-    /// Blocks before this one are not sent: the receiver holds them.
-    pub first_block: u32,
+    /// Leading blocks of the prompt that the receiver holds already. They are not sent.
+    pub held_blocks: u32,
     /// Length of the whole prompt.
     pub prompt_tokens: u32,
     /// Most calls of [`KvLayers::ready`] that will come: chunks times layers.
@@ -40,8 +40,8 @@ impl SendPlan {
         if self.blocks.len() != blocks {
             return wrong("blocks", format!("the {blocks} of the prompt"), self.blocks.len().to_string());
         }
-        if self.first_block as usize >= blocks {
-            return wrong("first_block", format!("below the prompt's {blocks} blocks"), self.first_block.to_string());
+        if self.held_blocks as usize >= blocks {
+            return wrong("held_blocks", format!("below the prompt's {blocks} blocks"), self.held_blocks.to_string());
         }
         if let Some(layer) = self.schema.layers.iter().find(|l| **l as usize >= store.num_layers()) {
             return wrong(

@@ -52,8 +52,8 @@ impl KvReceiver {
     /// A reservation that cannot be carried out fails at once, with the reason from [`IncomingHandoff::ready`].
     pub fn reserve(&self, reservation: Reservation) -> IncomingHandoff {
         let shared = &self.shared;
-        let Reservation { ticket, request_id, lease, first_block, prompt_tokens, deadline } = reservation;
-        let due = blocks_for(prompt_tokens as usize).saturating_sub(first_block as usize);
+        let Reservation { ticket, request_id, lease, held_blocks, prompt_tokens, deadline } = reservation;
+        let due = blocks_for(prompt_tokens as usize).saturating_sub(held_blocks as usize);
         if lease.len() != due || due == 0 {
             let limit = format!("the {due} blocks (at least 1) of the prompt behind the held ones");
             let outcome = HandoffError::Plan { field: "lease", limit, value: lease.len().to_string() };
@@ -63,7 +63,7 @@ impl KvReceiver {
             ticket,
             schema_digest: shared.digest,
             layers: shared.schema.layers.len() as u32,
-            first_block,
+            held_blocks,
             blocks: due as u32,
             block_bytes: shared.schema.block_bytes(),
             prompt_tokens,

@@ -23,8 +23,8 @@ pub struct Reservation {
     /// The blocks to fill, in prompt order, without the ones already held. The receiver keeps a share of the lease for
     /// as long as anything may write to them (KV-1).
     pub lease: Arc<BlockLease>,
-    /// Index in the prompt of the lease's first block.
-    pub first_block: u32,
+    /// Leading blocks of the prompt that are here already. The lease has the blocks behind them.
+    pub held_blocks: u32,
     /// Length of the whole prompt.
     pub prompt_tokens: u32,
     /// By then the KV is here, or the attempt has failed.
@@ -125,7 +125,7 @@ impl Entry {
 
     /// The blocks of a piece that the machine has admitted.
     pub fn blocks_of(&self, first_block: u32, blocks: u32) -> &[BlockId] {
-        let from = (first_block - self.spec.first_block) as usize;
+        let from = (first_block - self.spec.held_blocks) as usize;
         &self.blocks[from..from + blocks as usize]
     }
 

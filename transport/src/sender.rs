@@ -42,7 +42,7 @@ pub struct KvLayers {
     control: Arc<Control>,
     /// Position of each of the local store's layers on the wire.
     wire_layers: Arc<[Option<u32>]>,
-    first_block: u32,
+    held_blocks: u32,
     request_id: RequestId,
 }
 
@@ -71,7 +71,7 @@ impl KvSender {
             commands,
             control: control.clone(),
             wire_layers: wire_layers.into(),
-            first_block: plan.first_block,
+            held_blocks: plan.held_blocks,
             request_id: plan.request_id.clone(),
         };
         let task = tokio::spawn(async move {
@@ -108,7 +108,7 @@ impl KvLayers {
     /// Never blocks. Layers and blocks that the receiver does not want are ignored; the same block twice, or more calls
     /// than planned, fail the handoff.
     pub fn ready(&self, layer: usize, blocks: Range<u32>) {
-        let first_block = blocks.start.max(self.first_block);
+        let first_block = blocks.start.max(self.held_blocks);
         let Some(Some(layer)) = self.wire_layers.get(layer) else { return };
         if first_block < blocks.end {
             self.send(Command::LayerReady(Piece { layer: *layer, first_block, blocks: blocks.end - first_block }));

@@ -43,8 +43,8 @@ pub struct HandoffSpec {
     pub schema_digest: [u8; 32],
     /// Layers that are sent; the wire counts them from 0.
     pub layers: u32,
-    /// Index in the prompt of the first block that is sent; the receiver holds the ones before it.
-    pub first_block: u32,
+    /// Leading blocks of the prompt that the receiver holds already. They are not sent.
+    pub held_blocks: u32,
     /// Blocks that are sent of each layer.
     pub blocks: u32,
     /// Bytes of one layer of one block.
@@ -76,7 +76,7 @@ pub struct Hello {
     /// Digest of the schema that the sender will send in.
     pub schema_digest: [u8; 32],
     /// As in [`HandoffSpec`].
-    pub first_block: u32,
+    pub held_blocks: u32,
     /// As in [`HandoffSpec`].
     pub prompt_tokens: u32,
 }
@@ -220,7 +220,7 @@ struct Coverage {
     seen: Vec<bool>,
     missing: usize,
     layers: u32,
-    first_block: u32,
+    held_blocks: u32,
     blocks: u32,
 }
 
@@ -231,14 +231,14 @@ impl Coverage {
             seen: vec![false; cells],
             missing: cells,
             layers: spec.layers,
-            first_block: spec.first_block,
+            held_blocks: spec.held_blocks,
             blocks: spec.blocks,
         }
     }
 
     /// Indices into `seen`; `None` if the piece is empty or reaches outside the attempt.
     fn cells(&self, piece: &Piece) -> Option<std::ops::Range<usize>> {
-        let from = piece.first_block.checked_sub(self.first_block)?;
+        let from = piece.first_block.checked_sub(self.held_blocks)?;
         let to = from.checked_add(piece.blocks)?;
         if piece.blocks == 0 || piece.layer >= self.layers || to > self.blocks {
             return None;

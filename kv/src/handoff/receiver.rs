@@ -196,7 +196,7 @@ impl ReceiverHandoff {
         }
         let refused = if hello.schema_digest != self.spec.schema_digest {
             Some(RefuseReason::Schema)
-        } else if (hello.first_block, hello.prompt_tokens) != (self.spec.first_block, self.spec.prompt_tokens) {
+        } else if (hello.held_blocks, hello.prompt_tokens) != (self.spec.held_blocks, self.spec.prompt_tokens) {
             Some(RefuseReason::Range)
         } else {
             None

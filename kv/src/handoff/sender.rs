@@ -169,7 +169,7 @@ impl SenderHandoff {
                 actions.push(SenderAction::SendHello(Hello {
                     ticket: self.spec.ticket,
                     schema_digest: self.spec.schema_digest,
-                    first_block: self.spec.first_block,
+                    held_blocks: self.spec.held_blocks,
                     prompt_tokens: self.spec.prompt_tokens,
                 }));
             }

@@ -15,7 +15,7 @@ fn spec() -> HandoffSpec {
         ticket: Ticket([7; 16]),
         schema_digest: [1; 32],
         layers: 2,
-        first_block: 1,
+        held_blocks: 1,
         blocks: 3,
         block_bytes: 100,
         prompt_tokens: 60,
@@ -29,7 +29,7 @@ fn hello() -> Hello {
     Hello {
         ticket: s.ticket,
         schema_digest: s.schema_digest,
-        first_block: s.first_block,
+        held_blocks: s.held_blocks,
         prompt_tokens: s.prompt_tokens,
     }
 }
@@ -84,7 +84,7 @@ fn a_ticket_opens_one_attempt_once() {
 fn another_schema_or_prompt_is_refused() {
     for (wrong, reason) in [
         (Hello { schema_digest: [2; 32], ..hello() }, RefuseReason::Schema),
-        (Hello { first_block: 0, ..hello() }, RefuseReason::Range),
+        (Hello { held_blocks: 0, ..hello() }, RefuseReason::Range),
         (Hello { prompt_tokens: 61, ..hello() }, RefuseReason::Range),
     ] {
         let mut r = ReceiverHandoff::new(spec());

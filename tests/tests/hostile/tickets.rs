@@ -44,7 +44,7 @@ async fn misuse_one(url: String, misdeed: usize) -> Result<()> {
     let hello = Hello {
         ticket: ticket_from_wire(&reserved.ticket)?,
         schema_digest: schema.digest(),
-        first_block: reserved.held_tokens / BLOCK_TOKENS as u32,
+        held_blocks: reserved.held_tokens / BLOCK_TOKENS as u32,
         prompt_tokens: PROMPT as u32,
     };
     let KvEndpoint::Tcp(endpoint) = reserved.kv_endpoint.context("endpoint")?.try_into()?;
@@ -81,9 +81,9 @@ fn send(endpoint: &str, hello: &Hello, block_bytes: usize, misdeed: usize) -> Re
     }
     let mut stream = connect(hello)?;
     ensure!(answer(&mut stream) == Some(Answer::Accept), "not accepted");
-    let piece = Piece { layer: 0, first_block: hello.first_block, blocks: 1 };
+    let piece = Piece { layer: 0, first_block: hello.held_blocks, blocks: 1 };
     let layer = |piece: Piece, length: usize| encode_header(&Header::Layer(piece, length as u32)).to_vec();
-    let outside = Piece { first_block: hello.first_block + 1000, ..piece };
+    let outside = Piece { first_block: hello.held_blocks + 1000, ..piece };
     let payload = vec![7; block_bytes + 8];
     let (bytes, refusal) = match misdeed {
         1 => (layer(piece, u32::MAX as usize), Some(RefuseReason::Protocol)),

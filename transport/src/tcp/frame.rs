@@ -1,7 +1,7 @@
 //! The wire. All numbers are little-endian; lengths are known before anything is allocated.
 //!
 //! ```text
-//! sender   -> receiver   hello    "OFKV" version:u16 0:u16 ticket:[16] digest:[32] first_block:u32 prompt_tokens:u32 sum:u64
+//! sender   -> receiver   hello    "OFKV" version:u16 0:u16 ticket:[16] digest:[32] held_blocks:u32 prompt_tokens:u32 sum:u64
 //! receiver -> sender     answer   kind:u8 reason:u8 0:u16 sum:u64          accept | refuse | confirm
 //! sender   -> receiver   frame    kind:u8 0:[3] length:u32 a:u32 b:u32 c:u32   payload:[length]   sum:u64
 //!     layer   a = layer, b = first block, c = blocks; the payload is theirs, in order
@@ -101,7 +101,7 @@ pub fn encode_hello(hello: &Hello) -> [u8; HELLO_BYTES] {
     out[4..6].copy_from_slice(&VERSION.to_le_bytes());
     out[8..24].copy_from_slice(&hello.ticket.0);
     out[24..56].copy_from_slice(&hello.schema_digest);
-    out[56..60].copy_from_slice(&hello.first_block.to_le_bytes());
+    out[56..60].copy_from_slice(&hello.held_blocks.to_le_bytes());
     out[60..64].copy_from_slice(&hello.prompt_tokens.to_le_bytes());
     seal(out)
 }
@@ -117,7 +117,7 @@ pub fn decode_hello(bytes: &[u8; HELLO_BYTES]) -> Option<Hello> {
     Some(Hello {
         ticket: Ticket::from_bytes(&bytes[8..24])?,
         schema_digest,
-        first_block: u32_at(bytes, 56),
+        held_blocks: u32_at(bytes, 56),
         prompt_tokens: u32_at(bytes, 60),
     })
 }
@@ -202,7 +202,7 @@ mod tests {
     use super::*;
 
     fn hello() -> Hello {
-        Hello { ticket: Ticket([3; 16]), schema_digest: [9; 32], first_block: 5, prompt_tokens: 1234 }
+        Hello { ticket: Ticket([3; 16]), schema_digest: [9; 32], held_blocks: 5, prompt_tokens: 1234 }
     }
 
     #[test]

@@ -124,9 +124,9 @@ impl Rig {
         self.schema.block_bytes() as u64
     }
 
-    pub fn reserve(&self, ticket: [u8; 16], first_block: u32) -> IncomingHandoff {
-        let lease = self.target_pool.allocate(BLOCKS - first_block as usize).unwrap();
-        self.reserve_with(ticket, first_block, lease, Duration::from_secs(20))
+    pub fn reserve(&self, ticket: [u8; 16], held_blocks: u32) -> IncomingHandoff {
+        let lease = self.target_pool.allocate(BLOCKS - held_blocks as usize).unwrap();
+        self.reserve_with(ticket, held_blocks, lease, Duration::from_secs(20))
     }
 
     pub fn reserve_any(&self, ticket: [u8; 16]) -> (IncomingHandoff, Vec<BlockId>) {
@@ -138,7 +138,7 @@ impl Rig {
     pub fn reserve_with(
         &self,
         ticket: [u8; 16],
-        first_block: u32,
+        held_blocks: u32,
         lease: BlockLease,
         within: Duration,
     ) -> IncomingHandoff {
@@ -146,13 +146,13 @@ impl Rig {
             ticket: Ticket(ticket),
             request_id: RequestId("r".into()),
             lease: Arc::new(lease),
-            first_block,
+            held_blocks,
             prompt_tokens: PROMPT_TOKENS,
             deadline: Instant::now() + within,
         })
     }
 
-    pub fn plan(&self, ticket: [u8; 16], first_block: u32) -> SendPlan {
+    pub fn plan(&self, ticket: [u8; 16], held_blocks: u32) -> SendPlan {
         let lease = self.source_pool.allocate(BLOCKS).unwrap();
         SendPlan {
             endpoint: KvEndpoint::Tcp(self.endpoint.clone()),
@@ -161,7 +161,7 @@ impl Rig {
             schema: self.schema.clone(),
             blocks: (0..BLOCKS as u32).map(BlockId).collect(),
             lease: Arc::new(lease),
-            first_block,
+            held_blocks,
             prompt_tokens: PROMPT_TOKENS,
             max_pieces: 2 * SOURCE_LAYERS,
             deadline: Instant::now() + Duration::from_secs(20),
@@ -171,9 +171,9 @@ impl Rig {
     pub fn send(
         &self,
         ticket: [u8; 16],
-        first_block: u32,
+        held_blocks: u32,
     ) -> (KvSender, JoinHandle<Result<TransferStats, HandoffError>>) {
-        KvSender::start(self.plan(ticket, first_block), self.source.clone(), self.config.clone())
+        KvSender::start(self.plan(ticket, held_blocks), self.source.clone(), self.config.clone())
     }
 
     pub fn announce_all(&self, sender: &KvSender) {
@@ -186,7 +186,7 @@ impl Rig {
         Hello {
             ticket: Ticket(ticket),
             schema_digest: self.schema.digest(),
-            first_block: 0,
+            held_blocks: 0,
             prompt_tokens: PROMPT_TOKENS,
         }
     }

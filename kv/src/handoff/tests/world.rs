@@ -247,7 +247,7 @@ impl World {
             deadline: self.now + Duration::from_secs(60),
             ..spec()
         };
-        let first = spec.first_block;
+        let first = spec.held_blocks;
         let to_announce = (0..LAYERS)
             .flat_map(|layer| {
                 [Piece { layer, first_block: first, blocks: 2 }, Piece { layer, first_block: first + 2, blocks: 1 }]
@@ -324,7 +324,7 @@ impl World {
                 let piece = a.to_announce.remove(pick as usize % a.to_announce.len());
                 if let Some(lease) = &a.sender_lease {
                     for block in piece.first_block..piece.first_block + piece.blocks {
-                        let id = lease.blocks()[(block - a.sender.spec().first_block) as usize];
+                        let id = lease.blocks()[(block - a.sender.spec().held_blocks) as usize];
                         self.sender_memory.insert((piece.layer, id), content(a.id, piece.layer, block));
                     }
                 }
@@ -340,7 +340,7 @@ impl World {
                 let lease = a.sender_lease.as_ref().expect("KV-2: blocks are kept while they are read");
                 let data = (piece.first_block..piece.first_block + piece.blocks)
                     .map(|b| {
-                        let id = lease.blocks()[(b - a.sender.spec().first_block) as usize];
+                        let id = lease.blocks()[(b - a.sender.spec().held_blocks) as usize];
                         // A blunder may announce what was never computed.
                         self.sender_memory.get(&(piece.layer, id)).copied().unwrap_or(SCRIBBLE)
                     })
@@ -390,7 +390,7 @@ impl World {
         let Some((piece, data, spoilt)) = a.landing.take() else { return false };
         assert!(a.write_hold.is_some(), "KV-1: a write landed in blocks that were given back");
         for (k, value) in data.into_iter().enumerate() {
-            let id = a.target[(piece.first_block - a.receiver.spec().first_block) as usize + k];
+            let id = a.target[(piece.first_block - a.receiver.spec().held_blocks) as usize + k];
             self.receiver_memory.insert((piece.layer, id), value);
         }
         spoilt

@@ -10,7 +10,7 @@ impl World {
         let a = &self.attempts[i];
         for layer in 0..LAYERS {
             for (k, id) in a.target.iter().enumerate() {
-                let block = a.receiver.spec().first_block + k as u32;
+                let block = a.receiver.spec().held_blocks + k as u32;
                 let got = self.receiver_memory.get(&(layer, *id));
                 assert_eq!(got, Some(&content(a.id, layer, block)), "KV-5: layer {layer}, block {block}");
             }
