@@ -1,9 +1,11 @@
 //! `overfill`: the whole project in one binary. A file per subcommand; this one only parses and forwards.
 
+#[cfg(feature = "tools")]
 mod bench;
 mod chat;
 mod drain;
 mod generate;
+#[cfg(feature = "tools")]
 mod models;
 mod router_client;
 mod status;
@@ -41,8 +43,10 @@ enum Command {
     Status(status::StatusArgs),
     /// Empty a node: it takes nothing new, ends what runs, then ends itself.
     Drain(drain::DrainArgs),
+    #[cfg(feature = "tools")]
     /// Measure the engine, the KV handoff and the router on this machine.
     Bench(Box<bench::BenchArgs>),
+    #[cfg(feature = "tools")]
     #[command(flatten)]
     Models(models::ModelCommand),
 }
@@ -65,7 +69,9 @@ fn main() -> ExitCode {
         Command::Chat(args) => exit_code(runtime.block_on(chat::run(*args))),
         Command::Status(args) => exit_code(runtime.block_on(status::run(args))),
         Command::Drain(args) => exit_code(runtime.block_on(drain::run(args))),
+        #[cfg(feature = "tools")]
         Command::Bench(args) => exit_code(bench::run(*args)),
+        #[cfg(feature = "tools")]
         Command::Models(command) => command.run(),
     }
 }

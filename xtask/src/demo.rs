@@ -18,8 +18,8 @@ const END_SECONDS: u64 = 20;
 
 /// Builds, starts a cluster, asks, and shuts down.
 pub fn run(prompt: Option<&str>) -> Result<()> {
-    // A development build: its dependencies are optimised, and it takes half the time of a release.
-    sh(&mut cargo(&["build", "--locked", "--workspace", "--bins"]))?;
+    // The one binary, without the tools for model people and what only they need.
+    sh(&mut cargo(&["build", "--locked", "--package", "overfill-cli", "--no-default-features"]))?;
     let binary = target().join("debug/overfill");
 
     eprintln!("\nStarting a router, a prefill node and a decode node on the demo pair.");
