@@ -17,7 +17,7 @@ use overfill_model::{
 };
 use overfill_node::{LoadState, Refused, Turn, spawn_engine};
 use tokio::sync::{mpsc, oneshot};
-use tracing::{debug, error};
+use tracing::debug;
 
 use crate::{
     scheduler::{self, Growth, Occupancy},
@@ -263,7 +263,8 @@ impl<C: Compute> Engine<C> {
             let Some(first) = self.swapped.pop_front() else { return };
             match first.swap_in(lease, &*self.store, &self.load) {
                 Ok(sequence) => self.seat(sequence),
-                Err(e) => error!(error = %e, "copying KV back from host memory"),
+                // The request has been told.
+                Err(_) => {}
             }
         }
     }
@@ -304,8 +305,7 @@ impl<C: Compute> Engine<C> {
                 self.swapped.insert(place, request);
             }
             Err((sequence, e)) => {
-                error!(error = %e, "copying KV to host memory");
-                sequence.tell(SequenceEvent::Failed(format!("copying KV to host memory: {e}")));
+                sequence.fail(&format!("copying KV to host memory: {e}"));
             }
         }
     }
@@ -321,9 +321,8 @@ impl<C: Compute> Engine<C> {
         let tokens = match self.compute.step(&sequences) {
             Ok(tokens) => tokens,
             Err(e) => {
-                error!(error = %e, sequences = stepping.len(), "computing a step");
                 for i in stepping.into_iter().rev() {
-                    self.running.remove(i).tell(SequenceEvent::Failed(format!("computing a token: {e}")));
+                    self.running.remove(i).fail(&format!("computing a token: {e}"));
                 }
                 return true;
             }

@@ -8,6 +8,7 @@ use overfill_kv::{
 };
 use overfill_node::{LoadState, load::Counted};
 use tokio::{sync::mpsc, time::Instant};
+use tracing::error;
 
 use crate::scheduler::{self, Occupancy, Seat};
 
@@ -221,6 +222,12 @@ impl Sequence {
         now - std::mem::replace(&mut self.last_token_at, now)
     }
 
+    /// The engine can't go on with it.
+    pub fn fail(self, reason: &str) {
+        error!(request = %self.request.id, reason, "the engine gives a request up");
+        self.tell(SequenceEvent::Failed(reason.to_owned()));
+    }
+
     /// Says a last word.
     pub fn tell(&self, event: SequenceEvent) {
         // Room was looked for before the step; closed, nobody wants to hear it.
@@ -285,7 +292,9 @@ impl Swapped {
         for (layer, bytes) in self.layers.iter().enumerate() {
             let mut copy = |i: usize, block: &mut [u8]| block.copy_from_slice(&bytes[i * size..][..size]);
             if let Err(e) = store.write(layer, lease.blocks(), &mut copy) {
-                let _ = self.events.try_send(SequenceEvent::Failed(format!("copying KV back: {e}")));
+                let reason = format!("copying KV back from host memory: {e}");
+                error!(request = %self.request.id, reason, "the engine gives a request up");
+                let _ = self.events.try_send(SequenceEvent::Failed(reason));
                 return Err(e);
             }
         }

@@ -20,7 +20,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
 };
-use tracing::{debug, error};
+use tracing::debug;
 
 use crate::{
     job::{ChunkLayers, HandoffContext, JOB_EVENTS, Job, JobEvent, Request, Running},
@@ -296,7 +296,6 @@ impl<C: Compute> Engine<C> {
                 self.advance(&plan, outputs);
             }
             Err(e) => {
-                error!(error = %e, prompts = plan.len(), "computing a batch");
                 for chunk in plan.iter().rev() {
                     self.running.remove(chunk.job).fail(&format!("computing the prompt: {e}"));
                 }

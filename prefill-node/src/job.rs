@@ -13,6 +13,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
 };
+use tracing::error;
 
 use crate::scheduler::{self, PromptProgress};
 
@@ -242,6 +243,7 @@ impl Running {
 
     /// The engine can't go on with it.
     pub fn fail(self, reason: &str) {
+        error!(request = %self.request.id, reason, "the engine gives a prompt up");
         self.tell(JobEvent::Failed(reason.to_owned()));
     }
 
