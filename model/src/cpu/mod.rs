@@ -4,6 +4,7 @@
 mod decoder;
 pub(crate) mod kernels;
 mod linear;
+mod source;
 mod team;
 mod workspace;
 
