@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use overfill_kv::RopeSpec;
 
-use crate::{Family, LayerSpec, ModelError, Rope, When, family::AttentionSpec, gguf::Gguf};
+use crate::{Family, LayerSpec, ModelError, Rope, When, family::OwnFields, gguf::Gguf};
 
 pub(crate) use fields::Fields;
 
@@ -99,7 +99,7 @@ impl ModelConfig {
         }
 
         let num_hidden_layers = f.size_to(MAX_LAYERS, "num_hidden_layers", None)?;
-        let AttentionSpec { ropes, layers } = (family.attention)(f, num_hidden_layers, head_dim)?;
+        let OwnFields { ropes, layers } = (family.read)(f, num_hidden_layers, head_dim)?;
         let context = f.size("max_position_embeddings", Some(2048))?;
         // A flag that the family's table doesn't ask for says nothing.
         let flag = |field: &str, when: When| {

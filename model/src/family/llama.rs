@@ -1,6 +1,6 @@
 //! Llama 2 and 3.x, and what else is of the class `LlamaForCausalLM`.
 
-use super::{AttentionSpec, Family, GgufFamily, filling_heads, parameters::COMMON};
+use super::{Family, GgufFamily, OwnFields, filling_heads, parameters::COMMON};
 
 pub(super) const FAMILY: Family = Family {
     class: "LlamaForCausalLM",
@@ -8,6 +8,6 @@ pub(super) const FAMILY: Family = Family {
     gguf: Some(GgufFamily { architecture: "llama", interleaved: true }),
     head_dim: filling_heads,
     modules: COMMON,
-    attention: |fields, layers, head_dim| AttentionSpec::uniform(fields, layers, head_dim, None),
+    read: |fields, layers, head_dim| OwnFields::uniform(fields, layers, head_dim, None),
     keep_layers: |_, _| (),
 };

@@ -1,6 +1,6 @@
 //! Mistral: Llama's block, with a sliding window in its first version.
 
-use super::{AttentionSpec, Family, filling_heads, parameters::COMMON, sliding_window};
+use super::{Family, OwnFields, filling_heads, parameters::COMMON, sliding_window};
 
 pub(super) const FAMILY: Family = Family {
     class: "MistralForCausalLM",
@@ -9,6 +9,6 @@ pub(super) const FAMILY: Family = Family {
     gguf: None,
     head_dim: filling_heads,
     modules: COMMON,
-    attention: |fields, layers, head_dim| AttentionSpec::uniform(fields, layers, head_dim, sliding_window(fields)?),
+    read: |fields, layers, head_dim| OwnFields::uniform(fields, layers, head_dim, sliding_window(fields)?),
     keep_layers: |_, _| (),
 };

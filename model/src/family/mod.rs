@@ -18,8 +18,8 @@
 //! - **Norms with weights around 0** (Gemma): a field of [`Family`]; loading adds 1.
 //! - **gelu-tanh** (Gemma): `hidden_act` is read in config.rs, which refuses all but silu. It becomes a field of
 //!   [`ModelConfig`](crate::ModelConfig), beside a kernel like `SiluMul`.
-//! - **Embedding scale, residual multiplier, logit scale and cap** (Gemma, Granite): fields of `ModelConfig` that the
-//!   family's file reads, and a multiplication in each decoder.
+//! - **Embedding scale, residual multiplier, logit scale and cap** (Gemma, Granite): fields of [`OwnFields`] and `ModelConfig`,
+//!   and a multiplication in each decoder.
 //! - **A soft cap on scores** (Gemma 2): a field of [`LayerSpec`], and a kernel.
 //! - **Scale of scores** (Gemma's `query_pre_attn_scalar`, Granite's `attention_multiplier`): [`LayerSpec::score_scale`].
 //! - **Windows on some layers, two ropes** (Gemma 2 and 3): [`LayerSpec::window`] and [`LayerSpec::rope`] are each layer's own.
@@ -69,8 +69,8 @@ pub struct Family {
     pub(crate) head_dim: fn(usize, usize) -> usize,
     /// Its parameters, in the order of the model.
     pub(crate) modules: &'static [Module],
-    /// Reads the attention of every layer from config.json: its fields, the number of layers, head_dim.
-    pub(crate) attention: fn(Fields<'_>, usize, usize) -> Result<AttentionSpec, ModelError>,
+    /// Reads config.json by the family's own rules: its fields, the number of layers, head_dim.
+    pub(crate) read: fn(Fields<'_>, usize, usize) -> Result<OwnFields, ModelError>,
     /// Edits what is the family's own in the config.json of a model that keeps these layers alone.
     pub(crate) keep_layers: fn(&mut Map<String, Value>, &[u32]),
 }
@@ -136,15 +136,15 @@ impl LayerSpec {
     }
 }
 
-/// Attention of all layers.
-pub(crate) struct AttentionSpec {
+/// What a family reads from config.json by rules of its own.
+pub(crate) struct OwnFields {
     /// The rotary embeddings, each once.
     pub(crate) ropes: Vec<Rope>,
-    /// Every layer's.
+    /// Attention of every layer.
     pub(crate) layers: Vec<LayerSpec>,
 }
 
-impl AttentionSpec {
+impl OwnFields {
     /// Layers that are all alike, with the rope that config.json states.
     fn uniform(fields: Fields<'_>, layers: usize, head_dim: usize, window: Option<usize>) -> Result<Self, ModelError> {
         let layer = LayerSpec { rope: Some(0), window, score_scale: None };

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::{
-    AttentionSpec, Family, GgufFamily, Module, When, filling_heads,
+    Family, GgufFamily, Module, OwnFields, When, filling_heads,
     parameters::{
         ATTENTION_NORM, ATTENTION_OUTPUT, DOWN, EMBEDDING, FINAL_NORM, GATE, HEAD, KEY, MLP_NORM, QUERY, UP, VALUE,
     },
@@ -30,15 +30,15 @@ pub(super) const FAMILY: Family = Family {
         FINAL_NORM,
         HEAD,
     ],
-    attention,
+    read,
     keep_layers,
 };
 
 /// `use_sliding_window` says whether `sliding_window` counts. In transformers the window is that of the layers from
 /// `max_window_layers` on. Here any window bounds the context of the whole model, so every layer is said to have it.
-pub(super) fn attention(fields: Fields<'_>, layers: usize, head_dim: usize) -> Result<AttentionSpec, ModelError> {
+pub(super) fn read(fields: Fields<'_>, layers: usize, head_dim: usize) -> Result<OwnFields, ModelError> {
     let window = if fields.flag("use_sliding_window", false)? { sliding_window(fields)? } else { None };
-    AttentionSpec::uniform(fields, layers, head_dim, window)
+    OwnFields::uniform(fields, layers, head_dim, window)
 }
 
 /// `max_window_layers` counts layers.

@@ -30,6 +30,6 @@ pub(super) const FAMILY: Family = Family {
         FINAL_NORM,
         HEAD,
     ],
-    attention: qwen2::attention,
+    read: qwen2::read,
     keep_layers: qwen2::keep_layers,
 };
