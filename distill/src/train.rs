@@ -9,7 +9,9 @@ use std::{
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var};
 use indicatif::{ProgressBar, ProgressStyle};
-use overfill_model::{Decoder, DeviceSpec, ModelConfig, Ops, Provenance, WeightDtype, Weights};
+use overfill_model::{
+    Decoder, DeviceSpec, Kind, ModelConfig, Ops, Parameter, Provenance, TensorSpec, WeightDtype, Weights,
+};
 use overfill_text::TextModel;
 use serde_json::json;
 
@@ -111,15 +113,15 @@ pub fn load_frozen(folder: &Path, dtype: DType, device: &Device) -> Result<Decod
 fn random_params(config: &ModelConfig, seed: u64, device: &Device) -> Result<Params> {
     let residual = 1.0 / (2.0 * config.num_hidden_layers as f64).sqrt();
     let mut params = Params::new();
-    for (name, shape) in config.tensor_shapes() {
+    for TensorSpec { name, shape, module, kind, .. } in config.tensors() {
         let mut random = Random::new(seed, &name);
         let (count, inputs) = (shape.iter().product::<usize>(), *shape.last().unwrap_or(&1));
-        let adds = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
+        let adds = module.parts.iter().any(|(p, _)| matches!(p, Parameter::AttentionOutput | Parameter::Down));
         let deviation = (inputs as f64).sqrt().recip() * if adds { residual } else { 1.0 };
-        let value = |_| match shape.len() {
-            1 if name.ends_with(".bias") => 0.0,
-            1 => 1.0,
-            _ => (random.normal() * deviation) as f32,
+        let value = |_| match kind {
+            Kind::Bias => 0.0,
+            Kind::Weight if module.columns.is_none() => 1.0,
+            Kind::Weight => (random.normal() * deviation) as f32,
         };
         let values: Vec<f32> = (0..count).map(value).collect();
         params.insert(name, Var::from_tensor(&Tensor::from_vec(values, shape, device)?)?);
@@ -306,12 +308,13 @@ pub fn train(config: &TrainConfig) -> Result<Trained> {
 /// May `student` attend to the KV of `full`?
 pub fn check_pair(full: &ModelConfig, student: &ModelConfig) -> Result<()> {
     let facts = |c: &ModelConfig| {
+        let rope = c.rope_spec();
         [
             ("num_key_value_heads", c.num_key_value_heads.to_string()),
             ("head_dim", c.head_dim.to_string()),
             ("vocab_size", c.vocab_size.to_string()),
-            ("rope_theta", c.rope_theta.to_string()),
-            ("rope_scaling", c.rope_scaling.to_string()),
+            ("rope_theta", rope.theta.to_string()),
+            ("rope_scaling", rope.scaling),
         ]
     };
     for ((field, of_full), (_, of_student)) in facts(full).into_iter().zip(facts(student)) {

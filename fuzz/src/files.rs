@@ -139,7 +139,8 @@ pub fn model_folder(data: &[u8]) {
 fn check_config(config: &ModelConfig) {
     let shapes = config.tensor_shapes();
     assert!(shapes.iter().all(|(name, shape)| !name.is_empty() && !shape.contains(&0)));
-    assert_eq!(config.inverse_frequencies().len(), config.head_dim / 2);
+    assert_eq!(config.layers.len(), config.num_hidden_layers);
+    assert!(config.inverse_frequencies().iter().all(|frequencies| frequencies.len() == config.head_dim / 2));
     assert!(!config.rope_spec().scaling.is_empty());
     let json: Value = config.to_json();
     let again = ModelConfig::from_json(Path::new("config.json"), json).expect("a configuration that was written here");

@@ -10,23 +10,27 @@ mod config;
 mod cpu;
 mod engine;
 mod error;
+mod family;
 mod gguf;
 
 mod loading;
 mod options;
 mod provenance;
+mod rope;
 mod sampler;
 mod tensor;
 mod weights;
 
 pub use batch::{Choice, Logits, Outputs, SequenceSlice, Want};
-pub use config::{Family, ModelConfig, RopeScaling};
+pub use config::ModelConfig;
 pub use engine::{Engine, LayerSink, no_layers};
 pub use error::ModelError;
+pub use family::{Axis, Family, Kind, LayerSpec, Module, Parameter, TensorSpec, When};
 pub use gguf::text_files;
 pub use loading::Model;
 pub use options::{DeviceSpec, LoadOptions, Rows, WeightDtype, WeightFormat, resolve};
 pub use provenance::{FullModel, Provenance};
+pub use rope::{Rope, RopeScaling};
 pub use sampler::{SamplingContext, TokenMask, report, sample};
 pub use tensor::{Attention, Decoder, Observer, Ops, Site};
 pub use weights::{TensorInfo, Weights};

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use overfill_model::ModelConfig;
+use overfill_model::{Kind, ModelConfig, TensorSpec};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::{Value, json};
 
@@ -115,13 +115,13 @@ fn tokenizer(vocabulary: usize) -> Value {
 /// The crate's own writer wants whole tensors, of which the largest takes a gigabyte.
 fn write_weights(path: &Path, config: &ModelConfig) -> Result<()> {
     let mut end = 0;
-    let tensors: Vec<(String, TensorInfo)> = config
-        .tensor_shapes()
-        .into_iter()
-        .map(|(name, shape)| {
+    let specs = config.tensors();
+    let tensors: Vec<(String, TensorInfo)> = specs
+        .iter()
+        .map(|TensorSpec { name, shape, .. }| {
             let start = end;
             end += 2 * shape.iter().product::<usize>();
-            (name, TensorInfo { dtype: Dtype::BF16, shape, data_offsets: (start, end) })
+            (name.clone(), TensorInfo { dtype: Dtype::BF16, shape: shape.clone(), data_offsets: (start, end) })
         })
         .collect();
     let mut header = serde_json::to_vec(&Metadata::new(None, tensors.clone())?)?;
@@ -131,9 +131,9 @@ fn write_weights(path: &Path, config: &ModelConfig) -> Result<()> {
     file.write_all(&header)?;
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut buffer = vec![0_u8; BUFFER_BYTES];
-    for (name, info) in &tensors {
+    for (spec, (_, info)) in specs.iter().zip(&tensors) {
         let (start, end) = info.data_offsets;
-        let values = Values::of(name, &info.shape);
+        let values = Values::of(spec);
         let mut left = end - start;
         while left > 0 {
             let part = &mut buffer[..left.min(BUFFER_BYTES)];
@@ -156,11 +156,11 @@ enum Values {
 
 impl Values {
     /// Such that activations stay near 1.
-    fn of(name: &str, shape: &[usize]) -> Self {
-        match shape {
-            [_, inputs] => Self::Uniform((3.0 / *inputs as f32).sqrt()),
-            _ if name.ends_with(".bias") => Self::Constant(0.0),
-            _ => Self::Constant(1.0),
+    fn of(tensor: &TensorSpec) -> Self {
+        match (tensor.kind, tensor.shape.as_slice()) {
+            (Kind::Bias, _) => Self::Constant(0.0),
+            (Kind::Weight, [_, inputs]) => Self::Uniform((3.0 / *inputs as f32).sqrt()),
+            (Kind::Weight, _) => Self::Constant(1.0),
         }
     }
 

@@ -10,7 +10,7 @@ use candle_transformers::models::{
     llama::{self, Llama3RopeConfig, Llama3RopeType},
     mistral, qwen2, qwen3,
 };
-use overfill_model::{Family, ModelConfig, ModelError, RopeScaling, Weights};
+use overfill_model::{ModelConfig, ModelError, Rope, RopeScaling, Weights};
 
 use super::tensors::var_builder;
 
@@ -27,6 +27,9 @@ enum Implementation {
 }
 
 impl Implementation {
+    /// All of them, by the `model_type` of the family that each is of.
+    const ALL: [Self; 4] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3];
+
     /// Its name in candle-transformers.
     fn name(self) -> &'static str {
         match self {
@@ -43,6 +46,7 @@ impl Implementation {
 pub struct Plan {
     implementation: Implementation,
     config: ModelConfig,
+    rope: Rope,
     /// Residual width there: the model's own, or wider.
     hidden_size: usize,
     /// What a reader of the result should know.
@@ -61,11 +65,21 @@ impl Plan {
         if config.mlp_bias {
             return Err(unsupported("mlp_bias", &true, "false"));
         }
-        let plain = matches!(config.family, Family::Llama | Family::Mistral);
-        if plain && config.qkv_bias {
+        let of_family = Implementation::ALL.into_iter().find(|i| i.name() == config.family.model_type);
+        let Some(of_family) = of_family else {
+            let supported = Implementation::ALL.map(Implementation::name).join(", ");
+            return Err(unsupported("model_type", &config.family.model_type, &supported));
+        };
+        // Llama's block, which has more than one implementation.
+        let plain = matches!(of_family, Implementation::Llama | Implementation::Mistral);
+        if plain && config.attention_bias {
             return Err(unsupported("attention_bias", &true, "false"));
         }
-        match &config.rope_scaling {
+        let alike = config.layers.iter().all(|layer| layer.rope == Some(0) && layer.score_scale.is_none());
+        let ([rope], true) = (config.ropes.as_slice(), alike) else {
+            return Err(unsupported("rope", &config.rope_spec().scaling, "one for all layers"));
+        };
+        match &rope.scaling {
             RopeScaling::None => {}
             RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } if plain => {}
             scaling => {
@@ -74,16 +88,15 @@ impl Plan {
         }
         let heads_width = config.num_attention_heads * config.head_dim;
         let fills = heads_width == config.hidden_size;
-        let implementation = match config.family {
-            Family::Qwen2 => Implementation::Qwen2,
-            Family::Qwen3 => Implementation::Qwen3,
-            Family::Llama if fills => Implementation::Llama,
+        let implementation = match of_family {
+            Implementation::Llama if fills => Implementation::Llama,
             // The same block as a Llama's, with a width of heads of its own, but no scaling.
-            _ if config.rope_scaling == RopeScaling::None => Implementation::Mistral,
-            _ => Implementation::Llama,
+            _ if plain && rope.scaling == RopeScaling::None => Implementation::Mistral,
+            _ if plain => Implementation::Llama,
+            of_family => of_family,
         };
         let mut notes = Vec::new();
-        if implementation == Implementation::Mistral && config.family == Family::Llama {
+        if implementation == Implementation::Mistral && of_family == Implementation::Llama {
             notes.push(
                 "candle-transformers' mistral stands in for its llama, whose heads always fill hidden_size".into(),
             );
@@ -102,7 +115,7 @@ impl Plan {
                 config.hidden_size
             ));
         }
-        Ok(Self { implementation, config: config.clone(), hidden_size, notes })
+        Ok(Self { implementation, config: config.clone(), rope: rope.clone(), hidden_size, notes })
     }
 
     /// The implementation's name.
@@ -139,10 +152,10 @@ impl Plan {
                     num_key_value_heads: c.num_key_value_heads,
                     use_flash_attn: false,
                     rms_norm_eps: self.rms_norm_eps(),
-                    rope_theta: c.rope_theta as f32,
+                    rope_theta: self.rope.theta as f32,
                     bos_token_id: None,
                     eos_token_id: None,
-                    rope_scaling: llama_scaling(&c.rope_scaling),
+                    rope_scaling: llama_scaling(&self.rope.scaling),
                     max_position_embeddings,
                     tie_word_embeddings: c.tie_word_embeddings,
                 };
@@ -161,7 +174,7 @@ impl Plan {
                     hidden_act: Activation::Silu,
                     max_position_embeddings,
                     rms_norm_eps: c.rms_norm_eps,
-                    rope_theta: c.rope_theta,
+                    rope_theta: self.rope.theta,
                     // Sequences are no longer than the window.
                     sliding_window: None,
                     use_flash_attn: false,
@@ -181,7 +194,7 @@ impl Plan {
                     sliding_window: max_position_embeddings,
                     max_window_layers: c.num_hidden_layers,
                     tie_word_embeddings: c.tie_word_embeddings,
-                    rope_theta: c.rope_theta,
+                    rope_theta: self.rope.theta,
                     rms_norm_eps: self.rms_norm_eps(),
                     use_sliding_window: false,
                     hidden_act: Activation::Silu,
@@ -196,13 +209,13 @@ impl Plan {
                     num_hidden_layers: c.num_hidden_layers,
                     num_attention_heads: c.num_attention_heads,
                     head_dim: c.head_dim,
-                    attention_bias: c.qkv_bias,
+                    attention_bias: c.attention_bias,
                     num_key_value_heads: c.num_key_value_heads,
                     max_position_embeddings,
                     sliding_window: None,
                     max_window_layers: c.num_hidden_layers,
                     tie_word_embeddings: c.tie_word_embeddings,
-                    rope_theta: c.rope_theta,
+                    rope_theta: self.rope.theta,
                     rms_norm_eps: c.rms_norm_eps,
                     use_sliding_window: false,
                     hidden_act: Activation::Silu,

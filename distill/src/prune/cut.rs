@@ -1,15 +1,11 @@
 //! Writing the channels that are kept, one tensor at a time.
 
-use std::{
-    borrow::Cow,
-    path::Path,
-    sync::{Arc, Mutex},
-};
+use std::{borrow::Cow, path::Path, sync::Mutex};
 
 use anyhow::{Context, Result, anyhow};
 use candle_core::{Device, Tensor};
 use indicatif::ProgressBar;
-use overfill_model::{ModelConfig, Weights};
+use overfill_model::{Axis, Kind, ModelConfig, TensorSpec, Weights};
 use safetensors::{Dtype, View};
 
 use crate::folder::publish;
@@ -20,62 +16,65 @@ pub struct Kept {
     /// Layers, ascending.
     pub layers: Vec<u32>,
     /// Hidden channels, ascending: one list for the whole model.
-    pub hidden: Arc<Vec<u32>>,
+    pub hidden: Vec<u32>,
     /// Intermediate channels of each kept layer, ascending.
-    pub intermediate: Vec<Arc<Vec<u32>>>,
+    pub intermediate: Vec<Vec<u32>>,
 }
 
 impl Kept {
     /// Geometry of the pruned model.
     pub fn config(&self, full: &ModelConfig) -> ModelConfig {
-        ModelConfig {
-            hidden_size: self.hidden.len(),
-            intermediate_size: self.intermediate[0].len(),
-            num_hidden_layers: self.layers.len(),
-            ..full.clone()
+        full.cut(self.hidden.len(), self.intermediate[0].len(), &self.layers)
+    }
+
+    /// Channels to keep along an axis; `None` keeps all. `layer` is the pruned model's.
+    fn channels(&self, axis: Axis, layer: Option<usize>) -> Option<&[u32]> {
+        match axis {
+            Axis::Hidden => Some(&self.hidden),
+            Axis::Intermediate => layer.map(|layer| self.intermediate[layer].as_slice()),
+            Axis::Vocabulary | Axis::QueryHeads | Axis::KvHeads | Axis::HeadDim => None,
         }
     }
 
-    /// Channels to keep of a tensor's rows and columns; `None` keeps all. `layer` is the pruned model's.
-    fn axes(&self, name: &str) -> [Option<Arc<Vec<u32>>>; 2] {
-        let hidden = || Some(self.hidden.clone());
-        let inner = || {
-            let layer =
-                name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
-            layer.map(|layer| self.intermediate[layer].clone())
-        };
-        // Names end in `module.weight` or `module.bias`; a bias has rows only.
-        match name.rsplit('.').nth(1).unwrap_or_default() {
-            "embed_tokens" | "lm_head" => [None, hidden()],
-            "input_layernorm" | "post_attention_layernorm" | "norm" => [hidden(), None],
-            "q_proj" | "k_proj" | "v_proj" => [None, hidden()],
-            "o_proj" => [hidden(), None],
-            "gate_proj" | "up_proj" => [inner(), hidden()],
-            "down_proj" => [hidden(), inner()],
-            _ => [None, None],
+    /// Rows of the full model's tensor that are kept; `None` keeps all. The parts of a fused tensor stay one below the other.
+    fn rows(&self, full: &ModelConfig, tensor: &TensorSpec) -> Option<Vec<u32>> {
+        let parts = tensor.module.parts;
+        if parts.iter().all(|(_, axis)| self.channels(*axis, tensor.layer).is_none()) {
+            return None;
         }
+        let (mut rows, mut first) = (Vec::new(), 0);
+        for (_, axis) in parts {
+            let end = first + full.size_of(*axis) as u32;
+            match self.channels(*axis, tensor.layer) {
+                Some(kept) => rows.extend(kept.iter().map(|channel| first + channel)),
+                None => rows.extend(first..end),
+            }
+            first = end;
+        }
+        Some(rows)
     }
 
-    /// Name in the full model of a tensor of the pruned one.
-    fn source(&self, name: &str) -> String {
-        let Some((layer, rest)) = name.strip_prefix("model.layers.").and_then(|n| n.split_once('.')) else {
-            return name.into();
-        };
-        match layer.parse::<usize>().ok().and_then(|l| self.layers.get(l)) {
-            Some(layer) => format!("model.layers.{layer}.{rest}"),
-            None => name.into(),
-        }
+    /// Columns of a tensor that are kept; `None` keeps all.
+    fn columns(&self, tensor: &TensorSpec) -> Option<&[u32]> {
+        let axis = tensor.module.columns.filter(|_| tensor.kind == Kind::Weight)?;
+        self.channels(axis, tensor.layer)
+    }
+
+    /// The full model's tensor that a tensor of the pruned one is cut from.
+    fn source(&self, full: &ModelConfig, tensor: &TensorSpec) -> TensorSpec {
+        full.tensor(tensor.module, tensor.kind, tensor.layer.map(|layer| self.layers[layer] as usize))
     }
 }
 
 /// One tensor of the pruned model. Its data is read from the full model's file when it is written, and not before.
 struct Cut<'a> {
     weights: &'a Weights,
-    source: String,
-    source_shape: Vec<usize>,
-    shape: Vec<usize>,
+    full: &'a ModelConfig,
+    kept: &'a Kept,
+    /// The pruned model's.
+    tensor: TensorSpec,
+    source: TensorSpec,
     dtype: Dtype,
-    axes: [Option<Arc<Vec<u32>>>; 2],
     bar: &'a ProgressBar,
     /// The writer's interface has no way to fail.
     fault: &'a Mutex<Option<anyhow::Error>>,
@@ -83,8 +82,9 @@ struct Cut<'a> {
 
 impl Cut<'_> {
     fn tensor(&self) -> Result<Tensor> {
-        let mut tensor = self.weights.load(&self.source, &self.source_shape, &Device::Cpu)?;
-        for (axis, kept) in self.axes.iter().enumerate().take(self.source_shape.len()) {
+        let mut tensor = self.weights.load(&self.source.name, &self.source.shape, &Device::Cpu)?;
+        let rows = self.kept.rows(self.full, &self.tensor);
+        for (axis, kept) in [rows.as_deref(), self.kept.columns(&self.tensor)].into_iter().enumerate() {
             if let Some(kept) = kept {
                 let index = Tensor::from_slice(kept, kept.len(), &Device::Cpu)?;
                 tensor = tensor.contiguous()?.index_select(&index, axis)?;
@@ -100,7 +100,7 @@ impl View for Cut<'_> {
     }
 
     fn shape(&self) -> &[usize] {
-        &self.shape
+        &self.tensor.shape
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
@@ -117,22 +117,20 @@ impl View for Cut<'_> {
     }
 
     fn data_len(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+        self.tensor.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
     }
 }
 
 /// Writes `model.safetensors` of the pruned model into `out`, in the stored types.
 pub fn write(weights: &Weights, full: &ModelConfig, kept: &Kept, out: &Path, bar: &ProgressBar) -> Result<()> {
     let pruned = kept.config(full);
-    let source_shapes: std::collections::HashMap<_, _> = full.tensor_shapes().into_iter().collect();
     let fault = Mutex::new(None);
     let mut cuts = Vec::new();
-    for (name, shape) in pruned.tensor_shapes() {
-        let source = kept.source(&name);
-        let info = weights.info(&source).ok_or_else(|| anyhow!("tensor {source} is missing"))?;
-        let source_shape = source_shapes.get(&source).cloned().unwrap_or_else(|| info.shape.clone());
-        let axes = kept.axes(&name);
-        cuts.push((name, Cut { weights, source, source_shape, shape, dtype: info.dtype, axes, bar, fault: &fault }));
+    for tensor in pruned.tensors() {
+        let source = kept.source(full, &tensor);
+        let info = weights.info(&source.name).ok_or_else(|| anyhow!("tensor {} is missing", source.name))?;
+        let name = tensor.name.clone();
+        cuts.push((name, Cut { weights, full, kept, tensor, source, dtype: info.dtype, bar, fault: &fault }));
     }
     bar.set_length(cuts.len() as u64);
     let path = out.join("model.safetensors");
@@ -144,4 +142,42 @@ pub fn write(weights: &Weights, full: &ModelConfig, kept: &Kept, out: &Path, bar
         return Err(fault).with_context(context);
     }
     publish(&part, &path)
+}
+
+#[cfg(test)]
+mod tests {
+    use overfill_model::{Module, Parameter, When};
+    use serde_json::json;
+
+    use super::*;
+
+    /// Phi-3's gate_up_proj, in every layer.
+    static GATE_UP: Module = Module {
+        name: "mlp.gate_up_proj",
+        gguf: "ffn_up",
+        in_layer: true,
+        parts: &[(Parameter::Gate, Axis::Intermediate), (Parameter::Up, Axis::Intermediate)],
+        columns: Some(Axis::Hidden),
+        weight: When::Always,
+        bias: When::Always,
+    };
+
+    #[test]
+    fn every_part_of_a_fused_tensor_is_cut() {
+        let full = json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 6, "intermediate_size": 10, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 2, "vocab_size": 7
+        });
+        let full = ModelConfig::from_json(Path::new("config.json"), full).unwrap();
+        let kept = Kept { layers: vec![0, 2], hidden: vec![1, 2, 5], intermediate: vec![vec![0, 1, 3], vec![2, 8, 9]] };
+        let pruned = kept.config(&full);
+        let weight = pruned.tensor(&GATE_UP, Kind::Weight, Some(1));
+        assert_eq!((weight.name.as_str(), &weight.shape), ("model.layers.1.mlp.gate_up_proj.weight", &vec![6, 3]));
+        assert_eq!(kept.rows(&full, &weight), Some(vec![2, 8, 9, 12, 18, 19]));
+        assert_eq!(kept.columns(&weight), Some(&[1, 2, 5][..]));
+        let source = kept.source(&full, &weight);
+        assert_eq!((source.name.as_str(), source.shape), ("model.layers.2.mlp.gate_up_proj.weight", vec![20, 6]));
+        let bias = pruned.tensor(&GATE_UP, Kind::Bias, Some(0));
+        assert_eq!((kept.rows(&full, &bias), kept.columns(&bias)), (Some(vec![0, 1, 3, 10, 11, 13]), None));
+    }
 }

@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use anyhow::Result;
 use candle_core::{DType, Tensor};
-use overfill_model::{Decoder, Site};
+use overfill_model::{Axis, Decoder, Site};
 
 use crate::{attention::DenseAttention, batch::Rectangle};
 
@@ -61,13 +61,17 @@ impl Importance {
         let mut attention = DenseAttention::new(1, batch.columns, None);
         let mut hidden = vec![0.0; self.hidden.len()];
         let (norm, intermediate) = (self.norm, &mut self.intermediate);
-        let mut see = |site, layer: usize, x: &Tensor| {
+        let mut see = |site: Site, layer: usize, x: &Tensor| {
             let means = x.to_dtype(DType::F32)?.mean(0)?.to_vec1::<f32>()?;
-            match site {
-                Site::InputNorm | Site::PostAttentionNorm => {
+            match site.axis(model.config()) {
+                Some(Axis::Hidden) => {
                     hidden.iter_mut().zip(&means).for_each(|(sum, mean)| *sum += f64::from(*mean).abs());
                 }
-                Site::DownInput => accumulate(norm, &mut intermediate[layer], means.into_iter().map(f64::from)),
+                Some(Axis::Intermediate) => {
+                    accumulate(norm, &mut intermediate[layer], means.into_iter().map(f64::from));
+                }
+                // Pruning cuts no other.
+                _ => {}
             }
             Ok(())
         };

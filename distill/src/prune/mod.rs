@@ -4,7 +4,7 @@ mod cut;
 mod importance;
 mod samples;
 
-use std::{path::PathBuf, sync::Arc};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use candle_core::DType;
@@ -101,11 +101,8 @@ pub fn prune(config: &PruneConfig) -> Result<Kept> {
 
     let importance = calibrate(config, &full, &weights)?;
     let kept = Kept {
-        hidden: Arc::new(importance.hidden_channels(hidden)),
-        intermediate: layers
-            .iter()
-            .map(|l| Arc::new(importance.intermediate_channels(*l as usize, intermediate)))
-            .collect(),
+        hidden: importance.hidden_channels(hidden),
+        intermediate: layers.iter().map(|l| importance.intermediate_channels(*l as usize, intermediate)).collect(),
         layers,
     };
 
@@ -116,9 +113,6 @@ pub fn prune(config: &PruneConfig) -> Result<Kept> {
     let mut pruned = kept.config(&full);
     // Explicit, since it no longer follows from hidden_size.
     pruned.raw.insert("head_dim".into(), full.head_dim.into());
-    if config.layers.is_some() && pruned.raw.get("max_window_layers").is_some_and(|v| !v.is_null()) {
-        pruned.raw.insert("max_window_layers".into(), kept.layers.len().into());
-    }
     folder::write_json(&config.out.join("config.json"), &pruned.to_json())?;
     folder::write_provenance(
         &config.out,
@@ -129,8 +123,8 @@ pub fn prune(config: &PruneConfig) -> Result<Kept> {
                 fingerprint: Some(weights.fingerprint()?),
             }),
             kept_layers: Some(kept.layers.clone()),
-            hidden_channels: Some(kept.hidden.to_vec()),
-            intermediate_channels: Some(kept.intermediate.iter().map(|c| c.to_vec()).collect()),
+            hidden_channels: Some(kept.hidden.clone()),
+            intermediate_channels: Some(kept.intermediate.clone()),
             training: None,
         },
     )?;

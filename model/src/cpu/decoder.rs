@@ -6,11 +6,12 @@ use rayon::prelude::*;
 
 use super::{
     cache::CpuKv,
-    linear::{GatedLinear, Linear, Source},
+    linear::{GatedLinear, Linear},
+    source::Sources,
     workspace::{Widths, Workspace},
 };
 use crate::{
-    LayerSink, ModelConfig, ModelError, SequenceSlice, Weights,
+    LayerSink, ModelConfig, ModelError, Parameter, SequenceSlice, Weights,
     cpu::kernels::{
         attention::Heads,
         packed::{Arithmetic, Format, Rows},
@@ -25,11 +26,15 @@ const WORTH_SHARING: usize = 1 << 15;
 const REPORT_SECONDS: f64 = 2.0;
 
 struct Block {
+    /// Which of the ropes rotates q and k.
+    rope: Option<usize>,
+    /// What queries are multiplied by.
+    query_factor: Option<f32>,
     input_norm: Vec<f32>,
     /// q, k and v, one below the other.
     qkv: Linear,
     /// Norms of q's and k's heads.
-    qk_norm: Option<[Vec<f32>; 2]>,
+    qk_norm: [Option<Vec<f32>>; 2],
     o: Linear,
     post_attention_norm: Vec<f32>,
     gate_up: GatedLinear,
@@ -40,7 +45,8 @@ struct Block {
 pub(crate) struct CpuDecoder {
     config: ModelConfig,
     how: Arithmetic,
-    inverse_frequencies: Vec<f32>,
+    /// Inverse frequencies of each rope.
+    ropes: Vec<Vec<f32>>,
     /// `[vocab, hidden]`; none where the head is tied to it.
     embedding: Option<Linear>,
     blocks: Vec<Block>,
@@ -59,100 +65,43 @@ impl CpuDecoder {
         for (name, shape) in config.tensor_shapes() {
             weights.check(&name, &shape)?;
         }
-        let vector = |name: String, count: usize| {
-            let mut out = vec![0.0; count];
-            weights.read_rows(&name, &[count], 0..count, &mut out)?;
-            Ok::<_, ModelError>(out)
-        };
-        let (h, m, d) = (config.hidden_size, config.intermediate_size, config.head_dim);
-        let (q, kv) = (config.num_attention_heads * d, config.num_key_value_heads * d);
+        let find = Sources::new(config, weights);
         // Logits of four bits would be coarse, and the embedding is the head where they are tied.
         let head_format = if format == Format::Int4 { Format::Int8 } else { format };
-        let matrix = |name: &str| {
-            let source = Source { name: name.into(), shape: [config.vocab_size, h], weights };
-            Linear::stacked(head_format, &[source], None)
-        };
-        let embedding = matrix("model.embed_tokens.weight")?;
+        let embedding = find.linear(head_format, &[Parameter::Embedding], None)?;
         let (embedding, head) = match config.tie_word_embeddings {
             true => (None, embedding),
-            false => (Some(embedding), matrix("lm_head.weight")?),
+            false => (Some(embedding), find.linear(head_format, &[Parameter::Head], None)?),
         };
         let mut reported = Instant::now();
         let mut blocks = Vec::with_capacity(config.num_hidden_layers);
-        for layer in 0..config.num_hidden_layers {
-            let name = |part: &str| format!("model.layers.{layer}.{part}");
-            let source = |part: &str, rows, columns| Source {
-                name: name(&format!("{part}.weight")),
-                shape: [rows, columns],
-                weights,
-            };
-            let bias =
-                |has: bool, part: &str, count| has.then(|| vector(name(&format!("{part}.bias")), count)).transpose();
-            let qkv_bias = match config.qkv_bias {
-                true => {
-                    let parts = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)];
-                    let parts = parts.map(|(part, count)| bias(true, &format!("self_attn.{part}"), count));
-                    let mut all = Vec::new();
-                    for part in parts {
-                        all.extend(part?.unwrap_or_default());
-                    }
-                    Some(all)
-                }
-                false => None,
-            };
-            let mlp_bias = match (bias(config.mlp_bias, "mlp.gate_proj", m)?, bias(config.mlp_bias, "mlp.up_proj", m)?)
-            {
-                (Some(gate), Some(up)) => Some([gate, up]),
-                _ => None,
-            };
-            let qk_norm = match config.qk_norm() {
-                true => {
-                    Some([vector(name("self_attn.q_norm.weight"), d)?, vector(name("self_attn.k_norm.weight"), d)?])
-                }
-                false => None,
-            };
+        for (layer, spec) in config.layers.iter().enumerate() {
+            let at = Some(layer);
             blocks.push(Block {
-                input_norm: vector(name("input_layernorm.weight"), h)?,
-                qkv: Linear::stacked(
-                    format,
-                    &[
-                        source("self_attn.q_proj", q, h),
-                        source("self_attn.k_proj", kv, h),
-                        source("self_attn.v_proj", kv, h),
-                    ],
-                    qkv_bias,
-                )?,
-                qk_norm,
-                o: Linear::stacked(
-                    format,
-                    &[source("self_attn.o_proj", h, q)],
-                    bias(config.o_bias, "self_attn.o_proj", h)?,
-                )?,
-                post_attention_norm: vector(name("post_attention_layernorm.weight"), h)?,
-                gate_up: GatedLinear::new(
-                    format,
-                    &source("mlp.gate_proj", m, h),
-                    &source("mlp.up_proj", m, h),
-                    mlp_bias,
-                )?,
-                down: Linear::stacked(
-                    format,
-                    &[source("mlp.down_proj", h, m)],
-                    bias(config.mlp_bias, "mlp.down_proj", h)?,
-                )?,
+                rope: spec.rope,
+                query_factor: spec.query_factor(config.head_dim),
+                input_norm: find.norm(Parameter::AttentionNorm, at)?,
+                qkv: find.linear(format, &[Parameter::Query, Parameter::Key, Parameter::Value], at)?,
+                qk_norm: [find.head_norm(Parameter::QueryNorm, at)?, find.head_norm(Parameter::KeyNorm, at)?],
+                o: find.linear(format, &[Parameter::AttentionOutput], at)?,
+                post_attention_norm: find.norm(Parameter::MlpNorm, at)?,
+                gate_up: find.gate_up(format, at)?,
+                down: find.linear(format, &[Parameter::Down], at)?,
             });
             if reported.elapsed().as_secs_f64() > REPORT_SECONDS {
                 reported = Instant::now();
                 tracing::info!(layers = layer + 1, of = config.num_hidden_layers, "packing weights");
             }
         }
+        let norm = find.norm(Parameter::FinalNorm, None)?;
+        find.all_used()?;
         Ok(Self {
             config: config.clone(),
             how: Arithmetic { isa: Isa::best(), rows },
-            inverse_frequencies: config.inverse_frequencies(),
+            ropes: config.inverse_frequencies(),
             embedding,
             blocks,
-            norm: vector("model.norm.weight".into(), h)?,
+            norm,
             head,
         })
     }
@@ -191,7 +140,7 @@ impl CpuDecoder {
         let how = self.how;
         let sizes = self.config.heads();
         let widths = self.widths(sizes);
-        w.prepare(batch, &widths, &self.inverse_frequencies);
+        w.prepare(batch, &widths, &self.ropes);
         self.embed(batch, &mut w.x);
         for (layer, block) in self.blocks.iter().enumerate() {
             self.norm(&w.x, &block.input_norm, &mut w.normed);
@@ -250,23 +199,34 @@ impl CpuDecoder {
     fn position(&self, block: &Block, Heads { heads, kv_heads, head_dim }: Heads, w: &mut Workspace) {
         let eps = self.config.rms_norm_eps as f32;
         let (width, q_width, half) = ((heads + 2 * kv_heads) * head_dim, heads * head_dim, head_dim / 2);
-        let row = |qkv: &mut [f32], q: &mut [f32], cos: &[f32], sin: &[f32]| {
+        let Workspace { qkv, q, cos, sin, .. } = w;
+        let tokens = qkv.len() / width;
+        let rotation = block.rope.map(|rope| {
+            let table = rope * tokens * half..(rope + 1) * tokens * half;
+            (&cos[table.clone()], &sin[table])
+        });
+        let row = |token: usize, qkv: &mut [f32], q: &mut [f32]| {
+            let at = token * half..(token + 1) * half;
+            let rotation = rotation.map(|(cos, sin)| (&cos[at.clone()], &sin[at]));
             for (i, head) in qkv[..(heads + kv_heads) * head_dim].chunks_exact_mut(head_dim).enumerate() {
-                if let Some(norms) = &block.qk_norm {
-                    rms_norm_in_place(self.how.isa, head, &norms[usize::from(i >= heads)], eps);
+                if let Some(norm) = &block.qk_norm[usize::from(i >= heads)] {
+                    rms_norm_in_place(self.how.isa, head, norm, eps);
                 }
-                rope(head, cos, sin);
+                if let Some((cos, sin)) = rotation {
+                    rope(head, cos, sin);
+                }
             }
             q.copy_from_slice(&qkv[..q_width]);
+            if let Some(factor) = block.query_factor {
+                q.iter_mut().for_each(|q| *q *= factor);
+            }
         };
-        if w.qkv.len() < WORTH_SHARING {
-            let rows = w.qkv.chunks_exact_mut(width).zip(w.q.chunks_exact_mut(q_width));
-            let rows = rows.zip(w.cos.chunks_exact(half).zip(w.sin.chunks_exact(half)));
-            rows.for_each(|((qkv, q), (cos, sin))| row(qkv, q, cos, sin));
+        if qkv.len() < WORTH_SHARING {
+            let rows = qkv.chunks_exact_mut(width).zip(q.chunks_exact_mut(q_width)).enumerate();
+            rows.for_each(|(token, (qkv, q))| row(token, qkv, q));
         } else {
-            let rows = w.qkv.par_chunks_exact_mut(width).zip(w.q.par_chunks_exact_mut(q_width));
-            let rows = rows.zip(w.cos.par_chunks_exact(half).zip(w.sin.par_chunks_exact(half)));
-            rows.for_each(|((qkv, q), (cos, sin))| row(qkv, q, cos, sin));
+            let rows = qkv.par_chunks_exact_mut(width).zip(q.par_chunks_exact_mut(q_width)).enumerate();
+            rows.for_each(|(token, (qkv, q))| row(token, qkv, q));
         }
     }
 }

@@ -1,9 +1,8 @@
 //! A linear layer: packed weights and a bias. No caller sees layout or type.
 
-use std::ops::Range;
-
+use super::source::Source;
 use crate::{
-    ModelError, Weights,
+    ModelError,
     cpu::kernels::{
         inputs::InputBuffer,
         matmul::multiply,
@@ -11,23 +10,6 @@ use crate::{
         rows::SiluMul,
     },
 };
-
-/// A weight tensor in a model's files.
-pub(crate) struct Source<'a> {
-    pub(crate) name: String,
-    /// `[out, in]`.
-    pub(crate) shape: [usize; 2],
-    pub(crate) weights: &'a Weights,
-}
-
-impl Source<'_> {
-    /// Reads rows of it that are there, into `out`, which has room for more.
-    fn read(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ModelError> {
-        let rows = rows.start.min(self.shape[0])..rows.end.min(self.shape[0]);
-        let count = rows.len() * self.shape[1];
-        self.weights.read_rows(&self.name, &self.shape, rows, &mut out[..count])
-    }
-}
 
 /// `y = x W^T + b`.
 pub(crate) struct Linear {
@@ -39,19 +21,19 @@ pub(crate) struct Linear {
 impl Linear {
     /// One layer of the rows of `sources`, one after the other.
     pub(crate) fn stacked(format: Format, sources: &[Source<'_>], bias: Option<Vec<f32>>) -> Result<Self, ModelError> {
-        let columns = sources[0].shape[1];
-        let rows = sources.iter().map(|s| s.shape[0]).sum();
+        let columns = sources[0].inputs();
+        let rows = sources.iter().map(Source::outputs).sum();
         let matrix = Packed::pack(format, rows, columns, |panel, out| {
             let wanted = panel * PANEL..(panel + 1) * PANEL;
             let mut first = 0;
             for source in sources {
-                let of = |row: usize| row.saturating_sub(first).min(source.shape[0]);
+                let of = |row: usize| row.saturating_sub(first).min(source.outputs());
                 let part = of(wanted.start)..of(wanted.end);
                 if !part.is_empty() {
                     let at = (first + part.start - wanted.start) * columns;
                     source.read(part, &mut out[at..])?;
                 }
-                first += source.shape[0];
+                first += source.outputs();
             }
             Ok::<_, ModelError>(())
         })?;
@@ -113,7 +95,7 @@ impl GatedLinear {
         up: &Source<'_>,
         bias: Option<[Vec<f32>; 2]>,
     ) -> Result<Self, ModelError> {
-        let [outputs, columns] = gate.shape;
+        let (outputs, columns) = (gate.outputs(), gate.inputs());
         let matrix = Packed::pack(format, 2 * outputs.next_multiple_of(PANEL), columns, |panel, out| {
             let first = panel / 2 * PANEL;
             let source = if panel % 2 == 0 { gate } else { up };

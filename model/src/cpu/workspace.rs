@@ -21,7 +21,7 @@ pub(crate) struct Workspace {
     pub(crate) attended: Vec<f32>,
     /// `[n, intermediate]`.
     pub(crate) inner: Vec<f32>,
-    /// `[n, head_dim / 2]` each.
+    /// `[ropes, n, head_dim / 2]` each.
     pub(crate) cos: Vec<f32>,
     pub(crate) sin: Vec<f32>,
     /// `[n]`: where each token's KV goes.
@@ -41,8 +41,8 @@ pub(crate) struct Widths {
 }
 
 impl Workspace {
-    /// Makes room for a batch, and works out where its tokens are.
-    pub(crate) fn prepare(&mut self, batch: &[SequenceSlice<'_>], widths: &Widths, inverse_frequencies: &[f32]) {
+    /// Makes room for a batch, and works out where its tokens are. `ropes` are the inverse frequencies of each rope.
+    pub(crate) fn prepare(&mut self, batch: &[SequenceSlice<'_>], widths: &Widths, ropes: &[Vec<f32>]) {
         let n: usize = batch.iter().map(|slice| slice.tokens.len()).sum();
         self.x.resize(n * widths.hidden, 0.0);
         self.normed.resize(n * widths.hidden, 0.0);
@@ -58,13 +58,17 @@ impl Workspace {
             let first = self.slots.len();
             for position in slice.start..slice.start + slice.tokens.len() {
                 self.slots.push(Slot::of(slice.blocks, position));
-                for frequency in inverse_frequencies {
+            }
+            self.wanted.extend(first + slice.want.first_row(slice.tokens.len())..self.slots.len());
+        }
+        for frequencies in ropes {
+            for position in batch.iter().flat_map(|slice| slice.start..slice.start + slice.tokens.len()) {
+                for frequency in frequencies {
                     let (sin, cos) = (position as f32 * frequency).sin_cos();
                     self.sin.push(sin);
                     self.cos.push(cos);
                 }
             }
-            self.wanted.extend(first + slice.want.first_row(slice.tokens.len())..self.slots.len());
         }
     }
 }

@@ -4,11 +4,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::{Gguf, header::Metadata, text, tokenizer::Vocabulary};
-use crate::{ModelConfig, ModelError, RopeScaling, weights::Stored};
-
-/// Architectures and the classes that compute the same. Mistral is written as `llama`.
-const ARCHITECTURES: [(&str, &str); 3] =
-    [("llama", "LlamaForCausalLM"), ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")];
+use crate::{Family, Kind, ModelConfig, ModelError, Parameter, Rope, RopeScaling, family::GgufFamily, weights::Stored};
 
 /// Fields of config.json and the keys, after the architecture, that say the same; and whether a file must have it
 /// (config.json has defaults of its own for those that need not be there).
@@ -26,10 +22,10 @@ const FIELDS: [(&str, &str, bool); 9] = [
 
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 
-fn architecture(metadata: &Metadata<'_>) -> Result<(&'static str, &'static str), ModelError> {
-    let found = metadata.text("general.architecture")?;
-    let known = ARCHITECTURES.iter().find(|(name, _)| found.as_deref() == Some(*name));
-    known.copied().ok_or_else(|| metadata.bad("general.architecture", "llama, qwen2, qwen3"))
+/// The family, and how such files are written.
+fn found(metadata: &Metadata<'_>) -> Result<(&'static Family, &'static GgufFamily), ModelError> {
+    let architecture = metadata.text("general.architecture")?;
+    Family::of_gguf(architecture.as_deref()).map_err(|known| metadata.bad("general.architecture", &known))
 }
 
 /// Width of a head: stated, or what the heads make of the hidden width.
@@ -52,16 +48,17 @@ fn even(metadata: &Metadata<'_>, key: &str, head_dim: usize) -> Result<usize, Mo
     Ok(head_dim)
 }
 
-/// Width of a head where llama.cpp's converter interleaves the rows of q and k: for `llama` alone.
-pub(super) fn interleaved_head_dim(metadata: &Metadata<'_>) -> Result<Option<usize>, ModelError> {
-    let (architecture, _) = architecture(metadata)?;
-    if architecture == "llama" { head_dim(metadata, architecture).map(Some) } else { Ok(None) }
+/// The family, and the width of a head where llama.cpp's converter interleaves the rows of q and k.
+pub(super) fn family(metadata: &Metadata<'_>) -> Result<(&'static Family, Option<usize>), ModelError> {
+    let (family, gguf) = found(metadata)?;
+    let interleaved = if gguf.interleaved { Some(head_dim(metadata, gguf.architecture)?) } else { None };
+    Ok((family, interleaved))
 }
 
 /// The configuration. Faults of its numbers name the metadata key, not the field of the config.json that nobody wrote.
 pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
     let metadata = gguf.metadata();
-    let (architecture, class) = architecture(&metadata)?;
+    let (family, GgufFamily { architecture, .. }) = found(&metadata)?;
     let key = |key: &str| format!("{architecture}.{key}");
     let mut json = Map::new();
     for (field, name, required) in FIELDS {
@@ -77,7 +74,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
         return Err(metadata.bad(&key("block_count"), &format!("no more than the file's {tensors} tensors")));
     }
     let head_dim = head_dim(&metadata, architecture)?;
-    json.insert("architectures".into(), json!([class]));
+    json.insert("architectures".into(), json!([family.class]));
     json.insert("head_dim".into(), json!(head_dim));
 
     // A part of a head alone could be rotated, and v could be of another width: nothing of ours can do that.
@@ -95,12 +92,13 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
         json.insert("max_position_embeddings".into(), json!(context.min(window)));
     }
 
-    let embedding = "model.embed_tokens.weight";
-    let embedding = gguf.place(embedding).ok_or_else(|| gguf.missing(embedding, &[]))?;
+    let has = |parameter, kind| family.first_name(parameter, kind).is_some_and(|name| gguf.place(&name).is_some());
+    let embedding = family.first_name(Parameter::Embedding, Kind::Weight).unwrap_or_default();
+    let embedding = gguf.place(&embedding).ok_or_else(|| gguf.missing(&embedding, &[]))?;
     json.insert("vocab_size".into(), json!(embedding.shape[0]));
-    json.insert("tie_word_embeddings".into(), json!(gguf.place("lm_head.weight").is_none()));
-    json.insert("attention_bias".into(), json!(gguf.place("model.layers.0.self_attn.q_proj.bias").is_some()));
-    json.insert("mlp_bias".into(), json!(gguf.place("model.layers.0.mlp.gate_proj.bias").is_some()));
+    json.insert("tie_word_embeddings".into(), json!(!has(Parameter::Head, Kind::Weight)));
+    json.insert("attention_bias".into(), json!(has(Parameter::Query, Kind::Bias)));
+    json.insert("mlp_bias".into(), json!(has(Parameter::Gate, Kind::Bias)));
     json.insert("rope_scaling".into(), rope_scaling(gguf, &metadata, architecture)?);
     // A generation_config.json beside the file may name others.
     if let Some(vocabulary) = Vocabulary::read(&metadata)? {
@@ -123,22 +121,23 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
 /// Llama 3.x's scaling, where the factors are what llama.cpp's converter makes of its parameters. A schema then says
 /// what that of the safetensors model says, and each model of a pair may be of either kind.
 fn as_llama3(config: &ModelConfig) -> Option<ModelConfig> {
-    let RopeScaling::Factors(factors) = &config.rope_scaling else { return None };
+    let [Rope { theta, scaling: RopeScaling::Factors(factors) }] = config.ropes.as_slice() else { return None };
     // All published models have these three; the fourth is the factor of the longest wave.
     let factor = f64::from(*factors.last()?);
     let json = json!({
         "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     });
-    let rope_scaling = RopeScaling::Llama3 {
+    let scaling = RopeScaling::Llama3 {
         factor,
         low_freq_factor: 1.0,
         high_freq_factor: 4.0,
         original_max_position_embeddings: 8192,
     };
-    let mut llama3 = ModelConfig { rope_scaling, ..config.clone() };
+    let mut llama3 = ModelConfig { ropes: vec![Rope { theta: *theta, scaling }], ..config.clone() };
     llama3.raw.insert("rope_scaling".into(), json);
-    let mut frequencies = config.inverse_frequencies().into_iter().zip(llama3.inverse_frequencies());
+    let of = |config: &ModelConfig| config.inverse_frequencies().concat();
+    let mut frequencies = of(config).into_iter().zip(of(&llama3));
     let near = |(a, b): (f32, f32)| (a - b).abs() <= 1e-5 * b;
     frequencies.all(near).then_some(llama3)
 }

@@ -4,7 +4,6 @@
 
 mod config;
 mod header;
-mod names;
 mod text;
 mod tokenizer;
 
@@ -18,13 +17,14 @@ use header::{Header, Metadata};
 use memmap2::Mmap;
 use overfill_text::TextFiles;
 
-use crate::{ModelConfig, ModelError, weights::Place};
+use crate::{Family, ModelConfig, ModelError, weights::Place};
 
 /// An open file, memory-mapped.
 pub(crate) struct Gguf {
     file: PathBuf,
     map: Mmap,
     header: Header,
+    family: &'static Family,
     /// Index into the header's tensors, by Hugging Face name.
     by_name: HashMap<String, usize>,
     /// Width of a head where the rows of q and k are interleaved.
@@ -69,21 +69,21 @@ impl Gguf {
         if metadata.index("split.count")?.is_some_and(|count| count > 1) {
             return Err(metadata.bad("split.count", "1: join the parts with llama-gguf-split --merge"));
         }
-        let interleaved = config::interleaved_head_dim(&metadata)?;
+        let (family, interleaved) = config::family(&metadata)?;
         let mut by_name = HashMap::new();
         for (index, entry) in header.tensors.iter().enumerate() {
-            if let Some(head_dim) = interleaved.filter(|_| names::is_rotated(&entry.name))
+            if let Some(head_dim) = interleaved.filter(|_| family.is_rotated_in_gguf(&entry.name))
                 && !entry.shape[0].is_multiple_of(head_dim)
             {
                 let (name, shape) = (&entry.name, &entry.shape);
                 let fault = format!("tensor {name} of shape {shape:?} has not whole heads of {head_dim} rows");
                 return Err(ModelError::malformed(file, fault));
             }
-            if by_name.insert(names::hugging_face(&entry.name), index).is_some() {
+            if by_name.insert(family.name_of_gguf(&entry.name), index).is_some() {
                 return Err(ModelError::malformed(file, format!("tensor {} is there twice", entry.name)));
             }
         }
-        Ok(Self { file: file.into(), map, header, by_name, interleaved })
+        Ok(Self { file: file.into(), map, header, family, by_name, interleaved })
     }
 
     fn metadata(&self) -> Metadata<'_> {
@@ -99,13 +99,14 @@ impl Gguf {
             shape: entry.shape.clone(),
             stored: entry.stored,
             data: &self.map[entry.bytes.clone()],
-            interleaved: self.interleaved.filter(|_| names::is_rotated(&entry.name)),
+            interleaved: self.interleaved.filter(|_| self.family.is_rotated_in_gguf(&entry.name)),
         })
     }
 
     /// The error where [`Gguf::place`] finds none.
     pub(crate) fn missing(&self, name: &str, shape: &[usize]) -> ModelError {
-        ModelError::MissingTensor { file: self.file.clone(), name: names::in_file(name), expected: shape.to_vec() }
+        let name = self.family.name_in_gguf(name);
+        ModelError::MissingTensor { file: self.file.clone(), name, expected: shape.to_vec() }
     }
 
     /// Hugging Face names of the tensors.

@@ -5,11 +5,14 @@
 
 use std::collections::HashMap;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::{ops, rotary_emb};
 
 use super::{differentiable, linear::Linear};
-use crate::{ModelConfig, ModelError};
+use crate::{
+    Axis, ModelConfig, ModelError, Parameter,
+    family::{Finder, TensorRows},
+};
 
 /// Where attention finds its keys and values.
 pub trait Attention {
@@ -18,15 +21,23 @@ pub trait Attention {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
 }
 
-/// A place in a layer whose activations importance scores are made of.
+/// A place in a layer whose activations importance scores are made of, `[n, channels]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Site {
-    /// Output of input_layernorm, `[n, hidden]`.
-    InputNorm,
-    /// Output of post_attention_layernorm, `[n, hidden]`.
-    PostAttentionNorm,
-    /// Input of down_proj, `[n, intermediate]`.
-    DownInput,
+    /// Output of a parameter.
+    Output(Parameter),
+    /// Input of a parameter.
+    Input(Parameter),
+}
+
+impl Site {
+    /// What its channels count; `None` where the model has no such parameter.
+    pub fn axis(self, config: &ModelConfig) -> Option<Axis> {
+        match self {
+            Self::Output(parameter) => config.axes_of(parameter).map(|[output, _]| output),
+            Self::Input(parameter) => config.axes_of(parameter).map(|[_, input]| input),
+        }
+    }
 }
 
 /// Sees the activations of a forward pass: site, layer, activations.
@@ -45,6 +56,10 @@ pub enum Ops {
 }
 
 struct Block {
+    /// Which of the ropes rotates q and k.
+    rope: Option<usize>,
+    /// What queries are multiplied by.
+    query_factor: Option<f32>,
     input_norm: Tensor,
     q: Linear,
     k: Linear,
@@ -63,7 +78,8 @@ pub struct Decoder {
     config: ModelConfig,
     ops: Ops,
     compute: DType,
-    inverse_frequencies: Vec<f32>,
+    /// Inverse frequencies of each rope.
+    ropes: Vec<Vec<f32>>,
     /// `[vocab, hidden]`.
     embedding: Tensor,
     blocks: Vec<Block>,
@@ -112,51 +128,39 @@ impl Decoder {
             let tensor = get(&name, &shape)?;
             tensors.insert(name, tensor);
         }
-        // Every name was just inserted by the same list, so a miss is a fault of this crate.
-        let mut take = |name: &str| {
-            tensors
-                .remove(name)
-                .ok_or_else(|| candle_core::Error::Msg(format!("{name} is not among the tensor shapes")))
+        let parameters = Parameters { find: Finder::new(config), tensors, compute };
+        let embedding = parameters.weight(Parameter::Embedding, None)?;
+        let head = match config.tie_word_embeddings {
+            true => Linear::new(embedding.clone(), None, compute)?,
+            false => parameters.linear(Parameter::Head, None)?,
         };
-        let embedding = take("model.embed_tokens.weight")?;
-        let norm = take("model.norm.weight")?.to_dtype(compute)?;
-        let head = if config.tie_word_embeddings { embedding.clone() } else { take("lm_head.weight")? };
         let mut blocks = Vec::with_capacity(config.num_hidden_layers);
-        for layer in 0..config.num_hidden_layers {
-            let mut take = |name: &str| take(&format!("model.layers.{layer}.{name}"));
-            let mut linear = |name: &str, bias: bool| {
-                let weight = take(&format!("{name}.weight"))?;
-                let bias = bias.then(|| take(&format!("{name}.bias"))).transpose()?;
-                Linear::new(weight, bias, compute)
-            };
-            let (qkv, o, mlp) = (config.qkv_bias, config.o_bias, config.mlp_bias);
-            let (q, k, v) =
-                (linear("self_attn.q_proj", qkv)?, linear("self_attn.k_proj", qkv)?, linear("self_attn.v_proj", qkv)?);
-            let o = linear("self_attn.o_proj", o)?;
-            let (gate, up, down) =
-                (linear("mlp.gate_proj", mlp)?, linear("mlp.up_proj", mlp)?, linear("mlp.down_proj", mlp)?);
-            let mut norm = |name: &str| take(name)?.to_dtype(compute);
-            let qk_norm = config.qk_norm();
+        for (layer, spec) in config.layers.iter().enumerate() {
+            let at = Some(layer);
             blocks.push(Block {
-                input_norm: norm("input_layernorm.weight")?,
-                post_attention_norm: norm("post_attention_layernorm.weight")?,
-                q_norm: qk_norm.then(|| norm("self_attn.q_norm.weight")).transpose()?,
-                k_norm: qk_norm.then(|| norm("self_attn.k_norm.weight")).transpose()?,
-                q,
-                k,
-                v,
-                o,
-                gate,
-                up,
-                down,
+                rope: spec.rope,
+                query_factor: spec.query_factor(config.head_dim),
+                input_norm: parameters.norm(Parameter::AttentionNorm, at)?,
+                q: parameters.linear(Parameter::Query, at)?,
+                k: parameters.linear(Parameter::Key, at)?,
+                v: parameters.linear(Parameter::Value, at)?,
+                q_norm: parameters.head_norm(Parameter::QueryNorm, at)?,
+                k_norm: parameters.head_norm(Parameter::KeyNorm, at)?,
+                o: parameters.linear(Parameter::AttentionOutput, at)?,
+                post_attention_norm: parameters.norm(Parameter::MlpNorm, at)?,
+                gate: parameters.linear(Parameter::Gate, at)?,
+                up: parameters.linear(Parameter::Up, at)?,
+                down: parameters.linear(Parameter::Down, at)?,
             });
         }
+        let norm = parameters.norm(Parameter::FinalNorm, None)?;
+        parameters.find.all_used()?;
         Ok(Self {
             config: config.clone(),
             ops,
             compute,
-            inverse_frequencies: config.inverse_frequencies(),
-            head: Linear::new(head, None, compute)?,
+            ropes: config.inverse_frequencies(),
+            head,
             embedding,
             blocks,
             norm,
@@ -185,21 +189,28 @@ impl Decoder {
             Some(observe) => observe(site, layer, x),
             None => Ok(()),
         };
-        let (cos, sin) = self.rotation(positions)?;
+        let rotations = self.ropes.iter().map(|rope| self.rotation(rope, positions)).collect::<Result<Vec<_>>>()?;
         let mut x = self.embedding.index_select(tokens, 0)?.to_dtype(self.compute)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let normed = self.rms_norm(&x, &block.input_norm)?;
-            see(Site::InputNorm, layer, &normed)?;
-            let q = self.heads(block.q.forward(&normed)?, block.q_norm.as_ref())?;
-            let k = self.heads(block.k.forward(&normed)?, block.k_norm.as_ref())?;
+            see(Site::Output(Parameter::AttentionNorm), layer, &normed)?;
+            let mut q = self.heads(block.q.forward(&normed)?, block.q_norm.as_ref())?;
+            let mut k = self.heads(block.k.forward(&normed)?, block.k_norm.as_ref())?;
             let v = self.heads(block.v.forward(&normed)?, None)?;
-            let attended = attention.attend(layer, &self.rope(&q, &cos, &sin)?, &self.rope(&k, &cos, &sin)?, &v)?;
+            if let Some(rope) = block.rope {
+                let (cos, sin) = &rotations[rope];
+                (q, k) = (self.rope(&q, cos, sin)?, self.rope(&k, cos, sin)?);
+            }
+            if let Some(factor) = block.query_factor {
+                q = (q * f64::from(factor))?;
+            }
+            let attended = attention.attend(layer, &q, &k, &v)?;
             x = (x + block.o.forward(&attended.flatten_from(1)?)?)?;
 
             let normed = self.rms_norm(&x, &block.post_attention_norm)?;
-            see(Site::PostAttentionNorm, layer, &normed)?;
+            see(Site::Output(Parameter::MlpNorm), layer, &normed)?;
             let inner = self.gated(&block.gate.forward(&normed)?, &block.up.forward(&normed)?)?;
-            see(Site::DownInput, layer, &inner)?;
+            see(Site::Input(Parameter::Down), layer, &inner)?;
             x = (x + block.down.forward(&inner)?)?;
         }
         Ok(x)
@@ -234,10 +245,10 @@ impl Decoder {
         }
     }
 
-    /// Cosines and sines of the rotations at `positions`, each `[n, head_dim / 2]`.
-    fn rotation(&self, positions: &[u32]) -> Result<(Tensor, Tensor)> {
-        let angles = || positions.iter().flat_map(|p| self.inverse_frequencies.iter().map(move |f| *p as f32 * f));
-        let shape = (positions.len(), self.inverse_frequencies.len());
+    /// Cosines and sines of a rope's rotations at `positions`, each `[n, head_dim / 2]`.
+    fn rotation(&self, frequencies: &[f32], positions: &[u32]) -> Result<(Tensor, Tensor)> {
+        let angles = || positions.iter().flat_map(|p| frequencies.iter().map(move |f| *p as f32 * f));
+        let shape = (positions.len(), frequencies.len());
         let table = |values: Vec<f32>| Tensor::from_vec(values, shape, self.device())?.to_dtype(self.compute);
         Ok((table(angles().map(f32::cos).collect())?, table(angles().map(f32::sin).collect())?))
     }
@@ -248,5 +259,38 @@ impl Decoder {
             Ops::Fused => rotary_emb::rope_thd(&x.contiguous()?.unsqueeze(0)?, cos, sin)?.squeeze(0),
             Ops::Differentiable => differentiable::rope(x, cos, sin),
         }
+    }
+}
+
+/// The parameters of a model, out of the tensors of its files.
+struct Parameters<'a> {
+    find: Finder<'a>,
+    /// By Hugging Face name.
+    tensors: HashMap<String, Tensor>,
+    compute: DType,
+}
+
+impl Parameters<'_> {
+    fn take(&self, TensorRows { name, shape, rows }: TensorRows) -> Result<Tensor> {
+        let Some(tensor) = self.tensors.get(&name) else { bail!("{name} is not among the tensors") };
+        if rows.len() == shape[0] { Ok(tensor.clone()) } else { tensor.narrow(0, rows.start, rows.len()) }
+    }
+
+    fn weight(&self, parameter: Parameter, layer: Option<usize>) -> Result<Tensor> {
+        self.take(self.find.weight(parameter, layer)?)
+    }
+
+    fn linear(&self, parameter: Parameter, layer: Option<usize>) -> Result<Linear> {
+        let bias = self.find.bias(parameter, layer).map(|place| self.take(place)).transpose()?;
+        Linear::new(self.weight(parameter, layer)?, bias, self.compute)
+    }
+
+    fn norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Tensor> {
+        self.take(self.find.norm(parameter, layer)?)?.to_dtype(self.compute)
+    }
+
+    fn head_norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Option<Tensor>> {
+        let place = self.find.head_norm(parameter, layer)?;
+        place.map(|place| self.take(place)?.to_dtype(self.compute)).transpose()
     }
 }

@@ -148,9 +148,9 @@ fn the_configuration_is_that_of_the_folder() {
         let mut expected = ModelConfig::from_folder(&folder).unwrap();
         let file = written(&parts(&folder, GgmlDType::F32));
         let got = ModelConfig::from_folder(file.path()).unwrap();
-        if let RopeScaling::Factors(_) = got.rope_scaling {
+        if let RopeScaling::Factors(_) = got.ropes[0].scaling {
             assert_eq!(pair, "llama-tied");
-            expected.rope_scaling = got.rope_scaling.clone();
+            expected.ropes = got.ropes.clone();
         }
         expected.raw = got.raw.clone();
         assert_eq!(got, expected, "{pair}");
@@ -184,7 +184,7 @@ fn factors_of_published_models_are_their_parameters() {
     let mut config = ModelConfig::from_folder(&folder).unwrap();
     for factor in [8.0, 32.0] {
         config.head_dim = 128;
-        config.rope_scaling = RopeScaling::Llama3 {
+        config.ropes[0].scaling = RopeScaling::Llama3 {
             factor,
             low_freq_factor: 1.0,
             high_freq_factor: 4.0,
@@ -281,7 +281,7 @@ fn a_linear_factor_and_a_window_are_read() {
     parts.set("llama.rope.scaling.factor", Value::F32(2.5));
     parts.set("llama.attention.sliding_window", Value::U32(256));
     let config = ModelConfig::from_folder(written(&parts).path()).unwrap();
-    assert_eq!(config.rope_scaling, RopeScaling::Linear { factor: 2.5 });
+    assert_eq!(config.ropes[0].scaling, RopeScaling::Linear { factor: 2.5 });
     assert_eq!(config.max_position_embeddings, 256);
 }
 

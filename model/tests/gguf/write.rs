@@ -9,7 +9,7 @@ use candle_core::{
         gguf_file::{self, Value},
     },
 };
-use overfill_model::{ModelConfig, RopeScaling, Weights};
+use overfill_model::{ModelConfig, Rope, RopeScaling, Weights};
 use serde_json::Value as Json;
 
 /// What a file is made of; a test may change it before it is written.
@@ -102,9 +102,9 @@ pub fn parts(folder: &Path, dtype: GgmlDType) -> Parts {
     add("ARCH.rope.dimension_count", size(config.head_dim));
     add("ARCH.context_length", size(config.max_position_embeddings));
     add("ARCH.attention.layer_norm_rms_epsilon", Value::F32(config.rms_norm_eps as f32));
-    add("ARCH.rope.freq_base", Value::F32(config.rope_theta as f32));
+    add("ARCH.rope.freq_base", Value::F32(config.ropes[0].theta as f32));
     add_tokenizer(folder, &mut add);
-    match &config.rope_scaling {
+    match &config.ropes[0].scaling {
         RopeScaling::None => {}
         RopeScaling::Linear { factor } => {
             add("ARCH.rope.scaling.type", Value::String("linear".into()));
@@ -118,8 +118,9 @@ pub fn parts(folder: &Path, dtype: GgmlDType) -> Parts {
 
 /// The converter's factors are what the frequencies were divided by.
 pub fn rope_factors(config: &ModelConfig) -> (String, QTensor) {
-    let unscaled = ModelConfig { rope_scaling: RopeScaling::None, ..config.clone() };
-    let pairs = unscaled.inverse_frequencies().into_iter().zip(config.inverse_frequencies());
+    let (rope, head_dim) = (&config.ropes[0], config.head_dim);
+    let unscaled = Rope { scaling: RopeScaling::None, ..rope.clone() };
+    let pairs = unscaled.inverse_frequencies(head_dim).into_iter().zip(rope.inverse_frequencies(head_dim));
     let factors = Tensor::from_iter(pairs.map(|(plain, scaled)| plain / scaled), &Device::Cpu).unwrap();
     ("rope_freqs.weight".into(), QTensor::quantize(&factors, GgmlDType::F32).unwrap())
 }

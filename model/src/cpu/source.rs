@@ -1,0 +1,117 @@
+//! Parameters in a model's files, as loading reads them.
+
+use std::ops::Range;
+
+use super::linear::{GatedLinear, Linear};
+use crate::{
+    ModelConfig, ModelError, Parameter, Weights,
+    cpu::kernels::packed::Format,
+    family::{Finder, TensorRows},
+};
+
+/// A parameter in a model's files: `[out, in]`, or `[out]`.
+pub(crate) struct Source<'a> {
+    place: TensorRows,
+    weights: &'a Weights,
+}
+
+impl Source<'_> {
+    /// Its rows.
+    pub(crate) fn outputs(&self) -> usize {
+        self.place.rows.len()
+    }
+
+    /// Elements of a row.
+    pub(crate) fn inputs(&self) -> usize {
+        self.place.shape.iter().skip(1).product()
+    }
+
+    /// Reads rows of it that are there, into `out`, which has room for more.
+    pub(crate) fn read(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ModelError> {
+        let TensorRows { name, shape, rows: all } = &self.place;
+        let row = |row: usize| all.end.min(all.start + row);
+        let rows = row(rows.start)..row(rows.end);
+        let count = rows.len() * self.inputs();
+        self.weights.read_rows(name, shape, rows, &mut out[..count])
+    }
+
+    fn values(&self) -> Result<Vec<f32>, ModelError> {
+        let mut out = vec![0.0; self.outputs() * self.inputs()];
+        self.read(0..self.outputs(), &mut out)?;
+        Ok(out)
+    }
+}
+
+/// The parameters of a model, out of its files.
+pub(crate) struct Sources<'a> {
+    find: Finder<'a>,
+    weights: &'a Weights,
+}
+
+impl<'a> Sources<'a> {
+    /// Of a model whose tensors have been checked.
+    pub(crate) fn new(config: &'a ModelConfig, weights: &'a Weights) -> Self {
+        Self { find: Finder::new(config), weights }
+    }
+
+    fn at(&self, place: TensorRows) -> Source<'a> {
+        Source { place, weights: self.weights }
+    }
+
+    /// A norm's weights, `[hidden]`.
+    pub(crate) fn norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Vec<f32>, ModelError> {
+        self.at(self.find.norm(parameter, layer)?).values()
+    }
+
+    /// The weights of a norm of heads, `[head_dim]`; `None` where the model has none.
+    pub(crate) fn head_norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Option<Vec<f32>>, ModelError> {
+        self.find.head_norm(parameter, layer)?.map(|place| self.at(place).values()).transpose()
+    }
+
+    /// One layer of the rows of several parameters, one below the other.
+    pub(crate) fn linear(
+        &self,
+        format: Format,
+        parameters: &[Parameter],
+        layer: Option<usize>,
+    ) -> Result<Linear, ModelError> {
+        let sources = self.weights_of(parameters, layer)?;
+        let biases = self.biases(parameters, &sources, layer)?;
+        Linear::stacked(format, &sources, biases.map(|biases| biases.concat()))
+    }
+
+    /// The first half of a gated MLP.
+    pub(crate) fn gate_up(&self, format: Format, layer: Option<usize>) -> Result<GatedLinear, ModelError> {
+        let parameters = [Parameter::Gate, Parameter::Up];
+        let sources = self.weights_of(&parameters, layer)?;
+        let biases = self.biases(&parameters, &sources, layer)?;
+        GatedLinear::new(format, &sources[0], &sources[1], biases.and_then(|biases| biases.try_into().ok()))
+    }
+
+    /// Refuses a model with a tensor that none of these was made of.
+    pub(crate) fn all_used(&self) -> Result<(), ModelError> {
+        Ok(self.find.all_used()?)
+    }
+
+    fn weights_of(&self, parameters: &[Parameter], layer: Option<usize>) -> Result<Vec<Source<'a>>, ModelError> {
+        parameters.iter().map(|parameter| Ok(self.at(self.find.weight(*parameter, layer)?))).collect()
+    }
+
+    /// Biases of products that are computed as one: zeros where only others have one; `None` where none has.
+    fn biases(
+        &self,
+        parameters: &[Parameter],
+        sources: &[Source<'_>],
+        layer: Option<usize>,
+    ) -> Result<Option<Vec<Vec<f32>>>, ModelError> {
+        let found: Vec<_> = parameters.iter().map(|parameter| self.find.bias(*parameter, layer)).collect();
+        if found.iter().all(Option::is_none) {
+            return Ok(None);
+        }
+        let bias = |(place, source): (Option<TensorRows>, &Source<'_>)| match place {
+            Some(place) => self.at(place).values(),
+            None => Ok(vec![0.0; source.outputs()]),
+        };
+        found.into_iter().zip(sources).map(bias).collect::<Result<_, _>>().map(Some)
+    }
+}

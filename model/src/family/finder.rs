@@ -1,0 +1,70 @@
+//! How decoders find their parameters while they load.
+
+use std::{cell::RefCell, collections::HashSet};
+
+use candle_core::{Result, bail};
+
+use super::{Axis, Kind, Parameter, TensorRows};
+use crate::ModelConfig;
+
+/// Says where parameters are, and refuses a table that a decoder does not compute. Such a table is at fault, not the model.
+pub(crate) struct Finder<'a> {
+    config: &'a ModelConfig,
+    /// Names of the tensors that were asked for.
+    used: RefCell<HashSet<String>>,
+}
+
+impl<'a> Finder<'a> {
+    pub(crate) fn new(config: &'a ModelConfig) -> Self {
+        Self { config, used: RefCell::default() }
+    }
+
+    fn find(&self, parameter: Parameter, kind: Kind, layer: Option<usize>) -> Option<TensorRows> {
+        let place = self.config.rows_of(parameter, kind, layer)?;
+        self.used.borrow_mut().insert(place.name.clone());
+        Some(place)
+    }
+
+    /// A weight that every model has.
+    pub(crate) fn weight(&self, parameter: Parameter, layer: Option<usize>) -> Result<TensorRows> {
+        match self.find(parameter, Kind::Weight, layer) {
+            Some(place) => Ok(place),
+            None => bail!("{:?} has no {parameter:?}", self.config.family),
+        }
+    }
+
+    /// A bias; `None` where the model has none.
+    pub(crate) fn bias(&self, parameter: Parameter, layer: Option<usize>) -> Option<TensorRows> {
+        self.find(parameter, Kind::Bias, layer)
+    }
+
+    /// A norm over the residual stream.
+    pub(crate) fn norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<TensorRows> {
+        self.check_axis(parameter, Axis::Hidden)?;
+        self.weight(parameter, layer)
+    }
+
+    /// A norm over each head; `None` where the model has none.
+    pub(crate) fn head_norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Option<TensorRows>> {
+        self.check_axis(parameter, Axis::HeadDim)?;
+        Ok(self.find(parameter, Kind::Weight, layer))
+    }
+
+    fn check_axis(&self, parameter: Parameter, supported: Axis) -> Result<()> {
+        match self.config.axes_of(parameter) {
+            Some([found, _]) if found != supported => {
+                bail!("{parameter:?} of {:?} is over {found:?}, supported: {supported:?}", self.config.family)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a model with a tensor that was not asked for.
+    pub(crate) fn all_used(&self) -> Result<()> {
+        let used = self.used.borrow();
+        match self.config.tensors().iter().find(|tensor| !used.contains(&tensor.name)) {
+            Some(tensor) => bail!("{:?} has {}, which nothing is computed with", self.config.family, tensor.name),
+            None => Ok(()),
+        }
+    }
+}
