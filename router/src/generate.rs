@@ -4,7 +4,7 @@ use std::{pin::pin, sync::Arc, time::Duration};
 
 use async_stream::try_stream;
 use futures::{Stream, StreamExt as _};
-use overfill_proto::v1;
+use overfill_kv::FinishReason;
 use overfill_text::{Detokenizer, StopMatcher, TextError};
 use parking_lot::Mutex;
 use tokio::time::{Instant, timeout_at};
@@ -15,12 +15,13 @@ use crate::{
     GenerateError,
     admission::{Admission, Ask, Place},
     affinity::Affinity,
-    attempt::{self, AttemptError, Event, Plan},
+    attempt::{Attempt, AttemptError, AttemptEvent, Plan},
     catalog::Catalog,
     metrics::{Metrics, RequestMetrics},
     node::ServedModel,
     nodes::Nodes,
-    request::{Finished, Generation, Output, StopCause},
+    prompt::TextPool,
+    request::{Finished, Generation, Output, StopCause, Timings},
     tenants::{self, ApiKeys, Tenant},
 };
 
@@ -49,6 +50,8 @@ pub struct Core {
     pub metrics: Arc<Metrics>,
     /// Time a request has, unless it says otherwise.
     pub default_time: Duration,
+    /// Makes prompts of texts.
+    pub text_pool: TextPool,
     keys: Option<ApiKeys>,
     affinity: Arc<Mutex<Affinity>>,
     max_queue: Duration,
@@ -67,6 +70,7 @@ impl Core {
             admission: Admission::new(config.max_running, config.max_waiting),
             metrics,
             default_time: config.default_deadline,
+            text_pool: TextPool::default(),
             keys: config.api_keys.clone(),
             affinity: Arc::new(Mutex::new(Affinity::new(AFFINITY_BLOCKS))),
             max_queue: config.max_queue,
@@ -170,44 +174,57 @@ impl Core {
             loop {
                 changes.mark_unchanged();
                 let plan = progress.plan(&generation, avoid.clone(), self.progress_timeout);
-                let mut events = Box::pin(attempt::run(self.nodes.clone(), self.affinity.clone(), plan));
                 let mut begun = false;
-                let failure = loop {
-                    let event = match events.next().await {
-                        Some(Ok(event)) => event,
-                        Some(Err(e)) => break e,
-                        // Only an attempt for a single token ends without saying so, and `token` has seen that.
-                        None => break AttemptError::Failed { nodes: Vec::new(), message: "ended early".into() },
-                    };
-                    let finished = match event {
-                        Event::Token(token, stage) => {
-                            if g.max_tokens == 0 {
-                                Some(progress.finish(v1::FinishReason::Length, None)?)
-                            } else {
-                                let (text, end) = progress.token(token.token)?;
-                                running.token();
-                                wait_end = deadline.min(Instant::now() + self.max_queue);
-                                yield Output::Token { token, text, stage };
-                                end.map(|(reason, stop)| progress.finish(reason, stop)).transpose()?
+                let failure = match Attempt::new(&self.nodes.view(), &self.affinity, plan) {
+                    Err(e) => e,
+                    Ok(attempt) => {
+                        let mut attempt = Box::new(attempt);
+                        loop {
+                            let event = match attempt.next().await {
+                                Ok(event) => event,
+                                Err(e) => break e,
+                            };
+                            let finished = match event {
+                                AttemptEvent::Token(token, stage) => {
+                                    if g.max_tokens == 0 {
+                                        Some(progress.finish(FinishReason::Length, None)?)
+                                    } else {
+                                        let (text, end) = progress.token(token.token)?;
+                                        running.token();
+                                        wait_end = deadline.min(Instant::now() + self.max_queue);
+                                        yield Output::Token { token, text, stage };
+                                        end.map(|(reason, stop)| progress.finish(reason, stop)).transpose()?
+                                    }
+                                }
+                                AttemptEvent::Finished(reason) => Some(progress.finish(reason, None)?),
+                                AttemptEvent::PromptLogprobs(logprobs) => {
+                                    progress.prompt_logprobs = false;
+                                    yield Output::PromptLogprobs(logprobs);
+                                    None
+                                }
+                                AttemptEvent::Reserved { node, held_tokens } => {
+                                    progress.timings.decode_node = node;
+                                    progress.timings.decode_held_tokens = held_tokens;
+                                    None
+                                }
+                                AttemptEvent::Started { node, cached_tokens } => {
+                                    begun = true;
+                                    progress.timings.prefill_node = node;
+                                    progress.timings.prefill_cached_tokens = cached_tokens;
+                                    None
+                                }
+                                AttemptEvent::Ready(stats) => {
+                                    progress.timings.handoff = stats;
+                                    None
+                                }
+                            };
+                            if let Some(finished) = finished {
+                                // The nodes are free now, however slowly the client reads.
+                                drop((attempt, running));
+                                yield Output::Finished(finished);
+                                return;
                             }
                         }
-                        Event::Finished(reason) => Some(progress.finish(reason, None)?),
-                        Event::PromptLogprobs(logprobs) => {
-                            progress.prompt_logprobs = false;
-                            yield Output::PromptLogprobs(logprobs);
-                            None
-                        }
-                        other => {
-                            begun |= matches!(other, Event::Started { .. });
-                            progress.note(other);
-                            None
-                        }
-                    };
-                    if let Some(finished) = finished {
-                        // The nodes are free now, however slowly the client reads.
-                        drop((events, running));
-                        yield Output::Finished(finished);
-                        return;
                     }
                 };
                 let error = match failure {
@@ -272,8 +289,7 @@ impl Core {
 }
 
 fn count_end(metrics: &mut RequestMetrics, finished: &Finished, arrived: Instant) {
-    let reason = if finished.reason == v1::FinishReason::Stop { "stop" } else { "length" };
-    metrics.finished(reason, arrived.elapsed());
+    metrics.finished(finished.reason.as_str(), arrived.elapsed());
 }
 
 /// How far a request has come, over all attempts.
@@ -285,10 +301,10 @@ struct Progress<'a> {
     prompt_logprobs: bool,
     first_token: Option<Instant>,
     last_token: Instant,
-    timings: v1::Timings,
+    timings: Timings,
 }
 
-type End = (v1::FinishReason, Option<StopCause>);
+type End = (FinishReason, Option<StopCause>);
 
 impl<'a> Progress<'a> {
     fn new(request: &'a Generation) -> Result<Self, TextError> {
@@ -299,7 +315,7 @@ impl<'a> Progress<'a> {
             prompt_logprobs: request.prompt_logprobs,
             first_token: None,
             last_token: request.arrived,
-            timings: v1::Timings::default(),
+            timings: Timings::default(),
             request,
         })
     }
@@ -321,21 +337,6 @@ impl<'a> Progress<'a> {
         }
     }
 
-    fn note(&mut self, event: Event) {
-        match event {
-            Event::Reserved { node, held_tokens } => {
-                self.timings.decode_node = node;
-                self.timings.decode_held_tokens = held_tokens;
-            }
-            Event::Started { node, cached_tokens } => {
-                self.timings.prefill_node = node;
-                self.timings.prefill_cached_tokens = cached_tokens;
-            }
-            Event::Ready(stats) => self.timings.handoff = stats,
-            Event::PromptLogprobs(_) | Event::Token(..) | Event::Finished(_) => {}
-        }
-    }
-
     /// Takes the next token: its text, and the end if this is it.
     fn token(&mut self, id: u32) -> Result<(String, Option<End>), TextError> {
         self.last_token = Instant::now();
@@ -343,18 +344,18 @@ impl<'a> Progress<'a> {
         self.output.push(id);
         if self.request.stop_token_ids.contains(&id) {
             let own = !self.request.model.eos_token_ids.contains(&id);
-            return Ok((String::new(), Some((v1::FinishReason::Stop, own.then_some(StopCause::Token(id))))));
+            return Ok((String::new(), Some((FinishReason::Stop, own.then_some(StopCause::Token(id))))));
         }
         let (text, found) = self.stops.push(&self.detokenizer.push(id)?);
         if let Some(found) = found {
             let cause = StopCause::Text(self.request.stop[found.stop].clone());
-            return Ok((text, Some((v1::FinishReason::Stop, Some(cause)))));
+            return Ok((text, Some((FinishReason::Stop, Some(cause)))));
         }
         let full = self.output.len() as u32 >= self.request.max_tokens;
-        Ok((text, full.then_some((v1::FinishReason::Length, None))))
+        Ok((text, full.then_some((FinishReason::Length, None))))
     }
 
-    fn finish(&mut self, reason: v1::FinishReason, stop: Option<StopCause>) -> Result<Finished, TextError> {
+    fn finish(&mut self, reason: FinishReason, stop: Option<StopCause>) -> Result<Finished, TextError> {
         let text = match stop {
             Some(StopCause::Text(_)) => String::new(),
             // The held-back end of a character may complete a stop text no more: it is a replacement character.

@@ -4,7 +4,7 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt as _};
 use overfill_cluster::http::Crowded;
-use overfill_kv::SamplingParams;
+use overfill_kv::{Role, SamplingParams};
 use overfill_proto::v1::{self, generate_event, generate_request, router_server};
 use overfill_text::ChatMessage;
 use tokio::time::Instant;
@@ -13,7 +13,7 @@ use tonic::{Extensions, Request, Response, Status};
 use crate::{
     GenerateError,
     generate::Core,
-    request::{self, Generation, Output},
+    request::{self, Generation, Lifetime, Output},
     tenants::{TENANT_HEADER, Tenant},
 };
 
@@ -46,13 +46,15 @@ impl RouterService {
             seconds if seconds > 0.0 && seconds <= MAX_DEADLINE.as_secs_f64() => Duration::from_secs_f64(seconds),
             other => return Err(GenerateError::limit("deadline_seconds", "in [0, 86400]", other)),
         };
+        let lifetime = Lifetime { arrived, time };
         let model = self.core.model(&model, arrived, Some(time)).await?;
+        let pool = &self.core.text_pool;
         let prompt = match prompt {
-            Some(generate_request::Prompt::Text(text)) => encode(&model.text, text, true).await?,
+            Some(generate_request::Prompt::Text(text)) => pool.encode(&model.text, text, true, lifetime).await?,
             Some(generate_request::Prompt::Messages(messages)) => {
                 let messages = messages.messages.into_iter().map(|m| ChatMessage::new(m.role, m.content));
-                let text = render(&model.text, messages.collect(), true).await?;
-                encode(&model.text, text, false).await?
+                let text = pool.render(&model.text, messages.collect(), true, lifetime).await?;
+                pool.encode(&model.text, text, false, lifetime).await?
             }
             Some(generate_request::Prompt::TokenIds(ids)) => ids.ids,
             None => {
@@ -98,57 +100,24 @@ pub(crate) fn check_crowd(extensions: &Extensions) -> Result<(), GenerateError> 
     }
 }
 
-/// Texts longer than this are tokenised on a thread where that disturbs nobody.
-const LONG_TEXT_BYTES: usize = 16 << 10;
-
-/// Chats of more messages are rendered there, too.
-const MANY_MESSAGES: usize = 50;
-
-/// The prompt that the model's chat template makes of `messages`.
-pub(crate) async fn render(
-    model: &Arc<overfill_text::TextModel>,
-    messages: Vec<ChatMessage>,
-    add_generation_prompt: bool,
-) -> Result<String, GenerateError> {
-    let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
-    if bytes <= LONG_TEXT_BYTES && messages.len() <= MANY_MESSAGES {
-        return Ok(model.apply_chat_template(&messages, add_generation_prompt)?);
-    }
-    let model = model.clone();
-    let rendered = move || model.apply_chat_template(&messages, add_generation_prompt);
-    let rendered = tokio::task::spawn_blocking(rendered).await;
-    Ok(rendered.map_err(|e| GenerateError::Internal(e.to_string()))??)
-}
-
-/// Token ids of `text`.
-pub(crate) async fn encode(
-    model: &Arc<overfill_text::TextModel>,
-    text: String,
-    add_special: bool,
-) -> Result<Vec<u32>, GenerateError> {
-    if text.len() <= LONG_TEXT_BYTES {
-        return Ok(model.encode(&text, add_special)?);
-    }
-    let model = model.clone();
-    let encoded = tokio::task::spawn_blocking(move || model.encode(&text, add_special)).await;
-    Ok(encoded.map_err(|e| GenerateError::Internal(e.to_string()))??)
-}
-
 fn event(output: Output, model: &str, full_model: &str) -> Option<v1::GenerateEvent> {
     let event = match output {
         Output::PromptLogprobs(_) => return None,
         Output::Token { token, text, stage } => generate_event::Event::Token(v1::GeneratedToken {
             token: Some(token.into()),
             text,
-            stage: stage.into(),
-            model: if stage == v1::Role::Prefill { full_model } else { model }.to_owned(),
+            stage: v1::Role::from(stage).into(),
+            model: match stage {
+                Role::Prefill => full_model.to_owned(),
+                Role::Decode => model.to_owned(),
+            },
         }),
         Output::Finished(finished) => generate_event::Event::Finished(v1::GenerateFinished {
-            reason: finished.reason.into(),
+            reason: v1::FinishReason::from(finished.reason).into(),
             text: finished.text,
             prompt_tokens: finished.prompt_tokens,
             completion_tokens: finished.completion_tokens,
-            timings: Some(finished.timings),
+            timings: Some(finished.timings.into()),
         }),
     };
     Some(v1::GenerateEvent { event: Some(event) })
@@ -191,6 +160,6 @@ impl router_server::Router for RouterService {
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
         self.identify(&request)?;
-        Ok(Response::new(v1::ListNodesResponse { nodes: self.core.nodes.list() }))
+        Ok(Response::new(v1::ListNodesResponse { nodes: self.core.nodes.list().into_iter().map(Into::into).collect() }))
     }
 }

@@ -22,10 +22,12 @@ pub mod node;
 pub mod nodes;
 pub mod openai;
 pub mod pick;
+pub mod prompt;
 pub mod request;
 pub mod service;
 pub mod simulated;
 pub mod tenants;
+mod wire;
 
 pub use args::{Args, Config};
 pub use error::GenerateError;

@@ -27,9 +27,9 @@ use super::{
 use crate::{
     GenerateError,
     generate::Core,
-    grpc::{encode, render},
     node::ServedModel,
-    request::{self, Output},
+    prompt::TextPool,
+    request::{self, Lifetime, Output},
 };
 
 #[derive(Deserialize)]
@@ -88,10 +88,11 @@ pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response,
     let arrived = Instant::now();
     let mut fields = Fields::parse(&body)?;
     drop(body);
+    let lifetime = Lifetime { arrived, time: caller.time.unwrap_or(core.default_time) };
     let name = fields.take::<String>("model")?.unwrap_or_default();
     let model = core.model(&name, arrived, caller.time).await?;
-    let chat = parse(fields, model, arrived, |count| core.admission.check_count(count)).await?;
-    let merged = chat.batch.start(&core, &caller, std::slice::from_ref(&chat.prompt)).await?;
+    let chat = parse(fields, model, &core.text_pool, lifetime, |count| core.admission.check_count(count)).await?;
+    let merged = chat.batch.start(&core, &caller.tenant, std::slice::from_ref(&chat.prompt)).await?;
     if chat.batch.common.stream {
         return Ok(chat.stream(merged));
     }
@@ -103,16 +104,17 @@ pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response,
 pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: Limits) -> Checked {
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
-    let chat = parse(fields, model.clone(), Instant::now(), |count| limits.allow(count)).await?;
-    Ok(chat.batch.generations(std::slice::from_ref(&chat.prompt), limits.time)?)
+    let chat =
+        parse(fields, model.clone(), &TextPool::default(), limits.lifetime(), |count| limits.allow(count)).await?;
+    Ok(chat.batch.generations(std::slice::from_ref(&chat.prompt))?)
 }
 
-/// All but the field `model`, of a request that came when `arrived`. `may_ask` refuses a number of sequences that can never
-/// be served.
+/// Takes every field but `model`. `may_ask` refuses a number of sequences that can never be served.
 async fn parse(
     mut fields: Fields,
     model: Arc<ServedModel>,
-    arrived: Instant,
+    pool: &TextPool,
+    lifetime: Lifetime,
     may_ask: impl FnOnce(usize) -> Result<(), GenerateError>,
 ) -> Result<Chat, ApiError> {
     let common = Common::take(&mut fields, model.text.generation_defaults())?;
@@ -136,8 +138,8 @@ async fn parse(
     fields.finish()?;
     may_ask(common.n)?;
     let messages = messages.into_iter().map(MessageBody::message).collect::<Result<Vec<_>, _>>()?;
-    let text = render(&model.text, messages, add_generation_prompt).await?;
-    let tokens: Arc<[u32]> = encode(&model.text, text, add_special).await?.into();
+    let text = pool.render(&model.text, messages, add_generation_prompt, lifetime).await?;
+    let tokens: Arc<[u32]> = pool.encode(&model.text, text, add_special, lifetime).await?.into();
     let batch = Batch {
         sampling: SamplingParams { logprobs: logprobs.then_some(top_logprobs.unwrap_or(0)), ..common.sampling.clone() },
         max_tokens,
@@ -145,7 +147,7 @@ async fn parse(
         prompt_logprobs: false,
         model,
         common,
-        arrived,
+        lifetime,
     };
     let id = format!("chatcmpl-{}", request::new_request_id());
     Ok(Chat { id, batch, prompt: Prompt { tokens, text: String::new() }, logprobs })
@@ -169,7 +171,7 @@ impl Chat {
                 "index": index,
                 "message": {"role": "assistant", "content": choice.text, "refusal": null},
                 "logprobs": self.logprobs.then(|| ChatLogprobs::new(&choice.tokens, self.names())),
-                "finish_reason": choice.finished.as_ref().map(batch::finish_reason),
+                "finish_reason": choice.finished.as_ref().map(|finished| finished.reason.as_str()),
                 "stop_reason": choice.finished.as_ref().map(batch::stop_reason),
             });
             if self.batch.common.return_token_ids {
@@ -231,7 +233,7 @@ impl Chat {
                             false => json!({"content": finished.text}),
                         };
                         let mut chunk = self.chunk(index, &delta);
-                        chunk["choices"][0]["finish_reason"] = json!(batch::finish_reason(&finished));
+                        chunk["choices"][0]["finish_reason"] = json!(finished.reason.as_str());
                         chunk["choices"][0]["stop_reason"] = batch::stop_reason(&finished);
                         usage.add(&finished, index == 0);
                         chunk

@@ -27,9 +27,9 @@ use super::{
 use crate::{
     GenerateError,
     generate::Core,
-    grpc::encode,
     node::ServedModel,
-    request::{self, Output},
+    prompt::TextPool,
+    request::{self, Lifetime, Output},
 };
 
 /// Tokens generated when a request doesn't say: OpenAI's number.
@@ -74,10 +74,11 @@ pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response,
     let arrived = Instant::now();
     let mut fields = Fields::parse(&body)?;
     drop(body);
+    let lifetime = Lifetime { arrived, time: caller.time.unwrap_or(core.default_time) };
     let name = fields.take::<String>("model")?.unwrap_or_default();
     let model = core.model(&name, arrived, caller.time).await?;
-    let completion = parse(fields, model, arrived, |count| core.admission.check_count(count)).await?;
-    let merged = completion.batch.start(&core, &caller, &completion.prompts).await?;
+    let completion = parse(fields, model, &core.text_pool, lifetime, |count| core.admission.check_count(count)).await?;
+    let merged = completion.batch.start(&core, &caller.tenant, &completion.prompts).await?;
     if completion.batch.common.stream {
         return Ok(completion.stream(merged));
     }
@@ -89,16 +90,17 @@ pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response,
 pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: Limits) -> Checked {
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
-    let completion = parse(fields, model.clone(), Instant::now(), |count| limits.allow(count)).await?;
-    Ok(completion.batch.generations(&completion.prompts, limits.time)?)
+    let completion =
+        parse(fields, model.clone(), &TextPool::default(), limits.lifetime(), |count| limits.allow(count)).await?;
+    Ok(completion.batch.generations(&completion.prompts)?)
 }
 
-/// All but the field `model`, of a request that came when `arrived`. `may_ask` refuses a number of sequences that can never
-/// be served.
+/// Takes every field but `model`. `may_ask` refuses a number of sequences that can never be served.
 async fn parse(
     mut fields: Fields,
     model: Arc<ServedModel>,
-    arrived: Instant,
+    pool: &TextPool,
+    lifetime: Lifetime,
     may_ask: impl FnOnce(usize) -> Result<(), GenerateError>,
 ) -> Result<Completion, ApiError> {
     let common = Common::take(&mut fields, model.text.generation_defaults())?;
@@ -121,7 +123,8 @@ async fn parse(
     may_ask((texts.len() + ids.len()) * common.n)?;
     let mut prompts = Vec::with_capacity(texts.len() + ids.len());
     for text in texts {
-        prompts.push(Prompt { tokens: encode(&model.text, text.clone(), add_special).await?.into(), text });
+        let tokens = pool.encode(&model.text, text.clone(), add_special, lifetime).await?;
+        prompts.push(Prompt { tokens: tokens.into(), text });
         // Many texts of a length that is tokenised right here must not keep others from this thread.
         tokio::task::yield_now().await;
     }
@@ -143,7 +146,7 @@ async fn parse(
         prompt_logprobs: echo && logprobs.is_some(),
         model,
         common,
-        arrived,
+        lifetime,
     };
     let id = format!("cmpl-{}", request::new_request_id());
     Ok(Completion { id, batch, prompts, logprobs, echo })
@@ -180,7 +183,7 @@ impl Completion {
                 body.prompt_token_ids = Some(prompt.tokens.to_vec());
             }
             if let Some(finished) = &choice.finished {
-                body.finish_reason = Some(batch::finish_reason(finished));
+                body.finish_reason = Some(finished.reason.as_str());
                 body.stop_reason = batch::stop_reason(finished);
                 usage.add(finished, index % self.batch.common.n == 0);
             }
@@ -265,7 +268,7 @@ impl Completion {
                     }
                     Output::Finished(finished) => {
                         body.text += &finished.text;
-                        body.finish_reason = Some(batch::finish_reason(&finished));
+                        body.finish_reason = Some(finished.reason.as_str());
                         body.stop_reason = batch::stop_reason(&finished);
                         if !(self.echo && first) {
                             body.logprobs = None;

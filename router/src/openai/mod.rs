@@ -28,8 +28,15 @@ use caller::Caller;
 use error::ApiError;
 use overfill_cluster::http::SlowBody;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
-use crate::{GenerateError, catalog::Listed, generate::Core, node::ServedModel, request::Generation};
+use crate::{
+    GenerateError,
+    catalog::Listed,
+    generate::Core,
+    node::ServedModel,
+    request::{Generation, Lifetime},
+};
 
 type Checked = Result<Vec<Generation>, ApiError>;
 
@@ -87,6 +94,11 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// Of a request that comes now.
+    fn lifetime(self) -> Lifetime {
+        Lifetime { arrived: Instant::now(), time: self.time }
+    }
+
     fn allow(self, count: usize) -> Result<(), GenerateError> {
         if count > self.sequences {
             return Err(GenerateError::limit("n", format!("at most {} with all prompts", self.sequences), count));
