@@ -4,12 +4,12 @@ use std::{pin::pin, sync::Arc, time::Duration};
 
 use async_stream::try_stream;
 use futures::{Stream, StreamExt as _};
-use overfill_kv::FinishReason;
+use overfill_kv::{FinishReason, Role};
 use overfill_text::{Detokenizer, StopMatcher, TextError};
 use parking_lot::Mutex;
 use tokio::time::{Instant, timeout_at};
 use tower::retry::budget::{Budget as _, TpsBudget};
-use tracing::{debug, warn};
+use tracing::{Instrument as _, debug, info_span, warn};
 
 use crate::{
     GenerateError,
@@ -17,6 +17,7 @@ use crate::{
     affinity::Affinity,
     attempt::{Attempt, AttemptError, AttemptEvent, Plan},
     catalog::Catalog,
+    legs::{Leg, LegTimes, Legs},
     metrics::{Metrics, RequestMetrics},
     node::ServedModel,
     nodes::Nodes,
@@ -120,14 +121,27 @@ impl Core {
         place: Place,
         generation: Generation,
     ) -> impl Stream<Item = Result<Output, GenerateError>> + Send + use<> {
+        self.generate_after(LegTimes::default(), place, generation)
+    }
+
+    /// Generates, after the request has `spent` time in the first legs.
+    pub fn generate_after(
+        &self,
+        spent: LegTimes,
+        place: Place,
+        generation: Generation,
+    ) -> impl Stream<Item = Result<Output, GenerateError>> + Send + use<> {
         let core = self.clone();
         let mut metrics = core.metrics.request(&generation.model.name, generation.prompt.len());
         let arrived = generation.arrived;
+        let span = info_span!("sequence", request = %generation.request_id);
+        let mut legs = Legs::observed(span.clone(), spent, core.metrics.legs.clone(), &generation.model.name);
+        legs.enter(Leg::Queue);
         try_stream! {
-            let mut outputs = pin!(core.outputs(place, generation));
+            let mut outputs = pin!(core.outputs(place, generation, legs));
             let mut last = arrived;
             let mut first = true;
-            while let Some(output) = outputs.next().await {
+            while let Some(output) = outputs.next().instrument(span.clone()).await {
                 match &output {
                     Ok(Output::Token { .. }) => {
                         let now = Instant::now();
@@ -139,14 +153,7 @@ impl Core {
                     }
                     Ok(Output::PromptLogprobs(_)) => {}
                     Err(e) => {
-                        match e {
-                            GenerateError::Invalid { .. } => debug!(error = %e, "request refused"),
-                            // Counted; under overload a line for each would be one load more.
-                            GenerateError::NoRoom { .. }
-                            | GenerateError::QueueFull { .. }
-                            | GenerateError::Late { .. } => debug!(error = %e, "request turned away"),
-                            _ => warn!(error = %e, "request failed"),
-                        }
+                        span.in_scope(|| log(e));
                         metrics.finished("error", arrived.elapsed());
                     }
                 }
@@ -155,7 +162,12 @@ impl Core {
         }
     }
 
-    fn outputs(self, place: Place, generation: Generation) -> impl Stream<Item = Result<Output, GenerateError>> + Send {
+    fn outputs(
+        self,
+        place: Place,
+        generation: Generation,
+        mut legs: Legs,
+    ) -> impl Stream<Item = Result<Output, GenerateError>> + Send {
         let generation = Arc::new(generation);
         try_stream! {
             let g = &*generation;
@@ -172,6 +184,7 @@ impl Core {
             // Reset by every token: a long text may survive more failures than one prompt may cause.
             let mut wait_end = queue_end;
             loop {
+                legs.enter(Leg::Reserve);
                 changes.mark_unchanged();
                 let plan = progress.plan(&generation, avoid.clone(), self.progress_timeout);
                 let mut begun = false;
@@ -179,6 +192,9 @@ impl Core {
                     Err(e) => e,
                     Ok(attempt) => {
                         let mut attempt = Box::new(attempt);
+                        if !attempt.hands_over() {
+                            legs.enter(Leg::PrefillQueue);
+                        }
                         loop {
                             let event = match attempt.next().await {
                                 Ok(event) => event,
@@ -190,6 +206,11 @@ impl Core {
                                         Some(progress.finish(FinishReason::Length, None)?)
                                     } else {
                                         let (text, end) = progress.token(token.token)?;
+                                        match (stage, &end) {
+                                            (_, Some(_)) => legs.leave(),
+                                            (Role::Prefill, None) => legs.enter(Leg::Handoff),
+                                            (Role::Decode, None) => legs.enter(Leg::Decode),
+                                        }
                                         running.token();
                                         wait_end = deadline.min(Instant::now() + self.max_queue);
                                         yield Output::Token { token, text, stage };
@@ -203,30 +224,37 @@ impl Core {
                                     None
                                 }
                                 AttemptEvent::Reserved { node, held_tokens } => {
+                                    legs.enter(Leg::PrefillQueue);
                                     progress.timings.decode_node = node;
                                     progress.timings.decode_held_tokens = held_tokens;
                                     None
                                 }
                                 AttemptEvent::Started { node, cached_tokens } => {
+                                    legs.enter(Leg::Prefill);
                                     begun = true;
                                     progress.timings.prefill_node = node;
                                     progress.timings.prefill_cached_tokens = cached_tokens;
                                     None
                                 }
                                 AttemptEvent::Ready(stats) => {
+                                    legs.enter(Leg::FirstDecodeStep);
                                     progress.timings.handoff = stats;
                                     None
                                 }
                             };
-                            if let Some(finished) = finished {
+                            if let Some(mut finished) = finished {
+                                legs.leave();
+                                finished.timings.legs = legs.times();
                                 // The nodes are free now, however slowly the client reads.
-                                drop((attempt, running));
+                                drop((attempt, running, legs));
                                 yield Output::Finished(finished);
                                 return;
                             }
                         }
                     }
                 };
+                // A decode node is looked for again; until then the leg that failed is over.
+                legs.enter(Leg::Reserve);
                 let error = match failure {
                     AttemptError::Deadline => Err(GenerateError::Deadline(g.time))?,
                     AttemptError::Refused(message) => Err(GenerateError::Invalid { field: None, message })?,
@@ -235,7 +263,7 @@ impl Core {
                         if attempts >= self.max_attempts {
                             Err(GenerateError::Failed { attempts, last: message.clone() })?;
                         }
-                        warn!(request = %g.request_id, error = %message, attempts, "attempt failed, trying again");
+                        warn!(error = %message, attempts, "attempt failed, trying again");
                         while !self.budget.withdraw() {
                             if Instant::now() >= wait_end {
                                 let last = format!("{message} (and too many other requests failed, too)");
@@ -252,14 +280,14 @@ impl Core {
                         continue;
                     }
                     AttemptError::Moved { node, message } => {
-                        debug!(request = %g.request_id, %message, "moved away");
+                        debug!(%message, "moved away");
                         progress.timings.migrations += 1;
                         self.metrics.migrated(&g.model.name);
                         avoid.push(node);
                         continue;
                     }
                     AttemptError::NoRoom { node, message } => {
-                        debug!(request = %g.request_id, %message, "no room");
+                        debug!(%message, "no room");
                         refusal = format!(": {message}");
                         avoid.push(node);
                         continue;
@@ -285,6 +313,26 @@ impl Core {
                 let _ = timeout_at(wait_end.min(Instant::now() + RETRY_INTERVAL), changes.changed()).await;
             }
         }
+    }
+}
+
+/// Logs why a sequence has failed.
+fn log(error: &GenerateError) {
+    match error {
+        GenerateError::Invalid { .. } => debug!(%error, "request refused"),
+        // Counted; under overload a line for each would be one load more.
+        GenerateError::NoRoom { .. } | GenerateError::QueueFull { .. } | GenerateError::Late { .. } => {
+            debug!(%error, "request turned away");
+        }
+        GenerateError::ContextLength { .. }
+        | GenerateError::UnknownModel { .. }
+        | GenerateError::Overloaded { .. }
+        | GenerateError::Limited { .. }
+        | GenerateError::Unauthenticated
+        | GenerateError::Unavailable(_)
+        | GenerateError::Deadline(_)
+        | GenerateError::Failed { .. }
+        | GenerateError::Internal(_) => warn!(%error, "request failed"),
     }
 }
 

@@ -4,15 +4,17 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt as _};
 use overfill_cluster::http::Crowded;
-use overfill_kv::{Role, SamplingParams};
+use overfill_kv::{RequestId, Role, SamplingParams};
 use overfill_proto::v1::{self, generate_event, generate_request, router_server};
 use overfill_text::ChatMessage;
 use tokio::time::Instant;
 use tonic::{Extensions, Request, Response, Status};
+use tracing::{Instrument as _, Span, info_span};
 
 use crate::{
     GenerateError,
     generate::Core,
+    legs::{Leg, LegTimes, Legs},
     request::{self, Generation, Lifetime, Output},
     tenants::{TENANT_HEADER, Tenant},
 };
@@ -37,8 +39,15 @@ impl RouterService {
         self.core.identify(text("authorization"), text(TENANT_HEADER))
     }
 
-    async fn check(&self, wire: v1::GenerateRequest) -> Result<Generation, GenerateError> {
+    /// Checks a request, and tells how long its first legs took.
+    async fn check(
+        &self,
+        request_id: RequestId,
+        wire: v1::GenerateRequest,
+    ) -> Result<(Generation, LegTimes), GenerateError> {
         let arrived = Instant::now();
+        let mut legs = Legs::new(Span::current());
+        legs.enter(Leg::Queue);
         let v1::GenerateRequest { model, prompt, sampling, max_tokens, stop, ignore_eos, deadline_seconds, priority } =
             wire;
         let time = match deadline_seconds {
@@ -48,10 +57,15 @@ impl RouterService {
         };
         let lifetime = Lifetime { arrived, time };
         let model = self.core.model(&model, arrived, Some(time)).await?;
+        legs.leave();
         let pool = &self.core.text_pool;
         let prompt = match prompt {
-            Some(generate_request::Prompt::Text(text)) => pool.encode(&model.text, text, true, lifetime).await?,
+            Some(generate_request::Prompt::Text(text)) => {
+                legs.enter(Leg::Tokenize);
+                pool.encode(&model.text, text, true, lifetime).await?
+            }
             Some(generate_request::Prompt::Messages(messages)) => {
+                legs.enter(Leg::Tokenize);
                 let messages = messages.messages.into_iter().map(|m| ChatMessage::new(m.role, m.content));
                 let text = pool.render(&model.text, messages.collect(), true, lifetime).await?;
                 pool.encode(&model.text, text, false, lifetime).await?
@@ -64,6 +78,7 @@ impl RouterService {
                 ));
             }
         };
+        legs.leave();
         request::check_prompt(&model, &prompt)?;
         request::check_stops(&stop)?;
         let max_tokens = request::check_length(&model, prompt.len(), (max_tokens > 0).then_some(max_tokens))?;
@@ -74,8 +89,8 @@ impl RouterService {
         sampling
             .validate(model.vocab_size as usize)
             .map_err(|e| GenerateError::limit(&format!("sampling.{}", e.field), e.limit, e.value))?;
-        Ok(Generation {
-            request_id: request::new_request_id(),
+        let generation = Generation {
+            request_id,
             prompt: prompt.into(),
             sampling,
             max_tokens,
@@ -88,7 +103,8 @@ impl RouterService {
             arrived,
             time,
             model,
-        })
+        };
+        Ok((generation, legs.times()))
     }
 }
 
@@ -129,11 +145,14 @@ impl router_server::Router for RouterService {
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let tenant = self.identify(&request)?;
-        let generation = self.check(request.into_inner()).await?;
+        let request_id = request::new_request_id();
+        let span = info_span!("request", request = %request_id);
+        let (generation, spent) = self.check(request_id, request.into_inner()).instrument(span.clone()).await?;
         let place = self.core.enter(&tenant, std::slice::from_ref(&generation))?.pop();
         let place = place.ok_or_else(|| Status::internal("admission gave no place"))?;
         let (model, full_model) = (generation.model.name.clone(), generation.model.full_model.clone());
-        let events = self.core.generate(place, generation).filter_map(move |output| {
+        let outputs = span.in_scope(|| self.core.generate_after(spent, place, generation));
+        let events = outputs.filter_map(move |output| {
             let event = output.map(|output| event(output, &model, &full_model)).map_err(Status::from).transpose();
             std::future::ready(event)
         });

@@ -17,6 +17,7 @@ pub mod error;
 pub mod generate;
 pub mod grpc;
 pub mod join;
+pub mod legs;
 pub mod metrics;
 pub mod node;
 pub mod nodes;

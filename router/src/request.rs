@@ -6,7 +6,7 @@ use overfill_kv::{FinishReason, OutputToken, RequestId, Role, SamplingParams, Tr
 use rand::Rng as _;
 use tokio::time::Instant;
 
-use crate::{GenerateError, node::ServedModel};
+use crate::{GenerateError, legs::LegTimes, node::ServedModel};
 
 /// Most stop strings per request.
 pub const MAX_STOPS: usize = 16;
@@ -125,6 +125,8 @@ pub struct Timings {
     pub decode_node: String,
     /// How often the sequence was begun anew on other nodes.
     pub migrations: u32,
+    /// The time spent in each leg, added up over all attempts.
+    pub legs: LegTimes,
 }
 
 /// What a request named as its end, and met.

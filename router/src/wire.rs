@@ -4,6 +4,7 @@ use overfill_kv::{KvSchema, Role};
 use overfill_proto::{InvalidField, v1};
 
 use crate::{
+    legs::{Leg, LegTimes},
     node::{NodeInfo, NodeLoad},
     nodes::NodeStatus,
     request::Timings,
@@ -174,6 +175,7 @@ impl From<Timings> for v1::Timings {
             prefill_node,
             decode_node,
             migrations,
+            legs,
         } = timings;
         Self {
             queue_seconds,
@@ -186,6 +188,22 @@ impl From<Timings> for v1::Timings {
             prefill_node,
             decode_node,
             migrations,
+            legs: Some(legs.into()),
+        }
+    }
+}
+
+impl From<LegTimes> for v1::Legs {
+    fn from(times: LegTimes) -> Self {
+        Self {
+            tokenize_seconds: times.seconds(Leg::Tokenize),
+            queue_seconds: times.seconds(Leg::Queue),
+            reserve_seconds: times.seconds(Leg::Reserve),
+            prefill_queue_seconds: times.seconds(Leg::PrefillQueue),
+            prefill_seconds: times.seconds(Leg::Prefill),
+            handoff_seconds: times.seconds(Leg::Handoff),
+            first_decode_step_seconds: times.seconds(Leg::FirstDecodeStep),
+            decode_seconds: times.seconds(Leg::Decode),
         }
     }
 }

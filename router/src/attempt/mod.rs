@@ -174,6 +174,11 @@ impl Attempt {
         Ok(attempt)
     }
 
+    /// Does a decode node take part? It does unless one token is all that is wanted.
+    pub fn hands_over(&self) -> bool {
+        self.decode.is_some()
+    }
+
     /// What happens next. Cancel safe. After an error, or after the last event, both streams are gone.
     pub async fn next(&mut self) -> Result<AttemptEvent, AttemptError> {
         let event = self.advance().await;

@@ -14,6 +14,7 @@ use super::fields::Common;
 use crate::{
     GenerateError,
     generate::Core,
+    legs::LegTimes,
     node::ServedModel,
     request::{self, Finished, Generation, Lifetime, Output, StopCause},
     tenants::Tenant,
@@ -49,12 +50,15 @@ pub struct Batch {
     pub prompt_logprobs: bool,
     /// When the request came, and how long it may take.
     pub lifetime: Lifetime,
+    /// The time that its first legs took.
+    pub spent: LegTimes,
 }
 
 impl Batch {
     /// Every sequence of the request.
     pub fn generations(&self, prompts: &[Prompt]) -> Result<Vec<Generation>, GenerateError> {
-        let Self { model, common, sampling, max_tokens, default_max_tokens, prompt_logprobs, lifetime } = self;
+        let Self { model, common, sampling, max_tokens, default_max_tokens, prompt_logprobs, lifetime, spent: _ } =
+            self;
         sampling.validate(model.vocab_size as usize).map_err(|e| GenerateError::limit(e.field, e.limit, e.value))?;
         let stop_token_ids: Arc<[u32]> = match common.ignore_eos {
             true => common.stop_token_ids.clone().into(),
@@ -95,7 +99,7 @@ impl Batch {
         let generations = self.generations(prompts)?;
         let places = core.enter(tenant, &generations)?;
         let streams = places.into_iter().zip(generations).enumerate().map(|(index, (place, generation))| {
-            core.generate(place, generation).map(move |output| (index, output)).boxed()
+            core.generate_after(self.spent, place, generation).map(move |output| (index, output)).boxed()
         });
         let mut merged: SelectAll<BoxStream<'static, Indexed>> = streams.collect();
         match merged.next().await {

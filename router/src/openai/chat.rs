@@ -13,10 +13,9 @@ use overfill_kv::SamplingParams;
 use overfill_text::ChatMessage;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::time::Instant;
 
 use super::{
-    Checked, Limits,
+    Checked, Intake, Limits,
     batch::{self, Batch, Choice, Merged, Prompt, Usage},
     caller::Caller,
     error::ApiError,
@@ -24,13 +23,7 @@ use super::{
     logprobs::{ChatLogprobs, Names},
     sse,
 };
-use crate::{
-    GenerateError,
-    generate::Core,
-    node::ServedModel,
-    prompt::TextPool,
-    request::{self, Lifetime, Output},
-};
+use crate::{GenerateError, generate::Core, legs::Leg, node::ServedModel, prompt::TextPool, request::Output};
 
 #[derive(Deserialize)]
 struct MessageBody {
@@ -84,14 +77,13 @@ struct Chat {
 }
 
 /// Serves one request.
-pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response, ApiError> {
-    let arrived = Instant::now();
+pub async fn create(core: Core, caller: Caller, body: Bytes, id: String) -> Result<Response, ApiError> {
+    let mut intake = Intake::at(&core, &caller, id);
     let mut fields = Fields::parse(&body)?;
     drop(body);
-    let lifetime = Lifetime { arrived, time: caller.time.unwrap_or(core.default_time) };
     let name = fields.take::<String>("model")?.unwrap_or_default();
-    let model = core.model(&name, arrived, caller.time).await?;
-    let chat = parse(fields, model, &core.text_pool, lifetime, |count| core.admission.check_count(count)).await?;
+    let model = intake.model(&core, &caller, &name).await?;
+    let chat = parse(fields, model, intake, |count| core.admission.check_count(count)).await?;
     let merged = chat.batch.start(&core, &caller.tenant, std::slice::from_ref(&chat.prompt)).await?;
     if chat.batch.common.stream {
         return Ok(chat.stream(merged));
@@ -104,8 +96,9 @@ pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response,
 pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: Limits) -> Checked {
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
-    let chat =
-        parse(fields, model.clone(), &TextPool::default(), limits.lifetime(), |count| limits.allow(count)).await?;
+    let pool = TextPool::default();
+    let intake = Intake::new(String::new(), &pool, limits.time);
+    let chat = parse(fields, model.clone(), intake, |count| limits.allow(count)).await?;
     Ok(chat.batch.generations(std::slice::from_ref(&chat.prompt))?)
 }
 
@@ -113,10 +106,10 @@ pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: 
 async fn parse(
     mut fields: Fields,
     model: Arc<ServedModel>,
-    pool: &TextPool,
-    lifetime: Lifetime,
+    intake: Intake<'_>,
     may_ask: impl FnOnce(usize) -> Result<(), GenerateError>,
 ) -> Result<Chat, ApiError> {
+    let Intake { id, pool, lifetime, mut legs } = intake;
     let common = Common::take(&mut fields, model.text.generation_defaults())?;
     let logprobs = fields.take("logprobs")?.unwrap_or(false);
     let top_logprobs = fields.take_count("top_logprobs")?;
@@ -138,8 +131,10 @@ async fn parse(
     fields.finish()?;
     may_ask(common.n)?;
     let messages = messages.into_iter().map(MessageBody::message).collect::<Result<Vec<_>, _>>()?;
+    legs.enter(Leg::Tokenize);
     let text = pool.render(&model.text, messages, add_generation_prompt, lifetime).await?;
     let tokens: Arc<[u32]> = pool.encode(&model.text, text, add_special, lifetime).await?.into();
+    legs.leave();
     let batch = Batch {
         sampling: SamplingParams { logprobs: logprobs.then_some(top_logprobs.unwrap_or(0)), ..common.sampling.clone() },
         max_tokens,
@@ -148,8 +143,8 @@ async fn parse(
         model,
         common,
         lifetime,
+        spent: legs.times(),
     };
-    let id = format!("chatcmpl-{}", request::new_request_id());
     Ok(Chat { id, batch, prompt: Prompt { tokens, text: String::new() }, logprobs })
 }
 

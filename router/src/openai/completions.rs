@@ -13,10 +13,9 @@ use overfill_kv::SamplingParams;
 use overfill_text::Offsets;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::time::Instant;
 
 use super::{
-    Checked, Limits,
+    Checked, Intake, Limits,
     batch::{self, Batch, Choice, Merged, Prompt, Usage},
     caller::Caller,
     error::ApiError,
@@ -27,9 +26,10 @@ use super::{
 use crate::{
     GenerateError,
     generate::Core,
+    legs::Leg,
     node::ServedModel,
     prompt::TextPool,
-    request::{self, Lifetime, Output},
+    request::{self, Output},
 };
 
 /// Tokens generated when a request doesn't say: OpenAI's number.
@@ -70,14 +70,13 @@ struct ChoiceBody {
 }
 
 /// Serves one request.
-pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response, ApiError> {
-    let arrived = Instant::now();
+pub async fn create(core: Core, caller: Caller, body: Bytes, id: String) -> Result<Response, ApiError> {
+    let mut intake = Intake::at(&core, &caller, id);
     let mut fields = Fields::parse(&body)?;
     drop(body);
-    let lifetime = Lifetime { arrived, time: caller.time.unwrap_or(core.default_time) };
     let name = fields.take::<String>("model")?.unwrap_or_default();
-    let model = core.model(&name, arrived, caller.time).await?;
-    let completion = parse(fields, model, &core.text_pool, lifetime, |count| core.admission.check_count(count)).await?;
+    let model = intake.model(&core, &caller, &name).await?;
+    let completion = parse(fields, model, intake, |count| core.admission.check_count(count)).await?;
     let merged = completion.batch.start(&core, &caller.tenant, &completion.prompts).await?;
     if completion.batch.common.stream {
         return Ok(completion.stream(merged));
@@ -90,8 +89,9 @@ pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response,
 pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: Limits) -> Checked {
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
-    let completion =
-        parse(fields, model.clone(), &TextPool::default(), limits.lifetime(), |count| limits.allow(count)).await?;
+    let pool = TextPool::default();
+    let intake = Intake::new(String::new(), &pool, limits.time);
+    let completion = parse(fields, model.clone(), intake, |count| limits.allow(count)).await?;
     Ok(completion.batch.generations(&completion.prompts)?)
 }
 
@@ -99,10 +99,10 @@ pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: 
 async fn parse(
     mut fields: Fields,
     model: Arc<ServedModel>,
-    pool: &TextPool,
-    lifetime: Lifetime,
+    intake: Intake<'_>,
     may_ask: impl FnOnce(usize) -> Result<(), GenerateError>,
 ) -> Result<Completion, ApiError> {
+    let Intake { id, pool, lifetime, mut legs } = intake;
     let common = Common::take(&mut fields, model.text.generation_defaults())?;
     let logprobs = fields.take_count("logprobs")?;
     let echo: bool = fields.take("echo")?.unwrap_or(false);
@@ -123,11 +123,13 @@ async fn parse(
     may_ask((texts.len() + ids.len()) * common.n)?;
     let mut prompts = Vec::with_capacity(texts.len() + ids.len());
     for text in texts {
+        legs.enter(Leg::Tokenize);
         let tokens = pool.encode(&model.text, text.clone(), add_special, lifetime).await?;
         prompts.push(Prompt { tokens: tokens.into(), text });
         // Many texts of a length that is tokenised right here must not keep others from this thread.
         tokio::task::yield_now().await;
     }
+    legs.leave();
     for ids in ids {
         request::check_prompt(&model, &ids)?;
         request::check_length(&model, ids.len(), None)?;
@@ -147,8 +149,8 @@ async fn parse(
         model,
         common,
         lifetime,
+        spent: legs.times(),
     };
-    let id = format!("cmpl-{}", request::new_request_id());
     Ok(Completion { id, batch, prompts, logprobs, echo })
 }
 
