@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use overfill_kv::Role;
 use overfill_proto::v1::{self, generate_event::Event, generate_request::Prompt};
 
 use crate::router_client::{Client, RouterUrl, refusal};
@@ -82,7 +83,8 @@ struct Span {
     first: usize,
     last: usize,
     model: String,
-    stage: v1::Role,
+    /// `None`: the router did not say.
+    stage: Option<Role>,
 }
 
 /// Runs the subcommand.
@@ -154,9 +156,10 @@ fn emit(text: &str) -> Result<()> {
 }
 
 fn extend(spans: &mut Vec<Span>, position: usize, token: &v1::GeneratedToken) {
+    let stage = Role::try_from(token.stage()).ok();
     match spans.last_mut() {
-        Some(span) if span.model == token.model && span.stage == token.stage() => span.last = position,
-        _ => spans.push(Span { first: position, last: position, model: token.model.clone(), stage: token.stage() }),
+        Some(span) if span.model == token.model && span.stage == stage => span.last = position,
+        Some(_) | None => spans.push(Span { first: position, last: position, model: token.model.clone(), stage }),
     }
 }
 
@@ -245,11 +248,7 @@ impl Answer {
 
 impl Span {
     fn stage(&self) -> &'static str {
-        match self.stage {
-            v1::Role::Prefill => "prefill",
-            v1::Role::Decode => "decode",
-            v1::Role::Unspecified => "unknown",
-        }
+        self.stage.map_or("unknown", Role::as_str)
     }
 
     fn describe(&self) -> String {
@@ -270,13 +269,13 @@ mod tests {
     fn tokens_of_one_model_are_one_span() {
         let token = |model: &str, stage| v1::GeneratedToken {
             model: model.into(),
-            stage: v1::Role::into(stage),
+            stage: v1::Role::from(stage).into(),
             ..Default::default()
         };
         let mut spans = Vec::new();
-        extend(&mut spans, 1, &token("big", v1::Role::Prefill));
-        extend(&mut spans, 2, &token("small", v1::Role::Decode));
-        extend(&mut spans, 3, &token("small", v1::Role::Decode));
+        extend(&mut spans, 1, &token("big", Role::Prefill));
+        extend(&mut spans, 2, &token("small", Role::Decode));
+        extend(&mut spans, 3, &token("small", Role::Decode));
         let lines: Vec<String> = spans.iter().map(Span::describe).collect();
         assert_eq!(lines, ["token 1: big (prefill)", "2-3: small (decode)"]);
     }

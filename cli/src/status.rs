@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::Args;
+use overfill_kv::Role;
 use overfill_proto::v1;
 
 use crate::router_client::{RouterUrl, refusal};
@@ -59,11 +60,7 @@ async fn show(args: &StatusArgs) -> Result<String> {
 }
 
 fn role(info: &v1::NodeInfo) -> &'static str {
-    match info.role() {
-        v1::Role::Prefill => "prefill",
-        v1::Role::Decode => "decode",
-        v1::Role::Unspecified => "-",
-    }
+    Role::try_from(info.role()).map_or("-", Role::as_str)
 }
 
 fn state(node: &v1::ListedNode, load: &v1::NodeLoad) -> String {

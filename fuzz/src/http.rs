@@ -37,8 +37,9 @@ pub fn http_bodies(data: &[u8]) {
     let Some((first, body)) = data.split_first() else { return };
     let body = Bytes::copy_from_slice(body);
     let checked = RUNTIME.with_borrow_mut(|runtime| {
-        let runtime =
-            runtime.get_or_insert_with(|| Builder::new_current_thread().build().expect("a runtime for this thread"));
+        let runtime = runtime.get_or_insert_with(|| {
+            Builder::new_current_thread().enable_time().build().expect("a runtime for this thread")
+        });
         runtime.block_on(openai::check(&body, first % 2 == 1, &MODEL, LIMITS))
     });
     match checked {

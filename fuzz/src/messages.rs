@@ -6,7 +6,7 @@ use std::time::Duration;
 use overfill_kv::{KvSchema, Role, SamplingParams};
 use overfill_node::RequestLimits;
 use overfill_proto::{ticket_from_wire, v1};
-use overfill_router::request;
+use overfill_router::{node::NodeInfo, request};
 use prost::Message;
 use tokio::time::Instant;
 
@@ -30,9 +30,12 @@ pub fn messages(data: &[u8]) {
         2 => generate_request(input.rest()),
         3 => schema(input.rest()),
         4 => sampling(input.rest()),
-        5 => same_again::<v1::NodeInfo>(input.rest(), |info| {
+        5 => same_again::<v1::NodeInfo>(input.rest(), |wire| {
             // What the router makes of a node that describes itself.
-            let _ = (info.role(), KvSchema::try_from(info.kv_schema.clone().unwrap_or_default()));
+            if let Ok(info) = NodeInfo::try_from(wire) {
+                assert!(!info.model.is_empty() && info.max_running_requests > 0);
+                assert!(NodeInfo::try_from(v1::NodeInfo::from(&info)).is_ok());
+            }
         }),
         6 => same_again::<v1::DecodeEvent>(input.rest(), |event| match event.event {
             Some(v1::decode_event::Event::Reserved(reserved)) => {

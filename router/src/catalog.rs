@@ -8,7 +8,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use overfill_proto::v1;
+use overfill_kv::Role;
 use tokio::{
     sync::{Semaphore, SemaphorePermit},
     time::{Instant, timeout_at},
@@ -113,7 +113,7 @@ impl Catalog {
     }
 
     fn trouble(&self) -> String {
-        let role = if self.nodes.view().prefill.is_empty() { v1::Role::Prefill } else { v1::Role::Decode };
+        let role = if self.nodes.view().prefill.is_empty() { Role::Prefill } else { Role::Decode };
         self.nodes.trouble(role)
     }
 

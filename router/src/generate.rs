@@ -4,23 +4,25 @@ use std::{pin::pin, sync::Arc, time::Duration};
 
 use async_stream::try_stream;
 use futures::{Stream, StreamExt as _};
-use overfill_proto::v1;
+use overfill_kv::{FinishReason, Role};
 use overfill_text::{Detokenizer, StopMatcher, TextError};
 use parking_lot::Mutex;
 use tokio::time::{Instant, timeout_at};
 use tower::retry::budget::{Budget as _, TpsBudget};
-use tracing::{debug, warn};
+use tracing::{Instrument as _, debug, info_span, warn};
 
 use crate::{
     GenerateError,
     admission::{Admission, Ask, Place},
     affinity::Affinity,
-    attempt::{self, AttemptError, Event, Plan},
+    attempt::{Attempt, AttemptError, AttemptEvent, Plan},
     catalog::Catalog,
+    legs::{Leg, LegTimes, Legs},
     metrics::{Metrics, RequestMetrics},
     node::ServedModel,
     nodes::Nodes,
-    request::{Finished, Generation, Output, StopCause},
+    prompt::TextPool,
+    request::{Finished, Generation, Output, StopCause, Timings},
     tenants::{self, ApiKeys, Tenant},
 };
 
@@ -49,6 +51,8 @@ pub struct Core {
     pub metrics: Arc<Metrics>,
     /// Time a request has, unless it says otherwise.
     pub default_time: Duration,
+    /// Makes prompts of texts.
+    pub text_pool: TextPool,
     keys: Option<ApiKeys>,
     affinity: Arc<Mutex<Affinity>>,
     max_queue: Duration,
@@ -67,6 +71,7 @@ impl Core {
             admission: Admission::new(config.max_running, config.max_waiting),
             metrics,
             default_time: config.default_deadline,
+            text_pool: TextPool::default(),
             keys: config.api_keys.clone(),
             affinity: Arc::new(Mutex::new(Affinity::new(AFFINITY_BLOCKS))),
             max_queue: config.max_queue,
@@ -116,14 +121,27 @@ impl Core {
         place: Place,
         generation: Generation,
     ) -> impl Stream<Item = Result<Output, GenerateError>> + Send + use<> {
+        self.generate_after(LegTimes::default(), place, generation)
+    }
+
+    /// Generates, after the request has `spent` time in the first legs.
+    pub fn generate_after(
+        &self,
+        spent: LegTimes,
+        place: Place,
+        generation: Generation,
+    ) -> impl Stream<Item = Result<Output, GenerateError>> + Send + use<> {
         let core = self.clone();
         let mut metrics = core.metrics.request(&generation.model.name, generation.prompt.len());
         let arrived = generation.arrived;
+        let span = info_span!("sequence", request = %generation.request_id);
+        let mut legs = Legs::observed(span.clone(), spent, core.metrics.legs.clone(), &generation.model.name);
+        legs.enter(Leg::Queue);
         try_stream! {
-            let mut outputs = pin!(core.outputs(place, generation));
+            let mut outputs = pin!(core.outputs(place, generation, legs));
             let mut last = arrived;
             let mut first = true;
-            while let Some(output) = outputs.next().await {
+            while let Some(output) = outputs.next().instrument(span.clone()).await {
                 match &output {
                     Ok(Output::Token { .. }) => {
                         let now = Instant::now();
@@ -135,14 +153,7 @@ impl Core {
                     }
                     Ok(Output::PromptLogprobs(_)) => {}
                     Err(e) => {
-                        match e {
-                            GenerateError::Invalid { .. } => debug!(error = %e, "request refused"),
-                            // Counted; under overload a line for each would be one load more.
-                            GenerateError::NoRoom { .. }
-                            | GenerateError::QueueFull { .. }
-                            | GenerateError::Late { .. } => debug!(error = %e, "request turned away"),
-                            _ => warn!(error = %e, "request failed"),
-                        }
+                        span.in_scope(|| log(e));
                         metrics.finished("error", arrived.elapsed());
                     }
                 }
@@ -151,7 +162,12 @@ impl Core {
         }
     }
 
-    fn outputs(self, place: Place, generation: Generation) -> impl Stream<Item = Result<Output, GenerateError>> + Send {
+    fn outputs(
+        self,
+        place: Place,
+        generation: Generation,
+        mut legs: Legs,
+    ) -> impl Stream<Item = Result<Output, GenerateError>> + Send {
         let generation = Arc::new(generation);
         try_stream! {
             let g = &*generation;
@@ -168,48 +184,77 @@ impl Core {
             // Reset by every token: a long text may survive more failures than one prompt may cause.
             let mut wait_end = queue_end;
             loop {
+                legs.enter(Leg::Reserve);
                 changes.mark_unchanged();
                 let plan = progress.plan(&generation, avoid.clone(), self.progress_timeout);
-                let mut events = Box::pin(attempt::run(self.nodes.clone(), self.affinity.clone(), plan));
                 let mut begun = false;
-                let failure = loop {
-                    let event = match events.next().await {
-                        Some(Ok(event)) => event,
-                        Some(Err(e)) => break e,
-                        // Only an attempt for a single token ends without saying so, and `token` has seen that.
-                        None => break AttemptError::Failed { nodes: Vec::new(), message: "ended early".into() },
-                    };
-                    let finished = match event {
-                        Event::Token(token, stage) => {
-                            if g.max_tokens == 0 {
-                                Some(progress.finish(v1::FinishReason::Length, None)?)
-                            } else {
-                                let (text, end) = progress.token(token.token)?;
-                                running.token();
-                                wait_end = deadline.min(Instant::now() + self.max_queue);
-                                yield Output::Token { token, text, stage };
-                                end.map(|(reason, stop)| progress.finish(reason, stop)).transpose()?
+                let failure = match Attempt::new(&self.nodes.view(), &self.affinity, plan) {
+                    Err(e) => e,
+                    Ok(attempt) => {
+                        let mut attempt = Box::new(attempt);
+                        if !attempt.hands_over() {
+                            legs.enter(Leg::PrefillQueue);
+                        }
+                        loop {
+                            let event = match attempt.next().await {
+                                Ok(event) => event,
+                                Err(e) => break e,
+                            };
+                            let finished = match event {
+                                AttemptEvent::Token(token, stage) => {
+                                    if g.max_tokens == 0 {
+                                        Some(progress.finish(FinishReason::Length, None)?)
+                                    } else {
+                                        let (text, end) = progress.token(token.token)?;
+                                        match (stage, &end) {
+                                            (_, Some(_)) => legs.leave(),
+                                            (Role::Prefill, None) => legs.enter(Leg::Handoff),
+                                            (Role::Decode, None) => legs.enter(Leg::Decode),
+                                        }
+                                        running.token();
+                                        wait_end = deadline.min(Instant::now() + self.max_queue);
+                                        yield Output::Token { token, text, stage };
+                                        end.map(|(reason, stop)| progress.finish(reason, stop)).transpose()?
+                                    }
+                                }
+                                AttemptEvent::Finished(reason) => Some(progress.finish(reason, None)?),
+                                AttemptEvent::PromptLogprobs(logprobs) => {
+                                    progress.prompt_logprobs = false;
+                                    yield Output::PromptLogprobs(logprobs);
+                                    None
+                                }
+                                AttemptEvent::Reserved { node, held_tokens } => {
+                                    legs.enter(Leg::PrefillQueue);
+                                    progress.timings.decode_node = node;
+                                    progress.timings.decode_held_tokens = held_tokens;
+                                    None
+                                }
+                                AttemptEvent::Started { node, cached_tokens } => {
+                                    legs.enter(Leg::Prefill);
+                                    begun = true;
+                                    progress.timings.prefill_node = node;
+                                    progress.timings.prefill_cached_tokens = cached_tokens;
+                                    None
+                                }
+                                AttemptEvent::Ready(stats) => {
+                                    legs.enter(Leg::FirstDecodeStep);
+                                    progress.timings.handoff = stats;
+                                    None
+                                }
+                            };
+                            if let Some(mut finished) = finished {
+                                legs.leave();
+                                finished.timings.legs = legs.times();
+                                // The nodes are free now, however slowly the client reads.
+                                drop((attempt, running, legs));
+                                yield Output::Finished(finished);
+                                return;
                             }
                         }
-                        Event::Finished(reason) => Some(progress.finish(reason, None)?),
-                        Event::PromptLogprobs(logprobs) => {
-                            progress.prompt_logprobs = false;
-                            yield Output::PromptLogprobs(logprobs);
-                            None
-                        }
-                        other => {
-                            begun |= matches!(other, Event::Started { .. });
-                            progress.note(other);
-                            None
-                        }
-                    };
-                    if let Some(finished) = finished {
-                        // The nodes are free now, however slowly the client reads.
-                        drop((events, running));
-                        yield Output::Finished(finished);
-                        return;
                     }
                 };
+                // A decode node is looked for again; until then the leg that failed is over.
+                legs.enter(Leg::Reserve);
                 let error = match failure {
                     AttemptError::Deadline => Err(GenerateError::Deadline(g.time))?,
                     AttemptError::Refused(message) => Err(GenerateError::Invalid { field: None, message })?,
@@ -218,7 +263,7 @@ impl Core {
                         if attempts >= self.max_attempts {
                             Err(GenerateError::Failed { attempts, last: message.clone() })?;
                         }
-                        warn!(request = %g.request_id, error = %message, attempts, "attempt failed, trying again");
+                        warn!(error = %message, attempts, "attempt failed, trying again");
                         while !self.budget.withdraw() {
                             if Instant::now() >= wait_end {
                                 let last = format!("{message} (and too many other requests failed, too)");
@@ -235,14 +280,14 @@ impl Core {
                         continue;
                     }
                     AttemptError::Moved { node, message } => {
-                        debug!(request = %g.request_id, %message, "moved away");
+                        debug!(%message, "moved away");
                         progress.timings.migrations += 1;
                         self.metrics.migrated(&g.model.name);
                         avoid.push(node);
                         continue;
                     }
                     AttemptError::NoRoom { node, message } => {
-                        debug!(request = %g.request_id, %message, "no room");
+                        debug!(%message, "no room");
                         refusal = format!(": {message}");
                         avoid.push(node);
                         continue;
@@ -271,9 +316,28 @@ impl Core {
     }
 }
 
+/// Logs why a sequence has failed.
+fn log(error: &GenerateError) {
+    match error {
+        GenerateError::Invalid { .. } => debug!(%error, "request refused"),
+        // Counted; under overload a line for each would be one load more.
+        GenerateError::NoRoom { .. } | GenerateError::QueueFull { .. } | GenerateError::Late { .. } => {
+            debug!(%error, "request turned away");
+        }
+        GenerateError::ContextLength { .. }
+        | GenerateError::UnknownModel { .. }
+        | GenerateError::Overloaded { .. }
+        | GenerateError::Limited { .. }
+        | GenerateError::Unauthenticated
+        | GenerateError::Unavailable(_)
+        | GenerateError::Deadline(_)
+        | GenerateError::Failed { .. }
+        | GenerateError::Internal(_) => warn!(%error, "request failed"),
+    }
+}
+
 fn count_end(metrics: &mut RequestMetrics, finished: &Finished, arrived: Instant) {
-    let reason = if finished.reason == v1::FinishReason::Stop { "stop" } else { "length" };
-    metrics.finished(reason, arrived.elapsed());
+    metrics.finished(finished.reason.as_str(), arrived.elapsed());
 }
 
 /// How far a request has come, over all attempts.
@@ -285,10 +349,10 @@ struct Progress<'a> {
     prompt_logprobs: bool,
     first_token: Option<Instant>,
     last_token: Instant,
-    timings: v1::Timings,
+    timings: Timings,
 }
 
-type End = (v1::FinishReason, Option<StopCause>);
+type End = (FinishReason, Option<StopCause>);
 
 impl<'a> Progress<'a> {
     fn new(request: &'a Generation) -> Result<Self, TextError> {
@@ -299,7 +363,7 @@ impl<'a> Progress<'a> {
             prompt_logprobs: request.prompt_logprobs,
             first_token: None,
             last_token: request.arrived,
-            timings: v1::Timings::default(),
+            timings: Timings::default(),
             request,
         })
     }
@@ -321,21 +385,6 @@ impl<'a> Progress<'a> {
         }
     }
 
-    fn note(&mut self, event: Event) {
-        match event {
-            Event::Reserved { node, held_tokens } => {
-                self.timings.decode_node = node;
-                self.timings.decode_held_tokens = held_tokens;
-            }
-            Event::Started { node, cached_tokens } => {
-                self.timings.prefill_node = node;
-                self.timings.prefill_cached_tokens = cached_tokens;
-            }
-            Event::Ready(stats) => self.timings.handoff = stats,
-            Event::PromptLogprobs(_) | Event::Token(..) | Event::Finished(_) => {}
-        }
-    }
-
     /// Takes the next token: its text, and the end if this is it.
     fn token(&mut self, id: u32) -> Result<(String, Option<End>), TextError> {
         self.last_token = Instant::now();
@@ -343,18 +392,18 @@ impl<'a> Progress<'a> {
         self.output.push(id);
         if self.request.stop_token_ids.contains(&id) {
             let own = !self.request.model.eos_token_ids.contains(&id);
-            return Ok((String::new(), Some((v1::FinishReason::Stop, own.then_some(StopCause::Token(id))))));
+            return Ok((String::new(), Some((FinishReason::Stop, own.then_some(StopCause::Token(id))))));
         }
         let (text, found) = self.stops.push(&self.detokenizer.push(id)?);
         if let Some(found) = found {
             let cause = StopCause::Text(self.request.stop[found.stop].clone());
-            return Ok((text, Some((v1::FinishReason::Stop, Some(cause)))));
+            return Ok((text, Some((FinishReason::Stop, Some(cause)))));
         }
         let full = self.output.len() as u32 >= self.request.max_tokens;
-        Ok((text, full.then_some((v1::FinishReason::Length, None))))
+        Ok((text, full.then_some((FinishReason::Length, None))))
     }
 
-    fn finish(&mut self, reason: v1::FinishReason, stop: Option<StopCause>) -> Result<Finished, TextError> {
+    fn finish(&mut self, reason: FinishReason, stop: Option<StopCause>) -> Result<Finished, TextError> {
         let text = match stop {
             Some(StopCause::Text(_)) => String::new(),
             // The held-back end of a character may complete a stop text no more: it is a replacement character.

@@ -4,16 +4,18 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt as _};
 use overfill_cluster::http::Crowded;
-use overfill_kv::SamplingParams;
+use overfill_kv::{RequestId, Role, SamplingParams};
 use overfill_proto::v1::{self, generate_event, generate_request, router_server};
 use overfill_text::ChatMessage;
 use tokio::time::Instant;
 use tonic::{Extensions, Request, Response, Status};
+use tracing::{Instrument as _, Span, info_span};
 
 use crate::{
     GenerateError,
     generate::Core,
-    request::{self, Generation, Output},
+    legs::{Leg, LegTimes, Legs},
+    request::{self, Generation, Lifetime, Output},
     tenants::{TENANT_HEADER, Tenant},
 };
 
@@ -37,8 +39,15 @@ impl RouterService {
         self.core.identify(text("authorization"), text(TENANT_HEADER))
     }
 
-    async fn check(&self, wire: v1::GenerateRequest) -> Result<Generation, GenerateError> {
+    /// Checks a request, and tells how long its first legs took.
+    async fn check(
+        &self,
+        request_id: RequestId,
+        wire: v1::GenerateRequest,
+    ) -> Result<(Generation, LegTimes), GenerateError> {
         let arrived = Instant::now();
+        let mut legs = Legs::new(Span::current());
+        legs.enter(Leg::Queue);
         let v1::GenerateRequest { model, prompt, sampling, max_tokens, stop, ignore_eos, deadline_seconds, priority } =
             wire;
         let time = match deadline_seconds {
@@ -46,13 +55,20 @@ impl RouterService {
             seconds if seconds > 0.0 && seconds <= MAX_DEADLINE.as_secs_f64() => Duration::from_secs_f64(seconds),
             other => return Err(GenerateError::limit("deadline_seconds", "in [0, 86400]", other)),
         };
+        let lifetime = Lifetime { arrived, time };
         let model = self.core.model(&model, arrived, Some(time)).await?;
+        legs.leave();
+        let pool = &self.core.text_pool;
         let prompt = match prompt {
-            Some(generate_request::Prompt::Text(text)) => encode(&model.text, text, true).await?,
+            Some(generate_request::Prompt::Text(text)) => {
+                legs.enter(Leg::Tokenize);
+                pool.encode(&model.text, text, true, lifetime).await?
+            }
             Some(generate_request::Prompt::Messages(messages)) => {
+                legs.enter(Leg::Tokenize);
                 let messages = messages.messages.into_iter().map(|m| ChatMessage::new(m.role, m.content));
-                let text = render(&model.text, messages.collect(), true).await?;
-                encode(&model.text, text, false).await?
+                let text = pool.render(&model.text, messages.collect(), true, lifetime).await?;
+                pool.encode(&model.text, text, false, lifetime).await?
             }
             Some(generate_request::Prompt::TokenIds(ids)) => ids.ids,
             None => {
@@ -62,6 +78,7 @@ impl RouterService {
                 ));
             }
         };
+        legs.leave();
         request::check_prompt(&model, &prompt)?;
         request::check_stops(&stop)?;
         let max_tokens = request::check_length(&model, prompt.len(), (max_tokens > 0).then_some(max_tokens))?;
@@ -72,8 +89,8 @@ impl RouterService {
         sampling
             .validate(model.vocab_size as usize)
             .map_err(|e| GenerateError::limit(&format!("sampling.{}", e.field), e.limit, e.value))?;
-        Ok(Generation {
-            request_id: request::new_request_id(),
+        let generation = Generation {
+            request_id,
             prompt: prompt.into(),
             sampling,
             max_tokens,
@@ -86,7 +103,8 @@ impl RouterService {
             arrived,
             time,
             model,
-        })
+        };
+        Ok((generation, legs.times()))
     }
 }
 
@@ -98,57 +116,24 @@ pub(crate) fn check_crowd(extensions: &Extensions) -> Result<(), GenerateError> 
     }
 }
 
-/// Texts longer than this are tokenised on a thread where that disturbs nobody.
-const LONG_TEXT_BYTES: usize = 16 << 10;
-
-/// Chats of more messages are rendered there, too.
-const MANY_MESSAGES: usize = 50;
-
-/// The prompt that the model's chat template makes of `messages`.
-pub(crate) async fn render(
-    model: &Arc<overfill_text::TextModel>,
-    messages: Vec<ChatMessage>,
-    add_generation_prompt: bool,
-) -> Result<String, GenerateError> {
-    let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
-    if bytes <= LONG_TEXT_BYTES && messages.len() <= MANY_MESSAGES {
-        return Ok(model.apply_chat_template(&messages, add_generation_prompt)?);
-    }
-    let model = model.clone();
-    let rendered = move || model.apply_chat_template(&messages, add_generation_prompt);
-    let rendered = tokio::task::spawn_blocking(rendered).await;
-    Ok(rendered.map_err(|e| GenerateError::Internal(e.to_string()))??)
-}
-
-/// Token ids of `text`.
-pub(crate) async fn encode(
-    model: &Arc<overfill_text::TextModel>,
-    text: String,
-    add_special: bool,
-) -> Result<Vec<u32>, GenerateError> {
-    if text.len() <= LONG_TEXT_BYTES {
-        return Ok(model.encode(&text, add_special)?);
-    }
-    let model = model.clone();
-    let encoded = tokio::task::spawn_blocking(move || model.encode(&text, add_special)).await;
-    Ok(encoded.map_err(|e| GenerateError::Internal(e.to_string()))??)
-}
-
 fn event(output: Output, model: &str, full_model: &str) -> Option<v1::GenerateEvent> {
     let event = match output {
         Output::PromptLogprobs(_) => return None,
         Output::Token { token, text, stage } => generate_event::Event::Token(v1::GeneratedToken {
             token: Some(token.into()),
             text,
-            stage: stage.into(),
-            model: if stage == v1::Role::Prefill { full_model } else { model }.to_owned(),
+            stage: v1::Role::from(stage).into(),
+            model: match stage {
+                Role::Prefill => full_model.to_owned(),
+                Role::Decode => model.to_owned(),
+            },
         }),
         Output::Finished(finished) => generate_event::Event::Finished(v1::GenerateFinished {
-            reason: finished.reason.into(),
+            reason: v1::FinishReason::from(finished.reason).into(),
             text: finished.text,
             prompt_tokens: finished.prompt_tokens,
             completion_tokens: finished.completion_tokens,
-            timings: Some(finished.timings),
+            timings: Some(finished.timings.into()),
         }),
     };
     Some(v1::GenerateEvent { event: Some(event) })
@@ -160,11 +145,14 @@ impl router_server::Router for RouterService {
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let tenant = self.identify(&request)?;
-        let generation = self.check(request.into_inner()).await?;
+        let request_id = request::new_request_id();
+        let span = info_span!("request", request = %request_id);
+        let (generation, spent) = self.check(request_id, request.into_inner()).instrument(span.clone()).await?;
         let place = self.core.enter(&tenant, std::slice::from_ref(&generation))?.pop();
         let place = place.ok_or_else(|| Status::internal("admission gave no place"))?;
         let (model, full_model) = (generation.model.name.clone(), generation.model.full_model.clone());
-        let events = self.core.generate(place, generation).filter_map(move |output| {
+        let outputs = span.in_scope(|| self.core.generate_after(spent, place, generation));
+        let events = outputs.filter_map(move |output| {
             let event = output.map(|output| event(output, &model, &full_model)).map_err(Status::from).transpose();
             std::future::ready(event)
         });
@@ -191,6 +179,6 @@ impl router_server::Router for RouterService {
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
         self.identify(&request)?;
-        Ok(Response::new(v1::ListNodesResponse { nodes: self.core.nodes.list() }))
+        Ok(Response::new(v1::ListNodesResponse { nodes: self.core.nodes.list().into_iter().map(Into::into).collect() }))
     }
 }

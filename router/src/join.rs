@@ -13,14 +13,14 @@ use overfill_cluster::{
     discovery::Registration,
     net::{self, Dialer},
 };
-use overfill_kv::KvSchema;
-use overfill_proto::{MAX_MESSAGE_BYTES, v1};
+use overfill_kv::{KvSchema, Role};
+use overfill_proto::{InvalidField, MAX_MESSAGE_BYTES, v1};
 use overfill_text::{TextFiles, TextModel};
 use parking_lot::Mutex;
 use tokio::time::timeout;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::node::Node;
+use crate::node::{Node, NodeInfo, NodeLoad};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -39,16 +39,9 @@ pub enum JoinError {
     /// It is silent.
     #[error("no answer within {} s", .0.as_secs_f64())]
     Timeout(Duration),
-    /// It says something of itself that can't be.
-    #[error("{field} must be {limit}, got {value}")]
-    Field {
-        /// What.
-        field: &'static str,
-        /// What it must be.
-        limit: String,
-        /// What it is.
-        value: String,
-    },
+    /// The node says something of itself that can't be.
+    #[error("{0}")]
+    Field(#[from] InvalidField),
     /// Its text files can't be used.
     #[error("{0}")]
     Text(#[from] overfill_text::TextError),
@@ -81,7 +74,14 @@ impl From<tonic::Status> for JoinError {
 }
 
 /// A node's load, as it changes.
-pub type Reports = tonic::Streaming<v1::NodeLoad>;
+pub struct Reports(tonic::Streaming<v1::NodeLoad>);
+
+impl Reports {
+    /// The next report; `None` when the node has ended them. Cancel safe.
+    pub async fn next(&mut self) -> Result<Option<NodeLoad>, JoinError> {
+        Ok(self.0.message().await?.map(NodeLoad::from))
+    }
+}
 
 /// Makes nodes out of addresses.
 pub struct Joiner {
@@ -103,7 +103,7 @@ impl Joiner {
     pub async fn join(
         &self,
         url: &str,
-        role: v1::Role,
+        role: Role,
         listed: Option<&Registration>,
     ) -> Result<(Arc<Node>, Reports), JoinError> {
         let configure = |endpoint: Endpoint| {
@@ -122,47 +122,43 @@ impl Joiner {
     async fn describe(
         &self,
         url: &str,
-        role: v1::Role,
+        role: Role,
         listed: Option<&Registration>,
         channel: Channel,
     ) -> Result<(Arc<Node>, Reports), JoinError> {
         let mut client = v1::node_client::NodeClient::new(channel.clone());
         let described = client.describe(v1::DescribeRequest {}).await?;
         let v1::DescribeResponse { info, load } = described.into_inner();
-        let info = info.ok_or(JoinError::Field { field: "info", limit: "present".into(), value: "nothing".into() })?;
-        if info.role() != role {
-            let value = info.role().as_str_name().to_owned();
-            return Err(JoinError::Field { field: "role", limit: role.as_str_name().into(), value });
+        let info = info.ok_or_else(|| InvalidField::new("info", "present", "nothing"))?;
+        let info = NodeInfo::try_from(info)?;
+        if info.role != role {
+            return Err(InvalidField::new("role", role.as_str(), info.role).into());
         }
-        let schema = KvSchema::try_from(info.kv_schema.clone().unwrap_or_default()).map_err(|e| JoinError::Field {
-            field: e.field,
-            limit: e.limit,
-            value: e.value,
-        })?;
+        let load = NodeLoad::from(load.unwrap_or_default());
         if let Some(listed) = listed {
             // An address may have gone over to a process that has nothing to do with this cluster.
             same("incarnation", &listed.incarnation, &info.incarnation)?;
-            same("kv_schema", &listed.kv_schema_digest, &schema.digest_hex())?;
+            same("kv_schema", &listed.kv_schema_digest, &info.schema.digest_hex())?;
         }
-        if load.is_some_and(|load| load.draining) {
+        if load.draining {
             return Err(JoinError::Draining);
         }
-        if load.is_some_and(|load| load.stalled) {
+        if load.stalled {
             return Err(JoinError::Stalled);
         }
         let text = match role {
-            v1::Role::Prefill => {
+            Role::Prefill => {
                 let mut prefill = v1::prefill_client::PrefillClient::new(channel.clone())
                     .max_decoding_message_size(MAX_MESSAGE_BYTES);
                 let files = prefill.model_files(v1::ModelFilesRequest {}).await?.into_inner();
-                Some(self.text(files, &schema).await?)
+                Some(self.text(files, &info.schema).await?)
             }
-            _ => None,
+            Role::Decode => None,
         };
         let reports = client.watch_load(v1::WatchLoadRequest {}).await?;
         let key = self.next_key.fetch_add(1, Ordering::Relaxed);
-        let node = Node::new(key, url.to_owned(), info, schema, text, channel, load.unwrap_or_default());
-        Ok((Arc::new(node), reports.into_inner()))
+        let node = Node::new(key, url.to_owned(), info, text, channel, load);
+        Ok((Arc::new(node), Reports(reports.into_inner())))
     }
 
     /// The text model of these files; the same files are parsed once.
@@ -208,7 +204,7 @@ fn same(field: &'static str, listed: &str, described: &str) -> Result<(), JoinEr
     if listed == described {
         return Ok(());
     }
-    Err(JoinError::Field { field, limit: format!("{listed} as registered"), value: described.to_owned() })
+    Err(InvalidField::new(field, format!("{listed} as registered"), described).into())
 }
 
 fn digest(files: &TextFiles) -> [u8; 32] {

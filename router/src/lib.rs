@@ -17,15 +17,18 @@ pub mod error;
 pub mod generate;
 pub mod grpc;
 pub mod join;
+pub mod legs;
 pub mod metrics;
 pub mod node;
 pub mod nodes;
 pub mod openai;
 pub mod pick;
+pub mod prompt;
 pub mod request;
 pub mod service;
 pub mod simulated;
 pub mod tenants;
+mod wire;
 
 pub use args::{Args, Config};
 pub use error::GenerateError;

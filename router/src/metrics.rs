@@ -16,6 +16,8 @@ pub struct Metrics {
     pub waiting: IntGauge,
     /// Nodes by `role` and `state` (`up`, `down`).
     pub nodes: IntGaugeVec,
+    /// Seconds of sequences by `leg`, observed at their end.
+    pub legs: HistogramVec,
     success: IntCounterVec,
     prompt_tokens: IntCounterVec,
     generation_tokens: IntCounterVec,
@@ -30,9 +32,9 @@ impl Metrics {
     pub fn new() -> Result<Self, MetricsError> {
         let r = &Registry::new();
         let counter = |name, help, labels: &[&str]| register(r, IntCounterVec::new(Opts::new(name, help), labels)?);
-        let seconds = |name, help| {
+        let seconds = |name, help, labels: &[&str]| {
             let options = HistogramOpts::new(name, help).buckets(SECONDS_BUCKETS.to_vec());
-            register(r, HistogramVec::new(options, &["model_name"])?)
+            register(r, HistogramVec::new(options, labels)?)
         };
         let model = &["model_name"];
         Ok(Self {
@@ -54,9 +56,22 @@ impl Metrics {
                 "Requests begun anew after a node that computed for them failed, or gave them away.",
                 model,
             )?,
-            first_token: seconds("vllm:time_to_first_token_seconds", "Seconds from arrival to the first token.")?,
-            inter_token: seconds("vllm:inter_token_latency_seconds", "Seconds between two tokens of a sequence.")?,
-            whole: seconds("vllm:e2e_request_latency_seconds", "Seconds from arrival to the end.")?,
+            first_token: seconds(
+                "vllm:time_to_first_token_seconds",
+                "Seconds from arrival to the first token.",
+                model,
+            )?,
+            inter_token: seconds(
+                "vllm:inter_token_latency_seconds",
+                "Seconds between two tokens of a sequence.",
+                model,
+            )?,
+            whole: seconds("vllm:e2e_request_latency_seconds", "Seconds from arrival to the end.", model)?,
+            legs: seconds(
+                "overfill_request_leg_seconds",
+                "Seconds that a sequence spent in a leg.",
+                &["model_name", "leg"],
+            )?,
             registry: r.clone(),
         })
     }

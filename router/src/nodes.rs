@@ -14,7 +14,6 @@ use overfill_cluster::{
     discovery::{Members, Registration},
 };
 use overfill_kv::Role;
-use overfill_proto::v1;
 use parking_lot::{Mutex, RwLock};
 use rand::Rng as _;
 use tokio::sync::watch;
@@ -45,8 +44,27 @@ struct Inner {
     scheme: &'static str,
 }
 
+/// What is known of an address that a node is looked for at.
+pub struct NodeStatus {
+    /// The address.
+    pub url: String,
+    /// The role that is looked for.
+    pub role: Role,
+    /// The node, while it is up.
+    pub node: Option<Arc<Node>>,
+    /// Why no request is sent there; empty if requests are.
+    pub error: String,
+}
+
+impl NodeStatus {
+    /// Are requests sent there?
+    pub fn is_healthy(&self) -> bool {
+        self.node.is_some() && self.error.is_empty()
+    }
+}
+
 /// Address and role of a node that is looked for.
-type Key = (String, v1::Role);
+type Key = (String, Role);
 
 struct State {
     node: Option<Arc<Node>>,
@@ -70,8 +88,8 @@ impl Nodes {
                 scheme: config.node_scheme(),
             }),
         };
-        let prefill = config.prefill_urls.iter().map(|url| (url, v1::Role::Prefill));
-        for (url, role) in prefill.chain(config.decode_urls.iter().map(|url| (url, v1::Role::Decode))) {
+        let prefill = config.prefill_urls.iter().map(|url| (url, Role::Prefill));
+        for (url, role) in prefill.chain(config.decode_urls.iter().map(|url| (url, Role::Decode))) {
             let mut states = nodes.inner.states.lock();
             states.entry((url.clone(), role)).or_insert_with_key(|key| nodes.start(key.clone(), None, shutdown));
         }
@@ -96,13 +114,9 @@ impl Nodes {
     }
 
     fn list_members(&self, members: Members, shutdown: &Shutdown) {
-        let role = |registration: &Registration| match registration.role {
-            Role::Prefill => v1::Role::Prefill,
-            Role::Decode => v1::Role::Decode,
-        };
         let mut listed: BTreeMap<Key, Registration> = members
             .into_values()
-            .map(|registration| ((registration.url(self.inner.scheme), role(&registration)), registration))
+            .map(|registration| ((registration.url(self.inner.scheme), registration.role), registration))
             .collect();
         let mut states = self.inner.states.lock();
         for (key, state) in states.iter() {
@@ -148,8 +162,8 @@ impl Nodes {
         self.inner.changed.subscribe()
     }
 
-    /// Every address with what is known of it, for people.
-    pub fn list(&self) -> Vec<v1::ListedNode> {
+    /// What is known of every address, for people.
+    pub fn list(&self) -> Vec<NodeStatus> {
         let view = self.view();
         let states = self.inner.states.lock();
         let list = states.iter().map(|((url, role), state)| {
@@ -159,31 +173,20 @@ impl Nodes {
                 Some(node) => unpaired(node, &view).unwrap_or_default(),
                 None => state.error.clone(),
             };
-            let info = state
-                .node
-                .as_ref()
-                .map_or_else(|| v1::NodeInfo { role: (*role).into(), ..Default::default() }, |node| node.info.clone());
-            v1::ListedNode {
-                url: url.clone(),
-                info: Some(info),
-                load: state.node.as_ref().map(|node| node.load()),
-                healthy: state.node.is_some() && error.is_empty(),
-                error,
-            }
+            NodeStatus { url: url.clone(), role: *role, node: state.node.clone(), error }
         });
         list.collect()
     }
 
     /// Why no request for a model of `role` can be served, as far as one can say.
-    pub fn trouble(&self, role: v1::Role) -> String {
-        let name = if role == v1::Role::Prefill { "prefill" } else { "decode" };
+    pub fn trouble(&self, role: Role) -> String {
         let list = self.list();
-        let mine = list.iter().filter(|n| n.info.as_ref().is_some_and(|i| i.role() == role) && !n.error.is_empty());
+        let mine = list.iter().filter(|status| status.role == role && !status.error.is_empty());
         let detail: Vec<_> = mine.take(3).map(|n| format!("{}: {}", n.url, n.error)).collect();
         if detail.is_empty() {
-            return format!("no {name} node takes requests");
+            return format!("no {role} node takes requests");
         }
-        format!("no {name} node takes requests ({})", detail.join("; "))
+        format!("no {role} node takes requests ({})", detail.join("; "))
     }
 
     async fn follow_one(self, key: Key, mut listing: Listing) {
@@ -194,7 +197,7 @@ impl Nodes {
             let listed = listing.as_mut().map(|listing| listing.borrow_and_update().clone());
             if listed == Some(None) {
                 if self.forget(&key) {
-                    info!(%url, role = role.as_str_name(), "node is no longer registered");
+                    info!(%url, %role, "node is no longer registered");
                     return;
                 }
                 continue;
@@ -203,7 +206,7 @@ impl Nodes {
                 Ok((node, reports)) => {
                     backoff = BACKOFF_MIN;
                     last_error.clear();
-                    info!(%url, role = role.as_str_name(), model = %node.info.model, incarnation = %node.info.incarnation, "node joined");
+                    info!(%url, %role, model = %node.info.model, incarnation = %node.info.incarnation, "node joined");
                     self.set(&key, Ok(node.clone()));
                     if let Some(why) = unpaired(&node, &self.view()) {
                         warn!(%url, error = %why, "node has no partner");
@@ -238,7 +241,7 @@ impl Nodes {
     async fn attend(&self, node: &Node, mut reports: Reports, listing: &mut Listing) -> JoinError {
         loop {
             tokio::select! {
-                report = reports.message() => match report {
+                report = reports.next() => match report {
                     Ok(Some(load)) if load.stalled => return JoinError::Stalled,
                     Ok(Some(load)) => {
                         let drains = load.draining && !node.load().draining;
@@ -250,7 +253,7 @@ impl Nodes {
                     }
                     Ok(None) if node.load().draining => return JoinError::Draining,
                     Ok(None) => return JoinError::Ended,
-                    Err(status) => return status.into(),
+                    Err(error) => return error,
                 },
                 () = listing_changed(listing) => {
                     let listed = listing.as_ref().and_then(|listing| listing.borrow().clone());
@@ -291,7 +294,7 @@ impl Nodes {
         };
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let mut view = self.inner.view.write();
-        *view = Arc::new(View::new(up(v1::Role::Prefill), up(v1::Role::Decode), &view.models, now));
+        *view = Arc::new(View::new(up(Role::Prefill), up(Role::Decode), &view.models, now));
         drop(view);
         self.inner.changed.send_modify(|n| *n += 1);
     }
@@ -310,8 +313,9 @@ async fn listing_changed(listing: &mut Listing) {
 
 /// The mismatch that keeps a decode node from being used: there are prefill nodes, but none fits.
 fn unpaired(node: &Node, view: &View) -> Option<String> {
-    if node.info.role() != v1::Role::Decode {
-        return None;
+    match node.info.role {
+        Role::Prefill => return None,
+        Role::Decode => {}
     }
     let mut mismatch = None;
     for prefill in &view.prefill {

@@ -2,12 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use overfill_kv::{OutputToken, RequestId, SamplingParams};
-use overfill_proto::v1;
+use overfill_kv::{FinishReason, OutputToken, RequestId, Role, SamplingParams, TransferStats};
 use rand::Rng as _;
 use tokio::time::Instant;
 
-use crate::{GenerateError, node::ServedModel};
+use crate::{GenerateError, legs::LegTimes, node::ServedModel};
 
 /// Most stop strings per request.
 pub const MAX_STOPS: usize = 16;
@@ -45,8 +44,24 @@ pub struct Generation {
     pub time: Duration,
 }
 
+/// When a request came, and how long it may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Lifetime {
+    /// When the request came.
+    pub arrived: Instant,
+    /// How long it may take from then.
+    pub time: Duration,
+}
+
+impl Lifetime {
+    /// When the request's time is over.
+    pub fn deadline(self) -> Instant {
+        self.arrived + self.time
+    }
+}
+
 impl Generation {
-    /// When its time is over.
+    /// When the sequence's time is over.
     pub fn deadline(&self) -> Instant {
         self.arrived + self.time
     }
@@ -64,7 +79,7 @@ pub enum Output {
         /// Text that is certain now.
         text: String,
         /// The stage that chose it.
-        stage: v1::Role,
+        stage: Role,
     },
     /// The end.
     Finished(Finished),
@@ -74,7 +89,7 @@ pub enum Output {
 #[derive(Clone, Debug)]
 pub struct Finished {
     /// Why.
-    pub reason: v1::FinishReason,
+    pub reason: FinishReason,
     /// Which stop text or stop token; `None` for the model's own end of text, and for length.
     pub stop: Option<StopCause>,
     /// Text held back until now.
@@ -84,7 +99,34 @@ pub struct Finished {
     /// Tokens generated.
     pub completion_tokens: u32,
     /// Where the time went.
-    pub timings: v1::Timings,
+    pub timings: Timings,
+}
+
+/// Where the time of a sequence went, and on which nodes.
+#[derive(Clone, Debug, Default)]
+pub struct Timings {
+    /// Seconds from the arrival until the nodes could be used.
+    pub queue_seconds: f64,
+    /// Seconds from the arrival to the first token.
+    pub ttft_seconds: f64,
+    /// Mean seconds between two tokens.
+    pub mean_itl_seconds: f64,
+    /// Seconds from the arrival to the end.
+    pub total_seconds: f64,
+    /// The last handoff, as the decode node measured it.
+    pub handoff: Option<TransferStats>,
+    /// Prompt tokens whose KV the last prefill node already had.
+    pub prefill_cached_tokens: u32,
+    /// Prompt tokens whose KV the last decode node already held.
+    pub decode_held_tokens: u32,
+    /// Name of the last prefill node.
+    pub prefill_node: String,
+    /// Name of the last decode node.
+    pub decode_node: String,
+    /// How often the sequence was begun anew on other nodes.
+    pub migrations: u32,
+    /// The time spent in each leg, added up over all attempts.
+    pub legs: LegTimes,
 }
 
 /// What a request named as its end, and met.

@@ -119,7 +119,7 @@ pub async fn follow_capacity(core: Core, stop: CancellationToken) {
         loop {
             let view = core.nodes.view();
             for name in view.models.keys() {
-                core.admission.set_capacity(name, view.places(name));
+                core.admission.set_capacity(name, view.capacity(name));
             }
             if changes.changed().await.is_err() {
                 return;
@@ -143,12 +143,9 @@ fn admin(core: Core, metrics: Arc<Metrics>, shutdown: &Shutdown) -> Admin {
         refreshed.running.set(core.admission.running() as i64);
         refreshed.waiting.set((core.admission.waiting() + core.catalog.waiting()) as i64);
         refreshed.nodes.reset();
-        for node in core.nodes.list() {
-            let role = match node.info.as_ref().map(v1::NodeInfo::role) {
-                Some(v1::Role::Prefill) => "prefill",
-                _ => "decode",
-            };
-            refreshed.nodes.with_label_values(&[role, if node.healthy { "up" } else { "down" }]).inc();
+        for status in core.nodes.list() {
+            let state = if status.is_healthy() { "up" } else { "down" };
+            refreshed.nodes.with_label_values(&[status.role.as_str(), state]).inc();
         }
     };
     let admin = Admin::default();

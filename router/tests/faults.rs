@@ -47,6 +47,58 @@ async fn a_request_over_grpc_reports_its_way() {
     assert!(timings.prefill_node != timings.decode_node && timings.ttft_seconds > 0.0);
 }
 
+/// The legs of a request's timings, in order, with their names in metrics.
+fn legs(finished: &v1::GenerateFinished) -> [(&'static str, f64); 8] {
+    let legs = finished.timings.as_ref().unwrap().legs.unwrap();
+    [
+        ("tokenize", legs.tokenize_seconds),
+        ("queue", legs.queue_seconds),
+        ("reserve", legs.reserve_seconds),
+        ("prefill_queue", legs.prefill_queue_seconds),
+        ("prefill", legs.prefill_seconds),
+        ("handoff", legs.handoff_seconds),
+        ("first_decode_step", legs.first_decode_step_seconds),
+        ("decode", legs.decode_seconds),
+    ]
+}
+
+#[tokio::test]
+async fn timings_and_metrics_tell_the_legs_of_a_request() {
+    let rig = rig(slow()).await;
+    let count = async |leg: &str| {
+        let labels = format!("{{leg=\"{leg}\",model_name=\"simulated\"}}");
+        rig.metric(&format!("overfill_request_leg_seconds_count{labels}")).await
+    };
+    let (_, _, finished) = generate(&rig, 10).await.unwrap();
+    for (leg, seconds) in legs(&finished) {
+        assert!(seconds > 0.0, "{leg}");
+        assert_eq!(count(leg).await, 1.0, "{leg}");
+    }
+    let sum: f64 = legs(&finished).iter().map(|(_, seconds)| seconds).sum();
+    assert!(sum <= finished.timings.unwrap().total_seconds);
+
+    // One token needs no decode node.
+    let (_, _, finished) = generate(&rig, 1).await.unwrap();
+    for (leg, seconds) in legs(&finished) {
+        let taken = !["handoff", "first_decode_step", "decode"].contains(&leg);
+        assert_eq!((seconds > 0.0, count(leg).await), (taken, if taken { 2.0 } else { 1.0 }), "{leg}");
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_fails_has_legs_too() {
+    let rig = rig_with(&[slow()], &[slow()], |c| c.max_attempts = 1).await;
+    rig.decode[0].fail_after(3);
+    assert_eq!(rig.complete(json!({"prompt": [68], "max_tokens": 20})).await.status, 503);
+    let metrics = rig.get("/metrics").await.body;
+    for leg in ["queue", "reserve", "prefill_queue", "prefill", "handoff", "first_decode_step", "decode"] {
+        let series = format!("overfill_request_leg_seconds_count{{leg=\"{leg}\",model_name=\"simulated\"}} 1");
+        assert!(metrics.contains(&series), "{leg}: {metrics}");
+    }
+    // Token ids need no tokenizer.
+    assert!(!metrics.contains("leg=\"tokenize\""), "{metrics}");
+}
+
 #[tokio::test]
 async fn a_decode_node_may_speak_before_the_first_token() {
     let late = Options { report_delay: Duration::from_millis(50), ..Options::default() };

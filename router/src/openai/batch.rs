@@ -1,6 +1,6 @@
 //! The sequences of one HTTP request: every prompt, `n` times.
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{pin::Pin, sync::Arc};
 
 use futures::{
     Stream, StreamExt as _,
@@ -9,14 +9,15 @@ use futures::{
 use overfill_kv::{OutputToken, SamplingParams};
 use serde::Serialize;
 use serde_json::{Value, json};
-use tokio::time::Instant;
 
-use super::{caller::Caller, fields::Common};
+use super::fields::Common;
 use crate::{
     GenerateError,
     generate::Core,
+    legs::LegTimes,
     node::ServedModel,
-    request::{self, Finished, Generation, Output, StopCause},
+    request::{self, Finished, Generation, Lifetime, Output, StopCause},
+    tenants::Tenant,
 };
 
 /// An output and the index of its choice.
@@ -47,14 +48,17 @@ pub struct Batch {
     pub default_max_tokens: u32,
     /// Score the prompt?
     pub prompt_logprobs: bool,
-    /// When the request came.
-    pub arrived: Instant,
+    /// When the request came, and how long it may take.
+    pub lifetime: Lifetime,
+    /// The time that its first legs took.
+    pub spent: LegTimes,
 }
 
 impl Batch {
-    /// Every sequence, each of which may take `time`.
-    pub fn generations(&self, prompts: &[Prompt], time: Duration) -> Result<Vec<Generation>, GenerateError> {
-        let Self { model, common, sampling, max_tokens, default_max_tokens, prompt_logprobs, arrived } = self;
+    /// Every sequence of the request.
+    pub fn generations(&self, prompts: &[Prompt]) -> Result<Vec<Generation>, GenerateError> {
+        let Self { model, common, sampling, max_tokens, default_max_tokens, prompt_logprobs, lifetime, spent: _ } =
+            self;
         sampling.validate(model.vocab_size as usize).map_err(|e| GenerateError::limit(e.field, e.limit, e.value))?;
         let stop_token_ids: Arc<[u32]> = match common.ignore_eos {
             true => common.stop_token_ids.clone().into(),
@@ -81,8 +85,8 @@ impl Batch {
                     skip_special: common.skip_special,
                     prompt_logprobs: *prompt_logprobs,
                     priority: common.priority,
-                    arrived: *arrived,
-                    time,
+                    arrived: lifetime.arrived,
+                    time: lifetime.time,
                 });
             }
         }
@@ -91,11 +95,11 @@ impl Batch {
 
     /// Starts every sequence, each in its place, and waits for the first sign of life, so that what fails at once fails
     /// as a whole answer.
-    pub async fn start(&self, core: &Core, caller: &Caller, prompts: &[Prompt]) -> Result<Merged, GenerateError> {
-        let generations = self.generations(prompts, caller.time.unwrap_or(core.default_time))?;
-        let places = core.enter(&caller.tenant, &generations)?;
+    pub async fn start(&self, core: &Core, tenant: &Arc<Tenant>, prompts: &[Prompt]) -> Result<Merged, GenerateError> {
+        let generations = self.generations(prompts)?;
+        let places = core.enter(tenant, &generations)?;
         let streams = places.into_iter().zip(generations).enumerate().map(|(index, (place, generation))| {
-            core.generate(place, generation).map(move |output| (index, output)).boxed()
+            core.generate_after(self.spent, place, generation).map(move |output| (index, output)).boxed()
         });
         let mut merged: SelectAll<BoxStream<'static, Indexed>> = streams.collect();
         match merged.next().await {
@@ -148,14 +152,6 @@ pub async fn collect(mut merged: Merged, choices: usize) -> Result<Vec<Choice>, 
         all[index].take(output?);
     }
     Ok(all)
-}
-
-/// `stop` or `length`.
-pub fn finish_reason(finished: &Finished) -> &'static str {
-    match finished.reason {
-        overfill_proto::v1::FinishReason::Stop => "stop",
-        _ => "length",
-    }
 }
 
 /// vLLM's `stop_reason`: the stop text or token of the request that was met.

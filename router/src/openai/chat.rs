@@ -13,10 +13,9 @@ use overfill_kv::SamplingParams;
 use overfill_text::ChatMessage;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::time::Instant;
 
 use super::{
-    Checked, Limits,
+    Checked, Intake, Limits,
     batch::{self, Batch, Choice, Merged, Prompt, Usage},
     caller::Caller,
     error::ApiError,
@@ -24,13 +23,7 @@ use super::{
     logprobs::{ChatLogprobs, Names},
     sse,
 };
-use crate::{
-    GenerateError,
-    generate::Core,
-    grpc::{encode, render},
-    node::ServedModel,
-    request::{self, Output},
-};
+use crate::{GenerateError, generate::Core, legs::Leg, node::ServedModel, prompt::TextPool, request::Output};
 
 #[derive(Deserialize)]
 struct MessageBody {
@@ -84,14 +77,14 @@ struct Chat {
 }
 
 /// Serves one request.
-pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response, ApiError> {
-    let arrived = Instant::now();
+pub async fn create(core: Core, caller: Caller, body: Bytes, id: String) -> Result<Response, ApiError> {
+    let mut intake = Intake::at(&core, &caller, id);
     let mut fields = Fields::parse(&body)?;
     drop(body);
     let name = fields.take::<String>("model")?.unwrap_or_default();
-    let model = core.model(&name, arrived, caller.time).await?;
-    let chat = parse(fields, model, arrived, |count| core.admission.check_count(count)).await?;
-    let merged = chat.batch.start(&core, &caller, std::slice::from_ref(&chat.prompt)).await?;
+    let model = intake.model(&core, &caller, &name).await?;
+    let chat = parse(fields, model, intake, |count| core.admission.check_count(count)).await?;
+    let merged = chat.batch.start(&core, &caller.tenant, std::slice::from_ref(&chat.prompt)).await?;
     if chat.batch.common.stream {
         return Ok(chat.stream(merged));
     }
@@ -103,18 +96,20 @@ pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response,
 pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: Limits) -> Checked {
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
-    let chat = parse(fields, model.clone(), Instant::now(), |count| limits.allow(count)).await?;
-    Ok(chat.batch.generations(std::slice::from_ref(&chat.prompt), limits.time)?)
+    let pool = TextPool::default();
+    let intake = Intake::new(String::new(), &pool, limits.time);
+    let chat = parse(fields, model.clone(), intake, |count| limits.allow(count)).await?;
+    Ok(chat.batch.generations(std::slice::from_ref(&chat.prompt))?)
 }
 
-/// All but the field `model`, of a request that came when `arrived`. `may_ask` refuses a number of sequences that can never
-/// be served.
+/// Takes every field but `model`. `may_ask` refuses a number of sequences that can never be served.
 async fn parse(
     mut fields: Fields,
     model: Arc<ServedModel>,
-    arrived: Instant,
+    intake: Intake<'_>,
     may_ask: impl FnOnce(usize) -> Result<(), GenerateError>,
 ) -> Result<Chat, ApiError> {
+    let Intake { id, pool, lifetime, mut legs } = intake;
     let common = Common::take(&mut fields, model.text.generation_defaults())?;
     let logprobs = fields.take("logprobs")?.unwrap_or(false);
     let top_logprobs = fields.take_count("top_logprobs")?;
@@ -136,8 +131,10 @@ async fn parse(
     fields.finish()?;
     may_ask(common.n)?;
     let messages = messages.into_iter().map(MessageBody::message).collect::<Result<Vec<_>, _>>()?;
-    let text = render(&model.text, messages, add_generation_prompt).await?;
-    let tokens: Arc<[u32]> = encode(&model.text, text, add_special).await?.into();
+    legs.enter(Leg::Tokenize);
+    let text = pool.render(&model.text, messages, add_generation_prompt, lifetime).await?;
+    let tokens: Arc<[u32]> = pool.encode(&model.text, text, add_special, lifetime).await?.into();
+    legs.leave();
     let batch = Batch {
         sampling: SamplingParams { logprobs: logprobs.then_some(top_logprobs.unwrap_or(0)), ..common.sampling.clone() },
         max_tokens,
@@ -145,9 +142,9 @@ async fn parse(
         prompt_logprobs: false,
         model,
         common,
-        arrived,
+        lifetime,
+        spent: legs.times(),
     };
-    let id = format!("chatcmpl-{}", request::new_request_id());
     Ok(Chat { id, batch, prompt: Prompt { tokens, text: String::new() }, logprobs })
 }
 
@@ -169,7 +166,7 @@ impl Chat {
                 "index": index,
                 "message": {"role": "assistant", "content": choice.text, "refusal": null},
                 "logprobs": self.logprobs.then(|| ChatLogprobs::new(&choice.tokens, self.names())),
-                "finish_reason": choice.finished.as_ref().map(batch::finish_reason),
+                "finish_reason": choice.finished.as_ref().map(|finished| finished.reason.as_str()),
                 "stop_reason": choice.finished.as_ref().map(batch::stop_reason),
             });
             if self.batch.common.return_token_ids {
@@ -231,7 +228,7 @@ impl Chat {
                             false => json!({"content": finished.text}),
                         };
                         let mut chunk = self.chunk(index, &delta);
-                        chunk["choices"][0]["finish_reason"] = json!(batch::finish_reason(&finished));
+                        chunk["choices"][0]["finish_reason"] = json!(finished.reason.as_str());
                         chunk["choices"][0]["stop_reason"] = batch::stop_reason(&finished);
                         usage.add(&finished, index == 0);
                         chunk

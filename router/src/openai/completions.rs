@@ -13,10 +13,9 @@ use overfill_kv::SamplingParams;
 use overfill_text::Offsets;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::time::Instant;
 
 use super::{
-    Checked, Limits,
+    Checked, Intake, Limits,
     batch::{self, Batch, Choice, Merged, Prompt, Usage},
     caller::Caller,
     error::ApiError,
@@ -27,8 +26,9 @@ use super::{
 use crate::{
     GenerateError,
     generate::Core,
-    grpc::encode,
+    legs::Leg,
     node::ServedModel,
+    prompt::TextPool,
     request::{self, Output},
 };
 
@@ -70,14 +70,14 @@ struct ChoiceBody {
 }
 
 /// Serves one request.
-pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response, ApiError> {
-    let arrived = Instant::now();
+pub async fn create(core: Core, caller: Caller, body: Bytes, id: String) -> Result<Response, ApiError> {
+    let mut intake = Intake::at(&core, &caller, id);
     let mut fields = Fields::parse(&body)?;
     drop(body);
     let name = fields.take::<String>("model")?.unwrap_or_default();
-    let model = core.model(&name, arrived, caller.time).await?;
-    let completion = parse(fields, model, arrived, |count| core.admission.check_count(count)).await?;
-    let merged = completion.batch.start(&core, &caller, &completion.prompts).await?;
+    let model = intake.model(&core, &caller, &name).await?;
+    let completion = parse(fields, model, intake, |count| core.admission.check_count(count)).await?;
+    let merged = completion.batch.start(&core, &caller.tenant, &completion.prompts).await?;
     if completion.batch.common.stream {
         return Ok(completion.stream(merged));
     }
@@ -89,18 +89,20 @@ pub async fn create(core: Core, caller: Caller, body: Bytes) -> Result<Response,
 pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: Limits) -> Checked {
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
-    let completion = parse(fields, model.clone(), Instant::now(), |count| limits.allow(count)).await?;
-    Ok(completion.batch.generations(&completion.prompts, limits.time)?)
+    let pool = TextPool::default();
+    let intake = Intake::new(String::new(), &pool, limits.time);
+    let completion = parse(fields, model.clone(), intake, |count| limits.allow(count)).await?;
+    Ok(completion.batch.generations(&completion.prompts)?)
 }
 
-/// All but the field `model`, of a request that came when `arrived`. `may_ask` refuses a number of sequences that can never
-/// be served.
+/// Takes every field but `model`. `may_ask` refuses a number of sequences that can never be served.
 async fn parse(
     mut fields: Fields,
     model: Arc<ServedModel>,
-    arrived: Instant,
+    intake: Intake<'_>,
     may_ask: impl FnOnce(usize) -> Result<(), GenerateError>,
 ) -> Result<Completion, ApiError> {
+    let Intake { id, pool, lifetime, mut legs } = intake;
     let common = Common::take(&mut fields, model.text.generation_defaults())?;
     let logprobs = fields.take_count("logprobs")?;
     let echo: bool = fields.take("echo")?.unwrap_or(false);
@@ -121,10 +123,13 @@ async fn parse(
     may_ask((texts.len() + ids.len()) * common.n)?;
     let mut prompts = Vec::with_capacity(texts.len() + ids.len());
     for text in texts {
-        prompts.push(Prompt { tokens: encode(&model.text, text.clone(), add_special).await?.into(), text });
+        legs.enter(Leg::Tokenize);
+        let tokens = pool.encode(&model.text, text.clone(), add_special, lifetime).await?;
+        prompts.push(Prompt { tokens: tokens.into(), text });
         // Many texts of a length that is tokenised right here must not keep others from this thread.
         tokio::task::yield_now().await;
     }
+    legs.leave();
     for ids in ids {
         request::check_prompt(&model, &ids)?;
         request::check_length(&model, ids.len(), None)?;
@@ -143,9 +148,9 @@ async fn parse(
         prompt_logprobs: echo && logprobs.is_some(),
         model,
         common,
-        arrived,
+        lifetime,
+        spent: legs.times(),
     };
-    let id = format!("cmpl-{}", request::new_request_id());
     Ok(Completion { id, batch, prompts, logprobs, echo })
 }
 
@@ -180,7 +185,7 @@ impl Completion {
                 body.prompt_token_ids = Some(prompt.tokens.to_vec());
             }
             if let Some(finished) = &choice.finished {
-                body.finish_reason = Some(batch::finish_reason(finished));
+                body.finish_reason = Some(finished.reason.as_str());
                 body.stop_reason = batch::stop_reason(finished);
                 usage.add(finished, index % self.batch.common.n == 0);
             }
@@ -265,7 +270,7 @@ impl Completion {
                     }
                     Output::Finished(finished) => {
                         body.text += &finished.text;
-                        body.finish_reason = Some(batch::finish_reason(&finished));
+                        body.finish_reason = Some(finished.reason.as_str());
                         body.stop_reason = batch::stop_reason(&finished);
                         if !(self.echo && first) {
                             body.logprobs = None;

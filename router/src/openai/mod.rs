@@ -28,8 +28,18 @@ use caller::Caller;
 use error::ApiError;
 use overfill_cluster::http::SlowBody;
 use serde_json::{Value, json};
+use tokio::time::Instant;
+use tracing::{Instrument as _, Span, info_span};
 
-use crate::{GenerateError, catalog::Listed, generate::Core, node::ServedModel, request::Generation};
+use crate::{
+    GenerateError,
+    catalog::Listed,
+    generate::Core,
+    legs::{Leg, Legs},
+    node::ServedModel,
+    prompt::TextPool,
+    request::{self, Generation, Lifetime},
+};
 
 type Checked = Result<Vec<Generation>, ApiError>;
 
@@ -66,7 +76,9 @@ async fn completions(
     Extension(caller): Extension<Caller>,
     bytes: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    Box::pin(completions::create(core, caller, body(bytes)?)).await
+    let id = format!("cmpl-{}", request::new_request_id());
+    let span = info_span!("request", request = id);
+    Box::pin(completions::create(core, caller, body(bytes)?, id)).instrument(span).await
 }
 
 async fn chat_completions(
@@ -74,7 +86,9 @@ async fn chat_completions(
     Extension(caller): Extension<Caller>,
     bytes: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    Box::pin(chat::create(core, caller, body(bytes)?)).await
+    let id = format!("chatcmpl-{}", request::new_request_id());
+    let span = info_span!("request", request = id);
+    Box::pin(chat::create(core, caller, body(bytes)?, id)).instrument(span).await
 }
 
 /// What [`check`] allows a body to ask for.
@@ -92,6 +106,37 @@ impl Limits {
             return Err(GenerateError::limit("n", format!("at most {} with all prompts", self.sequences), count));
         }
         Ok(())
+    }
+}
+
+/// A request on its way from its fields to sequences.
+struct Intake<'a> {
+    /// The id that the client sees.
+    id: String,
+    pool: &'a TextPool,
+    lifetime: Lifetime,
+    /// Its time so far.
+    legs: Legs,
+}
+
+impl<'a> Intake<'a> {
+    /// A request that comes now, and may take `time`.
+    fn new(id: String, pool: &'a TextPool, time: Duration) -> Self {
+        let lifetime = Lifetime { arrived: Instant::now(), time };
+        Self { id, pool, lifetime, legs: Legs::new(Span::current()) }
+    }
+
+    /// Of `caller`, at the router with this core.
+    fn at(core: &'a Core, caller: &Caller, id: String) -> Self {
+        Self::new(id, &core.text_pool, caller.time.unwrap_or(core.default_time))
+    }
+
+    /// The model of this name, for which the request may have to wait.
+    async fn model(&mut self, core: &Core, caller: &Caller, name: &str) -> Result<Arc<ServedModel>, GenerateError> {
+        self.legs.enter(Leg::Queue);
+        let model = core.model(name, self.lifetime.arrived, caller.time).await?;
+        self.legs.leave();
+        Ok(model)
     }
 }
 

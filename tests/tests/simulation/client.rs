@@ -11,8 +11,7 @@ use std::{
 
 use futures::StreamExt as _;
 use overfill_cluster::{Shutdown, discovery::Members};
-use overfill_kv::SamplingParams;
-use overfill_proto::v1::FinishReason;
+use overfill_kv::{FinishReason, SamplingParams};
 use overfill_router::{
     Config,
     generate::Core,

@@ -1,0 +1,184 @@
+//! Which nodes an attempt uses. Pure over the view, but for the affinity that remembers the choice.
+
+use std::sync::Arc;
+
+use overfill_kv::{BLOCK_TOKENS, Role, block_hashes, blocks_for};
+use parking_lot::Mutex;
+
+use super::{Plan, blame::Pair};
+use crate::{
+    affinity::Affinity,
+    node::{Node, View},
+    pick,
+};
+
+/// The pair for `plan`, and the tokens that its prefill node has probably cached. The error is the role for which no
+/// node can be used.
+pub(super) fn pair(view: &View, plan: &Plan, affinity: &Mutex<Affinity>) -> Result<(Pair, u64), Role> {
+    let decode = decode_node(view, plan).ok_or(Role::Decode)?;
+    let (prefill, matched) = prefill_node(view, plan, decode, affinity).ok_or(Role::Prefill)?;
+    Ok((Pair { prefill: prefill.clone(), decode: decode.clone() }, matched))
+}
+
+/// The least occupied decode node of the model that has a prefill node to go with it.
+fn decode_node<'a>(view: &'a View, plan: &Plan) -> Option<&'a Arc<Node>> {
+    let paired = |decode: &&Arc<Node>| view.prefill.iter().any(|prefill| View::check_pair(prefill, decode).is_ok());
+    let nodes = view.decode.iter().filter(|node| node.info.model == plan.generation.model.name);
+    let nodes: Vec<_> = nodes.filter(paired).filter(|node| usable(node, plan)).collect();
+    let candidates: Vec<_> = nodes.iter().map(|node| node.decode_candidate()).collect();
+    let needed_blocks = blocks_for(plan.length() as usize) as u32;
+    Some(nodes[pick::decode(needed_blocks, &candidates)?])
+}
+
+/// The prefill node that computes the prompt first, and the tokens of it that the node has probably cached.
+fn prefill_node<'a>(
+    view: &'a View,
+    plan: &Plan,
+    decode: &Node,
+    affinity: &Mutex<Affinity>,
+) -> Option<(&'a Arc<Node>, u64)> {
+    let nodes = view.prefill.iter().filter(|prefill| View::check_pair(prefill, decode).is_ok());
+    let nodes: Vec<_> = nodes.filter(|node| usable(node, plan)).collect();
+    let producer = nodes.first()?.info.schema.full_model.clone().unwrap_or_default();
+    let hashes = block_hashes(&plan.tokens, &producer);
+    let mut affinity = affinity.lock();
+    let matched = |node: &Node| (affinity.matched(&hashes, node.key) * BLOCK_TOKENS) as u64;
+    let candidates: Vec<_> = nodes.iter().map(|node| node.prefill_candidate(matched(node))).collect();
+    let chosen = pick::prefill(plan.tokens.len() as u64, &candidates)?;
+    affinity.record(&hashes, nodes[chosen].key);
+    Some((nodes[chosen], candidates[chosen].matched_tokens))
+}
+
+/// May the node be sent this request, and does the request fit its context?
+fn usable(node: &Node, plan: &Plan) -> bool {
+    node.admits() && !plan.avoid.contains(&node.key) && node.info.max_context_tokens >= plan.length()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::time::Duration;
+
+    use overfill_kv::{KvDtype, KvSchema, RequestId, RopeSpec, SamplingParams};
+    use overfill_text::TextModel;
+    use tokio::time::Instant;
+    use tonic::transport::Endpoint;
+
+    use super::*;
+    use crate::{
+        node::{NodeInfo, NodeLoad, ServedModel},
+        request::Generation,
+        simulated::text_files,
+    };
+
+    fn node(key: u64, role: Role, change: impl FnOnce(&mut NodeInfo)) -> Arc<Node> {
+        let mut info = NodeInfo {
+            node_id: key.to_string(),
+            incarnation: key.to_string(),
+            role,
+            model: "m".into(),
+            schema: KvSchema {
+                layers: vec![0],
+                kv_heads: 1,
+                head_dim: 8,
+                rope: RopeSpec { theta: 1e4, scaling: "none".into() },
+                dtype: KvDtype::F32,
+                block_tokens: 16,
+                vocab_size: 259,
+                tokenizer_sha256: "aa".into(),
+                full_model: Some("f".into()),
+            },
+            max_context_tokens: 64,
+            total_blocks: 100,
+            max_running_requests: 4,
+            kv_endpoint: None,
+            version: String::new(),
+            weights: String::new(),
+            eos_token_ids: Vec::new(),
+        };
+        change(&mut info);
+        let channel = Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
+        let load = NodeLoad { free_blocks: info.total_blocks, ..NodeLoad::default() };
+        Arc::new(Node::new(key, String::new(), info, None, channel, load))
+    }
+
+    fn plan(tokens: usize, remaining: u32, avoid: &[u64]) -> Plan {
+        let model = ServedModel {
+            name: "m".into(),
+            full_model: "f".into(),
+            text: Arc::new(TextModel::from_files(&text_files()).unwrap()),
+            vocab_size: 259,
+            max_context_tokens: 64,
+            eos_token_ids: [].into(),
+            created: 0,
+        };
+        let tokens: Arc<[u32]> = vec![5; tokens].into();
+        let generation = Generation {
+            request_id: RequestId("r".into()),
+            model: Arc::new(model),
+            prompt: tokens.clone(),
+            sampling: SamplingParams::greedy(),
+            max_tokens: remaining,
+            stop_token_ids: [].into(),
+            stop: Vec::new(),
+            include_stop: false,
+            skip_special: true,
+            prompt_logprobs: false,
+            priority: 0,
+            arrived: Instant::now(),
+            time: Duration::from_secs(9),
+        };
+        Plan {
+            generation: Arc::new(generation),
+            tokens,
+            generated: 0,
+            remaining,
+            prompt_logprobs: false,
+            avoid: avoid.to_vec(),
+            progress_timeout: Duration::from_secs(9),
+        }
+    }
+
+    /// The keys of the chosen prefill and decode node.
+    fn chosen(view: &View, plan: &Plan, affinity: &Mutex<Affinity>) -> Result<(u64, u64, u64), Role> {
+        pair(view, plan, affinity).map(|(pair, matched)| (pair.prefill.key, pair.decode.key, matched))
+    }
+
+    #[tokio::test]
+    async fn nodes_that_fit_the_request_are_chosen() {
+        let short = |info: &mut NodeInfo| info.max_context_tokens = 20;
+        let view = View {
+            prefill: vec![node(1, Role::Prefill, short), node(2, Role::Prefill, |_| {})],
+            decode: vec![
+                node(3, Role::Decode, |info| info.model = "other".into()),
+                node(4, Role::Decode, |info| info.schema.dtype = KvDtype::Bf16),
+                node(5, Role::Decode, short),
+                node(6, Role::Decode, |_| {}),
+            ],
+            ..View::default()
+        };
+        let affinity = Mutex::new(Affinity::new(64));
+        assert_eq!(chosen(&view, &plan(40, 24, &[]), &affinity), Ok((2, 6, 0)));
+        // What was computed there before draws the next prompt.
+        assert_eq!(chosen(&view, &plan(40, 24, &[]), &affinity), Ok((2, 6, 32)));
+        assert_eq!(chosen(&view, &plan(40, 25, &[]), &affinity), Err(Role::Decode));
+        assert_eq!(chosen(&view, &plan(10, 10, &[5]), &affinity), Ok((1, 6, 0)));
+        assert_eq!(chosen(&view, &plan(10, 10, &[5, 6]), &affinity), Err(Role::Decode));
+        assert_eq!(chosen(&view, &plan(10, 10, &[1, 2]), &affinity), Err(Role::Prefill));
+    }
+
+    #[tokio::test]
+    async fn nodes_that_drain_or_have_failed_are_left_alone() {
+        let (prefill, decode) = (node(1, Role::Prefill, |_| {}), node(2, Role::Decode, |_| {}));
+        let view = View { prefill: vec![prefill.clone()], decode: vec![decode.clone()], ..View::default() };
+        let affinity = Mutex::new(Affinity::new(64));
+        decode.set_load(NodeLoad { draining: true, ..decode.load() });
+        assert_eq!(chosen(&view, &plan(10, 10, &[]), &affinity), Err(Role::Decode));
+        decode.set_load(NodeLoad { draining: false, ..decode.load() });
+        prefill.failed();
+        assert_eq!(chosen(&view, &plan(10, 10, &[]), &affinity), Err(Role::Prefill));
+        prefill.succeeded();
+        assert_eq!(chosen(&view, &plan(10, 10, &[]), &affinity), Ok((1, 2, 0)));
+    }
+}

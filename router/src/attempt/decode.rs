@@ -1,0 +1,130 @@
+//! The decode node's side of an attempt: its request and its events, from and to the wire.
+
+use std::sync::Arc;
+
+use overfill_kv::{FinishReason, KvSchema, OutputToken, Ticket, TransferStats};
+use overfill_proto::{
+    InvalidField, ticket_from_wire,
+    v1::{self, decode_event},
+};
+use tonic::Status;
+
+use super::{Plan, blame::Fault, stream::NodeStream};
+use crate::node::{Node, Slot};
+
+/// Room on a decode node, and how a prefill node writes into it.
+#[derive(Debug)]
+pub(super) struct Reservation {
+    pub ticket: Ticket,
+    /// Where the decode node receives KV. It is handed on unread: the router need not know the transport.
+    pub kv_endpoint: Option<v1::KvEndpoint>,
+    /// The decode node's schema.
+    pub kv_schema: KvSchema,
+    /// Leading prompt tokens whose KV the decode node already holds.
+    pub held_tokens: u32,
+}
+
+/// What a decode node says after its reservation.
+#[derive(Debug)]
+pub(super) enum DecodeEvent {
+    /// The KV is complete and verified.
+    Ready(Option<TransferStats>),
+    Token(OutputToken),
+    Finished(FinishReason),
+}
+
+/// A request on a decode node.
+pub(super) struct DecodeStream {
+    stream: NodeStream<v1::DecodeEvent>,
+    /// A message that came before the client had seen the first token.
+    early: Option<v1::DecodeEvent>,
+    _slot: Slot,
+}
+
+impl DecodeStream {
+    /// Asks `node` to decode the plan's request over KV that `prefiller` computes.
+    pub fn open(node: &Arc<Node>, prefiller: &Node, plan: &Plan) -> Self {
+        let generation = &plan.generation;
+        let request = v1::DecodeRequest {
+            request_id: generation.request_id.0.clone(),
+            prompt_tokens: plan.tokens.to_vec(),
+            sampling: Some((&generation.sampling).into()),
+            max_tokens: plan.remaining,
+            stop_token_ids: generation.stop_token_ids.to_vec(),
+            deadline_seconds: plan.seconds_left(),
+            generated_tokens: plan.generated,
+            producer: prefiller.info.schema.full_model.clone().unwrap_or_default(),
+            incarnation: node.info.incarnation.clone(),
+        };
+        let mut client = node.decode_client();
+        Self {
+            stream: NodeStream::new(async move { client.decode(request).await }),
+            early: None,
+            _slot: node.occupy(0),
+        }
+    }
+
+    /// Resolves when the node has taken the request. Cancel safe.
+    pub async fn opened(&mut self) -> Result<(), Fault> {
+        Ok(self.stream.opened().await?)
+    }
+
+    /// The node's reservation, which may have to wait there until other requests have ended. Cancel safe.
+    pub async fn reserved(&mut self) -> Result<Reservation, Fault> {
+        match self.stream.message().await?.and_then(|message| message.event) {
+            Some(decode_event::Event::Reserved(reserved)) => {
+                Reservation::try_from(reserved).map_err(|e| Fault::Unexpected(e.to_string()))
+            }
+            Some(decode_event::Event::Ready(_) | decode_event::Event::Token(_) | decode_event::Event::Finished(_))
+            | None => Err(Fault::unexpected("no reservation")),
+        }
+    }
+
+    /// Resolves when the node has said something, which is kept for [`next`](Self::next). Once only: after that it is
+    /// pending for ever. Cancel safe.
+    pub async fn spoken(&mut self) -> Result<(), Fault> {
+        if self.early.is_some() {
+            return std::future::pending().await;
+        }
+        match self.stream.message().await? {
+            Some(message) => {
+                self.early = Some(message);
+                Ok(())
+            }
+            None => Err(Status::unknown("the stream ended before the first token").into()),
+        }
+    }
+
+    /// The next event after the reservation. Cancel safe.
+    pub async fn next(&mut self) -> Result<DecodeEvent, Fault> {
+        let message = match self.early.take() {
+            Some(message) => Some(message),
+            None => self.stream.message().await?,
+        };
+        match message.and_then(|message| message.event) {
+            Some(decode_event::Event::Ready(ready)) => Ok(DecodeEvent::Ready(ready.transfer.map(Into::into))),
+            Some(decode_event::Event::Token(token)) => Ok(DecodeEvent::Token(token.into())),
+            Some(decode_event::Event::Finished(finished)) => {
+                let reason = FinishReason::try_from(finished.reason());
+                Ok(DecodeEvent::Finished(reason.map_err(|e| Fault::Unexpected(e.to_string()))?))
+            }
+            Some(decode_event::Event::Reserved(_)) => Err(Fault::unexpected("a second reservation")),
+            None => Err(Fault::unexpected("the end of the stream before the end of the text")),
+        }
+    }
+}
+
+impl TryFrom<v1::Reserved> for Reservation {
+    type Error = InvalidField;
+
+    fn try_from(wire: v1::Reserved) -> Result<Self, InvalidField> {
+        let v1::Reserved { ticket, kv_endpoint, held_tokens, kv_schema } = wire;
+        let kv_schema = kv_schema.ok_or_else(|| InvalidField::new("kv_schema", "present", "nothing"))?;
+        Ok(Self {
+            ticket: ticket_from_wire(&ticket)?,
+            kv_endpoint,
+            kv_schema: KvSchema::try_from(kv_schema)?,
+            held_tokens,
+        })
+    }
+}

@@ -1,0 +1,40 @@
+//! A request's stream from a node, beginning with the call that opens it.
+
+use futures::future::BoxFuture;
+use tonic::{Response, Status, Streaming};
+
+/// A stream that is being opened, or is open. Dropping it ends the request on the node.
+pub(super) struct NodeStream<T> {
+    state: State<T>,
+}
+
+enum State<T> {
+    Opening(BoxFuture<'static, Result<Response<Streaming<T>>, Status>>),
+    Open(Streaming<T>),
+}
+
+impl<T> NodeStream<T> {
+    /// A stream that `call` opens. Nothing is sent before the first wait.
+    pub fn new(call: impl Future<Output = Result<Response<Streaming<T>>, Status>> + Send + 'static) -> Self {
+        Self { state: State::Opening(Box::pin(call)) }
+    }
+
+    /// Resolves when the node has taken the request. Cancel safe.
+    pub async fn opened(&mut self) -> Result<(), Status> {
+        if let State::Opening(call) = &mut self.state {
+            let stream = call.await?.into_inner();
+            self.state = State::Open(stream);
+        }
+        Ok(())
+    }
+
+    /// The next message; `None` at the end of the stream. Cancel safe.
+    pub async fn message(&mut self) -> Result<Option<T>, Status> {
+        loop {
+            match &mut self.state {
+                State::Open(stream) => return stream.message().await,
+                State::Opening(_) => self.opened().await?,
+            }
+        }
+    }
+}
