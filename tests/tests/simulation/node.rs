@@ -157,7 +157,7 @@ impl Place {
             kv_endpoint: kv_endpoint.clone().unwrap_or_default(),
             version: "0".into(),
             weights: "f32".into(),
-            eos_token_ids: vec![overfill_router::simulated::EOS],
+            eos_token_ids: vec![overfill_simulated::EOS],
         };
         let registration = Registration {
             role: self.role,
