@@ -5,13 +5,12 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use axum::body::Bytes;
-use overfill_router::node::ServedModel;
-use overfill_router::openai::{self, Limits};
+use overfill_router::parts::{BodyLimits, ServedModel, check_body};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::text::model;
 
-const LIMITS: Limits = Limits { sequences: 256, time: Duration::from_secs(9) };
+const LIMITS: BodyLimits = BodyLimits { sequences: 256, time: Duration::from_secs(9) };
 
 /// A model that a router would serve, over a golden tokenizer.
 pub(crate) static MODEL: LazyLock<Arc<ServedModel>> = LazyLock::new(|| {
@@ -40,7 +39,7 @@ pub fn http_bodies(data: &[u8]) {
         let runtime = runtime.get_or_insert_with(|| {
             Builder::new_current_thread().enable_time().build().expect("a runtime for this thread")
         });
-        runtime.block_on(openai::check(&body, first % 2 == 1, &MODEL, LIMITS))
+        runtime.block_on(check_body(&body, first % 2 == 1, &MODEL, LIMITS))
     });
     match checked {
         Ok(generations) => {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use overfill_kv::{KvSchema, Role, SamplingParams};
 use overfill_node::RequestLimits;
 use overfill_proto::{ticket_from_wire, v1};
-use overfill_router::{node::NodeInfo, request};
+use overfill_router::parts::{MAX_STOPS, NodeInfo, check_length, check_prompt, check_stops};
 use prost::Message;
 use tokio::time::Instant;
 
@@ -111,15 +111,15 @@ fn check_refusal(message: &str) {
 /// The checks of `router/src/grpc.rs` that need no node.
 fn generate_request(bytes: &[u8]) {
     same_again::<v1::GenerateRequest>(bytes, |wire| {
-        if request::check_stops(&wire.stop).is_ok() {
-            assert!(wire.stop.len() <= request::MAX_STOPS);
+        if check_stops(&wire.stop).is_ok() {
+            assert!(wire.stop.len() <= MAX_STOPS);
         }
         if let Some(v1::generate_request::Prompt::TokenIds(ids)) = &wire.prompt
-            && request::check_prompt(&MODEL, &ids.ids).is_ok()
+            && check_prompt(&MODEL, &ids.ids).is_ok()
         {
             assert!(ids.ids.iter().all(|id| *id < MODEL.vocab_size));
             let asked = (wire.max_tokens > 0).then_some(wire.max_tokens);
-            if let Ok(tokens) = request::check_length(&MODEL, ids.ids.len(), asked) {
+            if let Ok(tokens) = check_length(&MODEL, ids.ids.len(), asked) {
                 assert!(ids.ids.len() as u64 + u64::from(tokens) <= u64::from(MODEL.max_context_tokens));
             }
         }

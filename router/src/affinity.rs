@@ -10,8 +10,8 @@ const NODES_PER_BLOCK: usize = 4;
 
 /// Bounded map from block to the nodes that computed it.
 ///
-/// Two generations stand for a least-recently-used order: what is used moves to the young one; when that is full, it
-/// becomes the old one and the old one is forgotten. Every operation is O(1) per block.
+/// Two generations approximate a least-recently-used order. A block that is used moves to the young generation. When
+/// the young generation is full, it replaces the old one. Every operation is O(1) per block.
 pub struct Affinity {
     young: HashMap<BlockHash, Vec<u64>>,
     old: HashMap<BlockHash, Vec<u64>>,
@@ -32,7 +32,7 @@ impl Affinity {
         hashes.iter().take_while(seen).count()
     }
 
-    /// `node` computes these blocks now.
+    /// Remembers that `node` computes these blocks.
     pub fn record(&mut self, hashes: &[BlockHash], node: u64) {
         for hash in hashes {
             if self.young.len() >= self.half && !self.young.contains_key(hash) {

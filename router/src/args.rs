@@ -22,8 +22,8 @@ pub struct Args {
     /// gRPC address of a decode node; repeat it or separate several by commas. Needed unless nodes register in etcd.
     #[arg(long = "decode-url", env = "OVERFILL_DECODE_URL", value_delimiter = ',')]
     pub decode_url: Vec<String>,
-    /// Name of a model that this router is to serve; repeat it or separate several by commas. It is listed, and its requests
-    /// wait, before a node has come that serves it.
+    /// Name of a model that this router is to serve; repeat it or separate several by commas. It is listed, and its
+    /// requests wait, before a node has come that serves it.
     #[arg(long = "served-model", env = "OVERFILL_SERVED_MODEL", value_delimiter = ',')]
     pub served_model: Vec<String>,
     /// Where the OpenAI API is served, with /startup, /live, /ready, /health and /metrics.
@@ -59,25 +59,26 @@ pub struct Args {
     /// Largest HTTP request body.
     #[arg(long, env = "OVERFILL_MAX_BODY_BYTES", default_value_t = 16 << 20)]
     pub max_body_bytes: usize,
-    /// Most connections with requests on each of the two ports. When there are more, whoever is idle gives way.
+    /// Most connections with requests on each of the two ports. When there are more, the connection that has been idle
+    /// longest is closed.
     #[arg(long, env = "OVERFILL_MAX_CONNECTIONS", default_value_t = 4096)]
     pub max_connections: usize,
     /// File with the certificate that clients are shown (PEM), over HTTP and gRPC. Without it nothing is encrypted.
     #[arg(long, env = "OVERFILL_SERVE_TLS_CERT")]
     pub serve_tls_cert: Option<PathBuf>,
-    /// File with its key (PEM).
+    /// File with the key of that certificate (PEM).
     #[arg(long, env = "OVERFILL_SERVE_TLS_KEY")]
     pub serve_tls_key: Option<PathBuf>,
     /// File with the keys of clients (JSON). Without it everybody is served.
     #[arg(long, env = "OVERFILL_API_KEYS")]
     pub api_keys: Option<PathBuf>,
-    /// Towards the nodes.
+    /// TLS towards the nodes.
     #[command(flatten)]
     pub tls: TlsArgs,
-    /// Where nodes register.
+    /// The etcd in which nodes register.
     #[command(flatten)]
     pub etcd: EtcdArgs,
-    /// Settings of the process.
+    /// Settings that every service process has.
     #[command(flatten)]
     pub process: ProcessArgs,
 }
@@ -103,27 +104,27 @@ pub struct Config {
     pub default_deadline: Duration,
     /// Longest wait for a place or a node with room.
     pub max_queue: Duration,
-    /// Passes over the nodes per request.
+    /// Most attempts per request.
     pub max_attempts: u32,
-    /// Passes after a failure per second, beyond one for every five new requests.
+    /// Retries per second that are always allowed, beside one for every five new requests.
     pub min_retries_per_second: u32,
-    /// Longest silence of a node.
+    /// Longest time that a node may leave a ping unanswered.
     pub node_timeout: Duration,
-    /// Longest time without a token of a request that is being decoded.
+    /// Longest time between two tokens of a request that is being decoded.
     pub progress_timeout: Duration,
     /// Largest HTTP body.
     pub max_body_bytes: usize,
     /// Most connections with requests on each port.
     pub max_connections: usize,
-    /// Towards clients; `None`: nothing is encrypted.
+    /// TLS towards clients. `None`: nothing is encrypted.
     pub serve_tls: Option<Tls>,
-    /// Of clients; `None`: everybody is served.
+    /// The clients' API keys. `None`: everybody is served.
     pub api_keys: Option<ApiKeys>,
-    /// Towards the nodes.
+    /// TLS towards the nodes. `None`: nothing is encrypted.
     pub tls: Option<Tls>,
-    /// How nodes are reached.
+    /// Opens connections to nodes.
     pub dialer: Dialer,
-    /// Where nodes register; `None`: only the URLs count.
+    /// The etcd in which nodes register. `None`: the router uses the URLs alone.
     pub etcd: Option<EtcdConfig>,
 }
 
@@ -156,7 +157,7 @@ impl Config {
 }
 
 impl Config {
-    /// Of the nodes' URLs.
+    /// The scheme of the nodes' URLs.
     pub fn node_scheme(&self) -> &'static str {
         scheme(&self.tls)
     }

@@ -1,21 +1,21 @@
-//! Keeps requests from a node that fails them: open after a failure, half-open when some time has passed. Pure.
+//! A node's circuit breaker: open after a failure, half-open when some time has passed. Pure.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// First time without requests.
+/// How long the first failure keeps requests away.
 const PAUSE_MIN: Duration = Duration::from_secs(1);
-/// Longest, after failure upon failure.
+/// How long repeated failures keep requests away at most.
 const PAUSE_MAX: Duration = Duration::from_secs(30);
-/// Failures in a row that may have been another node's fault, until this one is held responsible.
+/// Suspicions in a row that count as a failure.
 const MAX_SUSPICIONS: u32 = 3;
 
-/// A node's circuit breaker.
+/// Keeps requests from a node that fails them.
 #[derive(Debug)]
 pub struct Breaker {
     state: State,
-    /// How long the next failure keeps it open.
+    /// How long the next failure keeps the breaker open.
     pause: Duration,
     suspicions: u32,
 }
@@ -24,14 +24,14 @@ pub struct Breaker {
 enum State {
     /// Requests go through.
     Closed,
-    /// None does; from this moment on one may, as a probe.
+    /// No request goes through until this moment. Then one may, as a probe.
     Open(Instant),
-    /// One does. What becomes of it decides.
+    /// A probe is under way. Its outcome decides.
     HalfOpen,
 }
 
 impl Default for Breaker {
-    /// Of a node that has just joined.
+    /// The breaker of a node that has just joined.
     fn default() -> Self {
         Self { state: State::Closed, pause: PAUSE_MIN, suspicions: 0 }
     }
@@ -47,15 +47,15 @@ impl Breaker {
         }
     }
 
-    /// A request goes there; true if it is a probe.
+    /// A request goes to the node. True: the request is a probe.
     pub fn begin(&mut self, now: Instant) -> bool {
         match self.state {
             State::Open(until) if now >= until => {
                 self.state = State::HalfOpen;
                 true
             }
-            // It may have been chosen before it failed another one.
-            _ => false,
+            // The node may have been chosen before it failed another request.
+            State::Closed | State::Open(_) | State::HalfOpen => false,
         }
     }
 
@@ -74,7 +74,7 @@ impl Breaker {
         self.pause = (self.pause * 2).min(PAUSE_MAX);
     }
 
-    /// A request failed, through this node or another.
+    /// A request failed through this node or another one.
     pub fn suspected(&mut self, now: Instant) {
         self.suspicions += 1;
         if self.suspicions >= MAX_SUSPICIONS || self.state == State::HalfOpen {
@@ -83,7 +83,7 @@ impl Breaker {
         }
     }
 
-    /// A probe ended without telling anything: the next request is one, too.
+    /// A probe ended without an outcome: the next request is a probe, too.
     pub fn abandoned(&mut self, now: Instant) {
         if self.state == State::HalfOpen {
             self.state = State::Open(now);

@@ -1,6 +1,7 @@
 //! The models that clients may name: nodes serve them, or the router is configured to expect them.
 //!
-//! A router may start before its nodes, and lose them all. A request for a model that nodes will serve waits until they do.
+//! A router may start before its nodes, and lose them all. A request for a model that nodes will serve waits until they
+//! do.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,7 +17,7 @@ use tokio::{
 
 use crate::{GenerateError, node::ServedModel, nodes::Nodes};
 
-/// When a client may try again that found the queue full.
+/// When a client that found the queue full may try again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// The models of one router. Clones share them.
@@ -33,11 +34,12 @@ pub struct Catalog {
 
 /// A model in a list of them.
 pub struct Listed {
-    /// What clients call it.
+    /// The name that clients use.
     pub name: String,
-    /// Seconds since 1970, when it was first seen; for a configured one that was not, when the router started.
+    /// Seconds since 1970 when the model was first seen. For a configured model that was never seen: when the router
+    /// started.
     pub created: u64,
-    /// What nodes said of it. A configured model whose nodes never came has nothing.
+    /// The model as nodes serve it; `None` for a configured model whose nodes never came.
     pub served: Option<Arc<ServedModel>>,
 }
 
@@ -53,7 +55,8 @@ impl Catalog {
         }
     }
 
-    /// The model of this name; with an empty name, the only one. Waits until `until` for one that no node serves yet.
+    /// The model of this name; with an empty name, the only one. Waits until `until` for a model that no node serves
+    /// yet.
     pub async fn find(&self, name: &str, until: Instant) -> Result<Arc<ServedModel>, GenerateError> {
         let mut changes = self.nodes.changes();
         let mut place = None;
@@ -78,7 +81,7 @@ impl Catalog {
         }
     }
 
-    /// `None`: it may come.
+    /// The model of this name. `None`: no node serves it yet, but one may come.
     fn look_up(&self, name: &str) -> Result<Option<Arc<ServedModel>>, GenerateError> {
         let known = &self.nodes.view().models;
         let names: BTreeSet<&String> = known.keys().chain(self.configured.iter()).collect();
@@ -117,7 +120,7 @@ impl Catalog {
         self.nodes.trouble(role)
     }
 
-    /// All models, by name.
+    /// All models, served or configured, by name.
     pub fn list(&self) -> Vec<Listed> {
         let configured = self.configured.iter().map(|name| (name.clone(), None));
         let known = self.nodes.view();

@@ -1,4 +1,4 @@
-//! The one error type of a request, and how it looks over gRPC. (Over HTTP: [`crate::openai::error`].)
+//! The one error type of a request, and how it looks over gRPC. (`openai::error` says how it looks over HTTP.)
 
 use std::time::Duration;
 
@@ -23,90 +23,90 @@ pub enum GenerateError {
     ContextLength {
         /// Tokens that the context holds.
         limit: u32,
-        /// Tokens asked for, in all.
+        /// Tokens of prompt and output together.
         value: u64,
-        /// Of these, the prompt's.
+        /// Tokens of the prompt.
         prompt: u64,
-        /// And those to generate.
+        /// Tokens to generate.
         output: u64,
     },
-    /// No such model.
+    /// The router has no model of this name.
     #[error("the model {model:?} does not exist; served are: {served}")]
     UnknownModel {
-        /// As asked for.
+        /// The name in the request.
         model: String,
-        /// The names there are.
+        /// The names of the models that the router has.
         served: String,
     },
-    /// The waiting room is full.
+    /// As many requests wait as may.
     #[error("the queue is full: {limit} requests are running or waiting")]
     QueueFull {
-        /// How many do.
+        /// Most requests that run or wait.
         limit: usize,
-        /// When there may be room.
+        /// When the client should ask again.
         retry_after: Duration,
     },
     /// The wait would be longer than the request has time.
     #[error("too much is waiting: it would be this request's turn in about {:.1} s, too late for it", wait.as_secs_f64())]
     Overloaded {
-        /// Expected.
+        /// The wait that is expected.
         wait: Duration,
-        /// When there may be less.
+        /// When the client should ask again.
         retry_after: Duration,
     },
     /// It is the request's turn, but it would not be done in time.
     #[error("the {:.1} s that are left would not be enough", left.as_secs_f64())]
     Late {
-        /// Until its deadline.
+        /// Time until the request's deadline.
         left: Duration,
-        /// When there may be more time.
+        /// When the client should ask again.
         retry_after: Duration,
     },
-    /// The tenant's own limit.
+    /// The tenant has reached one of its limits.
     #[error("this API key may have {what}")]
     Limited {
-        /// The limit, and its state.
+        /// The limit, and how far it is used up.
         what: String,
-        /// When it may be kept.
+        /// When the client should ask again.
         retry_after: Duration,
     },
-    /// No API key, or an unknown one.
+    /// The request has no API key, or an unknown one.
     #[error("a valid API key is needed: authorization: Bearer KEY")]
     Unauthenticated,
-    /// Nodes there are, but none had room in time.
+    /// No node had room in time.
     #[error("no node had room within {} s{detail}", waited.as_secs_f64())]
     NoRoom {
         /// How long the request waited.
         waited: Duration,
-        /// What a node said, with its separator.
+        /// What a node said, after `: `; may be empty.
         detail: String,
     },
-    /// A role has no node.
+    /// No node of a role takes requests.
     #[error("{0}")]
     Unavailable(String),
-    /// The request's time is over.
+    /// The request's deadline has passed.
     #[error("the deadline of {} s has passed", .0.as_secs_f64())]
     Deadline(Duration),
-    /// Nodes failed, each attempt on others.
+    /// Every attempt failed, each on other nodes.
     #[error("gave up after {attempts} attempts: {last}")]
     Failed {
-        /// Passes made.
+        /// Attempts made.
         attempts: u32,
-        /// What ended the last one.
+        /// What ended the last attempt.
         last: String,
     },
-    /// Our own fault.
+    /// The router is at fault.
     #[error("internal: {0}")]
     Internal(String),
 }
 
 impl GenerateError {
-    /// A fault of `field`.
+    /// The error that blames `field`.
     pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Invalid { field: Some(field.into()), message: message.into() }
     }
 
-    /// Where asking again may help: after so many whole seconds.
+    /// Whole seconds after which the client should ask again. `None`: asking again is of no use.
     pub fn retry_after_seconds(&self) -> Option<u64> {
         match self {
             Self::QueueFull { retry_after, .. }
@@ -123,7 +123,7 @@ impl GenerateError {
         }
     }
 
-    /// `field must be limit, got value`.
+    /// The error with the message `field must be limit, got value`.
     pub fn limit(field: &str, limit: impl std::fmt::Display, value: impl std::fmt::Display) -> Self {
         Self::invalid(field, format!("{field} must be {limit}, got {value}"))
     }

@@ -22,13 +22,13 @@ use crate::{
 /// Longest time that a request may ask for: a day.
 pub(crate) const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
-/// The service.
+/// The service over gRPC.
 pub struct RouterService {
     core: Core,
 }
 
 impl RouterService {
-    /// Over these nodes.
+    /// The service over this core.
     pub fn new(core: Core) -> Self {
         Self { core }
     }
@@ -108,7 +108,7 @@ impl RouterService {
     }
 }
 
-/// Refuses what comes while more connections have requests than may.
+/// Refuses a request on a connection beyond the limit of connections with requests.
 pub(crate) fn check_crowd(extensions: &Extensions) -> Result<(), GenerateError> {
     match extensions.get::<Crowded>() {
         None => Ok(()),

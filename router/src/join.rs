@@ -30,36 +30,36 @@ const LARGE_TOKENIZER_BYTES: usize = 64 << 10;
 /// Why a node is not used.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
-    /// No connection.
+    /// The connection failed.
     #[error("{0}")]
     Transport(#[from] tonic::transport::Error),
     /// The node refused, or its connection broke.
     #[error("{}: {}", .0.code(), .0.message())]
     Status(#[from] Box<tonic::Status>),
-    /// It is silent.
+    /// The node is silent.
     #[error("no answer within {} s", .0.as_secs_f64())]
     Timeout(Duration),
     /// The node says something of itself that can't be.
     #[error("{0}")]
     Field(#[from] InvalidField),
-    /// Its text files can't be used.
+    /// The node's text files can't be used.
     #[error("{0}")]
     Text(#[from] overfill_text::TextError),
-    /// Its text files are not those of its schema.
+    /// The node's tokenizer is not the one that its schema names.
     #[error("kv_schema.tokenizer_sha256 is {schema}, but tokenizer.json's is {file}")]
     Tokenizer {
-        /// In the schema.
+        /// The hash in the schema.
         schema: String,
-        /// Of the file.
+        /// The hash of the file.
         file: String,
     },
-    /// No reason given.
+    /// The node ended its load reports without a reason.
     #[error("the node ended its load reports")]
     Ended,
-    /// It takes nothing new.
+    /// The node takes no new request.
     #[error("the node is draining")]
     Draining,
-    /// Its engine hangs.
+    /// The node's engine hangs.
     #[error("the engine does not get on with its work")]
     Stalled,
     /// Another process is registered at its address now.

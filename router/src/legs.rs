@@ -22,8 +22,8 @@ pub enum Leg {
     PrefillQueue,
     /// The prefill node computes the prompt: from `PrefillStarted` until the first token.
     Prefill,
-    /// The rest of the KV goes to the decode node: from the first token until the node's `HandoffReady`. The part of the
-    /// transfer that the computation hides is in `Prefill`.
+    /// The rest of the KV goes to the decode node: from the first token until the node's `HandoffReady`. The part of
+    /// the transfer that the computation hides is in `Prefill`.
     Handoff,
     /// The decode node makes its first token, the second one of the output: from `HandoffReady` until that token.
     FirstDecodeStep,

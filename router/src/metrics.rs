@@ -1,14 +1,14 @@
-//! What the router counts.
+//! The router's metrics.
 
 use std::{sync::Arc, time::Duration};
 
 use overfill_cluster::metrics::{MetricsError, SECONDS_BUCKETS, register};
 use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
-/// The router's metrics. Series of requests carry `model_name`.
+/// Counters, gauges and histograms. Series of requests carry `model_name`.
 #[derive(Clone)]
 pub struct Metrics {
-    /// All of them.
+    /// The registry of all metrics.
     pub registry: Registry,
     /// Sequences on the nodes.
     pub running: IntGauge,
@@ -28,7 +28,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// A registry with everything at zero.
+    /// New metrics, all at zero.
     pub fn new() -> Result<Self, MetricsError> {
         let r = &Registry::new();
         let counter = |name, help, labels: &[&str]| register(r, IntCounterVec::new(Opts::new(name, help), labels)?);
@@ -76,7 +76,7 @@ impl Metrics {
         })
     }
 
-    /// A sequence of `model` goes on elsewhere.
+    /// A sequence of `model` is begun anew on other nodes.
     pub fn migrated(&self, model: &str) {
         self.migrations.with_label_values(&[model]).inc();
     }
@@ -114,7 +114,7 @@ impl RequestMetrics {
         if first { &self.first_token } else { &self.inter_token }.observe(after.as_secs_f64());
     }
 
-    /// The end.
+    /// The sequence has ended for `reason`, this long after the request.
     pub fn finished(&mut self, reason: &str, after: Duration) {
         self.ended = true;
         self.metrics.success.with_label_values(&[self.model.as_str(), reason]).inc();

@@ -1,24 +1,24 @@
 //! Which node takes a request: pure functions over what is known of the candidates.
 
-/// A prefill node, as far as it matters for one prompt.
+/// A prefill node that may compute a prompt.
 #[derive(Clone, Copy, Debug)]
 pub struct PrefillCandidate {
-    /// Prompt tokens that it has accepted and not yet computed.
+    /// Prompt tokens that the node has accepted and not yet computed.
     pub queued_tokens: u64,
-    /// Tokens of this prompt that it has probably cached.
+    /// Tokens of this prompt that the node has probably cached.
     pub matched_tokens: u64,
-    /// Requests on it.
+    /// Requests on the node, waiting ones included.
     pub requests: u32,
 }
 
-/// A decode node, as far as it matters for one request.
+/// A decode node that may decode a request.
 #[derive(Clone, Copy, Debug)]
 pub struct DecodeCandidate {
     /// KV blocks free or cached.
     pub free_blocks: u32,
-    /// KV blocks in all.
+    /// All KV blocks of the node.
     pub total_blocks: u32,
-    /// Requests on it, waiting ones included.
+    /// Requests on the node, waiting ones included.
     pub requests: u32,
     /// Most requests computed at once.
     pub max_running: u32,
@@ -30,7 +30,8 @@ pub fn prefill(prompt_tokens: u64, candidates: &[PrefillCandidate]) -> Option<us
     (0..candidates.len()).min_by_key(|&i| cost(&candidates[i]))
 }
 
-/// The node that has room now, and of these the one least occupied, by requests or by blocks.
+/// The least occupied node, by requests or by blocks, among the nodes that have room now. Without room anywhere, among
+/// all.
 pub fn decode(needed_blocks: u32, candidates: &[DecodeCandidate]) -> Option<usize> {
     let crowded = |c: &DecodeCandidate| c.free_blocks < needed_blocks || c.requests >= c.max_running;
     let occupancy = |c: &DecodeCandidate| {

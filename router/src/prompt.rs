@@ -63,8 +63,8 @@ impl TextPool {
         self.run(lifetime, move || model.encode(&text, add_special)).await
     }
 
-    /// Runs `work` on another thread, when one is free. A request that ends while it waits takes no thread. Work that has
-    /// begun can't be stopped, and keeps its thread to the end.
+    /// Runs `work` on another thread, when one is free. A request that ends while it waits takes no thread. Work that
+    /// has begun can't be stopped, and keeps its thread to the end.
     async fn run<T: Send + 'static>(
         &self,
         lifetime: Lifetime,

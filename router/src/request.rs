@@ -1,4 +1,4 @@
-//! A request that has passed every check that does not need a node.
+//! A request that has passed all checks that need no node.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,19 +16,19 @@ pub const MAX_STOP_BYTES: usize = 1024;
 /// One sequence to generate.
 #[derive(Clone)]
 pub struct Generation {
-    /// The same on every node that works on it.
+    /// The sequence's name, the same on every node.
     pub request_id: RequestId,
     /// The model that answers.
     pub model: Arc<ServedModel>,
-    /// At least one token.
+    /// The prompt's token ids, at least one, all below the model's `vocab_size`.
     pub prompt: Arc<[u32]>,
-    /// Checked.
+    /// Valid for the model's vocabulary.
     pub sampling: SamplingParams,
-    /// 0 only with `prompt_logprobs`: the prompt is scored and nothing is generated.
+    /// Most tokens to generate. 0 only with `prompt_logprobs`: the prompt is scored and nothing is generated.
     pub max_tokens: u32,
-    /// Tokens that end the text, the model's own included unless it is to be ignored.
+    /// Token ids that end the text: the model's own, unless the request ignores them, and the request's.
     pub stop_token_ids: Arc<[u32]>,
-    /// Texts that end it.
+    /// Texts that end the text.
     pub stop: Vec<String>,
     /// Is the stop text part of the output?
     pub include_stop: bool,
@@ -36,11 +36,11 @@ pub struct Generation {
     pub skip_special: bool,
     /// Report the prompt's log-probabilities.
     pub prompt_logprobs: bool,
-    /// Lower goes first.
+    /// Requests with lower numbers go first.
     pub priority: i32,
-    /// When it came.
+    /// When the request came.
     pub arrived: Instant,
-    /// How long it may take from then.
+    /// How long the sequence may take from then.
     pub time: Duration,
 }
 
@@ -67,30 +67,31 @@ impl Generation {
     }
 }
 
-/// What comes out of a [`Generation`], in this order: prompt log-probabilities if asked for, tokens, one end.
+/// What comes out of a [`Generation`]: first the prompt's log-probabilities if the request asks for them, then tokens,
+/// then one end.
 #[derive(Clone, Debug)]
 pub enum Output {
-    /// Of prompt tokens 1, 2, ...
+    /// The log-probabilities of prompt tokens 1, 2, ...
     PromptLogprobs(Vec<OutputToken>),
     /// The next token.
     Token {
-        /// Which, and its log-probabilities.
+        /// The token with its log-probabilities.
         token: OutputToken,
         /// Text that is certain now.
         text: String,
         /// The stage that chose it.
         stage: Role,
     },
-    /// The end.
-    Finished(Finished),
+    /// The end of the sequence.
+    Finished(Box<Finished>),
 }
 
 /// How a sequence ended.
 #[derive(Clone, Debug)]
 pub struct Finished {
-    /// Why.
+    /// Why the sequence ended.
     pub reason: FinishReason,
-    /// Which stop text or stop token; `None` for the model's own end of text, and for length.
+    /// The stop text or stop token of the request that ended it. `None`: the model ended the text, or it is full.
     pub stop: Option<StopCause>,
     /// Text held back until now.
     pub text: String,
@@ -129,7 +130,7 @@ pub struct Timings {
     pub legs: LegTimes,
 }
 
-/// What a request named as its end, and met.
+/// A stop of the request that ended a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StopCause {
     /// A stop string.
@@ -160,7 +161,7 @@ pub fn check_prompt(model: &ServedModel, prompt: &[u32]) -> Result<(), GenerateE
     }
 }
 
-/// How many tokens may be generated: as asked, which must fit; or all that fit.
+/// How many tokens may be generated: `asked`, which must fit the context; without it, as many as fit.
 pub fn check_length(model: &ServedModel, prompt: usize, asked: Option<u32>) -> Result<u32, GenerateError> {
     let (limit, prompt) = (model.max_context_tokens, prompt as u64);
     let output = u64::from(asked.unwrap_or(1));
@@ -170,12 +171,12 @@ pub fn check_length(model: &ServedModel, prompt: usize, asked: Option<u32>) -> R
     Ok(asked.unwrap_or(limit - prompt as u32))
 }
 
-/// A new name, unlike any other.
+/// A random name, different from every other.
 pub fn new_request_id() -> RequestId {
     RequestId(format!("{:032x}", rand::rng().random::<u128>()))
 }
 
-/// A seed for a request that gives none.
+/// A seed for a request that names none.
 pub fn random_seed() -> u64 {
     rand::rng().random()
 }

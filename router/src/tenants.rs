@@ -1,7 +1,7 @@
-//! Whose a request is, and what they may have.
+//! Tenants: whose a request is, and how much a tenant may have.
 //!
-//! With API keys, the key says so. Without, the header `x-overfill-tenant` does, which whoever stands in front of the
-//! router may set; a request without it is the unnamed tenant's.
+//! With API keys, the key names the tenant. Without API keys, the header `x-overfill-tenant` does, which a proxy in
+//! front of the router may set. A request without the header belongs to the unnamed tenant.
 
 use std::{
     fs,
@@ -28,7 +28,7 @@ use crate::GenerateError;
 
 /// Name of the header that tells tenants apart where there are no API keys.
 pub const TENANT_HEADER: &str = "x-overfill-tenant";
-/// Longest name in it.
+/// Longest name of a tenant, in bytes.
 const MAX_NAME_BYTES: usize = 128;
 /// Shorter keys could be guessed.
 const MIN_KEY_BYTES: usize = 16;
@@ -53,11 +53,11 @@ fn one() -> u32 {
 
 type Rate = RateLimiter<NotKeyed, InMemoryState, MonotonicClock>;
 
-/// Somebody whose requests are weighed against others'.
+/// A client, or a group of clients, with a share of the nodes.
 pub struct Tenant {
-    /// As the file, or the header, names them.
+    /// The name in the file of keys, or in the header.
     pub name: Arc<str>,
-    /// Their share of the nodes when there is not enough for all, relative to the others'.
+    /// The tenant's share of the nodes under load, relative to other tenants' weights.
     pub weight: u32,
     max_requests: Option<usize>,
     requests: AtomicUsize,
@@ -71,7 +71,7 @@ pub struct Counted {
 }
 
 impl Tenant {
-    /// Without limits.
+    /// A tenant without limits.
     pub fn named(name: &str) -> Self {
         let name = name.into();
         Self { name, weight: 1, max_requests: None, requests: AtomicUsize::new(0), rate: None }
@@ -89,7 +89,7 @@ impl Tenant {
         }
     }
 
-    /// Counts a request of so many sequences, if their limits allow it.
+    /// Counts a request of `sequences`, if the tenant's limits allow it.
     pub fn count(self: &Arc<Self>, sequences: usize) -> Result<Counted, GenerateError> {
         let before = self.requests.fetch_add(sequences, Ordering::AcqRel);
         let counted = Counted { tenant: self.clone(), sequences };
@@ -153,7 +153,7 @@ impl ApiKeys {
         Ok(Self { keys: Arc::new(Reloaded::new("API keys", vec![path.clone()], keys)), path })
     }
 
-    /// Whose key it is. The time this takes does not depend on the keys.
+    /// The tenant with this key. The time that the look-up takes does not depend on the keys.
     pub fn tenant(&self, key: &str) -> Option<Arc<Tenant>> {
         let keys = self.keys.get(|before| read(&self.path, before));
         let digest = digest(key);
@@ -171,7 +171,7 @@ fn digest(key: &str) -> [u8; 32] {
     Sha256::digest(key).into()
 }
 
-/// Those of `before` that are still the same keep their counts.
+/// Reads the file. An entry that is the same in `before` keeps its counts.
 fn read(path: &Path, before: &[Known]) -> Result<Vec<Known>, KeysError> {
     let fault = |message: String| KeysError { path: path.to_owned(), message };
     let bytes = fs::read(path).map_err(|e| fault(e.to_string()))?;
@@ -198,7 +198,7 @@ fn read(path: &Path, before: &[Known]) -> Result<Vec<Known>, KeysError> {
     Ok(keys)
 }
 
-/// Who asks: from the `authorization` header, or the tenant's.
+/// The tenant that the `authorization` header or the tenant header names.
 pub fn identify(
     keys: Option<&ApiKeys>,
     authorization: Option<&str>,

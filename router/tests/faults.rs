@@ -6,12 +6,10 @@ mod support;
 
 use std::time::Duration;
 
-use overfill_kv::KvDtype;
+use overfill_kv::{KvDtype, Role};
 use overfill_proto::v1::{self, generate_event::Event, generate_request::Prompt};
-use overfill_router::{
-    Config,
-    simulated::{Options, SimulatedNode},
-};
+use overfill_router::Config;
+use overfill_simulated::{Options, SimulatedNode};
 use serde_json::json;
 use support::{Rig, receive, rig, rig_with, unready_rig, wait_for};
 use tokio::io::AsyncReadExt as _;
@@ -319,7 +317,7 @@ async fn a_request_that_waited_for_the_first_nodes_is_served_or_told_to_come_bac
         listener.is_some()
     })
     .await;
-    rig.prefill.push(SimulatedNode::serve(listener.unwrap(), v1::Role::Prefill, Options::default()).unwrap());
+    rig.prefill.push(SimulatedNode::serve(listener.unwrap(), Role::Prefill, Options::default()).unwrap());
     assert_eq!(receive(waiting).await.status, 200);
 
     let short = |c: &mut Config| (c.served_models, c.max_queue) = (vec!["m".into()], Duration::from_millis(50));
@@ -380,7 +378,7 @@ async fn a_node_that_is_away_is_waited_for_and_found_again() {
         listener.is_some()
     })
     .await;
-    rig.decode.push(SimulatedNode::serve(listener.unwrap(), v1::Role::Decode, Options::default()).unwrap());
+    rig.decode.push(SimulatedNode::serve(listener.unwrap(), Role::Decode, Options::default()).unwrap());
     assert_eq!(receive(waiting).await.status, 200);
     assert_eq!(rig.get("/health").await.status, 200);
 }
@@ -436,7 +434,7 @@ async fn a_node_that_gives_no_token_is_given_up() {
 #[tokio::test]
 async fn retries_over_the_budget_wait_and_are_given_up_in_the_end() {
     // Longer than a node that has failed is left alone.
-    let change = |c: &mut overfill_router::Config| {
+    let change = |c: &mut Config| {
         (c.min_retries_per_second, c.max_queue) = (0, Duration::from_secs(3));
     };
     let rig = rig_with(&[Options::default()], &[Options::default()], change).await;

@@ -4,7 +4,7 @@
 
 mod support;
 
-use overfill_router::simulated::{EOS, Options, bytes_as_tokens};
+use overfill_simulated::{EOS, Options, bytes_as_tokens};
 use serde_json::{Value, json};
 use support::{rig, rig_with};
 

@@ -7,10 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use overfill_cluster::Shutdown;
 use overfill_proto::v1::{self, generate_event, generate_request, router_client::RouterClient};
-use overfill_router::{
-    Config, Router,
-    simulated::{Options, SimulatedNode},
-};
+use overfill_router::{Config, Router};
+use overfill_simulated::{Options, SimulatedNode};
 use tonic::transport::Channel;
 
 use super::nodes::Direct;

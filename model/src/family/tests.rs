@@ -13,10 +13,11 @@ use super::{
     qwen2, qwen3,
 };
 use crate::{
-    Decoder, KvCache, Logits, ModelConfig, ModelError, Ops, Rope, RopeScaling, Rows, SequenceSlice, Want, Weights,
-    cpu::{CpuDecoder, kernels::packed::Format},
-    loading::heads,
-    tensor::paged,
+    Decoder, Engine, ModelConfig, ModelError, Ops, Outputs, Rope, RopeScaling, Rows, SequenceSlice, Want, WeightDtype,
+    Weights,
+    cpu::{CpuEngine, kernels::packed::Format},
+    no_layers,
+    tensor::TensorEngine,
 };
 
 fn config(family: &'static Family) -> ModelConfig {
@@ -151,29 +152,23 @@ static FUSED: Family = Family {
 
 /// Logits of a prompt in two parts, by the kernels and by tensor operations.
 fn logits(config: &ModelConfig, weights: &Weights) -> Result<[Vec<f32>; 2], ModelError> {
-    let kernels = CpuDecoder::load(config, weights, Format::F32, Rows::Few)?;
-    let tensors = Decoder::build(config, Ops::Fused, DType::F32, &mut |name, shape| {
-        Ok(weights.load(name, shape, &Device::Cpu)?.to_dtype(DType::F32)?)
-    })?;
-    let (layers, sizes) = (config.num_hidden_layers, heads(config));
-    let caches = [
-        KvCache::new(layers, 3, sizes, KvDtype::F32, &Device::Cpu)?,
-        KvCache::of_tensors(layers, 3, sizes, KvDtype::F32)?,
-    ];
+    let kernels = CpuEngine::load(config, weights, Format::F32, Rows::Few, KvDtype::F32, 3)?;
+    let tensors = TensorEngine::load(config, weights, WeightDtype::F32, &Device::Cpu, KvDtype::F32, 3)?;
+    let mut engines: [Box<dyn Engine>; 2] = [Box::new(kernels), Box::new(tensors)];
     let tokens: Vec<u32> = (0..40).map(|i| i * 7 % config.vocab_size as u32).collect();
     let blocks = [BlockId(2), BlockId(0), BlockId(1)];
     let slice = |part: std::ops::Range<usize>| SequenceSlice {
         tokens: &tokens[part.clone()],
         start: part.start,
         blocks: &blocks,
-        want: Want::All,
+        want: Want::AllLogits,
     };
     let mut out = [Vec::new(), Vec::new()];
     for batch in [[slice(0..30)], [slice(30..40)]] {
-        let mut got = [Logits::default(), Logits::default()];
-        kernels.forward(&caches[0], &batch, &mut |_| {}, &mut got[0])?;
-        paged::forward(&tensors, &caches[1], &batch, &mut |_| {}, &mut got[1])?;
-        for (out, got) in out.iter_mut().zip(&got) {
+        for (out, engine) in out.iter_mut().zip(&mut engines) {
+            let mut outputs = Outputs::default();
+            engine.run(&batch, &no_layers(), &mut outputs)?;
+            let got = outputs.logits();
             (0..got.rows()).for_each(|row| out.extend(got.row(row)));
         }
     }
@@ -304,7 +299,8 @@ fn decoders_refuse_tables_that_they_cannot_compute() {
         let tensors: HashMap<String, Tensor> = config.tensor_shapes().into_iter().map(zeros).collect();
         candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
         let weights = Weights::open(folder.path()).unwrap();
-        let kernels = CpuDecoder::load(&config, &weights, Format::F32, Rows::Few).err().unwrap().to_string();
+        let kernels =
+            CpuEngine::load(&config, &weights, Format::F32, Rows::Few, KvDtype::F32, 1).err().unwrap().to_string();
         let tensors = Decoder::from_tensors(&config, &tensors, Ops::Fused).err().unwrap().to_string();
         assert!(kernels.ends_with(expected), "{kernels}");
         assert!(tensors.ends_with(expected), "{tensors}");

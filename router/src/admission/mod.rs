@@ -1,12 +1,12 @@
-//! Who may run: of each model a bounded number of sequences on the nodes, and a bounded number waiting.
+//! Admission: for each model, a bounded number of sequences runs on the nodes, and a bounded number waits.
 //!
-//! Models do not wait for each other: one whose nodes are all busy, or gone, keeps nobody from the nodes of others.
+//! Models do not wait for each other: a model whose nodes are all busy keeps no request from other models' nodes.
 //!
-//! Whose turn it is: first by priority; among equals by what their tenant has had so far, in tokens, against its weight,
-//! output counting double ("virtual token counter", Sheng et al., Fairness in Serving Large Language Models,
-//! arXiv 2401.00588); a tenant's own sequences in order of arrival. When the queue is full, whoever fills it most gives
-//! way to others. A sequence that would not be through in time is refused at once, rather than after it has cost
-//! something: how long that takes is learnt from those that have ended.
+//! The order of turns: sequences of lower priority numbers go first. Among equals, the tenant goes first that has had
+//! the fewest tokens for its weight, where output counts double ("virtual token counter", Sheng et al., Fairness in
+//! Serving Large Language Models, arXiv 2401.00588). A tenant's own sequences go in order of arrival. When the queue is
+//! full, the tenant with the most waiting sequences gives way. A sequence that would not end in time is refused at
+//! once, before it costs anything; how long sequences take is learnt from the ones that have ended.
 
 mod learnt;
 mod models;
@@ -32,9 +32,9 @@ use crate::{
     tenants::{Counted, Tenant},
 };
 
-/// A token generated costs as much as so many of a prompt.
+/// What a generated token costs, in prompt tokens.
 const OUTPUT_WEIGHT: f64 = 2.0;
-/// Clients are told to come back after this long at most.
+/// Longest time after which clients are told to ask again.
 const MAX_RETRY: Duration = Duration::from_secs(60);
 
 /// The bounds and the queue of one model.
@@ -42,29 +42,29 @@ struct ModelAdmission {
     queue: Arc<Mutex<Queue>>,
 }
 
-/// What a sequence is, as far as its turn goes.
+/// What decides a sequence's turn.
 #[derive(Clone, Copy, Debug)]
 pub struct Ask {
-    /// Lower goes first.
+    /// Sequences with lower numbers go first.
     pub priority: i32,
     /// Tokens of its prompt.
     pub prompt_tokens: usize,
     /// Most tokens that it generates.
     pub max_tokens: u32,
-    /// By then it must run.
+    /// The sequence must run by then.
     pub run_by: Instant,
-    /// By then it must have ended.
+    /// The sequence must have ended by then.
     pub end_by: Instant,
 }
 
 struct Queue {
     max_running: usize,
-    /// Of these, as many as the nodes have places for.
+    /// Sequences that the nodes compute at once, if these are fewer than `max_running`.
     capacity: usize,
     max_waiting: usize,
     running: usize,
     waiting: usize,
-    /// Those with anything running or waiting.
+    /// The accounts of tenants with running or waiting sequences.
     accounts: HashMap<Arc<str>, Account>,
     arrivals: u64,
     learnt: Learnt,
@@ -73,7 +73,7 @@ struct Queue {
 #[derive(Default)]
 struct Account {
     weight: f64,
-    /// Tokens so far, divided by the weight.
+    /// Tokens that the tenant has had, divided by its weight.
     served: f64,
     sequences: usize,
     lines: BTreeMap<i32, VecDeque<Waiter>>,
@@ -85,7 +85,7 @@ struct Waiter {
     turn: oneshot::Sender<Result<(), GenerateError>>,
 }
 
-/// A place in the queue, or one's turn. Dropping it leaves.
+/// A place in the queue. Dropping it leaves the queue.
 pub struct Place {
     queue: Arc<Mutex<Queue>>,
     counted: Arc<Counted>,
@@ -94,7 +94,7 @@ pub struct Place {
     turn: Option<oneshot::Receiver<Result<(), GenerateError>>>,
 }
 
-/// The right to use the nodes. Dropping it lets the next one in.
+/// The right to use the nodes. Dropping it admits the next sequence.
 pub struct Running {
     queue: Arc<Mutex<Queue>>,
     counted: Arc<Counted>,
@@ -118,7 +118,7 @@ impl ModelAdmission {
         Self { queue: Arc::new(Mutex::new(queue)) }
     }
 
-    /// The nodes have places for so many: more would only wait there, where nobody knows whose turn it is.
+    /// Sets how many sequences the nodes compute at once. More would wait on the nodes, which know no turns.
     fn set_capacity(&self, places: usize) {
         let mut queue = self.queue.lock();
         queue.capacity = places.clamp(1, queue.max_running);
@@ -166,7 +166,7 @@ impl ModelAdmission {
     }
 }
 
-/// Can so many sequences of one request ever have places?
+/// Refuses a request of more sequences than can ever have places.
 fn check_count(count: usize, limit: usize) -> Result<(), GenerateError> {
     if count > limit {
         let message = format!("n times the number of prompts must be at most {limit}, got {count}");
@@ -176,7 +176,8 @@ fn check_count(count: usize, limit: usize) -> Result<(), GenerateError> {
 }
 
 impl Queue {
-    /// The tenant's account. A new one begins level with the least served of those who wait: being away saves nothing up.
+    /// The tenant's account. A new one begins level with the least served of those who wait: being away saves nothing
+    /// up.
     fn account(&mut self, tenant: &Tenant) -> &mut Account {
         if !self.accounts.contains_key(&tenant.name) {
             let waiting = self.accounts.values().filter(|account| !account.lines.is_empty());
@@ -188,7 +189,7 @@ impl Queue {
         self.accounts.entry(tenant.name.clone()).or_default()
     }
 
-    /// Gives free places to those whose turn it is.
+    /// Admits sequences in order of turns while there is capacity.
     fn admit(&mut self) {
         while self.running < self.capacity.min(self.max_running) {
             // (priority, tokens, arrival) of the first in each tenant's line.
@@ -204,9 +205,9 @@ impl Queue {
             let Some(waiter) = account.pop() else { return };
             self.waiting -= 1;
             let now = Instant::now();
-            // Only for the sake of others who wait: what was learnt may be out of date, and whoever runs teaches anew.
+            // Only while others wait: what was learnt may be out of date, and a sequence that runs teaches anew.
             let late = now >= waiter.ask.end_by || (self.waiting > 0 && self.learnt.is_late(now, &waiter.ask));
-            // Nobody listens only while a place is being dropped, and that looks after itself.
+            // Nobody listens only while a place is being dropped, and its `drop` sees to the rest.
             if late {
                 let _ = waiter.turn.send(Err(self.too_late(&waiter.ask)));
                 self.leave(&name);
@@ -218,7 +219,7 @@ impl Queue {
         }
     }
 
-    /// One sequence of this tenant's is over.
+    /// Takes one sequence off the tenant's account.
     fn leave(&mut self, name: &Arc<str>) {
         if let Some(account) = self.accounts.get_mut(name) {
             account.sequences = account.sequences.saturating_sub(1);
@@ -228,12 +229,12 @@ impl Queue {
         }
     }
 
-    /// How many come before the next sequence of this tenant's, whose request has `own` before it.
+    /// How many sequences come before the tenant's next one, if `own` sequences of its request come before it.
     fn ahead(&self, name: &str, priority: i32, own: usize) -> usize {
         let before = |account: &Account| account.lines.range(..=priority).map(|(_, line)| line.len()).sum::<usize>();
         let all: usize = self.accounts.values().map(before).sum();
         let mine = self.accounts.get(name).map_or(0, before) + own;
-        // Among tenants of one weight, nobody waits for more than a turn of each for every one of their own.
+        // Among tenants of one weight, each of a tenant's sequences waits for at most one turn of every other tenant.
         let others =
             self.accounts.iter().filter(|(other, account)| other.as_ref() != name && before(account) > 0).count();
         (all + own).min((mine + 1) * (others + 1))
@@ -260,7 +261,7 @@ impl Queue {
         Duration::from_secs_f64(wait.max(1.0)).min(MAX_RETRY)
     }
 
-    /// Sees to it that so many waiters go: the newest of those who, with lower priority or more of them, fill the queue.
+    /// Sends `beyond` waiters away: the newest waiters of lower priority, or of the tenants that have the most of them.
     fn make_room(&mut self, mut beyond: usize, tenant: &Tenant, asks: &[Ask]) -> Result<(), GenerateError> {
         let limit = self.running + self.waiting;
         let full = GenerateError::QueueFull { limit, retry_after: self.retry_after() };
@@ -279,7 +280,7 @@ impl Queue {
             let Some(((other, name), length)) = fullest.map(|(key, length)| (key.clone(), *length)) else {
                 return Err(full);
             };
-            // Of one priority, only who has more than the newcomer will have gives way.
+            // Within a priority, a tenant gives way only if it has more waiters than the newcomer will have.
             if other < priority || (other == priority && (name == tenant.name || length <= mine)) {
                 return Err(full);
             }
@@ -304,7 +305,7 @@ impl Account {
         self.lines.values().map(VecDeque::len).sum()
     }
 
-    /// The next one.
+    /// Takes the waiter whose turn it is.
     fn pop(&mut self) -> Option<Waiter> {
         let mut line = self.lines.first_entry()?;
         let waiter = line.get_mut().pop_front();
@@ -323,7 +324,7 @@ impl Account {
         waiter
     }
 
-    /// True if it was still waiting.
+    /// Takes the waiter out; false if it no longer waited.
     fn remove(&mut self, priority: i32, arrival: u64) -> bool {
         let Some(line) = self.lines.get_mut(&priority) else { return false };
         let before = line.len();
@@ -337,14 +338,14 @@ impl Account {
 }
 
 impl Place {
-    /// Waits for its turn.
+    /// Waits for the sequence's turn.
     pub async fn run(mut self) -> Result<Running, GenerateError> {
         let began = Instant::now();
         let Some(turn) = &mut self.turn else {
             return Err(GenerateError::Internal("a place was used twice".into()));
         };
         let waited = || GenerateError::NoRoom { waited: began.elapsed(), detail: String::new() };
-        // It stays in `self` while it is waited for: a client may leave then, and takes its place along.
+        // The receiver stays in `self` during the wait, so that `drop` sees it if the client leaves.
         let Ok(turn) = timeout_at(self.ask.run_by, turn).await else { return Err(waited()) };
         self.turn = None;
         match turn {
@@ -369,7 +370,7 @@ impl Drop for Place {
             queue.waiting -= 1;
             queue.leave(&self.counted.tenant.name);
         } else if matches!(turn.try_recv(), Ok(Ok(()))) {
-            // Its turn had come, unseen.
+            // The turn had come, and nobody had seen it.
             queue.running -= 1;
             queue.leave(&self.counted.tenant.name);
             queue.admit();
@@ -378,7 +379,7 @@ impl Drop for Place {
 }
 
 impl Running {
-    /// A token was generated.
+    /// Charges the tenant for a generated token.
     pub fn token(&mut self) {
         self.tokens += 1;
         if let Some(account) = self.queue.lock().accounts.get_mut(&self.counted.tenant.name) {

@@ -7,23 +7,23 @@ use parking_lot::Mutex;
 use super::{Ask, ModelAdmission, Place, check_count};
 use crate::{GenerateError, tenants::Tenant};
 
-/// Bounds and queues, of each model its own. Clones share them.
+/// Each model's bounds and queue. Clones share them.
 #[derive(Clone)]
 pub struct Admission {
     max_running: usize,
     max_waiting: usize,
-    /// By name. A model that was known once stays, as it does among the nodes: there are not many.
+    /// By name. A model that was known once stays, as it does among the nodes. There are few models.
     models: Arc<Mutex<HashMap<String, ModelAdmission>>>,
 }
 
 impl Admission {
-    /// Of each model at most `max_running` run and `max_waiting` wait.
+    /// At most `max_running` sequences of each model run, and at most `max_waiting` wait.
     pub fn new(max_running: usize, max_waiting: usize) -> Self {
         Self { max_running, max_waiting, models: Arc::default() }
     }
 
-    /// The nodes of this model have places for so many: more would only wait there, where nobody knows whose turn it is.
-    /// `None`: it has no nodes; those who are let in are told so.
+    /// Sets how many sequences the model's nodes compute at once. More would wait on the nodes, which know no turns.
+    /// `None`: the model has no nodes, and sequences that are admitted are told so.
     pub fn set_capacity(&self, model: &str, places: Option<usize>) {
         self.with(model, |admission| admission.set_capacity(places.unwrap_or(self.max_running)));
     }
@@ -33,7 +33,7 @@ impl Admission {
         self.with(model, |admission| admission.enter(tenant, asks))
     }
 
-    /// Can so many sequences of one request ever have places? Asked before anything is made of them.
+    /// Refuses a request of more sequences than can ever have places, before anything is made of them.
     pub fn check_count(&self, count: usize) -> Result<(), GenerateError> {
         check_count(count, self.max_running + self.max_waiting)
     }

@@ -1,7 +1,7 @@
 //! Which node is at fault when an attempt fails.
 //!
-//! [`verdict`] is the table, and pure: who spoke, in which phase, with which gRPC status. [`sentence`] tells the circuit
-//! breakers, and gives the error that ends the attempt.
+//! [`verdict`] is the table, and pure: who spoke, in which phase, with which gRPC status. [`sentence`] tells the
+//! circuit breakers, and gives the error that ends the attempt.
 
 use std::sync::Arc;
 

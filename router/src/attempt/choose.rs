@@ -55,12 +55,13 @@ fn usable(node: &Node, plan: &Plan) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used)]
 
     use std::time::Duration;
 
     use overfill_kv::{KvDtype, KvSchema, RequestId, RopeSpec, SamplingParams};
+    use overfill_simulated::text_files;
     use overfill_text::TextModel;
     use tokio::time::Instant;
     use tonic::transport::Endpoint;
@@ -69,10 +70,9 @@ mod tests {
     use crate::{
         node::{NodeInfo, NodeLoad, ServedModel},
         request::Generation,
-        simulated::text_files,
     };
 
-    fn node(key: u64, role: Role, change: impl FnOnce(&mut NodeInfo)) -> Arc<Node> {
+    pub fn node(key: u64, role: Role, change: impl FnOnce(&mut NodeInfo)) -> Arc<Node> {
         let mut info = NodeInfo {
             node_id: key.to_string(),
             incarnation: key.to_string(),
@@ -103,7 +103,7 @@ mod tests {
         Arc::new(Node::new(key, String::new(), info, None, channel, load))
     }
 
-    fn plan(tokens: usize, remaining: u32, avoid: &[u64]) -> Plan {
+    pub fn plan(tokens: usize, remaining: u32, avoid: &[u64]) -> Plan {
         let model = ServedModel {
             name: "m".into(),
             full_model: "f".into(),

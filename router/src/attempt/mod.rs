@@ -1,13 +1,15 @@
 //! One pass of a request over one decode and one prefill node.
 //!
-//! [`choose`] finds the nodes, [`decode`] and [`prefill`] are their two streams, [`blame`] says who is at fault when the
-//! pass fails.
+//! [`choose`] finds the nodes, [`decode`] and [`prefill`] are their two streams, [`blame`] says who is at fault when
+//! the pass fails.
 
 mod blame;
 mod choose;
 mod decode;
 mod prefill;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 use std::{sync::Arc, time::Duration};
 
@@ -331,8 +333,8 @@ impl Attempt {
     }
 }
 
-/// What `speaker` says, while the node is there and the request has time. `until`: when the node has been silent for too
-/// long.
+/// What `speaker` says, while the node is there and the request has time. `until`: when the node has been silent for
+/// too long.
 async fn heard<T>(
     plan: &Plan,
     pair: &Pair,

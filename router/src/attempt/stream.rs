@@ -10,7 +10,7 @@ pub(super) struct NodeStream<T> {
 
 enum State<T> {
     Opening(BoxFuture<'static, Result<Response<Streaming<T>>, Status>>),
-    Open(Streaming<T>),
+    Open(Box<Streaming<T>>),
 }
 
 impl<T> NodeStream<T> {
@@ -23,7 +23,7 @@ impl<T> NodeStream<T> {
     pub async fn opened(&mut self) -> Result<(), Status> {
         if let State::Opening(call) = &mut self.state {
             let stream = call.await?.into_inner();
-            self.state = State::Open(stream);
+            self.state = State::Open(Box::new(stream));
         }
         Ok(())
     }

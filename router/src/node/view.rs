@@ -10,7 +10,8 @@ use overfill_text::TextModel;
 
 use super::Node;
 
-/// A model that clients may name. A model that was seen once stays known: when all of its nodes are away, requests wait.
+/// A model that clients may name. A model that was seen once stays known: when all of its nodes are away, requests
+/// wait.
 pub struct ServedModel {
     /// The name that its decode nodes give it.
     pub name: String,
@@ -54,8 +55,8 @@ impl View {
     }
 
     /// Most sequences that the nodes of a model compute at once, prefills and decodes together. `None` unless the model
-    /// has nodes of both roles. A prefill node counts for every model that it prefills for; what is too much for it waits
-    /// there.
+    /// has nodes of both roles. A prefill node counts for every model that it prefills for; what is too much for it
+    /// waits there.
     pub fn capacity(&self, model: &str) -> Option<usize> {
         let pairs = |p: &Arc<Node>, d: &Arc<Node>| d.info.model == model && Self::check_pair(p, d).is_ok();
         let decode = self.decode.iter().filter(|d| self.prefill.iter().any(|p| pairs(p, d)));

@@ -28,7 +28,7 @@ pub type Merged = Pin<Box<dyn Stream<Item = Indexed> + Send>>;
 
 /// One prompt of a request.
 pub struct Prompt {
-    /// Checked.
+    /// The prompt's token ids.
     pub tokens: Arc<[u32]>,
     /// As the client wrote it, or decoded.
     pub text: String,
@@ -36,21 +36,21 @@ pub struct Prompt {
 
 /// What the sequences of a request have in common.
 pub struct Batch {
-    /// Who answers.
+    /// The model that answers.
     pub model: Arc<ServedModel>,
     /// The request's parameters.
     pub common: Common,
     /// With log-probabilities if they were asked for.
     pub sampling: SamplingParams,
-    /// As asked: it must fit the context.
+    /// The request's `max_tokens`, which must fit the context.
     pub max_tokens: Option<u32>,
-    /// When nothing was asked: at most this, and what the context holds.
+    /// Most tokens of a request without `max_tokens`; fewer if the context holds fewer.
     pub default_max_tokens: u32,
     /// Score the prompt?
     pub prompt_logprobs: bool,
     /// When the request came, and how long it may take.
     pub lifetime: Lifetime,
-    /// The time that its first legs took.
+    /// The time that the request's first legs took.
     pub spent: LegTimes,
 }
 
@@ -117,9 +117,9 @@ pub struct Choice {
     pub text: String,
     /// All tokens so far.
     pub tokens: Vec<OutputToken>,
-    /// Of prompt tokens 1, 2, ...
+    /// The log-probabilities of prompt tokens 1, 2, ...
     pub prompt_logprobs: Vec<OutputToken>,
-    /// Once it has ended.
+    /// The end, once it has come.
     pub finished: Option<Finished>,
 }
 
@@ -134,7 +134,7 @@ impl Choice {
             }
             Output::Finished(finished) => {
                 self.text += &finished.text;
-                self.finished = Some(finished);
+                self.finished = Some(*finished);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Who sends an HTTP request, and how long they will wait for it.
+//! The client of an HTTP request, and how long it will wait.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,15 +17,15 @@ use crate::{
     tenants::{TENANT_HEADER, Tenant},
 };
 
-/// Name of the header with the time that a request has, in seconds, from its arrival.
+/// Name of the header with the seconds that a request has from its arrival.
 const TIMEOUT_HEADER: &str = "x-overfill-timeout-seconds";
 
-/// What the headers say.
+/// What a request's headers say.
 #[derive(Clone)]
 pub struct Caller {
-    /// Whose the request is.
+    /// The tenant that the request belongs to.
     pub tenant: Arc<Tenant>,
-    /// Time it has; `None`: as the router's default.
+    /// Time that the request has. `None`: the router's default.
     pub time: Option<Duration>,
 }
 
@@ -45,7 +45,7 @@ impl Caller {
     }
 }
 
-/// Looks at the headers before anything of the body is read.
+/// Reads the headers before any of the body.
 pub async fn identify(State(core): State<Core>, mut request: Request, next: Next) -> Result<Response, ApiError> {
     check_crowd(request.extensions())?;
     let caller = Caller::new(&core, request.headers())?;

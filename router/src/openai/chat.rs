@@ -15,7 +15,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
-    Checked, Intake, Limits,
+    BodyLimits, Checked, Intake,
     batch::{self, Batch, Choice, Merged, Prompt, Usage},
     caller::Caller,
     error::ApiError,
@@ -93,7 +93,7 @@ pub async fn create(core: Core, caller: Caller, body: Bytes, id: String) -> Resu
 }
 
 /// The sequences that a body asks for.
-pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: Limits) -> Checked {
+pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: BodyLimits) -> Checked {
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
     let pool = TextPool::default();

@@ -105,7 +105,7 @@ impl Fields {
 /// What completions and chat completions share.
 #[derive(Clone, Debug)]
 pub struct Common {
-    /// Lower goes first.
+    /// Requests with lower numbers go first.
     pub priority: i32,
     /// Answer as server-sent events?
     pub stream: bool,

@@ -10,9 +10,9 @@ const LOWEST: f32 = -9999.0;
 /// Writes tokens as text, or as `token_id:17`.
 #[derive(Clone, Copy)]
 pub struct Names<'a> {
-    /// The tokenizer.
+    /// The model whose tokens these are.
     pub text: &'a TextModel,
-    /// As ids?
+    /// Write token ids instead of text?
     pub as_ids: bool,
 }
 
@@ -50,7 +50,8 @@ impl Serialize for Ranked {
 }
 
 impl CompletionLogprobs {
-    /// Adds a token, which begins `offset` characters into the text. The first token of a prompt has no log-probability.
+    /// Adds a token, which begins `offset` characters into the text. The first token of a prompt has no
+    /// log-probability.
     pub fn push(&mut self, token: u32, report: Option<&OutputToken>, names: Names<'_>, offset: usize) {
         self.text_offset.push(offset);
         self.token_logprobs.push(report.map(|r| finite(r.logprob)));
@@ -89,7 +90,7 @@ struct TokenLogprob {
 }
 
 impl ChatLogprobs {
-    /// Of these tokens.
+    /// The log-probabilities of `tokens`.
     pub fn new(tokens: &[OutputToken], names: Names<'_>) -> Self {
         let entry = |id: u32, logprob: f32| TokenLogprob {
             token: names.name(id),
@@ -110,7 +111,7 @@ mod tests {
 
     #[test]
     fn the_chosen_token_is_always_listed() {
-        let text = TextModel::from_files(&crate::simulated::text_files()).unwrap();
+        let text = TextModel::from_files(&overfill_simulated::text_files()).unwrap();
         let report = OutputToken { token: 70, logprob: -3.0, top: vec![(68, -0.1), (69, f32::NEG_INFINITY)] };
         let mut logprobs = CompletionLogprobs::default();
         logprobs.push(71, None, Names { text: &text, as_ids: false }, 0);

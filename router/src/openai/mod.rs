@@ -59,7 +59,7 @@ pub fn routes(core: Core, max_body_bytes: usize) -> Router {
         .with_state(core)
 }
 
-/// The body, or why there is none: too long a one is 413, too slow a one 408.
+/// The body, or the error that replaces it: 413 for a body that is too long, 408 for one that is too slow.
 fn body(result: Result<Bytes, BytesRejection>) -> Result<Bytes, ApiError> {
     result.map_err(|e| {
         let status = if is_slow(&e) { StatusCode::REQUEST_TIMEOUT } else { e.status() };
@@ -91,16 +91,16 @@ async fn chat_completions(
     Box::pin(chat::create(core, caller, body(bytes)?, id)).instrument(span).await
 }
 
-/// What [`check`] allows a body to ask for.
+/// What [`check_body`] allows a body to ask for.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// Sequences.
+pub struct BodyLimits {
+    /// Most sequences.
     pub sequences: usize,
-    /// How long each may take.
+    /// How long each sequence may take.
     pub time: Duration,
 }
 
-impl Limits {
+impl BodyLimits {
     fn allow(self, count: usize) -> Result<(), GenerateError> {
         if count > self.sequences {
             return Err(GenerateError::limit("n", format!("at most {} with all prompts", self.sequences), count));
@@ -115,7 +115,7 @@ struct Intake<'a> {
     id: String,
     pool: &'a TextPool,
     lifetime: Lifetime,
-    /// Its time so far.
+    /// The legs so far.
     legs: Legs,
 }
 
@@ -126,7 +126,7 @@ impl<'a> Intake<'a> {
         Self { id, pool, lifetime, legs: Legs::new(Span::current()) }
     }
 
-    /// Of `caller`, at the router with this core.
+    /// A request of `caller` to the router with this core.
     fn at(core: &'a Core, caller: &Caller, id: String) -> Self {
         Self::new(id, &core.text_pool, caller.time.unwrap_or(core.default_time))
     }
@@ -140,9 +140,9 @@ impl<'a> Intake<'a> {
     }
 }
 
-/// The sequences that the body of a completion (or, with `chat`, of a chat completion) asks of `model`: all that is
-/// done about a request before a node is needed.
-pub async fn check(body: &Bytes, chat: bool, model: &Arc<ServedModel>, limits: Limits) -> Checked {
+/// The sequences that the body of a completion (or, with `chat`, of a chat completion) asks of `model`. A router does
+/// the same with a body before it needs a node.
+pub async fn check_body(body: &Bytes, chat: bool, model: &Arc<ServedModel>, limits: BodyLimits) -> Checked {
     match chat {
         true => chat::generations(body, model, limits).await,
         false => completions::generations(body, model, limits).await,

@@ -6,10 +6,8 @@ use std::{net::SocketAddr, time::Duration};
 
 use overfill_cluster::Shutdown;
 use overfill_proto::v1::router_client::RouterClient;
-use overfill_router::{
-    Config, Router,
-    simulated::{Options, SimulatedNode},
-};
+use overfill_router::{Config, Router};
+use overfill_simulated::{Options, SimulatedNode};
 use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},

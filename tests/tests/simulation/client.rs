@@ -14,13 +14,9 @@ use overfill_cluster::{Shutdown, discovery::Members};
 use overfill_kv::{FinishReason, SamplingParams};
 use overfill_router::{
     Config,
-    generate::Core,
-    metrics::Metrics,
-    nodes::Nodes,
-    request::{Generation, Output, new_request_id},
-    service::follow_capacity,
-    simulated::EOS,
+    parts::{Core, Generation, Metrics, Nodes, Output, follow_capacity, new_request_id},
 };
+use overfill_simulated::EOS;
 use parking_lot::Mutex;
 use tokio::{
     sync::{mpsc, watch},

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use overfill_kv::{BLOCK_TOKENS, KvDtype, KvSchema, RopeSpec};
-use overfill_router::simulated::{EOS, text_files};
+use overfill_simulated::{EOS, text_files};
 use overfill_text::TextFiles;
 use std::sync::LazyLock;
 
@@ -24,8 +24,7 @@ pub static FILES: LazyLock<TextFiles> = LazyLock::new(text_files);
 
 /// The schema of a model that uses these layers' KV.
 pub fn schema(layers: &[u32]) -> KvSchema {
-    static SHA256: LazyLock<String> =
-        LazyLock::new(|| overfill_router::simulated::Options::default().schema.tokenizer_sha256);
+    static SHA256: LazyLock<String> = LazyLock::new(|| overfill_simulated::Options::default().schema.tokenizer_sha256);
     KvSchema {
         layers: layers.to_vec(),
         kv_heads: 1,

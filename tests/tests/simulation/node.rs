@@ -140,7 +140,7 @@ impl SimulatedHost {
             max_running: self.size.max_running,
             kv_endpoint: receiver.map(|_| KvEndpoint::Tcp(format!("{}:{KV_PORT}", self.name))),
             weights: "f32".into(),
-            eos_token_ids: vec![overfill_router::simulated::EOS],
+            eos_token_ids: vec![overfill_simulated::EOS],
         };
         let core = NodeCore::new(identity, load, &Shutdown::new(), Duration::from_secs(2));
         let registration = core.identity.registration(format!("{}:{GRPC_PORT}", self.name));

@@ -1,4 +1,4 @@
-//! Nodes without a model, for tests and benches of the router alone.
+//! Simulated nodes: nodes without a model, for tests and benches of the router alone.
 //!
 //! They speak the real protocol over real sockets; only the tokens are made up, as a function of all tokens before
 //! (or read from a script), so that a request gives the same output however often it is moved between nodes.
@@ -22,7 +22,7 @@ use overfill_cluster::{
     http,
     net::Listener,
 };
-use overfill_kv::{KvDtype, KvSchema, RopeSpec};
+use overfill_kv::{KvDtype, KvSchema, Role, RopeSpec};
 use overfill_proto::v1;
 use overfill_text::TextFiles;
 use parking_lot::Mutex;
@@ -39,21 +39,21 @@ pub const EOS: u32 = 1;
 /// What a simulated node is.
 #[derive(Clone)]
 pub struct Options {
-    /// Its model's name.
+    /// Name of the node's model.
     pub model: String,
-    /// Of its KV.
+    /// Layout and producer of the node's KV.
     pub schema: KvSchema,
     /// Tokenizer and template; prefill nodes only.
     pub files: TextFiles,
-    /// Prompt + output.
+    /// Longest prompt and output together, in tokens.
     pub max_context_tokens: u32,
-    /// Time per prompt.
+    /// How long a prompt takes.
     pub prefill_time: Duration,
-    /// Time per token.
+    /// How long a token of the decode node takes.
     pub token_time: Duration,
     /// A prefill node reports the first token this long after it has handed it over: the decode node speaks first.
     pub report_delay: Duration,
-    /// The output's tokens, over and over; without it they are letters that depend on all tokens before.
+    /// The output's tokens, over and over. Without a script the output is letters that depend on all tokens before.
     pub script: Option<Vec<u32>>,
 }
 
@@ -139,9 +139,9 @@ pub fn bytes_as_tokens(text: &str) -> Vec<u32> {
     text.bytes().map(|byte| u32::from(byte) + 3).collect()
 }
 
-/// A running node. Dropping it ends it: it takes nothing new and its load reports end, what runs goes on.
+/// A running node. When it is dropped, it takes nothing new and its load reports end; requests on it go on.
 pub struct SimulatedNode {
-    /// Where it is.
+    /// The node's address.
     pub url: String,
     state: Arc<State>,
 }
@@ -153,26 +153,26 @@ impl Drop for SimulatedNode {
 }
 
 impl SimulatedNode {
-    /// A node that prefills.
+    /// Starts a prefill node on a free port.
     pub async fn prefill(options: Options) -> io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
-        Self::serve(listener, v1::Role::Prefill, options)
+        Self::serve(listener, Role::Prefill, options)
     }
 
-    /// A node that decodes.
+    /// Starts a decode node on a free port.
     pub async fn decode(options: Options) -> io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
-        Self::serve(listener, v1::Role::Decode, options)
+        Self::serve(listener, Role::Decode, options)
     }
 
-    /// A node of either role on a bound listener.
-    pub fn serve(listener: TcpListener, role: v1::Role, options: Options) -> io::Result<Self> {
+    /// Starts a node on a bound listener.
+    pub fn serve(listener: TcpListener, role: Role, options: Options) -> io::Result<Self> {
         let url = format!("http://{}", listener.local_addr()?);
         let state = Arc::new(State {
             info: v1::NodeInfo {
                 node_id: url.trim_start_matches("http://").to_owned(),
                 incarnation: format!("{:032x}", rand::random::<u128>()),
-                role: role.into(),
+                role: v1::Role::from(role).into(),
                 model: options.model.clone(),
                 kv_schema: Some((&options.schema).into()),
                 max_context_tokens: options.max_context_tokens,
@@ -194,8 +194,8 @@ impl SimulatedNode {
             stop: CancellationToken::new(),
         });
         let routes = match role {
-            v1::Role::Prefill => Routes::new(v1::prefill_server::PrefillServer::new(prefill::Service(state.clone()))),
-            _ => Routes::new(v1::decode_server::DecodeServer::new(decode::Service(state.clone()))),
+            Role::Prefill => Routes::new(v1::prefill_server::PrefillServer::new(prefill::Service(state.clone()))),
+            Role::Decode => Routes::new(v1::decode_server::DecodeServer::new(decode::Service(state.clone()))),
         };
         let routes = routes.add_service(v1::node_server::NodeServer::new(node::Service(state.clone())));
         let stop = state.stop.clone().cancelled_owned();
@@ -204,38 +204,38 @@ impl SimulatedNode {
         Ok(Self { url, state })
     }
 
-    /// Requests on it now.
+    /// Requests on the node now.
     pub fn active(&self) -> usize {
         self.state.active.load(Ordering::SeqCst)
     }
 
-    /// Requests that it ever took.
+    /// Requests that the node has taken since its start.
     pub fn taken(&self) -> usize {
         self.state.taken.load(Ordering::SeqCst)
     }
 
-    /// It fails once, when it has given this many more tokens.
+    /// Lets the node fail once, after this many more tokens.
     pub fn fail_after(&self, tokens: u32) {
         self.state.fail_after.store(i64::from(tokens), Ordering::SeqCst);
     }
 
-    /// While set it refuses requests for want of room.
+    /// While set, the node refuses requests for want of room.
     pub fn set_full(&self, full: bool) {
         self.state.full.send_replace(full);
         self.state.load.send_modify(|load| load.free_blocks = if full { 0 } else { 1 << 20 });
     }
 
-    /// While set it says that its engine hangs.
+    /// While set, the node says that its engine hangs.
     pub fn set_stalled(&self, stalled: bool) {
         self.state.load.send_modify(|load| load.stalled = stalled);
     }
 
-    /// While set, what a prefill node hands over is lost.
+    /// While set, a prefill node's handoffs are lost.
     pub fn set_losing(&self, losing: bool) {
         self.state.losing.store(losing, Ordering::SeqCst);
     }
 
-    /// While set it gives no token.
+    /// While set, the node gives no token.
     pub fn set_paused(&self, paused: bool) {
         self.state.paused.send_replace(paused);
     }
@@ -278,9 +278,9 @@ impl Drop for Active {
 }
 
 impl State {
-    /// Time passes; then the node may fail, if a test wants it to.
+    /// Lets `time` pass, then fails if a test wants the node to.
     async fn step(&self, time: Duration) -> Result<(), Status> {
-        // The sender is part of `self`.
+        // An error would mean that the sender has gone, which is part of `self`.
         let _ = self.paused.subscribe().wait_for(|paused| !paused).await;
         if !time.is_zero() {
             tokio::time::sleep(time).await;
@@ -304,7 +304,7 @@ struct Continuation {
 }
 
 impl Continuation {
-    /// After `tokens`, of which the last `generated` are output.
+    /// The continuation of `tokens`, the last `generated` of which are output.
     fn new(options: &Options, tokens: &[u32], generated: u32) -> Self {
         let mut this = Self { hash: 0xcbf2_9ce4_8422_2325, index: generated as usize, script: options.script.clone() };
         tokens.iter().for_each(|token| this.mix(*token));

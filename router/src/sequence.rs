@@ -1,0 +1,107 @@
+//! The output of one sequence as it grows, over all attempts.
+
+use std::{sync::Arc, time::Duration};
+
+use overfill_kv::FinishReason;
+use overfill_text::{Detokenizer, StopMatcher, TextError};
+use tokio::time::Instant;
+
+use crate::{
+    attempt::Plan,
+    legs::LegTimes,
+    request::{Finished, Generation, StopCause, Timings},
+};
+
+/// Why a text ends, and what the request named as its end.
+pub type End = (FinishReason, Option<StopCause>);
+
+/// What has been generated so far.
+pub struct Sequence {
+    generation: Arc<Generation>,
+    detokenizer: Detokenizer,
+    stops: StopMatcher,
+    output: Vec<u32>,
+    /// The prompt's log-probabilities are still to be reported.
+    prompt_logprobs: bool,
+    first_token: Option<Instant>,
+    last_token: Instant,
+    /// What is known of the way of the sequence. Times are filled in at the end.
+    pub timings: Timings,
+}
+
+impl Sequence {
+    /// The sequence before its first token.
+    pub fn new(generation: Arc<Generation>) -> Result<Self, TextError> {
+        Ok(Self {
+            detokenizer: generation.model.text.detokenizer(&generation.prompt, generation.skip_special)?,
+            stops: StopMatcher::new(generation.stop.clone(), generation.include_stop),
+            output: Vec::new(),
+            prompt_logprobs: generation.prompt_logprobs,
+            first_token: None,
+            last_token: generation.arrived,
+            timings: Timings { queue_seconds: generation.arrived.elapsed().as_secs_f64(), ..Timings::default() },
+            generation,
+        })
+    }
+
+    /// What the next attempt is to do.
+    pub fn plan(&self, avoid: Vec<u64>, progress_timeout: Duration) -> Plan {
+        let generation = &self.generation;
+        let tokens = match self.output.is_empty() {
+            true => generation.prompt.clone(),
+            false => generation.prompt.iter().chain(&self.output).copied().collect(),
+        };
+        Plan {
+            generation: generation.clone(),
+            tokens,
+            generated: self.output.len() as u32,
+            // Scoring alone takes one token's computation, whose result is not used.
+            remaining: (generation.max_tokens - self.output.len() as u32).max(1),
+            prompt_logprobs: self.prompt_logprobs,
+            avoid,
+            progress_timeout,
+        }
+    }
+
+    /// The prompt's log-probabilities have been reported: later attempts leave them out.
+    pub fn scored(&mut self) {
+        self.prompt_logprobs = false;
+    }
+
+    /// Takes the next token. Gives the text that is certain now, and the end if the token is the last one.
+    pub fn push(&mut self, id: u32) -> Result<(String, Option<End>), TextError> {
+        self.last_token = Instant::now();
+        self.first_token.get_or_insert(self.last_token);
+        self.output.push(id);
+        if self.generation.stop_token_ids.contains(&id) {
+            let own = !self.generation.model.eos_token_ids.contains(&id);
+            return Ok((String::new(), Some((FinishReason::Stop, own.then_some(StopCause::Token(id))))));
+        }
+        let (text, found) = self.stops.push(&self.detokenizer.push(id)?);
+        if let Some(found) = found {
+            let cause = StopCause::Text(self.generation.stop[found.stop].clone());
+            return Ok((text, Some((FinishReason::Stop, Some(cause)))));
+        }
+        let full = self.output.len() as u32 >= self.generation.max_tokens;
+        Ok((text, full.then_some((FinishReason::Length, None))))
+    }
+
+    /// Ends the sequence.
+    pub fn finish(&mut self, (reason, stop): End, legs: LegTimes) -> Result<Finished, TextError> {
+        let text = match stop {
+            Some(StopCause::Text(_)) => String::new(),
+            // A held-back beginning of a character is no character any more, and becomes a replacement character.
+            Some(StopCause::Token(_)) | None => self.stops.push(&self.detokenizer.flush()?).0 + &self.stops.flush(),
+        };
+        let since = |at: Instant| (at - self.generation.arrived).as_secs_f64();
+        let completion_tokens = self.output.len() as u32;
+        let mut timings = Timings { total_seconds: since(Instant::now()), legs, ..self.timings.clone() };
+        if let Some(first) = self.first_token {
+            timings.ttft_seconds = since(first);
+            timings.mean_itl_seconds =
+                (self.last_token - first).as_secs_f64() / f64::from(completion_tokens.max(2) - 1);
+        }
+        let prompt_tokens = self.generation.prompt.len() as u32;
+        Ok(Finished { reason, stop, text, prompt_tokens, completion_tokens, timings })
+    }
+}
