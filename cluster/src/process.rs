@@ -1,4 +1,4 @@
-//! The frame of a service's `main`.
+//! The common part of every service's `main`.
 
 use std::{error::Error, process::ExitCode};
 
@@ -6,26 +6,27 @@ use clap::Args;
 
 use crate::{ConfigError, LogFormat, Shutdown, init_telemetry};
 
-/// Exit code of a process whose configuration can't be used (`EX_USAGE`).
+/// Exit code of a process with an invalid configuration (`EX_USAGE`).
 pub const EXIT_CONFIG: u8 = 64;
-/// Exit code of a process that could not start or go on.
+/// Exit code of a process that could not start or continue.
 pub const EXIT_FAILURE: u8 = 1;
 
 /// Settings of every service process.
 #[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Process")]
 pub struct ProcessArgs {
-    /// Form of log lines on standard error: text or json. Levels come from RUST_LOG.
-    #[arg(long, env = "OVERFILL_LOG_FORMAT", default_value_t)]
+    /// Format of log lines on standard error: text or json. RUST_LOG sets the log levels.
+    #[arg(long, env = "OVERFILL_LOG_FORMAT", default_value_t, value_name = "FORMAT")]
     pub log_format: LogFormat,
-    /// End when standard input closes, so that a child process never outlives its parent.
+    /// Shut down when standard input closes, so that a child process never outlives its parent.
     #[arg(long)]
     pub exit_with_stdin: bool,
-    /// Listen beyond this machine although nothing is encrypted and nobody has to show who they are.
+    /// Allow listen addresses other than loopback without encryption and authentication.
     #[arg(long, env = "OVERFILL_ALLOW_INSECURE")]
     pub allow_insecure: bool,
 }
 
-/// The command line as `A`; help and faults are printed, and the exit code says which.
+/// Parses the command line as `A`. Prints help or faults, and returns the exit code for them.
 pub fn parse_args<A: clap::Parser>() -> Result<A, ExitCode> {
     A::try_parse().map_err(|e| {
         let _ = e.print();
@@ -33,9 +34,9 @@ pub fn parse_args<A: clap::Parser>() -> Result<A, ExitCode> {
     })
 }
 
-/// Runs one service: logs, signals, every configuration fault on a line of its own, and the exit code.
+/// Runs one service: sets up logs and signals, prints each configuration fault on its own line, and returns the exit code.
 ///
-/// `serve` binds and serves until the shutdown begins and what runs has ended.
+/// `serve` binds and serves until the shutdown begins and running requests have ended.
 pub async fn run<C, E: Into<Box<dyn Error>>>(
     process: &ProcessArgs,
     config: Result<C, Vec<ConfigError>>,
@@ -69,7 +70,7 @@ pub async fn run<C, E: Into<Box<dyn Error>>>(
     }
 }
 
-/// An error and its causes, each said once: many errors repeat their source in their own text.
+/// An error and its causes on one line. A cause is left out if the text contains it already.
 pub fn one_line(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
