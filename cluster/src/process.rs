@@ -1,4 +1,4 @@
-//! The common part of every service's `main`.
+//! The frame of a service's `main`.
 
 use std::{error::Error, process::ExitCode};
 
@@ -6,9 +6,9 @@ use clap::Args;
 
 use crate::{ConfigError, LogFormat, Shutdown, init_telemetry};
 
-/// Exit code of a process with an invalid configuration (`EX_USAGE`).
+/// Exit code of a process whose configuration can't be used (`EX_USAGE`).
 pub const EXIT_CONFIG: u8 = 64;
-/// Exit code of a process that could not start or continue.
+/// Exit code of a process that could not start or go on.
 pub const EXIT_FAILURE: u8 = 1;
 
 /// Settings of every service process.
@@ -26,7 +26,7 @@ pub struct ProcessArgs {
     pub allow_insecure: bool,
 }
 
-/// Parses the command line as `A`. Prints help or faults, and returns the exit code for them.
+/// The command line as `A`; help and faults are printed, and the exit code says which.
 pub fn parse_args<A: clap::Parser>() -> Result<A, ExitCode> {
     A::try_parse().map_err(|e| {
         let _ = e.print();
@@ -34,9 +34,9 @@ pub fn parse_args<A: clap::Parser>() -> Result<A, ExitCode> {
     })
 }
 
-/// Runs one service: sets up logs and signals, prints each configuration fault on its own line, and returns the exit code.
+/// Runs one service: logs, signals, every configuration fault on a line of its own, and the exit code.
 ///
-/// `serve` binds and serves until the shutdown begins and running requests have ended.
+/// `serve` binds and serves until the shutdown begins and what runs has ended.
 pub async fn run<C, E: Into<Box<dyn Error>>>(
     process: &ProcessArgs,
     config: Result<C, Vec<ConfigError>>,
@@ -70,7 +70,7 @@ pub async fn run<C, E: Into<Box<dyn Error>>>(
     }
 }
 
-/// An error and its causes on one line. A cause is left out if the text contains it already.
+/// An error and its causes, each said once: many errors repeat their source in their own text.
 pub fn one_line(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

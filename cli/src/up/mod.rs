@@ -1,4 +1,4 @@
-//! `overfill up`: a whole cluster on this machine, each service a process of its own.
+//! `overfill up`: starts a whole cluster on this machine, with one process per service.
 //!
 //! The nodes start together. Once they have reported their addresses, their models are checked against each other, and the
 //! router starts with those addresses. When one process ends, the others are ended too.

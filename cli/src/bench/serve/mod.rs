@@ -29,7 +29,7 @@ Examples, while a cluster runs (overfill up):
   overfill bench serve --rate 4 --duration-seconds 30 --prompt-tokens lognormal:200,500,1500 --output-tokens uniform:16,256
   overfill bench serve --rate 4 --ttft-limit-seconds 1 --itl-limit-seconds 0.1 --plot run.svg";
 
-/// Where the load goes, and what it is.
+/// The target and the kind of load.
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct ServeArgs {
