@@ -9,16 +9,24 @@ use overfill_proto::v1::{Message, Messages, generate_request::Prompt};
 use crate::generate::{Options, message, stream};
 use crate::router_client::RouterUrl;
 
+const AFTER_HELP: &str = "\
+Each input line is one user message. An empty line or the end of input ends the conversation.
+
+Examples, while a cluster runs (overfill up):
+  overfill chat
+  overfill chat --system \"Answer in one sentence.\" --max-tokens 64";
+
 /// A conversation on standard input and output. An empty line or end of input ends it.
 #[derive(Args)]
+#[command(after_help = AFTER_HELP)]
 pub struct ChatArgs {
-    #[command(flatten)]
-    router: RouterUrl,
-    /// First message, in the role of the system.
-    #[arg(long)]
+    /// System message that begins the conversation.
+    #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
     system: Option<String>,
     #[command(flatten)]
     options: Options,
+    #[command(flatten)]
+    router: RouterUrl,
 }
 
 /// Runs the subcommand.

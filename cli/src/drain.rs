@@ -1,4 +1,4 @@
-//! `overfill drain`: empties a node, and waits until it is.
+//! `overfill drain`: drains a node, and waits until it has no requests.
 
 use std::time::Duration;
 
@@ -8,22 +8,29 @@ use overfill_proto::v1::{self, node_client::NodeClient};
 
 use crate::router_client::{RouterUrl, refusal};
 
-/// A node that drains may say nothing for this long.
+/// Longest time between two reports of a draining node.
 const SILENCE: Duration = Duration::from_secs(600);
+
+const AFTER_HELP: &str = "\
+Examples, for a node that listens on 127.0.0.1:50071:
+  overfill drain 127.0.0.1:50071
+  overfill drain http://127.0.0.1:50071 --drain-timeout 5";
 
 /// Which node, and how fast.
 #[derive(Args)]
+#[command(after_help = AFTER_HELP)]
 pub struct DrainArgs {
+    /// Address of the node as `overfill status` prints it (http://host:port or host:port), or its node id.
+    node: String,
+    /// Seconds after which the node hands its unfinished requests to other nodes [default: the node's own
+    /// --drain-timeout-seconds]
+    #[arg(long, value_name = "SECONDS", help_heading = "Drain")]
+    drain_timeout: Option<f64>,
     #[command(flatten)]
     router: RouterUrl,
-    /// The node, as `overfill status` shows it (http://host:port, or host:port), or its node id.
-    node: String,
-    /// Requests that still run after this many seconds go on elsewhere; by default as the node was started with.
-    #[arg(long)]
-    drain_timeout: Option<f64>,
 }
 
-/// Runs the subcommand: the node takes nothing new, leaves discovery, ends what runs, and then ends itself.
+/// Runs the subcommand: the node refuses new requests, leaves discovery, finishes or hands over its requests, and exits.
 pub async fn run(args: DrainArgs) -> Result<()> {
     let mut client = args.router.connect().await?;
     let nodes = client.list_nodes(v1::ListNodesRequest {}).await.map_err(refusal)?.into_inner().nodes;

@@ -11,73 +11,82 @@ use overfill_proto::v1::{self, generate_event::Event, generate_request::Prompt};
 use crate::router_client::{Client, RouterUrl, refusal};
 use crate::text;
 
-/// A streamed answer may be silent for at most this long.
+/// Longest time between two events of a streamed answer.
 const SILENCE: Duration = Duration::from_secs(600);
+
+const AFTER_HELP: &str = "\
+The text goes to standard output, the timings to standard error.
+
+Examples, while a cluster runs (overfill up):
+  overfill generate --max-tokens 64 \"kim : molde , nurse , mice , 16 . list everyone by pet ?\"
+  overfill generate --chat --temperature 0.7 --seed 1 \"Hello\"
+  echo \"A prompt\" | overfill generate --json";
 
 /// One completion.
 #[derive(Args)]
+#[command(after_help = AFTER_HELP)]
 pub struct GenerateArgs {
-    #[command(flatten)]
-    router: RouterUrl,
-    /// The prompt; read from standard input if neither it nor --token-ids is given.
+    /// Prompt [default: standard input, unless --token-ids is set]
     prompt: Option<String>,
-    /// The prompt as token ids, comma-separated.
-    #[arg(long, value_delimiter = ',', conflicts_with = "prompt")]
+    /// Prompt as comma-separated token ids.
+    #[arg(long, value_delimiter = ',', value_name = "ID", conflicts_with = "prompt", help_heading = "Prompt")]
     token_ids: Vec<u32>,
-    /// Send the prompt as a user's message, through the model's chat template.
-    #[arg(long, conflicts_with = "token_ids")]
+    /// Send the prompt as a user message through the model's chat template.
+    #[arg(long, conflicts_with = "token_ids", help_heading = "Prompt")]
     chat: bool,
     #[command(flatten)]
     options: Options,
+    #[command(flatten)]
+    router: RouterUrl,
 }
 
-/// What `generate` and `chat` share.
+/// Options of both `generate` and `chat`.
 #[derive(Args)]
 pub struct Options {
-    /// Which model; may be left out where only one is served.
-    #[arg(long, default_value = "")]
+    /// Name of the served model. Not needed if the router serves only one.
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "NAME", help_heading = "Sampling")]
     model: String,
-    /// Most tokens to generate; 0: as many as the context holds.
-    #[arg(long, default_value_t = 256)]
+    /// Maximum number of tokens to generate. 0 means as many as the context holds.
+    #[arg(long, default_value_t = 256, value_name = "TOKENS", help_heading = "Sampling")]
     max_tokens: u32,
-    /// 0 is greedy.
-    #[arg(long, default_value_t = 0.0)]
+    /// Sampling temperature. 0 means greedy decoding.
+    #[arg(long, default_value_t = 0.0, help_heading = "Sampling")]
     temperature: f64,
-    /// Keep the likeliest tokens that together have this probability.
-    #[arg(long, default_value_t = 1.0)]
+    /// Sample from the most likely tokens whose probabilities add up to this value.
+    #[arg(long, default_value_t = 1.0, value_name = "PROBABILITY", help_heading = "Sampling")]
     top_p: f64,
-    /// Keep this many of the likeliest tokens; 0 keeps all.
-    #[arg(long, default_value_t = 0)]
+    /// Sample from this many of the most likely tokens. 0 means all tokens.
+    #[arg(long, default_value_t = 0, value_name = "TOKENS", help_heading = "Sampling")]
     top_k: u32,
-    /// Keep tokens at least this fraction as likely as the likeliest.
-    #[arg(long, default_value_t = 0.0)]
+    /// Drop tokens less likely than this fraction of the most likely token's probability.
+    #[arg(long, default_value_t = 0.0, value_name = "FRACTION", help_heading = "Sampling")]
     min_p: f64,
-    /// The same seed gives the same text.
-    #[arg(long, default_value_t = 0)]
+    /// Random seed. The same seed gives the same text.
+    #[arg(long, default_value_t = 0, help_heading = "Sampling")]
     seed: u64,
-    /// Text that ends the output; may be repeated.
-    #[arg(long)]
+    /// Stop text: generation ends before it. May be repeated.
+    #[arg(long, value_name = "TEXT", help_heading = "Sampling")]
     stop: Vec<String>,
-    /// Go on past the end-of-text token.
-    #[arg(long)]
+    /// Continue past the end-of-text token.
+    #[arg(long, help_heading = "Sampling")]
     ignore_eos: bool,
     /// Print the timings as one line of JSON.
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
 }
 
-/// What came of a request.
+/// The result of a request.
 pub struct Answer {
-    /// All of its text.
+    /// The whole text.
     pub text: String,
     spans: Vec<Span>,
     finished: v1::GenerateFinished,
-    /// As this client saw them, the network included.
+    /// Measured by this client, including the network.
     ttft_seconds: f64,
     itl_seconds: f64,
 }
 
-/// Consecutive tokens of one model.
+/// Consecutive tokens from one model.
 #[derive(Debug, PartialEq)]
 struct Span {
     first: usize,
@@ -116,7 +125,7 @@ pub fn message(role: &str, content: String) -> v1::Message {
     v1::Message { role: role.into(), content }
 }
 
-/// Sends one request and prints the text as it comes.
+/// Sends one request and prints the text as it arrives.
 pub async fn stream(client: &mut Client, prompt: Prompt, options: &Options) -> Result<Answer> {
     let start = Instant::now();
     let mut events = client.generate(options.request(prompt)).await.map_err(refusal)?.into_inner();
@@ -186,14 +195,14 @@ impl Options {
         }
     }
 
-    /// Should timings be JSON?
+    /// Are timings printed as JSON?
     pub fn json(&self) -> bool {
         self.json
     }
 }
 
 impl Answer {
-    /// One line on stderr: what it took, and which model made which token.
+    /// Prints one line on stderr: the timings, and which model generated which tokens.
     pub fn print_timings(&self, json: bool) {
         eprintln!("{}", if json { self.json() } else { self.line() });
     }

@@ -1,4 +1,4 @@
-//! `overfill`: the whole project in one binary. A file per subcommand; this one only parses and forwards.
+//! `overfill`: all commands in one binary. Each subcommand has its own file; this file parses and dispatches.
 
 #[cfg(feature = "tools")]
 mod bench;
@@ -8,6 +8,7 @@ mod generate;
 #[cfg(feature = "tools")]
 mod models;
 mod router_client;
+mod shell;
 mod status;
 mod text;
 mod up;
@@ -17,9 +18,31 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use overfill_cluster::process::parse_args;
 
-/// Two models serve one request: the full one prefills, a pruned one decodes over the full one's KV cache.
+const AFTER_HELP: &str = "\
+Examples:
+  overfill up                               # start a cluster with the demo pair
+  overfill chat                             # talk to it
+  overfill status --watch                   # watch its nodes
+  overfill up --help                        # flags and examples of one command";
+
+const PREFILL_HELP: &str = "\
+Examples, from the root of the repository:
+  overfill prefill --model demo/full --listen 127.0.0.1:50061
+  overfill prefill --model demo/full --etcd-url http://127.0.0.1:2379";
+
+const DECODE_HELP: &str = "\
+Examples, from the root of the repository:
+  overfill decode --model demo/decode --listen 127.0.0.1:50071
+  overfill decode --model demo/decode --etcd-url http://127.0.0.1:2379";
+
+const ROUTER_HELP: &str = "\
+Examples:
+  overfill router --prefill-url http://127.0.0.1:50061 --decode-url http://127.0.0.1:50071
+  overfill router --etcd-url http://127.0.0.1:2379";
+
+/// Serves two-stage language models: a full model prefills, and a pruned model decodes over its KV cache.
 #[derive(Parser)]
-#[command(name = "overfill", version)]
+#[command(name = "overfill", version, after_help = AFTER_HELP)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -27,28 +50,35 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run a whole cluster on this machine: a router, prefill nodes and decode nodes.
+    /// Start a cluster on this machine: a router, prefill nodes and decode nodes.
     Up(Box<up::UpArgs>),
-    /// Run a prefill node: the full model over prompts.
+    /// Run a prefill node. It computes prompts with the full model.
+    #[command(after_help = PREFILL_HELP)]
     Prefill(Box<overfill_prefill_node::Args>),
-    /// Run a decode node: a pruned model over the full model's KV.
+    /// Run a decode node. It decodes with a pruned model over the full model's KV.
+    #[command(after_help = DECODE_HELP)]
     Decode(Box<overfill_decode_node::Args>),
-    /// Run a router: gRPC and the OpenAI API for clients.
+    /// Run a router. It serves the OpenAI API and gRPC to clients.
+    #[command(after_help = ROUTER_HELP)]
     Router(Box<overfill_router::Args>),
-    /// Ask a router for one completion.
+    /// Generate one completion through a router.
     Generate(Box<generate::GenerateArgs>),
-    /// Talk with a model through a router.
+    /// Chat with a model through a router.
     Chat(Box<chat::ChatArgs>),
-    /// Show a router's nodes and models.
+    /// Show the nodes and models of a router.
     Status(status::StatusArgs),
-    /// Empty a node: it takes nothing new, ends what runs, then ends itself.
+    /// Drain a node: it refuses new requests, finishes its running ones and exits.
     Drain(drain::DrainArgs),
     #[cfg(feature = "tools")]
-    /// Measure the engine, the KV handoff and the router on this machine.
+    /// Measure the engine, the KV handoff and the router, or put load on a running cluster.
     Bench(Box<bench::BenchArgs>),
     #[cfg(feature = "tools")]
     #[command(flatten)]
     Models(models::ModelCommand),
+    /// Print shell completions.
+    Completions(shell::CompletionsArgs),
+    /// Print or write manual pages.
+    Man(shell::ManArgs),
 }
 
 fn main() -> ExitCode {
@@ -73,6 +103,8 @@ fn main() -> ExitCode {
         Command::Bench(args) => exit_code(bench::run(*args)),
         #[cfg(feature = "tools")]
         Command::Models(command) => command.run(),
+        Command::Completions(args) => exit_code(shell::completions(&args)),
+        Command::Man(args) => exit_code(shell::man(&args)),
     }
 }
 

@@ -1,4 +1,4 @@
-//! The subcommands that make and judge models, as `overfill_distill` defines them.
+//! The subcommands that make and evaluate models. `overfill_distill` defines them.
 
 use std::process::ExitCode;
 
@@ -6,25 +6,25 @@ use clap::Subcommand;
 use overfill_cluster::{EXIT_FAILURE, LogFormat, init_telemetry, process::one_line};
 use overfill_distill::{check::cli::CheckArgs, cli};
 
-/// Exit code of a check that could not be made: that is no failed check.
+/// Exit code of a check that could not run. A failed check has another one.
 const EXIT_NOT_CHECKED: u8 = 2;
 
-/// From a full model to a decode model, and what came of it.
+/// Commands that make and evaluate models.
 #[derive(Subcommand)]
 pub enum ModelCommand {
-    /// Cut a model's width (and depth) by the importance of its channels.
+    /// Prune the width (and depth) of a model by the importance of its channels.
     Prune(Box<cli::PruneArgs>),
-    /// Fine-tune a pruned model under the frozen full model's KV, or train any model alone.
+    /// Fine-tune a pruned model over the KV of its frozen full model, or train a model alone.
     Distill(Box<cli::DistillArgs>),
     /// Score models on held-out prompts: greedy exact match and cross-entropy.
     Eval(Box<cli::EvalArgs>),
-    /// Is a model computed right? Compare log-probabilities with those of an independent implementation.
+    /// Check that a model is computed correctly, against an independent implementation.
     Check(Box<CheckArgs>),
-    /// Write the demo task's data, tokenizer and configuration.
+    /// Write the data, tokenizer and configuration of the demo task.
     DemoData(cli::DemoDataArgs),
-    /// Make the demo pair from nothing: data, full model, pruning, fine-tuning, scores.
+    /// Train the demo pair from scratch: data, full model, pruning, fine-tuning, scores.
     DemoPair(cli::DemoPairArgs),
-    /// Measure the arms by fine-tuning budget on the demo's task.
+    /// Measure quality by fine-tuning budget on the demo task.
     Quality(cli::QualityArgs),
 }
 

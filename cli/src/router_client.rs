@@ -1,4 +1,4 @@
-//! The gRPC client side of what the subcommands do.
+//! The gRPC client that the subcommands use.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -20,28 +20,29 @@ pub type Client = RouterClient<InterceptedService<Channel, WithKey>>;
 
 /// Which router to talk to, and how.
 #[derive(Args)]
+#[command(next_help_heading = "Connection")]
 pub struct RouterUrl {
-    /// The router's gRPC address.
-    #[arg(long, env = "OVERFILL_ROUTER", default_value = "http://127.0.0.1:50051")]
+    /// URL of the router's gRPC API.
+    #[arg(long, env = "OVERFILL_ROUTER", default_value = "http://127.0.0.1:50051", value_name = "URL")]
     pub router: String,
-    /// Who asks.
+    /// API key of the client.
     #[command(flatten)]
     pub key: ApiKey,
-    /// TLS, for addresses that begin with https://.
+    /// TLS, for URLs that begin with https://.
     #[command(flatten)]
     pub tls: ClientTls,
 }
 
-/// The API key of whoever uses a subcommand.
+/// API key of the client.
 #[derive(Args, Default)]
 pub struct ApiKey {
-    /// File with the API key that the router asks for; OVERFILL_API_KEY may hold the key itself.
-    #[arg(long)]
+    /// File with the API key. OVERFILL_API_KEY may hold the key itself instead.
+    #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
 }
 
 impl ApiKey {
-    /// The value of the header `authorization`, where there is a key.
+    /// The value of the `authorization` header, if there is a key.
     pub fn authorization(&self) -> Result<Option<String>> {
         let key = match &self.api_key_file {
             Some(path) => {
@@ -54,7 +55,7 @@ impl ApiKey {
     }
 }
 
-/// Connects to the router at `url`, as a process of this machine that has no settings for it.
+/// Connects to the router at `url` without TLS settings or an API key.
 pub async fn connect(url: &str) -> Result<Client> {
     RouterUrl { router: url.to_owned(), key: ApiKey::default(), tls: ClientTls::default() }.connect().await
 }
@@ -64,20 +65,20 @@ pub async fn channel(url: &str) -> Result<Channel> {
     ClientTls::default().channel(url).await
 }
 
-/// What a client needs to check the other side, and to be let in.
+/// Certificates of a client.
 #[derive(Args, Default)]
 pub struct ClientTls {
-    /// File with the certificates (PEM) that the other side's must be signed by.
-    #[arg(long, env = "OVERFILL_TLS_CA")]
+    /// CA certificates (PEM file). The server's certificate must be signed by one of them. Needed for https:// URLs.
+    #[arg(long, env = "OVERFILL_TLS_CA", value_name = "FILE")]
     tls_ca: Option<PathBuf>,
-    /// File with this side's own certificate (PEM): nodes let in nobody without one.
-    #[arg(long, env = "OVERFILL_TLS_CERT", requires = "tls_key")]
+    /// Client certificate (PEM file). Nodes that use TLS require one.
+    #[arg(long, env = "OVERFILL_TLS_CERT", requires = "tls_key", value_name = "FILE")]
     tls_cert: Option<PathBuf>,
-    /// File with its key (PEM).
-    #[arg(long, env = "OVERFILL_TLS_KEY", requires = "tls_cert")]
+    /// Private key of the client certificate (PEM file).
+    #[arg(long, env = "OVERFILL_TLS_KEY", requires = "tls_cert", value_name = "FILE")]
     tls_key: Option<PathBuf>,
-    /// Name that the other side's certificate carries; by default the host it is dialled at.
-    #[arg(long, env = "OVERFILL_TLS_NAME")]
+    /// Host name expected in the server's certificate [default: the host in the URL]
+    #[arg(long, env = "OVERFILL_TLS_NAME", value_name = "NAME")]
     tls_name: Option<String>,
 }
 
@@ -105,14 +106,14 @@ impl RouterUrl {
     fn authorization(&self) -> Result<Option<AsciiMetadataValue>> {
         let Some(value) = self.key.authorization()? else { return Ok(None) };
         let mut value: AsciiMetadataValue =
-            MetadataValue::try_from(value).context("the API key must be of printable characters")?;
+            MetadataValue::try_from(value).context("the API key must consist of printable characters")?;
         value.set_sensitive(true);
         Ok(Some(value))
     }
 }
 
 impl ClientTls {
-    /// Connects to any service at `url`; `host:port` is taken as http.
+    /// Connects to any service at `url`. `host:port` means http.
     pub async fn channel(&self, url: &str) -> Result<Channel> {
         let url = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
         let tls = match (url.starts_with("https://"), &self.tls_ca) {
@@ -121,7 +122,7 @@ impl ClientTls {
                 let own = self.tls_cert.clone().zip(self.tls_key.clone());
                 Some(Tls::dialling(ca.clone(), own, self.tls_name.clone())?)
             }
-            (true, None) => bail!("{url} needs --tls-ca: the certificates that its own must be signed by"),
+            (true, None) => bail!("{url} needs --tls-ca: the CA that signed the server's certificate"),
         };
         let connecting =
             net::channel(&net::tcp_dialer(tls), &url, |endpoint| endpoint.connect_timeout(CONNECT_TIMEOUT)).await;
@@ -129,7 +130,7 @@ impl ClientTls {
     }
 }
 
-/// A refusal as one readable line.
+/// A gRPC error as one readable line.
 pub fn refusal(status: tonic::Status) -> anyhow::Error {
     anyhow::anyhow!("{} ({:?})", status.message(), status.code())
 }

@@ -11,20 +11,27 @@ use overfill_proto::v1;
 use crate::router_client::{RouterUrl, refusal};
 use crate::text::{bytes, table};
 
-/// How often a watched status is asked for.
+/// Time between two updates of --watch.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+const AFTER_HELP: &str = "\
+Examples, while a cluster runs (overfill up):
+  overfill status
+  overfill status --watch
+  overfill status --router http://127.0.0.1:50051 --json";
 
 /// What a router sees.
 #[derive(Args)]
+#[command(after_help = AFTER_HELP)]
 pub struct StatusArgs {
+    /// Print JSON.
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+    /// Print the status again every second, until interrupted.
+    #[arg(long, help_heading = "Output")]
+    watch: bool,
     #[command(flatten)]
     router: RouterUrl,
-    /// Print JSON.
-    #[arg(long)]
-    json: bool,
-    /// Show it again every second, until interrupted.
-    #[arg(long)]
-    watch: bool,
 }
 
 /// Runs the subcommand.
@@ -34,7 +41,7 @@ pub async fn run(args: StatusArgs) -> Result<()> {
         return Ok(());
     }
     loop {
-        // A router that is away for a while is worth seeing, too.
+        // An unreachable router is shown as well, and does not end the command.
         let text = show(&args).await.unwrap_or_else(|error| format!("{error:#}\n"));
         let clear = if stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
         print!("{clear}{text}");

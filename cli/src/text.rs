@@ -1,6 +1,6 @@
-//! Text for people: aligned tables, sizes and times.
+//! Readable text: aligned tables, sizes and times.
 
-/// Lines of `rows` under `header`, columns as wide as their longest cell, two spaces between them.
+/// A table with aligned columns, separated by two spaces.
 pub fn table<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String {
     let mut widths = header.map(|cell| cell.chars().count());
     for row in rows {
@@ -31,7 +31,7 @@ pub fn bytes(n: u64) -> String {
     format!("{value:.1} TiB")
 }
 
-/// Seconds with a unit that keeps three digits.
+/// A time in seconds, milliseconds or microseconds.
 pub fn seconds(s: f64) -> String {
     match s {
         s if s >= 1.0 => format!("{s:.2} s"),

@@ -13,14 +13,15 @@ pub const EXIT_FAILURE: u8 = 1;
 
 /// Settings of every service process.
 #[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Process")]
 pub struct ProcessArgs {
-    /// Form of log lines on standard error: text or json. Levels come from RUST_LOG.
-    #[arg(long, env = "OVERFILL_LOG_FORMAT", default_value_t)]
+    /// Format of log lines on standard error: text or json. RUST_LOG sets the log levels.
+    #[arg(long, env = "OVERFILL_LOG_FORMAT", default_value_t, value_name = "FORMAT")]
     pub log_format: LogFormat,
-    /// End when standard input closes, so that a child process never outlives its parent.
+    /// Shut down when standard input closes, so that a child process never outlives its parent.
     #[arg(long)]
     pub exit_with_stdin: bool,
-    /// Listen beyond this machine although nothing is encrypted and nobody has to show who they are.
+    /// Allow listen addresses other than loopback without encryption and authentication.
     #[arg(long, env = "OVERFILL_ALLOW_INSECURE")]
     pub allow_insecure: bool,
 }

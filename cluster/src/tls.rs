@@ -23,21 +23,21 @@ use tokio_rustls::{
 
 use crate::{ConfigError, reloaded::Reloaded};
 
-/// TLS between the cluster's services. All of the files, or none.
+/// TLS between the cluster's services. Either all files are set or none.
 #[derive(Clone, Debug, Default, clap::Args)]
+#[command(next_help_heading = "TLS between services")]
 pub struct TlsArgs {
-    /// File with the certificates (PEM) that every service's certificate must be signed by. With it all connections
-    /// between services are TLS, and both sides show their certificate.
-    #[arg(long, env = "OVERFILL_TLS_CA")]
+    /// CA certificates (PEM file). Turns on mutual TLS: every service must present a certificate signed by one of these CAs.
+    #[arg(long, env = "OVERFILL_TLS_CA", value_name = "FILE")]
     pub tls_ca: Option<PathBuf>,
-    /// File with this service's own certificate, for both directions (PEM).
-    #[arg(long, env = "OVERFILL_TLS_CERT")]
+    /// Certificate of this service (PEM file), used as server and as client. Needs --tls-ca and --tls-key.
+    #[arg(long, env = "OVERFILL_TLS_CERT", value_name = "FILE")]
     pub tls_cert: Option<PathBuf>,
-    /// File with its key (PEM).
-    #[arg(long, env = "OVERFILL_TLS_KEY")]
+    /// Private key of the certificate (PEM file).
+    #[arg(long, env = "OVERFILL_TLS_KEY", value_name = "FILE")]
     pub tls_key: Option<PathBuf>,
-    /// Name that the certificates of all services carry; by default each must carry the host that it is dialled at.
-    #[arg(long, env = "OVERFILL_TLS_NAME")]
+    /// Host name that all services' certificates contain [default: the host at which a service is dialled]
+    #[arg(long, env = "OVERFILL_TLS_NAME", value_name = "NAME")]
     pub tls_name: Option<String>,
 }
 

@@ -6,19 +6,19 @@ use overfill_cluster::ConfigError;
 use overfill_model::Rows;
 use overfill_node::{NodeArgs, NodeConfig};
 
-/// A node that continues requests over the full model's KV.
+/// A node that decodes requests over the full model's KV.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
     /// What both roles have.
     #[command(flatten)]
     pub node: NodeArgs,
-    /// Address at which KV is received.
+    /// Listen address for KV from prefill nodes. Port 0 picks a free port.
     #[arg(long, env = "OVERFILL_KV_LISTEN", default_value = "127.0.0.1:0", help_heading = "Network")]
     pub kv_listen: String,
-    /// The KV address as prefill nodes must dial it, host:port; by default the listen address.
+    /// KV address (host:port) that prefill nodes dial [default: the listen address]
     #[arg(long, env = "OVERFILL_ADVERTISE_KV", help_heading = "Network")]
     pub advertise_kv: Option<String>,
-    /// Most requests decoded at once.
+    /// Maximum number of requests in the decode batch.
     #[arg(long, env = "OVERFILL_MAX_RUNNING", default_value_t = 32, help_heading = "Scheduling")]
     pub max_running: usize,
 }

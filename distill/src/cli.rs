@@ -1,4 +1,5 @@
-//! Arguments of the subcommands `prune`, `distill`, `eval`, `demo-data`, `demo-pair` and `quality`, and what runs them.
+//! The subcommands `prune`, `distill`, `eval`, `demo-data`, `demo-pair` and `quality`: their arguments, and the functions
+//! that run them.
 
 use std::path::PathBuf;
 
@@ -16,81 +17,87 @@ use crate::{
     train::{TrainConfig, load_text, train},
 };
 
-/// Fine-tune a pruned model under the KV of its frozen full model, or train a model alone.
+const DISTILL_HELP: &str = "\
+Examples, from the root of the repository, after `overfill demo-data --out target/demo-data`:
+  overfill distill --student demo/decode --full demo/full --data target/demo-data/pairs.jsonl --out target/tuned --steps 50
+  overfill distill --student demo/decode --data target/demo-data/pairs.jsonl --out target/alone --steps 50";
+
+/// Fine-tune a pruned model over the KV of its frozen full model, or train a model alone.
 #[derive(Args, Clone, Debug)]
+#[command(after_help = DISTILL_HELP)]
 pub struct DistillArgs {
-    /// Model to train: a Hugging Face folder, .gguf file or hub id.
-    #[arg(long)]
+    /// Model to train: a Hugging Face folder, a .gguf file or a hub id.
+    #[arg(long, value_name = "MODEL", help_heading = "Models")]
     pub student: String,
-    /// Frozen full model that prefills every prompt; without it the student is trained alone.
-    #[arg(long)]
+    /// Frozen full model that prefills every prompt. Without it, the student is trained alone.
+    #[arg(long, value_name = "MODEL", help_heading = "Models")]
     pub full: Option<String>,
-    /// JSONL of {"messages": [..]} or {"prompt": .., "response": ..}.
-    #[arg(long)]
-    pub data: PathBuf,
-    /// Folder to write the trained model to.
-    #[arg(long)]
-    pub out: PathBuf,
-    /// Optimiser steps.
-    #[arg(long, default_value_t = 1000)]
-    pub steps: usize,
-    /// Rows per forward pass.
-    #[arg(long, default_value_t = 8)]
-    pub batch: usize,
-    /// Forward passes per step, their gradients summed.
-    #[arg(long, default_value_t = 1)]
-    pub accumulate: usize,
-    /// Longest example in tokens; longer ones are cut.
-    #[arg(long, default_value_t = 2048)]
-    pub max_tokens: usize,
-    /// Peak learning rate.
-    #[arg(long, default_value_t = 2e-5)]
-    pub learning_rate: f64,
-    /// Share of the steps that warms up.
-    #[arg(long, default_value_t = 0.01)]
-    pub warmup_share: f64,
-    /// Where the cosine ends, as a share of the peak.
-    #[arg(long, default_value_t = 0.0)]
-    pub final_share: f64,
-    /// AdamW's decay of the first moment.
-    #[arg(long, default_value_t = 0.9)]
-    pub beta1: f64,
-    /// AdamW's decay of the second moment.
-    #[arg(long, default_value_t = 0.98)]
-    pub beta2: f64,
-    /// AdamW's epsilon.
-    #[arg(long, default_value_t = 1e-8)]
-    pub epsilon: f64,
-    /// Decoupled decay of matrices.
-    #[arg(long, default_value_t = 0.01)]
-    pub weight_decay: f64,
-    /// Largest norm of the gradient; 0 leaves it alone.
-    #[arg(long, default_value_t = 1.0)]
-    pub clip: f64,
-    /// Seed of the order of examples, and of random weights.
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
-    /// Take examples in the file's order (a curriculum).
-    #[arg(long)]
-    pub no_shuffle: bool,
-    /// Start from random weights; the student's folder then needs none.
-    #[arg(long)]
+    /// Start from random weights. The student's folder then needs no weights.
+    #[arg(long, help_heading = "Models")]
     pub random_init: bool,
-    /// Type of the computation: f32 or bf16.
-    #[arg(long, default_value = "f32")]
-    pub dtype: WeightDtype,
+    /// JSONL file of {"messages": [..]} or {"prompt": .., "response": ..}.
+    #[arg(long, value_name = "FILE", help_heading = "Data")]
+    pub data: PathBuf,
+    /// Maximum length of an example in tokens. Longer ones are cut.
+    #[arg(long, default_value_t = 2048, value_name = "TOKENS", help_heading = "Data")]
+    pub max_tokens: usize,
+    /// Keep the examples in the order of the file, as a curriculum.
+    #[arg(long, help_heading = "Data")]
+    pub no_shuffle: bool,
+    /// Folder for the trained model.
+    #[arg(long, value_name = "DIR", help_heading = "Output")]
+    pub out: PathBuf,
     /// Type of the written weights: f32, bf16 or f16.
-    #[arg(long, default_value = "f32")]
+    #[arg(long, default_value = "f32", value_name = "TYPE", help_heading = "Output")]
     pub save_dtype: WeightDtype,
-    /// cpu or cuda:N.
-    #[arg(long, default_value = "cpu")]
-    pub device: DeviceSpec,
-    /// Steps between checkpoints; 0 writes none.
-    #[arg(long, default_value_t = 0)]
+    /// Number of steps between checkpoints. 0 writes no checkpoints.
+    #[arg(long, default_value_t = 0, value_name = "STEPS", help_heading = "Output")]
     pub checkpoint_every: usize,
-    /// Go on from the newest checkpoint in the output folder.
-    #[arg(long)]
+    /// Continue from the newest checkpoint in the output folder.
+    #[arg(long, help_heading = "Output")]
     pub resume: bool,
+    /// Number of optimiser steps.
+    #[arg(long, default_value_t = 1000, help_heading = "Training")]
+    pub steps: usize,
+    /// Examples per forward pass.
+    #[arg(long, default_value_t = 8, value_name = "EXAMPLES", help_heading = "Training")]
+    pub batch: usize,
+    /// Forward passes per step. Their gradients are summed.
+    #[arg(long, default_value_t = 1, value_name = "PASSES", help_heading = "Training")]
+    pub accumulate: usize,
+    /// Seed for the order of examples and for random weights.
+    #[arg(long, default_value_t = 0, help_heading = "Training")]
+    pub seed: u64,
+    /// Type of the computation: f32 or bf16.
+    #[arg(long, default_value = "f32", value_name = "TYPE", help_heading = "Training")]
+    pub dtype: WeightDtype,
+    /// Device: cpu or cuda:N.
+    #[arg(long, default_value = "cpu", help_heading = "Training")]
+    pub device: DeviceSpec,
+    /// Peak learning rate.
+    #[arg(long, default_value_t = 2e-5, value_name = "RATE", help_heading = "Optimiser")]
+    pub learning_rate: f64,
+    /// Fraction of the steps used for warm-up.
+    #[arg(long, default_value_t = 0.01, value_name = "FRACTION", help_heading = "Optimiser")]
+    pub warmup_share: f64,
+    /// Final learning rate of the cosine schedule, as a fraction of the peak.
+    #[arg(long, default_value_t = 0.0, value_name = "FRACTION", help_heading = "Optimiser")]
+    pub final_share: f64,
+    /// AdamW decay rate of the first moment.
+    #[arg(long, default_value_t = 0.9, help_heading = "Optimiser")]
+    pub beta1: f64,
+    /// AdamW decay rate of the second moment.
+    #[arg(long, default_value_t = 0.98, help_heading = "Optimiser")]
+    pub beta2: f64,
+    /// AdamW epsilon.
+    #[arg(long, default_value_t = 1e-8, help_heading = "Optimiser")]
+    pub epsilon: f64,
+    /// Decoupled weight decay of matrices.
+    #[arg(long, default_value_t = 0.01, help_heading = "Optimiser")]
+    pub weight_decay: f64,
+    /// Maximum gradient norm. 0 disables clipping.
+    #[arg(long, default_value_t = 1.0, value_name = "NORM", help_heading = "Optimiser")]
+    pub clip: f64,
 }
 
 impl DistillArgs {
@@ -139,26 +146,32 @@ impl DistillArgs {
     }
 }
 
-/// Write the demo's task as data files, with its tokenizer and the full model's configuration.
+const DEMO_DATA_HELP: &str = "\
+Examples:
+  overfill demo-data --out target/demo-data
+  overfill demo-data --out target/demo-data --seed 1 --pairs 1000";
+
+/// Write the data files of the demo task, its tokenizer and the configuration of its full model.
 #[derive(Args, Clone, Debug)]
+#[command(after_help = DEMO_DATA_HELP)]
 pub struct DemoDataArgs {
-    /// Folder to write to.
-    #[arg(long)]
+    /// Folder for the files.
+    #[arg(long, value_name = "DIR", help_heading = "Output")]
     pub out: PathBuf,
     /// Seed of the data.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, help_heading = "Data")]
     pub seed: u64,
-    /// Chats that train the full model, from easy to hard.
-    #[arg(long, default_value_t = 17_600)]
+    /// Number of chats that train the full model, in order of difficulty.
+    #[arg(long, default_value_t = 17_600, value_name = "COUNT", help_heading = "Data")]
     pub conversations: usize,
-    /// More such chats, all of full difficulty.
-    #[arg(long, default_value_t = 16_000)]
+    /// Number of further chats, all of full difficulty.
+    #[arg(long, default_value_t = 16_000, value_name = "COUNT", help_heading = "Data")]
     pub more_conversations: usize,
-    /// Prompts and responses that fine-tune a student.
-    #[arg(long, default_value_t = 12_800)]
+    /// Number of prompt and response pairs that fine-tune a student.
+    #[arg(long, default_value_t = 12_800, value_name = "COUNT", help_heading = "Data")]
     pub pairs: usize,
-    /// Prompts and responses of documents that no training file has.
-    #[arg(long, default_value_t = 200)]
+    /// Number of held-out prompt and response pairs. Their documents are in no training file.
+    #[arg(long, default_value_t = 200, value_name = "COUNT", help_heading = "Data")]
     pub held_out: usize,
 }
 
@@ -170,45 +183,51 @@ impl DemoDataArgs {
     }
 }
 
-/// Cut a decode model out of a full model, by the importance of its channels over a calibration text.
+const PRUNE_HELP: &str = "\
+Examples, from the root of the repository, after `overfill demo-data --out target/demo-data`:
+  overfill prune --model demo/full --calibration target/demo-data/pairs.jsonl --out target/pruned
+  overfill prune --model demo/full --calibration target/demo-data/pairs.jsonl --out target/pruned --hidden 36 --intermediate 108";
+
+/// Prune the width of a full model by the importance of its channels over calibration text.
 #[derive(Args, Clone, Debug)]
+#[command(after_help = PRUNE_HELP)]
 pub struct PruneArgs {
-    /// Full model: a Hugging Face folder, .gguf file or hub id.
-    #[arg(long)]
+    /// Full model: a Hugging Face folder, a .gguf file or a hub id.
+    #[arg(long, help_heading = "Model")]
     pub model: String,
-    /// Folder to write the pruned model to.
-    #[arg(long)]
+    /// Folder for the pruned model.
+    #[arg(long, value_name = "DIR", help_heading = "Model")]
     pub out: PathBuf,
-    /// Text file, or JSONL of {"text": ..}, {"messages": [..]} or {"prompt": .., "response": ..}.
-    #[arg(long)]
-    pub calibration: PathBuf,
-    /// Most calibration samples.
-    #[arg(long, default_value_t = 512)]
-    pub samples: usize,
-    /// Most tokens of a sample.
-    #[arg(long, default_value_t = 512)]
-    pub sample_tokens: usize,
-    /// Share of hidden and intermediate channels to cut: int(width * (1 - ratio)) are kept.
-    #[arg(long, default_value_t = 0.45)]
-    pub ratio: f64,
-    /// Hidden channels to keep, in place of the ratio.
-    #[arg(long)]
-    pub hidden: Option<usize>,
-    /// Intermediate channels to keep, in place of the ratio.
-    #[arg(long)]
-    pub intermediate: Option<usize>,
-    /// Cut widths down to a multiple of this.
-    #[arg(long, default_value_t = 1)]
-    pub multiple_of: usize,
-    /// Norm over samples: l1 or l2.
-    #[arg(long, default_value = "l2")]
-    pub norm: Norm,
-    /// Layers to keep, comma-separated and ascending; all of them by default.
-    #[arg(long, value_delimiter = ',')]
-    pub layers: Option<Vec<u32>>,
-    /// cpu or cuda:N.
-    #[arg(long, default_value = "cpu")]
+    /// Device: cpu or cuda:N.
+    #[arg(long, default_value = "cpu", help_heading = "Model")]
     pub device: DeviceSpec,
+    /// Fraction of hidden and intermediate channels to remove. int(width * (1 - ratio)) channels are kept.
+    #[arg(long, default_value_t = 0.45, help_heading = "Pruning")]
+    pub ratio: f64,
+    /// Number of hidden channels to keep, in place of --ratio.
+    #[arg(long, value_name = "CHANNELS", help_heading = "Pruning")]
+    pub hidden: Option<usize>,
+    /// Number of intermediate channels to keep, in place of --ratio.
+    #[arg(long, value_name = "CHANNELS", help_heading = "Pruning")]
+    pub intermediate: Option<usize>,
+    /// Round widths down to a multiple of this number.
+    #[arg(long, default_value_t = 1, value_name = "CHANNELS", help_heading = "Pruning")]
+    pub multiple_of: usize,
+    /// Layers to keep, comma-separated and ascending [default: all layers]
+    #[arg(long, value_delimiter = ',', help_heading = "Pruning")]
+    pub layers: Option<Vec<u32>>,
+    /// Text file, or JSONL file of {"text": ..}, {"messages": [..]} or {"prompt": .., "response": ..}.
+    #[arg(long, value_name = "FILE", help_heading = "Calibration")]
+    pub calibration: PathBuf,
+    /// Maximum number of calibration samples.
+    #[arg(long, default_value_t = 512, value_name = "COUNT", help_heading = "Calibration")]
+    pub samples: usize,
+    /// Maximum length of a sample.
+    #[arg(long, default_value_t = 512, value_name = "TOKENS", help_heading = "Calibration")]
+    pub sample_tokens: usize,
+    /// Norm over samples: l1 or l2.
+    #[arg(long, default_value = "l2", help_heading = "Calibration")]
+    pub norm: Norm,
 }
 
 impl PruneArgs {
@@ -241,41 +260,49 @@ impl PruneArgs {
     }
 }
 
-/// Score models on held-out prompts: greedy exact match and cross-entropy. Name the arms to compare.
+const EVAL_HELP: &str = "\
+Each model flag adds one row (arm) to the table of scores.
+
+Examples, from the root of the repository, after `overfill demo-data --out target/demo-data`:
+  overfill eval --full demo/full --decode demo/decode --data target/demo-data/held-out.jsonl
+  overfill eval --full demo/full --data target/demo-data/held-out.jsonl --json target/scores.json";
+
+/// Score models on held-out prompts: greedy exact match and cross-entropy.
 #[derive(Args, Clone, Debug)]
+#[command(after_help = EVAL_HELP)]
 pub struct EvalArgs {
-    /// JSONL of {"messages": [..]} or {"prompt": .., "response": ..}; the last response of each line is scored.
-    #[arg(long)]
-    pub data: PathBuf,
-    /// Full model; by itself it is the arm `full`.
-    #[arg(long)]
+    /// Full model. It is scored alone as the arm `full`.
+    #[arg(long, value_name = "MODEL", help_heading = "Models")]
     pub full: Option<String>,
-    /// Decode model over the full model's KV: the arm `overfill`. Needs --full.
-    #[arg(long, requires = "full")]
+    /// Decode model. It is scored over the full model's KV as the arm `overfill`. Needs --full.
+    #[arg(long, requires = "full", value_name = "MODEL", help_heading = "Models")]
     pub decode: Option<String>,
-    /// A pruned model fine-tuned alone: the arm `pruned-only`.
-    #[arg(long)]
+    /// Pruned model that was fine-tuned alone: the arm `pruned-only`.
+    #[arg(long, value_name = "MODEL", help_heading = "Models")]
     pub pruned: Option<String>,
-    /// A model trained from scratch: the arm `scratch`.
-    #[arg(long)]
+    /// Model that was trained from scratch: the arm `scratch`.
+    #[arg(long, value_name = "MODEL", help_heading = "Models")]
     pub scratch: Option<String>,
-    /// Most examples to score.
-    #[arg(long, default_value_t = 1000)]
+    /// JSONL file of {"messages": [..]} or {"prompt": .., "response": ..}. The last response of each line is scored.
+    #[arg(long, value_name = "FILE", help_heading = "Data")]
+    pub data: PathBuf,
+    /// Maximum number of examples.
+    #[arg(long, default_value_t = 1000, value_name = "COUNT", help_heading = "Data")]
     pub limit: usize,
-    /// Prompts at once.
-    #[arg(long, default_value_t = 32)]
-    pub batch: usize,
-    /// Longest example in tokens.
-    #[arg(long, default_value_t = 2048)]
+    /// Maximum length of an example in tokens. Longer ones are cut.
+    #[arg(long, default_value_t = 2048, value_name = "TOKENS", help_heading = "Data")]
     pub max_tokens: usize,
-    /// Type of weights and computation: f32, bf16 or f16.
-    #[arg(long, default_value = "f32")]
+    /// Prompts per batch.
+    #[arg(long, default_value_t = 32, value_name = "PROMPTS", help_heading = "Computation")]
+    pub batch: usize,
+    /// Type of the weights and the computation: f32, bf16 or f16.
+    #[arg(long, default_value = "f32", value_name = "TYPE", help_heading = "Computation")]
     pub dtype: WeightDtype,
-    /// cpu or cuda:N.
-    #[arg(long, default_value = "cpu")]
+    /// Device: cpu or cuda:N.
+    #[arg(long, default_value = "cpu", help_heading = "Computation")]
     pub device: DeviceSpec,
     /// Also write the scores to this JSON file.
-    #[arg(long)]
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub json: Option<PathBuf>,
 }
 
@@ -321,13 +348,19 @@ impl EvalArgs {
     }
 }
 
-/// Make the demo pair from nothing: data, full model, pruning, fine-tuning, scores.
+const DEMO_PAIR_HELP: &str = "\
+Examples:
+  overfill demo-pair --out target/demo-pair
+  overfill demo-pair --out target/demo-pair --seed 1";
+
+/// Train the demo pair from scratch: data, full model, pruning, fine-tuning, scores.
 #[derive(Args, Clone, Debug)]
+#[command(after_help = DEMO_PAIR_HELP)]
 pub struct DemoPairArgs {
-    /// Folder to write `full/`, `decode/` and `scores.json` to.
-    #[arg(long)]
+    /// Folder for `full/`, `decode/` and `scores.json`.
+    #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// Seed of data and weights.
+    /// Seed of the data and the weights.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
@@ -339,22 +372,28 @@ impl DemoPairArgs {
     }
 }
 
-/// Measure the arms by fine-tuning budget on the demo's task; writes table and plot.
+const QUALITY_HELP: &str = "\
+Examples, from the root of the repository:
+  overfill quality --render
+  overfill quality --out target/quality-table --seeds 0";
+
+/// Measure quality by fine-tuning budget on the demo task. Writes a table and a plot.
 #[derive(Args, Clone, Debug)]
+#[command(after_help = QUALITY_HELP)]
 pub struct QualityArgs {
     /// The demo's full model.
-    #[arg(long, default_value = "demo/full")]
+    #[arg(long, default_value = "demo/full", value_name = "DIR")]
     pub full: PathBuf,
-    /// Folder for cells.jsonl, table.json, table.md and exact-match.svg; measurements it has already are kept.
-    #[arg(long, default_value = "docs/quality")]
+    /// Folder for cells.jsonl, table.json, table.md and exact-match.svg. Existing measurements are kept.
+    #[arg(long, default_value = "docs/quality", value_name = "DIR")]
     pub out: PathBuf,
-    /// Folder for data and models that are made on the way.
-    #[arg(long, default_value = "target/quality")]
+    /// Folder for intermediate data and models.
+    #[arg(long, default_value = "target/quality", value_name = "DIR")]
     pub work: PathBuf,
     /// Seeds, comma-separated.
     #[arg(long, value_delimiter = ',', default_value = "0,1,2")]
     pub seeds: Vec<u64>,
-    /// Only draw what was measured before.
+    /// Only write the table and the plot of existing measurements.
     #[arg(long)]
     pub render: bool,
 }

@@ -7,20 +7,20 @@ use overfill_kv::BLOCK_TOKENS;
 use overfill_model::Rows;
 use overfill_node::{MAX_DEADLINE_SECONDS, NodeArgs, NodeConfig};
 
-/// A node that runs the full model over prompts and hands their KV over.
+/// A node that computes prompts with the full model and hands over their KV.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
     /// What both roles have.
     #[command(flatten)]
     pub node: NodeArgs,
-    /// Most prompt tokens computed in one step.
+    /// Maximum number of prompt tokens in one step.
     #[arg(long, env = "OVERFILL_MAX_BATCH_TOKENS", default_value_t = 512, help_heading = "Scheduling")]
     pub max_batch_tokens: usize,
-    /// How long a step should take, since a new prompt waits for the step under way. A step that would take longer has
-    /// fewer tokens, but at least 64 (or --max-batch-tokens).
+    /// Target time of one step, in seconds. A new prompt waits for the running step, so slow steps get fewer tokens, but at
+    /// least 64 (or --max-batch-tokens).
     #[arg(long, env = "OVERFILL_STEP_TARGET_SECONDS", default_value_t = 1.0, help_heading = "Scheduling")]
     pub step_target_seconds: f64,
-    /// Most prompts computed at once.
+    /// Maximum number of prompts in progress.
     #[arg(long, env = "OVERFILL_MAX_RUNNING", default_value_t = 16, help_heading = "Scheduling")]
     pub max_running: usize,
 }

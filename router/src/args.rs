@@ -16,66 +16,148 @@ const MAX_SECONDS: f64 = 86_400.0;
 /// Settings as given on the command line or in the environment.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// gRPC address of a prefill node; repeat it or separate several by commas. Needed unless nodes register in etcd.
-    #[arg(long = "prefill-url", env = "OVERFILL_PREFILL_URL", value_delimiter = ',')]
+    /// gRPC URLs of prefill nodes, comma-separated or repeated. Not needed if nodes register in etcd.
+    #[arg(
+        long = "prefill-url",
+        env = "OVERFILL_PREFILL_URL",
+        value_delimiter = ',',
+        value_name = "URL",
+        help_heading = "Nodes"
+    )]
     pub prefill_url: Vec<String>,
-    /// gRPC address of a decode node; repeat it or separate several by commas. Needed unless nodes register in etcd.
-    #[arg(long = "decode-url", env = "OVERFILL_DECODE_URL", value_delimiter = ',')]
+    /// gRPC URLs of decode nodes, comma-separated or repeated. Not needed if nodes register in etcd.
+    #[arg(
+        long = "decode-url",
+        env = "OVERFILL_DECODE_URL",
+        value_delimiter = ',',
+        value_name = "URL",
+        help_heading = "Nodes"
+    )]
     pub decode_url: Vec<String>,
-    /// Name of a model that this router is to serve; repeat it or separate several by commas. It is listed, and its
-    /// requests wait, before a node has come that serves it.
-    #[arg(long = "served-model", env = "OVERFILL_SERVED_MODEL", value_delimiter = ',')]
+    /// Names of models to list before any node serves them, comma-separated or repeated. Their requests wait for a node.
+    #[arg(
+        long = "served-model",
+        env = "OVERFILL_SERVED_MODEL",
+        value_delimiter = ',',
+        value_name = "NAME",
+        help_heading = "Nodes"
+    )]
     pub served_model: Vec<String>,
-    /// Where the OpenAI API is served, with /startup, /live, /ready, /health and /metrics.
-    #[arg(long, env = "OVERFILL_HTTP", default_value = "127.0.0.1:8080")]
+    /// Listen address of the OpenAI API, /startup, /live, /ready, /health and /metrics.
+    #[arg(
+        long,
+        env = "OVERFILL_HTTP",
+        default_value = "127.0.0.1:8080",
+        value_name = "ADDRESS",
+        help_heading = "Network"
+    )]
     pub http: String,
-    /// Where gRPC is served.
-    #[arg(long, env = "OVERFILL_GRPC", default_value = "127.0.0.1:50051")]
+    /// Listen address of the gRPC API.
+    #[arg(
+        long,
+        env = "OVERFILL_GRPC",
+        default_value = "127.0.0.1:50051",
+        value_name = "ADDRESS",
+        help_heading = "Network"
+    )]
     pub grpc: String,
-    /// Most sequences of one model on the nodes at once; fewer if its nodes have places for fewer.
-    #[arg(long, env = "OVERFILL_MAX_RUNNING", default_value_t = 256)]
+    /// Maximum number of running sequences per model. The nodes' own limits apply as well.
+    #[arg(
+        long,
+        env = "OVERFILL_MAX_RUNNING",
+        default_value_t = 256,
+        value_name = "SEQUENCES",
+        help_heading = "Limits"
+    )]
     pub max_running: u32,
-    /// Most sequences of one model waiting for a place; beyond that requests are refused with 429.
-    #[arg(long, env = "OVERFILL_MAX_WAITING", default_value_t = 1024)]
+    /// Maximum number of waiting sequences per model. Further requests are refused with 429.
+    #[arg(
+        long,
+        env = "OVERFILL_MAX_WAITING",
+        default_value_t = 1024,
+        value_name = "SEQUENCES",
+        help_heading = "Limits"
+    )]
     pub max_waiting: u32,
-    /// Time a request may take in all, unless it says otherwise.
-    #[arg(long, env = "OVERFILL_DEFAULT_DEADLINE_SECONDS", default_value_t = 600.0)]
+    /// Time limit of a request that sets no deadline of its own.
+    #[arg(
+        long,
+        env = "OVERFILL_DEFAULT_DEADLINE_SECONDS",
+        default_value_t = 600.0,
+        value_name = "SECONDS",
+        help_heading = "Timeouts"
+    )]
     pub default_deadline_seconds: f64,
-    /// Of that, the longest wait for a place, or for a node that has room.
-    #[arg(long, env = "OVERFILL_MAX_QUEUE_SECONDS", default_value_t = 60.0)]
+    /// Maximum time that a request waits in the queue or for a node with free KV blocks.
+    #[arg(
+        long,
+        env = "OVERFILL_MAX_QUEUE_SECONDS",
+        default_value_t = 60.0,
+        value_name = "SECONDS",
+        help_heading = "Timeouts"
+    )]
     pub max_queue_seconds: f64,
-    /// Passes over the nodes that one request may take when nodes fail under it.
-    #[arg(long, env = "OVERFILL_MAX_ATTEMPTS", default_value_t = 4)]
+    /// Maximum number of attempts per request when nodes fail.
+    #[arg(long, env = "OVERFILL_MAX_ATTEMPTS", default_value_t = 4, value_name = "ATTEMPTS", help_heading = "Limits")]
     pub max_attempts: u32,
-    /// Such passes per second, over all requests, beyond one for every five new requests; more have to wait.
-    #[arg(long, env = "OVERFILL_MIN_RETRIES_PER_SECOND", default_value_t = 10)]
+    /// Retries per second allowed over all requests, in addition to one per five new requests. Further retries wait.
+    #[arg(
+        long,
+        env = "OVERFILL_MIN_RETRIES_PER_SECOND",
+        default_value_t = 10,
+        value_name = "RETRIES",
+        help_heading = "Limits"
+    )]
     pub min_retries_per_second: u32,
-    /// A node that does not answer a ping for this long is taken out, and its requests go elsewhere.
-    #[arg(long, env = "OVERFILL_NODE_TIMEOUT_SECONDS", default_value_t = 6.0)]
+    /// Time without an answer to pings after which a node is removed. Its requests move to other nodes.
+    #[arg(
+        long,
+        env = "OVERFILL_NODE_TIMEOUT_SECONDS",
+        default_value_t = 6.0,
+        value_name = "SECONDS",
+        help_heading = "Timeouts"
+    )]
     pub node_timeout_seconds: f64,
-    /// The same for a node that answers pings, but gives a request that is being decoded no token for this long.
-    #[arg(long, env = "OVERFILL_PROGRESS_TIMEOUT_SECONDS", default_value_t = 120.0)]
+    /// Time without a new token after which a decoding request moves to other nodes.
+    #[arg(
+        long,
+        env = "OVERFILL_PROGRESS_TIMEOUT_SECONDS",
+        default_value_t = 120.0,
+        value_name = "SECONDS",
+        help_heading = "Timeouts"
+    )]
     pub progress_timeout_seconds: f64,
-    /// Largest HTTP request body.
-    #[arg(long, env = "OVERFILL_MAX_BODY_BYTES", default_value_t = 16 << 20)]
+    /// Maximum size of an HTTP request body.
+    #[arg(
+        long,
+        env = "OVERFILL_MAX_BODY_BYTES",
+        default_value_t = 16 << 20,
+        value_name = "BYTES",
+        help_heading = "Limits"
+    )]
     pub max_body_bytes: usize,
-    /// Most connections with requests on each of the two ports. When there are more, the connection that has been idle
-    /// longest is closed.
-    #[arg(long, env = "OVERFILL_MAX_CONNECTIONS", default_value_t = 4096)]
+    /// Maximum number of connections with running requests on each port. Above it, idle connections are closed.
+    #[arg(
+        long,
+        env = "OVERFILL_MAX_CONNECTIONS",
+        default_value_t = 4096,
+        value_name = "CONNECTIONS",
+        help_heading = "Limits"
+    )]
     pub max_connections: usize,
-    /// File with the certificate that clients are shown (PEM), over HTTP and gRPC. Without it nothing is encrypted.
-    #[arg(long, env = "OVERFILL_SERVE_TLS_CERT")]
+    /// Server certificate for clients (PEM file). Turns on TLS for HTTP and gRPC clients. Needs --serve-tls-key.
+    #[arg(long, env = "OVERFILL_SERVE_TLS_CERT", value_name = "FILE", help_heading = "Security")]
     pub serve_tls_cert: Option<PathBuf>,
-    /// File with the key of that certificate (PEM).
-    #[arg(long, env = "OVERFILL_SERVE_TLS_KEY")]
+    /// Private key of the server certificate (PEM file).
+    #[arg(long, env = "OVERFILL_SERVE_TLS_KEY", value_name = "FILE", help_heading = "Security")]
     pub serve_tls_key: Option<PathBuf>,
-    /// File with the keys of clients (JSON). Without it everybody is served.
-    #[arg(long, env = "OVERFILL_API_KEYS")]
+    /// API keys of clients (JSON file). Without it, requests need no key.
+    #[arg(long, env = "OVERFILL_API_KEYS", value_name = "FILE", help_heading = "Security")]
     pub api_keys: Option<PathBuf>,
-    /// TLS towards the nodes.
+    /// TLS between the router and the nodes.
     #[command(flatten)]
     pub tls: TlsArgs,
-    /// The etcd in which nodes register.
+    /// Discovery of nodes.
     #[command(flatten)]
     pub etcd: EtcdArgs,
     /// Settings that every service process has.

@@ -1,4 +1,4 @@
-//! A model alone, without any service: tokens per second, memory, and two stages against one.
+//! A model without any service: tokens per second, memory, and two stages against one.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -17,36 +17,43 @@ use super::{
 };
 use crate::text;
 
-/// Prompt tokens per forward pass, as a prefill node computes them by default.
+/// Prompt tokens per forward pass: the default of a prefill node.
 const CHUNK: usize = 512;
 
 /// How much is computed.
 #[derive(Args)]
+#[command(next_help_heading = "Sizes")]
 pub struct Sizes {
-    /// Tokens of the prompt that is prefilled.
-    #[arg(long, default_value_t = 512, value_parser = super::count)]
+    /// Prompt length for the prefill measurement.
+    #[arg(long, default_value_t = 512, value_parser = super::count, value_name = "TOKENS")]
     prefill_tokens: usize,
-    /// Tokens of each sequence before those whose decoding is measured.
-    #[arg(long, default_value_t = 128, value_parser = super::count)]
+    /// Context length of each sequence when its decoding starts.
+    #[arg(long, default_value_t = 128, value_parser = super::count, value_name = "TOKENS")]
     context_tokens: usize,
-    /// Tokens that each sequence of a batch decodes.
-    #[arg(long, default_value_t = 64, value_parser = super::count)]
+    /// Number of tokens that each sequence decodes.
+    #[arg(long, default_value_t = 64, value_parser = super::count, value_name = "TOKENS")]
     decode_tokens: usize,
-    /// Sequences that are decoded together.
-    #[arg(long, value_delimiter = ',', default_value = "1,4,8,16", value_parser = super::count)]
+    /// Batch sizes of the decode measurement, comma-separated.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "1,4,8,16",
+        value_parser = super::count,
+        value_name = "SEQUENCES"
+    )]
     batch: Vec<usize>,
-    /// Tokens that follow the prompt where two stages are compared with one.
-    #[arg(long, default_value_t = 256, value_parser = super::count)]
+    /// Answer length for the comparison of two stages with one.
+    #[arg(long, default_value_t = 256, value_parser = super::count, value_name = "TOKENS")]
     answer_tokens: usize,
 }
 
 impl Sizes {
-    /// Tokens of a sequence whose decoding is measured.
+    /// Length of a sequence at the end of the decode measurement.
     fn decode_sequence_tokens(&self) -> usize {
         self.context_tokens + self.decode_tokens
     }
 
-    /// Blocks of KV for the largest measurement.
+    /// KV blocks that the largest measurement needs.
     fn kv_blocks(&self) -> usize {
         let most = self.batch.iter().copied().max().unwrap_or(0);
         let decode = most * blocks_for(self.decode_sequence_tokens());
@@ -54,7 +61,7 @@ impl Sizes {
     }
 }
 
-/// Measures each of the models; the first is the full one of those after it that have KV of the same shape.
+/// Measures each model. The first one is the full model of all later ones with KV of the same shape.
 pub fn measure(
     models: &[(String, PathBuf)],
     options: &LoadOptions,
@@ -76,7 +83,7 @@ pub fn measure(
                 two_stages([full_name, name], full, &mut model, sizes, runs, report)?;
             }
             Some((full_name, _)) => {
-                tracing::info!("{name} has KV of another shape than {full_name}, so the two can't share a request")
+                tracing::info!("the KV shapes of {name} and {full_name} differ, so they are not measured as a pair")
             }
             None => full = Some((name, model)),
         }
@@ -86,12 +93,12 @@ pub fn measure(
 
 fn same_kv(full: &Model, decode: &Model) -> bool {
     let (mut a, mut b) = (full.kv_schema(), decode.kv_schema());
-    // Which model computes the KV is not its shape.
+    // The model that computes the KV is not part of its shape.
     (a.full_model, b.full_model) = (None, None);
     a == b
 }
 
-/// Prefill as a prefill node does it.
+/// Measures prefill as a prefill node runs it.
 fn measure_prefill(name: &str, model: &mut Model, sizes: &Sizes, runs: usize, report: &mut Report) -> Result<()> {
     let tokens = sizes.prefill_tokens;
     let mut one = Sequences::new(model, 1, tokens);
@@ -101,7 +108,7 @@ fn measure_prefill(name: &str, model: &mut Model, sizes: &Sizes, runs: usize, re
     Ok(())
 }
 
-/// Decode as a decode node does it, and memory.
+/// Measures decode as a decode node runs it, and resident memory.
 fn measure_decode(
     name: &str,
     model: &mut Model,
@@ -118,7 +125,7 @@ fn measure_decode(
     let mut sequences = Sequences::new(model, most, each);
     sequences.prefill(model.engine(), start)?;
     for &batch in &sizes.batch {
-        // In turns with reads of memory, whose speed may change.
+        // Memory reads are measured before and after each run, since the bandwidth may change.
         let (mut seconds, mut shares) = (Vec::new(), Vec::new());
         let context = start + sizes.decode_tokens / 2;
         let kv_bytes = batch * context * model.block_bytes() / BLOCK_TOKENS;
@@ -135,21 +142,21 @@ fn measure_decode(
         let note = format!("{start} tokens of context, {} more each", sizes.decode_tokens);
         report.add(format!("decode, {name}, batch {batch}"), rate, "tok/s", note);
         if !shares.is_empty() {
-            let note = "weights and KV, once a step, per second, of what reads alone get between runs";
-            report.add(format!("memory's speed, {name}, batch {batch}"), median(shares), "%", note);
+            let note = "bytes of weights and KV read per second, divided by raw read bandwidth";
+            report.add(format!("memory bandwidth, {name}, batch {batch}"), median(shares), "%", note);
         }
     }
     if let Some(weights) = model.weight_bytes() {
         let resident = resident_bytes()?.saturating_sub(resident_before);
         let kv = blocks * model.block_bytes();
         let of = |bytes: usize| text::bytes(bytes as u64);
-        let note = format!("{} of weights and {} of KV are {}", of(weights), of(kv), of(weights + kv));
+        let note = format!("{} of weights + {} of KV = {}", of(weights), of(kv), of(weights + kv));
         report.add(format!("resident memory, {name}"), resident as f64 / f64::from(1 << 20), "MiB", note);
     }
     Ok(())
 }
 
-/// The same prompt and as long an answer, by the full model alone and by both, in turns.
+/// Measures the same prompt and answer length with the full model alone and with both models, alternating.
 fn two_stages(
     names: [&str; 2],
     full: &mut Model,
@@ -164,7 +171,7 @@ fn two_stages(
     for _ in 0..runs {
         for (times, two_stage) in times.iter_mut().zip([false, true]) {
             full.engine().set_rows(Rows::Many);
-            // The prompt's last logits give the first token of the answer.
+            // The last logits of the prompt give the first token of the answer.
             let mut seconds = sequence.prefill(full.engine(), prompt)?;
             full.engine().set_rows(Rows::Few);
             if two_stage {
@@ -177,14 +184,14 @@ fn two_stages(
         }
     }
     let [alone, both] = times.map(median);
-    let note = format!("{prompt} tokens of prompt, {answer} of answer");
+    let note = format!("prompt of {prompt} tokens, answer of {answer} tokens");
     report.add(format!("one-stage, {}", names[0]), alone, "s", note);
-    let note = format!("{:.2} times as fast; no handoff between processes", alone / both);
+    let note = format!("{:.2} times as fast as one stage; no handoff between processes", alone / both);
     report.add(format!("two-stage, {} and {}", names[0], names[1]), both, "s", note);
     Ok(())
 }
 
-/// Sequences in a cache, each in blocks of its own.
+/// Sequences in a KV cache, each in its own blocks.
 struct Sequences {
     prompt: Vec<u32>,
     blocks: Vec<Vec<BlockId>>,
@@ -205,7 +212,7 @@ impl Sequences {
         }
     }
 
-    /// Seconds to prefill `tokens` tokens of each sequence, one sequence after the other.
+    /// Prefills `tokens` tokens of each sequence, one sequence after another. Returns seconds.
     fn prefill(&mut self, engine: &mut dyn Engine, tokens: usize) -> Result<f64> {
         let begin = Instant::now();
         let choice = Choice { params: &self.greedy, context: SamplingContext::following(&self.prompt[..tokens], &[]) };
@@ -221,7 +228,7 @@ impl Sequences {
         Ok(begin.elapsed().as_secs_f64())
     }
 
-    /// Seconds for `steps` tokens of each of the first `batch` sequences, which have `start` tokens.
+    /// Decodes `steps` tokens in each of the first `batch` sequences, which have `start` tokens. Returns seconds.
     fn decode(&mut self, engine: &mut dyn Engine, batch: usize, start: usize, steps: usize) -> Result<f64> {
         ensure!(batch <= self.blocks.len(), "a batch of {batch} of {} sequences", self.blocks.len());
         let layers = no_layers();
@@ -246,7 +253,7 @@ impl Sequences {
     }
 }
 
-/// Memory of this process that is not swapped out or shared with the file cache.
+/// Resident memory of this process.
 fn resident_bytes() -> Result<usize> {
     let file = "/proc/self/status";
     let status = std::fs::read_to_string(file).with_context(|| format!("reading {file}"))?;

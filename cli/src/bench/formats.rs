@@ -1,4 +1,4 @@
-//! What each weight format costs in quality: prompts and responses through both stages of the serving engine.
+//! The quality of each weight format: prompts and responses run through both stages of the serving engine.
 
 use std::path::{Path, PathBuf};
 
@@ -13,26 +13,38 @@ use serde_json::json;
 
 use crate::{text, up};
 
+const AFTER_HELP: &str = "\
+Examples:
+  overfill bench formats
+  overfill bench formats --weights bf16,int8 --kv-dtype f32 --json";
+
 /// What is scored.
 #[derive(Args)]
+#[command(after_help = AFTER_HELP)]
 pub struct FormatsArgs {
-    /// Full model: a folder, .gguf file or hub id; the demo pair if left out.
-    #[arg(long, requires = "data")]
+    /// Full model: a folder, a .gguf file or a hub id [default: the demo pair]
+    #[arg(long, requires = "data", value_name = "MODEL", help_heading = "Models")]
     full: Option<String>,
-    /// Pruned model; the full one itself if left out.
-    #[arg(long, requires = "full")]
+    /// Pruned model of the --full model [default: the full model]
+    #[arg(long, requires = "full", value_name = "MODEL", help_heading = "Models")]
     decode: Option<String>,
-    /// JSONL of `messages`, or of `prompt` and `response`; the demo's held-out prompts if left out.
-    #[arg(long)]
-    data: Option<PathBuf>,
-    /// Formats, each for both stages.
-    #[arg(long, value_delimiter = ',', default_value = "f32,bf16,f16,int8,int8-channel,int4")]
+    /// Weight formats, comma-separated. Each is used for both models.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "f32,bf16,f16,int8,int8-channel,int4",
+        value_name = "FORMAT",
+        help_heading = "Models"
+    )]
     weights: Vec<WeightFormat>,
-    /// KV cache: f32, bf16 or f16.
-    #[arg(long, default_value = "bf16")]
+    /// Type of the KV cache: f32, bf16 or f16.
+    #[arg(long, default_value = "bf16", value_name = "TYPE", help_heading = "Models")]
     kv_dtype: KvDtype,
+    /// JSONL file of {"messages": [..]} or {"prompt": .., "response": ..} [default: the demo's held-out prompts]
+    #[arg(long, value_name = "FILE", help_heading = "Data")]
+    data: Option<PathBuf>,
     /// Print JSON.
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
 }
 
@@ -41,11 +53,11 @@ struct Score {
     weights: WeightFormat,
     examples: usize,
     exact: usize,
-    /// Natural logarithm, mean over all tokens of all responses.
+    /// In nats, averaged over all response tokens.
     cross_entropy: f64,
 }
 
-/// Scores each format, and prints a line for each.
+/// Scores each format, and prints one line for each.
 pub fn run(args: &FormatsArgs) -> Result<()> {
     let work = tempfile::tempdir().context("making a folder for the demo's data")?;
     let (full, decode) = match &args.full {
@@ -108,7 +120,7 @@ fn score(full: &Path, decode: &Path, weights: WeightFormat, kv_dtype: KvDtype, e
         let mut right = follows(outputs.logits(), 0, response[0], &mut sum);
         if response.len() > 1 {
             hand_over(&full, &decode, &blocks[..blocks_for(prompt.len())])?;
-            // One token at a time would give the same bits.
+            // Decoding one token at a time would give the same bits.
             let tokens = &response[..response.len() - 1];
             let slice = SequenceSlice { tokens, start: prompt.len(), blocks: &blocks, want: Want::AllLogits };
             decode.engine().run(&[slice], &layers, &mut outputs)?;
@@ -122,14 +134,14 @@ fn score(full: &Path, decode: &Path, weights: WeightFormat, kv_dtype: KvDtype, e
     Ok(Score { weights, examples: examples.len(), exact, cross_entropy: sum / tokens as f64 })
 }
 
-/// Is `token` the likeliest in this row? Adds its surprise to `sum`.
+/// Is `token` the most likely one in this row? Adds its cross-entropy to `sum`.
 fn follows(logits: &Logits, row: usize, token: u32, sum: &mut f64) -> bool {
     let scored = report(logits.row(row), token, 1);
     *sum -= f64::from(scored.logprob);
     scored.top.first().is_some_and(|(best, _)| *best == token)
 }
 
-/// Copies the layers that the decode model uses, as a handoff does.
+/// Copies the KV layers that the decode model uses, as a handoff does.
 pub(super) fn hand_over(full: &Model, decode: &Model, blocks: &[BlockId]) -> Result<()> {
     let (from, to) = (full.kv(), decode.kv());
     for (wire, layer) in decode.kv_schema().layers.iter().enumerate() {

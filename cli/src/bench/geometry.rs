@@ -1,4 +1,4 @@
-//! Models of random weights in the sizes of published ones: as slow as trained ones.
+//! Models with random weights in the shapes of published models. They run as fast as trained ones.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -10,29 +10,32 @@ use overfill_model::{Kind, ModelConfig, TensorSpec};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::{Value, json};
 
-/// Which sizes.
+/// Shape of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Geometry {
     /// 28 million parameters.
     Small,
-    /// `small` with its widths cut by 45 %.
+    /// `small`, pruned by 45 %.
     SmallOverfill,
+    /// Llama-3.2-3B.
     #[value(name = "llama-3.2-3b")]
     Llama3b,
-    /// `llama-3.2-3b` with its widths cut by 45 %.
+    /// `llama-3.2-3b`, pruned by 45 %.
     #[value(name = "llama-3.2-3b-overfill")]
     Llama3bOverfill,
+    /// Llama-3.2-1B.
     #[value(name = "llama-3.2-1b")]
     Llama1b,
+    /// Qwen2.5-0.5B.
     #[value(name = "qwen2.5-0.5b")]
     Qwen05b,
 }
 
-/// Bytes made and written at once: what memory a model of any size takes to write.
+/// Size of the write buffer. It bounds the memory needed to write a model of any size.
 const BUFFER_BYTES: usize = 1 << 20;
 
 impl Geometry {
-    /// As the command line and the reports call it, and its folder.
+    /// Name on the command line and in reports, and name of its folder.
     pub fn name(self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }
@@ -76,17 +79,17 @@ impl Geometry {
         }
     }
 
-    /// Its sizes, as a model's.
+    /// The shape as a model configuration.
     pub fn model_config(self) -> Result<ModelConfig> {
         Ok(ModelConfig::from_json(Path::new("config.json"), self.config())?)
     }
 
-    /// The model's folder in `models`: written, unless it is there already.
+    /// The model's folder in `models`. Writes the model unless it is there already.
     pub fn folder(self, models: &Path) -> Result<PathBuf> {
         let folder = models.join(self.name());
         let (config_file, weights) = (folder.join("config.json"), folder.join("model.safetensors"));
         let config_text = self.config().to_string();
-        // The weights get their name last, so what is there is whole.
+        // The weights are renamed last, so a file with the final name is complete.
         if weights.is_file() && fs::read_to_string(&config_file).is_ok_and(|text| text == config_text) {
             tracing::info!(folder = %folder.display(), "found the random model");
             return Ok(folder);
@@ -105,14 +108,14 @@ impl Geometry {
     }
 }
 
-/// Never used to read text, but nodes agree on its hash and a router parses it.
+/// Tokenizes no text, but nodes compare its hash and routers parse it.
 fn tokenizer(vocabulary: usize) -> Value {
     let tokens: serde_json::Map<_, _> = (0..vocabulary).map(|id| (format!("w{id}"), json!(id))).collect();
     json!({"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
            "model": {"type": "WordLevel", "vocab": tokens, "unk_token": "w0"}})
 }
 
-/// The crate's own writer wants whole tensors, of which the largest takes a gigabyte.
+/// The writer of the safetensors crate needs whole tensors in memory; the largest takes a gigabyte.
 fn write_weights(path: &Path, config: &ModelConfig) -> Result<()> {
     let mut end = 0;
     let specs = config.tensors();
@@ -155,7 +158,7 @@ enum Values {
 }
 
 impl Values {
-    /// Such that activations stay near 1.
+    /// Chosen so that activations stay near 1.
     fn of(tensor: &TensorSpec) -> Self {
         match (tensor.kind, tensor.shape.as_slice()) {
             (Kind::Bias, _) => Self::Constant(0.0),
@@ -197,7 +200,7 @@ mod tests {
             let config = ModelConfig::from_json(Path::new("config.json"), geometry.config()).unwrap();
             config.tensor_shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
         };
-        // As their model cards say.
+        // From their model cards.
         assert_eq!(parameters(Geometry::Llama3b), 3_212_749_824);
         assert_eq!(parameters(Geometry::Llama1b), 1_235_814_400);
         assert_eq!(parameters(Geometry::Qwen05b), 494_032_768);

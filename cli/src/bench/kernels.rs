@@ -1,4 +1,4 @@
-//! Each product of a model by each kernel, and attention, beside what memory and arithmetic of this machine can do.
+//! Each matrix product of a model with each kernel, and attention, compared with this machine's memory and arithmetic.
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
@@ -9,32 +9,51 @@ use serde_json::json;
 use super::geometry::Geometry;
 use crate::text;
 
-/// Which products are measured.
+const AFTER_HELP: &str = "\
+Examples:
+  overfill bench kernels
+  overfill bench kernels --rows 1,8 --weights bf16 --runs 10
+  overfill bench kernels --geometry llama-3.2-3b --rows 64,512 --role prefill";
+
+/// What to measure.
 #[derive(Args)]
+#[command(after_help = AFTER_HELP)]
 pub struct KernelsArgs {
-    /// Model whose shapes are multiplied.
-    #[arg(long, value_enum, default_value = "llama-3.2-3b-overfill")]
+    /// Model shape. Only its matrix sizes matter; no model is loaded.
+    #[arg(long, value_enum, default_value = "llama-3.2-3b-overfill", value_name = "NAME", help_heading = "Model")]
     geometry: Geometry,
-    /// Weights: f32, bf16, f16, int8, int8-channel or int4.
-    #[arg(long, value_delimiter = ',', default_value = "bf16,int8,int4")]
+    /// Weight formats, comma-separated: f32, bf16, f16, int8, int8-channel or int4.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "bf16,int8,int4",
+        value_name = "FORMAT",
+        help_heading = "Model"
+    )]
     weights: Vec<WeightFormat>,
-    /// Rows of inputs multiplied at once: 1 is a decode step, hundreds are a prompt.
-    #[arg(long, value_delimiter = ',', default_value = "1,8,512", value_parser = super::count)]
-    rows: Vec<usize>,
-    /// Keys and values: f32, bf16 or f16.
-    #[arg(long, default_value = "bf16")]
+    /// Type of the KV cache: f32, bf16 or f16.
+    #[arg(long, default_value = "bf16", value_name = "TYPE", help_heading = "Model")]
     kv_dtype: KvDtype,
-    /// Tokens of each sequence whose newest token attends to them; the rows of a prompt attend to each other.
-    #[arg(long, default_value_t = 512, value_parser = super::count)]
-    context_tokens: usize,
-    /// The node that computes so: it decides whether inputs of int8 weights are bytes or f32.
-    #[arg(long, value_enum, default_value_t = Role::Decode)]
+    /// Node role whose kernels are measured. It decides whether int8 weights are multiplied by int8 or f32 inputs.
+    #[arg(long, value_enum, default_value_t = Role::Decode, help_heading = "Model")]
     role: Role,
-    /// Runs of each measurement; the fastest counts.
-    #[arg(long, default_value_t = 3, value_parser = super::count)]
+    /// Numbers of input rows, comma-separated. 1 is one decode step; hundreds are a prompt.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "1,8,512",
+        value_parser = super::count,
+        help_heading = "Sizes"
+    )]
+    rows: Vec<usize>,
+    /// Context length for decode attention. Prefill attention is measured over --rows tokens.
+    #[arg(long, default_value_t = 512, value_parser = super::count, value_name = "TOKENS", help_heading = "Sizes")]
+    context_tokens: usize,
+    /// Runs of each measurement. The fastest is reported.
+    #[arg(long, default_value_t = 3, value_parser = super::count, value_name = "COUNT", help_heading = "Measurement")]
     runs: usize,
     /// Print JSON.
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
 }
 
@@ -44,7 +63,7 @@ enum Role {
     Decode,
 }
 
-/// Measures, and prints one line for each product.
+/// Measures all kernels, and prints one line for each product.
 pub fn run(args: &KernelsArgs) -> Result<()> {
     let config = args.geometry.model_config()?;
     let rows = match args.role {

@@ -1,4 +1,4 @@
-//! `overfill bench`: what the machine at hand does, each figure beside the one it should be compared with.
+//! `overfill bench`: measures this machine. Each figure is printed with the figure to compare it with.
 
 mod engine;
 mod formats;
@@ -17,11 +17,41 @@ use overfill_cluster::{LogFormat, init_telemetry};
 use models::ModelArgs;
 use report::Report;
 
-/// Measures the engine, the KV handoff and the router; or loads a running cluster.
+const AFTER_HELP: &str = "\
+Without a command, bench runs engine, overlap, handoff and router.
+
+Examples:
+  overfill bench
+  overfill bench --runs 1 --json
+  overfill bench engine --batch 1,8
+  overfill bench serve --requests 50";
+
+const ENGINE_HELP: &str = "\
+Examples:
+  overfill bench engine --batch 1,8 --weights int8
+  overfill bench engine --geometry small --prefill-tokens 2048 --runs 1
+  overfill bench engine --geometry llama-3.2-3b,llama-3.2-3b-overfill --models-dir random-models";
+
+const HANDOFF_HELP: &str = "\
+Examples:
+  overfill bench handoff
+  overfill bench handoff --handoff-mebibytes 64 --json";
+
+const OVERLAP_HELP: &str = "\
+Examples:
+  overfill bench overlap
+  overfill bench overlap --geometry small --prompt-tokens 512 --runs 5";
+
+const ROUTER_HELP: &str = "\
+Examples:
+  overfill bench router
+  overfill bench router --runs 10 --json";
+
+/// Measures the engine, the KV handoff and the router, or puts load on a running cluster.
 #[derive(Args)]
-#[command(args_conflicts_with_subcommands = true)]
+#[command(args_conflicts_with_subcommands = true, after_help = AFTER_HELP)]
 pub struct BenchArgs {
-    /// Only this; engine, handoff, overlap and router if left out.
+    /// The measurement to run [default: engine, overlap, handoff and router]
     #[command(subcommand)]
     part: Option<Part>,
     #[command(flatten)]
@@ -40,7 +70,8 @@ pub struct BenchArgs {
 
 #[derive(Subcommand)]
 enum Part {
-    /// Prefill and decode tokens per second, memory, and two stages against one.
+    /// Measure prefill and decode speed, memory, and two stages against one.
+    #[command(after_help = ENGINE_HELP)]
     Engine {
         #[command(flatten)]
         models: ModelArgs,
@@ -51,14 +82,16 @@ enum Part {
         #[command(flatten)]
         output: Output,
     },
-    /// KV over TCP, a bare TCP copy, and a memory copy.
+    /// Measure the KV handoff over TCP against a plain TCP copy and a memory copy.
+    #[command(after_help = HANDOFF_HELP)]
     Handoff {
         #[command(flatten)]
         handoff: nodes::HandoffSize,
         #[command(flatten)]
         output: Output,
     },
-    /// What a handoff adds to a prefill.
+    /// Measure the time that a handoff adds to a prefill.
+    #[command(after_help = OVERLAP_HELP)]
     Overlap {
         #[command(flatten)]
         models: ModelArgs,
@@ -69,38 +102,41 @@ enum Part {
         #[command(flatten)]
         output: Output,
     },
-    /// What the router costs.
+    /// Measure the latency that the router adds per request and per token.
+    #[command(after_help = ROUTER_HELP)]
     Router {
         #[command(flatten)]
         runs: Runs,
         #[command(flatten)]
         output: Output,
     },
-    /// Each product of a model by each kernel, against this machine's memory and arithmetic.
+    /// Measure each kernel as a share of this machine's memory bandwidth and peak arithmetic.
     Kernels(kernels::KernelsArgs),
-    /// Exact match and cross-entropy by weight format, of both stages as they are served.
+    /// Measure exact match and cross-entropy of a pair in each weight format.
     Formats(formats::FormatsArgs),
-    /// Load a running router over its OpenAI API, and report what its clients see.
+    /// Put load on a running router over its OpenAI API, and report latency and throughput.
     Serve(Box<serve::ServeArgs>),
 }
 
 #[derive(Args)]
+#[command(next_help_heading = "Measurement")]
 struct Runs {
-    /// Runs of each measurement; the median counts.
-    #[arg(long, default_value_t = 3, value_parser = count)]
+    /// Runs of each measurement. The median is reported.
+    #[arg(long, default_value_t = 3, value_parser = count, value_name = "COUNT")]
     runs: usize,
 }
 
 #[derive(Args)]
+#[command(next_help_heading = "Output")]
 struct Output {
     /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
-/// Most of anything that is counted on the command line.
+/// Largest count accepted on the command line.
 const MOST_COUNT: usize = 10_000_000;
-/// Longest time on the command line: a week.
+/// Longest time accepted on the command line: a week.
 const MOST_SECONDS: f64 = 604_800.0;
 
 fn count(text: &str) -> Result<usize, String> {
@@ -119,7 +155,7 @@ fn positive(text: &str) -> Result<f64, String> {
     if value > 0.0 && value.is_finite() { Ok(value) } else { Err(format!("must be above 0, got {value}")) }
 }
 
-/// Runs the subcommand. Measurements block threads of their own, so this is called outside any runtime.
+/// Runs the subcommand. Measurements block their threads, so this must be called outside any async runtime.
 pub fn run(args: BenchArgs) -> Result<()> {
     init_telemetry(LogFormat::Text);
     let mut report = Report::default();

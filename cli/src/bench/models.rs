@@ -1,4 +1,4 @@
-//! Which models are measured, and how they are loaded.
+//! The models to measure, and how they are loaded.
 
 use std::path::PathBuf;
 
@@ -9,41 +9,42 @@ use overfill_model::{DeviceSpec, LoadOptions, WeightFormat, resolve};
 
 use super::geometry::Geometry;
 
-/// Models and how they lie in memory.
+/// The models to measure, and how they are loaded.
 #[derive(Args)]
+#[command(next_help_heading = "Models")]
 pub struct ModelArgs {
-    /// Models of random weights, the full one first.
+    /// Shapes of models with random weights, comma-separated, the full model first.
     #[arg(long, value_enum, value_delimiter = ',', value_name = "NAME", default_values = ["small", "small-overfill"])]
     geometry: Vec<Geometry>,
-    /// Where models of random weights are written, and found again; a temporary folder if left out.
-    #[arg(long)]
+    /// Folder in which models with random weights are kept for later runs [default: a temporary folder]
+    #[arg(long, value_name = "DIR")]
     models_dir: Option<PathBuf>,
-    /// Full model instead of one of random weights: a folder or hub id.
-    #[arg(long, conflicts_with = "geometry")]
+    /// Full model, in place of random weights: a folder, a .gguf file or a hub id.
+    #[arg(long, conflicts_with = "geometry", value_name = "MODEL")]
     full: Option<String>,
-    /// Pruned model.
-    #[arg(long, requires = "full")]
+    /// Pruned model of the --full model.
+    #[arg(long, requires = "full", value_name = "MODEL")]
     decode: Option<String>,
-    /// Where the models run: cpu or cuda:N.
+    /// Device of the models: cpu or cuda:N.
     #[arg(long, default_value = "cpu")]
     pub device: DeviceSpec,
-    /// Weights in memory: f32, bf16, f16, int8, int8-channel or int4.
-    #[arg(long, alias = "dtype", default_value = "bf16")]
+    /// Weight format in memory: f32, bf16, f16, int8, int8-channel or int4.
+    #[arg(long, alias = "dtype", default_value = "bf16", value_name = "FORMAT")]
     pub weights: WeightFormat,
-    /// KV cache: f32, bf16 or f16.
-    #[arg(long, default_value = "bf16")]
+    /// Type of the KV cache: f32, bf16 or f16.
+    #[arg(long, default_value = "bf16", value_name = "TYPE")]
     pub kv_dtype: KvDtype,
 }
 
-/// Models that are there. A temporary folder is removed with it.
+/// Models on disk. Dropping it removes the temporary folder.
 pub struct Models {
-    /// Name and folder; at least one, the full model first.
+    /// Name and folder of at least one model, the full model first.
     pub list: Vec<(String, PathBuf)>,
     _temporary: Option<tempfile::TempDir>,
 }
 
 impl ModelArgs {
-    /// Finds them, or writes them.
+    /// Finds the models, or writes them.
     pub fn prepare(&self) -> Result<Models> {
         let Some(full) = &self.full else {
             let temporary = match &self.models_dir {
@@ -62,7 +63,7 @@ impl ModelArgs {
         Ok(Models { list, _temporary: None })
     }
 
-    /// How each is loaded.
+    /// How each model is loaded.
     pub fn options(&self) -> LoadOptions {
         LoadOptions { device: self.device, weights: self.weights, kv_dtype: self.kv_dtype, ..LoadOptions::default() }
     }

@@ -1,4 +1,4 @@
-//! The handoff: what it adds to a prefill between two real nodes, and how fast it is alone.
+//! The KV handoff: the time it adds to a prefill between two real nodes, and its own speed.
 
 use std::path::Path;
 
@@ -17,32 +17,35 @@ use super::models::{ModelArgs, Models};
 use super::report::{Report, median};
 use crate::router_client::channel;
 
-/// Both services' settings have defaults that only their command lines know.
+/// Parses a prefill node's arguments, so that all other settings get their defaults.
 #[derive(Parser)]
 struct PrefillLine {
     #[command(flatten)]
     args: overfill_prefill_node::Args,
 }
 
+/// Parses a decode node's arguments.
 #[derive(Parser)]
 struct DecodeLine {
     #[command(flatten)]
     args: overfill_decode_node::Args,
 }
 
-/// What is handed over after a prefill.
+/// Size of the prefill whose KV is handed over.
 #[derive(Args)]
+#[command(next_help_heading = "Sizes")]
 pub struct OverlapSize {
-    /// Tokens of the prompt that is prefilled and handed over.
-    #[arg(long, default_value_t = 2048, value_parser = super::count)]
+    /// Prompt length for the overlap measurement.
+    #[arg(long, default_value_t = 2048, value_parser = super::count, value_name = "TOKENS")]
     prompt_tokens: usize,
 }
 
-/// What is handed over alone.
+/// Size of a handoff without a prefill.
 #[derive(Args)]
+#[command(next_help_heading = "Sizes")]
 pub struct HandoffSize {
-    /// KV that is moved to measure the handoff alone.
-    #[arg(long, default_value_t = 256, value_parser = super::count)]
+    /// Size of the KV for the handoff measurement, in MiB.
+    #[arg(long, default_value_t = 256, value_parser = super::count, value_name = "MIB")]
     handoff_mebibytes: usize,
 }
 
@@ -54,7 +57,7 @@ pub struct Outcome {
     pub transfer: v1::TransferStats,
 }
 
-/// A client that does what a router does, and nothing more.
+/// A minimal client that drives both nodes as a router does.
 pub struct Direct {
     prefill: PrefillClient<Channel>,
     decode: DecodeClient<Channel>,
@@ -74,7 +77,7 @@ impl Direct {
         })
     }
 
-    /// One request from reservation to last token.
+    /// Runs one request from the reservation to the last token.
     pub async fn generate(&mut self, prompt: &[u32], max_tokens: u32) -> Result<Outcome> {
         let request = v1::DecodeRequest {
             request_id: "bench".into(),
@@ -102,7 +105,7 @@ impl Direct {
             ..Default::default()
         };
         let mut prefill = self.prefill.prefill(request).await?.into_inner();
-        // Both streams at once, as the tokens of both are wanted as soon as they are there.
+        // Both streams are read concurrently, so that no token waits for the other stream.
         let (outcome, ()) = tokio::try_join!(prefilled(&mut prefill), decoded(&mut decode))?;
         Ok(outcome)
     }
@@ -134,8 +137,8 @@ async fn next(events: &mut Streaming<v1::DecodeEvent>) -> Result<Option<decode_e
     Ok(events.message().await?.and_then(|event| event.event))
 }
 
-/// What a handoff adds to the prefill of a long prompt, between two nodes in this process: the first two of `models`, or
-/// one in both places.
+/// Measures the time that a handoff adds to the prefill of a long prompt, between two nodes in this process. The nodes run
+/// the first two of `models`; a single model runs on both.
 pub async fn measure(
     models: &Models,
     args: &ModelArgs,
@@ -164,10 +167,10 @@ pub async fn measure(
     let mut direct = Direct::connect(&urls[0], &urls[1]).await?;
     let mut outcomes = Vec::new();
     for run in 0..=runs {
-        // Another prompt each time: nothing may come from a prefix cache.
+        // Each run has a different prompt, so that nothing comes from a prefix cache.
         let prompt: Vec<u32> = (0..size.prompt_tokens).map(|i| 1 + (i * 13 + run * 101) as u32 % 199).collect();
         let outcome = direct.generate(&prompt, 2).await?;
-        // The first warms memory and connections up.
+        // The first run warms up memory and connections.
         if run > 0 {
             outcomes.push(outcome);
         }
@@ -178,7 +181,7 @@ pub async fn measure(
     let bytes = of(|o| o.transfer.bytes as f64);
     report.add("prefill with handoff", prefill_seconds, "s", format!("{} tokens", size.prompt_tokens));
     report.add("KV handed over", bytes / f64::from(1 << 20), "MiB", "");
-    report.add("handoff, not hidden", exposed * 1e3, "ms", "after the last layer was computed");
+    report.add("handoff, not hidden", exposed * 1e3, "ms", "time after the last layer was computed");
     report.add("handoff, share of prefill", 100.0 * exposed / prefill_seconds, "%", "");
     shutdown.begin();
     prefill.await.context("the prefill node panicked")??;
@@ -186,14 +189,19 @@ pub async fn measure(
     Ok(())
 }
 
-/// A handoff alone over loopback, beside a copy in memory and a bare TCP copy of the same bytes.
+/// Measures a handoff over loopback, a memory copy, and a plain TCP copy of the same size.
 pub async fn measure_handoff(size: &HandoffSize, report: &mut Report) -> Result<()> {
     let measured = overfill_transport::bench::loopback(size.handoff_mebibytes << 20).await?;
-    let note = format!("{} MiB each, best of several rounds in turns", measured.bytes >> 20);
+    let note = format!("{} MiB each, best of several alternating rounds", measured.bytes >> 20);
     report.add("memory copy", measured.memcpy_bytes_per_second / 1e9, "GB/s", note);
-    report.add("bare TCP copy", measured.tcp_bytes_per_second / 1e9, "GB/s", "no frames, no checksums");
-    report.add("KV handoff", measured.handoff_bytes_per_second / 1e9, "GB/s", "ticket, frames, checksums, commit");
-    report.add("KV handoff, share of bare TCP", 100.0 * measured.handoff_to_tcp(), "%", "");
+    report.add("plain TCP copy", measured.tcp_bytes_per_second / 1e9, "GB/s", "no frames, no checksums");
+    report.add(
+        "KV handoff",
+        measured.handoff_bytes_per_second / 1e9,
+        "GB/s",
+        "with ticket, frames, checksums and commit",
+    );
+    report.add("KV handoff, share of plain TCP", 100.0 * measured.handoff_to_tcp(), "%", "");
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! What was measured.
+//! The measurements as a table or as JSON.
 
 use crate::text;
 
@@ -14,14 +14,14 @@ struct Line {
 }
 
 impl Report {
-    /// Adds one figure; `note` says what it is to be compared with, or how it was made.
+    /// Adds one figure. `note` says how it was measured, or what to compare it with.
     pub fn add(&mut self, name: impl Into<String>, value: f64, unit: &'static str, note: impl Into<String>) {
         let line = Line { name: name.into(), value, unit, note: note.into() };
         tracing::info!(name = line.name, value, unit, "measured");
         self.0.push(line);
     }
 
-    /// For people.
+    /// The measurements as a table.
     pub fn table(&self) -> String {
         let rows: Vec<_> = self
             .0
@@ -31,7 +31,7 @@ impl Report {
         text::table(["MEASUREMENT", "VALUE", "UNIT", ""], &rows)
     }
 
-    /// For programs: a list of `{name, value, unit, note}`.
+    /// The measurements as a JSON list of `{name, value, unit, note}`.
     pub fn json(&self) -> serde_json::Value {
         self.0
             .iter()
@@ -40,7 +40,7 @@ impl Report {
     }
 }
 
-/// Three digits that matter.
+/// Three significant digits.
 fn digits(value: f64) -> String {
     let decimals = if value == 0.0 { 0 } else { (2 - value.abs().log10().floor() as i32).clamp(0, 6) };
     format!("{value:.0$}", decimals as usize)

@@ -1,6 +1,6 @@
-//! What the router costs: the same requests to the same nodes, with and without it between.
+//! The latency that the router adds: the same requests to the same nodes, with and without the router.
 //!
-//! The nodes make tokens up at once, so that all that is left is passing them on.
+//! The nodes are simulated and answer at once, so that only the forwarding is measured.
 
 use std::time::{Duration, Instant};
 
@@ -15,13 +15,13 @@ use super::nodes::Direct;
 use super::report::{Report, median};
 use crate::router_client::channel;
 
-/// Tokens of a short and of a long answer; the difference is what tokens cost, the rest what a request costs.
+/// Tokens of a short and of a long answer. Their difference gives the cost per token, and the rest the cost per request.
 const SHORT: u32 = 2;
 const LONG: u32 = 258;
 /// Requests per run.
 const REQUESTS: usize = 100;
 
-/// Measures both ways in turn, so that both see the same machine.
+/// Alternates direct and routed requests, so that both run under the same load on the machine.
 pub async fn measure(runs: usize, report: &mut Report) -> Result<()> {
     let prefill = SimulatedNode::prefill(Options::default()).await?;
     let decode = SimulatedNode::decode(Options::default()).await?;
@@ -48,7 +48,7 @@ pub async fn measure(runs: usize, report: &mut Report) -> Result<()> {
     let request = routed_short - direct_short;
     let token = (routed_long - direct_long - request) / f64::from(LONG - SHORT);
     let note = |direct: f64, routed: f64, tokens: u32| {
-        format!("{tokens} tokens: {:.0} us directly, {:.0} us through it", direct * 1e6, routed * 1e6)
+        format!("{tokens} tokens: {:.0} us direct, {:.0} us through the router", direct * 1e6, routed * 1e6)
     };
     report.add("router, per request", request * 1e6, "us", note(direct_short, routed_short, SHORT));
     report.add("router, per token", token * 1e6, "us", note(direct_long, routed_long, LONG));
@@ -61,7 +61,7 @@ fn prompt() -> Vec<u32> {
     (0..64).map(|i| 3 + i % 250).collect()
 }
 
-/// The router finds its nodes by itself, a moment after it has started.
+/// Waits until the router has connected to its nodes.
 async fn wait_until_served(router: &mut RouterClient<Channel>) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(10);
     while router.list_models(v1::ListModelsRequest {}).await?.into_inner().models.is_empty() {

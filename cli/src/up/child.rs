@@ -1,4 +1,4 @@
-//! The cluster's processes: started, listened to, and ended together.
+//! The processes of the cluster. They are started and ended together, and their output is read.
 
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,35 +12,35 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-/// How long a process may take to end after it was asked to, before it is killed.
+/// Longest time that a process may take to shut down before it is killed.
 const END_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// How long the last words of a process that has ended may take to arrive.
+/// Longest wait for the last output of a process that has ended.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Name and role of the one router.
 pub const ROUTER: &str = "router";
 
-/// A process to start: this binary with other arguments.
+/// A process to start: this binary with its own arguments.
 pub struct Launch {
     name: String,
     args: Vec<String>,
     model: String,
 }
 
-/// A process that serves.
+/// A process that is ready to serve.
 pub struct Started {
     /// `prefill-0`, `decode-1`, `router`.
     pub name: String,
     /// Process id.
     pub pid: u32,
-    /// Where it listens.
+    /// Its listen addresses.
     pub ready: ReadyLine,
-    /// The model it was started with, as given; empty for the router.
+    /// The --model argument. Empty for the router.
     pub model: String,
 }
 
-/// All processes. Dropped, it kills what still runs.
+/// All processes. Dropping it kills the running ones.
 #[derive(Default)]
 pub struct Family {
     running: JoinSet<Ended>,
@@ -72,7 +72,7 @@ impl Started {
 }
 
 impl Family {
-    /// Starts processes at once and waits until all of them serve; an error as soon as any process ends.
+    /// Starts all processes at once and waits until they are ready. Returns an error as soon as one ends.
     pub async fn start_all(&mut self, launches: Vec<Launch>) -> Result<Vec<Started>> {
         let mut waiting = Vec::new();
         for launch in launches {
@@ -83,7 +83,7 @@ impl Family {
             tokio::select! {
                 biased;
                 Ok(ready) = ready => started.push(Started { name, pid, model, ready }),
-                // Also when its output closed without a ready line: then it is about to end, or was told to.
+                // This branch also handles a process that closed its output without a ready line and is about to end.
                 error = self.first_end() => return Err(error),
             }
         }
@@ -98,7 +98,7 @@ impl Family {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            // Ctrl-C is for this process; it ends the others in order.
+            // Ctrl-C must reach only this process, which ends the others in order.
             .process_group(0)
             .kill_on_drop(true)
             .spawn()
@@ -124,7 +124,7 @@ impl Family {
         Ok((name, pid, model, ready))
     }
 
-    /// Waits until a process ends, and says which and why. Never returns while all of them run.
+    /// Waits until a process ends, and returns its name and the reason as an error.
     pub async fn first_end(&mut self) -> anyhow::Error {
         match self.running.join_next().await {
             Some(Ok(ended)) => {
@@ -136,7 +136,7 @@ impl Family {
         }
     }
 
-    /// Ends the router, so that nothing new reaches the nodes, then the nodes; waits for all of them.
+    /// Ends the router first, so that no new requests reach the nodes, and then the nodes. Waits for all of them.
     pub async fn end(mut self) {
         self.router_stop.cancel();
         if !self.router_runs {
@@ -179,7 +179,7 @@ impl Ended {
     }
 }
 
-/// Waits for the end; once asked to stop, closes the standard input that the process ends with, and kills it if need be.
+/// Waits until the process ends. On `stop`, closes its standard input, and kills it if it does not end in time.
 async fn wait(child: &mut Child, stop: &CancellationToken) -> std::io::Result<ExitStatus> {
     // `Child::wait` would close the standard input at once.
     let stdin = child.stdin.take();
@@ -207,7 +207,7 @@ async fn read_stdout(stdout: impl AsyncRead + Unpin, ready: oneshot::Sender<Read
     }
 }
 
-/// Passes log lines on under the process's name. What it says as its reason to end is kept for the one message about it.
+/// Forwards log lines with the name of the process. Lines that begin with `error: ` are collected in `reason` instead.
 async fn forward_stderr(name: String, stderr: impl AsyncRead + Unpin, reason: Arc<Mutex<String>>) {
     let mut lines = BufReader::new(stderr).lines();
     while let Ok(Some(line)) = lines.next_line().await {

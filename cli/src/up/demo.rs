@@ -1,4 +1,4 @@
-//! The demo pair, carried inside the binary.
+//! The demo pair, which is part of the binary.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
-/// Path below the pair's folder, and content.
+/// Path relative to the folder of the pair, and content.
 type File = (&'static str, &'static [u8]);
 
-/// Files of both models. A relative path here is one in the repository's `demo` folder.
+/// Files of both models. Paths are relative to the `demo` folder of the repository.
 macro_rules! files {
     ($($path:literal),* $(,)?) => {
         &[$(($path, include_bytes!(concat!("../../../demo/", $path)))),*]
@@ -35,7 +35,7 @@ const FILES: &[File] = files![
     "decode/tokenizer_config.json",
 ];
 
-/// Writes the pair where models can be loaded from, once per version of it, and returns both folders.
+/// Unpacks the pair to the cache folder, unless this version is there already. Returns both folders.
 pub fn unpack() -> Result<(PathBuf, PathBuf)> {
     let folder = cache_folder().join(format!("demo-{}", digest(FILES)));
     if !folder.is_dir() {
@@ -60,7 +60,7 @@ fn digest(files: &[File]) -> String {
     hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The folder appears whole or not at all, also when two processes unpack at once.
+/// Writes the folder atomically, even if two processes unpack at the same time.
 fn place(files: &[File], folder: &Path) -> Result<()> {
     let parent = folder.parent().context("no parent folder")?;
     fs::create_dir_all(parent)?;

@@ -1,7 +1,7 @@
-//! `overfill up`: a whole cluster on this machine, each service a process of its own.
+//! `overfill up`: starts a whole cluster on this machine, with one process per service.
 //!
-//! The nodes start together; once they have said where they listen, their models are checked against each other, then
-//! the router starts with their addresses. Whatever ends first ends all of it.
+//! The nodes start together. Once they have reported their addresses, their models are checked against each other, and the
+//! router starts with those addresses. When one process ends, the others are ended too.
 
 mod child;
 pub mod demo;
@@ -20,75 +20,108 @@ use models::Named;
 /// Longest time a node may take to load its model.
 const START_TIMEOUT: Duration = Duration::from_secs(1800);
 
+const AFTER_HELP: &str = "\
+Without --full, the cluster serves the demo pair, which is part of this program.
+
+Examples, from the root of the repository:
+  overfill up
+  overfill up --full demo/full --decode demo/decode --decode-nodes 2
+  overfill up --full big=demo/full --weights int8 --prefill-arg=--max-batch-tokens=256";
+
 /// A cluster of processes on this machine.
 #[derive(Args)]
+#[command(after_help = AFTER_HELP)]
 pub struct UpArgs {
-    /// The full model: a folder, a .gguf file, or a hub id; NAME=DIR serves it under that name. The demo pair if left out.
-    #[arg(long, env = "OVERFILL_FULL")]
+    /// Full model: a folder, a .gguf file or a hub id. NAME=MODEL serves it as NAME [default: the demo pair]
+    #[arg(long, env = "OVERFILL_FULL", value_name = "MODEL", help_heading = "Models")]
     full: Option<Named>,
-    /// A pruned model cut from it (repeat for several variants); the full model itself if left out.
-    #[arg(long, env = "OVERFILL_DECODE", requires = "full")]
+    /// Pruned model that decodes over the full model's KV. Repeat the flag for several variants [default: the full model]
+    #[arg(long, env = "OVERFILL_DECODE", requires = "full", value_name = "MODEL", help_heading = "Models")]
     decode: Vec<Named>,
-    /// Prefill nodes.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
-    prefill_nodes: u32,
-    /// Decode nodes for each decode model.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
-    decode_nodes: u32,
-    /// Where the models run: cpu or cuda:N.
-    #[arg(long, default_value = "cpu")]
+    /// Device of all nodes: cpu or cuda:N.
+    #[arg(long, default_value = "cpu", help_heading = "Models")]
     device: String,
-    /// How weights lie in memory: f32, bf16, f16, int8, int8-channel or int4 (integers on the CPU alone); bf16 if left out, but
-    /// f32 for the demo pair, which is small.
-    #[arg(long, visible_alias = "dtype")]
+    /// Weight format in memory: f32, bf16, f16, int8, int8-channel or int4. Integer formats need --device cpu [default:
+    /// bf16; f32 for the demo pair]
+    #[arg(long, visible_alias = "dtype", value_name = "FORMAT", help_heading = "Models")]
     weights: Option<String>,
-    /// The same for prefill nodes alone.
-    #[arg(long)]
+    /// Weight format of the prefill nodes, in place of --weights.
+    #[arg(long, value_name = "FORMAT", help_heading = "Models")]
     prefill_weights: Option<String>,
-    /// The same for decode nodes alone.
-    #[arg(long)]
+    /// Weight format of the decode nodes, in place of --weights.
+    #[arg(long, value_name = "FORMAT", help_heading = "Models")]
     decode_weights: Option<String>,
-    /// KV cache: f32, bf16 or f16; if left out, as for weights.
-    #[arg(long)]
+    /// Type of the KV cache: f32, bf16 or f16 [default: bf16; f32 for the demo pair]
+    #[arg(long, value_name = "TYPE", help_heading = "Models")]
     kv_dtype: Option<String>,
-    /// Tokens that each node's KV pool holds.
-    #[arg(long, default_value_t = 65536)]
+    /// Capacity of each node's KV cache, in tokens.
+    #[arg(long, default_value_t = 65536, value_name = "TOKENS", help_heading = "Models")]
     kv_pool_tokens: u32,
-    /// Where the OpenAI API is served; port 0 picks a free one.
-    #[arg(long, env = "OVERFILL_HTTP", default_value = "127.0.0.1:8080")]
-    http: String,
-    /// Where gRPC is served; port 0 picks a free one.
-    #[arg(long, env = "OVERFILL_GRPC", default_value = "127.0.0.1:50051")]
-    grpc: String,
-    /// One more argument for every prefill node, as in --prefill-arg=--max-batch-tokens=256; may be repeated.
-    #[arg(long, allow_hyphen_values = true)]
+    /// Number of prefill nodes.
+    #[arg(
+        long,
+        default_value_t = 1,
+        value_name = "COUNT",
+        value_parser = clap::value_parser!(u32).range(1..=64),
+        help_heading = "Cluster"
+    )]
+    prefill_nodes: u32,
+    /// Number of decode nodes for each --decode model.
+    #[arg(
+        long,
+        default_value_t = 1,
+        value_name = "COUNT",
+        value_parser = clap::value_parser!(u32).range(1..=64),
+        help_heading = "Cluster"
+    )]
+    decode_nodes: u32,
+    /// Extra argument for every prefill node, for example --prefill-arg=--max-batch-tokens=256. May be repeated.
+    #[arg(long, allow_hyphen_values = true, value_name = "ARG", help_heading = "Cluster")]
     prefill_arg: Vec<String>,
-    /// One more argument for every decode node.
-    #[arg(long, allow_hyphen_values = true)]
+    /// Extra argument for every decode node. May be repeated.
+    #[arg(long, allow_hyphen_values = true, value_name = "ARG", help_heading = "Cluster")]
     decode_arg: Vec<String>,
-    /// One more argument for the router.
-    #[arg(long, allow_hyphen_values = true)]
+    /// Extra argument for the router. May be repeated.
+    #[arg(long, allow_hyphen_values = true, value_name = "ARG", help_heading = "Cluster")]
     router_arg: Vec<String>,
-    /// How the addresses are printed.
-    #[arg(long, value_enum, default_value_t = Print::Text)]
+    /// Listen address of the OpenAI API. Port 0 picks a free port.
+    #[arg(
+        long,
+        env = "OVERFILL_HTTP",
+        default_value = "127.0.0.1:8080",
+        value_name = "ADDRESS",
+        help_heading = "Network"
+    )]
+    http: String,
+    /// Listen address of the gRPC API. Port 0 picks a free port.
+    #[arg(
+        long,
+        env = "OVERFILL_GRPC",
+        default_value = "127.0.0.1:50051",
+        value_name = "ADDRESS",
+        help_heading = "Network"
+    )]
+    grpc: String,
+    /// Format of the addresses printed when the cluster is ready.
+    #[arg(long, value_enum, default_value_t = Print::Text, value_name = "FORMAT", help_heading = "Output")]
     print: Print,
-    /// Form of log lines on standard error: text or json.
-    #[arg(long, env = "OVERFILL_LOG_FORMAT", default_value_t)]
+    /// Format of log lines on standard error: text or json.
+    #[arg(long, env = "OVERFILL_LOG_FORMAT", default_value_t, value_name = "FORMAT", help_heading = "Process")]
     log_format: LogFormat,
-    /// End when standard input closes.
-    #[arg(long)]
+    /// Shut down when standard input closes.
+    #[arg(long, help_heading = "Process")]
     exit_with_stdin: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Print {
-    /// For people.
+    /// Lines for people.
     Text,
-    /// One line of JSON with every process's addresses and id, for programs that start a cluster.
+    /// One line of JSON with the addresses and id of every process.
     Json,
 }
 
-/// Runs the subcommand until it is told to end; an error if a process ended by itself.
+/// Runs the subcommand until it is told to end. Returns an error if a process ended by itself.
 pub async fn run(args: UpArgs) -> Result<()> {
     init_telemetry(args.log_format);
     let shutdown = Shutdown::new();
@@ -105,7 +138,7 @@ pub async fn run(args: UpArgs) -> Result<()> {
     outcome
 }
 
-/// Starts everything; returns only when something ended that should not have.
+/// Starts all processes. Returns only when a process ended unexpectedly.
 async fn serve(args: &UpArgs, family: &mut Family) -> Result<()> {
     let pair = models::resolve(args.full.as_ref(), &args.decode)?;
     let mut launches = Vec::new();

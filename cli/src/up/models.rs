@@ -1,4 +1,4 @@
-//! Which models the cluster runs, and whether they may share KV.
+//! The models of the cluster, and the check that they can share KV.
 
 use std::convert::Infallible;
 use std::str::FromStr;
@@ -11,10 +11,10 @@ use super::child::Started;
 use super::demo;
 use crate::router_client::{channel, refusal};
 
-/// A model, and the name to serve it under.
+/// A model and its served name.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Named {
-    /// `None`: the folder's or file's own name.
+    /// `None` means the name of the folder or file.
     pub name: Option<String>,
     /// A folder, a .gguf file or a hub id.
     pub model: String,
@@ -33,15 +33,15 @@ impl FromStr for Named {
     }
 }
 
-/// One full model, and what decodes over its KV.
+/// A full model and its decode models.
 pub struct Pair {
-    /// Prefills.
+    /// The model of the prefill nodes.
     pub full: Named,
-    /// Decode; at least one.
+    /// The models of the decode nodes, at least one.
     pub decode: Vec<Named>,
 }
 
-/// The models asked for: the demo pair if none, the full model as its own decoder if there is no other.
+/// The models to run. Without --full, they are the demo pair. Without --decode, the full model also decodes.
 pub fn resolve(full: Option<&Named>, decode: &[Named]) -> Result<Pair> {
     let Some(full) = full else {
         let (full, decode) = demo::unpack()?;
@@ -55,7 +55,7 @@ pub fn resolve(full: Option<&Named>, decode: &[Named]) -> Result<Pair> {
     Ok(Pair { full: full.clone(), decode })
 }
 
-/// Refuses a cluster in which a decode node can't use the prefill nodes' KV, before the router takes requests.
+/// Checks before the router starts that every decode node can use the KV of the prefill nodes.
 pub async fn check_pairing(nodes: &[Started]) -> Result<()> {
     let mut producer: Option<(&Started, KvSchema)> = None;
     for node in nodes.iter().filter(|n| n.ready.role == "prefill") {

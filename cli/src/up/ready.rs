@@ -1,4 +1,4 @@
-//! When the cluster can serve, and what is printed then.
+//! Waiting until the cluster can serve, and printing its addresses.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use overfill_proto::v1::{ListNodesRequest, ListedNode};
 use super::child::{ROUTER, Started};
 use crate::router_client::{self, refusal};
 
-/// How long the router may take to see all nodes.
+/// Longest time until the router has connected to all nodes.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
 const JOIN_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -48,7 +48,7 @@ fn router_urls(started: &[Started]) -> Result<(String, String)> {
     Ok((router.grpc_url(), format!("http://{http}")))
 }
 
-/// For people.
+/// The addresses as text for people.
 pub fn text(started: &[Started]) -> Result<String> {
     let (grpc, http) = router_urls(started)?;
     let mut out = format!("\noverfill is up; Ctrl-C ends it.\n\n  OpenAI API  {http}/v1\n  gRPC        {grpc}\n");
@@ -59,7 +59,7 @@ pub fn text(started: &[Started]) -> Result<String> {
     Ok(out + "\n")
 }
 
-/// One line for programs: `{"grpc":URL,"http":URL,"processes":[{"name","role","pid","grpc","admin","kv"}]}`.
+/// The addresses as one line of JSON: `{"grpc":URL,"http":URL,"processes":[{"name","role","pid","grpc","admin","kv"}]}`.
 pub fn json(started: &[Started]) -> Result<serde_json::Value> {
     let (grpc, http) = router_urls(started)?;
     let processes: Vec<_> = started

@@ -12,32 +12,33 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(6);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// Discovery through etcd. Without `--etcd-url` there is none.
+/// Discovery through etcd. It is off without `--etcd-url`.
 #[derive(Clone, Debug, Default, clap::Args)]
+#[command(next_help_heading = "Discovery (etcd)")]
 pub struct EtcdArgs {
-    /// etcd's address; repeat it or separate several by commas, one for each member.
-    #[arg(long, env = "OVERFILL_ETCD_URL", value_delimiter = ',')]
+    /// URLs of the etcd members, comma-separated or repeated. Turns on discovery through etcd.
+    #[arg(long, env = "OVERFILL_ETCD_URL", value_delimiter = ',', value_name = "URL")]
     pub etcd_url: Vec<String>,
-    /// User of etcd.
-    #[arg(long, env = "OVERFILL_ETCD_USER")]
+    /// User name for etcd.
+    #[arg(long, env = "OVERFILL_ETCD_USER", value_name = "USER")]
     pub etcd_user: Option<String>,
-    /// File with that user's password.
-    #[arg(long, env = "OVERFILL_ETCD_PASSWORD_FILE")]
+    /// File with the password of the etcd user.
+    #[arg(long, env = "OVERFILL_ETCD_PASSWORD_FILE", value_name = "FILE")]
     pub etcd_password_file: Option<PathBuf>,
-    /// File with the certificates (PEM) that an https:// etcd must be signed by.
-    #[arg(long, env = "OVERFILL_ETCD_CA")]
+    /// CA certificates (PEM file). etcd's certificate must be signed by one of them. Needed for https:// URLs.
+    #[arg(long, env = "OVERFILL_ETCD_CA", value_name = "FILE")]
     pub etcd_ca: Option<PathBuf>,
-    /// File with this process's own certificate for etcd (PEM).
-    #[arg(long, env = "OVERFILL_ETCD_CERT")]
+    /// Client certificate for etcd (PEM file).
+    #[arg(long, env = "OVERFILL_ETCD_CERT", value_name = "FILE")]
     pub etcd_cert: Option<PathBuf>,
-    /// File with its key (PEM).
-    #[arg(long, env = "OVERFILL_ETCD_KEY")]
+    /// Private key of the client certificate (PEM file).
+    #[arg(long, env = "OVERFILL_ETCD_KEY", value_name = "FILE")]
     pub etcd_key: Option<PathBuf>,
-    /// Name of the cluster in etcd: what all keys begin with.
-    #[arg(long, env = "OVERFILL_ETCD_PREFIX", default_value = "overfill")]
+    /// Prefix of all keys in etcd. It separates clusters that use the same etcd.
+    #[arg(long, env = "OVERFILL_ETCD_PREFIX", default_value = "overfill", value_name = "PREFIX")]
     pub etcd_prefix: String,
-    /// A node that is silent for this long is no longer registered.
-    #[arg(long, env = "OVERFILL_ETCD_LEASE_SECONDS", default_value_t = 10)]
+    /// Lease of a node's registration. It expires when the node is silent for this long.
+    #[arg(long, env = "OVERFILL_ETCD_LEASE_SECONDS", default_value_t = 10, value_name = "SECONDS")]
     pub etcd_lease_seconds: u32,
 }
 

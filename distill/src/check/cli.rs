@@ -1,4 +1,4 @@
-//! Arguments of the subcommand `check`, and what runs it.
+//! The subcommand `check`: its arguments, and the function that runs it.
 
 use std::path::PathBuf;
 
@@ -9,67 +9,68 @@ use overfill_model::{WeightFormat, resolve};
 
 use super::{CLOSE_CALL, CheckConfig, Distance, Report, Verdict, check};
 
-// The subcommand's own description is a line of a list, so what a verdict means stands here.
+// The description of the subcommand is one line of a list, so the verdicts are explained here.
 const AFTER_HELP: &str = "\
-The reference is candle-transformers' own implementation, in f32, over the same stored weights. Prompts are computed as
-prefill nodes do, and their continuations, token by token, as decode nodes do. PASS says that no log-probability of any
-token at any position compared is further from the reference's than the bound. In f32 only rounding is left, and the bound
-is 0.002 nats. Other formats round more, by how much depends on the model: they are judged only by a --bound of your own.
+The reference is the implementation in candle-transformers. It runs in f32 over the same stored weights. Prompts are
+computed as on prefill nodes, and their continuations token by token as on decode nodes.
 
-Examples:
-  overfill check ./my-fine-tune
-  overfill check ./my-fine-tune --weights int8 --kv-dtype bf16
-  overfill check model.gguf --prompt-tokens 1,100,4000 --text book.txt --print json
+PASS means that no log-probability at any compared position differs from the reference by more than the bound. In f32 the
+two differ only by rounding, and the bound is 0.002 nats. Other formats round more, by an amount that depends on the
+model. They get a verdict only if --bound is set.
 
-Exit code: 0 passed, or no bound to judge by; 1 failed; 2 not checked, for a reason that is said.";
+Exit code: 0 if passed or not judged, 1 if failed, 2 if the check could not run.
+
+Examples, from the root of the repository:
+  overfill check demo/full
+  overfill check demo/decode --weights int8 --kv-dtype bf16
+  overfill check demo/full --prompt-tokens 1,100,1000 --text README.md --print json";
 
 /// Compares our engine's log-probabilities with those of candle-transformers.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = AFTER_HELP)]
 pub struct CheckArgs {
-    /// Model: a Hugging Face folder, .gguf file or hub id.
+    /// Model: a Hugging Face folder, a .gguf file or a hub id.
     pub model: String,
-    /// Model that the reference computes, if not the same: say the folder that a .gguf file was made from. Judged only by a
-    /// --bound.
-    #[arg(long)]
+    /// Another model for the reference, for example the folder that a .gguf file was made from. Needs --bound for a verdict.
+    #[arg(long, value_name = "MODEL", help_heading = "Engine and reference")]
     pub reference: Option<String>,
-    /// Lengths of the prompts, comma-separated; by default 1, 16, 128, 512, 1024 and 2048, as far as the context reaches.
-    #[arg(long, value_delimiter = ',')]
+    /// Weight format of the engine: f32, bf16, f16, int8, int8-channel or int4.
+    #[arg(long, default_value = "f32", value_name = "FORMAT", help_heading = "Engine and reference")]
+    pub weights: WeightFormat,
+    /// Type of the engine's KV cache: f32, bf16 or f16.
+    #[arg(long, default_value = "f32", value_name = "TYPE", help_heading = "Engine and reference")]
+    pub kv_dtype: KvDtype,
+    /// Prompt lengths, comma-separated [default: 1, 16, 128, 512, 1024 and 2048, up to the model's context]
+    #[arg(long, value_delimiter = ',', value_name = "TOKENS", help_heading = "Prompts")]
     pub prompt_tokens: Option<Vec<usize>>,
-    /// Greedy steps after each prompt.
-    #[arg(long, default_value_t = 16)]
+    /// Number of greedy decode steps after each prompt.
+    #[arg(long, default_value_t = 16, value_name = "TOKENS", help_heading = "Prompts")]
     pub decode_tokens: usize,
-    /// Text file that the prompts are the beginning of; random tokens if left out.
-    #[arg(long)]
+    /// Text file. Each prompt is the beginning of its text [default: random tokens]
+    #[arg(long, value_name = "FILE", help_heading = "Prompts")]
     pub text: Option<PathBuf>,
     /// Seed of the random tokens.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, help_heading = "Prompts")]
     pub seed: u64,
-    /// How our engine's weights lie in memory: f32, bf16, f16, int8, int8-channel or int4.
-    #[arg(long, default_value = "f32")]
-    pub weights: WeightFormat,
-    /// Our engine's KV cache: f32, bf16 or f16.
-    #[arg(long, default_value = "f32")]
-    pub kv_dtype: KvDtype,
-    /// Greatest distance of a log-probability that passes, in nats; 0.002 where all is f32.
-    #[arg(long)]
+    /// Largest allowed difference of a log-probability, in nats [default: 0.002 if everything is f32]
+    #[arg(long, value_name = "NATS", help_heading = "Result")]
     pub bound: Option<f64>,
-    /// How the result is printed.
-    #[arg(long, value_enum, default_value_t = Print::Text)]
+    /// Format of the result.
+    #[arg(long, value_enum, default_value_t = Print::Text, value_name = "FORMAT", help_heading = "Result")]
     pub print: Print,
 }
 
-/// Forms of a result.
+/// Formats of a result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Print {
-    /// For people.
+    /// A table for people.
     Text,
-    /// One line of JSON, for programs.
+    /// One line of JSON.
     Json,
 }
 
 impl CheckArgs {
-    /// Runs the subcommand; `false` is a failed check, an error one that could not be made.
+    /// Runs the subcommand. `false` means that the check failed; an error means that it could not run.
     pub fn run(self) -> Result<bool> {
         let report = check(&CheckConfig {
             model: resolve(&self.model)?,
@@ -90,7 +91,7 @@ impl CheckArgs {
     }
 }
 
-/// For people: what was compared, a line for each prompt, and the verdict.
+/// The result for people: what was compared, one line for each prompt, and the verdict.
 pub fn text(report: &Report) -> String {
     let (model, reference) = (report.model.display(), report.reference.display());
     let mut out = format!("engine      {model}, weights {}, KV {}\n", report.weights, report.kv_dtype);

@@ -1,4 +1,4 @@
-//! One streamed completion, as a client sees it.
+//! One streamed completion, measured by the client.
 
 use std::error::Error;
 use std::path::Path;
@@ -28,27 +28,27 @@ pub struct Api {
     timeout: Duration,
 }
 
-/// What became of one request.
+/// The outcome of one request.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// When it was sent, or would have been.
+    /// When it was sent, or should have been sent.
     pub sent: Instant,
     /// Tokens of its prompt.
     pub prompt_tokens: usize,
-    /// When each token of the output came.
+    /// Arrival time of each output token.
     pub result: Result<Vec<Instant>, Failure>,
 }
 
 /// Why a request failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
-    /// What failures are counted by.
+    /// The kind of failure. Failures are counted by kind.
     pub kind: String,
-    /// More of it.
+    /// Details.
     pub message: String,
 }
 
-/// One event of a stream; what else it has does not matter here.
+/// The part of a stream event that is needed here.
 #[derive(Deserialize)]
 struct Event {
     #[serde(default)]
@@ -73,15 +73,15 @@ impl Failure {
         Self { kind: kind.into(), message: message.into() }
     }
 
-    /// With all that the error says it comes from.
+    /// A failure with all causes of `error`.
     fn caused(kind: &str, error: &dyn Error) -> Self {
         Self::new(kind, overfill_cluster::process::one_line(error))
     }
 }
 
 impl Api {
-    /// `url` is that of the server, without `/v1`; for https, `ca` is a file of what its certificate must be signed by.
-    /// `authorization` is the header of this name.
+    /// `url` is the server's URL without `/v1`. For https, `ca` is a file with the CA certificates. `authorization` is the
+    /// value of that header.
     pub fn new(
         url: &str,
         ca: Option<&Path>,
@@ -91,7 +91,8 @@ impl Api {
     ) -> Result<Self> {
         let mut builder = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
         if url.starts_with("https://") {
-            let ca = ca.with_context(|| format!("{url} needs --tls-ca: what its certificate must be signed by"))?;
+            let ca =
+                ca.with_context(|| format!("{url} needs --tls-ca: the CA that signed the server's certificate"))?;
             let pem = std::fs::read(ca).with_context(|| format!("reading {}", ca.display()))?;
             let certificates = reqwest::Certificate::from_pem_bundle(&pem)
                 .with_context(|| format!("{}: certificates (PEM) are needed", ca.display()))?;
@@ -99,7 +100,7 @@ impl Api {
         }
         if let Some(authorization) = authorization {
             let mut value =
-                HeaderValue::try_from(authorization).context("the API key must be of printable characters")?;
+                HeaderValue::try_from(authorization).context("the API key must consist of printable characters")?;
             value.set_sensitive(true);
             builder = builder.default_headers(HeaderMap::from_iter([(AUTHORIZATION, value)]));
         }
@@ -108,7 +109,7 @@ impl Api {
         Ok(Self { client, url, model: model.into(), timeout })
     }
 
-    /// Sends a request and waits for its last token, its failure or its time-out.
+    /// Sends a request and waits until it is complete, fails or times out.
     pub async fn complete(&self, request: Request) -> Outcome {
         let sent = Instant::now();
         let mut tokens = Vec::with_capacity(request.output_tokens);
@@ -128,7 +129,7 @@ impl Api {
         let body = json!({
             "model": self.model, "prompt": request.prompt, "max_tokens": request.output_tokens, "temperature": 0,
             "ignore_eos": true, "stream": true,
-            // Then every token has its event, also one that adds no text yet.
+            // Every token then has an event, even if it adds no text yet.
             "return_token_ids": true,
         });
         let sending = self.client.post(&self.url).json(&body).send().await;
@@ -159,8 +160,8 @@ impl Api {
     }
 }
 
-/// An arrival of an open loop that found too many under way.
+/// The outcome of an arrival above --max-in-flight.
 pub fn not_sent(prompt_tokens: usize, max_in_flight: usize) -> Outcome {
-    let failure = Failure::new("not sent", format!("{max_in_flight} were under way already"));
+    let failure = Failure::new("not sent", format!("{max_in_flight} requests were in flight already"));
     Outcome { sent: Instant::now(), prompt_tokens, result: Err(failure) }
 }

@@ -1,4 +1,4 @@
-//! What is asked for, and when: seeded, so that two runs send the same requests.
+//! The requests and their arrival times. The same seed gives the same requests.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,19 +7,19 @@ use std::time::Duration;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::{Distribution, Exp, LogNormal};
 
-/// Longest prompt or output that may be asked for.
+/// Longest prompt or answer.
 const MOST_TOKENS: usize = 1 << 20;
-/// What 95 % of a standard normal distribution lie below.
+/// 95th percentile of the standard normal distribution.
 const NORMAL_P95: f64 = 1.644_853_626_951_472;
 
-/// How long prompts or outputs are, in tokens.
+/// Length of prompts or answers, in tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Lengths {
-    /// All the same.
+    /// The same for all.
     Fixed(usize),
-    /// Each of these as often.
+    /// Equally likely between `low` and `high`.
     Uniform { low: usize, high: usize },
-    /// Many short, few long, as real traffic is; longer ones than `most` are cut to it.
+    /// Many short and few long, like real traffic. Longer ones are cut to `most`.
     LogNormal { median: usize, p95: usize, most: usize },
 }
 
@@ -27,7 +27,7 @@ impl FromStr for Lengths {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let form = || format!("must be N, uniform:LOW,HIGH or lognormal:MEDIAN,P95[,MOST], got {text:?}");
+        let form = || format!("must be N, uniform:LOW,HIGH or lognormal:MEDIAN,P95[,MAX], got {text:?}");
         let numbers = |list: &str| -> Result<Vec<usize>, String> {
             let numbers: Vec<usize> = list.split(',').map(str::parse).collect::<Result<_, _>>().map_err(|_| form())?;
             match numbers.iter().find(|n| !(1..=MOST_TOKENS).contains(n)) {
@@ -71,7 +71,7 @@ impl Lengths {
             Self::Uniform { low, high } => rng.random_range(low..=high),
             Self::LogNormal { median, p95, most } => {
                 let (mu, upper) = ((median as f64).ln(), (p95 as f64).ln());
-                // Only an infinite or negative spread is refused, and `from_str` lets neither through.
+                // Only an infinite or negative spread is refused. `from_str` rejects both.
                 let drawn = LogNormal::new(mu, (upper - mu) / NORMAL_P95).map_or(median as f64, |d| d.sample(rng));
                 (drawn.round() as usize).clamp(1, most)
             }
@@ -79,16 +79,16 @@ impl Lengths {
     }
 }
 
-/// What one request asks for.
+/// One request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
     /// Token ids.
     pub prompt: Vec<u32>,
-    /// So many tokens are to come back.
+    /// Number of tokens to generate.
     pub output_tokens: usize,
 }
 
-/// Requests without end.
+/// An endless sequence of requests.
 pub struct Workload {
     pub prompt: Lengths,
     pub output: Lengths,
@@ -114,9 +114,9 @@ impl Iterator for Workload {
     }
 }
 
-/// The times between arrivals that know nothing of each other (a Poisson process), without end.
+/// An endless sequence of times between independent arrivals (a Poisson process).
 pub fn gaps(requests_per_second: f64, seed: u64) -> impl Iterator<Item = Duration> {
-    // Only a negative rate or NaN is refused; the command line lets neither through.
+    // Only a negative rate or NaN is refused. The command line rejects both.
     let exponential = Exp::new(requests_per_second).ok();
     let mut rng = StdRng::seed_from_u64(seed);
     std::iter::from_fn(move || Some(Duration::from_secs_f64(exponential?.sample(&mut rng))))
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_are_read_as_they_are_written() {
+    fn lengths_survive_a_round_trip_through_text() {
         for text in ["7", "uniform:1,1", "uniform:3,900", "lognormal:200,1000", "lognormal:200,1000,4096"] {
             assert_eq!(text.parse::<Lengths>().unwrap().to_string(), text);
         }

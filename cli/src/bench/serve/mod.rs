@@ -1,4 +1,4 @@
-//! `overfill bench serve`: loads a running router over its OpenAI API, and reports what its clients see.
+//! `overfill bench serve`: puts load on a running router over its OpenAI API, and reports latency and throughput.
 
 mod client;
 mod load;
@@ -21,69 +21,102 @@ use summary::{Limits, Summary};
 
 use crate::router_client::ApiKey;
 
-/// Loads a running router over its OpenAI API.
+const AFTER_HELP: &str = "\
+TTFT is the time to the first token, ITL the time between tokens. A good request meets both limits.
+
+Examples, while a cluster runs (overfill up):
+  overfill bench serve --requests 50 --concurrency 4
+  overfill bench serve --rate 4 --duration-seconds 30 --prompt-tokens lognormal:200,500,1500 --output-tokens uniform:16,256
+  overfill bench serve --rate 4 --ttft-limit-seconds 1 --itl-limit-seconds 0.1 --plot run.svg";
+
+/// The target and the kind of load.
 #[derive(Args)]
+#[command(after_help = AFTER_HELP)]
 pub struct ServeArgs {
-    /// The router's HTTP address, without /v1.
-    #[arg(long, env = "OVERFILL_HTTP_URL", default_value = "http://127.0.0.1:8080")]
+    /// URL of the router's HTTP API, without /v1.
+    #[arg(
+        long,
+        env = "OVERFILL_HTTP_URL",
+        default_value = "http://127.0.0.1:8080",
+        value_name = "URL",
+        help_heading = "Connection"
+    )]
     http_url: String,
-    /// File with the certificates (PEM) that the router's must be signed by, for an address that begins with https://.
-    #[arg(long, env = "OVERFILL_TLS_CA")]
+    /// CA certificates (PEM file). The router's certificate must be signed by one of them. Needed for https:// URLs.
+    #[arg(long, env = "OVERFILL_TLS_CA", value_name = "FILE", help_heading = "Connection")]
     tls_ca: Option<PathBuf>,
-    /// Who asks.
-    #[command(flatten)]
+    /// API key of the client.
+    #[command(flatten, next_help_heading = "Connection")]
     key: ApiKey,
-    /// Which model; may be left out where only one is served.
-    #[arg(long, default_value = "")]
+    /// Name of the served model. Not needed if the router serves only one.
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "NAME", help_heading = "Connection")]
     model: String,
-    /// Closed loop: so many requests are under way at any time, a new one begins when one ends.
-    #[arg(long, default_value_t = 8, value_parser = super::count)]
+    /// Closed loop: number of concurrent requests. A new request starts when one ends.
+    #[arg(long, default_value_t = 8, value_parser = super::count, value_name = "REQUESTS", help_heading = "Load")]
     concurrency: usize,
-    /// Open loop instead: requests per second, arriving at random (Poisson), however many are under way.
-    #[arg(long, conflicts_with = "concurrency", value_parser = super::positive)]
+    /// Open loop: requests per second, with random (Poisson) arrivals. Replaces --concurrency.
+    #[arg(long, conflicts_with = "concurrency", value_parser = super::positive, help_heading = "Load")]
     rate: Option<f64>,
-    /// Open loop: an arrival that finds so many under way is not sent, and counts as failed.
-    #[arg(long, default_value_t = 512, value_parser = super::count)]
+    /// Open loop: maximum number of concurrent requests. An arrival above it is not sent and counts as failed.
+    #[arg(long, default_value_t = 512, value_parser = super::count, value_name = "REQUESTS", help_heading = "Load")]
     max_in_flight: usize,
-    /// Requests that are measured.
-    #[arg(long, default_value_t = 100, value_parser = super::count)]
+    /// Number of measured requests.
+    #[arg(long, default_value_t = 100, value_parser = super::count, value_name = "COUNT", help_heading = "Load")]
     requests: usize,
-    /// Send requests for so long, instead of a number of them.
-    #[arg(long, conflicts_with = "requests", value_parser = super::seconds)]
+    /// Duration of the load. Replaces --requests.
+    #[arg(
+        long,
+        conflicts_with = "requests",
+        value_parser = super::seconds,
+        value_name = "SECONDS",
+        help_heading = "Load"
+    )]
     duration_seconds: Option<f64>,
-    /// Requests that are sent before, one after the other, and not measured.
-    #[arg(long, default_value_t = 2)]
+    /// Number of unmeasured requests, sent one at a time before the load.
+    #[arg(long, default_value_t = 2, value_name = "COUNT", help_heading = "Load")]
     warm_up_requests: usize,
-    /// Tokens of a prompt: N, uniform:LOW,HIGH, or lognormal:MEDIAN,P95[,MOST].
-    #[arg(long, default_value_t = Lengths::Fixed(512))]
+    /// Prompt length in tokens: N, uniform:LOW,HIGH or lognormal:MEDIAN,P95[,MAX].
+    #[arg(long, default_value_t = Lengths::Fixed(512), value_name = "LENGTH", help_heading = "Prompts and answers")]
     prompt_tokens: Lengths,
-    /// Tokens of an output, in the same forms.
-    #[arg(long, default_value_t = Lengths::Fixed(128))]
+    /// Answer length in tokens, in the same forms.
+    #[arg(long, default_value_t = Lengths::Fixed(128), value_name = "LENGTH", help_heading = "Prompts and answers")]
     output_tokens: Lengths,
-    /// Prompt tokens are drawn from the ids below this.
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Number of token ids that prompts are drawn from, starting at id 0.
+    #[arg(
+        long,
+        default_value_t = 256,
+        value_parser = clap::value_parser!(u32).range(1..),
+        value_name = "IDS",
+        help_heading = "Prompts and answers"
+    )]
     vocabulary: u32,
-    /// The same seed gives the same prompts, lengths and arrivals.
-    #[arg(long, default_value_t = 0)]
+    /// Random seed. The same seed gives the same prompts, lengths and arrival times.
+    #[arg(long, default_value_t = 0, help_heading = "Prompts and answers")]
     seed: u64,
-    /// A request that takes longer has failed.
-    #[arg(long, default_value_t = 600.0, value_parser = super::seconds)]
+    /// Time limit of a request. A request that takes longer counts as failed.
+    #[arg(
+        long,
+        default_value_t = 600.0,
+        value_parser = super::seconds,
+        value_name = "SECONDS",
+        help_heading = "Limits"
+    )]
     timeout_seconds: f64,
-    /// A good request has its first token by then.
-    #[arg(long, value_parser = super::seconds)]
+    /// TTFT limit of a good request.
+    #[arg(long, value_parser = super::seconds, value_name = "SECONDS", help_heading = "Limits")]
     ttft_limit_seconds: Option<f64>,
-    /// A good request has its other tokens at such distances, in the mean.
-    #[arg(long, value_parser = super::seconds)]
+    /// Limit for the mean ITL of a good request.
+    #[arg(long, value_parser = super::seconds, value_name = "SECONDS", help_heading = "Limits")]
     itl_limit_seconds: Option<f64>,
     /// Print JSON.
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
-    /// Also draw TTFT, ITL and throughput into this SVG file.
-    #[arg(long, value_name = "FILE.svg")]
+    /// Also plot TTFT, ITL and throughput into this SVG file.
+    #[arg(long, value_name = "FILE.svg", help_heading = "Output")]
     plot: Option<PathBuf>,
 }
 
-/// Runs the subcommand. An error if no request succeeded.
+/// Runs the subcommand. Returns an error if no request succeeded.
 pub async fn run(args: ServeArgs) -> Result<()> {
     let (ca, key) = (args.tls_ca.as_deref(), args.key.authorization()?);
     let timeout = Duration::from_secs_f64(args.timeout_seconds);
@@ -100,7 +133,7 @@ pub async fn run(args: ServeArgs) -> Result<()> {
     let outcomes = args.load(&api, workload, start).await?;
     let limits = Limits { ttft_limit_seconds: args.ttft_limit_seconds, itl_limit_seconds: args.itl_limit_seconds };
     let summary = Summary::of(&outcomes, start.elapsed(), limits);
-    // One example of each kind says more than its name.
+    // One message of each kind of error is logged.
     for kind in summary.errors.keys() {
         let of_kind = outcomes.iter().filter_map(|o| o.result.as_ref().err()).find(|failure| failure.kind == *kind);
         if let Some(failure) = of_kind {
@@ -123,7 +156,7 @@ pub async fn run(args: ServeArgs) -> Result<()> {
 }
 
 impl ServeArgs {
-    /// Sends all requests and waits for their ends.
+    /// Sends all requests and waits until they end.
     async fn load(&self, api: &Arc<Api>, workload: Workload, start: Instant) -> Result<Vec<Outcome>> {
         let most = self.rate.map_or(self.concurrency, |_| self.max_in_flight);
         let places = Arc::new(Semaphore::new(most));

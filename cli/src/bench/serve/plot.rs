@@ -1,4 +1,4 @@
-//! The run as a picture: how TTFT and ITL are distributed, and how throughput went.
+//! A plot of the run: the distributions of TTFT and ITL, and throughput over time.
 
 use std::error::Error;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::text;
 
 const SIZE: (u32, u32) = (760, 900);
 const COLOR: RGBColor = RGBColor(0, 114, 178);
-/// Points of a curve: more can't be told apart.
+/// Points of a curve. More would not be visible.
 const POINTS: usize = 400;
 /// Points of throughput over time.
 const INTERVALS: usize = 60;
@@ -38,10 +38,10 @@ pub fn write(file: &Path, summary: &Summary, outcomes: &[Outcome], start: Instan
     Ok(())
 }
 
-/// Which share of the values lies below each; logarithmic, so that median and tail both show.
+/// Plots the cumulative distribution. The time axis is logarithmic, so that the median and the tail are both visible.
 fn shares(area: &Area<'_>, name: &str, distribution: &Distribution) -> Drawn {
     let Distribution { p50, p99, max, sorted, .. } = distribution;
-    // A range of no width, or one from 0, can't be drawn.
+    // The plot needs a range that is not empty and does not start at 0.
     let least = sorted[0].max(1e-6);
     let range = least * 0.95..max.max(least) * 1.05;
     let caption = format!("{name}: median {}, p99 {}", text::seconds(*p50), text::seconds(*p99));
@@ -58,7 +58,7 @@ fn shares(area: &Area<'_>, name: &str, distribution: &Distribution) -> Drawn {
     Ok(())
 }
 
-/// Output tokens per second in each of the run's intervals.
+/// Plots the output tokens per second in each interval of the run.
 fn throughput(area: &Area<'_>, summary: &Summary, outcomes: &[Outcome], start: Instant) -> Drawn {
     let width = summary.elapsed_seconds / INTERVALS as f64;
     let mut rates = [0.0; INTERVALS];
@@ -67,7 +67,7 @@ fn throughput(area: &Area<'_>, summary: &Summary, outcomes: &[Outcome], start: I
         rates[interval.min(INTERVALS - 1)] += 1.0 / width;
     }
     let highest = rates.iter().copied().fold(1.0, f64::max);
-    let caption = format!("Output tokens per second: {:.1} in the mean", summary.output_tokens_per_second);
+    let caption = format!("Output tokens per second: {:.1} on average", summary.output_tokens_per_second);
     let mut chart = ChartBuilder::on(area)
         .caption(caption, ("sans-serif", 18))
         .margin(12)

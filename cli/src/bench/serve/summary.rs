@@ -1,4 +1,4 @@
-//! What the requests add up to.
+//! The summary of all requests.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::client::Outcome;
 use crate::text;
 
-/// Values and what stands out of them, exactly: nothing is put into buckets.
+/// Values with their mean and exact percentiles.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Distribution {
     pub count: usize,
@@ -19,13 +19,13 @@ pub struct Distribution {
     pub p95: f64,
     pub p99: f64,
     pub max: f64,
-    /// All of them, in order.
+    /// All values, sorted.
     #[serde(skip)]
     pub sorted: Vec<f64>,
 }
 
 impl Distribution {
-    /// `None` of nothing.
+    /// `None` if there are no values.
     pub fn of(mut values: Vec<f64>) -> Option<Self> {
         values.sort_by(f64::total_cmp);
         let max = *values.last()?;
@@ -44,17 +44,17 @@ impl Distribution {
     }
 }
 
-/// The least value that `share` of all are not above (nearest rank); `sorted` must not be empty.
+/// The percentile by nearest rank. `sorted` must not be empty.
 pub fn percentile(sorted: &[f64], share: f64) -> f64 {
     let rank = (share * sorted.len() as f64).ceil() as usize;
     sorted[rank.clamp(1, sorted.len()) - 1]
 }
 
-/// What a request must keep to count as good.
+/// Limits of a good request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Limits {
     pub ttft_limit_seconds: Option<f64>,
-    /// Of the mean over the request's tokens after the first.
+    /// Limit for the mean over the tokens after the first.
     pub itl_limit_seconds: Option<f64>,
 }
 
@@ -78,7 +78,7 @@ impl Answer {
         })
     }
 
-    /// Within both limits? An output of one token has nothing to be late with after the first.
+    /// Is it within both limits? An answer of one token has no ITL.
     fn is_good(&self, limits: &Limits) -> bool {
         let itl = self.gaps.iter().sum::<f64>() / self.gaps.len().max(1) as f64;
         limits.ttft_limit_seconds.is_none_or(|limit| self.ttft <= limit)
@@ -92,12 +92,12 @@ pub struct Goodput {
     #[serde(flatten)]
     pub limits: Limits,
     pub requests: usize,
-    /// Of all, those that failed or were not sent included.
+    /// Share of all requests, including failed and unsent ones.
     pub share: f64,
     pub requests_per_second: f64,
 }
 
-/// All of a run.
+/// The summary of a run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Summary {
     /// From the first request to the end of the last.
@@ -106,7 +106,7 @@ pub struct Summary {
     pub succeeded: usize,
     /// Failed requests by kind.
     pub errors: BTreeMap<String, usize>,
-    /// Of those that succeeded, as all that follows.
+    /// This and all following fields count successful requests only.
     pub prompt_tokens: usize,
     pub output_tokens: usize,
     pub requests_per_second: f64,
@@ -153,7 +153,7 @@ impl Summary {
         }
     }
 
-    /// For people.
+    /// The summary as tables.
     pub fn table(&self) -> String {
         let latencies = [("TTFT", &self.ttft_seconds), ("ITL", &self.itl_seconds), ("E2E", &self.e2e_seconds)];
         let rows: Vec<[String; 7]> = latencies
@@ -171,7 +171,7 @@ impl Summary {
             ["output tokens".into(), self.output_tokens.to_string(), format!("{:.1}/s", self.output_tokens_per_second)],
         ];
         if let Some(good) = &self.goodput {
-            let rate = format!("{:.2}/s, {:.1} % of all", good.requests_per_second, 100.0 * good.share);
+            let rate = format!("{:.2}/s, {:.1} % of all requests", good.requests_per_second, 100.0 * good.share);
             rows.push(["good requests".into(), good.requests.to_string(), rate]);
         }
         for (kind, count) in &self.errors {
