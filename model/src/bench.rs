@@ -266,7 +266,7 @@ pub fn attention(
 }
 
 fn random(weights: WeightFormat, outputs: usize, inputs: usize) -> Result<Packed, ModelError> {
-    Packed::pack(weights.packed(), outputs, inputs, |panel, out| {
+    Packed::pack(weights, outputs, inputs, |panel, out| {
         let mut state = panel as u32 | 1;
         for value in out {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);

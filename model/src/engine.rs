@@ -79,7 +79,7 @@ mod tests {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(pair).join("full");
         let config = ModelConfig::from_folder(&folder).unwrap();
         let weights = Weights::open(&folder).unwrap();
-        let (kv, f32) = (KvDtype::Bf16, WeightFormat::F32.packed());
+        let (kv, f32) = (KvDtype::Bf16, WeightFormat::F32);
         let kernels = CpuEngine::load(&config, &weights, f32, Rows::Few, kv, 7).unwrap();
         let tensors = TensorEngine::load(&config, &weights, WeightDtype::F32, &Device::Cpu, kv, 7).unwrap();
         (config, [Box::new(kernels), Box::new(tensors)])

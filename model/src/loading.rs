@@ -46,7 +46,7 @@ impl Model {
             Device::Cpu => Box::new(CpuEngine::load(
                 &config,
                 &weights,
-                options.weights.packed(),
+                options.weights,
                 options.rows,
                 options.kv_dtype,
                 kv_blocks,

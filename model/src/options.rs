@@ -5,7 +5,7 @@ use std::{fmt, path::PathBuf, str::FromStr};
 use candle_core::{DType, Device};
 use overfill_kv::KvDtype;
 
-use crate::{ModelError, cpu::kernels::packed::Format, error::plain, gguf::Gguf};
+use crate::{ModelError, error::plain, gguf::Gguf};
 
 pub use crate::cpu::kernels::packed::Rows;
 
@@ -82,18 +82,6 @@ impl WeightFormat {
 
     /// All of them, for messages.
     pub const SUPPORTED: &str = "f32, bf16, f16, int8, int8-channel or int4";
-
-    /// As the kernels name it.
-    pub(crate) fn packed(self) -> Format {
-        match self {
-            Self::F32 => Format::F32,
-            Self::Bf16 => Format::Bf16,
-            Self::F16 => Format::F16,
-            Self::Int8 => Format::Int8,
-            Self::Int8Channel => Format::Int8Channel,
-            Self::Int4 => Format::Int4,
-        }
-    }
 
     /// As the tensor library has it: without integers.
     pub(crate) fn dtype(self) -> Option<WeightDtype> {

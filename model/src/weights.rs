@@ -105,7 +105,7 @@ impl Stored {
 }
 
 /// A tensor where it lies in a mapped file.
-pub(crate) struct Place<'a> {
+pub(crate) struct TensorLocation<'a> {
     pub file: &'a Path,
     /// As the file calls it.
     pub name: &'a str,
@@ -113,11 +113,11 @@ pub(crate) struct Place<'a> {
     pub stored: Stored,
     pub data: &'a [u8],
     /// The width of a head, where the file holds the two halves of every head's rows interleaved; see
-    /// [`Place::stored_row`].
+    /// [`TensorLocation::stored_row`].
     pub interleaved: Option<usize>,
 }
 
-impl Place<'_> {
+impl TensorLocation<'_> {
     /// Elements of a row: of all dimensions but the first.
     fn row_elements(&self) -> usize {
         self.shape.iter().skip(1).product()
@@ -194,7 +194,7 @@ impl Weights {
         Ok(Self { path: path.into(), source })
     }
 
-    fn find(&self, name: &str) -> Result<Option<Place<'_>>, ModelError> {
+    fn find(&self, name: &str) -> Result<Option<TensorLocation<'_>>, ModelError> {
         match &self.source {
             Source::Gguf(gguf) => Ok(gguf.place(name)),
             Source::Safetensors { files, file_of } => {
@@ -202,13 +202,13 @@ impl Weights {
                 let (file, mapped) = &files[*index];
                 let view = mapped.get(name).map_err(|e| ModelError::malformed(file, e))?;
                 let (shape, stored) = (view.shape().to_vec(), Stored::Plain(view.dtype()));
-                Ok(Some(Place { file, name, shape, stored, data: view.data(), interleaved: None }))
+                Ok(Some(TensorLocation { file, name, shape, stored, data: view.data(), interleaved: None }))
             }
         }
     }
 
     /// The tensor `name`, refusing any other shape than `shape`, and types that can't be widened to f32.
-    fn checked(&self, name: &str, shape: &[usize]) -> Result<Place<'_>, ModelError> {
+    fn checked(&self, name: &str, shape: &[usize]) -> Result<TensorLocation<'_>, ModelError> {
         let missing = || match &self.source {
             Source::Gguf(gguf) => gguf.missing(name, shape),
             Source::Safetensors { .. } => {
@@ -290,7 +290,7 @@ impl Weights {
     pub fn fingerprint(&self) -> Result<String, ModelError> {
         let mut hash = Sha256::new();
         for name in self.names() {
-            let Some(Place { shape, stored, data, .. }) = self.find(name)? else { continue };
+            let Some(TensorLocation { shape, stored, data, .. }) = self.find(name)? else { continue };
             hash.update(format!("{name}|{stored:?}|{shape:?}|"));
             hash.update(&data[..data.len().min(FINGERPRINT_BYTES)]);
             hash.update(&data[data.len().saturating_sub(FINGERPRINT_BYTES)..]);

@@ -14,7 +14,7 @@ use crate::{
     LayerSink, ModelConfig, ModelError, Parameter, SequenceSlice, Weights,
     cpu::kernels::{
         attention::Heads,
-        packed::{Arithmetic, Format, Rows},
+        packed::{Arithmetic, Rows, WeightFormat},
         rows::{rms_norm, rms_norm_in_place, rope},
         simd::Isa,
     },
@@ -59,7 +59,7 @@ impl CpuDecoder {
     pub(crate) fn load(
         config: &ModelConfig,
         weights: &Weights,
-        format: Format,
+        format: WeightFormat,
         rows: Rows,
     ) -> Result<Self, ModelError> {
         for (name, shape) in config.tensor_shapes() {
@@ -67,7 +67,7 @@ impl CpuDecoder {
         }
         let find = Sources::new(config, weights);
         // Logits of four bits would be coarse, and the embedding is the head where they are tied.
-        let head_format = if format == Format::Int4 { Format::Int8 } else { format };
+        let head_format = if format == WeightFormat::Int4 { WeightFormat::Int8 } else { format };
         let embedding = find.linear(head_format, &[Parameter::Embedding], None)?;
         let (embedding, head) = match config.tie_word_embeddings {
             true => (None, embedding),

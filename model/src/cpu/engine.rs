@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use overfill_kv::{KvDtype, KvStore};
 
-use super::{cache::CpuKv, decoder::CpuDecoder, kernels::packed::Format, team, workspace::Workspace};
+use super::{cache::CpuKv, decoder::CpuDecoder, kernels::packed::WeightFormat, team, workspace::Workspace};
 use crate::{Engine, LayerSink, ModelConfig, ModelError, Outputs, Rows, SequenceSlice, Weights, batch};
 
 /// Bytes of weights that take a millisecond or so to read: waking all threads is worth that.
@@ -24,7 +24,7 @@ impl CpuEngine {
     pub(crate) fn load(
         config: &ModelConfig,
         weights: &Weights,
-        format: Format,
+        format: WeightFormat,
         rows: Rows,
         kv_dtype: KvDtype,
         kv_blocks: usize,

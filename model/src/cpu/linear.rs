@@ -6,7 +6,7 @@ use crate::{
     cpu::kernels::{
         inputs::InputBuffer,
         matmul::multiply,
-        packed::{Arithmetic, Format, PANEL, Packed},
+        packed::{Arithmetic, PANEL, Packed, WeightFormat},
         rows::SiluMul,
     },
 };
@@ -20,7 +20,11 @@ pub(crate) struct Linear {
 
 impl Linear {
     /// One layer of the rows of `sources`, one after the other.
-    pub(crate) fn stacked(format: Format, sources: &[Source<'_>], bias: Option<Vec<f32>>) -> Result<Self, ModelError> {
+    pub(crate) fn stacked(
+        format: WeightFormat,
+        sources: &[Source<'_>],
+        bias: Option<Vec<f32>>,
+    ) -> Result<Self, ModelError> {
         let columns = sources[0].inputs();
         let rows = sources.iter().map(Source::outputs).sum();
         let matrix = Packed::pack(format, rows, columns, |panel, out| {
@@ -90,7 +94,7 @@ pub(crate) struct GatedLinear {
 
 impl GatedLinear {
     pub(crate) fn new(
-        format: Format,
+        format: WeightFormat,
         gate: &Source<'_>,
         up: &Source<'_>,
         bias: Option<[Vec<f32>; 2]>,

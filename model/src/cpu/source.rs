@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::linear::{GatedLinear, Linear};
 use crate::{
     ModelConfig, ModelError, Parameter, Weights,
-    cpu::kernels::packed::Format,
+    cpu::kernels::packed::WeightFormat,
     family::{Finder, TensorRows},
 };
 
@@ -71,7 +71,7 @@ impl<'a> Sources<'a> {
     /// One layer of the rows of several parameters, one below the other.
     pub(crate) fn linear(
         &self,
-        format: Format,
+        format: WeightFormat,
         parameters: &[Parameter],
         layer: Option<usize>,
     ) -> Result<Linear, ModelError> {
@@ -81,7 +81,7 @@ impl<'a> Sources<'a> {
     }
 
     /// The first half of a gated MLP.
-    pub(crate) fn gate_up(&self, format: Format, layer: Option<usize>) -> Result<GatedLinear, ModelError> {
+    pub(crate) fn gate_up(&self, format: WeightFormat, layer: Option<usize>) -> Result<GatedLinear, ModelError> {
         let parameters = [Parameter::Gate, Parameter::Up];
         let sources = self.weights_of(&parameters, layer)?;
         let biases = self.biases(&parameters, &sources, layer)?;

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     Decoder, Engine, ModelConfig, ModelError, Ops, Outputs, Rope, RopeScaling, Rows, SequenceSlice, Want, WeightDtype,
     Weights,
-    cpu::{CpuEngine, kernels::packed::Format},
+    cpu::{CpuEngine, kernels::packed::WeightFormat},
     no_layers,
     tensor::TensorEngine,
 };
@@ -152,7 +152,7 @@ static FUSED: Family = Family {
 
 /// Logits of a prompt in two parts, by the kernels and by tensor operations.
 fn logits(config: &ModelConfig, weights: &Weights) -> Result<[Vec<f32>; 2], ModelError> {
-    let kernels = CpuEngine::load(config, weights, Format::F32, Rows::Few, KvDtype::F32, 3)?;
+    let kernels = CpuEngine::load(config, weights, WeightFormat::F32, Rows::Few, KvDtype::F32, 3)?;
     let tensors = TensorEngine::load(config, weights, WeightDtype::F32, &Device::Cpu, KvDtype::F32, 3)?;
     let mut engines: [Box<dyn Engine>; 2] = [Box::new(kernels), Box::new(tensors)];
     let tokens: Vec<u32> = (0..40).map(|i| i * 7 % config.vocab_size as u32).collect();
@@ -299,8 +299,10 @@ fn decoders_refuse_tables_that_they_cannot_compute() {
         let tensors: HashMap<String, Tensor> = config.tensor_shapes().into_iter().map(zeros).collect();
         candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
         let weights = Weights::open(folder.path()).unwrap();
-        let kernels =
-            CpuEngine::load(&config, &weights, Format::F32, Rows::Few, KvDtype::F32, 1).err().unwrap().to_string();
+        let kernels = CpuEngine::load(&config, &weights, WeightFormat::F32, Rows::Few, KvDtype::F32, 1)
+            .err()
+            .unwrap()
+            .to_string();
         let tensors = Decoder::from_tensors(&config, &tensors, Ops::Fused).err().unwrap().to_string();
         assert!(kernels.ends_with(expected), "{kernels}");
         assert!(tensors.ends_with(expected), "{tensors}");

@@ -17,7 +17,7 @@ use header::{Header, Metadata};
 use memmap2::Mmap;
 use overfill_text::TextFiles;
 
-use crate::{Family, ModelConfig, ModelError, weights::Place};
+use crate::{Family, ModelConfig, ModelError, weights::TensorLocation};
 
 /// An open file, memory-mapped.
 pub(crate) struct Gguf {
@@ -91,9 +91,9 @@ impl Gguf {
     }
 
     /// A tensor by its Hugging Face name.
-    pub(crate) fn place(&self, name: &str) -> Option<Place<'_>> {
+    pub(crate) fn place(&self, name: &str) -> Option<TensorLocation<'_>> {
         let entry = &self.header.tensors[*self.by_name.get(name)?];
-        Some(Place {
+        Some(TensorLocation {
             file: &self.file,
             name: &entry.name,
             shape: entry.shape.clone(),

@@ -184,7 +184,7 @@ pub(crate) enum Values<'a> {
 }
 
 impl<'a> Inputs<'a> {
-    /// `x` is `[rows, columns]`; `wanted` is what [`super::packed::Format::inputs`] says.
+    /// `x` is `[rows, columns]`; `wanted` is what [`super::packed::WeightFormat::inputs`] says.
     pub(crate) fn new(isa: Isa, wanted: InputType, x: &'a [f32], columns: usize, buffer: &'a mut InputBuffer) -> Self {
         let values = match wanted {
             InputType::F32 => Values::F32(x),

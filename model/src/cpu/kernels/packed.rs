@@ -20,6 +20,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::{inputs::InputType, memory::LargePages, simd::Isa};
+pub(crate) use crate::options::WeightFormat;
 
 /// Outputs in a panel.
 pub(crate) const PANEL: usize = 32;
@@ -28,22 +29,8 @@ pub(crate) const GROUP: usize = 32;
 /// Bytes of a group's f16 scales.
 pub(crate) const SCALES_BYTES: usize = 2 * PANEL;
 
-/// How a packed matrix stores its weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Format {
-    F32,
-    F16,
-    Bf16,
-    /// A scale for each output and 32 inputs.
-    Int8,
-    /// A scale for each output.
-    Int8Channel,
-    /// A scale for each output and 32 inputs.
-    Int4,
-}
-
-impl Format {
-    /// Bytes of a panel of a matrix with so many columns.
+impl WeightFormat {
+    /// Bytes of a panel of a matrix with `columns` columns.
     pub(crate) fn panel_bytes(self, columns: usize) -> usize {
         let groups = columns.div_ceil(GROUP);
         match self {
@@ -56,7 +43,7 @@ impl Format {
         }
     }
 
-    /// Bytes of a group of an integer format; for others it says nothing.
+    /// Bytes of a group of an integer format; meaningless for other formats.
     pub(crate) fn group_bytes(self) -> usize {
         match self {
             Self::Int8Channel => PANEL * GROUP,
@@ -97,7 +84,7 @@ pub(crate) struct Arithmetic {
 
 /// A matrix `[rows, columns]`, packed. It owns its memory.
 pub(crate) struct Packed {
-    format: Format,
+    format: WeightFormat,
     rows: usize,
     columns: usize,
     /// Panels, one after the other.
@@ -109,7 +96,7 @@ impl Packed {
     /// rows that there are not may stay so). Panels are packed in parallel, and nothing but one panel a thread exists
     /// unpacked.
     pub(crate) fn pack<E: Send + From<std::io::Error>>(
-        format: Format,
+        format: WeightFormat,
         rows: usize,
         columns: usize,
         read: impl Fn(usize, &mut [f32]) -> Result<(), E> + Sync,
@@ -127,7 +114,7 @@ impl Packed {
         Ok(Self { format, rows, columns, memory })
     }
 
-    pub(crate) fn format(&self) -> Format {
+    pub(crate) fn format(&self) -> WeightFormat {
         self.format
     }
 
@@ -166,22 +153,22 @@ impl Packed {
             let start = group * group_bytes;
             let scale = || f16::from_le_bytes([panel[start + 2 * lane], panel[start + 2 * lane + 1]]).to_f32();
             *out = match self.format {
-                Format::F32 => {
+                WeightFormat::F32 => {
                     let at = (k * PANEL + lane) * 4;
                     f32::from_le_bytes([panel[at], panel[at + 1], panel[at + 2], panel[at + 3]])
                 }
-                Format::F16 => f16::from_le_bytes(half(k * PANEL + lane)).to_f32(),
-                Format::Bf16 => bf16::from_le_bytes(half((k / 2 * PANEL + lane) * 2 + k % 2)).to_f32(),
-                Format::Int8 => {
+                WeightFormat::F16 => f16::from_le_bytes(half(k * PANEL + lane)).to_f32(),
+                WeightFormat::Bf16 => bf16::from_le_bytes(half((k / 2 * PANEL + lane) * 2 + k % 2)).to_f32(),
+                WeightFormat::Int8 => {
                     let byte = panel[start + SCALES_BYTES + int8_at(within, lane)];
                     (f32::from(byte) - 128.0) * scale()
                 }
-                Format::Int8Channel => {
+                WeightFormat::Int8Channel => {
                     let at = 4 * lane;
                     let scale = f32::from_le_bytes([panel[at], panel[at + 1], panel[at + 2], panel[at + 3]]);
                     (f32::from(panel[4 * PANEL + start + int8_at(within, lane)]) - 128.0) * scale
                 }
-                Format::Int4 => {
+                WeightFormat::Int4 => {
                     let (at, shift) = int4_at(within, lane);
                     (f32::from(panel[start + SCALES_BYTES + at] >> shift & 15) - 8.0) * scale()
                 }
@@ -201,27 +188,27 @@ fn int4_at(k: usize, lane: usize) -> (usize, u32) {
 }
 
 /// Packs `[32][columns]` values.
-fn pack_panel(format: Format, values: &[f32], columns: usize, panel: &mut [u8]) {
+fn pack_panel(format: WeightFormat, values: &[f32], columns: usize, panel: &mut [u8]) {
     let put2 = |panel: &mut [u8], i: usize, bytes: [u8; 2]| panel[2 * i..][..2].copy_from_slice(&bytes);
     let group_bytes = format.group_bytes();
     for (lane, row) in values.chunks_exact(columns).enumerate() {
         match format {
-            Format::F32 => {
+            WeightFormat::F32 => {
                 for (k, value) in row.iter().enumerate() {
                     panel[(k * PANEL + lane) * 4..][..4].copy_from_slice(&value.to_le_bytes());
                 }
             }
-            Format::F16 => {
+            WeightFormat::F16 => {
                 for (k, value) in row.iter().enumerate() {
                     put2(panel, k * PANEL + lane, f16::from_f32(*value).to_le_bytes());
                 }
             }
-            Format::Bf16 => {
+            WeightFormat::Bf16 => {
                 for (k, value) in row.iter().enumerate() {
                     put2(panel, (k / 2 * PANEL + lane) * 2 + k % 2, bf16::from_f32(*value).to_le_bytes());
                 }
             }
-            Format::Int8 => {
+            WeightFormat::Int8 => {
                 for (group, values) in panel.chunks_exact_mut(group_bytes).zip(row.chunks(GROUP)) {
                     let (scales, bytes) = group.split_at_mut(SCALES_BYTES);
                     let scale = f16::from_f32(greatest(values) / 127.0);
@@ -229,7 +216,7 @@ fn pack_panel(format: Format, values: &[f32], columns: usize, panel: &mut [u8]) 
                     put_int8(bytes, lane, values, scale.to_f32());
                 }
             }
-            Format::Int8Channel => {
+            WeightFormat::Int8Channel => {
                 let (scales, groups) = panel.split_at_mut(4 * PANEL);
                 let scale = greatest(row) / 127.0;
                 scales[4 * lane..][..4].copy_from_slice(&scale.to_le_bytes());
@@ -237,7 +224,7 @@ fn pack_panel(format: Format, values: &[f32], columns: usize, panel: &mut [u8]) 
                     put_int8(bytes, lane, values, scale);
                 }
             }
-            Format::Int4 => {
+            WeightFormat::Int4 => {
                 for (group, values) in panel.chunks_exact_mut(group_bytes).zip(row.chunks(GROUP)) {
                     let (scales, bytes) = group.split_at_mut(SCALES_BYTES);
                     // The greatest becomes -8: that end of the range has one step more.

@@ -4,7 +4,7 @@ use half::bf16;
 
 use super::{CHUNK_COLUMNS, Fetch, tile_rows, with_rows};
 use crate::cpu::kernels::{
-    packed::{Format, GROUP, PANEL, SCALES_BYTES},
+    packed::{GROUP, PANEL, SCALES_BYTES, WeightFormat},
     simd::{Simd, load_tile, store_tile},
 };
 
@@ -23,7 +23,7 @@ const BF16_ROWS: usize = 6;
 #[inline(always)]
 #[allow(unsafe_code)]
 pub(super) unsafe fn panel<S: Simd>(
-    format: Format,
+    format: WeightFormat,
     panel: &[u8],
     x: &[f32],
     rows: usize,
@@ -31,7 +31,7 @@ pub(super) unsafe fn panel<S: Simd>(
     results: &mut [f32],
     widened: &mut [f32],
 ) {
-    let direct = format == Format::Bf16 && rows <= DIRECT_ROWS;
+    let direct = format == WeightFormat::Bf16 && rows <= DIRECT_ROWS;
     // SAFETY: the caller's: chunks are parts of what it vouches for.
     unsafe {
         // One tile of rows passes over the weights once, and needs no cache.
@@ -44,8 +44,8 @@ pub(super) unsafe fn panel<S: Simd>(
                 continue;
             }
             let weights: *const f32 = match format {
-                Format::F32 => panel.as_ptr().cast::<f32>().add(first * PANEL),
-                Format::F16 => {
+                WeightFormat::F32 => panel.as_ptr().cast::<f32>().add(first * PANEL),
+                WeightFormat::F16 => {
                     let from = panel.as_ptr().cast::<u16>().add(first * PANEL);
                     for i in (0..count * PANEL).step_by(S::LANES) {
                         WIDENED.ask::<S>(0, from.add(i).cast());
@@ -53,12 +53,12 @@ pub(super) unsafe fn panel<S: Simd>(
                     }
                     widened.as_ptr()
                 }
-                Format::Int4 => unreachable!("int4 weights meet inputs of bytes"),
-                Format::Int8 | Format::Int8Channel => {
+                WeightFormat::Int4 => unreachable!("int4 weights meet inputs of bytes"),
+                WeightFormat::Int8 | WeightFormat::Int8Channel => {
                     int8_chunk::<S>(format, panel, first, count, widened.as_mut_ptr());
                     widened.as_ptr()
                 }
-                Format::Bf16 => {
+                WeightFormat::Bf16 => {
                     let from = panel.as_ptr().cast::<bf16>().add(first * PANEL);
                     for pair in 0..count.div_ceil(2) {
                         for lane in (0..PANEL).step_by(S::LANES) {
@@ -85,16 +85,16 @@ pub(super) unsafe fn panel<S: Simd>(
 /// The panel is of the format and has these inputs; `widened` has room for the groups. The processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn int8_chunk<S: Simd>(format: Format, panel: &[u8], first: usize, count: usize, widened: *mut f32) {
-    let skip = if format == Format::Int8 { SCALES_BYTES } else { 0 };
-    let before = if format == Format::Int8 { 0 } else { 4 * PANEL };
+unsafe fn int8_chunk<S: Simd>(format: WeightFormat, panel: &[u8], first: usize, count: usize, widened: *mut f32) {
+    let skip = if format == WeightFormat::Int8 { SCALES_BYTES } else { 0 };
+    let before = if format == WeightFormat::Int8 { 0 } else { 4 * PANEL };
     // SAFETY: the caller's.
     unsafe {
         for g in 0..count.div_ceil(GROUP) {
             let group = panel.as_ptr().add(before + (first / GROUP + g) * format.group_bytes());
             for lane in (0..PANEL).step_by(S::LANES) {
                 let scale = match format {
-                    Format::Int8 => S::load_f16(group.cast::<u16>().add(lane)),
+                    WeightFormat::Int8 => S::load_f16(group.cast::<u16>().add(lane)),
                     _ => S::load(panel.as_ptr().cast::<f32>().add(lane)),
                 };
                 let offset = S::mul(scale, S::splat(-128.0));

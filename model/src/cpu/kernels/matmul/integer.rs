@@ -3,7 +3,7 @@
 use super::{FEW_ROWS, Fetch, tile_rows, with_rows};
 use crate::cpu::kernels::{
     inputs::Quantised,
-    packed::{Format, GROUP, PANEL, SCALES_BYTES},
+    packed::{GROUP, PANEL, SCALES_BYTES, WeightFormat},
     simd::{Simd, load_tile, store_tile},
 };
 
@@ -19,12 +19,18 @@ const MOST_TILE_ROWS: usize = 4;
 /// those, and `results` is `[rows][32]`; the processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
-pub(super) unsafe fn panel<S: Simd>(format: Format, panel: &[u8], x: &Quantised, rows: usize, results: &mut [f32]) {
+pub(super) unsafe fn panel<S: Simd>(
+    format: WeightFormat,
+    panel: &[u8],
+    x: &Quantised,
+    rows: usize,
+    results: &mut [f32],
+) {
     let group_bytes = format.group_bytes();
     // SAFETY: the caller's: each tile is a part of what it vouches for.
     unsafe {
         let (groups, skip) = match format {
-            Format::Int8Channel => (panel.as_ptr().add(4 * PANEL), 0),
+            WeightFormat::Int8Channel => (panel.as_ptr().add(4 * PANEL), 0),
             _ => (panel.as_ptr(), SCALES_BYTES),
         };
         for first in (0..x.groups).step_by(CHUNK_GROUPS) {
@@ -68,7 +74,7 @@ pub(super) unsafe fn panel<S: Simd>(format: Format, panel: &[u8], x: &Quantised,
                 row += n;
             }
         }
-        if format == Format::Int8Channel {
+        if format == WeightFormat::Int8Channel {
             for row in 0..rows {
                 for lane in (0..PANEL).step_by(S::LANES) {
                     let result = results.as_mut_ptr().add(row * PANEL + lane);
@@ -82,7 +88,7 @@ pub(super) unsafe fn panel<S: Simd>(format: Format, panel: &[u8], x: &Quantised,
 /// Some groups of a panel, and the rows that meet them.
 #[derive(Clone, Copy)]
 struct Tile {
-    format: Format,
+    format: WeightFormat,
     /// Of the first group; the next one's lie `group_bytes` further on.
     bytes: *const u8,
     /// As the bits of f16.
@@ -117,8 +123,8 @@ unsafe fn integer_tile<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile) {
     // SAFETY: the caller's.
     unsafe {
         match t.format {
-            Format::Int4 => groups::<S, ROWS, VECS, true>(t, |g| int4_products::<S, ROWS, VECS>(t, g)),
-            Format::Int8 => groups::<S, ROWS, VECS, true>(t, |g| int8_products::<S, ROWS, VECS>(t, g)),
+            WeightFormat::Int4 => groups::<S, ROWS, VECS, true>(t, |g| int4_products::<S, ROWS, VECS>(t, g)),
+            WeightFormat::Int8 => groups::<S, ROWS, VECS, true>(t, |g| int8_products::<S, ROWS, VECS>(t, g)),
             _ => groups::<S, ROWS, VECS, false>(t, |g| int8_products::<S, ROWS, VECS>(t, g)),
         }
     }

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use super::{
     inputs::{Inputs, Values, tile_rows},
     memory::Shared,
-    packed::{Format, GROUP, PANEL, Packed},
+    packed::{GROUP, PANEL, Packed, WeightFormat},
     simd::{Isa, Kernel, Simd},
 };
 
@@ -161,13 +161,13 @@ impl Kernel for PanelProduct<'_> {
                     float::panel::<S>(format, panel, x, rows, columns, self.results, self.widened);
                 }
                 Values::Bf16(x) => {
-                    assert!(format == Format::Bf16 && x.stride >= columns && x.stride % 2 == 0);
+                    assert!(format == WeightFormat::Bf16 && x.stride >= columns && x.stride % 2 == 0);
                     assert!(x.values.len() >= rows * x.stride && x.tile_rows > 0);
                     bf16::panel::<S>(panel, x, rows, columns, self.results);
                 }
                 Values::Int8(x) => {
                     let groups = columns.div_ceil(GROUP);
-                    assert!(matches!(format, Format::Int8 | Format::Int8Channel | Format::Int4));
+                    assert!(matches!(format, WeightFormat::Int8 | WeightFormat::Int8Channel | WeightFormat::Int4));
                     assert!(x.groups == groups && x.values.len() >= rows * groups * GROUP);
                     assert!(!S::WIDE_INPUTS || x.wide.len() == x.values.len());
                     assert!(x.scales.len() >= rows * groups && x.sums.len() >= rows * groups);

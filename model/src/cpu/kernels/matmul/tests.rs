@@ -5,22 +5,29 @@ use proptest::prelude::*;
 use super::*;
 use crate::cpu::kernels::{
     inputs::{InputBuffer, InputType},
-    packed::Format,
+    packed::WeightFormat,
 };
 
-const FORMATS: [Format; 6] = [Format::F32, Format::F16, Format::Bf16, Format::Int8, Format::Int8Channel, Format::Int4];
+const FORMATS: [WeightFormat; 6] = [
+    WeightFormat::F32,
+    WeightFormat::F16,
+    WeightFormat::Bf16,
+    WeightFormat::Int8,
+    WeightFormat::Int8Channel,
+    WeightFormat::Int4,
+];
 
 /// Each with every type of inputs that a kernel takes with it.
-const KERNELS: [(Format, InputType); 9] = [
-    (Format::F32, InputType::F32),
-    (Format::F16, InputType::F32),
-    (Format::Bf16, InputType::F32),
-    (Format::Bf16, InputType::Bf16),
-    (Format::Int8, InputType::F32),
-    (Format::Int8, InputType::Int8),
-    (Format::Int8Channel, InputType::F32),
-    (Format::Int8Channel, InputType::Int8),
-    (Format::Int4, InputType::Int8),
+const KERNELS: [(WeightFormat, InputType); 9] = [
+    (WeightFormat::F32, InputType::F32),
+    (WeightFormat::F16, InputType::F32),
+    (WeightFormat::Bf16, InputType::F32),
+    (WeightFormat::Bf16, InputType::Bf16),
+    (WeightFormat::Int8, InputType::F32),
+    (WeightFormat::Int8, InputType::Int8),
+    (WeightFormat::Int8Channel, InputType::F32),
+    (WeightFormat::Int8Channel, InputType::Int8),
+    (WeightFormat::Int4, InputType::Int8),
 ];
 
 fn random(count: usize, mut state: u64) -> Vec<f32> {
@@ -31,7 +38,7 @@ fn random(count: usize, mut state: u64) -> Vec<f32> {
     (0..count).map(|_| next()).collect()
 }
 
-fn pack(format: Format, rows: usize, columns: usize, values: &[f32]) -> Packed {
+fn pack(format: WeightFormat, rows: usize, columns: usize, values: &[f32]) -> Packed {
     Packed::pack::<std::io::Error>(format, rows, columns, |panel, out| {
         let from = &values[panel * PANEL * columns..rows.min((panel + 1) * PANEL) * columns];
         out[..from.len()].copy_from_slice(from);
@@ -112,14 +119,14 @@ proptest! {
                 let of = |values: &[f32]| values.iter().fold(0.0_f32, |a, b| a.max(b.abs()));
                 let (greatest, all) = (of(group), of(&weights));
                 let bound = match format {
-                    Format::F32 => 0.0,
-                    Format::F16 => greatest / 2048.0,
-                    Format::Bf16 => greatest / 256.0,
+                    WeightFormat::F32 => 0.0,
+                    WeightFormat::F16 => greatest / 2048.0,
+                    WeightFormat::Bf16 => greatest / 256.0,
                     // Half a step, and the rounding of the scale.
-                    Format::Int8 => greatest / 127.0 * 0.57,
-                    Format::Int8Channel => all / 127.0 * 0.51,
+                    WeightFormat::Int8 => greatest / 127.0 * 0.57,
+                    WeightFormat::Int8Channel => all / 127.0 * 0.51,
                     // A whole step at the end that has one step less.
-                    Format::Int4 => greatest / 8.0 * 1.01,
+                    WeightFormat::Int4 => greatest / 8.0 * 1.01,
                 };
                 for (a, b) in group.iter().zip(stored) {
                     prop_assert!((a - b).abs() <= bound, "{format:?}: {a} became {b}");
@@ -132,7 +139,7 @@ proptest! {
 /// As files of Q8_0 and Q4_0 have them: integers, one of each group at the end of the range, times a scale of f16.
 #[test]
 fn what_was_quantised_so_before_loses_nothing() {
-    for (format, most, least) in [(Format::Int8, 127.0, -127.0), (Format::Int4, 7.0, -8.0)] {
+    for (format, most, least) in [(WeightFormat::Int8, 127.0, -127.0), (WeightFormat::Int4, 7.0, -8.0)] {
         let columns = 96;
         let mut weights = random(columns, 7);
         for (group, values) in weights.chunks_exact_mut(GROUP).enumerate() {
@@ -149,7 +156,7 @@ fn what_was_quantised_so_before_loses_nothing() {
 #[test]
 fn two_panels_that_belong_together_come_together() {
     let weights = random(128 * 40, 1);
-    let matrix = pack(Format::Bf16, 128, 40, &weights);
+    let matrix = pack(WeightFormat::Bf16, 128, 40, &weights);
     let x = random(3 * 40, 2);
     let apart = product(Isa::best(), &matrix, &x, InputType::F32);
     let mut buffer = InputBuffer::default();
