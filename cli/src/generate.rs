@@ -18,8 +18,8 @@ const AFTER_HELP: &str = "\
 The text goes to standard output, the timings to standard error.
 
 Examples, while a cluster runs (overfill up):
-  overfill generate --max-tokens 64 \"kim : molde , nurse , mice , 16 . list everyone by pet ?\"
-  overfill generate --chat --temperature 0.7 --seed 1 \"Hello\"
+  overfill generate \"kim : molde , nurse , mice , 16 . ana : lima , baker , dog , 3 . ben : kyoto , cook , goat , 12 . list everyone by pet ?\"
+  overfill generate --chat --max-tokens 32 --temperature 0.7 --seed 1 \"Hello\"
   echo \"A prompt\" | overfill generate --json";
 
 /// One completion.

@@ -143,7 +143,7 @@ fn measure_decode(
         report.add(format!("decode, {name}, batch {batch}"), rate, "tok/s", note);
         if !shares.is_empty() {
             let note = "bytes of weights and KV read per second, divided by raw read bandwidth";
-            report.add(format!("memory bandwidth, {name}, batch {batch}"), median(shares), "%", note);
+            report.add(format!("share of memory bandwidth, {name}, batch {batch}"), median(shares), "%", note);
         }
     }
     if let Some(weights) = model.weight_bytes() {
