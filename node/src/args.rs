@@ -18,46 +18,95 @@ const MAX_POOL_TOKENS: usize = 1 << 30;
 #[derive(Clone, Debug, clap::Args)]
 pub struct NodeArgs {
     /// Model: a Hugging Face folder, a .gguf file or a hub id. Prefill nodes need the full model.
-    #[arg(long, env = "OVERFILL_MODEL", help_heading = "Model")]
+    #[arg(long, env = "OVERFILL_MODEL", value_name = "MODEL", help_heading = "Model")]
     pub model: String,
     /// Name under which the model is served [default: the name of its folder]
-    #[arg(long, env = "OVERFILL_SERVED_MODEL_NAME", help_heading = "Model")]
+    #[arg(long, env = "OVERFILL_SERVED_MODEL_NAME", value_name = "NAME", help_heading = "Model")]
     pub served_model_name: Option<String>,
     /// Device: cpu or cuda:N.
     #[arg(long, env = "OVERFILL_DEVICE", default_value = "cpu", help_heading = "Model")]
     pub device: String,
     /// Weight format in memory: f32, bf16, f16, int8, int8-channel or int4. Integer formats need --device cpu.
-    #[arg(long, visible_alias = "dtype", env = "OVERFILL_WEIGHTS", default_value = "bf16", help_heading = "Model")]
+    #[arg(
+        long,
+        visible_alias = "dtype",
+        env = "OVERFILL_WEIGHTS",
+        value_name = "FORMAT",
+        default_value = "bf16",
+        help_heading = "Model"
+    )]
     pub weights: String,
     /// Type of the KV cache in memory and on the wire: f32, bf16 or f16. It must be the same on all nodes.
-    #[arg(long, env = "OVERFILL_KV_DTYPE", default_value = "bf16", help_heading = "Model")]
+    #[arg(long, env = "OVERFILL_KV_DTYPE", value_name = "TYPE", default_value = "bf16", help_heading = "Model")]
     pub kv_dtype: String,
     /// Capacity of the KV cache, in tokens.
-    #[arg(long, env = "OVERFILL_KV_POOL_TOKENS", default_value_t = 65536, help_heading = "Model")]
+    #[arg(
+        long,
+        env = "OVERFILL_KV_POOL_TOKENS",
+        value_name = "TOKENS",
+        default_value_t = 65536,
+        help_heading = "Model"
+    )]
     pub kv_pool_tokens: usize,
     /// Name of this node [default: its role and address]
-    #[arg(long, env = "OVERFILL_NODE_ID", help_heading = "Network")]
+    #[arg(long, env = "OVERFILL_NODE_ID", value_name = "NAME", help_heading = "Network")]
     pub node_id: Option<String>,
     /// Listen address of the gRPC service. Port 0 picks a free port.
-    #[arg(long, env = "OVERFILL_LISTEN", default_value = "127.0.0.1:0", help_heading = "Network")]
+    #[arg(
+        long,
+        env = "OVERFILL_LISTEN",
+        value_name = "ADDRESS",
+        default_value = "127.0.0.1:0",
+        help_heading = "Network"
+    )]
     pub listen: String,
     /// Listen address of /startup, /live, /ready, /health and /metrics. Port 0 picks a free port.
-    #[arg(long, env = "OVERFILL_ADMIN", default_value = "127.0.0.1:0", help_heading = "Network")]
+    #[arg(
+        long,
+        env = "OVERFILL_ADMIN",
+        value_name = "ADDRESS",
+        default_value = "127.0.0.1:0",
+        help_heading = "Network"
+    )]
     pub admin: String,
     /// gRPC address (host:port) that the node registers in etcd for routers to dial [default: the listen address]
-    #[arg(long, env = "OVERFILL_ADVERTISE_GRPC", help_heading = "Network")]
+    #[arg(long, env = "OVERFILL_ADVERTISE_GRPC", value_name = "ADDRESS", help_heading = "Network")]
     pub advertise_grpc: Option<String>,
     /// Maximum number of waiting requests. Further requests are refused.
-    #[arg(long, env = "OVERFILL_MAX_WAITING", default_value_t = 256, help_heading = "Scheduling")]
+    #[arg(
+        long,
+        env = "OVERFILL_MAX_WAITING",
+        value_name = "REQUESTS",
+        default_value_t = 256,
+        help_heading = "Scheduling"
+    )]
     pub max_waiting: usize,
     /// Time limit of a request that sets no deadline of its own, in seconds.
-    #[arg(long, env = "OVERFILL_DEFAULT_DEADLINE_SECONDS", default_value_t = 600.0, help_heading = "Scheduling")]
+    #[arg(
+        long,
+        env = "OVERFILL_DEFAULT_DEADLINE_SECONDS",
+        value_name = "SECONDS",
+        default_value_t = 600.0,
+        help_heading = "Scheduling"
+    )]
     pub default_deadline_seconds: f64,
     /// Time in seconds that running requests may take to finish at shutdown. Then their router moves them to other nodes.
-    #[arg(long, env = "OVERFILL_DRAIN_TIMEOUT_SECONDS", default_value_t = 25.0, help_heading = "Scheduling")]
+    #[arg(
+        long,
+        env = "OVERFILL_DRAIN_TIMEOUT_SECONDS",
+        value_name = "SECONDS",
+        default_value_t = 25.0,
+        help_heading = "Scheduling"
+    )]
     pub drain_timeout_seconds: f64,
     /// Maximum time of one engine step, in seconds. After it the node is not ready, and routers stop using it.
-    #[arg(long, env = "OVERFILL_STEP_TIMEOUT_SECONDS", default_value_t = 60.0, help_heading = "Scheduling")]
+    #[arg(
+        long,
+        env = "OVERFILL_STEP_TIMEOUT_SECONDS",
+        value_name = "SECONDS",
+        default_value_t = 60.0,
+        help_heading = "Scheduling"
+    )]
     pub step_timeout_seconds: f64,
     /// TLS between services.
     #[command(flatten)]

@@ -4,8 +4,13 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+const EXAMPLES: &str = "\
+Examples, from the root of the repository:
+  overfill-prefill --model demo/full --listen 127.0.0.1:50061
+  overfill-prefill --model demo/full --etcd-url http://127.0.0.1:2379";
+
 #[derive(Parser)]
-#[command(name = "overfill-prefill", version)]
+#[command(name = "overfill-prefill", version, after_help = EXAMPLES)]
 struct Cli {
     #[command(flatten)]
     args: overfill_prefill_node::Args,
