@@ -1,5 +1,5 @@
-//! Benchmarks of the block pool (allocate, publish, look up, free) and of block hashing. Every request does these on both
-//! nodes.
+//! Benchmarks of the block pool (allocate, publish, look up, free) and of block hashing. Every request does these on
+//! both nodes.
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use overfill_kv::{BlockPool, block_hashes, blocks_for};

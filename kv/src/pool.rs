@@ -13,9 +13,9 @@
 //! - a block handed out by [`BlockPool::lookup`] has the content it was published with: published blocks are full, and
 //!   a full block is not written again until it is evicted, which only happens when no lease holds it.
 //!
-//! One mutex guards the pool. It is held for the duration of an operation and never across I/O. Allocate, publish, lookup
-//! and drop are O(n log c) for `n` blocks in the call and `c` cached blocks. Apart from the lease and the pool's maps they
-//! allocate no memory.
+//! One mutex guards the pool. It is held for the duration of an operation and never across I/O. Allocate, publish,
+//! lookup and drop are O(n log c) for `n` blocks in the call and `c` cached blocks. Apart from the lease and the pool's
+//! maps they allocate no memory.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -119,8 +119,8 @@ impl BlockPool {
         Self { state: Arc::new(Mutex::new(state)) }
     }
 
-    /// Allocates `n` blocks that no other lease holds and no lookup finds, or fails without allocating any. Evicts least
-    /// recently used cached blocks when no free blocks are left.
+    /// Allocates `n` blocks that no other lease holds and no lookup finds, or fails without allocating any. Evicts
+    /// least recently used cached blocks when no free blocks are left.
     pub fn allocate(&self, n: usize) -> Result<BlockLease, NoRoom> {
         let mut state = self.state.lock();
         let available = state.available();
@@ -138,8 +138,8 @@ impl BlockPool {
 
     /// Returns a lease of the published blocks of the longest prefix of `hashes`. Empty if the first hash is unknown.
     ///
-    /// Other leases may hold the blocks too, so they must not be written. A caller that must compute the last token of a
-    /// prompt should look up only the full blocks before that token.
+    /// Other leases may hold the blocks too, so they must not be written. A caller that must compute the last token of
+    /// a prompt should look up only the full blocks before that token.
     pub fn lookup(&self, hashes: &[BlockHash]) -> BlockLease {
         let mut state = self.state.lock();
         let blocks: Vec<BlockId> = hashes.iter().map_while(|hash| state.index.get(hash).copied()).collect();
@@ -149,8 +149,8 @@ impl BlockPool {
         BlockLease { pool: self.clone(), blocks }
     }
 
-    /// Publishes full blocks under their hashes, so that lookups find them. The caller must hold the blocks, and they must
-    /// not be written any more.
+    /// Publishes full blocks under their hashes, so that lookups find them. The caller must hold the blocks, and they
+    /// must not be written any more.
     ///
     /// `hashes[i]` is the hash of `blocks[i]`; surplus entries of the longer list are ignored. If a hash is already
     /// published, lookups keep finding the first block. Blocks that are not held or already have a hash are skipped.
@@ -246,7 +246,8 @@ impl Drop for BlockLease {
             return;
         }
         let mut state = self.pool.state.lock();
-        // Release in reverse, so that the end of a prompt is evicted first: lookups cannot reach it without the beginning.
+        // Release in reverse, so that the end of a prompt is evicted first: lookups cannot reach it without the
+        // beginning.
         for id in self.blocks.iter().rev() {
             state.release(*id);
         }

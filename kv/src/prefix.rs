@@ -27,8 +27,8 @@ impl fmt::Debug for BlockHash {
 
 /// Hashes of the full blocks of `tokens`, in order. A partly filled last block has no hash.
 ///
-/// `producer` is the fingerprint of the model that computes the KV; blocks of different producers never match. The hash of
-/// a block covers all tokens before it, so the hashes of a prefix are a prefix of the hashes.
+/// `producer` is the fingerprint of the model that computes the KV; blocks of different producers never match. The hash
+/// of a block covers all tokens before it, so the hashes of a prefix are a prefix of the hashes.
 pub fn block_hashes(tokens: &[u32], producer: &str) -> Vec<BlockHash> {
     let mut chain: [u8; 32] = Sha256::new()
         .chain_update(b"overfill-kv-block-v1")

@@ -14,11 +14,11 @@ pub trait KvStore: Send + Sync {
     fn block_bytes(&self) -> usize;
     /// Whether the blocks are in host or device memory.
     fn memory(&self) -> KvMemory;
-    /// Calls `f` with the position in `blocks` and the bytes of each block, in order. The store may be locked during the
-    /// calls, so `f` must not block.
+    /// Calls `f` with the position in `blocks` and the bytes of each block, in order. The store may be locked during
+    /// the calls, so `f` must not block.
     fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError>;
-    /// Calls `f` with the position in `blocks` and the memory of each block, in order. `f` must overwrite all bytes. The
-    /// store may be locked during the calls, so `f` must not block.
+    /// Calls `f` with the position in `blocks` and the memory of each block, in order. `f` must overwrite all bytes.
+    /// The store may be locked during the calls, so `f` must not block.
     fn write(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), StoreError>;
 
     /// Like [`Self::read`], but calls `f` once with all blocks, without copying. Works only for [`KvMemory::Host`].

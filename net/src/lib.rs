@@ -1,7 +1,7 @@
 //! Interfaces to open and accept connections between processes, over TCP, TLS or a simulated network.
 //!
-//! gRPC and HTTP run on [`overfill-cluster`'s connections](../overfill_cluster/net/index.html), KV runs on the transport's
-//! links. Both use [`Dialer`] and [`Listen`].
+//! gRPC and HTTP run on [`overfill-cluster`'s connections](../overfill_cluster/net/index.html), KV runs on the
+//! transport's links. Both use [`Dialer`] and [`Listen`].
 
 use std::{fmt, future::Future, io, net::SocketAddr, sync::Arc};
 
@@ -42,7 +42,7 @@ pub trait Listen: Send + 'static {
     /// Type of the connections.
     type Connection: Send + 'static;
 
-    /// Waits for the next connection. Returns a future that completes its handshake, and the peer's address. Dropping the
-    /// call before it returns loses no connection.
+    /// Waits for the next connection. Returns a future that completes its handshake, and the peer's address. Dropping
+    /// the call before it returns loses no connection.
     fn accept(&mut self) -> impl Future<Output = io::Result<(Opening<Self::Connection>, SocketAddr)>> + Send;
 }

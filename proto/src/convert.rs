@@ -1,5 +1,5 @@
-//! Conversions between generated messages and domain types. Conversions from messages reject values that the domain type
-//! does not allow.
+//! Conversions between generated messages and domain types. Conversions from messages reject values that the domain
+//! type does not allow.
 
 use overfill_kv::{
     FinishReason, KvDtype, KvEndpoint, KvSchema, OutputToken, Role, RopeSpec, SamplingParams, Ticket, TransferStats,

@@ -1,5 +1,5 @@
-//! gRPC API: the package `overfill.v1`, generated from `proto/`, and conversions between its messages and the domain types
-//! of [`overfill_kv`]. Services convert generated types at their edges and use only domain types inside.
+//! gRPC API: the package `overfill.v1`, generated from `proto/`, and conversions between its messages and the domain
+//! types of [`overfill_kv`]. Services convert generated types at their edges and use only domain types inside.
 
 mod convert;
 

@@ -1,5 +1,5 @@
-//! Prints the throughput of a handoff over loopback, of a memory copy and of a bare TCP copy. The argument is the size in
-//! MiB: `cargo run --release --example loopback -- 512`.
+//! Prints the throughput of a handoff over loopback, of a memory copy and of a bare TCP copy. The argument is the size
+//! in MiB: `cargo run --release --example loopback -- 512`.
 
 use std::process::ExitCode;
 

@@ -2,11 +2,12 @@
 //!
 //! The decode node reserves blocks under a ticket ([`KvReceiver::reserve`]). The prefill node connects with that ticket
 //! ([`KvSender::start`]) and sends the KV of each layer as soon as it is computed ([`KvLayers::ready`]), straight from its KV
-//! memory into the receiver's. A commit ends the handoff. The request may decode only if the commit matches what arrived.
+//! memory into the receiver's. A commit ends the handoff. The request may decode only if the commit matches what
+//! arrived.
 //!
-//! The state machines of [`overfill_kv::handoff`] make all decisions: who may write, when blocks are free, when a handoff is
-//! over. This crate feeds them events and the time, and carries out their actions. Plans, reservations and outcomes are
-//! common to all transports. [`tcp`] is the only transport so far.
+//! The state machines of [`overfill_kv::handoff`] make all decisions: who may write, when blocks are free, when a
+//! handoff is over. This crate feeds them events and the time, and carries out their actions. Plans, reservations and
+//! outcomes are common to all transports. [`tcp`] is the only transport so far.
 
 #![warn(clippy::large_futures)]
 

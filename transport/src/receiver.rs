@@ -24,8 +24,8 @@ pub struct KvReceiver {
 }
 
 impl KvReceiver {
-    /// Starts a task that serves `listener` and writes received KV to `store`. The layers of `store` are those of `schema`,
-    /// in the same order.
+    /// Starts a task that serves `listener` and writes received KV to `store`. The layers of `store` are those of
+    /// `schema`, in the same order.
     ///
     /// After `shutdown` the task continues until every reservation has its outcome and no writer is left, then ends.
     pub fn start(
@@ -116,8 +116,8 @@ impl KvReceiver {
 
 /// One attempt, as its owner sees it.
 ///
-/// Dropping it cancels the request. The ticket is void at once, the connection is closed, and the receiver's share of the
-/// lease is dropped as soon as the writing task has stopped.
+/// Dropping it cancels the request. The ticket is void at once, the connection is closed, and the receiver's share of
+/// the lease is dropped as soon as the writing task has stopped.
 pub struct IncomingHandoff {
     entry: Option<Arc<Entry>>,
     waiting: Option<oneshot::Receiver<Result<Committed, HandoffError>>>,

@@ -20,8 +20,8 @@ pub struct Reservation {
     pub ticket: Ticket,
     /// Identifies the request in logs.
     pub request_id: RequestId,
-    /// The blocks to fill, in prompt order, without the held ones. The receiver keeps a share of the lease while a task may
-    /// write to them (KV-1).
+    /// The blocks to fill, in prompt order, without the held ones. The receiver keeps a share of the lease while a task
+    /// may write to them (KV-1).
     pub lease: Arc<BlockLease>,
     /// Leading blocks of the prompt whose KV this node already holds. They are not part of `lease`.
     pub held_blocks: u32,
@@ -45,8 +45,8 @@ pub(crate) struct Shared {
 }
 
 pub(crate) struct Registry {
-    /// Attempts whose blocks the transport still holds. A ticket is 128 random bits and the map's hash is keyed, so lookup
-    /// times reveal nothing about valid tickets.
+    /// Attempts whose blocks the transport still holds. A ticket is 128 random bits and the map's hash is keyed, so
+    /// lookup times reveal nothing about valid tickets.
     pub entries: HashMap<Ticket, Arc<Entry>>,
     /// Whether the listener has ended, so that new reservations are refused.
     pub closed: bool,
@@ -75,7 +75,8 @@ pub(crate) struct Inner {
 }
 
 impl Entry {
-    /// Passes an event to the state machine and carries out its actions. Returns those that the connection must carry out.
+    /// Passes an event to the state machine and carries out its actions. Returns those that the connection must carry
+    /// out.
     pub fn on_event(&self, event: ReceiverEvent) -> Vec<ReceiverAction> {
         let now = Instant::now();
         let mut released = None;
@@ -112,8 +113,8 @@ impl Entry {
         for_connection
     }
 
-    /// Like [`Self::on_event`], for a commit. `exposed` is the time between the owner's commit on the sender and the commit
-    /// frame.
+    /// Like [`Self::on_event`], for a commit. `exposed` is the time between the owner's commit on the sender and the
+    /// commit frame.
     pub fn on_commit(&self, commit: Commit, exposed: Duration) -> Vec<ReceiverAction> {
         self.inner.lock().exposed = exposed;
         self.on_event(ReceiverEvent::Commit(commit))
@@ -168,8 +169,8 @@ impl Shared {
         self.registry.lock().entries.values().cloned().collect()
     }
 
-    /// Sends `Tick` events to all attempts when they are due. Resolves when `shutdown` has begun and no attempt is left.
-    /// After that, new reservations are refused.
+    /// Sends `Tick` events to all attempts when they are due. Resolves when `shutdown` has begun and no attempt is
+    /// left. After that, new reservations are refused.
     pub async fn until_settled(&self, shutdown: &CancellationToken) {
         let mut draining = false;
         loop {

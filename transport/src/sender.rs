@@ -1,4 +1,5 @@
-//! The sender, on the prefill node: the owner's interface to a handoff. A task of the transport sends the announced blocks.
+//! The sender, on the prefill node: the owner's interface to a handoff. A task of the transport sends the announced
+//! blocks.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -47,7 +48,8 @@ pub struct KvLayers {
 }
 
 impl KvSender {
-    /// Starts a task that connects and sends. The join handle returns the outcome, by the plan's deadline at the latest.
+    /// Starts a task that connects and sends. The join handle returns the outcome, by the plan's deadline at the
+    /// latest.
     pub fn start(
         plan: SendPlan,
         store: Arc<dyn KvStore>,
@@ -88,7 +90,8 @@ impl KvSender {
         &self.layers
     }
 
-    /// Passes on the first token. The commit is sent after all layers of all blocks were announced and sent. Never blocks.
+    /// Passes on the first token. The commit is sent after all layers of all blocks were announced and sent. Never
+    /// blocks.
     pub fn commit(&self, first_token: u32) {
         let KvLayers { control, .. } = &self.layers;
         control.committed_at.lock().get_or_insert_with(Instant::now);
@@ -103,11 +106,11 @@ impl KvSender {
 }
 
 impl KvLayers {
-    /// Announces that the KV of one layer of the local store is final for these blocks (indices in the prompt), so that it
-    /// can be sent.
+    /// Announces that the KV of one layer of the local store is final for these blocks (indices in the prompt), so that
+    /// it can be sent.
     ///
-    /// Never blocks. Layers that are not in the receiver's schema and blocks that it already holds are ignored. The handoff
-    /// fails if a block is announced twice, or after more calls than planned.
+    /// Never blocks. Layers that are not in the receiver's schema and blocks that it already holds are ignored. The
+    /// handoff fails if a block is announced twice, or after more calls than planned.
     pub fn ready(&self, layer: usize, blocks: Range<u32>) {
         let first_block = blocks.start.max(self.held_blocks);
         let Some(Some(layer)) = self.wire_layers.get(layer) else { return };

@@ -12,8 +12,8 @@
 //! Both sides keep these invariants. Code and tests refer to them by number:
 //!
 //! - **KV-1** No block is reused while a task may still write to it.
-//! - **KV-2** A sender keeps its blocks until the receiver has confirmed or the lease has expired. (Over TCP the sending
-//!   task is the only reader of the blocks, so the lease also ends when that task stops after a failure.)
+//! - **KV-2** A sender keeps its blocks until the receiver has confirmed or the lease has expired. (Over TCP only the
+//!   sending task reads the blocks, so the lease also ends when that task stops after a failure.)
 //! - **KV-3** After any crash, cancel or partition, both sides free every block within one lease.
 //! - **KV-4** Every attempt has its own single-use ticket. Frames of an earlier attempt are refused.
 //! - **KV-5** A request never decodes over KV that is incomplete, unverified or has a different schema.
@@ -106,7 +106,8 @@ pub enum RefuseReason {
     Checksum = 4,
     /// The commit does not match the frames that arrived, or blocks are missing.
     Incomplete = 5,
-    /// Invalid frame: unknown, too long, damaged (ping or commit), or with a block sent twice or outside the reservation.
+    /// Invalid frame: unknown, too long, damaged (ping or commit), or with a block sent twice or outside the
+    /// reservation.
     Protocol = 6,
     /// The deadline has passed, or the sender was silent for longer than the idle timeout.
     Deadline = 7,

@@ -239,7 +239,8 @@ impl SenderHandoff {
         }
     }
 
-    /// Sends the next frame if the receiver has accepted and no frame is being sent. Sends the commit after the last one.
+    /// Sends the next frame if the receiver has accepted and no frame is being sent. Sends the commit after the last
+    /// one.
     fn pump(&mut self, now: Duration, actions: &mut Vec<SenderAction>) {
         if self.state != SenderState::Sending || self.sending {
             return;

@@ -1,5 +1,6 @@
 //! Tests of both state machines over a simulated channel that loses, repeats, damages and reorders messages. The two
-//! nodes cancel, stall and crash, and other requests compete for the same blocks. Invariants are checked after each event.
+//! nodes cancel, stall and crash, and other requests compete for the same blocks. Invariants are checked after each
+//! event.
 
 mod world;
 

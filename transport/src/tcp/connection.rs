@@ -1,5 +1,5 @@
-//! Serves one connection on the receiver: hello, frames, commit. The attempt's state machine must admit each frame before
-//! any of its bytes are written.
+//! Serves one connection on the receiver: hello, frames, commit. The attempt's state machine must admit each frame
+//! before any of its bytes are written.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -68,7 +68,8 @@ async fn refuse(stream: &Link, reason: RefuseReason) {
     let _: Result<Result<(), std::io::Error>, _> = timeout(LINGER, linger).await;
 }
 
-/// Reports `WriterStopped` when dropped, however the writing task ends (KV-1, KV-3). Created before anything is written.
+/// Reports `WriterStopped` when dropped, however the writing task ends (KV-1, KV-3). Created before anything is
+/// written.
 struct Writer<'a>(&'a Entry);
 
 impl Drop for Writer<'_> {

@@ -9,10 +9,10 @@
 //!     commit  a = first token; payload = frames:u64 bytes:u64 exposed_micros:u64
 //! ```
 //!
-//! The checksum is XXH3 (64 bits) over all bytes before it. For a layer frame it is computed in steps: over the header, then
-//! over each block, seeded with the sum so far ([`next_sum`]). It detects damage, not forgery. CRC-32 would cost a third of
-//! the throughput on machines without wide carry-less multiplication. The checksum comes last, so that a sender reads the
-//! payload only once.
+//! The checksum is XXH3 (64 bits) over all bytes before it. For a layer frame it is computed in steps: over the header,
+//! then over each block, seeded with the sum so far ([`next_sum`]). It detects damage, not forgery. CRC-32 would cost a
+//! third of the throughput on machines without wide carry-less multiplication. The checksum comes last, so that a
+//! sender reads the payload only once.
 
 use overfill_kv::Ticket;
 use overfill_kv::handoff::{Commit, Hello, Piece, RefuseReason};

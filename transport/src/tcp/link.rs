@@ -1,7 +1,7 @@
 //! A connection that carries KV, with one interface for plain TCP sockets and other streams.
 //!
-//! A plain TCP socket moves bytes directly between the kernel and KV memory. Any other stream (TLS, or a simulated network)
-//! uses a small buffer in each direction.
+//! A plain TCP socket moves bytes directly between the kernel and KV memory. Any other stream (TLS, or a simulated
+//! network) uses a small buffer in each direction.
 
 use std::future::poll_fn;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};

@@ -1,5 +1,5 @@
-//! KV transport over TCP, with one connection per handoff. A [`Link`] may also be TLS or another stream. [`frame`] defines
-//! the wire format.
+//! KV transport over TCP, with one connection per handoff. A [`Link`] may also be TLS or another stream. [`frame`]
+//! defines the wire format.
 
 mod connection;
 pub mod frame;

@@ -1,8 +1,8 @@
 //! Connection limit of a receiver.
 //!
 //! A client that opens connections and sends nothing occupies each for the hello timeout. So connections that have not
-//! presented a valid ticket yet are newcomers. At the limit, the oldest newcomer is evicted for each new connection. A real
-//! sender presents its ticket at once.
+//! presented a valid ticket yet are newcomers. At the limit, the oldest newcomer is evicted for each new connection. A
+//! real sender presents its ticket at once.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! Moves payloads between a socket and KV memory, with checksums. KV in host memory is not copied in this process.
 //!
-//! KV memory may be locked while it is read or written, so the closures passed to the store do not wait. They move the bytes
-//! that the socket accepts or has at that moment. Waiting for the socket happens outside.
+//! KV memory may be locked while it is read or written, so the closures passed to the store do not wait. They move the
+//! bytes that the socket accepts or has at that moment. Waiting for the socket happens outside.
 
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 
@@ -9,8 +9,8 @@ use super::frame::{SUM_BYTES, next_sum};
 use super::link::Link;
 use overfill_kv::{BlockId, KvMemory, KvStore, StoreError};
 
-/// Maximum bytes per system call. Large enough for few calls, small enough that checksummed bytes are still in cache when
-/// they are sent.
+/// Maximum bytes per system call. Large enough for few calls, small enough that checksummed bytes are still in cache
+/// when they are sent.
 pub(crate) const CHUNK_BYTES: usize = 512 * 1024;
 
 /// Why a payload could not be sent or received.
@@ -100,8 +100,8 @@ impl<'a> Outgoing<'a> {
         Ok(n - kept_back)
     }
 
-    /// Sends `header`, the blocks `ids` of `layer`, and the checksum of both. The checksum may stay buffered. The blocks are
-    /// not read any more after this returns.
+    /// Sends `header`, the blocks `ids` of `layer`, and the checksum of both. The checksum may stay buffered. The
+    /// blocks are not read any more after this returns.
     pub async fn frame(
         &mut self,
         header: &[u8],

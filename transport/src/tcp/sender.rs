@@ -274,8 +274,8 @@ impl Shell {
         }
     }
 
-    /// Handles a write error. A receiver that ends an attempt sends the reason before it closes the connection. That reason
-    /// counts, not the broken pipe.
+    /// Handles a write error. A receiver that ends an attempt sends the reason before it closes the connection. That
+    /// reason counts, not the broken pipe.
     fn on_write_error(&mut self, stream: &Link, error: io::Error) {
         let mut bytes = [0; ANSWER_BYTES];
         let last_word = match (self.answer.have, stream.try_read(&mut bytes)) {

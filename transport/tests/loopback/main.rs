@@ -1,5 +1,5 @@
-//! Tests of sender and receiver over loopback: the KV that arrives, the errors that each side reports, and that blocks are
-//! freed after failures.
+//! Tests of sender and receiver over loopback: the KV that arrives, the errors that each side reports, and that blocks
+//! are freed after failures.
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 

@@ -386,7 +386,8 @@ impl World {
         }
     }
 
-    /// Writes the pending bytes to memory and returns whether they were damaged. KV-1: the attempt still holds the blocks.
+    /// Writes the pending bytes to memory and returns whether they were damaged. KV-1: the attempt still holds the
+    /// blocks.
     fn land(&mut self, i: usize) -> bool {
         let a = &mut self.attempts[i];
         let Some((piece, data, spoilt)) = a.landing.take() else { return false };

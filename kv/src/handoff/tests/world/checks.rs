@@ -42,8 +42,8 @@ impl World {
         }
     }
 
-    /// Advances the clock past every deadline. Tasks that were told to stop do so, and owners of ready requests decode them
-    /// to the end.
+    /// Advances the clock past every deadline. Tasks that were told to stop do so, and owners of ready requests decode
+    /// them to the end.
     pub fn settle(&mut self) {
         self.competitors.clear();
         self.now += Duration::from_secs(61);
