@@ -1,4 +1,5 @@
-//! Moves payloads between a socket and KV memory, with checksums. KV in host memory is not copied in this process.
+//! Moves payloads between a link and KV memory, with checksums. Over a plain socket, KV in host memory is not copied in
+//! this process.
 //!
 //! KV memory may be locked while it is read or written, so the closures passed to the store do not wait. They move the
 //! bytes that the socket accepts or has at that moment. Waiting for the socket happens outside.
