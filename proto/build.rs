@@ -1,4 +1,4 @@
-//! Compiles the .proto files with protox, in Rust: nobody has to install protoc.
+//! Compiles the .proto files with protox, which is written in Rust, so that protoc is not needed.
 
 use std::{env, fs, path::PathBuf};
 

@@ -1,11 +1,12 @@
-//! Blocks taken and given back, found and named: what every request does on both nodes.
+//! Benchmarks of the block pool (allocate, publish, look up, free) and of block hashing. Every request does these on
+//! both nodes.
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use overfill_kv::{BlockPool, block_hashes, blocks_for};
 
-/// A long prompt.
+/// Prompt length in tokens.
 const TOKENS: usize = 8192;
-/// Blocks of the pool.
+/// Pool size in blocks.
 const POOL: usize = 16 * 1024;
 
 fn prompt(seed: u32) -> Vec<u32> {
@@ -19,7 +20,7 @@ fn blocks(criterion: &mut Criterion) {
     let pool = BlockPool::new(POOL);
     group.bench_function("allocate and free", |bencher| bencher.iter(|| pool.allocate(count)));
 
-    // A pool whose every block is cached: each that is taken is first evicted, and then published again.
+    // Every block of this pool is cached, so each allocation evicts and each iteration publishes again.
     let pool = BlockPool::new(POOL);
     let mut seed = 0;
     let mut fill = move || {

@@ -1,14 +1,14 @@
-//! Identifiers.
+//! Identifiers of blocks, requests, roles, endpoints and tickets.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Place of a block in a node's pool, from 0.
+/// Index of a block in a node's pool, from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockId(pub u32);
 
-/// A request's name, chosen by the router, the same on every node that works on it.
+/// Identifier of a request. The router chooses it; all nodes that work on the request use it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(pub String);
 
@@ -24,15 +24,15 @@ impl fmt::Display for RequestId {
 pub enum Role {
     /// Runs the full model over prompts.
     Prefill,
-    /// Continues requests over the full model's KV.
+    /// Generates tokens over the full model's KV.
     Decode,
 }
 
 impl Role {
-    /// Both.
+    /// All roles.
     pub const ALL: [Self; 2] = [Self::Prefill, Self::Decode];
 
-    /// `prefill` or `decode`.
+    /// Name of the role: `prefill` or `decode`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Prefill => "prefill",
@@ -47,10 +47,10 @@ impl fmt::Display for Role {
     }
 }
 
-/// Where a decode node receives KV, by transport.
+/// Address at which a decode node receives KV, per transport.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum KvEndpoint {
-    /// `host:port`.
+    /// TCP address as `host:port`.
     Tcp(String),
 }
 
@@ -62,18 +62,18 @@ impl fmt::Display for KvEndpoint {
     }
 }
 
-/// The right to write one attempt's KV into one reservation: 128 random bits, single use (KV-4).
+/// Secret that authorizes one sender to fill one reservation: 128 random bits, single use (KV-4).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Ticket(pub [u8; 16]);
 
 impl Ticket {
-    /// A ticket from wire bytes; `None` unless there are 16.
+    /// A ticket from its wire bytes. `None` unless there are exactly 16.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         bytes.try_into().ok().map(Self)
     }
 }
 
-/// A ticket is a secret: what is logged tells two apart, but opens nothing.
+/// A ticket is a secret, so only its first two bytes are logged: enough to tell tickets apart, too little to use one.
 impl fmt::Debug for Ticket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Ticket({:02x}{:02x}..)", self.0[0], self.0[1])

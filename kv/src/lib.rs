@@ -1,5 +1,5 @@
-//! What the two stages agree on, without any I/O, clock or thread: names and layout of the KV cache, its blocks, who
-//! holds them, and the protocol by which they change hands.
+//! Types and protocols that prefill and decode nodes share: identifiers, KV schema, block pool, prefix hashes, sampling
+//! parameters and the handoff state machines. This crate does no I/O, reads no clock and starts no threads.
 
 pub mod handoff;
 pub mod ids;
@@ -21,7 +21,7 @@ pub use store::{KvMemory, KvStore, StoreError};
 /// Tokens per KV block.
 pub const BLOCK_TOKENS: usize = 16;
 
-/// Blocks that `tokens` tokens take.
+/// Number of blocks needed for `tokens` tokens.
 pub fn blocks_for(tokens: usize) -> usize {
     tokens.div_ceil(BLOCK_TOKENS)
 }

@@ -1,18 +1,18 @@
-//! How a handoff and an output end, as nodes and router both report it.
+//! Results of handoffs and outputs, as nodes and router report them.
 
 use std::fmt;
 
-/// Why an output ended.
+/// Why generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FinishReason {
-    /// A stop token, a stop text, or the model's own end of text.
+    /// A stop token, a stop text, or the model's end-of-text token.
     Stop,
-    /// `max_tokens` tokens, or a full context.
+    /// `max_tokens` was reached, or the context is full.
     Length,
 }
 
 impl FinishReason {
-    /// The name that OpenAI's API gives it: `stop` or `length`.
+    /// Name in the OpenAI API: `stop` or `length`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Stop => "stop",
@@ -27,13 +27,13 @@ impl fmt::Display for FinishReason {
     }
 }
 
-/// One handoff, as its sender or its receiver measured it.
+/// Size and duration of one handoff, as measured by its sender or its receiver.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct TransferStats {
-    /// Bytes of KV.
+    /// Bytes of KV transferred.
     pub bytes: u64,
-    /// From the first frame to the confirmed commit.
+    /// Time from the first frame to the confirmed commit.
     pub seconds: f64,
-    /// The part of `seconds` after the last layer was computed, which the overlap with the computation did not hide.
+    /// The part of `seconds` after the prefill was computed, which does not overlap with the computation.
     pub exposed_seconds: f64,
 }

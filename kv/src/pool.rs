@@ -1,20 +1,21 @@
-//! The blocks of a node's KV cache: who holds them, and which of them hold content worth finding again.
+//! Block pool of a node's KV cache: allocation by reference-counted leases, and a prefix cache of published blocks.
 //!
 //! A block is in one of three states:
 //!
-//! - **free**: nobody holds it, nothing is known of its content;
+//! - **free**: no lease holds it and its content is not published;
 //! - **in use**: one or more leases hold it;
-//! - **cached**: nobody holds it, but its content is published and can be found by hash until it is evicted.
+//! - **cached**: no lease holds it, but its content is published and can be found by hash until it is evicted.
 //!
-//! What always holds:
+//! Invariants:
 //!
 //! - free + cached + in use = total, and `available()` is free + cached;
 //! - a block handed out by [`BlockPool::allocate`] is in no other lease, and cannot be found until it is published;
 //! - a block handed out by [`BlockPool::lookup`] has the content it was published with: published blocks are full, and
-//!   a full block is not written again until it was evicted, which only happens when no lease holds it.
+//!   a full block is not written again until it is evicted, which only happens when no lease holds it.
 //!
-//! One mutex guards everything; it is held for the time of the operation and never across I/O. With `n` blocks in the
-//! call and `c` cached ones: allocate, publish, lookup and drop are O(n log c), without allocation beyond the lease.
+//! One mutex guards the pool. It is held for the duration of an operation and never across I/O. Allocate, publish,
+//! lookup and drop are O(n log c) for `n` blocks in the call and `c` cached blocks. Apart from the lease and the pool's
+//! maps they allocate no memory.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -24,17 +25,17 @@ use parking_lot::Mutex;
 
 use crate::{BlockHash, BlockId};
 
-/// Fewer blocks are available than were asked for. Nothing was allocated.
+/// Error: fewer blocks are available than requested. Nothing was allocated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no room: {needed} kv blocks needed, {available} available")]
 pub struct NoRoom {
-    /// Blocks asked for.
+    /// Blocks requested.
     pub needed: usize,
-    /// Blocks that could have been had.
+    /// Blocks that were available.
     pub available: usize,
 }
 
-/// All blocks of one KV cache. Cheap to clone; all clones share the pool.
+/// The pool of all blocks of one KV cache. Cheap to clone; clones share the pool.
 #[derive(Clone)]
 pub struct BlockPool {
     state: Arc<Mutex<State>>,
@@ -42,22 +43,22 @@ pub struct BlockPool {
 
 struct State {
     blocks: Vec<Block>,
-    /// Blocks without holder and without published content; the last is handed out next.
+    /// Free blocks. The last one is handed out next.
     free: Vec<BlockId>,
-    /// Where published content lies. At most one block per hash.
+    /// Block of each published hash. At most one block per hash.
     index: HashMap<BlockHash, BlockId>,
-    /// Published blocks without holder, least recently used first.
+    /// Cached blocks by stamp, least recently used first.
     cached: BTreeMap<u64, BlockId>,
-    /// Stamp of the next block to become unused.
+    /// Stamp for the next block that becomes cached.
     clock: u64,
 }
 
 #[derive(Clone, Copy, Default)]
 struct Block {
-    /// Leases that hold it.
+    /// Number of leases that hold the block.
     refs: u32,
     hash: Option<BlockHash>,
-    /// Key in `cached`, while it is there.
+    /// Key in `cached`, while the block is cached.
     stamp: u64,
 }
 
@@ -66,7 +67,7 @@ impl State {
         self.free.len() + self.cached.len()
     }
 
-    /// Takes a free block, or evicts the least recently used cached one.
+    /// Takes a free block. If there is none, evicts the least recently used cached block.
     fn take(&mut self) -> Option<BlockId> {
         if let Some(id) = self.free.pop() {
             return Some(id);
@@ -104,7 +105,7 @@ impl State {
 }
 
 impl BlockPool {
-    /// A pool of `num_blocks` free blocks, ids from 0.
+    /// A pool of `num_blocks` free blocks with ids from 0.
     pub fn new(num_blocks: usize) -> Self {
         // Reversed, so that a fresh pool hands out block 0 first.
         let free = (0..num_blocks as u32).rev().map(BlockId).collect();
@@ -118,8 +119,8 @@ impl BlockPool {
         Self { state: Arc::new(Mutex::new(state)) }
     }
 
-    /// Takes `n` blocks that nobody else holds or can find, all or none. Evicts least recently used cached blocks when
-    /// no free ones are left.
+    /// Allocates `n` blocks that no other lease holds and no lookup finds, or fails without allocating any. Evicts
+    /// least recently used cached blocks when no free blocks are left.
     pub fn allocate(&self, n: usize) -> Result<BlockLease, NoRoom> {
         let mut state = self.state.lock();
         let available = state.available();
@@ -135,10 +136,10 @@ impl BlockPool {
         Ok(BlockLease { pool: self.clone(), blocks })
     }
 
-    /// Shares the blocks of the longest known prefix of `hashes`; empty if the first is unknown.
+    /// Returns a lease of the published blocks of the longest prefix of `hashes`. Empty if the first hash is unknown.
     ///
-    /// The blocks may be in other leases too: read them, never write them. A caller that must compute the last token
-    /// of a prompt looks up no more than the full blocks before that token.
+    /// Other leases may hold the blocks too, so they must not be written. A caller that must compute the last token of
+    /// a prompt should look up only the full blocks before that token.
     pub fn lookup(&self, hashes: &[BlockHash]) -> BlockLease {
         let mut state = self.state.lock();
         let blocks: Vec<BlockId> = hashes.iter().map_while(|hash| state.index.get(hash).copied()).collect();
@@ -148,10 +149,11 @@ impl BlockPool {
         BlockLease { pool: self.clone(), blocks }
     }
 
-    /// Makes full blocks findable. The caller holds them, and nobody writes to them from here on.
+    /// Publishes full blocks under their hashes, so that lookups find them. The caller must hold the blocks, and they
+    /// must not be written any more.
     ///
-    /// `hashes[i]` names `blocks[i]`; surplus entries of the longer list are ignored. Where a hash is published already
-    /// the first block stays the one that is found. Blocks that nobody holds, or that have a name, are left alone.
+    /// `hashes[i]` is the hash of `blocks[i]`; surplus entries of the longer list are ignored. If a hash is already
+    /// published, lookups keep finding the first block. Blocks that are not held or already have a hash are skipped.
     pub fn publish(&self, blocks: &[BlockId], hashes: &[BlockHash]) {
         let mut state = self.state.lock();
         for (id, hash) in blocks.iter().zip(hashes) {
@@ -164,27 +166,27 @@ impl BlockPool {
         }
     }
 
-    /// Blocks that [`Self::allocate`] could hand out now: free and cached ones.
+    /// Number of blocks that [`Self::allocate`] could hand out now: free and cached ones.
     pub fn available(&self) -> usize {
         self.state.lock().available()
     }
 
-    /// All blocks.
+    /// Number of blocks in the pool.
     pub fn total(&self) -> usize {
         self.state.lock().blocks.len()
     }
 
-    /// Published blocks that no lease holds.
+    /// Number of cached blocks: published, and held by no lease.
     pub fn cached(&self) -> usize {
         self.state.lock().cached.len()
     }
 
-    /// Leases that hold a block; 0 also for one that does not exist.
+    /// Number of leases that hold the block. 0 if the block does not exist.
     pub fn holders(&self, id: BlockId) -> u32 {
         self.state.lock().blocks.get(id.0 as usize).map_or(0, |block| block.refs)
     }
 
-    /// Blocks that leases hold.
+    /// Number of blocks held by leases.
     pub fn in_use(&self) -> usize {
         let state = self.state.lock();
         state.blocks.len() - state.available()
@@ -198,40 +200,40 @@ impl fmt::Debug for BlockPool {
     }
 }
 
-/// The right to use blocks; dropping it gives them back. Published ones stay findable until they are evicted.
+/// Holds blocks of a pool; dropping it releases them. Published blocks can still be found until they are evicted.
 ///
-/// Not `Clone`: share it in an `Arc`, and the last holder gives the blocks back.
+/// Not `Clone`. To share a lease, put it in an `Arc`; dropping the last reference releases the blocks.
 pub struct BlockLease {
     pool: BlockPool,
     blocks: Vec<BlockId>,
 }
 
 impl BlockLease {
-    /// The blocks, in the order they were handed out.
+    /// The blocks, in allocation or lookup order.
     pub fn blocks(&self) -> &[BlockId] {
         &self.blocks
     }
 
-    /// How many.
+    /// Number of blocks.
     pub fn len(&self) -> usize {
         self.blocks.len()
     }
 
-    /// Whether there are none.
+    /// Whether the lease holds no blocks.
     pub fn is_empty(&self) -> bool {
         self.blocks.is_empty()
     }
 
-    /// Takes over the blocks of `other`, behind its own.
+    /// Moves the blocks of `other` to the end of this lease.
     ///
     /// # Panics
-    /// If the leases are of different pools: their block ids have nothing to do with each other.
+    /// If the leases belong to different pools, because their block ids are unrelated.
     pub fn append(&mut self, mut other: BlockLease) {
-        assert!(Arc::ptr_eq(&self.pool.state, &other.pool.state), "leases of different pools");
+        assert!(Arc::ptr_eq(&self.pool.state, &other.pool.state), "leases belong to different pools");
         self.blocks.append(&mut other.blocks);
     }
 
-    /// Keeps the first `at` blocks and returns the rest as a lease of its own; an empty one if there is no rest.
+    /// Keeps the first `at` blocks and returns the others as a new lease, which may be empty.
     pub fn split_off(&mut self, at: usize) -> BlockLease {
         let blocks = if at < self.blocks.len() { self.blocks.split_off(at) } else { Vec::new() };
         BlockLease { pool: self.pool.clone(), blocks }
@@ -244,7 +246,8 @@ impl Drop for BlockLease {
             return;
         }
         let mut state = self.pool.state.lock();
-        // The end of a prompt becomes the least recently used: without its beginning it could not be found anyway.
+        // Release in reverse, so that the end of a prompt is evicted first: lookups cannot reach it without the
+        // beginning.
         for id in self.blocks.iter().rev() {
             state.release(*id);
         }

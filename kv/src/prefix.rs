@@ -1,4 +1,4 @@
-//! Names of KV content: the same tokens after the same prefix, computed by the same model, have the same name.
+//! Content hashes of KV blocks. The same tokens after the same prefix, computed by the same model, have the same hash.
 
 use std::fmt;
 
@@ -6,14 +6,14 @@ use sha2::{Digest, Sha256};
 
 use crate::BLOCK_TOKENS;
 
-/// Content name of one full block: its tokens, all tokens before it, and the model that computed its KV.
+/// Content hash of one full block. Covers its tokens, all tokens before it, and the model that computed its KV.
 ///
-/// 32 bytes of SHA-256. Prompts come from strangers, so two different contents must not be made to collide.
+/// SHA-256, because prompts come from untrusted clients, who must not be able to construct collisions.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockHash([u8; 32]);
 
 impl BlockHash {
-    /// The digest.
+    /// The 32 bytes of the digest.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
@@ -25,10 +25,10 @@ impl fmt::Debug for BlockHash {
     }
 }
 
-/// Names of the full blocks of `tokens`, in order; a last block that is not full has none.
+/// Hashes of the full blocks of `tokens`, in order. A partly filled last block has no hash.
 ///
-/// `producer` is the fingerprint of the model that computes the KV: blocks of other producers never match. The name
-/// of block `i` covers all tokens before it, so the names of a prefix are a prefix of the names.
+/// `producer` is the fingerprint of the model that computes the KV; blocks of different producers never match. The hash
+/// of a block covers all tokens before it, so the hashes of a prefix are a prefix of the hashes.
 pub fn block_hashes(tokens: &[u32], producer: &str) -> Vec<BlockHash> {
     let mut chain: [u8; 32] = Sha256::new()
         .chain_update(b"overfill-kv-block-v1")
@@ -84,6 +84,6 @@ mod tests {
         assert_ne!(block_hashes(&tokens, "full")[0], block_hashes(&tokens, "pruned")[0]);
         let repeated = [7u32; 32];
         let names = block_hashes(&repeated, "m");
-        assert_ne!(names[0], names[1], "equal blocks at different places are different content");
+        assert_ne!(names[0], names[1], "equal blocks at different positions have different content");
     }
 }

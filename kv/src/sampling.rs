@@ -1,29 +1,29 @@
-//! How a token is chosen, and what is reported of it.
+//! Sampling parameters and output tokens.
 
 use std::collections::BTreeMap;
 
-/// How the next token is chosen. Checked at every edge by [`SamplingParams::validate`].
+/// How the next token is chosen. Router and nodes check the values with [`SamplingParams::validate`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
-    /// 0 is greedy. At most 100.
+    /// Divides the logits; in [0, 100]. 0 is greedy.
     pub temperature: f64,
-    /// Keep the likeliest tokens that together have this probability; in (0, 1].
+    /// Keep the most likely tokens whose probabilities add up to this; in (0, 1].
     pub top_p: f64,
-    /// Keep the `top_k` likeliest; 0 keeps all.
+    /// Keep the `top_k` most likely tokens; 0 keeps all.
     pub top_k: u32,
-    /// Keep tokens at least this fraction as likely as the likeliest; in [0, 1].
+    /// Keep tokens whose probability is at least this fraction of the highest one; in [0, 1].
     pub min_p: f64,
-    /// The random number of a token is a function of (seed, position in the sequence) alone.
+    /// Seed. The random number for a token depends only on the seed and the token's position in the sequence.
     pub seed: u64,
     /// Subtracted from the logit of every token already in the output; in [-2, 2].
     pub presence_penalty: f64,
-    /// The same times its count; in [-2, 2].
+    /// Subtracted once per occurrence in the output from the token's logit; in [-2, 2].
     pub frequency_penalty: f64,
-    /// Divides (positive) or multiplies (negative) the logit of every token of prompt and output; in (0, 10], 1 is off.
+    /// Divides positive logits and multiplies negative logits of all tokens in prompt and output; in (0, 10], 1 is off.
     pub repetition_penalty: f64,
     /// Added to the logits of these tokens; each in [-100, 100].
     pub logit_bias: BTreeMap<u32, f32>,
-    /// Alternatives to report per token; `None` reports no log-probabilities.
+    /// Number of alternatives reported per token. `None` reports no log-probabilities.
     pub logprobs: Option<u32>,
 }
 
@@ -44,28 +44,29 @@ impl Default for SamplingParams {
     }
 }
 
-/// Most alternatives that may be asked for per token.
+/// Maximum of [`SamplingParams::logprobs`].
 pub const MAX_LOGPROBS: u32 = 20;
 
-/// A parameter outside its limits.
+/// Error: a sampling parameter is outside its limits.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("{field} must be {limit}, got {value}")]
 pub struct InvalidSampling {
     /// Name of the parameter.
     pub field: &'static str,
-    /// What it must be.
+    /// The allowed values, for the error text.
     pub limit: &'static str,
-    /// What it is.
+    /// The value given.
     pub value: String,
 }
 
 impl SamplingParams {
-    /// Greedy, everything else off.
+    /// Greedy sampling with all other options off.
     pub fn greedy() -> Self {
         Self { temperature: 0.0, ..Self::default() }
     }
 
-    /// Refuses values outside the limits given at the fields, NaN included, and biases of tokens outside the vocabulary.
+    /// Returns an error for values outside the limits documented at the fields (NaN included) and for logit biases of
+    /// tokens outside the vocabulary.
     pub fn validate(&self, vocab_size: usize) -> Result<(), InvalidSampling> {
         let Self {
             temperature,
@@ -102,13 +103,13 @@ impl SamplingParams {
     }
 }
 
-/// A chosen token, with its log-probability under the raw logits (before penalties and temperature).
+/// A chosen token. Log-probabilities are those of the raw logits, before penalties and temperature.
 #[derive(Clone, Debug, PartialEq)]
 pub struct OutputToken {
-    /// Its id.
+    /// Token id.
     pub token: u32,
-    /// Natural logarithm; NaN where none was asked for.
+    /// Natural logarithm of its probability; NaN if log-probabilities were not requested.
     pub logprob: f32,
-    /// The likeliest alternatives, best first.
+    /// Token ids and log-probabilities of the most likely alternatives, most likely first.
     pub top: Vec<(u32, f32)>,
 }

@@ -1,4 +1,4 @@
-//! What must agree between two models for one to attend to the other's KV.
+//! KV schema: what must match for one model to attend to another model's KV.
 
 use std::fmt;
 
@@ -6,14 +6,14 @@ use sha2::{Digest, Sha256};
 
 use crate::BLOCK_TOKENS;
 
-/// Element type of KV, in memory and on the wire.
+/// Element type of KV in memory and on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KvDtype {
-    /// 4 bytes.
+    /// 32-bit float, 4 bytes.
     F32,
-    /// 2 bytes.
+    /// bfloat16, 2 bytes.
     Bf16,
-    /// 2 bytes.
+    /// 16-bit float, 2 bytes.
     F16,
 }
 
@@ -49,21 +49,21 @@ impl std::str::FromStr for KvDtype {
     }
 }
 
-/// Rotary embedding, as far as it decides what a key means.
+/// Parameters of the rotary embedding applied to the keys.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeSpec {
-    /// Base of the frequencies.
+    /// Base of the rotary frequencies.
     pub theta: f64,
-    /// Canonical text of the scaling: `none`, or its type and parameters.
+    /// Canonical text of the frequency scaling: `none`, or its type and parameters.
     pub scaling: String,
 }
 
-/// How KV is laid out and what it was computed by.
+/// Layout of KV, and identity of the model and tokenizer that it was computed with.
 ///
 /// One layer of one block is `[K|V][kv_heads][block_tokens][head_dim]`, elements little-endian.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KvSchema {
-    /// Indices of the full model's layers whose KV is used, ascending.
+    /// Indices of the full model's layers whose KV is stored, ascending.
     pub layers: Vec<u32>,
     /// KV heads per layer.
     pub kv_heads: u32,
@@ -79,32 +79,32 @@ pub struct KvSchema {
     pub vocab_size: u32,
     /// SHA-256 of tokenizer.json, lower-case hex.
     pub tokenizer_sha256: String,
-    /// Fingerprint of the full model that computes the KV; `None` on a consumer that does not name one.
+    /// Fingerprint of the full model that computes the KV. `None` on a decode node whose model does not name one.
     pub full_model: Option<String>,
 }
 
-/// Two schemas that may not share KV.
+/// Error: a consumer cannot use a producer's KV.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("kv schema mismatch: {field} is {producer} on the prefill side and {consumer} on the decode side")]
 pub struct SchemaMismatch {
     /// The field that differs.
     pub field: &'static str,
-    /// Its value on the side that computes the KV.
+    /// Value on the side that computes the KV.
     pub producer: String,
-    /// Its value on the side that attends to it.
+    /// Value on the side that attends to the KV.
     pub consumer: String,
 }
 
 impl KvSchema {
-    /// Bytes of one layer of one block.
+    /// Size of one block of one layer, in bytes.
     pub fn block_bytes(&self) -> usize {
         2 * self.kv_heads as usize * self.block_tokens as usize * self.head_dim as usize * self.dtype.size_bytes()
     }
 
-    /// May a decode node of schema `consumer` attend to KV that a prefill node of schema `self` computes?
+    /// Checks that a decode node with schema `consumer` can attend to KV from a prefill node with schema `self`.
     ///
-    /// All fields must be equal, except that the consumer may use a subset of the layers, and may leave the full
-    /// model unnamed.
+    /// All fields must be equal, except that the consumer may use a subset of the layers and may leave `full_model`
+    /// unset. The error names the first field that differs.
     pub fn check_consumer(&self, consumer: &Self) -> Result<(), SchemaMismatch> {
         let Self { layers, kv_heads, head_dim, rope, dtype, block_tokens, vocab_size, tokenizer_sha256, full_model } =
             self;
@@ -132,7 +132,7 @@ impl KvSchema {
         }
     }
 
-    /// A digest over every field but the full model: equal if and only if the KV bytes mean the same to both sides.
+    /// SHA-256 over all fields except `full_model`. Equal digests mean that both sides interpret KV bytes the same way.
     pub fn digest(&self) -> [u8; 32] {
         let Self { layers, kv_heads, head_dim, rope, dtype, block_tokens, vocab_size, tokenizer_sha256, full_model: _ } =
             self;
@@ -148,7 +148,7 @@ impl KvSchema {
         self.digest().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// The schema of a cache that holds the default number of tokens per block.
+    /// The same schema with [`BLOCK_TOKENS`] tokens per block.
     pub fn with_default_blocks(mut self) -> Self {
         self.block_tokens = BLOCK_TOKENS as u32;
         self

@@ -1,47 +1,49 @@
-//! Where KV bytes live, as the transport sees it.
+//! Access to KV memory for the transport.
 
 use crate::BlockId;
 
-/// Memory that holds KV blocks. Implemented by the model's cache, and by plain memory in tests and benches.
+/// Memory that holds KV blocks. Implemented by the model's cache, and by plain memory in tests and benchmarks.
 ///
-/// `layer` counts the layers of this store from 0. A block of a layer is `block_bytes` long.
+/// `layer` is the index of a layer in this store, from 0. Each block of a layer has `block_bytes` bytes.
 pub trait KvStore: Send + Sync {
-    /// Layers held.
+    /// Number of layers.
     fn num_layers(&self) -> usize;
-    /// Blocks per layer.
+    /// Number of blocks per layer.
     fn num_blocks(&self) -> usize;
-    /// Bytes of one layer of one block.
+    /// Size of one block of one layer, in bytes.
     fn block_bytes(&self) -> usize;
-    /// Where the blocks are.
+    /// Whether the blocks are in host or device memory.
     fn memory(&self) -> KvMemory;
-    /// Calls `f` with the bytes of each block in turn. The store may be locked meanwhile: `f` must not block.
+    /// Calls `f` with the position in `blocks` and the bytes of each block, in order. The store may be locked during
+    /// the calls, so `f` must not block.
     fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError>;
-    /// Calls `f` with each block's bytes, all to be overwritten. The store may be locked meanwhile: `f` must not block.
+    /// Calls `f` with the position in `blocks` and the memory of each block, in order. `f` must overwrite all bytes.
+    /// The store may be locked during the calls, so `f` must not block.
     fn write(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), StoreError>;
 
-    /// As [`Self::read`], but calls `f` once, with all blocks in place. Only where [`Self::memory`] is [`KvMemory::Host`].
+    /// Like [`Self::read`], but calls `f` once with all blocks, without copying. Works only for [`KvMemory::Host`].
     fn view(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&[&[u8]])) -> Result<(), StoreError> {
         let _ = (layer, blocks, f);
         Err(StoreError::NotInHostMemory)
     }
 
-    /// As [`Self::view`], to write: what `f` leaves alone stays as it is. `blocks` must be distinct.
+    /// Like [`Self::view`], for writing. Bytes that `f` does not write keep their value. `blocks` must be distinct.
     fn edit(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&mut [&mut [u8]])) -> Result<(), StoreError> {
         let _ = (layer, blocks, f);
         Err(StoreError::NotInHostMemory)
     }
 }
 
-/// Where a store keeps its blocks.
+/// Kind of memory in which a store keeps its blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvMemory {
-    /// In this process's memory: [`KvStore::view`] and [`KvStore::edit`] give its bytes in place.
+    /// Host memory of this process. [`KvStore::view`] and [`KvStore::edit`] access it without copying.
     Host,
-    /// On a device: each read and write is a copy.
+    /// Device memory. Each read and write is a copy.
     Device,
 }
 
-/// Refuses a layer or block that the store does not have.
+/// Returns [`StoreError::OutOfRange`] if the store does not have the layer or one of the blocks.
 pub fn check_range(store: &dyn KvStore, layer: usize, blocks: &[BlockId]) -> Result<(), StoreError> {
     let (num_layers, num_blocks) = (store.num_layers(), store.num_blocks());
     let outside = blocks.iter().find(|block| block.0 as usize >= num_blocks);
@@ -51,12 +53,13 @@ pub fn check_range(store: &dyn KvStore, layer: usize, blocks: &[BlockId]) -> Res
     }
 }
 
-/// The places of `blocks` in `memory`, a layer of blocks of `block_bytes`; `None` if one is outside.
+/// Slices of `blocks` in `memory`, which holds the blocks of one layer, `block_bytes` bytes each. `None` if a block is
+/// outside `memory`.
 pub fn blocks_in<'a>(memory: &'a [u8], block_bytes: usize, blocks: &[BlockId]) -> Option<Vec<&'a [u8]>> {
     blocks.iter().map(|b| memory.get(b.0 as usize * block_bytes..)?.get(..block_bytes)).collect()
 }
 
-/// As [`blocks_in`], to write; `None` also if a block is named twice. O(n log n) in the number of blocks.
+/// Like [`blocks_in`], for writing. Also `None` if a block appears twice. O(n log n) in the number of blocks.
 pub fn blocks_in_mut<'a>(
     mut memory: &'a mut [u8],
     block_bytes: usize,
@@ -76,29 +79,29 @@ pub fn blocks_in_mut<'a>(
     places.into_iter().collect()
 }
 
-/// A store that could not be read or written.
+/// Why a store could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The caller's mistake.
+    /// The caller named a layer or block that does not exist.
     #[error("layer {layer} or block {block} is outside the store ({num_layers} layers, {num_blocks} blocks)")]
     OutOfRange {
-        /// As asked.
+        /// Requested layer.
         layer: usize,
-        /// As asked.
+        /// Requested block; 0 if only the layer is out of range.
         block: u32,
-        /// Layers there are.
+        /// Number of layers in the store.
         num_layers: usize,
-        /// Blocks there are.
+        /// Number of blocks per layer in the store.
         num_blocks: usize,
     },
-    /// The device's.
+    /// The device reported an error.
     #[error("kv memory: {0}")]
     Device(String),
-    /// The caller's mistake: only host memory can be seen in place.
-    #[error("kv memory is on a device and can't be read in place")]
+    /// The caller used [`KvStore::view`] or [`KvStore::edit`] on device memory.
+    #[error("kv memory is on a device and can't be accessed in place")]
     NotInHostMemory,
-    /// The caller's mistake: a block can't be written in two places at once.
-    #[error("a kv block is named twice in one write")]
+    /// The caller named a block twice in one [`KvStore::edit`].
+    #[error("a kv block appears twice in one write")]
     Repeated,
 }
 

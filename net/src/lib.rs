@@ -1,25 +1,25 @@
-//! How connections between processes are made, whatever they run over and whatever runs on them.
+//! Interfaces to open and accept connections between processes, over TCP, TLS or a simulated network.
 //!
-//! gRPC and HTTP run on [`overfill-cluster`'s connections](../overfill_cluster/net/index.html), KV on the transport's links.
-//! Both are opened and accepted in the same way: over TCP, over TLS, or over a simulated network.
+//! gRPC and HTTP run on [`overfill-cluster`'s connections](../overfill_cluster/net/index.html), KV runs on the
+//! transport's links. Both use [`Dialer`] and [`Listen`].
 
 use std::{fmt, future::Future, io, net::SocketAddr, sync::Arc};
 
 use futures::future::BoxFuture;
 
-/// A connection `C` that is being opened: with its handshake, where it has one.
+/// Future that opens a connection of type `C`. It includes the handshake, if there is one.
 pub type Opening<C> = BoxFuture<'static, io::Result<C>>;
 
-/// How a connection to `host:port` is opened. Clones are the same.
+/// Opens connections to `host:port` addresses. Clones share the same function.
 pub struct Dialer<C>(Arc<dyn Fn(String) -> Opening<C> + Send + Sync>);
 
 impl<C> Dialer<C> {
-    /// Opens connections with `dial`, which gets the address.
+    /// A dialer that calls `dial` with the address.
     pub fn new(dial: impl Fn(String) -> Opening<C> + Send + Sync + 'static) -> Self {
         Self(Arc::new(dial))
     }
 
-    /// Opens a connection to `host:port`.
+    /// Opens a connection to `address`, which is `host:port`.
     pub fn dial(&self, address: String) -> Opening<C> {
         (self.0)(address)
     }
@@ -37,11 +37,12 @@ impl<C> fmt::Debug for Dialer<C> {
     }
 }
 
-/// Where connections come in.
+/// Accepts connections.
 pub trait Listen: Send + 'static {
-    /// What comes in.
+    /// Type of the connections.
     type Connection: Send + 'static;
 
-    /// The next connection, which is still to be opened, and its peer. Nothing is lost if this is dropped.
+    /// Waits for the next connection. Returns a future that completes its handshake, and the peer's address. Dropping
+    /// the call before it returns loses no connection.
     fn accept(&mut self) -> impl Future<Output = io::Result<(Opening<Self::Connection>, SocketAddr)>> + Send;
 }

@@ -1,4 +1,5 @@
-//! Wire to domain and back. Only a receiver converts from the wire, and refuses what a domain type cannot be.
+//! Conversions between generated messages and domain types. Conversions from messages reject values that the domain
+//! type does not allow.
 
 use overfill_kv::{
     FinishReason, KvDtype, KvEndpoint, KvSchema, OutputToken, Role, RopeSpec, SamplingParams, Ticket, TransferStats,
@@ -6,23 +7,23 @@ use overfill_kv::{
 
 use crate::v1;
 
-/// Longest address of a KV endpoint.
+/// Maximum length of a KV endpoint's address, in bytes.
 const MAX_ADDRESS_BYTES: usize = 512;
 
-/// A field of a received message with a value it may not have.
+/// Error: a field of a received message has a value that is not allowed.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("{field} must be {limit}, got {value}")]
 pub struct InvalidField {
-    /// Name of the field, as in the .proto file.
+    /// Name of the field, as in the .proto file, with dots for nested messages.
     pub field: &'static str,
-    /// What it must be.
+    /// The allowed values, for the error text.
     pub limit: String,
-    /// What it is.
+    /// The value received.
     pub value: String,
 }
 
 impl InvalidField {
-    /// The error for `field`.
+    /// An error for `field`, which must be `limit` but is `value`.
     pub fn new(field: &'static str, limit: impl Into<String>, value: impl ToString) -> Self {
         Self { field, limit: limit.into(), value: value.to_string() }
     }
@@ -34,7 +35,7 @@ impl From<InvalidField> for tonic::Status {
     }
 }
 
-/// A ticket from its 16 wire bytes.
+/// A ticket from a message field. Returns an error unless there are exactly 16 bytes.
 pub fn ticket_from_wire(bytes: &[u8]) -> Result<Ticket, InvalidField> {
     Ticket::from_bytes(bytes).ok_or_else(|| InvalidField::new("ticket", "16 bytes", format!("{} bytes", bytes.len())))
 }
@@ -230,7 +231,7 @@ impl From<&SamplingParams> for v1::SamplingParams {
     }
 }
 
-/// The limits are not checked here: they need the vocabulary, see [`SamplingParams::validate`].
+/// Does not check limits, because that needs the vocabulary size. See [`SamplingParams::validate`].
 impl From<v1::SamplingParams> for SamplingParams {
     fn from(wire: v1::SamplingParams) -> Self {
         Self {

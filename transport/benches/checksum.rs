@@ -1,11 +1,11 @@
-//! The checksum that every KV byte passes twice, once on each side.
+//! Benchmark of the checksum. It is computed over every KV byte twice, once on each side.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use overfill_transport::tcp::frame::{checksum, next_sum};
 
-/// One layer of one block of a Llama-3.2-3B in bf16.
+/// One layer of one block of Llama-3.2-3B in bf16.
 const BLOCK_BYTES: usize = 64 << 10;
-/// Blocks of one frame.
+/// Blocks per frame.
 const BLOCKS: usize = 32;
 
 fn sums(criterion: &mut Criterion) {

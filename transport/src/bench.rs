@@ -1,4 +1,4 @@
-//! Measures the handoff against what the machine can do: a copy in memory, and a bare TCP copy over loopback.
+//! Measures the throughput of a handoff over loopback, and that of a memory copy and a bare TCP copy for comparison.
 
 use std::io;
 use std::sync::Arc;
@@ -12,30 +12,30 @@ use crate::tcp::payload::{CHUNK_BYTES, read_full, write_full};
 use crate::tcp::{Link, PlainListener};
 use crate::{HandoffError, IncomingHandoff, KvReceiver, KvSender, MemoryStore, Reservation, SendPlan, TransferConfig};
 
-/// Each way is measured this often, in turns; the best counts.
+/// Rounds per measurement. Each round runs all three measurements; the best round counts.
 const ROUNDS: u8 = 20;
 
-/// Bytes per second, each the best of several rounds in one run, between the same two regions of memory.
+/// Throughput of the three measurements, each the best of all rounds. All copy between the same two memory regions.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LoopbackReport {
-    /// KV bytes moved per round.
+    /// KV bytes copied per round.
     pub bytes: u64,
-    /// One thread copying memory.
+    /// Memory copy by one thread, in bytes per second.
     pub memcpy_bytes_per_second: f64,
-    /// Two tasks and a TCP connection, nothing else: no frames, no checksums.
+    /// Copy between two tasks over a TCP connection, without frames or checksums, in bytes per second.
     pub tcp_bytes_per_second: f64,
-    /// A whole handoff: ticket, frames, checksums, commit, confirmation.
+    /// Complete handoff with ticket, frames, checksums, commit and confirmation, in bytes per second.
     pub handoff_bytes_per_second: f64,
 }
 
 impl LoopbackReport {
-    /// What is left of the bare TCP copy.
+    /// Throughput of the handoff divided by that of the bare TCP copy.
     pub fn handoff_to_tcp(&self) -> f64 {
         self.handoff_bytes_per_second / self.tcp_bytes_per_second
     }
 }
 
-/// The geometry of a Llama-3.2-3B: 28 layers, blocks of 64 KiB per layer.
+/// Schema of Llama-3.2-3B: 28 layers, 64 KiB per block of a layer.
 fn schema() -> KvSchema {
     KvSchema {
         layers: (0..28).collect(),
@@ -50,9 +50,9 @@ fn schema() -> KvSchema {
     }
 }
 
-/// Measures with about `bytes` of KV (at least one block of each layer). Takes a few seconds per GB.
+/// Runs the benchmark with about `bytes` of KV (at least one block per layer). Takes a few seconds per GB.
 ///
-/// Wants a runtime of two or more threads, and nothing else to run on them.
+/// The runtime should have at least two threads and run nothing else.
 pub async fn loopback(bytes: usize) -> Result<LoopbackReport, HandoffError> {
     let schema = schema();
     let config = TransferConfig::default();
@@ -79,7 +79,7 @@ pub async fn loopback(bytes: usize) -> Result<LoopbackReport, HandoffError> {
         report.handoff_bytes_per_second = report.handoff_bytes_per_second.max(handoff);
     }
     shutdown.cancel();
-    // The listener has nothing left to wait for; were it to panic, the figures would still be right.
+    // A panic of the listener's task would not change the results.
     let _ = serving.await;
     Ok(report)
 }
@@ -92,7 +92,7 @@ fn all_blocks(store: &MemoryStore) -> Vec<BlockId> {
     (0..store.num_blocks() as u32).map(BlockId).collect()
 }
 
-/// Pages that were never written share one page of zeros, and would be read from cache.
+/// Writes to every page. Pages that were never written share one zero page, which would be read from cache.
 fn fill(store: &MemoryStore) {
     let mut layers = store.take();
     for (l, layer) in layers.iter_mut().enumerate() {
@@ -113,7 +113,7 @@ fn memcpy(source: &MemoryStore, target: &MemoryStore) -> Duration {
     took
 }
 
-/// Every layer's memory through a connection, `chunk` bytes at a time, without stores, frames or checksums.
+/// Copies the memory of every layer through a TCP connection, `chunk` bytes at a time, without frames or checksums.
 async fn bare_tcp(source: Arc<MemoryStore>, target: Arc<MemoryStore>, chunk: usize) -> io::Result<Duration> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let out = Link::tcp(TcpStream::connect(listener.local_addr()?).await?)?;
@@ -127,7 +127,7 @@ async fn bare_tcp(source: Arc<MemoryStore>, target: Arc<MemoryStore>, chunk: usi
                 write_direct(&out, part).await?;
             }
         }
-        // The last byte has arrived when the other side says so.
+        // The reader sends one byte when it has read everything.
         read_full(&out, &mut [0]).await?;
         Ok::<_, io::Error>(from)
     });
@@ -205,7 +205,7 @@ async fn handoff(
     sender.commit(1);
     incoming.ready().await?;
     let took = start.elapsed();
-    // The sender's own outcome is the receiver's, a moment later.
+    // The receiver has succeeded, so the sender's outcome adds nothing.
     let _ = sending.await;
     incoming.finished();
     Ok(took)

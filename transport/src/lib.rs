@@ -1,12 +1,13 @@
-//! KV bytes from a prefill node to a decode node.
+//! Moves KV from a prefill node to a decode node.
 //!
 //! The decode node reserves blocks under a ticket ([`KvReceiver::reserve`]). The prefill node connects with that ticket
 //! ([`KvSender::start`]) and sends the KV of each layer as soon as it is computed ([`KvLayers::ready`]), straight from its KV
-//! memory into the receiver's. A commit closes the handoff; only when it agrees with what arrived may the request decode.
+//! memory into the receiver's. A commit ends the handoff. The request may decode only if the commit matches what
+//! arrived.
 //!
-//! All decisions (who may write, when blocks are free, when a handoff is over) are made by the state machines of
-//! [`overfill_kv::handoff`]; this crate moves bytes and time to them and does what they say. What is common to all
-//! transports stands here: plan, reservations, outcome. [`tcp`] is the one transport so far.
+//! The state machines of [`overfill_kv::handoff`] make all decisions: who may write, when blocks are free, when a
+//! handoff is over. This crate feeds them events and the time, and carries out their actions. Plans, reservations and
+//! outcomes are common to all transports. [`tcp`] is the only transport so far.
 
 #![warn(clippy::large_futures)]
 
@@ -27,19 +28,19 @@ pub use receiver::{IncomingHandoff, KvReceiver};
 pub use reservations::Reservation;
 pub use sender::{KvLayers, KvSender};
 
-/// Limits of the KV plane. Both sides of a handoff should have the same.
+/// Limits of the KV transfer. Both sides of a handoff should use the same values.
 #[derive(Clone, Debug)]
 pub struct TransferConfig {
-    /// Longest silence of the other side before it is taken for dead.
+    /// Longest silence of the other side before the handoff fails.
     pub idle_timeout: Duration,
-    /// Longest payload of a frame; a block that is longer travels alone.
+    /// Maximum payload of a frame in bytes. A block that is longer gets a frame of its own.
     pub max_frame_bytes: usize,
-    /// How long a new connection may take to show its ticket.
+    /// How long a new connection may take to present its ticket.
     pub hello_timeout: Duration,
-    /// Connections that a receiver serves at once. One more takes the place of the oldest that has no handoff yet, and is
-    /// refused where all have one.
+    /// Maximum number of connections to a receiver. At the limit, a new connection replaces the oldest one that has no
+    /// handoff yet, and is refused if all have one.
     pub max_connections: usize,
-    /// How a sender connects over TCP.
+    /// Opens a sender's TCP connections.
     pub dialer: tcp::Dialer,
 }
 
@@ -56,43 +57,43 @@ impl Default for TransferConfig {
 }
 
 impl TransferConfig {
-    /// Longest payload of a frame when a block of a layer has `block_bytes`.
+    /// Maximum payload of a frame in bytes, if a block of a layer has `block_bytes` bytes.
     fn frame_limit(&self, block_bytes: usize) -> usize {
         self.max_frame_bytes.max(block_bytes)
     }
 }
 
-/// What a whole handoff brought.
+/// Result of a successful handoff, on the receiver.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Committed {
-    /// The full model's first token.
+    /// First output token, chosen by the full model.
     pub first_token: u32,
-    /// As the receiver measured it.
+    /// Size and duration, as the receiver measured them.
     pub stats: TransferStats,
 }
 
-/// Why a handoff came to nothing.
+/// Why a handoff failed.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum HandoffError {
-    /// As the state machine decided.
+    /// The state machine ended the attempt.
     #[error(transparent)]
     Failed(#[from] Failure),
-    /// The connection could not be made or broke.
+    /// The connection could not be opened, or broke.
     #[error("kv connection to {endpoint}: {message}")]
     Connection {
-        /// As in the plan.
+        /// Address from the plan.
         endpoint: String,
-        /// The system's message.
+        /// Text of the I/O error.
         message: String,
     },
-    /// A plan or reservation that cannot be carried out; nothing was sent.
+    /// A plan or reservation is invalid. Nothing was sent.
     #[error("handoff plan: {field} must be {limit}, got {value}")]
     Plan {
-        /// Its name.
+        /// Name of the field.
         field: &'static str,
-        /// What it must be.
+        /// What the field must be, for the error text.
         limit: String,
-        /// What it is.
+        /// The value given.
         value: String,
     },
 }

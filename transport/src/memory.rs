@@ -1,10 +1,10 @@
-//! KV in plain memory.
+//! KV store in host memory.
 
 use overfill_kv::store::{blocks_in, blocks_in_mut, check_range};
 use overfill_kv::{BlockId, KvMemory, KvStore, StoreError};
 use parking_lot::RwLock;
 
-/// A [`KvStore`] in plain memory, without a model: for tests and for measuring the transport itself.
+/// A [`KvStore`] in host memory without a model, for tests and benchmarks of the transport.
 pub struct MemoryStore {
     /// Per layer, `[num_blocks][block_bytes]`.
     layers: Vec<RwLock<Vec<u8>>>,
@@ -13,13 +13,13 @@ pub struct MemoryStore {
 }
 
 impl MemoryStore {
-    /// All zero.
+    /// A store filled with zeros.
     pub fn new(num_layers: usize, num_blocks: usize, block_bytes: usize) -> Self {
         let layers = (0..num_layers).map(|_| RwLock::new(vec![0; num_blocks * block_bytes])).collect();
         Self { layers, num_blocks, block_bytes }
     }
 
-    /// The layers' memory itself, to be given back with [`Self::put`].
+    /// Takes the memory of all layers out of the store. [`Self::put`] puts it back.
     pub(crate) fn take(&self) -> Vec<Vec<u8>> {
         self.layers.iter().map(|layer| std::mem::take(&mut *layer.write())).collect()
     }
@@ -60,7 +60,7 @@ impl KvStore for MemoryStore {
         check_range(self, layer, blocks)?;
         let places = self.layers[layer].read();
         let places = blocks_in(&places, self.block_bytes, blocks);
-        // The range was checked.
+        // Never `None`: the range was checked above.
         f(&places.unwrap_or_default());
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! What a handoff is to send.
+//! Plan of a handoff, for the sender.
 
 use std::sync::Arc;
 
@@ -7,29 +7,29 @@ use tokio::time::Instant;
 
 use crate::HandoffError;
 
-/// What is to be sent, and where.
+/// What a handoff sends, and where to.
 #[derive(Debug)]
 pub struct SendPlan {
-    /// Where the receiver takes it.
+    /// Address of the receiver.
     pub endpoint: KvEndpoint,
-    /// The right to write there.
+    /// Ticket of the receiver's reservation.
     pub ticket: Ticket,
-    /// For logs.
+    /// Identifies the request in logs.
     pub request_id: RequestId,
-    /// The consumer's schema. Its layers are the layers of the local store that are sent, by index; the wire counts
-    /// them by their position in this list.
+    /// The receiver's schema. `schema.layers` lists the layers of the local store that are sent. On the wire a layer is
+    /// numbered by its position in that list.
     pub schema: KvSchema,
-    /// All blocks of the prompt in the local store, in order.
+    /// All blocks of the prompt in the local store, in prompt order, including those that the receiver holds.
     pub blocks: Vec<BlockId>,
-    /// What keeps them; let go when the receiver has confirmed or the handoff has failed (KV-2).
+    /// Lease of the blocks. Dropped when the receiver has confirmed or the handoff has failed (KV-2).
     pub lease: Arc<BlockLease>,
-    /// Leading blocks of the prompt that the receiver holds already. They are not sent.
+    /// Leading blocks of the prompt that the receiver already holds. They are not sent.
     pub held_blocks: u32,
-    /// Length of the whole prompt.
+    /// Length of the whole prompt, held blocks included.
     pub prompt_tokens: u32,
-    /// Most calls of [`KvLayers::ready`] that will come: chunks times layers.
+    /// Maximum number of calls of [`KvLayers::ready`]: prefill chunks times layers.
     pub max_pieces: usize,
-    /// By then the receiver has confirmed, or the handoff has failed.
+    /// The handoff fails if the receiver has not confirmed by this time.
     pub deadline: Instant,
 }
 
@@ -38,7 +38,7 @@ impl SendPlan {
         let wrong = |field, limit: String, value: String| Err(HandoffError::Plan { field, limit, value });
         let blocks = blocks_for(self.prompt_tokens as usize);
         if self.blocks.len() != blocks {
-            return wrong("blocks", format!("the {blocks} of the prompt"), self.blocks.len().to_string());
+            return wrong("blocks", format!("the prompt's {blocks} blocks"), self.blocks.len().to_string());
         }
         if self.held_blocks as usize >= blocks {
             return wrong("held_blocks", format!("below the prompt's {blocks} blocks"), self.held_blocks.to_string());
@@ -46,12 +46,12 @@ impl SendPlan {
         if let Some(layer) = self.schema.layers.iter().find(|l| **l as usize >= store.num_layers()) {
             return wrong(
                 "schema.layers",
-                format!("below the store's {} layers", store.num_layers()),
+                format!("below the store's layer count {}", store.num_layers()),
                 layer.to_string(),
             );
         }
         if self.schema.block_bytes() != store.block_bytes() {
-            let limit = format!("of blocks of {} bytes, as the store's", store.block_bytes());
+            let limit = format!("one with the store's block size of {} bytes", store.block_bytes());
             return wrong("schema", limit, self.schema.block_bytes().to_string());
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! The decode side: reservations, and the listener that lets senders fill them.
+//! The receiver, on the decode node: makes reservations and listens for the senders that fill them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,16 +17,17 @@ use tokio_util::task::TaskTracker;
 use crate::reservations::{Entry, Inner, Registry, Shared};
 use crate::{Committed, HandoffError, Reservation, TransferConfig, tcp};
 
-/// The receiving end of the KV plane. Cheap to clone.
+/// Receives KV on a decode node. Cheap to clone.
 #[derive(Clone)]
 pub struct KvReceiver {
     shared: Arc<Shared>,
 }
 
 impl KvReceiver {
-    /// Serves `listener`, writing into `store`, whose layers are those of `schema`, in order.
+    /// Starts a task that serves `listener` and writes received KV to `store`. The layers of `store` are those of
+    /// `schema`, in the same order.
     ///
-    /// After `shutdown` the task goes on until every reservation has its outcome, then ends.
+    /// After `shutdown` the task continues until every reservation has its outcome and no writer is left, then ends.
     pub fn start(
         listener: impl Listen<Connection = tcp::Link>,
         schema: KvSchema,
@@ -47,15 +48,15 @@ impl KvReceiver {
         (Self { shared }, task)
     }
 
-    /// Sets blocks aside for one attempt; from now on a sender with the ticket may fill them.
+    /// Registers a reservation for one attempt. From now on a sender with the ticket may fill its blocks.
     ///
-    /// A reservation that cannot be carried out fails at once, with the reason from [`IncomingHandoff::ready`].
+    /// An invalid reservation fails at once; [`IncomingHandoff::ready`] returns the error.
     pub fn reserve(&self, reservation: Reservation) -> IncomingHandoff {
         let shared = &self.shared;
         let Reservation { ticket, request_id, lease, held_blocks, prompt_tokens, deadline } = reservation;
         let due = blocks_for(prompt_tokens as usize).saturating_sub(held_blocks as usize);
         if lease.len() != due || due == 0 {
-            let limit = format!("the {due} blocks (at least 1) of the prompt behind the held ones");
+            let limit = format!("the prompt's {due} blocks after the held ones (at least 1)");
             let outcome = HandoffError::Plan { field: "lease", limit, value: lease.len().to_string() };
             return IncomingHandoff::failed(outcome);
         }
@@ -92,7 +93,7 @@ impl KvReceiver {
                 return IncomingHandoff::failed(Failure::Cancelled.into());
             }
             if registry.entries.contains_key(&ticket) {
-                let limit = "fresh for every attempt".to_owned();
+                let limit = "new for every attempt".to_owned();
                 let value = format!("{ticket:?} again");
                 return IncomingHandoff::failed(HandoffError::Plan { field: "ticket", limit, value });
             }
@@ -102,12 +103,12 @@ impl KvReceiver {
         IncomingHandoff { entry: Some(entry), waiting: Some(outcome), outcome: None, deadline }
     }
 
-    /// Attempts that a sender may still fill.
+    /// Number of attempts that a sender may still fill.
     pub fn open_handoffs(&self) -> usize {
         self.shared.entries().iter().filter(|e| e.inner.lock().machine.state().is_open()).count()
     }
 
-    /// Bytes of KV memory that nobody wants any more, but that are kept until their writer has stopped (KV-1).
+    /// Bytes of KV memory of attempts that are over but whose writer has not stopped yet (KV-1).
     pub fn stranded_bytes(&self) -> u64 {
         self.shared.entries().iter().map(|e| e.stranded_bytes()).sum()
     }
@@ -115,8 +116,8 @@ impl KvReceiver {
 
 /// One attempt, as its owner sees it.
 ///
-/// Dropping it gives the request up: the ticket is void at once, the connection is closed, and the receiver's share of
-/// the lease is let go as soon as the writing task has stopped.
+/// Dropping it cancels the request. The ticket is void at once, the connection is closed, and the receiver's share of
+/// the lease is dropped as soon as the writing task has stopped.
 pub struct IncomingHandoff {
     entry: Option<Arc<Entry>>,
     waiting: Option<oneshot::Receiver<Result<Committed, HandoffError>>>,
@@ -129,9 +130,10 @@ impl IncomingHandoff {
         Self { entry: None, waiting: None, outcome: Some(Err(error)), deadline: Instant::now() }
     }
 
-    /// Waits until every block is here and verified, or the attempt has failed; at the latest until its deadline.
+    /// Waits until all blocks have arrived and are verified, or the attempt has failed. Returns by the deadline at the
+    /// latest.
     ///
-    /// May be dropped and called again; every call has the same outcome.
+    /// The call may be dropped and repeated. Every call returns the same outcome.
     pub async fn ready(&mut self) -> Result<Committed, HandoffError> {
         if let Some(outcome) = &self.outcome {
             return outcome.clone();
@@ -141,7 +143,7 @@ impl IncomingHandoff {
             Some(waiting) => tokio::select! {
                 biased;
                 outcome = &mut *waiting => outcome.unwrap_or(Err(Failure::Lost.into())),
-                // The listener's task watches the time, too; this holds even when it has ended.
+                // The listener's task checks deadlines too, but it may have ended.
                 () = tokio::time::sleep_until(self.deadline) => {
                     if let Some(entry) = &self.entry {
                         entry.on_event(ReceiverEvent::Tick);
@@ -155,19 +157,19 @@ impl IncomingHandoff {
         outcome
     }
 
-    /// Where the attempt is.
+    /// Current state of the attempt.
     pub fn state(&self) -> HandoffState {
         self.entry.as_ref().map_or(HandoffState::Failed, |e| e.inner.lock().machine.state())
     }
 
-    /// The owner begins to decode.
+    /// Reports that the owner has started to decode.
     pub fn decode_started(&self) {
         if let Some(entry) = &self.entry {
             entry.on_event(ReceiverEvent::DecodeStarted);
         }
     }
 
-    /// The owner has decoded to the end.
+    /// Reports that the owner has finished decoding.
     pub fn finished(&self) {
         if let Some(entry) = &self.entry {
             entry.on_event(ReceiverEvent::Finished);
@@ -183,7 +185,8 @@ impl Drop for IncomingHandoff {
     }
 }
 
-/// Accepts connections and lets time pass for every attempt, until shutdown has begun and no attempt is left.
+/// Accepts connections and ticks the attempts, until shutdown has begun and no attempt is left. Then waits for the open
+/// connections.
 async fn run(shared: Arc<Shared>, listener: impl Listen<Connection = tcp::Link>, shutdown: CancellationToken) {
     let connections = TaskTracker::new();
     tokio::select! {

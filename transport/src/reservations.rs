@@ -1,4 +1,4 @@
-//! What a receiver has set aside: each reservation with its state machine, whatever transport fills it.
+//! Reservations of a receiver, each with its state machine. Independent of the transport that fills them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,53 +13,53 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{Committed, HandoffError, TransferConfig};
 
-/// What is set aside for one attempt.
+/// Blocks reserved for one attempt, and its parameters.
 #[derive(Debug)]
 pub struct Reservation {
-    /// The right to fill it: fresh for every attempt (KV-4).
+    /// Ticket that a sender must present. It must be new for every attempt (KV-4).
     pub ticket: Ticket,
-    /// For logs.
+    /// Identifies the request in logs.
     pub request_id: RequestId,
-    /// The blocks to fill, in prompt order, without the ones already held. The receiver keeps a share of the lease for
-    /// as long as anything may write to them (KV-1).
+    /// The blocks to fill, in prompt order, without the held ones. The receiver keeps a share of the lease while a task
+    /// may write to them (KV-1).
     pub lease: Arc<BlockLease>,
-    /// Leading blocks of the prompt that are here already. The lease has the blocks behind them.
+    /// Leading blocks of the prompt whose KV this node already holds. They are not part of `lease`.
     pub held_blocks: u32,
-    /// Length of the whole prompt.
+    /// Length of the whole prompt, held blocks included.
     pub prompt_tokens: u32,
-    /// By then the KV is here, or the attempt has failed.
+    /// The attempt fails if its KV has not arrived by this time.
     pub deadline: Instant,
 }
 
-/// What the listener, its connections and the owners share.
+/// State shared by the listener, its connections and the owners of attempts.
 pub(crate) struct Shared {
     pub schema: KvSchema,
     pub store: Arc<dyn KvStore>,
     pub config: TransferConfig,
     pub digest: [u8; 32],
-    /// Origin of the state machines' time.
+    /// Origin of the times passed to the state machines.
     pub epoch: Instant,
     pub registry: Mutex<Registry>,
-    /// A limit of time, or the number of entries, has changed.
+    /// Notified when the next tick or the number of entries has changed.
     pub changed: Notify,
 }
 
 pub(crate) struct Registry {
-    /// Attempts that may still be written to. A ticket is 128 random bits and the map's hash is keyed, so the time of
-    /// a look-up tells a stranger nothing.
+    /// Attempts whose blocks the transport still holds. A ticket is 128 random bits and the map's hash is keyed, so
+    /// lookup times reveal nothing about valid tickets.
     pub entries: HashMap<Ticket, Arc<Entry>>,
-    /// The listener has ended: nobody would ever fill a new reservation.
+    /// Whether the listener has ended, so that new reservations are refused.
     pub closed: bool,
 }
 
-/// One attempt: its state machine, and what the machine's actions are about.
+/// One attempt: its state machine and the data that the machine's actions need.
 pub(crate) struct Entry {
     pub shared: Arc<Shared>,
     pub request_id: RequestId,
     pub spec: HandoffSpec,
     /// The blocks to fill, in prompt order.
     pub blocks: Vec<BlockId>,
-    /// Cancelled when the writer must stop.
+    /// Cancelled to stop the writer.
     pub stop: CancellationToken,
     pub inner: Mutex<Inner>,
 }
@@ -75,7 +75,8 @@ pub(crate) struct Inner {
 }
 
 impl Entry {
-    /// Tells the machine what happened and does what it says; returns the actions that are the connection's to do.
+    /// Passes an event to the state machine and carries out its actions. Returns those that the connection must carry
+    /// out.
     pub fn on_event(&self, event: ReceiverEvent) -> Vec<ReceiverAction> {
         let now = Instant::now();
         let mut released = None;
@@ -112,18 +113,19 @@ impl Entry {
         for_connection
     }
 
-    /// As [`Self::on_event`], for the last frame. `exposed`: how long the sender had been waiting for the transfer.
+    /// Like [`Self::on_event`], for a commit. `exposed` is the time between the owner's commit on the sender and the
+    /// commit frame.
     pub fn on_commit(&self, commit: Commit, exposed: Duration) -> Vec<ReceiverAction> {
         self.inner.lock().exposed = exposed;
         self.on_event(ReceiverEvent::Commit(commit))
     }
 
-    /// What to tell the sender now that the writer has to stop.
+    /// The reason to send to the sender when the writer stops, if any.
     pub fn tell(&self) -> Option<RefuseReason> {
         self.inner.lock().tell
     }
 
-    /// The blocks of a piece that the machine has admitted.
+    /// Block ids of a piece. The state machine must have admitted the piece.
     pub fn blocks_of(&self, first_block: u32, blocks: u32) -> &[BlockId] {
         let from = (first_block - self.spec.held_blocks) as usize;
         &self.blocks[from..from + blocks as usize]
@@ -150,25 +152,25 @@ impl Inner {
 
     fn tell_owner(&mut self, outcome: Result<Committed, HandoffError>) {
         if let Some(owner) = self.outcome.take() {
-            // The owner may have gone; its `Drop` has told the machine, or will.
+            // Sending fails if the owner was dropped. Its `Drop` reports `Cancel`.
             let _ = owner.send(outcome);
         }
     }
 }
 
 impl Shared {
-    /// The attempt that a ticket opens.
+    /// The attempt with this ticket, if the transport still holds its blocks.
     pub fn find(&self, ticket: &Ticket) -> Option<Arc<Entry>> {
         self.registry.lock().entries.get(ticket).cloned()
     }
 
-    /// All attempts that may still be written to.
+    /// All attempts whose blocks the transport still holds.
     pub fn entries(&self) -> Vec<Arc<Entry>> {
         self.registry.lock().entries.values().cloned().collect()
     }
 
-    /// Lets time pass for every attempt. Resolves when `shutdown` has begun and no attempt is left; no reservation is taken
-    /// after that.
+    /// Sends `Tick` events to all attempts when they are due. Resolves when `shutdown` has begun and no attempt is
+    /// left. After that, new reservations are refused.
     pub async fn until_settled(&self, shutdown: &CancellationToken) {
         let mut draining = false;
         loop {

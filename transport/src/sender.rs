@@ -1,4 +1,5 @@
-//! The prefill side: a handoff as its owner sees it. A task of the endpoint's transport sends what is announced.
+//! The sender, on the prefill node: the owner's interface to a handoff. A task of the transport sends the announced
+//! blocks.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,46 +15,47 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{HandoffError, SendPlan, TransferConfig, tcp};
 
-/// What a handoff's owner says to the task that sends.
+/// Message from a handoff's owner to the sending task.
 pub(crate) enum Command {
     LayerReady(Piece),
     Commit(u32),
 }
 
-/// What a handoff's owner and the task that sends share.
+/// State shared by a handoff's owner and the sending task.
 pub(crate) struct Control {
     pub(crate) aborted: CancellationToken,
-    /// More was announced than planned.
+    /// Whether more pieces were announced than planned.
     pub(crate) overflow: AtomicBool,
     committed: AtomicBool,
     pub(crate) committed_at: Mutex<Option<Instant>>,
 }
 
-/// The owner's end of one handoff. Dropping it without a commit aborts the handoff.
+/// The owner's handle to one handoff. Dropping it without a commit aborts the handoff.
 pub struct KvSender {
     layers: KvLayers,
 }
 
-/// Where the layers of one handoff are announced, from any thread. Clones are the same. It keeps nothing alive: once the
-/// handoff is over, announcements go nowhere.
+/// Announces finished layers of one handoff, from any thread. Clones announce to the same handoff. It does not keep the
+/// handoff alive: announcements after the handoff's end are ignored.
 #[derive(Clone)]
 pub struct KvLayers {
     commands: mpsc::Sender<Command>,
     control: Arc<Control>,
-    /// Position of each of the local store's layers on the wire.
+    /// Wire number of each layer of the local store. `None` for layers that are not sent.
     wire_layers: Arc<[Option<u32>]>,
     held_blocks: u32,
     request_id: RequestId,
 }
 
 impl KvSender {
-    /// Connects and sends in a task of its own; the handle yields the outcome, at the latest at the plan's deadline.
+    /// Starts a task that connects and sends. The join handle returns the outcome, by the plan's deadline at the
+    /// latest.
     pub fn start(
         plan: SendPlan,
         store: Arc<dyn KvStore>,
         config: TransferConfig,
     ) -> (Self, JoinHandle<Result<TransferStats, HandoffError>>) {
-        // One more for the commit.
+        // One more slot for the commit.
         let (commands, queue) = mpsc::channel(plan.max_pieces.max(1) + 1);
         let control = Arc::new(Control {
             aborted: CancellationToken::new(),
@@ -83,12 +85,13 @@ impl KvSender {
         (Self { layers }, task)
     }
 
-    /// Where layers are announced.
+    /// Handle to announce layers.
     pub fn layers(&self) -> &KvLayers {
         &self.layers
     }
 
-    /// This is the first token. The commit leaves when all layers of all blocks were announced and sent. Never blocks.
+    /// Passes on the first token. The commit is sent after all layers of all blocks were announced and sent. Never
+    /// blocks.
     pub fn commit(&self, first_token: u32) {
         let KvLayers { control, .. } = &self.layers;
         control.committed_at.lock().get_or_insert_with(Instant::now);
@@ -96,17 +99,18 @@ impl KvSender {
         control.committed.store(true, Ordering::Release);
     }
 
-    /// Gives the handoff up, committed or not.
+    /// Aborts the handoff, whether committed or not.
     pub fn abort(self) {
         self.layers.control.aborted.cancel();
     }
 }
 
 impl KvLayers {
-    /// The KV of these prompt blocks (by index) of one layer of the local store is final, and may be sent.
+    /// Announces that the KV of one layer of the local store is final for these blocks (indices in the prompt), so that
+    /// it can be sent.
     ///
-    /// Never blocks. Layers and blocks that the receiver does not want are ignored; the same block twice, or more calls
-    /// than planned, fail the handoff.
+    /// Never blocks. Layers that are not in the receiver's schema and blocks that it already holds are ignored. The
+    /// handoff fails if a block is announced twice, or after more calls than planned.
     pub fn ready(&self, layer: usize, blocks: Range<u32>) {
         let first_block = blocks.start.max(self.held_blocks);
         let Some(Some(layer)) = self.wire_layers.get(layer) else { return };
@@ -117,10 +121,10 @@ impl KvLayers {
 
     fn send(&self, command: Command) {
         match self.commands.try_send(command) {
-            // Closed: the handoff has its outcome already.
+            // Closed means that the handoff already has its outcome.
             Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => {}
             Err(mpsc::error::TrySendError::Full(_)) => {
-                tracing::error!(request = %self.request_id, "more pieces of kv were announced than planned");
+                tracing::error!(request = %self.request_id, "more kv pieces were announced than planned");
                 self.control.overflow.store(true, Ordering::Release);
                 self.control.aborted.cancel();
             }

@@ -1,23 +1,23 @@
-//! The protocol by which the KV of a prompt changes hands, as two pure state machines: events in, actions out, no I/O
-//! and no clock. `overfill-transport` drives them over TCP; the tests drive them over a channel that loses, repeats,
-//! reorders and breaks.
+//! The handoff protocol, which moves the KV of a prompt from a prefill node to a decode node. It consists of two pure
+//! state machines: events in, actions out, no I/O and no clock. `overfill-transport` drives them over TCP. The tests
+//! drive them over a channel that loses, repeats and reorders messages, and breaks.
 //!
-//! One attempt to hand over one prompt has one ticket, one [`ReceiverHandoff`] on the decode node and one
+//! An attempt is one try to hand over one prompt. It has one ticket, one [`ReceiverHandoff`] on the decode node and one
 //! [`SenderHandoff`] on the prefill node:
 //!
 //! ```text
 //! Reserved -> Prefilling -> Transferring -> Ready -> Decoding -> Done | Failed | Cancelled
 //! ```
 //!
-//! What both promise, quoted by number in code and tests:
+//! Both sides keep these invariants. Code and tests refer to them by number:
 //!
-//! - **KV-1** No block is reused while anyone may still write to it.
-//! - **KV-2** A sender keeps its blocks until the receiver has confirmed or the lease has expired. (Where the only
-//!   reader of the blocks is the sending task itself, as over TCP, its end after a failure is the end of the lease.)
-//! - **KV-3** Every block is free again within one lease after any crash, cancel or partition, on both sides.
-//! - **KV-4** Every attempt has a ticket of its own, single use; frames of an old one are refused.
-//! - **KV-5** A request never decodes over KV that is incomplete, unverified or of another schema.
-//! - **KV-6** Each attempt has exactly one outcome, and it has it by its deadline.
+//! - **KV-1** No block is reused while a task may still write to it.
+//! - **KV-2** A sender keeps its blocks until the receiver has confirmed or the lease has expired. (Over TCP only the
+//!   sending task reads the blocks, so the lease also ends when that task stops after a failure.)
+//! - **KV-3** After any crash, cancel or partition, both sides free every block within one lease.
+//! - **KV-4** Every attempt has its own single-use ticket. Frames of an earlier attempt are refused.
+//! - **KV-5** A request never decodes over KV that is incomplete, unverified or has a different schema.
+//! - **KV-6** Each attempt has exactly one outcome, no later than its deadline.
 
 mod receiver;
 mod sender;
@@ -32,59 +32,59 @@ pub use sender::{SenderAction, SenderEvent, SenderHandoff, SenderState};
 
 use crate::Ticket;
 
-/// What both sides of one attempt must agree on, and how long it may take.
+/// Parameters and time limits of one attempt. Both sides must agree on the parameters.
 ///
-/// Times are counted from an origin of the driver's choice, the same for all calls of one machine.
+/// Times are durations since an origin that the driver chooses. All calls of one state machine use the same origin.
 #[derive(Clone, Debug)]
 pub struct HandoffSpec {
-    /// The right to write this attempt.
+    /// Authorizes the sender to write this attempt's blocks.
     pub ticket: Ticket,
     /// [`crate::KvSchema::digest`] of the receiver's schema.
     pub schema_digest: [u8; 32],
-    /// Layers that are sent; the wire counts them from 0.
+    /// Number of layers sent. The wire numbers them from 0.
     pub layers: u32,
-    /// Leading blocks of the prompt that the receiver holds already. They are not sent.
+    /// Leading blocks of the prompt that the receiver already holds. They are not sent.
     pub held_blocks: u32,
-    /// Blocks that are sent of each layer.
+    /// Blocks sent per layer.
     pub blocks: u32,
-    /// Bytes of one layer of one block.
+    /// Size of one block of one layer, in bytes.
     pub block_bytes: usize,
-    /// Length of the whole prompt.
+    /// Length of the whole prompt, held blocks included.
     pub prompt_tokens: u32,
-    /// By then the attempt has an outcome.
+    /// Latest time of the outcome.
     pub deadline: Duration,
-    /// Longest silence of the other side before it is taken for dead.
+    /// Longest silence of the other side before the attempt fails.
     pub idle_timeout: Duration,
 }
 
-/// Blocks of one layer that travel together.
+/// A range of consecutive blocks of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Piece {
     /// Position in the receiver's list of layers.
     pub layer: u32,
-    /// Index in the prompt.
+    /// Index of the first block in the prompt.
     pub first_block: u32,
-    /// How many, at least 1.
+    /// Number of blocks, at least 1.
     pub blocks: u32,
 }
 
-/// The first frame: who wants to write what.
+/// The first message of a sender. It presents the ticket and what the sender expects of the attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hello {
-    /// The right to do so.
+    /// Ticket of the attempt.
     pub ticket: Ticket,
-    /// Digest of the schema that the sender will send in.
+    /// Digest of the schema of the KV that will be sent.
     pub schema_digest: [u8; 32],
-    /// As in [`HandoffSpec`].
+    /// See [`HandoffSpec::held_blocks`].
     pub held_blocks: u32,
-    /// As in [`HandoffSpec`].
+    /// See [`HandoffSpec::prompt_tokens`].
     pub prompt_tokens: u32,
 }
 
-/// The last frame: the KV is whole, this is the first token after it, and this is how much was sent.
+/// The last frame. All KV was sent; the receiver compares the counts with what arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Commit {
-    /// The full model's first token.
+    /// First output token, chosen by the full model.
     pub first_token: u32,
     /// Layer frames sent.
     pub frames: u64,
@@ -92,29 +92,30 @@ pub struct Commit {
     pub bytes: u64,
 }
 
-/// Why a receiver ends an attempt. Travels as one byte.
+/// Why a receiver refuses a connection or ends an attempt. Encoded as one byte on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum RefuseReason {
-    /// Unknown, used or void: which of them is not told to a stranger.
+    /// The ticket is unknown, used or void. The reason does not distinguish them, so that it reveals nothing.
     Ticket = 1,
     /// The schema digests differ.
     Schema = 2,
-    /// The sides disagree on the prompt's length or on which blocks are sent.
+    /// The sides disagree on the prompt length or on the number of held blocks.
     Range = 3,
-    /// A frame arrived damaged.
+    /// The checksum of a layer frame is wrong.
     Checksum = 4,
-    /// The commit does not agree with what arrived.
+    /// The commit does not match the frames that arrived, or blocks are missing.
     Incomplete = 5,
-    /// A frame that has no place here: unknown, too long, a block twice or outside the reservation.
+    /// Invalid frame: unknown, too long, damaged (ping or commit), or with a block sent twice or outside the
+    /// reservation.
     Protocol = 6,
-    /// The attempt's time is up, or the sender fell silent.
+    /// The deadline has passed, or the sender was silent for longer than the idle timeout.
     Deadline = 7,
     /// The request was cancelled.
     Cancelled = 8,
-    /// Too many connections.
+    /// The receiver's connection limit is reached.
     Busy = 9,
-    /// The receiver could not store what arrived.
+    /// The receiver could not write to its KV memory.
     Store = 10,
 }
 
@@ -132,7 +133,7 @@ impl RefuseReason {
         Self::Store,
     ];
 
-    /// The reason of a wire code; `None` if there is no such reason.
+    /// The reason with this wire code. `None` if the code is unknown.
     pub fn from_code(code: u8) -> Option<Self> {
         Self::ALL.into_iter().find(|r| *r as u8 == code)
     }
@@ -142,12 +143,12 @@ impl fmt::Display for RefuseReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Ticket => "ticket is not valid",
-            Self::Schema => "kv schema differs",
-            Self::Range => "prompt length or first block differs",
-            Self::Checksum => "checksum of a frame is wrong",
-            Self::Incomplete => "commit does not agree with the blocks sent",
+            Self::Schema => "kv schemas differ",
+            Self::Range => "prompt length or number of held blocks differs",
+            Self::Checksum => "wrong checksum of a frame",
+            Self::Incomplete => "commit does not match the blocks received",
             Self::Protocol => "unexpected frame",
-            Self::Deadline => "time is up",
+            Self::Deadline => "deadline or idle timeout reached",
             Self::Cancelled => "request was cancelled",
             Self::Busy => "too many connections",
             Self::Store => "kv memory could not be written",
@@ -155,16 +156,16 @@ impl fmt::Display for RefuseReason {
     }
 }
 
-/// Why an attempt came to nothing.
+/// Why an attempt failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Failure {
-    /// This side ended it because of what the other side did.
-    #[error("handoff ended by this side: {0}")]
+    /// The receiver (this side) ended the attempt because of what the sender did.
+    #[error("handoff rejected by this side: {0}")]
     Rejected(RefuseReason),
-    /// The other side ended it.
+    /// The receiver (the other side) ended the attempt.
     #[error("handoff refused by the receiver: {0}")]
     Refused(RefuseReason),
-    /// The connection broke, or the other process is gone.
+    /// The connection broke, or the other process ended.
     #[error("connection lost before the handoff was complete")]
     Lost,
     /// No outcome before the deadline.
@@ -173,48 +174,48 @@ pub enum Failure {
     /// The other side was silent for longer than the idle timeout.
     #[error("handoff stalled: the other side was silent for too long")]
     Idle,
-    /// This side's owner gave it up.
+    /// The owner on this side cancelled the attempt.
     #[error("handoff cancelled")]
     Cancelled,
-    /// This side's owner handed over blocks twice or outside the plan, or committed twice.
-    #[error("handoff out of plan: {0}")]
+    /// The sender's owner announced blocks twice or outside the plan, or committed twice.
+    #[error("handoff does not follow its plan: {0}")]
     Plan(&'static str),
 }
 
-/// States of an attempt, as the receiver counts them.
+/// State of an attempt on the receiver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HandoffState {
-    /// Blocks and ticket are set aside.
+    /// Blocks are reserved; no sender has presented the ticket yet.
     Reserved,
-    /// A sender has come with the ticket.
+    /// A sender has presented the ticket.
     Prefilling,
     /// KV is arriving.
     Transferring,
-    /// All KV is here, verified, and confirmed.
+    /// All KV has arrived and is verified; the receiver confirms.
     Ready,
-    /// The request decodes over it.
+    /// The request decodes over the KV.
     Decoding,
-    /// Decoded to its end.
+    /// The request has finished decoding.
     Done,
-    /// No outcome to use.
+    /// The attempt failed.
     Failed,
-    /// Given up by its owner.
+    /// The owner cancelled the attempt.
     Cancelled,
 }
 
 impl HandoffState {
-    /// May a sender still come, or write?
+    /// Whether a sender may still connect or write.
     pub fn is_open(self) -> bool {
         matches!(self, Self::Reserved | Self::Prefilling | Self::Transferring)
     }
 
-    /// Nothing more will happen to the request here.
+    /// Whether the state is final.
     pub fn is_over(self) -> bool {
         matches!(self, Self::Done | Self::Failed | Self::Cancelled)
     }
 }
 
-/// Which (layer, block) pairs of an attempt were seen. O(blocks of the piece) per call.
+/// Set of the (layer, block) pairs of an attempt seen so far. Each call is O(blocks of the piece).
 #[derive(Clone, Debug)]
 struct Coverage {
     seen: Vec<bool>,
@@ -236,7 +237,7 @@ impl Coverage {
         }
     }
 
-    /// Indices into `seen`; `None` if the piece is empty or reaches outside the attempt.
+    /// Indices of the piece into `seen`. `None` if the piece is empty or reaches outside the attempt.
     fn cells(&self, piece: &Piece) -> Option<std::ops::Range<usize>> {
         let from = piece.first_block.checked_sub(self.held_blocks)?;
         let to = from.checked_add(piece.blocks)?;
@@ -247,7 +248,7 @@ impl Coverage {
         Some(base + from as usize..base + to as usize)
     }
 
-    /// Is every block of the piece inside the attempt, and new?
+    /// Whether every block of the piece is inside the attempt and not seen yet.
     fn admits(&self, piece: &Piece) -> bool {
         self.cells(piece).is_some_and(|cells| self.seen[cells].iter().all(|seen| !seen))
     }

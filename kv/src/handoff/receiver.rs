@@ -1,89 +1,89 @@
-//! The decode side of one attempt.
+//! State machine of the receiver, on the decode node.
 
 use std::time::Duration;
 
 use super::{Commit, Coverage, Failure, HandoffSpec, HandoffState, Hello, Piece, RefuseReason};
 
-/// What happened.
+/// Input of the receiver's state machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReceiverEvent {
-    /// A connection shows the attempt's ticket.
+    /// A connection presents a ticket.
     Hello(Hello),
-    /// The writer's connection announces blocks; their bytes are next on it.
+    /// The writer's connection announces blocks. Their bytes follow.
     Layer(Piece),
-    /// The bytes of the announced blocks were read to their end.
+    /// All bytes of the announced blocks were read.
     Landed {
-        /// Whether they are what the sender sent.
+        /// Whether their checksum is right.
         checksum_ok: bool,
     },
-    /// The writer is alive, but has nothing to send yet.
+    /// The writer is alive but has nothing to send yet.
     Ping,
-    /// The writer says that all was sent.
+    /// The writer has sent everything.
     Commit(Commit),
-    /// The writer's connection brought something that is no frame, or one that is too long.
+    /// The writer's connection delivered bytes that are not a valid frame, or a frame that is too long.
     Garbage,
-    /// The blocks could not be written.
+    /// Writing to the KV memory failed.
     StoreFailed,
     /// The writer's connection ended.
     Lost,
-    /// The task that wrote to the blocks has ended: nothing it began will be written any more.
+    /// The task that writes to the blocks has ended. No write of it is pending.
     WriterStopped,
-    /// The owner gives the request up.
+    /// The owner cancels the request.
     Cancel,
-    /// The owner begins to decode.
+    /// The owner has started to decode.
     DecodeStarted,
-    /// The owner is through.
+    /// The owner has finished decoding.
     Finished,
-    /// Time has passed.
+    /// A time limit may have been reached; see [`ReceiverHandoff::next_tick`].
     Tick,
 }
 
-/// What the driver must do, in this order.
+/// Output of the receiver's state machine. The driver carries out actions in the order returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReceiverAction {
-    /// Tell the connection of this `Hello` that it is the writer now.
+    /// Accept the connection that sent this `Hello` as the writer.
     Accept,
-    /// Read the announced blocks into their places. Without this action, nothing may be written.
+    /// Read the announced blocks into KV memory. Without this action, nothing may be written.
     Write(Piece),
-    /// Tell the connection of this `Hello` why it is not wanted, and close it.
+    /// Send the reason to the connection that sent this `Hello`, and close it.
     Refuse(RefuseReason),
-    /// Tell the writer that everything is here.
+    /// Tell the writer that all KV has arrived and is verified.
     Confirm,
-    /// Tell the owner that it may decode, and from which token. At most once, and never with `Fail`.
+    /// Tell the owner that it may decode. Returned at most once, and never if `Fail` is.
     Ready {
-        /// The full model's first token.
+        /// First output token, chosen by the full model.
         first_token: u32,
     },
-    /// Tell the owner that nothing will come. At most once.
+    /// Tell the owner that the attempt failed. Returned at most once.
     Fail(Failure),
-    /// Make the writer's task stop, then report `WriterStopped`.
+    /// Stop the writer's task, then report [`ReceiverEvent::WriterStopped`].
     StopWriter {
-        /// What to tell the sender first, if the connection still stands.
+        /// Reason to send to the sender first, if the connection is still open.
         tell: Option<RefuseReason>,
     },
-    /// Let go of the blocks: nobody can write to them any more. Exactly once.
+    /// Release the blocks: no task can write to them any more. Returned exactly once.
     ReleaseBlocks,
 }
 
-/// The decode side of one attempt. See the [module](super) for what it promises.
+/// The receiver of one attempt, on the decode node. See the [module](super) for its invariants.
 #[derive(Debug)]
 pub struct ReceiverHandoff {
     spec: HandoffSpec,
     state: HandoffState,
     arrived: Coverage,
-    /// Announced and being read.
+    /// The announced piece whose bytes are being read.
     landing: Option<Piece>,
     frames: u64,
     bytes: u64,
-    /// A task may be writing to the blocks.
+    /// Whether a task may be writing to the blocks.
     writer: bool,
-    /// The driver was told to let go.
+    /// Whether `ReleaseBlocks` was returned.
     released: bool,
     last_heard: Duration,
 }
 
 impl ReceiverHandoff {
-    /// Blocks and ticket are set aside.
+    /// An attempt in state `Reserved`.
     pub fn new(spec: HandoffSpec) -> Self {
         let arrived = Coverage::new(&spec);
         Self {
@@ -99,27 +99,27 @@ impl ReceiverHandoff {
         }
     }
 
-    /// Where the attempt is.
+    /// Current state.
     pub fn state(&self) -> HandoffState {
         self.state
     }
 
-    /// What was agreed.
+    /// Parameters of the attempt.
     pub fn spec(&self) -> &HandoffSpec {
         &self.spec
     }
 
-    /// Bytes of verified KV so far.
+    /// Bytes of KV received and verified so far.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The attempt is over for its owner, but its blocks are quarantined until the writer has stopped (KV-1).
+    /// Whether the attempt is over but its blocks are kept until the writer has stopped (KV-1).
     pub fn is_stranded(&self) -> bool {
         self.state.is_over() && !self.released
     }
 
-    /// When the next `Tick` is due; `None` when no time limit runs.
+    /// When the next `Tick` is due. `None` if no time limit applies.
     pub fn next_tick(&self) -> Option<Duration> {
         match self.state {
             HandoffState::Reserved => Some(self.spec.deadline),
@@ -130,10 +130,10 @@ impl ReceiverHandoff {
         }
     }
 
-    /// Takes note of an event at time `now`; returns what to do about it.
+    /// Handles an event at time `now` and returns the actions to carry out.
     pub fn on_event(&mut self, event: ReceiverEvent, now: Duration) -> Vec<ReceiverAction> {
         let mut actions = Vec::new();
-        // Time comes first: an attempt that is over its deadline takes nothing more, whatever arrives.
+        // Time limits are checked first, so an attempt past its deadline accepts no event.
         self.check_time(now, &mut actions);
         match event {
             ReceiverEvent::Hello(hello) => self.hello(&hello, now, &mut actions),
@@ -168,7 +168,7 @@ impl ReceiverHandoff {
             // An event that has no meaning in this state changes nothing.
             _ => {}
         }
-        // KV-1: only when no sender may come any more, and none is there.
+        // KV-1: release only when no sender may connect any more and no writer is left.
         if !self.released && !self.writer && !self.state.is_open() {
             self.released = true;
             actions.push(ReceiverAction::ReleaseBlocks);
@@ -189,7 +189,7 @@ impl ReceiverHandoff {
     }
 
     fn hello(&mut self, hello: &Hello, now: Duration, actions: &mut Vec<ReceiverAction>) {
-        // KV-4: a ticket opens one attempt, once. Whoever comes second does not disturb the first.
+        // KV-4: a ticket opens one attempt, once. A second connection with it is refused and does not affect the first.
         if self.state != HandoffState::Reserved || hello.ticket != self.spec.ticket {
             actions.push(ReceiverAction::Refuse(RefuseReason::Ticket));
             return;
@@ -202,7 +202,7 @@ impl ReceiverHandoff {
             None
         };
         match refused {
-            // The holder of the ticket is wrong about the attempt: another try would be, too.
+            // The sender with the right ticket has wrong parameters. A retry would fail the same way.
             Some(reason) => {
                 actions.push(ReceiverAction::Refuse(reason));
                 self.fail(Failure::Rejected(reason), None, actions);
@@ -249,7 +249,7 @@ impl ReceiverHandoff {
         if !self.writer_is_welcome() {
             return;
         }
-        // KV-5: every layer of every block was verified, and both sides counted the same.
+        // KV-5: every layer of every block is verified, and the counts of both sides are equal.
         let agreed = commit.frames == self.frames && commit.bytes == self.bytes;
         if self.landing.is_some() || !agreed || !self.arrived.complete() {
             self.reject(RefuseReason::Incomplete, actions);

@@ -1,110 +1,110 @@
-//! The prefill side of one attempt.
+//! State machine of the sender, on the prefill node.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::{Commit, Coverage, Failure, HandoffSpec, Hello, Piece, RefuseReason};
 
-/// What happened.
+/// Input of the sender's state machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SenderEvent {
-    /// The connection to the receiver stands.
+    /// The connection to the receiver is open.
     Connected,
-    /// The receiver takes the ticket.
+    /// The receiver has accepted the ticket.
     Accepted,
-    /// The receiver ends the attempt.
+    /// The receiver has refused or ended the attempt.
     Refused(RefuseReason),
     /// The KV of these blocks of one layer is final.
     LayerReady(Piece),
-    /// The frame of the last `SendLayer` has left; its blocks are not read any more.
+    /// The frame of the last `SendLayer` was sent. Its blocks are not read any more.
     Sent,
-    /// This is the prompt's first token. Layers may still be announced after it: a device may say that a layer is done
-    /// later than the token is known. The commit leaves behind the last of them.
+    /// The first token is known. Layers may still be announced after it, because a device may report a layer as done
+    /// after the token is known. The commit is sent after the last layer.
     Commit {
-        /// The full model's first token.
+        /// First output token, chosen by the full model.
         first_token: u32,
     },
-    /// The receiver has everything.
+    /// The receiver has confirmed that all KV arrived.
     Confirmed,
-    /// The connection could not be made, or broke, or brought something that is no answer.
+    /// The connection could not be opened, broke, or delivered an invalid answer.
     Lost,
     /// The task that read the blocks has ended.
     Stopped,
-    /// The owner gives the request up.
+    /// The owner cancels the request.
     Abort,
-    /// Time has passed.
+    /// A time limit may have been reached; see [`SenderHandoff::next_tick`].
     Tick,
 }
 
-/// What the driver must do, in this order.
+/// Output of the sender's state machine. The driver carries out actions in the order returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SenderAction {
-    /// Open the attempt.
+    /// Present the ticket to the receiver.
     SendHello(Hello),
-    /// Send these blocks, then report `Sent`. Never more than one at a time.
+    /// Send these blocks, then report [`SenderEvent::Sent`]. At most one is in progress at a time.
     SendLayer(Piece),
-    /// Tell the receiver that this side is alive.
+    /// Send a ping, so that the receiver's idle timeout does not expire.
     SendPing,
-    /// Close the attempt.
+    /// Send the commit, the last frame.
     SendCommit(Commit),
-    /// Tell the owner how it ended. Exactly once.
+    /// Report the outcome to the owner. Returned exactly once.
     Finish(Result<(), Failure>),
-    /// Close the connection, stop what is being sent, then report `Stopped`.
+    /// Close the connection, stop sending, then report [`SenderEvent::Stopped`].
     Disconnect,
-    /// Let go of the blocks: nobody reads them for this attempt any more (KV-2). Exactly once.
+    /// Release the blocks: no task reads them for this attempt any more (KV-2). Returned exactly once.
     ReleaseBlocks,
 }
 
-/// States of an attempt, as the sender counts them.
+/// State of an attempt on the sender.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SenderState {
-    /// No connection yet.
+    /// The connection is not open yet.
     Connecting,
-    /// The ticket was shown.
+    /// The hello was sent; waiting for the receiver to accept.
     Greeting,
-    /// The receiver takes KV.
+    /// The receiver has accepted; layers are sent as they become ready.
     Sending,
-    /// Everything was sent; the receiver has to confirm.
+    /// The commit was sent; waiting for the confirmation.
     Committing,
-    /// Confirmed.
+    /// The receiver has confirmed.
     Done,
-    /// It came to nothing.
+    /// The attempt failed.
     Failed,
-    /// Given up by the owner.
+    /// The owner cancelled the attempt.
     Cancelled,
 }
 
 impl SenderState {
-    /// Has the attempt its outcome?
+    /// Whether the attempt has its outcome.
     pub fn is_over(self) -> bool {
         matches!(self, Self::Done | Self::Failed | Self::Cancelled)
     }
 }
 
-/// The prefill side of one attempt. See the [module](super) for what it promises.
+/// The sender of one attempt, on the prefill node. See the [module](super) for its invariants.
 #[derive(Debug)]
 pub struct SenderHandoff {
     spec: HandoffSpec,
     state: SenderState,
-    /// Longest frame, in blocks.
+    /// Maximum blocks per frame.
     frame_blocks: u32,
     announced: Coverage,
-    /// Announced and not sent. Bounded: each (layer, block) is announced once.
+    /// Pieces announced but not sent yet. Bounded, because each (layer, block) is announced at most once.
     queue: VecDeque<Piece>,
-    /// A frame is on its way: the blocks are being read.
+    /// Whether a frame is being sent, so that its blocks are being read.
     sending: bool,
     first_token: Option<u32>,
     frames: u64,
     bytes: u64,
     released: bool,
-    /// When something was last sent.
+    /// Time of the last send.
     last_sent: Duration,
-    /// When the receiver last gave a sign, or the wait for one began.
+    /// Start of the current wait for the connection, an answer, or a frame to be sent.
     waiting_since: Duration,
 }
 
 impl SenderHandoff {
-    /// An attempt that begins at `now`. A frame carries at most `frame_blocks` blocks, at least 1.
+    /// An attempt that starts at `now`. A frame carries at most `frame_blocks` blocks; 0 counts as 1.
     pub fn new(spec: HandoffSpec, frame_blocks: u32, now: Duration) -> Self {
         let announced = Coverage::new(&spec);
         Self {
@@ -123,27 +123,27 @@ impl SenderHandoff {
         }
     }
 
-    /// Where the attempt is.
+    /// Current state.
     pub fn state(&self) -> SenderState {
         self.state
     }
 
-    /// What was agreed.
+    /// Parameters of the attempt.
     pub fn spec(&self) -> &HandoffSpec {
         &self.spec
     }
 
-    /// Bytes of KV sent so far.
+    /// Bytes of KV sent so far, the frame being sent included.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The attempt is over, but its blocks are kept until the sending task has stopped.
+    /// Whether the attempt is over but its blocks are kept until the sending task has stopped.
     pub fn is_stranded(&self) -> bool {
         self.state.is_over() && !self.released
     }
 
-    /// When the next `Tick` is due; `None` when no time limit runs.
+    /// When the next `Tick` is due. `None` if no time limit applies.
     pub fn next_tick(&self) -> Option<Duration> {
         let due = match self.state {
             SenderState::Done | SenderState::Failed | SenderState::Cancelled => return None,
@@ -153,12 +153,12 @@ impl SenderHandoff {
         Some(due.min(self.spec.deadline))
     }
 
-    /// Often enough that two may be lost in the noise of a busy machine.
+    /// A quarter of the idle timeout, so that two delayed pings on a busy machine do not end the attempt.
     fn ping_interval(&self) -> Duration {
         self.spec.idle_timeout / 4
     }
 
-    /// Takes note of an event at time `now`; returns what to do about it.
+    /// Handles an event at time `now` and returns the actions to carry out.
     pub fn on_event(&mut self, event: SenderEvent, now: Duration) -> Vec<SenderAction> {
         let mut actions = Vec::new();
         self.check_time(now, &mut actions);
@@ -180,7 +180,7 @@ impl SenderHandoff {
             SenderEvent::Refused(reason) => self.fail(Failure::Refused(reason), &mut actions),
             SenderEvent::LayerReady(piece) if !self.state.is_over() => {
                 if !self.announced.admits(&piece) {
-                    self.fail(Failure::Plan("blocks handed over twice, or outside the prompt"), &mut actions);
+                    self.fail(Failure::Plan("blocks announced twice or outside the prompt"), &mut actions);
                 } else {
                     self.announced.insert(&piece);
                     self.queue.push_back(piece);
@@ -202,7 +202,7 @@ impl SenderHandoff {
                 actions.push(SenderAction::Finish(Ok(())));
                 actions.push(SenderAction::Disconnect);
             }
-            // An answer that was not asked for.
+            // An answer that is not expected in this state.
             SenderEvent::Accepted | SenderEvent::Confirmed => self.fail(Failure::Lost, &mut actions),
             SenderEvent::Lost => self.fail(Failure::Lost, &mut actions),
             SenderEvent::Stopped => {
@@ -217,7 +217,7 @@ impl SenderHandoff {
             _ => {}
         }
         self.pump(now, &mut actions);
-        // KV-2: the outcome is known, and nothing of ours reads the blocks.
+        // KV-2: the outcome is known, and this side does not read the blocks any more.
         if !self.released && self.state.is_over() && !self.sending {
             self.released = true;
             actions.push(SenderAction::ReleaseBlocks);
@@ -239,7 +239,8 @@ impl SenderHandoff {
         }
     }
 
-    /// Sends the next frame if the receiver is listening and none is on its way; after the last one, the commit.
+    /// Sends the next frame if the receiver has accepted and no frame is being sent. Sends the commit after the last
+    /// one.
     fn pump(&mut self, now: Duration, actions: &mut Vec<SenderAction>) {
         if self.state != SenderState::Sending || self.sending {
             return;

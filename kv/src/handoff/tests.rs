@@ -1,5 +1,6 @@
-//! Both machines over a simulated channel that loses, repeats, damages and reorders, between two nodes that cancel,
-//! stall and crash, with other requests competing for the same blocks. The invariants are looked at after every event.
+//! Tests of both state machines over a simulated channel that loses, repeats, damages and reorders messages. The two
+//! nodes cancel, stall and crash, and other requests compete for the same blocks. Invariants are checked after each
+//! event.
 
 mod world;
 
@@ -210,7 +211,7 @@ fn a_sender_out_of_plan_fails_at_once() {
     assert!(plan(&mut s, SenderEvent::Commit { first_token: 1 }));
 }
 
-/// A device may say that a layer is done after its token is known.
+/// A device may report a layer as done after the first token is known.
 #[test]
 fn a_commit_waits_for_layers_that_are_announced_after_it() {
     let mut s = SenderHandoff::new(spec(), 3, T0);
@@ -248,7 +249,7 @@ fn reason_codes_survive_the_wire() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
 
-    /// KV-1 to KV-6 under faults of every kind, in any order.
+    /// KV-1 to KV-6 hold under all kinds of faults, in any order.
     #[test]
     fn invariants_hold_under_faults(ops in proptest::collection::vec(world::faulty_op(), 1..300)) {
         let mut world = World::new();
@@ -260,7 +261,7 @@ proptest! {
         world.check_settled();
     }
 
-    /// Without faults every interleaving ends with whole KV on the decode node and no block held.
+    /// Without faults, every interleaving ends with complete KV on the decode node and no block held.
     #[test]
     fn without_faults_every_attempt_succeeds(picks in proptest::collection::vec(any::<u16>(), 400)) {
         let mut world = World::new();

@@ -88,12 +88,12 @@ fn leases_join_and_part() {
 
 #[derive(Clone, Debug)]
 enum Op {
-    /// Looks a prompt up, allocates the rest of it, and fills that.
+    /// Looks up a prompt, then allocates and fills the blocks that were not found.
     Admit {
         prompt: u32,
         blocks: usize,
     },
-    /// Publishes what the `i`-th lease holds of its prompt.
+    /// Publishes the blocks of the `i`-th lease.
     Publish(usize),
     Drop(usize),
     Split(usize, usize),
@@ -109,14 +109,14 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    /// Runs requests over a pool beside a picture of the memory, and looks at every invariant after every step.
+    /// Runs random operations on a pool and a model of its memory, and checks the invariants after every step.
     #[test]
     fn invariants_hold_in_any_order(ops in proptest::collection::vec(op(), 1..120)) {
         const TOTAL: usize = 12;
         let pool = BlockPool::new(TOTAL);
-        // What lies in each block: the name of the content that its exclusive holder wrote last.
+        // Content of each block: the hash of what its exclusive holder wrote last.
         let mut memory: HashMap<BlockId, BlockHash> = HashMap::new();
-        // (lease, prompt, whether it begins at the prompt's first block)
+        // (lease, prompt, whether the lease starts at the prompt's first block)
         let mut held: Vec<(BlockLease, u32, bool)> = Vec::new();
         for op in ops {
             match op {

@@ -1,5 +1,5 @@
-//! One connection at the receiver: hello, frames, commit. Every frame is put to the attempt's state machine before a
-//! byte of it is written.
+//! Serves one connection on the receiver: hello, frames, commit. The attempt's state machine must admit each frame
+//! before any of its bytes are written.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -13,11 +13,11 @@ use super::newcomers::Newcomer;
 use super::payload::{Incoming, MoveError, read_full, write_full};
 use crate::reservations::{Entry, Shared};
 
-/// After a refusal, what the sender has on its way is read and thrown away for this long: closing at once would reset
-/// the connection, and the reason would not arrive.
+/// How long incoming bytes are read and discarded after a refusal. Closing at once would reset the connection, and the
+/// sender would not receive the reason.
 const LINGER: Duration = Duration::from_millis(500);
 
-/// Longest wait for an answer of a few bytes to leave.
+/// Timeout for writing the confirmation.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
 pub(crate) async fn serve(shared: &Shared, opening: Opening, peer: SocketAddr, newcomer: &Newcomer) {
@@ -30,7 +30,7 @@ pub(crate) async fn serve(shared: &Shared, opening: Opening, peer: SocketAddr, n
     let (stream, hello) = match timeout(shared.config.hello_timeout, opened).await {
         Ok(Ok((stream, Some(hello)))) => (stream, hello),
         Ok(Ok((_, None))) => {
-            tracing::debug!(%peer, "closing a kv connection that did not begin with a hello of this version");
+            tracing::debug!(%peer, "closing a kv connection: the first message is not a hello of this protocol version");
             return;
         }
         Ok(Err(error)) => {
@@ -38,13 +38,13 @@ pub(crate) async fn serve(shared: &Shared, opening: Opening, peer: SocketAddr, n
             return;
         }
         Err(_) => {
-            tracing::debug!(%peer, "closing a kv connection that said no hello in time");
+            tracing::debug!(%peer, "closing a kv connection: no hello within the hello timeout");
             return;
         }
     };
     let stream = &stream;
     let refused = match shared.find(&hello.ticket) {
-        // Before the attempt hears of it: a connection that was sent away must not write.
+        // Checked before the attempt gets the hello: a connection that was evicted must not write.
         Some(_) if !newcomer.stay() => None,
         Some(entry) => handoff(shared, &entry, stream, hello).await,
         None => Some(RefuseReason::Ticket),
@@ -68,7 +68,8 @@ async fn refuse(stream: &Link, reason: RefuseReason) {
     let _: Result<Result<(), std::io::Error>, _> = timeout(LINGER, linger).await;
 }
 
-/// Reports the end of the writing task, however it ends (KV-1, KV-3). Made before anything may be written.
+/// Reports `WriterStopped` when dropped, however the writing task ends (KV-1, KV-3). Created before anything is
+/// written.
 struct Writer<'a>(&'a Entry);
 
 impl Drop for Writer<'_> {
@@ -77,7 +78,7 @@ impl Drop for Writer<'_> {
     }
 }
 
-/// Runs one attempt's connection; returns the reason to refuse it with, if any.
+/// Runs the connection of one attempt. Returns the reason to refuse it, if any.
 async fn handoff(shared: &Shared, entry: &Entry, stream: &Link, hello: Hello) -> Option<RefuseReason> {
     for action in entry.on_event(ReceiverEvent::Hello(hello)) {
         match action {
@@ -95,7 +96,7 @@ async fn handoff(shared: &Shared, entry: &Entry, stream: &Link, hello: Hello) ->
                 }
                 let answer = frame::encode_answer(Answer::Confirm);
                 if !matches!(timeout(ANSWER_TIMEOUT, write_full(stream, &answer)).await, Ok(Ok(()))) {
-                    tracing::debug!(request = %entry.request_id, "the sender did not wait for its confirmation");
+                    tracing::debug!(request = %entry.request_id, "could not deliver the confirmation to the sender");
                 }
                 return None;
             }
@@ -105,7 +106,7 @@ async fn handoff(shared: &Shared, entry: &Entry, stream: &Link, hello: Hello) ->
     None
 }
 
-/// Accepts, then takes frames until the state machine wants no more; true if it wants to confirm.
+/// Sends the accept answer, then reads frames until the state machine ends the connection. True if it confirms.
 async fn frames(shared: &Shared, entry: &Entry, stream: &Link) -> bool {
     let result = async {
         write_full(stream, &frame::encode_answer(Answer::Accept)).await?;
@@ -117,7 +118,7 @@ async fn frames(shared: &Shared, entry: &Entry, stream: &Link) -> bool {
                 Some(Header::Layer(piece, length)) => {
                     let block_bytes = shared.schema.block_bytes();
                     let expected = u64::from(piece.blocks) * block_bytes as u64;
-                    // Before anything is allocated or written for it.
+                    // Checked before memory is allocated or written.
                     let fits =
                         u64::from(length) == expected && length as usize <= shared.config.frame_limit(block_bytes);
                     if !fits {
@@ -156,7 +157,7 @@ async fn frames(shared: &Shared, entry: &Entry, stream: &Link) -> bool {
             if entry.stop.is_cancelled() {
                 return Ok(false);
             }
-            // Frames may come faster than they are read; other tasks want this thread, too.
+            // If frames arrive faster than they are read, no await above is ever pending. Let other tasks run.
             tokio::task::yield_now().await;
         }
     }
@@ -169,14 +170,14 @@ async fn frames(shared: &Shared, entry: &Entry, stream: &Link) -> bool {
             false
         }
         Err(MoveError::Store(error)) => {
-            tracing::error!(request = %entry.request_id, %error, "writing received kv");
+            tracing::error!(request = %entry.request_id, %error, "failed to write received kv");
             entry.on_event(ReceiverEvent::StoreFailed);
             false
         }
     }
 }
 
-/// The rest of a short frame; `None` if its checksum is wrong.
+/// Reads the rest of a short frame and returns the whole frame. `None` if its checksum is wrong.
 async fn read_sealed<const N: usize>(stream: &Link, header: &[u8]) -> std::io::Result<Option<[u8; N]>> {
     let mut bytes = [0; N];
     bytes[..HEADER_BYTES].copy_from_slice(header);

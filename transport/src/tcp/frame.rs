@@ -1,34 +1,34 @@
-//! The wire. All numbers are little-endian; lengths are known before anything is allocated.
+//! Wire format. All numbers are little-endian. The length of a message is known before memory is allocated for it.
 //!
 //! ```text
 //! sender   -> receiver   hello    "OFKV" version:u16 0:u16 ticket:[16] digest:[32] held_blocks:u32 prompt_tokens:u32 sum:u64
 //! receiver -> sender     answer   kind:u8 reason:u8 0:u16 sum:u64          accept | refuse | confirm
 //! sender   -> receiver   frame    kind:u8 0:[3] length:u32 a:u32 b:u32 c:u32   payload:[length]   sum:u64
-//!     layer   a = layer, b = first block, c = blocks; the payload is theirs, in order
-//!     ping    nothing
+//!     layer   a = layer, b = first block, c = number of blocks; payload = their bytes, in order
+//!     ping    no payload
 //!     commit  a = first token; payload = frames:u64 bytes:u64 exposed_micros:u64
 //! ```
 //!
-//! The checksum is XXH3 (64 bits) over everything before it, of a layer in steps: the header, then each block seeded
-//! with the sum so far ([`next_sum`]). It is against damage, not against forgery. A CRC-32 would cost
-//! a third of the throughput on a machine without wide carry-less multiplication. It comes last so that a sender reads
-//! a payload only once.
+//! The checksum is XXH3 (64 bits) over all bytes before it. For a layer frame it is computed in steps: over the header,
+//! then over each block, seeded with the sum so far ([`next_sum`]). It detects damage, not forgery. CRC-32 would cost a
+//! third of the throughput on machines without wide carry-less multiplication. The checksum comes last, so that a
+//! sender reads the payload only once.
 
 use overfill_kv::Ticket;
 use overfill_kv::handoff::{Commit, Hello, Piece, RefuseReason};
 use twox_hash::XxHash3_64;
 
-/// Version of this wire; others are refused.
+/// Version of the wire format. Connections of other versions are closed.
 pub const VERSION: u16 = 1;
-/// Bytes of a hello.
+/// Size of a hello in bytes.
 pub const HELLO_BYTES: usize = 72;
-/// Bytes of an answer.
+/// Size of an answer in bytes.
 pub const ANSWER_BYTES: usize = 12;
-/// Bytes of a frame before its payload.
+/// Size of a frame header in bytes.
 pub const HEADER_BYTES: usize = 20;
-/// Bytes of a checksum.
+/// Size of a checksum in bytes.
 pub const SUM_BYTES: usize = 8;
-/// Bytes of a commit's payload.
+/// Size of a commit's payload in bytes.
 pub const COMMIT_BYTES: usize = 24;
 
 const MAGIC: &[u8; 4] = b"OFKV";
@@ -39,28 +39,28 @@ const ANSWER_ACCEPT: u8 = 1;
 const ANSWER_REFUSE: u8 = 2;
 const ANSWER_CONFIRM: u8 = 3;
 
-/// What a frame is, before its payload is read.
+/// Decoded frame header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Header {
-    /// Blocks of a layer, and how many bytes are said to follow.
+    /// Blocks of a layer, and the payload length in bytes that the header states.
     Layer(Piece, u32),
-    /// A sign of life.
+    /// Keeps the connection from timing out.
     Ping,
-    /// The end; `COMMIT_BYTES` follow.
+    /// End of the handoff. The payload has [`COMMIT_BYTES`] bytes.
     Commit {
-        /// The full model's first token.
+        /// First output token, chosen by the full model.
         first_token: u32,
     },
 }
 
-/// What a receiver says.
+/// Message from the receiver to the sender.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// The ticket is taken.
+    /// The ticket is accepted.
     Accept,
-    /// The attempt is over.
+    /// The connection is refused, or the attempt has ended.
     Refuse(RefuseReason),
-    /// Everything is here.
+    /// All KV has arrived and is verified.
     Confirm,
 }
 
@@ -72,12 +72,12 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     bytes[at..at + 8].iter().rev().fold(0, |n, b| n << 8 | u64::from(*b))
 }
 
-/// The checksum of these bytes, as it is sent.
+/// Checksum of `bytes`, as sent on the wire.
 pub fn checksum(bytes: &[u8]) -> [u8; SUM_BYTES] {
     XxHash3_64::oneshot(bytes).to_le_bytes()
 }
 
-/// The sum of a layer frame goes on over the next block; it begins with 0 and the header.
+/// Continues the checksum of a layer frame over `part`: first the header with `sum` 0, then each block.
 pub fn next_sum(sum: u64, part: &[u8]) -> u64 {
     XxHash3_64::oneshot_with_seed(sum, part)
 }
@@ -88,13 +88,13 @@ fn seal<const N: usize>(mut bytes: [u8; N]) -> [u8; N] {
     bytes
 }
 
-/// Is the checksum at the end of `bytes` right?
+/// Whether the checksum at the end of `bytes` is right.
 pub(crate) fn is_sealed(bytes: &[u8]) -> bool {
     let (body, sum) = bytes.split_at(bytes.len() - SUM_BYTES);
     checksum(body) == *sum
 }
 
-/// Bytes of a hello.
+/// Encodes a hello.
 pub fn encode_hello(hello: &Hello) -> [u8; HELLO_BYTES] {
     let mut out = [0; HELLO_BYTES];
     out[..4].copy_from_slice(MAGIC);
@@ -106,7 +106,7 @@ pub fn encode_hello(hello: &Hello) -> [u8; HELLO_BYTES] {
     seal(out)
 }
 
-/// A hello; `None` for anything else, or another version.
+/// Decodes a hello. `None` if the bytes are not a hello of this version or its checksum is wrong.
 pub fn decode_hello(bytes: &[u8; HELLO_BYTES]) -> Option<Hello> {
     let known = bytes[..4] == *MAGIC && bytes[4..6] == VERSION.to_le_bytes() && bytes[6..8] == [0; 2];
     if !known || !is_sealed(bytes) {
@@ -122,7 +122,7 @@ pub fn decode_hello(bytes: &[u8; HELLO_BYTES]) -> Option<Hello> {
     })
 }
 
-/// Bytes of an answer.
+/// Encodes an answer.
 pub fn encode_answer(answer: Answer) -> [u8; ANSWER_BYTES] {
     let (kind, reason) = match answer {
         Answer::Accept => (ANSWER_ACCEPT, 0),
@@ -132,7 +132,7 @@ pub fn encode_answer(answer: Answer) -> [u8; ANSWER_BYTES] {
     seal([kind, reason, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
 }
 
-/// An answer; `None` for anything else.
+/// Decodes an answer. `None` if the bytes are not an answer or its checksum is wrong.
 pub fn decode_answer(bytes: &[u8; ANSWER_BYTES]) -> Option<Answer> {
     if !is_sealed(bytes) {
         return None;
@@ -145,7 +145,7 @@ pub fn decode_answer(bytes: &[u8; ANSWER_BYTES]) -> Option<Answer> {
     }
 }
 
-/// Bytes of a frame before its payload.
+/// Encodes a frame header.
 pub fn encode_header(header: &Header) -> [u8; HEADER_BYTES] {
     let (kind, length, a, b, c) = match *header {
         Header::Layer(piece, length) => (KIND_LAYER, length, piece.layer, piece.first_block, piece.blocks),
@@ -160,7 +160,7 @@ pub fn encode_header(header: &Header) -> [u8; HEADER_BYTES] {
     out
 }
 
-/// What a frame is; `None` for anything that no frame begins with. The length of a layer is for the caller to check.
+/// Decodes a frame header. `None` if the bytes are not a header. The caller must check the payload length of a layer.
 pub fn decode_header(bytes: &[u8; HEADER_BYTES]) -> Option<Header> {
     let [length, a, b, c] = [4, 8, 12, 16].map(|at| u32_at(bytes, at));
     match bytes[..4] {
@@ -173,14 +173,14 @@ pub fn decode_header(bytes: &[u8; HEADER_BYTES]) -> Option<Header> {
     }
 }
 
-/// A whole ping.
+/// Encodes a ping frame.
 pub fn encode_ping() -> [u8; HEADER_BYTES + SUM_BYTES] {
     let mut out = [0; HEADER_BYTES + SUM_BYTES];
     out[..HEADER_BYTES].copy_from_slice(&encode_header(&Header::Ping));
     seal(out)
 }
 
-/// A whole commit. `exposed_micros`: time since the sender's owner committed.
+/// Encodes a commit frame. `exposed_micros` is the time in microseconds since the sender's owner committed.
 pub fn encode_commit(commit: &Commit, exposed_micros: u64) -> [u8; HEADER_BYTES + COMMIT_BYTES + SUM_BYTES] {
     let mut out = [0; HEADER_BYTES + COMMIT_BYTES + SUM_BYTES];
     out[..HEADER_BYTES].copy_from_slice(&encode_header(&Header::Commit { first_token: commit.first_token }));
@@ -191,7 +191,7 @@ pub fn encode_commit(commit: &Commit, exposed_micros: u64) -> [u8; HEADER_BYTES 
     seal(out)
 }
 
-/// The payload of a commit, and `exposed_micros`.
+/// Decodes a commit from its header's token and its payload. Also returns `exposed_micros`.
 pub fn decode_commit(first_token: u32, payload: &[u8; COMMIT_BYTES]) -> (Commit, u64) {
     let [frames, bytes, exposed_micros] = [0, 8, 16].map(|at| u64_at(payload, at));
     (Commit { first_token, frames, bytes }, exposed_micros)
@@ -244,7 +244,7 @@ mod tests {
         let mut long_ping = encode_header(&Header::Ping);
         long_ping[4] = 1;
         assert_eq!(decode_header(&long_ping), None);
-        // What a frame does not use is 0: a later version may give it a meaning.
+        // Unused fields must be 0, so that a later version can give them a meaning.
         for (header, at) in [(Header::Ping, 8), (Header::Ping, 19), (Header::Commit { first_token: 7 }, 12)] {
             let mut used = encode_header(&header);
             used[at] = 1;

@@ -1,7 +1,7 @@
-//! One connection of the KV plane, as the code that moves frames sees it.
+//! A connection that carries KV, with one interface for plain TCP sockets and other streams.
 //!
-//! A plain TCP socket moves bytes straight between the system and KV memory. Any other stream (TLS, or a simulated
-//! network) goes through a small buffer on each side, behind the same calls.
+//! A plain TCP socket moves bytes directly between the kernel and KV memory. Any other stream (TLS, or a simulated
+//! network) uses a small buffer in each direction.
 
 use std::future::poll_fn;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
@@ -14,16 +14,16 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 
-/// Bytes buffered in each direction of a stream that is not a plain socket: four TLS records.
+/// Buffer size in bytes per direction of a stream that is not a plain socket: four TLS records.
 const BUFFER_BYTES: usize = 64 * 1024;
 
-/// How a sender connects to a receiver. By default over plain TCP; see [`plain_dialer`].
+/// Connects a sender to a receiver. [`plain_dialer`] is the default.
 pub type Dialer = overfill_net::Dialer<Link>;
 
-/// A link that is being opened.
+/// Future that opens a link.
 pub type Opening = overfill_net::Opening<Link>;
 
-/// Connects over plain TCP.
+/// A dialer that connects over plain TCP.
 pub fn plain_dialer() -> Dialer {
     Dialer::new(|address| Box::pin(async move { Link::tcp(TcpStream::connect(address).await?) }))
 }
@@ -40,8 +40,8 @@ impl Listen for PlainListener {
     }
 }
 
-/// A connection. Reads and writes do not wait; waiting is done by [`readable`](Self::readable) and
-/// [`writable`](Self::writable). One task uses it.
+/// A connection, used by one task. Reads and writes never wait; [`readable`](Self::readable) and
+/// [`writable`](Self::writable) do.
 pub struct Link(Kind);
 
 enum Kind {
@@ -49,16 +49,16 @@ enum Kind {
     Stream(Mutex<Buffered>),
 }
 
-/// Buffers of a stream that can't be asked whether it is ready.
+/// A stream without readiness methods, and its buffers.
 struct Buffered {
     io: Box<dyn Duplex>,
     incoming: Box<[u8]>,
-    /// Bytes `taken..have` of `incoming` are still to be read.
+    /// `incoming[taken..have]` has not been read by the caller yet.
     taken: usize,
     have: usize,
     ended: bool,
     outgoing: Vec<u8>,
-    /// Bytes of `outgoing` that have left.
+    /// Bytes of `outgoing` already written to `io`.
     sent: usize,
     flushed: bool,
 }
@@ -67,14 +67,14 @@ trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
 
 impl Link {
-    /// Over a plain socket.
+    /// A link over a plain TCP socket. Sets `TCP_NODELAY`.
     pub fn tcp(stream: TcpStream) -> io::Result<Self> {
-        // Answers of a few bytes must not wait for more.
+        // Answers have a few bytes and must be sent without delay.
         stream.set_nodelay(true)?;
         Ok(Self(Kind::Tcp(stream)))
     }
 
-    /// Over any other stream.
+    /// A link over any other stream.
     pub fn stream(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Self {
         Self(Kind::Stream(Mutex::new(Buffered {
             io: Box::new(io),
@@ -112,7 +112,7 @@ impl Link {
         }
     }
 
-    /// Writes to a connection that was just accepted, of which tokio does not know yet that it can be written to.
+    /// Writes to a connection that was just accepted. Bypasses tokio, which has not registered it as writable yet.
     pub(crate) fn write_at_once(&self, bytes: &[u8]) -> io::Result<usize> {
         match &self.0 {
             Kind::Tcp(stream) => socket2::SockRef::from(stream).send(bytes),
@@ -120,7 +120,7 @@ impl Link {
         }
     }
 
-    /// Resolves when a read may do something.
+    /// Resolves when a read may make progress.
     pub(crate) async fn readable(&self) -> io::Result<()> {
         match &self.0 {
             Kind::Tcp(stream) => stream.readable().await,
@@ -128,7 +128,7 @@ impl Link {
         }
     }
 
-    /// Resolves when a write may do something.
+    /// Resolves when a write may make progress.
     pub(crate) async fn writable(&self) -> io::Result<()> {
         match &self.0 {
             Kind::Tcp(stream) => stream.writable().await,
@@ -136,7 +136,7 @@ impl Link {
         }
     }
 
-    /// Resolves when what was written has left this process.
+    /// Resolves when all written bytes have left the buffer of this link.
     pub(crate) async fn flushed(&self) -> io::Result<()> {
         match &self.0 {
             Kind::Tcp(_) => Ok(()),
@@ -144,7 +144,7 @@ impl Link {
         }
     }
 
-    /// Says that nothing more will be written.
+    /// Shuts down the writing direction.
     pub(crate) async fn end_writing(&self) -> io::Result<()> {
         match &self.0 {
             Kind::Tcp(stream) => socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write),
@@ -160,7 +160,7 @@ impl Link {
     }
 }
 
-/// For a look at a stream without waiting for it. A wait that follows asks again, with a waker.
+/// Context for polling a stream without waiting. A later wait polls again with a real waker.
 fn no_waker() -> Context<'static> {
     Context::from_waker(Waker::noop())
 }
@@ -179,7 +179,7 @@ impl Buffered {
         Ok(n)
     }
 
-    /// Ready when there is something to read, or the stream has ended.
+    /// Ready when there are bytes to read or the stream has ended.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.taken == self.have && !self.ended {
             let mut space = ReadBuf::new(&mut self.incoming);
@@ -199,12 +199,12 @@ impl Buffered {
             self.outgoing.extend_from_slice(&buf[..room.min(buf.len())]);
         }
         let taken = self.outgoing.len();
-        // Whether it leaves now or later is the waits' concern.
+        // If this is pending, `writable` and `flushed` write the rest.
         let _: Poll<()> = self.poll_drain(&mut no_waker())?;
         Ok(taken)
     }
 
-    /// Ready when everything that was written has left.
+    /// Ready when the buffer is empty and the stream is flushed.
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.sent < self.outgoing.len() {
             self.flushed = false;

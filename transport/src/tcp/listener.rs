@@ -1,4 +1,4 @@
-//! Where senders' connections come in.
+//! Accepts the connections of senders.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -25,8 +25,8 @@ pub(crate) async fn accept(
         match listener.accept().await {
             Ok((opening, peer)) => admit(shared, &newcomers, connections, opening, peer),
             Err(error) => {
-                // Out of file descriptors, most likely: taking the next one at once would spin.
-                tracing::warn!(%error, "accepting a kv connection");
+                // Usually out of file descriptors. Retrying at once would spin.
+                tracing::warn!(%error, "failed to accept a kv connection");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
@@ -35,9 +35,9 @@ pub(crate) async fn accept(
 
 fn admit(all: &Arc<Shared>, newcomers: &Arc<Newcomers>, tasks: &TaskTracker, opening: Opening, peer: SocketAddr) {
     let Some(newcomer) = newcomers.enter() else {
-        tracing::warn!(%peer, limit = all.config.max_connections, "refusing a kv connection: too many");
+        tracing::warn!(%peer, limit = all.config.max_connections, "refusing a kv connection: connection limit reached");
         let answer = frame::encode_answer(frame::Answer::Refuse(RefuseReason::Busy));
-        // Straight to the socket, which is empty and does not block: a refused peer gets no task and no handshake.
+        // A direct write cannot block, since the send buffer is empty. A refused peer gets no task and no handshake.
         if let Some(Ok(stream)) = opening.now_or_never() {
             let _ = stream.write_at_once(&answer);
         }
@@ -46,7 +46,7 @@ fn admit(all: &Arc<Shared>, newcomers: &Arc<Newcomers>, tasks: &TaskTracker, ope
     let shared = all.clone();
     tasks.spawn(async move {
         tokio::select! {
-            () = newcomer.sent_away() => tracing::debug!(%peer, "another kv connection takes the place of a silent one"),
+            () = newcomer.sent_away() => tracing::debug!(%peer, "closing a kv connection without a ticket to make room"),
             () = connection::serve(&shared, opening, peer, &newcomer) => {}
         }
     });

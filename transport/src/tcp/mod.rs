@@ -1,4 +1,5 @@
-//! KV over TCP: a connection per handoff, plain or over any other stream. The wire is in [`frame`].
+//! KV transport over TCP, with one connection per handoff. A [`Link`] may also be TLS or another stream. [`frame`]
+//! defines the wire format.
 
 mod connection;
 pub mod frame;

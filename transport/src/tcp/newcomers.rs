@@ -1,7 +1,8 @@
-//! How many connections a receiver has, and which one ends when there are too many.
+//! Connection limit of a receiver.
 //!
-//! A stranger who opens connections and sends nothing keeps each for as long as a hello may take. So connections that have
-//! not shown a ticket of ours yet are newcomers: they give way, the oldest first. A sender shows its ticket at once.
+//! A client that opens connections and sends nothing occupies each for the hello timeout. So connections that have not
+//! presented a valid ticket yet are newcomers. At the limit, the oldest newcomer is evicted for each new connection. A
+//! real sender presents its ticket at once.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 /// The connections of one receiver.
 pub(crate) struct Newcomers {
     slots: Arc<Semaphore>,
-    /// Newcomers, in order of arrival.
+    /// Newcomers, oldest first.
     waiting: Mutex<VecDeque<Waiting>>,
     next_key: AtomicU64,
 }
@@ -25,7 +26,7 @@ struct Waiting {
     sent_away: CancellationToken,
 }
 
-/// One connection. Dropping it makes room for another.
+/// One connection. Dropping it frees its slot.
 pub(crate) struct Newcomer {
     all: Arc<Newcomers>,
     key: u64,
@@ -34,12 +35,12 @@ pub(crate) struct Newcomer {
 }
 
 impl Newcomers {
-    /// Room for `max` connections.
+    /// Slots for `max` connections.
     pub fn new(max: usize) -> Arc<Self> {
         Arc::new(Self { slots: Arc::new(Semaphore::new(max)), waiting: Mutex::default(), next_key: AtomicU64::new(0) })
     }
 
-    /// Lets a connection in, in place of the oldest newcomer if there is no room. `None` if all connections have handoffs.
+    /// Admits a connection. If no slot is free, evicts the oldest newcomer. `None` if all connections have handoffs.
     pub fn enter(self: &Arc<Self>) -> Option<Newcomer> {
         let (key, sent_away) = (self.next_key.fetch_add(1, Ordering::Relaxed), CancellationToken::new());
         let mut waiting = self.waiting.lock();
@@ -57,12 +58,12 @@ impl Newcomers {
 }
 
 impl Newcomer {
-    /// Resolves when it has to give way.
+    /// Resolves when this connection is evicted.
     pub async fn sent_away(&self) {
         self.sent_away.cancelled().await;
     }
 
-    /// From now on it need not give way; false if it has had to.
+    /// Protects this connection from eviction. False if it was evicted already.
     pub fn stay(&self) -> bool {
         let slot = self.leave_queue();
         let kept = slot.is_some();
@@ -95,10 +96,10 @@ mod tests {
         let third = all.enter().unwrap();
         assert!(second.sent_away.is_cancelled() && !second.stay());
         assert!(!first.sent_away.is_cancelled() && third.stay());
-        // Both have handoffs now.
+        // Both connections have handoffs now.
         assert!(all.enter().is_none());
         drop(second);
-        assert!(all.enter().is_none(), "room that another has taken was given back again");
+        assert!(all.enter().is_none(), "the slot of an evicted connection was freed twice");
         drop(first);
         let fourth = all.enter().unwrap();
         drop((third, fourth));

@@ -1,8 +1,8 @@
-//! Bytes between a socket and KV memory, in order, checksummed, and without a copy of our own where that memory can be
-//! addressed.
+//! Moves payloads between a link and KV memory, with checksums. Over a plain socket, KV in host memory is not copied in
+//! this process.
 //!
-//! KV memory may be locked while it is read or written, so nothing waits in there: the closures move what the socket
-//! takes or has at that moment, and the waiting is done outside.
+//! KV memory may be locked while it is read or written, so the closures passed to the store do not wait. They move the
+//! bytes that the socket accepts or has at that moment. Waiting for the socket happens outside.
 
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 
@@ -10,10 +10,11 @@ use super::frame::{SUM_BYTES, next_sum};
 use super::link::Link;
 use overfill_kv::{BlockId, KvMemory, KvStore, StoreError};
 
-/// Most bytes per call to the system: few calls, and yet what was summed is still in cache when it is sent.
+/// Maximum bytes per system call. Large enough for few calls, small enough that checksummed bytes are still in cache
+/// when they are sent.
 pub(crate) const CHUNK_BYTES: usize = 512 * 1024;
 
-/// Why a payload did not move.
+/// Why a payload could not be sent or received.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MoveError {
     #[error("connection: {0}")]
@@ -22,7 +23,7 @@ pub(crate) enum MoveError {
     Store(#[from] StoreError),
 }
 
-/// Fills `buf` from the socket.
+/// Reads from the socket until `buf` is full.
 pub(crate) async fn read_full(stream: &Link, buf: &mut [u8]) -> io::Result<()> {
     let mut at = 0;
     while at < buf.len() {
@@ -41,11 +42,11 @@ pub(crate) async fn write_full(stream: &Link, buf: &[u8]) -> io::Result<()> {
     Outgoing::new(stream).with(buf).flush().await
 }
 
-/// The writing half. Small parts are kept back and leave together with the next large one.
+/// The writing half of a connection. Small parts are buffered and sent together with the next payload.
 pub(crate) struct Outgoing<'a> {
     stream: &'a Link,
     small: Vec<u8>,
-    /// Bytes of `small` that have left.
+    /// Bytes of `small` already sent.
     sent: usize,
     staging: Vec<u8>,
 }
@@ -55,7 +56,7 @@ impl<'a> Outgoing<'a> {
         Self { stream, small: Vec::new(), sent: 0, staging: Vec::new() }
     }
 
-    /// Queues a few bytes; [`Self::flush`] sends them at the latest.
+    /// Buffers a few bytes. The next frame or [`Self::flush`] sends them.
     pub fn push(&mut self, bytes: &[u8]) {
         self.small.extend_from_slice(bytes);
     }
@@ -76,13 +77,13 @@ impl<'a> Outgoing<'a> {
         self.stream.flushed().await
     }
 
-    /// Sends what was kept back; never completes unless that fails. For waits for something else.
+    /// Sends the buffered bytes, then never completes. Returns only on an error. For use in a `select!`.
     pub async fn flush_then_pend(&mut self) -> io::Result<std::convert::Infallible> {
         self.flush().await?;
         std::future::pending().await
     }
 
-    /// One call to the system: what was kept back, then `chunk`. Returns the bytes of `chunk` that left.
+    /// Sends the buffered bytes and `chunk` with one system call. Returns how many bytes of `chunk` were sent.
     fn try_send(&mut self, chunk: &[&[u8]]) -> io::Result<usize> {
         let kept_back = self.small.len() - self.sent;
         let mut parts = Vec::with_capacity(chunk.len() + 1);
@@ -100,8 +101,8 @@ impl<'a> Outgoing<'a> {
         Ok(n - kept_back)
     }
 
-    /// Sends `header`, the blocks `ids` of `layer`, and the checksum of both (which may be kept back). When it returns,
-    /// the blocks are not read any more.
+    /// Sends `header`, the blocks `ids` of `layer`, and the checksum of both. The checksum may stay buffered. The
+    /// blocks are not read any more after this returns.
     pub async fn frame(
         &mut self,
         header: &[u8],
@@ -134,7 +135,7 @@ impl<'a> Outgoing<'a> {
         Ok(())
     }
 
-    /// Sends from where `p` stands until everything has left or the socket takes no more.
+    /// Sends from position `p` on until everything is sent or the socket would block.
     fn send_now(&mut self, blocks: &[&[u8]], p: &mut FrameProgress) -> io::Result<()> {
         let size = blocks.first().map_or(1, |b| b.len().max(1));
         let length = size * blocks.len();
@@ -157,11 +158,11 @@ impl<'a> Outgoing<'a> {
     }
 }
 
-/// How far a payload has moved; carried over every wait.
+/// Progress of a payload, kept across waits.
 struct FrameProgress {
-    /// Bytes that have moved.
+    /// Bytes sent or received.
     at: usize,
-    /// Blocks that are in the sum.
+    /// Blocks included in the checksum.
     summed: usize,
     sum: u64,
 }
@@ -177,7 +178,7 @@ impl FrameProgress {
     }
 }
 
-/// The parts of `blocks`, which are equally long, that make up bytes `from..to` of all of them together.
+/// Slices of `blocks` that cover bytes `from..to` of their concatenation. All blocks have the same length.
 fn window<'b>(blocks: &[&'b [u8]], from: usize, to: usize) -> impl Iterator<Item = &'b [u8]> {
     let size = blocks.first().map_or(1, |b| b.len().max(1));
     let first = (from / size).min(blocks.len());
@@ -188,7 +189,7 @@ fn window<'b>(blocks: &[&'b [u8]], from: usize, to: usize) -> impl Iterator<Item
     })
 }
 
-/// The reading half of one frame's payload and checksum.
+/// Reads the payloads and checksums of layer frames.
 pub(crate) struct Incoming<'a> {
     stream: &'a Link,
     staging: Vec<u8>,
@@ -199,7 +200,8 @@ impl<'a> Incoming<'a> {
         Self { stream, staging: Vec::new() }
     }
 
-    /// Reads the blocks `ids` of `layer` and the checksum over `header` and them; returns whether it is right.
+    /// Reads the blocks `ids` of `layer` into `store`, then the checksum over `header` and blocks. Returns whether the
+    /// checksum is right.
     pub async fn frame(
         &mut self,
         header: &[u8],
@@ -235,7 +237,7 @@ impl<'a> Incoming<'a> {
     }
 }
 
-/// Reads into `blocks`, from where `p` stands, until they are full or the socket has no more.
+/// Reads into `blocks` from position `p` on until they are full or the socket would block.
 fn receive_now(stream: &Link, blocks: &mut [&mut [u8]], p: &mut FrameProgress) -> io::Result<()> {
     let size = blocks.first().map_or(1, |b| b.len().max(1));
     let length = size * blocks.len();

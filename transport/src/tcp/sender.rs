@@ -1,4 +1,4 @@
-//! The task that sends one handoff over a connection of its own.
+//! The task that sends one handoff over its own connection.
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,7 +17,7 @@ use super::payload::{MoveError, Outgoing};
 use crate::sender::{Command, Control};
 use crate::{HandoffError, SendPlan, TransferConfig};
 
-/// Sends what `queue` announces to `address`, until the handoff has its outcome.
+/// Sends the blocks announced in `queue` to `address` until the handoff has its outcome.
 pub(crate) async fn send(
     address: String,
     plan: SendPlan,
@@ -29,7 +29,7 @@ pub(crate) async fn send(
     Shell::new(address, plan, store, config, queue, control).run().await
 }
 
-/// Drives the state machine: brings it events, does what it says.
+/// Drives the state machine: passes it events and carries out its actions.
 struct Shell {
     machine: SenderHandoff,
     actions: VecDeque<SenderAction>,
@@ -37,7 +37,7 @@ struct Shell {
     address: String,
     request_id: RequestId,
     blocks: Vec<BlockId>,
-    /// Layer of the local store of each layer on the wire.
+    /// Layer index in the local store, by layer number on the wire.
     layers: Vec<u32>,
     lease: Option<Arc<BlockLease>>,
     store: Arc<dyn KvStore>,
@@ -50,7 +50,7 @@ struct Shell {
     first_frame: Option<Instant>,
 }
 
-/// An answer of which perhaps only a part has arrived.
+/// Reads answers, keeping a partly received one across calls.
 #[derive(Default)]
 struct AnswerReader {
     bytes: [u8; ANSWER_BYTES],
@@ -58,7 +58,7 @@ struct AnswerReader {
 }
 
 impl AnswerReader {
-    /// The next answer. May be dropped at any wait without losing bytes.
+    /// Reads the next answer. Cancel safe: dropping the future loses no bytes.
     async fn next(&mut self, stream: &Link) -> io::Result<Answer> {
         loop {
             match stream.try_read(&mut self.bytes[self.have..]) {
@@ -157,7 +157,7 @@ impl Shell {
         self.report()
     }
 
-    /// The connection; `None` if the attempt is over before it stands.
+    /// Opens the connection. `None` if the attempt ended before it was open.
     async fn connect(&mut self) -> Option<Link> {
         let endpoint = self.address.clone();
         let mut connecting = self.dialer.dial(endpoint);
@@ -179,7 +179,7 @@ impl Shell {
         None
     }
 
-    /// Does what is left to do when nothing can be sent.
+    /// Carries out the remaining actions when there is no connection.
     fn abandon(&mut self) {
         while let Some(action) = self.actions.pop_front() {
             match action {
@@ -207,11 +207,11 @@ impl Shell {
                         if self.send_layer(stream, &mut out, piece).await {
                             self.on_event(SenderEvent::Sent);
                         }
-                        // Frames may leave faster than the network is busy; other tasks want this thread, too.
+                        // If the socket never blocks, no await above is ever pending. Let other tasks run.
                         tokio::task::yield_now().await;
                     }
                     SenderAction::Finish(outcome) => self.outcome = Some(outcome),
-                    // This task is the only reader of the blocks, and reads none here.
+                    // This task is the only reader of the blocks, and no read is in progress here.
                     SenderAction::Disconnect => self.on_event(SenderEvent::Stopped),
                     SenderAction::ReleaseBlocks => self.lease = None,
                 }
@@ -223,7 +223,7 @@ impl Shell {
         }
     }
 
-    /// Sends one frame; false if the attempt was over before it had left.
+    /// Sends one layer frame. False if the attempt ended before the frame was sent.
     async fn send_layer(&mut self, stream: &Link, out: &mut Outgoing<'_>, piece: Piece) -> bool {
         let store = self.store.clone();
         let from = piece.first_block as usize;
@@ -245,7 +245,7 @@ impl Shell {
                     Ok(()) => return true,
                     Err(MoveError::Io(error)) => self.on_write_error(stream, error),
                     Err(MoveError::Store(error)) => {
-                        tracing::error!(request = %self.request_id, %error, "reading kv to send");
+                        tracing::error!(request = %self.request_id, %error, "failed to read kv to send");
                         self.on_error(io::Error::other(error));
                     }
                 },
@@ -255,7 +255,7 @@ impl Shell {
         false
     }
 
-    /// Sends what was kept back and waits for the next event.
+    /// Sends buffered bytes and waits for the next event.
     async fn wait(&mut self, stream: &Link, out: &mut Outgoing<'_>) {
         let due = self.due();
         tokio::select! {
@@ -274,7 +274,8 @@ impl Shell {
         }
     }
 
-    /// A receiver that ends an attempt says why before it closes: that counts, not the broken pipe that follows.
+    /// Handles a write error. A receiver that ends an attempt sends the reason before it closes the connection. That
+    /// reason counts, not the broken pipe.
     fn on_write_error(&mut self, stream: &Link, error: io::Error) {
         let mut bytes = [0; ANSWER_BYTES];
         let last_word = match (self.answer.have, stream.try_read(&mut bytes)) {
@@ -300,7 +301,7 @@ impl Shell {
                 Ok(TransferStats { bytes, seconds, exposed_seconds: exposed.min(seconds) })
             }
             Some(Err(Failure::Cancelled)) if self.control.overflow.load(Ordering::Acquire) => {
-                Err(Failure::Plan("more pieces announced than planned").into())
+                Err(Failure::Plan("more pieces were announced than planned").into())
             }
             Some(Err(Failure::Lost)) => Err(match self.connection_error {
                 Some(e) => HandoffError::Connection { endpoint: self.address, message: e.to_string() },

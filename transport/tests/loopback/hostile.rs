@@ -1,4 +1,4 @@
-//! Senders that are broken, slow, or not senders at all.
+//! Tests with broken senders, slow senders and clients that are not senders.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 
 use crate::rig::{Rig, failed, until};
 
-/// A sender by hand.
+/// A sender that writes raw bytes.
 struct Raw(TcpStream);
 
 impl Raw {
@@ -30,7 +30,7 @@ impl Raw {
         self.0.write_all(bytes).await.unwrap();
     }
 
-    /// The next answer; `None` if the connection was closed instead.
+    /// Reads the next answer. `None` if the connection was closed instead.
     async fn answer(&mut self) -> Option<Answer> {
         let mut bytes = [0; ANSWER_BYTES];
         let read = tokio::time::timeout(Duration::from_secs(20), self.0.read_exact(&mut bytes)).await.unwrap();
@@ -49,7 +49,7 @@ fn layer_frame(rig: &Rig, piece: Piece) -> Vec<u8> {
 
 const PIECE: Piece = Piece { layer: 0, first_block: 0, blocks: 2 };
 
-/// What is sent after a hello, and how the receiver ends it.
+/// Sends these bytes after an accepted hello, and checks that the receiver refuses with `reason`.
 async fn rejects(send: impl Fn(&Rig) -> Vec<u8>, reason: RefuseReason) {
     let rig = Rig::new(TransferConfig::default()).await;
     let mut incoming = rig.reserve([1; 16], 0);
@@ -157,7 +157,7 @@ async fn a_sender_that_only_waits_for_its_model() {
     let mut incoming = rig.reserve([1; 16], 0);
     let (sender, sending) = rig.send([1; 16], 0);
     until("it is there", || incoming.state() == HandoffState::Prefilling).await;
-    // Longer than either side would wait for a dead one: signs of life go out meanwhile.
+    // Longer than the idle timeout of both sides. Pings keep the handoff alive.
     tokio::time::sleep(config.idle_timeout * 3).await;
     rig.announce_all(&sender);
     sender.commit(4);
@@ -173,7 +173,7 @@ async fn strangers_bring_nothing_down() {
     for _ in 0..50 {
         let mut raw = Raw::connect(&rig).await;
         let bytes: Vec<u8> = (0..random.random_range(0..300)).map(|_| random.random()).collect();
-        // It may be cut off while it still talks.
+        // The receiver may close the connection during the write.
         let _ = raw.0.write_all(&bytes).await;
         assert_eq!(raw.answer().await, None);
     }
@@ -205,7 +205,7 @@ async fn who_shows_no_ticket_gives_way() {
     let mut incoming = rig.reserve([1; 16], 0);
     let (sender, sending) = rig.send([1; 16], 0);
     rig.announce_all(&sender);
-    // Nor do those that come while a handoff is under way take anything from it.
+    // Connections that arrive during a handoff do not disturb it either.
     for _ in 0..20 {
         silent.push(Raw::connect(&rig).await);
     }
@@ -213,6 +213,6 @@ async fn who_shows_no_ticket_gives_way() {
     assert_eq!(incoming.ready().await.unwrap().first_token, 4);
     sending.await.unwrap().unwrap();
     rig.check_arrived(0);
-    // The first was closed without a word.
+    // The first connection was closed without an answer.
     assert_eq!(silent[0].answer().await, None);
 }

@@ -1,4 +1,5 @@
-//! Both ends over loopback: what arrives when all goes well, and who is told what, and which blocks are free, when not.
+//! Tests of sender and receiver over loopback: the KV that arrives, the errors that each side reports, and that blocks
+//! are freed after failures.
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
@@ -89,7 +90,7 @@ async fn a_wrong_ticket_is_refused_and_disturbs_nobody() {
     assert_eq!(incoming.ready().await.unwrap().first_token, 3);
     sending.await.unwrap().unwrap();
 
-    // Used up: KV-4.
+    // The ticket is used (KV-4).
     let (_sender, sending) = rig.send([1; 16], 0);
     assert_eq!(sending.await.unwrap(), failed(Failure::Refused(RefuseReason::Ticket)));
     rig.check_arrived(0);
@@ -133,7 +134,7 @@ async fn a_cancelled_request_stops_its_sender() {
     until("all blocks are free", || rig.is_idle()).await;
 }
 
-/// KV-1: the request is gone, but a write into its blocks is under way.
+/// KV-1: the request is cancelled while a write into its blocks is in progress.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn blocks_are_kept_until_the_writing_task_has_stopped() {
     let gate = Gate::default();
@@ -206,7 +207,7 @@ async fn nobody_comes_before_the_deadline() {
     let rig = Rig::new(TransferConfig::default()).await;
     let lease = rig.target_pool.allocate(5).unwrap();
     let mut incoming = rig.reserve_with([1; 16], 0, lease, Duration::from_millis(20));
-    // The listener's own clock frees the blocks, whether or not anybody waits for the outcome.
+    // The listener's task frees the blocks even if no task waits for the outcome.
     until("all blocks are free", || rig.is_idle()).await;
     assert_eq!(incoming.ready().await, failed(Failure::Deadline));
 }

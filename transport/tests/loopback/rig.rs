@@ -1,4 +1,4 @@
-//! A decode node's and a prefill node's KV plane in one process.
+//! Test setup: a KV sender and a KV receiver in one process.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,7 +39,7 @@ pub struct Rig {
 
 fn schema() -> KvSchema {
     KvSchema {
-        // Of the three layers of the source.
+        // Two of the source's three layers.
         layers: vec![0, 2],
         kv_heads: 2,
         head_dim: 64,
@@ -52,7 +52,7 @@ fn schema() -> KvSchema {
     }
 }
 
-/// Connections that are anything but plain sockets to those who use them.
+/// Listener whose links use the buffered path, although they run over TCP.
 struct Streams(TcpListener);
 
 impl Listen for Streams {
@@ -82,7 +82,7 @@ impl Rig {
         Self::with_room(config, 2).await
     }
 
-    /// Room for so many requests.
+    /// A rig whose pools hold `requests` prompts.
     pub async fn with_room(config: TransferConfig, requests: usize) -> Self {
         let schema = schema();
         let room = requests * BLOCKS;
@@ -98,7 +98,7 @@ impl Rig {
         Self { schema, config, source, source_pool, target, target_pool, receiver, endpoint, shutdown, serving }
     }
 
-    /// The same over connections that are not plain sockets.
+    /// The same rig over buffered links instead of plain sockets.
     pub async fn with_streams(mut self) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         self.endpoint = listener.local_addr().unwrap().to_string();
@@ -112,7 +112,7 @@ impl Rig {
         self
     }
 
-    /// The same with another kind of memory around the target's.
+    /// The same rig with the target store wrapped by `wrap`.
     pub async fn with_target(mut self, wrap: impl FnOnce(Arc<dyn KvStore>) -> Arc<dyn KvStore>) -> Self {
         self.target = wrap(self.target);
         (self.receiver, self.serving, self.endpoint, self.shutdown) =
@@ -191,7 +191,7 @@ impl Rig {
         }
     }
 
-    /// The first request's blocks have the source's content from `first_block` on.
+    /// Checks that the first request's blocks have the source's content from `first_block` on.
     pub fn check_arrived(&self, first_block: u32) {
         let ids: Vec<BlockId> = (0..(BLOCKS as u32 - first_block)).map(BlockId).collect();
         self.check_blocks(&ids, first_block);
@@ -221,17 +221,17 @@ pub fn failed<T>(failure: Failure) -> Result<T, HandoffError> {
     Err(HandoffError::Failed(failure))
 }
 
-/// Waits for a state; the limit is only there to end a test that would hang.
+/// Waits until `state` is true. The limit ends a test that would hang.
 pub async fn until(what: &str, state: impl Fn() -> bool) {
     let wait = async {
         while !state() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(20), wait).await.unwrap_or_else(|_| panic!("waited in vain until {what}"));
+    tokio::time::timeout(Duration::from_secs(20), wait).await.unwrap_or_else(|_| panic!("timed out waiting: {what}"));
 }
 
-/// Memory that is not this process's: no `view`, no `edit`.
+/// A store that reports device memory, so that `view` and `edit` are not available.
 pub struct Staged(pub Arc<dyn KvStore>);
 
 impl KvStore for Staged {
@@ -255,7 +255,7 @@ impl KvStore for Staged {
     }
 }
 
-/// Holds a writer in the middle of a write.
+/// Blocks a writer in the middle of a write.
 #[derive(Clone, Default)]
 pub struct Gate(Arc<(Mutex<(bool, bool)>, Condvar)>);
 

@@ -1,4 +1,4 @@
-//! Two nodes, their pools and memories, and a bad channel between them.
+//! Simulation of two nodes with their pools and memories, and an unreliable channel between them.
 
 mod checks;
 
@@ -15,32 +15,33 @@ const LAYERS: u32 = 2;
 const BLOCKS: u32 = 3;
 const POOL: usize = 10;
 
-/// One thing that happens. `u16`s choose among what is possible at that moment.
+/// One operation of the simulation. The `u16`s choose among the possible targets.
 #[derive(Clone, Copy, Debug)]
 pub enum Op {
-    /// A new attempt, if there is room for it.
+    /// Starts an attempt if both pools have room.
     Begin,
-    /// Something that moves an attempt on.
+    /// Runs one of the fault-free steps that are possible.
     Step(u16),
-    /// A message overtakes, is repeated, lost, or damaged.
+    /// Messages are reordered, repeated, lost or damaged.
     Reorder(u16),
     Repeat(u16),
     Lose(u16),
     Damage(u16),
-    /// A message of an attempt reaches another one: a stranger with an old ticket.
+    /// The hello of one attempt reaches another attempt.
     Misdeliver(u16, u16),
-    /// A connection breaks: one side notices, or the other, or both.
+    /// A connection breaks. One side, both or neither notice.
     Break(u16),
     Cancel(u16),
     Abort(u16),
-    /// The prefill process is gone; its blocks with it.
+    /// The sending task ends at once, in the middle of a frame if one is being sent.
     CrashSender(u16),
-    /// Prefill blunders: hands a piece over twice or commits early.
+    /// The prefill owner makes a mistake: it announces a piece twice or commits early.
     Blunder(u16),
-    /// Another request takes blocks on both nodes and fills them, or gives them back.
+    /// Another request allocates blocks on both nodes and fills them.
     Compete,
+    /// Another request frees its blocks.
     Yield,
-    /// Seconds pass.
+    /// Advances the clock by this many seconds.
     Wait(u8),
 }
 
@@ -64,7 +65,7 @@ pub fn faulty_op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// What a (layer, block) of an attempt must contain; 0 is nobody's.
+/// Expected content of a (layer, block) of an attempt. Never 0.
 fn content(attempt: usize, layer: u32, block: u32) -> u64 {
     1 + (attempt as u64 * 100 + u64::from(layer) * 10 + u64::from(block))
 }
@@ -73,7 +74,7 @@ const SCRIBBLE: u64 = u64::MAX;
 #[derive(Clone, Debug)]
 enum Message {
     Hello(Hello),
-    /// The bytes as they were when the frame had left, and whether the channel spoilt them.
+    /// The content at the time the frame was sent, and whether the channel damaged it.
     Layer(Piece, Vec<u64>, bool),
     Ping,
     Commit(Commit),
@@ -94,13 +95,14 @@ struct Attempt {
     sender: SenderHandoff,
     receiver: ReceiverHandoff,
     sender_lease: Option<BlockLease>,
-    /// What prefill computed and still has to announce.
+    /// Pieces that prefill still has to announce.
     to_announce: Vec<Piece>,
     committed: bool,
     reading: Option<Piece>,
     sender_stops: bool,
-    /// The transport's hold, and the owner's own.
+    /// The transport's share of the lease.
     write_hold: Option<Arc<BlockLease>>,
+    /// The owner's share of the lease.
     owner: Option<Arc<BlockLease>>,
     target: Vec<BlockId>,
     landing: Option<(Piece, Vec<u64>, bool)>,
@@ -123,7 +125,7 @@ pub struct World {
     competitors: Vec<(BlockLease, BlockLease)>,
 }
 
-/// The enabled natural step of an attempt.
+/// A fault-free step of an attempt.
 #[derive(Clone, Copy)]
 enum Step {
     Connect,
@@ -157,7 +159,7 @@ impl World {
         self.attempts.iter().filter(whole).count()
     }
 
-    /// Applies an operation; false if there was nothing to do.
+    /// Applies an operation. False if there was nothing to do.
     pub fn apply(&mut self, op: Op) -> bool {
         let n = self.attempts.len();
         match op {
@@ -278,7 +280,7 @@ impl World {
         true
     }
 
-    /// Other requests write to whatever blocks they are given: if those were not free, a check will see it.
+    /// Another request allocates blocks and overwrites them. If they were still in use, a check fails.
     fn compete(&mut self) -> bool {
         let (Ok(a), Ok(b)) = (self.sender_pool.allocate(2), self.receiver_pool.allocate(2)) else { return false };
         for layer in 0..LAYERS {
@@ -300,7 +302,7 @@ impl World {
         [
             (a.sender.state() == SenderState::Connecting, Step::Connect),
             (alive && !a.to_announce.is_empty(), Step::Announce),
-            // Before, among or after the announcements: a device may say late that a layer is done.
+            // Possible before, between or after announcements, because a device may report a layer as done late.
             (alive && !a.committed, Step::Commit),
             (a.reading.is_some(), Step::Sent),
             (a.sender_stops, Step::SenderStopped),
@@ -341,7 +343,7 @@ impl World {
                 let data = (piece.first_block..piece.first_block + piece.blocks)
                     .map(|b| {
                         let id = lease.blocks()[(b - a.sender.spec().held_blocks) as usize];
-                        // A blunder may announce what was never computed.
+                        // `Op::Blunder` may announce a block that was never computed.
                         self.sender_memory.get(&(piece.layer, id)).copied().unwrap_or(SCRIBBLE)
                     })
                     .collect();
@@ -362,7 +364,7 @@ impl World {
                 self.receive(i, ReceiverEvent::Landed { checksum_ok: !spoilt });
             }
             Step::WriterStopped => {
-                // The worst case: what was on its way lands before the writer is gone.
+                // Worst case: the pending write completes before the writer stops.
                 if self.attempts[i].landing.is_some() {
                     self.land(i);
                 }
@@ -384,7 +386,8 @@ impl World {
         }
     }
 
-    /// Bytes reach memory. KV-1: the blocks are still this attempt's.
+    /// Writes the pending bytes to memory and returns whether they were damaged. KV-1: the attempt still holds the
+    /// blocks.
     fn land(&mut self, i: usize) -> bool {
         let a = &mut self.attempts[i];
         let Some((piece, data, spoilt)) = a.landing.take() else { return false };
@@ -399,7 +402,7 @@ impl World {
     fn deliver(&mut self, i: usize, message: Message) {
         match message {
             Message::Hello(hello) => drop(self.receive(i, ReceiverEvent::Hello(hello))),
-            // Frames only count on the connection that was accepted.
+            // Frames on a connection that was not accepted are ignored.
             _ if !self.attempts[i].writer_attached => {}
             Message::Layer(piece, data, spoilt) => {
                 if self.receive(i, ReceiverEvent::Layer(piece)) {
@@ -412,7 +415,7 @@ impl World {
         }
     }
 
-    /// Feeds the receiver and does what it says; true if it wants the announced bytes.
+    /// Passes an event to the receiver and carries out its actions. True if the announced bytes are to be written.
     fn receive(&mut self, i: usize, event: ReceiverEvent) -> bool {
         let actions = self.attempts[i].receiver.on_event(event, self.now);
         let mut write = false;

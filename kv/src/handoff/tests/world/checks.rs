@@ -1,11 +1,11 @@
-//! The invariants, looked at after every event.
+//! Checks of the invariants after every event.
 
 use std::time::Duration;
 
 use super::{HandoffState, LAYERS, SCRIBBLE, Step, World, content};
 
 impl World {
-    /// KV-5: what the request decodes over is what prefill computed for it, all of it.
+    /// KV-5: the request decodes over exactly the KV that prefill computed for it.
     pub(super) fn check_content(&self, i: usize) {
         let a = &self.attempts[i];
         for layer in 0..LAYERS {
@@ -28,7 +28,7 @@ impl World {
             assert_eq!(
                 told,
                 !a.receiver.state().is_open(),
-                "KV-6: the owner is told when, and only when, it is decided"
+                "KV-6: the owner gets an outcome if and only if the attempt is decided"
             );
             assert_eq!(a.sender_outcome.is_some(), a.sender.state().is_over(), "KV-6: the same on the sender");
             let overdue = self.now > a.receiver.spec().deadline;
@@ -42,7 +42,8 @@ impl World {
         }
     }
 
-    /// One lease passes: tasks that were told to stop have stopped; owners that have a request decode it to its end.
+    /// Advances the clock past every deadline. Tasks that were told to stop do so, and owners of ready requests decode
+    /// them to the end.
     pub fn settle(&mut self) {
         self.competitors.clear();
         self.now += Duration::from_secs(61);
@@ -54,14 +55,14 @@ impl World {
                     self.step(i, step, 0);
                 }
             }
-            // An owner whose request came to nothing lets go.
+            // The owner of a request that is over drops its lease.
             if self.attempts[i].receiver.state().is_over() {
                 self.attempts[i].owner = None;
             }
         }
     }
 
-    /// KV-3, and every attempt has its outcome.
+    /// KV-3: all blocks are free. KV-6: every attempt has its outcome.
     pub fn check_settled(&self) {
         for a in &self.attempts {
             assert!(a.receiver_outcome.is_some() && a.sender_outcome.is_some(), "KV-6: no outcome after the deadline");
