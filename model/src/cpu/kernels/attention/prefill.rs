@@ -1,9 +1,9 @@
 //! Prefill: attention of prompts. A tile of neighbouring tokens, with all query heads that share a KV head, passes over
 //! its keys once, 64 at a time.
 //!
-//! Each lane holds a query, so scores, softmax and weighted sums never need sums across lanes. Keys and values are read
-//! from the cache one number at a time and broadcast to all lanes. If products of bf16 are faster than products of f32,
-//! and KV is bf16, then queries and softmax weights are rounded to bf16; sums are f32.
+//! Each lane holds a query, so scores, softmax and weighted sums never need sums across lanes. Keys and values are
+//! broadcast to all lanes in the cache's order. If products of bf16 are faster than products of f32, and KV is bf16,
+//! then queries and softmax weights are rounded to bf16; sums are f32.
 
 use std::cell::RefCell;
 
