@@ -41,8 +41,8 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Number of token ids; ids start at 0.
     pub vocab_size: usize,
-    /// Maximum sequence length in tokens, at most the smallest sliding window: a window has no effect on shorter
-    /// sequences.
+    /// Maximum sequence length in tokens. At most the smallest sliding window: windows are not implemented, but have no
+    /// effect on sequences up to their width.
     pub max_position_embeddings: usize,
     /// Added to the mean square in every norm.
     pub rms_norm_eps: f64,

@@ -192,9 +192,7 @@ pub fn resolve(model: &str) -> Result<PathBuf, ModelError> {
         return Err(fault("no such folder or .gguf file, and not a hub id of the form owner/name".into()));
     }
     let (id, revision) = model.split_once('@').unwrap_or((model, "main"));
-    let hub = |e: hf_hub::api::sync::ApiError| {
-        fault(format!("no such folder or .gguf file; downloading it from the hub failed: {e}"))
-    };
+    let hub = |e: hf_hub::api::sync::ApiError| fault(format!("no such folder or .gguf file; hub download: {e}"));
     let api = hf_hub::api::sync::ApiBuilder::from_env().with_progress(true).build().map_err(hub)?;
     let repo = api.repo(hf_hub::Repo::with_revision(id.into(), hf_hub::RepoType::Model, revision.into()));
     let config = repo.get("config.json").map_err(hub)?;

@@ -141,9 +141,7 @@ impl TensorLocation<'_> {
     /// Bytes of one row.
     fn row_bytes(&self) -> Result<usize, ModelError> {
         let bytes = self.stored.bytes(self.row_elements());
-        bytes.ok_or_else(|| {
-            ModelError::malformed(self.file, format!("a row of {} does not fill whole blocks", self.name))
-        })
+        bytes.ok_or_else(|| ModelError::malformed(self.file, format!("rows of {} end within a block", self.name)))
     }
 
     /// The tensor's bytes with rows in Hugging Face's order; borrowed if the file already has that order.
@@ -164,9 +162,8 @@ impl TensorLocation<'_> {
         let (count, elements) = (self.shape.first().copied().unwrap_or(1), self.row_elements());
         if rows.start > rows.end || rows.end > count || out.len() != rows.len() * elements {
             let (name, room) = (self.name, out.len());
-            let fault = format!(
-                "can't read rows {rows:?} of {name} ({count} rows of {elements} elements) into {room} elements"
-            );
+            let fault =
+                format!("can't read rows {rows:?} of {name} ({count} rows of {elements} each) into {room} elements");
             return Err(candle_core::Error::Msg(fault).into());
         }
         let row_bytes = self.row_bytes()?;

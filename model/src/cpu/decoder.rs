@@ -124,7 +124,7 @@ impl CpuDecoder {
         self.head.size_bytes() + embedding + self.blocks.iter().map(of).sum::<usize>()
     }
 
-    /// Bytes of weights that a decode step reads. Excludes an untied embedding, of which a step reads only one row per
+    /// Bytes of weights that a decode step reads. Excludes an untied embedding: a step reads only one of its rows per
     /// token.
     pub(crate) fn step_weight_bytes(&self) -> usize {
         self.weight_bytes() - self.embedding.as_ref().map_or(0, Linear::size_bytes)

@@ -86,7 +86,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
     if metadata.index(&key("expert_count"))?.is_some_and(|n| n > 0) {
         return Err(metadata.bad(&key("expert_count"), "0"));
     }
-    // A sliding window has no effect on contexts up to its width, so it limits the context length.
+    // Sliding windows are not implemented. A window has no effect up to its width, so the context is limited to it.
     let window = metadata.index(&key("attention.sliding_window"))?.filter(|window| *window > 0);
     if let (Some(window), Some(context)) = (window, metadata.index(&key("context_length"))?) {
         json.insert("max_position_embeddings".into(), json!(context.min(window)));

@@ -277,7 +277,7 @@ impl<'a> Metadata<'a> {
         ModelError::unsupported(self.file, key, value, supported)
     }
 
-    /// A value as JSON; null if absent. Only the size of an array.
+    /// A value as JSON; null if absent. For an array, a text that states its size.
     pub(crate) fn json(&self, key: &str) -> serde_json::Value {
         match self.values.get(key) {
             None => serde_json::Value::Null,

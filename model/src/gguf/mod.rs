@@ -75,8 +75,7 @@ impl Gguf {
                 && !entry.shape[0].is_multiple_of(head_dim)
             {
                 let (name, shape) = (&entry.name, &entry.shape);
-                let fault =
-                    format!("tensor {name} of shape {shape:?} does not consist of whole heads of {head_dim} rows");
+                let fault = format!("tensor {name} of shape {shape:?} is not whole heads of {head_dim} rows");
                 return Err(ModelError::malformed(file, fault));
             }
             if by_name.insert(family.name_of_gguf(&entry.name), index).is_some() {

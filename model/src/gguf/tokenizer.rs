@@ -188,12 +188,7 @@ fn byte_level(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Result<Va
         };
         let pair = pair.filter(known).ok_or_else(|| {
             let (field, value) = (format!("{MERGES}[{rank}]"), format!("{text:?}"));
-            ModelError::unsupported(
-                metadata.file,
-                &field,
-                value,
-                &format!("two tokens whose concatenation is in {TOKENS}"),
-            )
+            ModelError::unsupported(metadata.file, &field, value, &format!("two tokens that join into one of {TOKENS}"))
         })?;
         merges.push(pair);
     }

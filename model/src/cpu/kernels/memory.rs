@@ -88,11 +88,7 @@ impl<'a> Shared<'a> {
     /// While the result is in use, no other part in use, in this or another task, may overlap it.
     #[allow(unsafe_code, clippy::mut_from_ref)]
     pub(crate) unsafe fn part(&self, at: usize, count: usize) -> &mut [f32] {
-        assert!(
-            at <= self.count && count <= self.count - at,
-            "{count} values starting at {at} exceed the length {}",
-            self.count
-        );
+        assert!(at <= self.count && count <= self.count - at, "{count} values at {at} exceed {}", self.count);
         // SAFETY: the assert checked the range, and the caller guarantees that no other part overlaps it.
         unsafe { std::slice::from_raw_parts_mut(self.values.add(at), count) }
     }

@@ -58,10 +58,7 @@ pub(crate) fn attend<T: Element, O: Operand<T>>(
     for slice in batch {
         let end = slice.start + slice.tokens.len();
         let blocks = &slice.blocks[..end.div_ceil(BLOCK_TOKENS)];
-        assert!(
-            blocks.iter().all(|block| (block.0 as usize + 1) * block_elements <= cache.len()),
-            "a block is outside the cache"
-        );
+        assert!(blocks.iter().all(|block| (block.0 as usize + 1) * block_elements <= cache.len()), "no such block");
         work += slice.tokens.len() * end * width;
     }
     let shared = work >= WORTH_SHARING;
