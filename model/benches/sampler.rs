@@ -1,15 +1,15 @@
-//! Choosing a token from a vocabulary of 128 k, by the ways in which it is cut.
+//! Benchmark of choosing a token from a vocabulary of 128k, with each combination of cuts.
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use overfill_kv::SamplingParams;
 use overfill_model::{SamplingContext, sample};
 
-/// Llama 3's.
+/// Vocabulary size of Llama 3.
 const VOCABULARY: usize = 128_256;
 
-/// Logits as models have them: a normal distribution, here of the standard deviation `spread`.
+/// Logits distributed like a model's: normal, with standard deviation `spread`.
 fn logits(spread: f32) -> Vec<f32> {
-    // Sums of twelve uniform numbers are near enough to it.
+    // The sum of twelve uniform numbers approximates a normal distribution.
     let mut state = 1_u32;
     let mut uniform = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -28,7 +28,7 @@ fn sampler(criterion: &mut Criterion) {
         ("top-k 50 and top-p 0.9", SamplingParams { top_k: 50, top_p: 0.9, ..on() }),
         ("min-p 0.05", SamplingParams { min_p: 0.05, ..on() }),
     ];
-    // A trained model is sure of a few tokens; one of random weights of none.
+    // "sure" resembles a trained model, which favours a few tokens; "unsure" resembles one with random weights.
     for (name, spread) in [("sure", 3.0), ("unsure", 0.3)] {
         let logits = logits(spread);
         let mut group = criterion.benchmark_group(name);

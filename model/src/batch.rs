@@ -1,4 +1,4 @@
-//! What engines compute: a ragged batch of sequences whose KV is paged, and what is asked of each.
+//! Input and output of an engine: a ragged batch of sequences over paged KV, and what each slice requests.
 
 use candle_core::{Result, bail};
 use overfill_kv::{BLOCK_TOKENS, BlockId, OutputToken, SamplingParams, blocks_for};
@@ -9,49 +9,50 @@ use crate::sampler::{SamplingContext, report, sample};
 /// The next tokens of one sequence in a batch.
 #[derive(Clone, Copy, Debug)]
 pub struct SequenceSlice<'a> {
-    /// At least one.
+    /// Token ids, at least one.
     pub tokens: &'a [u32],
-    /// Position of the first of them in the sequence. The KV of all tokens before it is in the cache.
+    /// Position of `tokens[0]` in the sequence. The KV of all earlier tokens is already in the cache.
     pub start: usize,
-    /// The sequence's block table from position 0 on. It covers `start + tokens.len()` positions.
+    /// The sequence's block table, starting at position 0. It covers `start + tokens.len()` positions.
     pub blocks: &'a [BlockId],
-    /// What the engine gives back for these tokens.
+    /// What the engine returns for these tokens.
     pub want: Want<'a>,
 }
 
-/// What an engine gives back for a slice, beside its KV.
+/// What an engine returns for a slice. The KV of the slice's tokens is written in every case.
 #[derive(Clone, Copy, Debug)]
 pub enum Want<'a> {
-    /// Nothing: a chunk of a prompt that goes on.
+    /// Nothing. For a chunk of a prompt that is not the last one.
     Nothing,
-    /// The token after the slice's last one.
+    /// The token that follows the slice's last token.
     Next(Choice<'a>),
-    /// Log-probabilities of the tokens that follow the slice's first, second, ... token.
+    /// Log-probabilities of given tokens, each at the position after one of the slice's tokens.
     Scores {
-        /// `following[i]` follows the slice's token `i`. At most as many as the slice has tokens.
+        /// `following[i]` is the token that follows the slice's token `i`. No longer than the slice.
         following: &'a [u32],
-        /// Alternatives to report for each.
+        /// Number of most likely alternatives to report for each token.
         top: u32,
-        /// Where the slice ends its prompt: how the token after the last one is chosen.
+        /// How to choose the token after the slice's last one; `None` unless the slice ends its prompt.
         next: Option<Choice<'a>>,
     },
-    /// Logits after the slice's last token. For tests, benches and checks: they cost a copy to the host.
+    /// Logits after the slice's last token. For tests, benchmarks and checks: the logits are copied to the host.
     LastLogits,
-    /// Logits after each of the slice's tokens, as above.
+    /// Logits after every token of the slice. Also copied to the host.
     AllLogits,
 }
 
-/// How a token is chosen.
+/// How to choose a token.
 #[derive(Clone, Copy, Debug)]
 pub struct Choice<'a> {
-    /// The request's parameters.
+    /// The request's sampling parameters.
     pub params: &'a SamplingParams,
-    /// What came before the token.
+    /// The tokens before it, and the tokens allowed at its position.
     pub context: SamplingContext<'a>,
 }
 
 impl Want<'_> {
-    /// Which of a slice's `count` tokens have their logits computed: from this one on.
+    /// Index of the first of a slice's `count` tokens whose logits are computed; logits of all later tokens are
+    /// computed too.
     pub(crate) fn first_row(&self, count: usize) -> usize {
         match self {
             Self::Nothing => count,
@@ -63,7 +64,7 @@ impl Want<'_> {
     }
 }
 
-/// What a batch brought. One is used for many batches, so that its memory stays.
+/// Results of a batch. Reuse one value for many batches, so that its buffers are reused.
 #[derive(Clone, Debug, Default)]
 pub struct Outputs {
     slices: Vec<Output>,
@@ -74,28 +75,28 @@ pub struct Outputs {
 struct Output {
     next: Option<OutputToken>,
     scores: Vec<OutputToken>,
-    /// Rows of logits up to the slice's last.
+    /// End of this slice's rows in the batch's logits.
     end: usize,
 }
 
 impl Outputs {
-    /// The token chosen after slice `i` of the batch, if the slice asked for one.
+    /// Takes the token chosen after slice `i` of the batch; `None` if the slice requested none.
     pub fn take_next(&mut self, i: usize) -> Option<OutputToken> {
         self.slices.get_mut(i)?.next.take()
     }
 
-    /// Log-probabilities of the tokens that follow those of slice `i`, as asked for.
+    /// Takes the log-probabilities that slice `i` requested with [`Want::Scores`]; empty if it requested none.
     pub fn take_scores(&mut self, i: usize) -> Vec<OutputToken> {
         self.slices.get_mut(i).map(|output| std::mem::take(&mut output.scores)).unwrap_or_default()
     }
 
-    /// Rows of the slices that asked for logits, in the order of the batch.
+    /// Logits of all slices that requested them, in batch order.
     pub fn logits(&self) -> &Logits {
         &self.logits
     }
 
-    /// Chooses and scores on the host, from `logits`: a row of `vocab_size` for each row that the batch wants, in its
-    /// order. Rows are shared out among the threads of rayon's pool.
+    /// Chooses and scores tokens on the host. `logits` holds `vocab_size` values for each requested row, in batch
+    /// order. Rows are distributed over rayon's threads.
     pub(crate) fn fill(&mut self, batch: &[SequenceSlice<'_>], logits: &[f32], vocab_size: usize) {
         self.slices.resize_with(batch.len(), Output::default);
         self.logits.values.clear();
@@ -115,7 +116,8 @@ impl Outputs {
                 Want::Nothing | Want::Next(_) => output.scores.clear(),
             }
         }
-        // Stateless, so tokens may be chosen in any order. With a large vocabulary it is worth several processors.
+        // Sampling is stateless, so tokens can be chosen in any order. With a large vocabulary, running in parallel
+        // pays off.
         self.slices.par_iter_mut().zip(batch).for_each(|(output, slice)| {
             let choice = match slice.want {
                 Want::Next(choice) => Some(choice),
@@ -137,18 +139,18 @@ pub struct Logits {
 }
 
 impl Logits {
-    /// How many rows.
+    /// Number of rows.
     pub fn rows(&self) -> usize {
         self.values.len() / self.vocab_size.max(1)
     }
 
-    /// One row, `[vocab]`.
+    /// Row `i`, `[vocab]`. Panics if there is no such row.
     pub fn row(&self, i: usize) -> &[f32] {
         &self.values[i * self.vocab_size..][..self.vocab_size]
     }
 }
 
-/// Where a token's key and value go: a block, and the place in it.
+/// Where a token's key and value are stored: a block and the token's index within it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slot {
     pub(crate) block: u32,
@@ -156,16 +158,16 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
-    /// The slot of a position in the sequence that has these blocks.
+    /// The slot of a position in the sequence with block table `blocks`.
     pub(crate) fn of(blocks: &[BlockId], position: usize) -> Self {
         Self { block: blocks[position / BLOCK_TOKENS].0, token: (position % BLOCK_TOKENS) as u32 }
     }
 }
 
-/// Checks what engines rely on.
+/// Checks the batch: no empty slices, enough blocks, token ids within the vocabulary, no more scores than tokens.
 pub(crate) fn check(batch: &[SequenceSlice<'_>], vocab_size: usize) -> Result<()> {
     if batch.is_empty() {
-        bail!("a batch of no slices");
+        bail!("the batch has no slices");
     }
     for slice in batch {
         let (count, end) = (slice.tokens.len(), slice.start + slice.tokens.len());
@@ -178,7 +180,7 @@ pub(crate) fn check(batch: &[SequenceSlice<'_>], vocab_size: usize) -> Result<()
         if let Want::Scores { following, .. } = slice.want
             && following.len() > count
         {
-            bail!("{} scores are asked for of a slice of {count} tokens", following.len());
+            bail!("{} scores are requested for a slice of {count} tokens", following.len());
         }
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! The kernels against what the machine can do, for `overfill bench`.
+//! Measures the kernels and the machine's limits, for `overfill bench`.
 
 use std::{hint::black_box, time::Instant};
 
@@ -19,47 +19,47 @@ use crate::{
     },
 };
 
-/// Bytes that are read to measure the bandwidth: more than any cache holds.
+/// Bytes read to measure memory bandwidth: more than any cache holds.
 const BANDWIDTH_BYTES: usize = 1 << 30;
-/// Columns of its panels, which a thread takes one at a time: 256 KiB, as kernels take weights.
+/// Columns of the panels that are read, one per task: 256 KiB, the amount of weights per task in the kernels.
 const BANDWIDTH_COLUMNS: usize = 2048;
-/// Least bytes of weights that are walked through before a matrix is used again, so that none is found in a cache.
+/// Minimum bytes of weights read before a matrix is read again, so that it is no longer in a cache.
 const COLD_BYTES: usize = 256 << 20;
-/// Most copies of a matrix that are made for that.
+/// Maximum number of copies of a matrix made to reach `COLD_BYTES`.
 const MOST_COPIES: usize = 64;
 
-/// Rows up to which each is the newest token of a sequence of its own; more are one prompt.
+/// Up to this many rows, each row is the newest token of a sequence of its own. More rows form one prompt.
 const MOST_SEQUENCES: usize = 32;
 
-/// What this machine can do, with all threads.
+/// This machine's limits, using all threads.
 #[derive(Clone, Debug)]
 pub struct Machine {
-    /// The instruction set of the kernels.
+    /// Instruction set that the kernels use.
     pub isa: String,
-    /// Threads.
+    /// Number of threads.
     pub threads: usize,
-    /// Bytes per second read from memory.
+    /// Memory read bandwidth in bytes per second.
     pub read_bytes_per_second: f64,
-    /// f32 operations per second, a multiplication and an addition being two.
+    /// f32 operations per second. A multiply-add counts as two.
     pub f32_operations_per_second: f64,
 }
 
-/// One product of a model, by one kernel.
+/// Measurement of one of a model's matrix products, or of its attention.
 #[derive(Clone, Debug)]
 pub struct KernelFigure {
-    /// How the weights, or keys and values, are stored.
+    /// Storage format of the weights, or of keys and values.
     pub format: String,
-    /// Which product: `qkv`, `o`, `gate_up`, `down`, `head`, or `attention`.
+    /// The product: `qkv`, `o`, `gate_up`, `down`, `head` or `attention`.
     pub name: &'static str,
-    /// Outputs and inputs; of attention heads, heads of KV, their width, and the keys that each query sees.
+    /// Outputs x inputs. For attention: query heads/KV heads x head width, keys per query.
     pub shape: String,
-    /// Rows multiplied at once.
+    /// Number of rows multiplied at once.
     pub rows: usize,
-    /// Seconds of one product, the best of several.
+    /// Seconds per product, the best of several runs.
     pub seconds: f64,
-    /// Bytes of the packed weights, or of keys and values, per second, each counted once.
+    /// Bytes of the packed weights, or of keys and values, divided by `seconds`. Each byte is counted once.
     pub bytes_per_second: f64,
-    /// Operations per second, a multiplication and an addition being two.
+    /// Operations per second. A multiply-add counts as two.
     pub operations_per_second: f64,
 }
 
@@ -70,7 +70,7 @@ impl Kernel for Sum<'_> {
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn run<S: Simd>(self) -> f32 {
-        // SAFETY: a chunk has as many values as are loaded.
+        // SAFETY: a chunk holds 4 * LANES values.
         unsafe {
             let mut sums = [S::splat(0.0); 4];
             for chunk in self.0.chunks_exact(4 * S::LANES) {
@@ -86,18 +86,18 @@ impl Kernel for Sum<'_> {
     }
 }
 
-/// Multiplies and adds in registers.
+/// Measures multiply-adds on registers; the field is the number of iterations.
 struct Peak(usize);
 
 const CHAINS: usize = 10;
 
 impl Kernel for Peak {
-    /// Operations done, and a value that depends on all.
+    /// Number of operations, and a value that depends on all results.
     type Output = (f64, f32);
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn run<S: Simd>(self) -> (f64, f32) {
-        // SAFETY: register operations alone.
+        // SAFETY: only register operations.
         unsafe {
             let (a, b) = (S::splat(black_box(0.999)), S::splat(black_box(0.001)));
             let mut sums = [S::splat(black_box(1.0)); CHAINS];
@@ -115,11 +115,11 @@ impl Kernel for Peak {
     }
 }
 
-/// Memory to measure how fast it is read: a matrix, for memory of the kind that weights lie in.
+/// Memory for measuring read bandwidth. It is allocated like weights: as a packed matrix.
 pub struct MemoryProbe(Packed);
 
 impl MemoryProbe {
-    /// Takes up a GiB.
+    /// Allocates one GiB.
     pub fn new() -> Result<Self, ModelError> {
         random(WeightFormat::F32, BANDWIDTH_BYTES / 4 / BANDWIDTH_COLUMNS, BANDWIDTH_COLUMNS).map(Self)
     }
@@ -129,7 +129,7 @@ impl MemoryProbe {
         black_box((0..self.0.panels()).into_par_iter().map(sum).sum::<f32>());
     }
 
-    /// Bytes per second, read once by all threads.
+    /// Read bandwidth in bytes per second, from one pass with all threads.
     pub fn read_bytes_per_second(&self) -> f64 {
         let begin = Instant::now();
         self.read();
@@ -137,7 +137,7 @@ impl MemoryProbe {
     }
 }
 
-/// Measures memory and arithmetic.
+/// Measures memory bandwidth and arithmetic. Reports the best of `runs` runs.
 pub fn machine(runs: usize) -> Result<Machine, ModelError> {
     let isa = Isa::best();
     let threads = rayon::current_num_threads();
@@ -156,7 +156,7 @@ pub fn machine(runs: usize) -> Result<Machine, ModelError> {
     })
 }
 
-/// Measures the products of a model of this geometry, with random weights.
+/// Measures the matrix products of a model with this geometry, with random weights.
 pub fn kernels(
     config: &ModelConfig,
     weights: WeightFormat,
@@ -183,7 +183,7 @@ pub fn kernels(
             .chain((1..copies).map(|_| random(weights, outputs, inputs)))
             .collect::<Result<Vec<_>, _>>()?;
         for &rows in rows {
-            // A product of many rows takes long enough alone.
+            // With many rows, a single product takes long enough to measure.
             let matrices = &matrices[..if rows > MOST_SEQUENCES { 1 } else { matrices.len() }];
             let x: Vec<f32> = (0..rows * inputs).map(|i| (i as f32 * 0.37).sin()).collect();
             let (mut out, mut buffer) = (vec![0.0; rows * outputs], InputBuffer::default());
@@ -212,8 +212,8 @@ pub fn kernels(
     Ok(figures)
 }
 
-/// Measures attention over KV of a model of this geometry: a few rows are the newest tokens of sequences of `context` tokens
-/// each, many are one prompt.
+/// Measures attention of a model with this geometry. Few rows are the newest tokens of sequences of `context` tokens
+/// each; many rows form one prompt.
 pub fn attention(
     config: &ModelConfig,
     dtype: KvDtype,
@@ -235,7 +235,8 @@ pub fn attention(
             (0..sequences).map(|s| (s * blocks..(s + 1) * blocks).map(|b| BlockId(b as u32)).collect()).collect();
         for layer in 0..layers {
             for table in &tables {
-                // 0x3c3c is a number in each type; memory that was never written would be one page of zeros.
+                // 0x3c3c is a finite number in every type. Memory that was never written would all be mapped to one
+                // page of zeros.
                 cache.write(layer, table, &mut |_, bytes| bytes.fill(0x3c)).map_err(candle_core::Error::wrap)?;
             }
         }
@@ -250,7 +251,7 @@ pub fn attention(
             });
         });
         let seconds = all / layers as f64;
-        // Each token of a prompt sees itself and those before it.
+        // Each token of a prompt attends to itself and all earlier tokens.
         let seen = if prompt { each * (each + 1) / 2 } else { rows * context };
         figures.push(KernelFigure {
             format: dtype.to_string(),
@@ -276,7 +277,7 @@ fn random(weights: WeightFormat, outputs: usize, inputs: usize) -> Result<Packed
     })
 }
 
-/// Seconds of the fastest run, after one that warms up.
+/// Seconds of the fastest run, after a warm-up run.
 fn best(runs: usize, mut f: impl FnMut()) -> f64 {
     f();
     let seconds = |f: &mut dyn FnMut()| {

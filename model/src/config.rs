@@ -1,5 +1,4 @@
-//! config.json, turned into what the decoder needs: the fields that all families share. What is a family's own is in its
-//! file in `family/`.
+//! Parses config.json: the fields that all families share. Family-specific fields are in `family/`.
 
 mod fields;
 
@@ -13,52 +12,55 @@ use crate::{Family, LayerSpec, ModelError, Rope, When, family::OwnFields, gguf::
 
 pub(crate) use fields::Fields;
 
-/// Earlier versions of our own tools wrote this field. Only `float32` is right, so it says nothing any more.
+/// Earlier versions of Overfill wrote this field. Only `float32` is supported, so the field has no effect any more.
 const ROPE_FREQUENCY_DTYPE: &str = "rope_frequency_dtype";
 
-/// What a KV schema can say. They also bound the memory that a configuration alone can ask for: its list of tensors.
+/// Limits of a KV schema. They also bound the memory that a configuration alone can cause to be allocated (its list of
+/// tensors).
 const MAX_LAYERS: usize = 1024;
 const MAX_KV_HEADS: usize = 4096;
 const MAX_HEAD_DIM: usize = 4096;
 
-/// A decoder's geometry. Sizes in elements.
+/// A decoder's geometry. Sizes are in elements.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
-    /// What its family has of its own.
+    /// The model's family.
     pub family: &'static Family,
     /// Residual width.
     pub hidden_size: usize,
     /// MLP width.
     pub intermediate_size: usize,
-    /// Layers, as many as `layers` has entries.
+    /// Number of layers; equals `layers.len()`.
     pub num_hidden_layers: usize,
-    /// Query heads.
+    /// Number of query heads.
     pub num_attention_heads: usize,
-    /// Key and value heads; divides the query heads.
+    /// Number of key/value heads; divides the number of query heads.
     pub num_key_value_heads: usize,
-    /// Width of a head. Its product with the heads need not be `hidden_size`: pruning cuts the one and not the other.
+    /// Width of a head. `num_attention_heads * head_dim` may differ from `hidden_size`, because pruning cuts only the
+    /// latter.
     pub head_dim: usize,
-    /// Token ids run from 0 to this, exclusive.
+    /// Number of token ids; ids start at 0.
     pub vocab_size: usize,
-    /// Longest sequence in tokens (a sliding window counts as its width: up to there it changes nothing).
+    /// Maximum sequence length in tokens. At most the smallest sliding window: windows are not implemented, but have no
+    /// effect on sequences up to their width.
     pub max_position_embeddings: usize,
     /// Added to the mean square in every norm.
     pub rms_norm_eps: f64,
-    /// The rotary embeddings that its layers use, each once.
+    /// The distinct rotary embeddings of all layers.
     pub ropes: Vec<Rope>,
-    /// Attention of each layer.
+    /// Attention settings of each layer.
     pub layers: Vec<LayerSpec>,
-    /// Is the output head the embedding?
+    /// Whether the embedding is also the output head.
     pub tie_word_embeddings: bool,
-    /// Biases in attention, where the family leaves them to its config.json.
+    /// Whether attention has biases, if the family leaves this to config.json.
     pub attention_bias: bool,
-    /// Biases in the MLP, likewise.
+    /// Whether the MLP has biases, if the family leaves this to config.json.
     pub mlp_bias: bool,
-    /// config.json as it was read; [`ModelConfig::to_json`] keeps the fields that are not ours.
+    /// config.json as read. [`ModelConfig::to_json`] keeps the fields that this crate does not use.
     pub raw: Map<String, Value>,
 }
 
-/// The sizes of attention: query heads, KV heads that divide them, and the width of both.
+/// Attention sizes: number of query heads, number of KV heads (a divisor), and head width.
 #[derive(Clone, Copy)]
 pub(crate) struct Heads {
     pub(crate) heads: usize,
@@ -67,19 +69,19 @@ pub(crate) struct Heads {
 }
 
 impl Heads {
-    /// Query heads that share a KV head.
+    /// Number of query heads per KV head.
     pub(crate) fn group(self) -> usize {
         self.heads / self.kv_heads
     }
 
-    /// Elements of one layer of a KV block, keys and values.
+    /// Elements of a KV block in one layer, keys and values.
     pub(crate) fn block_elements(self) -> usize {
         2 * self.kv_heads * overfill_kv::BLOCK_TOKENS * self.head_dim
     }
 }
 
 impl ModelConfig {
-    /// Reads `folder/config.json`, or the metadata of a GGUF file: `folder` itself, or the only one in it.
+    /// Reads `folder/config.json`, or the metadata of a GGUF file: `folder` itself, or the only .gguf file in it.
     pub fn from_folder(folder: &Path) -> Result<Self, ModelError> {
         if let Some(file) = Gguf::find(folder)? {
             return Gguf::open(&file)?.config();
@@ -90,7 +92,7 @@ impl ModelConfig {
         Self::from_json(&file, value)
     }
 
-    /// Reads a parsed config.json; `file` is what errors name.
+    /// Reads a parsed config.json. Errors name `file`.
     pub fn from_json(file: &Path, value: Value) -> Result<Self, ModelError> {
         let Value::Object(raw) = value else {
             return Err(ModelError::malformed(file, "not a JSON object"));
@@ -121,7 +123,7 @@ impl ModelConfig {
         let num_hidden_layers = f.size_to(MAX_LAYERS, "num_hidden_layers", None)?;
         let OwnFields { ropes, layers } = (family.read)(f, num_hidden_layers, head_dim)?;
         let context = f.size("max_position_embeddings", Some(2048))?;
-        // A flag that the family's table doesn't ask for says nothing.
+        // A flag is ignored unless the family's table refers to it.
         let flag = |field: &str, when: When| {
             let set = f.flag(field, false)?;
             Ok::<_, ModelError>(set && family.modules.iter().any(|module| [module.weight, module.bias].contains(&when)))
@@ -146,12 +148,12 @@ impl ModelConfig {
         })
     }
 
-    /// The same model with narrower widths and with `layers` alone, which are ascending and fewer than
-    /// `num_hidden_layers`, or all.
+    /// The same model with narrower widths and only the given layers. `layers` holds ascending layer indices: all of them,
+    /// or fewer than `num_hidden_layers`.
     pub fn cut(&self, hidden_size: usize, intermediate_size: usize, layers: &[u32]) -> Self {
         let mut raw = self.raw.clone();
         let kept = |index: &u32| *index as usize;
-        // transformers writes one entry a layer.
+        // transformers writes one entry per layer.
         if let Some(Value::Array(types)) = raw.get_mut("layer_types") {
             *types = layers.iter().filter_map(|layer| types.get(kept(layer)).cloned()).collect();
         }
@@ -162,7 +164,7 @@ impl ModelConfig {
         Self { hidden_size, intermediate_size, num_hidden_layers: layers.len(), layers, raw, ..self.clone() }
     }
 
-    /// config.json for this geometry: the fields it was read from, with those that pruning changes set anew.
+    /// config.json for this geometry: the fields as read, with the fields that pruning changes updated.
     pub fn to_json(&self) -> Value {
         let mut map = self.raw.clone();
         for (field, value) in [
@@ -181,12 +183,12 @@ impl ModelConfig {
         Value::Object(map)
     }
 
-    /// Sizes of attention.
+    /// Attention sizes.
     pub(crate) fn heads(&self) -> Heads {
         Heads { heads: self.num_attention_heads, kv_heads: self.num_key_value_heads, head_dim: self.head_dim }
     }
 
-    /// Rotary embedding, as a KV schema states it: the one of all layers. Where layers differ, its text says how.
+    /// The rotary embedding as a KV schema states it. If layers differ, its text describes each run of layers.
     pub fn rope_spec(&self) -> RopeSpec {
         let runs: Vec<&[LayerSpec]> = self.layers.chunk_by(|a, b| a.rope == b.rope).collect();
         if let ([rope], [[layer, ..]]) = (self.ropes.as_slice(), runs.as_slice())

@@ -1,6 +1,7 @@
-//! The seam between a node and the device that computes: an engine owns a model's weights and its KV on one device.
+//! The interface between a node and the device that computes. An engine owns a model's weights and KV cache on one
+//! device.
 //!
-//! [`crate::cpu`] has kernels of ours, [`crate::tensor`] a tensor library's operations.
+//! [`crate::cpu`] implements it with this crate's own kernels, [`crate::tensor`] with candle's tensor operations.
 
 use std::sync::Arc;
 
@@ -8,14 +9,14 @@ use overfill_kv::KvStore;
 
 use crate::{ModelError, Outputs, Rows, SequenceSlice};
 
-/// Hears that the KV of a layer is final, for all tokens of one batch.
+/// Receives a notification for each layer whose KV is final for all tokens of one batch.
 ///
-/// Each layer is announced once, in order. An engine may call from any thread, and may go on calling after
-/// [`Engine::run`] has returned: a GPU says with an event that a layer is done. It keeps the sink until it has announced
-/// the last layer, or until it is known that no kernel of the batch runs any more. So what the sink owns (a lease of the
-/// batch's blocks, say) outlives every write into those blocks.
+/// Each layer is announced once, in order. The engine may call from any thread, and also after [`Engine::run`] has
+/// returned: a GPU reports a finished layer with an event. The engine holds the sink until it has announced the last
+/// layer, or until no kernel of the batch is running any more. So whatever the sink owns (for example a lease of the
+/// batch's blocks) outlives every write into those blocks.
 pub trait LayerSink: Send + Sync {
-    /// The KV of layer `layer` of the batch is in the engine's [`KvStore`]. Must not block.
+    /// Layer `layer`'s KV of the batch is in the engine's [`KvStore`]. Must not block.
     fn layer_ready(&self, layer: usize);
 }
 
@@ -27,13 +28,13 @@ impl<F: Fn(usize) + Send + Sync> LayerSink for F {
 
 /// A model on one device: weights, KV and the forward pass.
 pub trait Engine: Send {
-    /// Runs a ragged batch. The KV of every slice's tokens is written into its blocks, and `layers` hears of each layer.
-    /// When this returns, `out` has what the slices want.
+    /// Runs a ragged batch. Writes the KV of every slice's tokens into its blocks and notifies `layers` of each layer.
+    /// On return, `out` holds what the slices requested.
     ///
-    /// A slice's result does not depend on what else is in the batch, nor on how a prompt was cut into slices.
+    /// A slice's result does not depend on the rest of the batch, nor on how a prompt was split into slices.
     ///
     /// # Errors
-    /// A batch that contradicts itself, or a fault of the device. Then the KV of the batch's tokens is undefined.
+    /// An inconsistent batch, or a device fault. The KV of the batch's tokens is then undefined.
     fn run(
         &mut self,
         batch: &[SequenceSlice<'_>],
@@ -44,7 +45,7 @@ pub trait Engine: Send {
     /// The KV cache that [`Self::run`] reads and writes, `[layers][blocks][K|V][kv_heads][16][head_dim]`.
     fn kv(&self) -> Arc<dyn KvStore>;
 
-    /// Takes another role, as if the model had been loaded for it.
+    /// Changes the number of rows to optimise for, as if the model had been loaded with it.
     fn set_rows(&mut self, rows: Rows);
 
     /// Bytes of the weights in memory; `None` where the engine does not know.
@@ -54,7 +55,7 @@ pub trait Engine: Send {
     fn step_weight_bytes(&self) -> Option<usize>;
 }
 
-/// A sink for those who need not hear of layers: nothing leaves while the batch runs.
+/// A sink that ignores notifications, for callers that do not send KV while the batch runs.
 pub fn no_layers() -> Arc<dyn LayerSink> {
     Arc::new(|_| {})
 }
@@ -85,7 +86,7 @@ mod tests {
         (config, [Box::new(kernels), Box::new(tensors)])
     }
 
-    /// Kernels against the tensor library's operations, over the same batches.
+    /// The kernels and the tensor operations agree on the same batches.
     #[test]
     fn engines_agree() {
         for pair in PAIRS {
@@ -119,7 +120,7 @@ mod tests {
                 assert!(got.rows() > 0 && got.rows() == expected.rows());
                 for row in 0..got.rows() {
                     for (a, b) in got.row(row).iter().zip(expected.row(row)) {
-                        // KV is rounded to bf16: what lies near the middle between two may go either way.
+                        // KV is rounded to bf16, so values near the midpoint may round either way.
                         assert!((a - b).abs() < 2e-2, "{pair} row {row}: {a} by kernels, {b} by tensors");
                     }
                 }
@@ -127,7 +128,7 @@ mod tests {
         }
     }
 
-    /// Tokens and scores behind the seam are those of the logits that the same batch gives.
+    /// Tokens and scores that an engine returns match the logits of the same batch.
     #[test]
     fn choices_and_scores_are_those_of_the_logits() {
         let (_, engines) = engines("llama-tied");

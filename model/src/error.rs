@@ -1,81 +1,81 @@
-//! Why a model can't be served: one line that names file, field and both values.
+//! Errors of this crate. Each message is one line that names the file, the field, its value and the supported values.
 
 use std::path::{Path, PathBuf};
 
 /// Any failure of this crate.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
-    /// A file that can't be read.
+    /// A file cannot be read.
     #[error("{}: {source}", file.display())]
     Io {
         /// The file.
         file: PathBuf,
-        /// What the system says.
+        /// The operating system's error.
         source: std::io::Error,
     },
-    /// A file that is not what its name says.
+    /// A file's content does not match its format.
     #[error("{}: {reason}", file.display())]
     Malformed {
         /// The file.
         file: PathBuf,
-        /// What is wrong with it.
+        /// What is wrong.
         reason: String,
     },
-    /// A setting that this software can't serve.
+    /// A field's value is not supported.
     #[error("{}: {field} is {value}, supported: {supported}", file.display())]
     Unsupported {
         /// The file.
         file: PathBuf,
-        /// Name of the field in it.
+        /// The field's name.
         field: String,
         /// Its value.
         value: String,
-        /// What it may be.
+        /// Supported values.
         supported: String,
     },
-    /// A tensor that the configuration needs and the weights lack.
+    /// The configuration requires a tensor that the files do not have.
     #[error("{}: tensor {name} is missing (expected shape {expected:?})", file.display())]
     MissingTensor {
         /// The folder, or the index file.
         file: PathBuf,
         /// Name of the tensor.
         name: String,
-        /// Shape that the configuration asks for.
+        /// Shape required by the configuration.
         expected: Vec<usize>,
     },
-    /// A tensor of another shape than the configuration says.
+    /// A tensor's shape does not match the configuration.
     #[error("{}: tensor {name} has shape {found:?}, the configuration asks for {expected:?}", file.display())]
     WrongShape {
         /// The file that holds the tensor.
         file: PathBuf,
         /// Name of the tensor.
         name: String,
-        /// Shape that the configuration asks for.
+        /// Shape required by the configuration.
         expected: Vec<usize>,
         /// Shape in the file.
         found: Vec<usize>,
     },
-    /// A device that is not there.
+    /// A device is not available.
     #[error("device {device}: {reason}")]
     Device {
-        /// As asked for.
+        /// The requested device.
         device: String,
-        /// Why not.
+        /// The cause.
         reason: String,
     },
-    /// A model named by hub id that could not be had.
+    /// A model can't be found locally or downloaded from the hub.
     #[error("model {id}: {reason}")]
     Hub {
-        /// The id.
+        /// The requested model.
         id: String,
-        /// Why not.
+        /// The cause.
         reason: String,
     },
-    /// Text files that can't be read.
+    /// The text files (tokenizer, chat template) cannot be read.
     #[error(transparent)]
     Text(#[from] overfill_text::TextError),
-    /// A fault in the computation.
-    #[error("computing: {0}")]
+    /// A computation failed.
+    #[error("computation failed: {0}")]
     Compute(candle_core::Error),
 }
 
@@ -86,13 +86,13 @@ impl From<candle_core::Error> for ModelError {
 }
 
 impl From<std::io::Error> for ModelError {
-    /// Only memory for weights is asked of the system without a file to name.
+    /// The only operation that fails without a file name is allocating memory for weights and KV.
     fn from(error: std::io::Error) -> Self {
-        Self::Io { file: "memory for weights".into(), source: error }
+        Self::Io { file: "memory for weights or KV".into(), source: error }
     }
 }
 
-/// The error without the backtraces that the tensor library prints with it: an error is one line.
+/// Strips the backtraces that candle attaches, so that an error is one line.
 pub(crate) fn plain(error: candle_core::Error) -> candle_core::Error {
     match error {
         candle_core::Error::WithBacktrace { inner, .. } => plain(*inner),

@@ -1,8 +1,8 @@
-//! The models: configuration and weights of a Hugging Face folder or a GGUF file, one decoder block for all supported
-//! families, the paged KV cache it attends to, and the sampler.
+//! Models: configuration and weights from a Hugging Face folder or a GGUF file, one decoder block for all supported
+//! families, the paged KV cache, and the sampler.
 //!
-//! The same [`Decoder`] serves and trains: what differs is where attention finds keys and values ([`Attention`]), and
-//! whether its operations keep a gradient ([`Ops`]).
+//! [`Decoder`] both serves and trains. Two things vary: where attention finds keys and values ([`Attention`]), and
+//! whether operations record gradients ([`Ops`]).
 
 mod batch;
 pub mod bench;

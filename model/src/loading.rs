@@ -1,4 +1,4 @@
-//! A model, loaded and ready to serve.
+//! A loaded model, ready to serve.
 
 use std::{
     path::{Path, PathBuf},
@@ -16,7 +16,7 @@ use crate::{
     tensor::TensorEngine, text_files,
 };
 
-/// What a node needs to know of a model, and the engine that runs it.
+/// A model's metadata, and the engine that runs it.
 pub struct Model {
     folder: PathBuf,
     name: String,
@@ -30,8 +30,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads a Hugging Face folder or a .gguf file, with a KV cache of `kv_blocks` blocks. Configuration and tensor shapes
-    /// are checked before memory is taken.
+    /// Loads a Hugging Face folder or a .gguf file, with a KV cache of `kv_blocks` blocks. Checks the configuration and
+    /// all tensor shapes before it allocates memory.
     pub fn load(folder: &Path, options: &LoadOptions, kv_blocks: usize) -> Result<Self, ModelError> {
         let started = Instant::now();
         let (folder, name) = absolute(folder)?;
@@ -76,62 +76,64 @@ impl Model {
         })
     }
 
-    /// Its geometry.
+    /// The model's configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// What computes.
+    /// The engine.
     pub fn engine(&mut self) -> &mut dyn Engine {
         &mut *self.engine
     }
 
-    /// What computes, without what is known of the model.
+    /// The engine alone, without the metadata.
     pub fn into_engine(self) -> Box<dyn Engine> {
         self.engine
     }
 
-    /// The KV cache of its engine.
+    /// The engine's KV cache.
     pub fn kv(&self) -> Arc<dyn KvStore> {
         self.engine.kv()
     }
 
-    /// Bytes of its weights in memory; `None` where the engine does not know.
+    /// Size of the weights in memory, in bytes; `None` if the engine does not know.
     pub fn weight_bytes(&self) -> Option<usize> {
         self.engine.weight_bytes()
     }
 
-    /// Bytes of weights that a decode step reads; `None` where the engine does not know.
+    /// Bytes of weights that a decode step reads; `None` if the engine does not know.
     pub fn step_weight_bytes(&self) -> Option<usize> {
         self.engine.step_weight_bytes()
     }
 
-    /// Its folder or .gguf file, absolute.
+    /// Absolute path of the folder or .gguf file.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Name of its folder or file, without `.gguf`.
+    /// Name of the folder or file, without `.gguf`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Names exactly these weights; see [`Weights::fingerprint`].
+    /// Identifier of the weights; see [`Weights::fingerprint`].
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
 
-    /// Ids that end a text: those of generation_config.json, of config.json, and the tokenizer's `eos_token`.
+    /// Ids of the tokens that end a text: those from generation_config.json and config.json, and the tokenizer's
+    /// `eos_token`.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_token_ids
     }
 
-    /// Longest sequence in tokens.
+    /// Maximum sequence length in tokens.
     pub fn max_context_tokens(&self) -> usize {
         self.config.max_position_embeddings
     }
 
-    /// What this model's KV is, as a producer of its own (no overfill.json), or as a consumer of the full model's.
+    /// Schema of this model's KV. Without overfill.json the model produces its own KV; with it, the model consumes the
+    /// full model's KV.
     pub fn kv_schema(&self) -> KvSchema {
         let config = &self.config;
         let all = || (0..config.num_hidden_layers as u32).collect();
@@ -155,20 +157,20 @@ impl Model {
         }
     }
 
-    /// The schema of the KV that this model computes as the full model of a prefill node.
+    /// Schema of the KV that this model produces as the full model on a prefill node.
     pub fn producer_schema(&self) -> KvSchema {
         let layers = (0..self.config.num_hidden_layers as u32).collect();
         KvSchema { layers, full_model: Some(self.fingerprint.clone()), ..self.kv_schema() }
     }
 
-    /// Bytes that one block takes over all layers.
+    /// Size of one block over all layers, in bytes.
     pub fn block_bytes(&self) -> usize {
         let layers = self.config.num_hidden_layers;
         layers * self.kv_schema().block_bytes()
     }
 }
 
-/// overfill.json must name as many layers as the model has.
+/// Checks that overfill.json lists as many layers as the model has.
 fn check_kept_layers(folder: &Path, config: &ModelConfig, p: Option<&Provenance>) -> Result<(), ModelError> {
     let Some(kept) = p.and_then(|p| p.kept_layers.as_ref()) else { return Ok(()) };
     if kept.len() == config.num_hidden_layers {
@@ -183,8 +185,8 @@ fn check_kept_layers(folder: &Path, config: &ModelConfig, p: Option<&Provenance>
     ))
 }
 
-/// The path, absolute, and the name that it gives the model. A .gguf file that is a link stays one: what lies beside the
-/// link belongs to it.
+/// The absolute path, and the model's name derived from it. A link to a .gguf file is not resolved: the files next to
+/// the link belong to the model.
 fn absolute(path: &Path) -> Result<(PathBuf, String), ModelError> {
     let io = |e| ModelError::io(path, e);
     let path = if path.is_file() { std::path::absolute(path) } else { path.canonicalize() }.map_err(io)?;
@@ -193,7 +195,8 @@ fn absolute(path: &Path) -> Result<(PathBuf, String), ModelError> {
     Ok((path, name))
 }
 
-/// Every text file is parsed, though the router is who uses most of them: what is wrong with one ends the start-up here.
+/// Collects the end-of-text ids. It parses every text file, although mainly the router uses them, so that an invalid
+/// file fails at start-up.
 fn eos_token_ids(folder: &Path, text: &TextFiles, config: &ModelConfig) -> Result<Vec<u32>, ModelError> {
     let in_folder = |e| match e {
         TextError::Invalid { file, reason } => ModelError::malformed(&folder_of(folder).join(file), reason),

@@ -1,4 +1,4 @@
-//! How a model is loaded: from where, onto what, in which types.
+//! How a model is loaded: source, device and element types.
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
@@ -9,7 +9,7 @@ use crate::{ModelError, error::plain, gguf::Gguf};
 
 pub use crate::cpu::kernels::packed::Rows;
 
-/// Element type of a model's tensors, as they are trained, pruned and written.
+/// Element type of a model's tensors when training, pruning and writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WeightDtype {
     /// 4 bytes; exact for every stored type.
@@ -21,7 +21,7 @@ pub enum WeightDtype {
 }
 
 impl WeightDtype {
-    /// The tensor library's name for it.
+    /// candle's type.
     pub fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
@@ -53,7 +53,7 @@ impl FromStr for WeightDtype {
     }
 }
 
-/// How the weights that a node serves lie in memory.
+/// How a node stores the weights that it serves in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WeightFormat {
     /// 4 bytes; exact for every stored type.
@@ -62,11 +62,11 @@ pub enum WeightFormat {
     Bf16,
     /// 2 bytes.
     F16,
-    /// 8 bits and a scale for each 32 weights of an output, as GGUF's Q8_0.
+    /// 8 bits, with one scale per 32 weights of an output, as in GGUF's Q8_0.
     Int8,
-    /// 8 bits and a scale for each output.
+    /// 8 bits, with one scale per output.
     Int8Channel,
-    /// 4 bits and a scale for each 32 weights of an output, as GGUF's Q4_0; the head in 8 bits.
+    /// 4 bits, with one scale per 32 weights of an output, as in GGUF's Q4_0. The head uses `int8`.
     Int4,
 }
 
@@ -80,10 +80,10 @@ impl WeightFormat {
         (Self::Int4, "int4"),
     ];
 
-    /// All of them, for messages.
+    /// The names of all formats, for messages.
     pub const SUPPORTED: &str = "f32, bf16, f16, int8, int8-channel or int4";
 
-    /// As the tensor library has it: without integers.
+    /// The corresponding tensor type; `None` for the integer formats.
     pub(crate) fn dtype(self) -> Option<WeightDtype> {
         match self {
             Self::F32 => Some(WeightDtype::F32),
@@ -108,12 +108,12 @@ impl FromStr for WeightFormat {
     }
 }
 
-/// Where a model computes.
+/// The device that a model runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceSpec {
-    /// This machine's processors.
+    /// The CPU.
     Cpu,
-    /// An NVIDIA GPU, by number.
+    /// An NVIDIA GPU, by index.
     Cuda(usize),
 }
 
@@ -139,7 +139,7 @@ impl FromStr for DeviceSpec {
 }
 
 impl DeviceSpec {
-    /// Opens the device; an error that says what is missing where there is none.
+    /// Opens the device. The error says what is missing.
     pub fn open(self) -> Result<Device, ModelError> {
         let fault = |reason: String| ModelError::Device { device: self.to_string(), reason };
         match self {
@@ -148,7 +148,7 @@ impl DeviceSpec {
                 "this binary was built without GPU support; build it with `--features cuda`, or use --device cpu"
                     .into(),
             )),
-            // Opening the driver aborts, rather than fails, where its library is not installed.
+            // candle panics, rather than returning an error, if the driver's library is not installed.
             Self::Cuda(n) => match std::panic::catch_unwind(|| Device::new_cuda(n)) {
                 Ok(device) => device.map_err(|e| fault(plain(e).to_string())),
                 Err(_) => Err(fault("the CUDA driver library (libcuda) could not be loaded".into())),
@@ -160,13 +160,13 @@ impl DeviceSpec {
 /// How a model is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadOptions {
-    /// Where it computes.
+    /// Device to run on.
     pub device: DeviceSpec,
-    /// How its weights lie in memory.
+    /// Format of the weights in memory.
     pub weights: WeightFormat,
-    /// Type of its KV, in memory and on the wire.
+    /// Element type of the KV, in memory and on the wire.
     pub kv_dtype: KvDtype,
-    /// What its products are made fast for.
+    /// Number of rows per matrix product to optimise for.
     pub rows: Rows,
 }
 
@@ -176,8 +176,8 @@ impl Default for LoadOptions {
     }
 }
 
-/// The folder or .gguf file of `model`: the path itself where it is one, else a hub id (`owner/name`, or
-/// `owner/name@revision`) whose files are taken from the Hugging Face cache or downloaded into it.
+/// Resolves `model` to a folder or .gguf file. An existing path is returned as it is. Otherwise `model` is a hub id
+/// (`owner/name` or `owner/name@revision`), and its files are taken from the Hugging Face cache or downloaded into it.
 pub fn resolve(model: &str) -> Result<PathBuf, ModelError> {
     let path = PathBuf::from(model);
     if path.is_dir() || Gguf::find(&path)?.is_some() {
@@ -192,7 +192,7 @@ pub fn resolve(model: &str) -> Result<PathBuf, ModelError> {
         return Err(fault("no such folder or .gguf file, and not a hub id of the form owner/name".into()));
     }
     let (id, revision) = model.split_once('@').unwrap_or((model, "main"));
-    let hub = |e: hf_hub::api::sync::ApiError| fault(format!("no such folder or .gguf file, and from the hub: {e}"));
+    let hub = |e: hf_hub::api::sync::ApiError| fault(format!("no such folder or .gguf file; hub download: {e}"));
     let api = hf_hub::api::sync::ApiBuilder::from_env().with_progress(true).build().map_err(hub)?;
     let repo = api.repo(hf_hub::Repo::with_revision(id.into(), hf_hub::RepoType::Model, revision.into()));
     let config = repo.get("config.json").map_err(hub)?;
@@ -202,7 +202,7 @@ pub fn resolve(model: &str) -> Result<PathBuf, ModelError> {
             repo.get(file).map_err(hub)?;
         }
     }
-    config.parent().map(PathBuf::from).ok_or_else(|| fault("the hub's cache has no folder".into()))
+    config.parent().map(PathBuf::from).ok_or_else(|| fault("the Hugging Face cache path has no parent folder".into()))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! overfill.json: where a pruned model comes from.
+//! overfill.json: the full model a pruned model was cut from, and how.
 
 use std::{fs, path::Path};
 
@@ -7,44 +7,45 @@ use serde_json::Value;
 
 use crate::{ModelError, gguf};
 
-/// Beside a pruned model's config.json or .gguf file. Every field but `version` is optional: a published decoder has no such file.
+/// The content of overfill.json, stored next to a pruned model's config.json or .gguf file. Every field but `version`
+/// is optional, because decoders published by others have no such file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Provenance {
-    /// 1.
+    /// Format version, always 1.
     pub version: u32,
-    /// The model it was cut from.
+    /// The model that this one was cut from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub full_model: Option<FullModel>,
-    /// The full model's layers that were kept, ascending; all of them where absent.
+    /// The full model's layers that were kept, ascending; all layers if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept_layers: Option<Vec<u32>>,
     /// The full model's hidden channels that were kept, ascending.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hidden_channels: Option<Vec<u32>>,
-    /// The same of every kept layer's MLP.
+    /// For each kept layer, the full model's MLP channels that were kept, ascending.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub intermediate_channels: Option<Vec<Vec<u32>>>,
-    /// How it was fine-tuned.
+    /// Fine-tuning settings, free-form.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub training: Option<Value>,
 }
 
-/// The model that a decoder was cut from, and whose KV it attends to.
+/// The full model that a decoder was cut from and whose KV it attends to.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct FullModel {
     /// Name of its folder or file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// [`crate::Weights::fingerprint`] of it.
+    /// Its [`crate::Weights::fingerprint`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<String>,
 }
 
 impl Provenance {
-    /// Name of the file.
+    /// The file's name.
     pub const FILE: &'static str = "overfill.json";
 
-    /// Reads `folder/overfill.json`, or that beside a .gguf file; `None` where there is none.
+    /// Reads overfill.json from `folder`, or from the folder of a .gguf file; `None` if there is none.
     pub fn from_folder(folder: &Path) -> Result<Option<Self>, ModelError> {
         let file = gguf::folder_of(folder).join(Self::FILE);
         if !file.exists() {

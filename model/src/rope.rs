@@ -1,18 +1,19 @@
-//! Rotary embeddings: base, scaling, and the frequencies that they give.
+//! Rotary embeddings: base, scaling and the resulting frequencies.
 
 use std::fmt;
 
-/// How rotary frequencies are stretched beyond the length a model was first trained on.
+/// How rotary frequencies are scaled for contexts longer than the model was first trained on.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
-    /// Not at all.
+    /// No scaling.
     None,
     /// Every frequency divided by `factor`.
     Linear {
         /// The divisor.
         factor: f64,
     },
-    /// Llama 3.x: long waves divided by `factor`, short ones kept, those between interpolated.
+    /// Llama 3.x: frequencies of long waves are divided by `factor`, those of short waves are kept, those between are
+    /// interpolated.
     Llama3 {
         /// The divisor of long waves.
         factor: f64,
@@ -20,10 +21,10 @@ pub enum RopeScaling {
         low_freq_factor: f64,
         /// Waves shorter than `original / high_freq_factor` are short.
         high_freq_factor: f64,
-        /// Context in tokens before stretching.
+        /// Context length in tokens before scaling.
         original_max_position_embeddings: u32,
     },
-    /// Each frequency divided by a factor of its own, `[head_dim / 2]`: the form that GGUF files have.
+    /// Each frequency divided by its own factor, `[head_dim / 2]`, as GGUF files store it.
     Factors(Vec<f32>),
 }
 
@@ -37,7 +38,7 @@ impl fmt::Display for RopeScaling {
                 "llama3 factor={factor} low={low_freq_factor} high={high_freq_factor} \
                  original={original_max_position_embeddings}"
             ),
-            // Every factor to its last digit, equal neighbours counted: a schema compares the text.
+            // Factors in full precision, run-length encoded: schemas compare this text.
             Self::Factors(factors) => {
                 f.write_str("factors")?;
                 for (i, run) in factors.chunk_by(|a, b| a == b).enumerate() {
@@ -49,18 +50,19 @@ impl fmt::Display for RopeScaling {
     }
 }
 
-/// One rotary embedding. Layers that rotate alike share it.
+/// One rotary embedding. Layers with the same rotation use the same one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
     /// Base of the frequencies.
     pub theta: f64,
-    /// Their scaling.
+    /// Scaling of the frequencies.
     pub scaling: RopeScaling,
 }
 
 impl Rope {
-    /// Rotary frequencies in radians per token, `[head_dim / 2]`, as in transformers' modeling_rope_utils.py. They are f32
-    /// whatever the type of the weights: transformers' `from_pretrained`, vLLM, SGLang and llama.cpp all keep them so.
+    /// Rotary frequencies in radians per token, `[head_dim / 2]`, computed like transformers' modeling_rope_utils.py.
+    /// They are f32 whatever the weight type: transformers' `from_pretrained`, vLLM, SGLang and llama.cpp all keep them
+    /// in f32.
     pub fn inverse_frequencies(&self, head_dim: usize) -> Vec<f32> {
         let base = |i: usize| 1.0 / (self.theta as f32).powf((2 * i) as f32 / head_dim as f32);
         let scale = |(i, freq): (usize, f32)| match self.scaling {

@@ -1,19 +1,19 @@
-//! Choosing a token from logits. Stateless: the random number of a token is a function of the request's seed and the
-//! token's position, so a request gives the same tokens whichever node samples them, alone or in a batch.
+//! Choosing a token from logits. Sampling is stateless: the random number of a token is a function of the request's
+//! seed and the token's position. A request therefore gets the same tokens on every node, alone or in a batch.
 
 use std::{borrow::Cow, cmp::Ordering, collections::HashMap};
 
 use overfill_kv::{OutputToken, SamplingParams};
 
-/// Logits whose weights are summed up together.
+/// Number of logits whose weights are summed together.
 const PART: usize = 1024;
-/// Logits that are compared together: in most such groups none is among the best.
+/// Number of logits compared with the floor at once. Most such groups contain none of the best tokens and are skipped.
 const FEW: usize = 64;
-/// Histogram of log-likelihood: buckets per nat, and buckets altogether.
+/// Histogram of log-likelihood: buckets per nat, and number of buckets.
 const BUCKETS_PER_NAT: f32 = 16.0;
 const BUCKETS: usize = 512;
 
-/// Tokens that may be chosen: bit `t % 32` of word `t / 32` stands for token `t`. Tokens beyond the last word are not
+/// Set of allowed tokens: bit `t % 32` of word `t / 32` stands for token `t`. Tokens beyond the last word are not
 /// allowed.
 #[derive(Clone, Copy, Debug)]
 pub struct TokenMask<'a> {
@@ -32,21 +32,21 @@ impl TokenMask<'_> {
     }
 }
 
-/// What a choice depends on beside logits and parameters.
+/// What a choice depends on besides logits and parameters.
 #[derive(Clone, Copy, Debug)]
 pub struct SamplingContext<'a> {
-    /// The request's prompt: repetition penalties count it.
+    /// The request's prompt. Only the repetition penalty counts it.
     pub prompt: &'a [u32],
-    /// The output before the token: all penalties count it.
+    /// The output before the token. All penalties count it.
     pub output: &'a [u32],
-    /// Position of the token in the sequence, from 0: with the seed, it gives the token's random number.
+    /// Position of the token in the sequence, from 0. Seed and position determine the token's random number.
     pub position: usize,
-    /// Tokens that may be chosen, at least one; `None`: all.
+    /// Allowed tokens, at least one. `None` allows all tokens.
     pub allowed: Option<TokenMask<'a>>,
 }
 
 impl<'a> SamplingContext<'a> {
-    /// The context of the token that follows `prompt` and `output`, any token being allowed.
+    /// The context of the token after `prompt` and `output`, with all tokens allowed.
     pub fn following(prompt: &'a [u32], output: &'a [u32]) -> Self {
         Self { prompt, output, position: prompt.len() + output.len(), allowed: None }
     }
@@ -54,15 +54,15 @@ impl<'a> SamplingContext<'a> {
 
 /// Chooses a token from its logits `[vocab]`.
 ///
-/// Penalties count as vLLM's do: repetition over prompt and output, presence and frequency over the output. The mask
-/// applies before top-k, top-p and min-p. Log-probabilities are of the raw logits.
+/// Penalties follow vLLM: the repetition penalty covers prompt and output, presence and frequency penalties cover the
+/// output. The mask applies before top-k, top-p and min-p. Log-probabilities are computed from the raw logits.
 pub fn sample(logits: &[f32], params: &SamplingParams, context: &SamplingContext<'_>) -> OutputToken {
     let adjusted = adjusted(logits, params, context);
     let token = match params.temperature == 0.0 {
         true => argmax(&adjusted),
         false => draw(&adjusted, params, context.position),
     };
-    // Where every allowed token has a logit of minus infinity, the choice falls on token 0.
+    // If every allowed token has a logit of minus infinity, the choice above may return a token that is not allowed.
     let token = match context.allowed {
         Some(mask) if !mask.allows(token as usize) => mask.first(),
         _ => token,
@@ -73,7 +73,7 @@ pub fn sample(logits: &[f32], params: &SamplingParams, context: &SamplingContext
     }
 }
 
-/// The log-probability of `token` under `logits`, and of the `top` likeliest tokens, best first.
+/// The log-probability of `token` under `logits`, and those of the `top` most likely tokens, best first.
 pub fn report(logits: &[f32], token: u32, top: u32) -> OutputToken {
     let greatest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|l| f64::from(l - greatest).exp()).sum();
@@ -84,15 +84,15 @@ pub fn report(logits: &[f32], token: u32, top: u32) -> OutputToken {
     OutputToken { token, logprob, top }
 }
 
-/// The first of the greatest; 0 where there is none.
+/// Index of the greatest logit, the first one on ties; 0 if all logits are NaN or there are none.
 fn argmax(logits: &[f32]) -> u32 {
     let greatest = greatest_logit(logits);
     logits.iter().position(|logit| *logit == greatest).unwrap_or(0) as u32
 }
 
-/// The greatest, not counting NaN.
+/// The greatest logit, ignoring NaN.
 fn greatest_logit(logits: &[f32]) -> f32 {
-    // In lanes, which the compiler makes vectors of; `f32::max` would not let it.
+    // Split into lanes so that the compiler vectorises the loop; `f32::max` would prevent that.
     let greater = |a: f32, b: f32| if b > a { b } else { a };
     let mut lanes = [f32::NEG_INFINITY; 16];
     let chunks = logits.chunks_exact(lanes.len());
@@ -105,26 +105,26 @@ fn greatest_logit(logits: &[f32]) -> f32 {
     lanes.into_iter().fold(rest, greater)
 }
 
-/// A token that may be chosen.
+/// A token and its logit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Candidate {
     token: u32,
     logit: f32,
 }
 
-/// Best first; of equals the lower id. There is no NaN among candidates.
+/// Orders by descending logit, then by ascending token id. Candidates are never NaN.
 fn better(a: &Candidate, b: &Candidate) -> Ordering {
     b.logit.partial_cmp(&a.logit).unwrap_or(Ordering::Equal).then(a.token.cmp(&b.token))
 }
 
-/// The `count` best of those whose logits are at least `floor`, in no order.
+/// The `count` best tokens among those with logits of at least `floor`, unordered.
 ///
-/// Nearly all tokens cost a comparison and no more: the floor rises to the worst of the best so far.
+/// The floor rises to the worst of the best tokens so far, so nearly every token costs a single comparison.
 fn best(logits: &[f32], count: usize, mut floor: f32) -> Vec<Candidate> {
     if count == 0 {
         return Vec::new();
     }
-    // Twice as many are gathered before the worse half is thrown away, so that this is rare.
+    // Collects up to twice as many before the worse half is dropped, so that dropping is rare.
     let room = count.saturating_mul(2).min(logits.len());
     let mut kept = Vec::with_capacity(room);
     for (part, logits) in logits.chunks(FEW).enumerate() {
@@ -145,7 +145,7 @@ fn best(logits: &[f32], count: usize, mut floor: f32) -> Vec<Candidate> {
     kept
 }
 
-/// Throws all but the `count` best away; the last of what is left is the worst of them.
+/// Drops all but the `count` best. If it drops any, the last element is the worst of the rest.
 fn keep_best(candidates: &mut Vec<Candidate>, count: usize) {
     if candidates.len() > count {
         candidates.select_nth_unstable_by(count - 1, better);
@@ -153,7 +153,7 @@ fn keep_best(candidates: &mut Vec<Candidate>, count: usize) {
     }
 }
 
-/// As [`best`], best first.
+/// Like [`best`], ordered best first.
 fn best_in_order(logits: &[f32], count: usize, floor: f32) -> Vec<Candidate> {
     let mut best = best(logits, count, floor);
     best.sort_unstable_by(better);
@@ -207,9 +207,10 @@ fn penalise(logits: &mut [f32], params: &SamplingParams, prompt: &[u32], output:
     }
 }
 
-/// A token drawn by its probability at `params.temperature`, among those that min-p, top-k and top-p leave.
+/// Draws a token by its probability at `params.temperature`, among the tokens that min-p, top-k and top-p keep.
 ///
-/// In order of ids: logits that differ in their last bits, as another batch gives them, must not reorder the tokens.
+/// Tokens are walked in order of their ids. Logits may differ in their last bits between batches, and an order by logit
+/// would then change.
 fn draw(logits: &[f32], params: &SamplingParams, position: usize) -> u32 {
     let heat = Heat::new(logits, params.temperature);
     let worst = worst_left(logits, params, &heat);
@@ -226,11 +227,11 @@ fn draw(logits: &[f32], params: &SamplingParams, position: usize) -> u32 {
         let (i, _) = place(weights(part), share)?;
         Some((part * PART + i) as u32)
     });
-    // Only a row with NaN or infinities can't be drawn from.
+    // Drawing fails only if the row contains NaN or infinities.
     drawn.unwrap_or_else(|| argmax(logits))
 }
 
-/// What makes probabilities, but for a factor, of logits.
+/// Turns logits into unnormalised probabilities.
 struct Heat {
     greatest: f32,
     sharpness: f32,
@@ -238,30 +239,31 @@ struct Heat {
 
 impl Heat {
     fn new(logits: &[f32], temperature: f64) -> Self {
-        // Beyond the largest f32 a colder temperature changes nothing, and infinity times a distance of 0 would be NaN.
+        // Clamped to the largest f32. Colder temperatures make no difference beyond it, and infinity times a distance
+        // of 0 would be NaN.
         let sharpness = (1.0 / temperature).min(f64::from(f32::MAX)) as f32;
         Self { greatest: greatest_logit(logits), sharpness }
     }
 
-    /// How far below the likeliest, in natural logarithms of the probability.
+    /// Distance to the most likely token, in nats.
     fn distance(&self, logit: f32) -> f32 {
         (self.greatest - logit) * self.sharpness
     }
 
-    /// 1 for the likeliest.
+    /// Unnormalised probability; 1 for the most likely token.
     fn weight(&self, logit: f32) -> f64 {
         f64::from((-self.distance(logit)).exp())
     }
 }
 
-/// The last token, from the best on, that the cuts leave. They are made as vLLM makes them: min-p first, then top-k,
-/// then top-p of the probability that is left.
+/// The worst token that the cuts keep. The cuts follow vLLM's order: min-p first, then top-k, then top-p of the
+/// remaining probability.
 ///
-/// The vocabulary is never sorted: for top-k the best are selected, for top-p only tokens about as likely as the last
-/// are put in order.
+/// The vocabulary is never sorted. Top-k selects the best tokens. Top-p only sorts the tokens in the histogram bucket
+/// of the last kept token.
 fn worst_left(logits: &[f32], params: &SamplingParams, heat: &Heat) -> Candidate {
     let top_k = params.top_k as usize;
-    // A probability of min_p times the greatest, said of logits; without min-p minus infinity.
+    // The logit at which the probability is min_p times the greatest one; minus infinity without min-p.
     let floor = (f64::from(heat.greatest) + params.temperature * params.min_p.ln()) as f32;
     let by_min_p = Candidate { token: u32::MAX, logit: floor };
     if (1..logits.len()).contains(&top_k) {
@@ -276,7 +278,7 @@ fn worst_left(logits: &[f32], params: &SamplingParams, heat: &Heat) -> Candidate
     }
 }
 
-/// The last of the candidates that are needed to reach the weight `target`.
+/// The last of the leading candidates needed to reach the weight `target`.
 fn last_within(candidates: &[Candidate], target: f64, heat: &Heat) -> Option<Candidate> {
     let mut reached = 0.0;
     let needed = candidates.iter().take_while(|candidate| {
@@ -287,7 +289,8 @@ fn last_within(candidates: &[Candidate], target: f64, heat: &Heat) -> Option<Can
     needed.last().copied()
 }
 
-/// The last of the likeliest tokens that are needed to reach `top_p` of the weight of all from `floor` up.
+/// The last of the most likely tokens needed to reach `top_p` of the weight of all tokens with logits of at least
+/// `floor`.
 fn last_of_top_p(logits: &[f32], top_p: f64, floor: f32, heat: &Heat) -> Option<Candidate> {
     let bucket = |logit: f32| ((heat.distance(logit) * BUCKETS_PER_NAT) as usize).min(BUCKETS - 1);
     let mut weights = [0.0; BUCKETS];
@@ -306,7 +309,8 @@ fn last_of_top_p(logits: &[f32], top_p: f64, floor: f32, heat: &Heat) -> Option<
     last_within(&within, missing, heat)
 }
 
-/// Where the running sum of `weights` passes `share` of the whole, and which share of that weight it has passed.
+/// Finds where the running sum of `weights` exceeds `share` of the total. Returns the index, and how far into that
+/// weight the target lies, as a fraction below 1.
 fn place(weights: impl Iterator<Item = f64> + Clone, share: f64) -> Option<(usize, f64)> {
     let target = share * weights.clone().sum::<f64>();
     let mut before = 0.0;
@@ -319,8 +323,8 @@ fn place(weights: impl Iterator<Item = f64> + Clone, share: f64) -> Option<(usiz
     None
 }
 
-/// The random number of the token at `position`, in [0, 1): neighbouring inputs give unrelated outputs (the finaliser
-/// of SplitMix64).
+/// The random number of the token at `position`, in [0, 1). It uses the finaliser of SplitMix64, so neighbouring inputs
+/// give unrelated outputs.
 fn uniform(seed: u64, position: u64) -> f64 {
     let mut z = seed.wrapping_add(position.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

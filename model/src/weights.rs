@@ -16,22 +16,23 @@ use sha2::{Digest, Sha256};
 
 use crate::{ModelError, gguf::Gguf};
 
-/// Bytes at either end of a tensor that its fingerprint reads.
+/// Number of bytes at each end of a tensor that enter its fingerprint.
 const FINGERPRINT_BYTES: usize = 4096;
 
-/// Elements that are dequantised at once, a multiple of every format's block: what is in memory twice stays this small.
+/// Elements dequantised at once, a multiple of every format's block size. Bounds the temporary copy of dequantised
+/// values.
 const PIECE_ELEMENTS: usize = 1 << 14;
 
-/// What a file says of a tensor.
+/// A tensor's shape and type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
-    /// Its dimensions.
+    /// Dimensions.
     pub shape: Vec<usize>,
-    /// Its type as stored; F32 where it is quantised, for that is what [`Weights::load`] gives.
+    /// Stored type; F32 for a quantised tensor, since [`Weights::load`] dequantises to F32.
     pub dtype: Dtype,
 }
 
-/// The tensors of a model, by their Hugging Face names. Opening reads headers only.
+/// A model's tensors by Hugging Face name. Opening reads only the headers.
 pub struct Weights {
     path: PathBuf,
     source: Source,
@@ -45,9 +46,9 @@ enum Source {
 /// How a file stores the elements of a tensor.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stored {
-    /// One by one.
+    /// Individually.
     Plain(Dtype),
-    /// In quantised blocks, whole blocks to a row.
+    /// In quantised blocks. Each row consists of whole blocks.
     Blocks(GgmlDType),
 }
 
@@ -61,7 +62,7 @@ impl fmt::Debug for Stored {
 }
 
 impl Stored {
-    /// Bytes of `elements` elements; `None` where that is not a whole number of blocks, or beyond any memory.
+    /// Size of `elements` elements in bytes; `None` if they do not fill whole blocks, or if the size overflows.
     pub(crate) fn bytes(self, elements: usize) -> Option<usize> {
         match self {
             Self::Plain(dtype) => elements.checked_mul(dtype.bitsize() / 8),
@@ -72,7 +73,7 @@ impl Stored {
         }
     }
 
-    /// Widens or dequantises `bytes`, as many as `out` has elements.
+    /// Widens or dequantises `bytes` into `out`. Both hold the same number of elements.
     fn read(self, bytes: &[u8], out: &mut [f32]) -> candle_core::Result<()> {
         match self {
             Self::Plain(Dtype::F32) => {
@@ -85,13 +86,13 @@ impl Stored {
                 out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, b)| *out = bf16::from_le_bytes(*b).to_f32());
             }
             Self::Plain(Dtype::F16) => match bytemuck::try_cast_slice::<u8, f16>(bytes) {
-                // Many at once, where the file aligns them.
+                // Vectorised; requires that the file aligns the values.
                 Ok(halves) => halves.convert_to_f32_slice(out),
                 Err(_) => {
                     out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, b)| *out = f16::from_le_bytes(*b).to_f32());
                 }
             },
-            Self::Plain(dtype) => candle_core::bail!("{dtype:?} has no f32 form"),
+            Self::Plain(dtype) => candle_core::bail!("{dtype:?} can't be converted to f32"),
             Self::Blocks(dtype) => {
                 let piece_bytes = PIECE_ELEMENTS / dtype.block_size() * dtype.type_size();
                 for (bytes, out) in bytes.chunks(piece_bytes).zip(out.chunks_mut(PIECE_ELEMENTS)) {
@@ -104,29 +105,28 @@ impl Stored {
     }
 }
 
-/// A tensor where it lies in a mapped file.
+/// A tensor's data within a mapped file.
 pub(crate) struct TensorLocation<'a> {
     pub file: &'a Path,
-    /// As the file calls it.
+    /// The tensor's name in the file.
     pub name: &'a str,
     pub shape: Vec<usize>,
     pub stored: Stored,
     pub data: &'a [u8],
-    /// The width of a head, where the file holds the two halves of every head's rows interleaved; see
-    /// [`TensorLocation::stored_row`].
+    /// Head width if the file interleaves the two halves of every head's rows; see [`TensorLocation::stored_row`].
     pub interleaved: Option<usize>,
 }
 
 impl TensorLocation<'_> {
-    /// Elements of a row: of all dimensions but the first.
+    /// Elements per row: the product of all dimensions but the first.
     fn row_elements(&self) -> usize {
         self.shape.iter().skip(1).product()
     }
 
-    /// Where the file has row `row`.
+    /// Index in the file of row `row`.
     ///
-    /// Rotation pairs row i of a head with row `i + head_dim / 2` here, as Hugging Face has it, and row 2i with row
-    /// 2i + 1 in llama.cpp's Llama: its converter moves the rows of q and k, and this is the way back.
+    /// Rotation pairs row i of a head with row `i + head_dim / 2` in Hugging Face's order, and row 2i with row 2i + 1
+    /// in llama.cpp's Llama files. llama.cpp's converter reorders the rows of q and k; this reverses it.
     fn stored_row(&self, row: usize) -> usize {
         match self.interleaved {
             None => row,
@@ -141,10 +141,10 @@ impl TensorLocation<'_> {
     /// Bytes of one row.
     fn row_bytes(&self) -> Result<usize, ModelError> {
         let bytes = self.stored.bytes(self.row_elements());
-        bytes.ok_or_else(|| ModelError::malformed(self.file, format!("a row of {} is not whole blocks", self.name)))
+        bytes.ok_or_else(|| ModelError::malformed(self.file, format!("rows of {} end within a block", self.name)))
     }
 
-    /// The tensor's bytes with its rows in order; borrowed where they are so in the file.
+    /// The tensor's bytes with rows in Hugging Face's order; borrowed if the file already has that order.
     fn ordered(&self) -> Result<Cow<'_, [u8]>, ModelError> {
         if self.interleaved.is_none() {
             return Ok(Cow::Borrowed(self.data));
@@ -163,7 +163,7 @@ impl TensorLocation<'_> {
         if rows.start > rows.end || rows.end > count || out.len() != rows.len() * elements {
             let (name, room) = (self.name, out.len());
             let fault =
-                format!("rows {rows:?} of {name}, which has {count} of {elements} elements, into room for {room}");
+                format!("can't read rows {rows:?} of {name} ({count} rows of {elements} each) into {room} elements");
             return Err(candle_core::Error::Msg(fault).into());
         }
         let row_bytes = self.row_bytes()?;
@@ -184,8 +184,9 @@ struct ShardIndex {
 }
 
 impl Weights {
-    /// Opens a model: of a folder `model.safetensors`, or the shards that `model.safetensors.index.json` lists, or its
-    /// only .gguf file where it has no safetensors; or a .gguf file named itself.
+    /// Opens a model's weights. In a folder these are `model.safetensors`, or the shards that
+    /// `model.safetensors.index.json` lists, or, without safetensors, the only .gguf file. `path` may also be a .gguf
+    /// file.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let source = match Gguf::find(path)? {
             Some(file) => Source::Gguf(Gguf::open(&file)?),
@@ -207,7 +208,7 @@ impl Weights {
         }
     }
 
-    /// The tensor `name`, refusing any other shape than `shape`, and types that can't be widened to f32.
+    /// The tensor `name`. Fails if its shape is not `shape`, or if its type cannot be widened to f32.
     fn checked(&self, name: &str, shape: &[usize]) -> Result<TensorLocation<'_>, ModelError> {
         let missing = || match &self.source {
             Source::Gguf(gguf) => gguf.missing(name, shape),
@@ -233,7 +234,7 @@ impl Weights {
         Ok(place)
     }
 
-    /// Refuses a tensor that is not there, of another shape than `shape`, or of a type that can't be widened to f32.
+    /// Fails if the tensor is missing, if its shape is not `shape`, or if its type cannot be widened to f32.
     pub fn check(&self, name: &str, shape: &[usize]) -> Result<(), ModelError> {
         self.checked(name, shape).map(drop)
     }
@@ -248,7 +249,7 @@ impl Weights {
         names
     }
 
-    /// Shape and type of a tensor; `None` where there is none of that name.
+    /// A tensor's shape and type; `None` if there is no such tensor.
     pub fn info(&self, name: &str) -> Option<TensorInfo> {
         let place = self.find(name).ok().flatten()?;
         let dtype = match place.stored {
@@ -258,7 +259,7 @@ impl Weights {
         Some(TensorInfo { shape: place.shape, dtype })
     }
 
-    /// Loads a tensor in its stored type, and a quantised one as f32, refusing any other shape than `shape`.
+    /// Loads a tensor in its stored type, or as f32 if it is quantised. Fails if its shape is not `shape`.
     pub fn load(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor, ModelError> {
         let place = self.checked(name, shape)?;
         match place.stored {
@@ -273,8 +274,9 @@ impl Weights {
         }
     }
 
-    /// Reads rows `rows` (indices of the first dimension) of a tensor of `shape` into `out` as f32, whatever they are
-    /// stored in. Nothing else of the tensor is touched, so a caller who repacks it never has it in memory twice.
+    /// Reads rows `rows` (indices of the first dimension) of a tensor of `shape` into `out` as f32, whatever their
+    /// stored type. It reads no other part of the tensor, so a caller that repacks a tensor never holds it twice in
+    /// memory.
     pub fn read_rows(
         &self,
         name: &str,
@@ -285,8 +287,8 @@ impl Weights {
         self.checked(name, shape)?.read_rows(rows, out)
     }
 
-    /// A short name for exactly these weights: the SHA-256 over every tensor's name, type, shape and both ends of its
-    /// data. It does not read the whole model, so that a node of many gigabytes starts at once.
+    /// A short identifier of these weights: the first 128 bits of a SHA-256, in hexadecimal, over every tensor's name,
+    /// type, shape and both ends of its data. It does not read all of the data, so that large models start quickly.
     pub fn fingerprint(&self) -> Result<String, ModelError> {
         let mut hash = Sha256::new();
         for name in self.names() {
@@ -314,7 +316,7 @@ fn open_safetensors(folder: &Path) -> Result<Source, ModelError> {
     let mut file_of = HashMap::new();
     for name in names {
         if name.contains(['/', '\\']) {
-            return Err(ModelError::malformed(&index_file, format!("weight_map names {name:?}, a path")));
+            return Err(ModelError::malformed(&index_file, format!("weight_map names {name:?}, which is a path")));
         }
         let path = folder.join(name);
         let mapped = map_safetensors(&path)?;
@@ -329,7 +331,7 @@ fn map_safetensors(path: &Path) -> Result<MmapedSafetensors, ModelError> {
     if let Err(e) = fs::File::open(path) {
         return Err(ModelError::io(path, e));
     }
-    // SAFETY: the mapping is only read. Another process that shortens the file meanwhile can fault this one: that is
-    // the known price of mapping weights, and what every loader of this format accepts.
+    // SAFETY: the mapping is read-only. If another process truncates the file, reading can fault (SIGBUS). This risk is
+    // inherent to mapping weights.
     unsafe { MmapedSafetensors::new(path) }.map_err(|e| ModelError::malformed(path, e))
 }

@@ -1,4 +1,4 @@
-//! A decode step allocates nothing: its memory is the one before's.
+//! A decode step allocates nothing: it reuses the memory of earlier steps.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -13,16 +13,16 @@ static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 
 struct Counting;
 
-// SAFETY: the system's allocator does the work.
+// SAFETY: forwards to the system's allocator.
 #[allow(unsafe_code)]
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: as the caller promises.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.alloc(layout) }
     }
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        // SAFETY: as the caller promises.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.dealloc(memory, layout) }
     }
 }
@@ -30,7 +30,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// The only test of its process: others would allocate beside it.
+/// This must be the only test in its process, because others would allocate at the same time.
 #[test]
 fn a_decode_step_allocates_nothing() {
     const STEPS: usize = 128;
@@ -46,12 +46,12 @@ fn a_decode_step_allocates_nothing() {
         engine.run(&slices, &layers, &mut out).unwrap();
         assert!((0..4).all(|i| out.take_next(i).is_some()));
     };
-    // Threads of the pool get memory of their own at their first piece of work, whenever that comes.
+    // Each thread of the pool allocates its own memory at its first piece of work, at an unpredictable time.
     (0..32).for_each(&mut step);
     let before = ALLOCATIONS.load(Ordering::Relaxed);
     (32..32 + STEPS).for_each(&mut step);
     let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
-    // Not a step's own: the thread pool's queue takes a new block of places for every 31 calls into it, and one of its threads
-    // may only now get its first piece of work.
+    // These allocations are not the step's own. The thread pool's queue allocates a block for every 31 calls into it,
+    // and a thread may get its first piece of work only now.
     assert!(allocations <= STEPS / 4, "{allocations} allocations in {STEPS} steps");
 }

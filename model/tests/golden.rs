@@ -1,6 +1,6 @@
-//! The golden pairs: what PyTorch computes over the same weights, in one process and one cache.
+//! Compares with the golden pairs: results of PyTorch with the same weights, in one process and with one cache.
 
-// The lint spares `#[test]` functions, but not the helpers that they share.
+// The lint exempts `#[test]` functions, but not their shared helpers.
 #![allow(clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
@@ -43,7 +43,7 @@ fn expected(pair: &str) -> Expected {
     expected
 }
 
-/// Room for the longest prompt and what follows it.
+/// Enough blocks for the longest prompt and its output.
 const KV_BLOCKS: usize = 512;
 
 fn load(pair: &str, which: &str, rows: Rows, options: &LoadOptions) -> Model {
@@ -56,7 +56,7 @@ fn forward(model: &mut Model, batch: &[SequenceSlice<'_>]) -> Logits {
     out.logits().clone()
 }
 
-/// Prefills `prompt` in chunks of `chunk` tokens; reports the first token.
+/// Prefills `prompt` in chunks of `chunk` tokens. Returns the first output token.
 fn prefill(model: &mut Model, prompt: &[u32], blocks: &[BlockId], chunk: usize) -> OutputToken {
     let mut start = 0;
     loop {
@@ -76,7 +76,7 @@ fn greedy(logits: &[f32]) -> OutputToken {
     report(logits, best, 5)
 }
 
-/// Copies the layers that `decode` uses out of the full model's cache, as a handoff does.
+/// Copies the layers that `decode` uses from the full model's cache, like a handoff.
 fn hand_over(full: &Model, decode: &Model, blocks: &[BlockId]) {
     let (from, to) = (full.kv(), decode.kv());
     for (wire, layer) in decode.kv_schema().layers.iter().enumerate() {
@@ -86,9 +86,9 @@ fn hand_over(full: &Model, decode: &Model, blocks: &[BlockId]) {
     }
 }
 
-/// Greedy steps over both stages: as many as the reference has.
+/// Generates `steps` tokens greedily with both stages.
 fn generate(full: &mut Model, decode: &mut Model, prompt: &[u32], steps: usize, chunk: usize) -> Vec<OutputToken> {
-    // Blocks out of order and not from 0: a table is a table.
+    // Block tables may be in any order and start at any block.
     let count = blocks_for(prompt.len() + steps);
     let blocks: Vec<BlockId> = (0..count as u32).map(|b| BlockId(count as u32 + 1 - b)).collect();
     let mut out = vec![prefill(full, prompt, &blocks, chunk)];
@@ -103,7 +103,8 @@ fn generate(full: &mut Model, decode: &mut Model, prompt: &[u32], steps: usize, 
     out
 }
 
-/// Greatest distance of a log-probability up to the first step that is too close to call (and its tokens agree till there).
+/// Greatest difference of a log-probability. Asserts equal tokens, and stops at the first different token whose step is
+/// too close to call.
 fn compare(got: &[OutputToken], expected: &[Step], label: &str) -> f32 {
     let mut greatest = 0.0_f32;
     for (i, (got, step)) in got.iter().zip(expected).enumerate() {
@@ -125,7 +126,7 @@ fn compare(got: &[OutputToken], expected: &[Step], label: &str) -> f32 {
 fn two_stage_and_full_only_hold_in_f32() {
     let options = LoadOptions::default();
     for pair in PAIRS {
-        // As nodes load them.
+        // Loaded as the nodes load them.
         let mut full = load(pair, "full", Rows::Many, &options);
         let [mut full_decode, mut decode] = ["full", "decode"].map(|which| load(pair, which, Rows::Few, &options));
         full.producer_schema().check_consumer(&decode.kv_schema()).unwrap();
@@ -143,8 +144,9 @@ fn two_stage_and_full_only_hold_in_f32() {
     }
 }
 
-/// Wider rounding moves the log-probabilities; by how much is printed. These models are small and their weights random, so
-/// that little of it averages out: the bounds tell rounding from a wrong layout, whose distances are above 15.
+/// Coarser types change the log-probabilities; the test prints by how much. These models are small and have random
+/// weights, so rounding errors hardly average out. The bounds distinguish rounding from a wrong layout, which gives
+/// differences above 15.
 #[test]
 fn narrow_types_stay_near() {
     for (weights, kv_dtype, bound) in [
@@ -161,7 +163,7 @@ fn narrow_types_stay_near() {
             let mut decode = load(pair, "decode", Rows::Few, &options);
             let mut greatest = 0.0_f32;
             for case in &expected(pair).cases {
-                // One step of each stage: later ones follow tokens that rounding may change.
+                // One step of each stage only: later steps follow tokens that rounding may change.
                 let got = generate(&mut full, &mut decode, &case.prompt, 2, 1000);
                 for (got, step) in got.iter().zip(&case.two_stage) {
                     for (token, logprob) in &step.top {
@@ -185,7 +187,7 @@ fn a_batch_gives_what_each_gives_alone() {
     let formats = [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::F16, WeightFormat::Int8, WeightFormat::Int4];
     let pairs = ["llama-tied", "qwen3"].into_iter();
     let models = pairs.flat_map(|pair| [Rows::Few, Rows::Many].map(|rows| (pair, rows)));
-    // KV in bf16, whose prompts may be of other arithmetic.
+    // KV in bf16, for which prefill may use bf16 arithmetic.
     for ((pair, rows), weights) in models.flat_map(|model| formats.map(|weights| (model, weights))) {
         let options = LoadOptions { weights, kv_dtype: KvDtype::Bf16, ..LoadOptions::default() };
         let mut model = load(pair, "full", rows, &options);

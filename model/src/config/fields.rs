@@ -1,4 +1,4 @@
-//! Fields of one JSON object, read with errors that name file, field and value.
+//! Reads the fields of a JSON object. Errors name file, field and value.
 
 use std::path::Path;
 
@@ -6,21 +6,21 @@ use serde_json::{Map, Value};
 
 use crate::{ModelError, Rope, RopeScaling};
 
-/// An object of config.json, or one within it.
+/// config.json, or an object within it.
 #[derive(Clone, Copy)]
 pub(crate) struct Fields<'a> {
-    /// What errors name.
+    /// File that errors name.
     pub(crate) file: &'a Path,
     pub(crate) map: &'a Map<String, Value>,
 }
 
 impl<'a> Fields<'a> {
-    /// A field that is there and not null.
+    /// The field's value, unless it is absent or null.
     pub(crate) fn present(&self, field: &str) -> Option<&'a Value> {
         self.map.get(field).filter(|v| !v.is_null())
     }
 
-    /// The error for a field whose value is not `supported`.
+    /// The error for a field whose value is unsupported; `supported` describes the supported values.
     pub(crate) fn bad(&self, field: &str, supported: &str) -> ModelError {
         let value = self.map.get(field).map_or("absent".into(), Value::to_string);
         ModelError::unsupported(self.file, field, value, supported)
@@ -54,7 +54,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// True or false.
+    /// A boolean.
     pub(crate) fn flag(&self, field: &str, default: bool) -> Result<bool, ModelError> {
         match self.present(field) {
             None => Ok(default),
@@ -62,8 +62,8 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// The rotary embedding that a model has one of. transformers 5 writes `rope_parameters`; before, `rope_theta` and
-    /// `rope_scaling`.
+    /// The rotary embedding of a model with a single one. transformers 5 writes `rope_parameters`; earlier versions
+    /// write `rope_theta` and `rope_scaling`.
     pub(crate) fn rope(&self, head_dim: usize) -> Result<Rope, ModelError> {
         let object = self.present("rope_parameters").or(self.present("rope_scaling")).and_then(Value::as_object);
         let empty = Map::new();

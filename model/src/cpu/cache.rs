@@ -1,7 +1,7 @@
-//! The paged KV cache in host memory: one piece of memory a layer, `[blocks, K|V, kv_heads, 16, head_dim]`.
+//! The paged KV cache in host memory: one allocation per layer, `[blocks, K|V, kv_heads, 16, head_dim]`.
 //!
-//! Engine and transport share the cache. Each layer has a lock of its own, held for one operation; which blocks either
-//! may touch is settled by the block pool.
+//! Engine and transport share the cache. Each layer has its own lock, held for one operation. The block pool decides
+//! which blocks each side may access.
 
 use std::io;
 
@@ -22,7 +22,7 @@ use super::kernels::{
 };
 use crate::{SequenceSlice, batch::Slot, config::Heads};
 
-/// KV of all layers of one model on one node.
+/// The KV of all layers of one model on one node.
 pub(crate) struct CpuKv {
     layers: Vec<RwLock<LargePages>>,
     num_blocks: usize,
@@ -118,7 +118,7 @@ impl KvStore for CpuKv {
         check_range(self, layer, blocks)?;
         let memory = self.layers[layer].read();
         let places = blocks_in(&memory, self.block_bytes(), blocks);
-        // The range was checked.
+        // `check_range` has passed, so all blocks exist.
         f(&places.unwrap_or_default());
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! The decoder block of all supported families over packed weights; see [`crate::Decoder`] for the same in tensors.
+//! The decoder block of all supported families over packed weights. [`crate::Decoder`] is the same in tensor
+//! operations.
 
 use std::time::Instant;
 
@@ -20,20 +21,20 @@ use crate::{
     },
 };
 
-/// Elements of activations below which their rows are not worth sharing out.
+/// Minimum number of activation elements for which rows are processed in parallel.
 const WORTH_SHARING: usize = 1 << 15;
-/// Between two reports on loading.
+/// Interval between two progress messages while loading.
 const REPORT_SECONDS: f64 = 2.0;
 
 struct Block {
-    /// Which of the ropes rotates q and k.
+    /// Index of the rope that rotates q and k; `None`: no rotation.
     rope: Option<usize>,
-    /// What queries are multiplied by.
+    /// Factor of the queries.
     query_factor: Option<f32>,
     input_norm: Vec<f32>,
-    /// q, k and v, one below the other.
+    /// The rows of q, k and v, in this order.
     qkv: Linear,
-    /// Norms of q's and k's heads.
+    /// Norms of the heads of q and of k.
     qk_norm: [Option<Vec<f32>>; 2],
     o: Linear,
     post_attention_norm: Vec<f32>,
@@ -47,7 +48,7 @@ pub(crate) struct CpuDecoder {
     how: Arithmetic,
     /// Inverse frequencies of each rope.
     ropes: Vec<Vec<f32>>,
-    /// `[vocab, hidden]`; none where the head is tied to it.
+    /// `[vocab, hidden]`; `None` if tied to the head, which is then used instead.
     embedding: Option<Linear>,
     blocks: Vec<Block>,
     norm: Vec<f32>,
@@ -55,7 +56,7 @@ pub(crate) struct CpuDecoder {
 }
 
 impl CpuDecoder {
-    /// Packs the weights of a model folder, in parallel, from the mapped files. `rows` is what products are fast for.
+    /// Packs a model's weights from the mapped files, in parallel. `rows`: number of rows per product to optimise for.
     pub(crate) fn load(
         config: &ModelConfig,
         weights: &Weights,
@@ -66,7 +67,7 @@ impl CpuDecoder {
             weights.check(&name, &shape)?;
         }
         let find = Sources::new(config, weights);
-        // Logits of four bits would be coarse, and the embedding is the head where they are tied.
+        // 4 bits are too coarse for logits. A tied embedding is the head.
         let head_format = if format == WeightFormat::Int4 { WeightFormat::Int8 } else { format };
         let embedding = find.linear(head_format, &[Parameter::Embedding], None)?;
         let (embedding, head) = match config.tie_word_embeddings {
@@ -106,29 +107,30 @@ impl CpuDecoder {
         })
     }
 
-    /// The model's geometry.
+    /// The model's configuration.
     pub(crate) fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// Changes what products are fast for.
+    /// Changes the number of rows per product to optimise for.
     pub(crate) fn set_rows(&mut self, rows: Rows) {
         self.how.rows = rows;
     }
 
-    /// Bytes of the packed weights.
+    /// Size of the packed weights in bytes.
     pub(crate) fn weight_bytes(&self) -> usize {
         let of = |b: &Block| b.qkv.size_bytes() + b.o.size_bytes() + b.gate_up.size_bytes() + b.down.size_bytes();
         let embedding = self.embedding.as_ref().map_or(0, Linear::size_bytes);
         self.head.size_bytes() + embedding + self.blocks.iter().map(of).sum::<usize>()
     }
 
-    /// Bytes of them that a decode step reads: of an embedding that is not the head, too, it reads but a row.
+    /// Bytes of weights that a decode step reads. Excludes an untied embedding: a step reads only one of its rows per
+    /// token.
     pub(crate) fn step_weight_bytes(&self) -> usize {
         self.weight_bytes() - self.embedding.as_ref().map_or(0, Linear::size_bytes)
     }
 
-    /// Runs a batch whose slices have been checked. `logits` gets a row of `[vocab]` for each row that the batch wants.
+    /// Runs a batch that [`crate::batch::check`] accepted. `logits` receives `[vocab]` values for each requested row.
     pub(crate) fn run(
         &self,
         kv: &CpuKv,
@@ -195,7 +197,7 @@ impl CpuDecoder {
         }
     }
 
-    /// Norms and rotates the heads of q and k, and takes q out.
+    /// Normalises and rotates the heads of q and k, then copies q out.
     fn position(&self, block: &Block, Heads { heads, kv_heads, head_dim }: Heads, w: &mut Workspace) {
         let eps = self.config.rms_norm_eps as f32;
         let (width, q_width, half) = ((heads + 2 * kv_heads) * head_dim, heads * head_dim, head_dim / 2);

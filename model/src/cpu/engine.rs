@@ -7,7 +7,7 @@ use overfill_kv::{KvDtype, KvStore};
 use super::{cache::CpuKv, decoder::CpuDecoder, kernels::packed::WeightFormat, team, workspace::Workspace};
 use crate::{Engine, LayerSink, ModelConfig, ModelError, Outputs, Rows, SequenceSlice, Weights, batch};
 
-/// Bytes of weights that take a millisecond or so to read: waking all threads is worth that.
+/// Reading this many bytes of weights takes about a millisecond, which makes waking all threads worthwhile.
 const WORTH_WAKING_BYTES: usize = 32 << 20;
 
 /// The engine of `--device cpu`.
@@ -15,12 +15,13 @@ pub(crate) struct CpuEngine {
     decoder: CpuDecoder,
     kv: Arc<CpuKv>,
     workspace: Workspace,
-    /// `[rows wanted, vocab]` of the last batch.
+    /// `[requested rows, vocab]` of the last batch.
     logits: Vec<f32>,
 }
 
 impl CpuEngine {
-    /// Packs the weights of a model folder and makes a cache of `kv_blocks` blocks. `rows` is what products are fast for.
+    /// Packs a model's weights and creates a cache of `kv_blocks` blocks. `rows`: number of rows per product to
+    /// optimise for.
     pub(crate) fn load(
         config: &ModelConfig,
         weights: &Weights,

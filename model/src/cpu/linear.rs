@@ -1,4 +1,4 @@
-//! A linear layer: packed weights and a bias. No caller sees layout or type.
+//! A linear layer: packed weights and a bias. Hides the weights' layout and type.
 
 use super::source::Source;
 use crate::{
@@ -19,7 +19,7 @@ pub(crate) struct Linear {
 }
 
 impl Linear {
-    /// One layer of the rows of `sources`, one after the other.
+    /// One layer from the concatenated rows of `sources`.
     pub(crate) fn stacked(
         format: WeightFormat,
         sources: &[Source<'_>],
@@ -44,12 +44,12 @@ impl Linear {
         Ok(Self { matrix, bias })
     }
 
-    /// Bytes of its weights.
+    /// Size of the weights in bytes.
     pub(crate) fn size_bytes(&self) -> usize {
         self.matrix.size_bytes()
     }
 
-    /// Outputs.
+    /// Number of outputs.
     pub(crate) fn outputs(&self) -> usize {
         self.matrix.rows()
     }
@@ -84,11 +84,11 @@ impl Linear {
     }
 }
 
-/// `silu(x G^T + g) * (x U^T + u)`, the first half of a gated MLP, as one pass: panels of both matrices take turns.
+/// `silu(x G^T + g) * (x U^T + u)`, the first half of a gated MLP, in one pass: panels of gate and up alternate.
 pub(crate) struct GatedLinear {
     matrix: Packed,
     outputs: usize,
-    /// Of gate and up.
+    /// Biases of gate and up.
     bias: Option<[Vec<f32>; 2]>,
 }
 

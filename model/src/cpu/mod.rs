@@ -1,5 +1,5 @@
-//! Serving on a CPU: the forward pass over packed weights and paged KV, without a tensor library, whose every operation
-//! would allocate and walk over its operands anew. What it computes is what [`crate::Decoder`] computes.
+//! Serving on a CPU: the forward pass over packed weights and paged KV. It computes the same as [`crate::Decoder`] but
+//! without a tensor library, whose operations would each allocate memory and traverse their operands again.
 
 mod cache;
 mod decoder;

@@ -1,4 +1,4 @@
-//! Parameters in a model's files, as loading reads them.
+//! Reads parameters from a model's files.
 
 use std::ops::Range;
 
@@ -16,17 +16,18 @@ pub(crate) struct Source<'a> {
 }
 
 impl Source<'_> {
-    /// Its rows.
+    /// Number of outputs, which are rows.
     pub(crate) fn outputs(&self) -> usize {
         self.place.rows.len()
     }
 
-    /// Elements of a row.
+    /// Number of inputs: elements per row.
     pub(crate) fn inputs(&self) -> usize {
         self.place.shape.iter().skip(1).product()
     }
 
-    /// Reads rows of it that are there, into `out`, which has room for more.
+    /// Reads rows into the beginning of `out`. Rows past the end are skipped, so `out` may be larger than the rows
+    /// read.
     pub(crate) fn read(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ModelError> {
         let TensorRows { name, shape, rows: all } = &self.place;
         let row = |row: usize| all.end.min(all.start + row);
@@ -42,14 +43,14 @@ impl Source<'_> {
     }
 }
 
-/// The parameters of a model, out of its files.
+/// Finds and reads a model's parameters.
 pub(crate) struct Sources<'a> {
     find: Finder<'a>,
     weights: &'a Weights,
 }
 
 impl<'a> Sources<'a> {
-    /// Of a model whose tensors have been checked.
+    /// The model's tensors must have been checked against `config`.
     pub(crate) fn new(config: &'a ModelConfig, weights: &'a Weights) -> Self {
         Self { find: Finder::new(config), weights }
     }
@@ -63,12 +64,12 @@ impl<'a> Sources<'a> {
         self.at(self.find.norm(parameter, layer)?).values()
     }
 
-    /// The weights of a norm of heads, `[head_dim]`; `None` where the model has none.
+    /// The weights of a per-head norm, `[head_dim]`; `None` if the model has none.
     pub(crate) fn head_norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Option<Vec<f32>>, ModelError> {
         self.find.head_norm(parameter, layer)?.map(|place| self.at(place).values()).transpose()
     }
 
-    /// One layer of the rows of several parameters, one below the other.
+    /// One linear layer from the concatenated rows of several parameters.
     pub(crate) fn linear(
         &self,
         format: WeightFormat,
@@ -88,7 +89,7 @@ impl<'a> Sources<'a> {
         GatedLinear::new(format, &sources[0], &sources[1], biases.and_then(|biases| biases.try_into().ok()))
     }
 
-    /// Refuses a model with a tensor that none of these was made of.
+    /// Fails if the model has a tensor that was not used.
     pub(crate) fn all_used(&self) -> Result<(), ModelError> {
         Ok(self.find.all_used()?)
     }
@@ -97,7 +98,8 @@ impl<'a> Sources<'a> {
         parameters.iter().map(|parameter| Ok(self.at(self.find.weight(*parameter, layer)?))).collect()
     }
 
-    /// Biases of products that are computed as one: zeros where only others have one; `None` where none has.
+    /// Biases of parameters that are computed as one product. A parameter without a bias gets zeros; `None` if none has
+    /// one.
     fn biases(
         &self,
         parameters: &[Parameter],

@@ -1,4 +1,4 @@
-//! The threads that compute a step.
+//! Keeps the threads that compute a step awake.
 
 use std::{
     cell::Cell,
@@ -9,36 +9,36 @@ use std::{
 
 use rayon::Yield;
 
-/// How long a thread that is awake waits for the others to be: about what it takes to wake some. Those that are busy with
-/// something else are not waited for any longer.
+/// Maximum time that an awake thread waits for the other threads: about the time needed to wake several. Threads that
+/// are busy with something else are not waited for any longer.
 const PATIENCE: Duration = Duration::from_micros(200);
 
-/// Times that a thread looks for work before it lets other programs go first.
+/// Number of unsuccessful looks for work before a thread yields to other programs.
 const SPINS: u32 = 100;
 
-/// Runs `step` within rayon's pool; `awake` keeps the pool's other threads looking for its work until it ends. Then they
-/// go to sleep.
+/// Runs `step` within rayon's pool. With `awake`, the pool's other threads keep looking for the step's work until it
+/// ends, then go to sleep.
 ///
-/// A step shares out a few hundred pieces of work, with a few microseconds of one thread's work between them. A thread
-/// that fell asleep there would take longer to wake than that.
+/// A step distributes a few hundred pieces of work, with a few microseconds of single-threaded work between them. A
+/// thread that fell asleep in between would take longer than that to wake.
 pub(super) fn run<T: Send>(awake: bool, step: impl FnOnce() -> T + Send) -> T {
     let others = if awake { rayon::current_num_threads() - 1 } else { 0 };
     let team = Team { others, looking: AtomicUsize::new(0), done: AtomicBool::new(false), patience: PATIENCE };
     team.run(step)
 }
 
-/// One step's threads.
+/// The threads of one step.
 struct Team {
-    /// Threads that are to look for work beside the step.
+    /// Number of threads that should look for the step's work.
     others: usize,
-    /// Those that do.
+    /// Number of threads that have begun to look.
     looking: AtomicUsize,
     done: AtomicBool,
     patience: Duration,
 }
 
 thread_local! {
-    /// Does this thread look for a step's work already?
+    /// Whether this thread is already looking for a step's work.
     static LOOKING: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -50,15 +50,16 @@ impl Team {
         result.expect("`beside` calls it once")
     }
 
-    /// Calls `step` while `others` threads, or as many as are free, look for its work.
+    /// Calls `step` while up to `others` free threads look for its work.
     fn beside(&self, others: usize, step: &mut (dyn FnMut() + Send)) {
         if others > 0 {
-            // As joins, not spawned tasks: those are allocated. Other threads take the oldest piece of work first, and these are
-            // older than the step's own: so the step's thread, waiting for a piece that another has taken, never comes upon one.
+            // Uses joins because spawning allocates. Other threads take the oldest work first, and these joins are
+            // older than the step's own work. So the step's thread, while it waits for work that another thread took,
+            // never picks up one of these joins.
             rayon::join(|| self.beside(others - 1, step), || self.look_for_work());
             return;
         }
-        /// Says so even if `step` panics: the others are waited for.
+        /// Sets the flag even if `step` panics, because the joins wait for the other threads.
         struct SetAtEnd<'a>(&'a AtomicBool);
         impl Drop for SetAtEnd<'_> {
             fn drop(&mut self) {
@@ -66,7 +67,8 @@ impl Team {
             }
         }
         let _done = SetAtEnd(&self.done);
-        // Within the pool even if no thread is beside: work is then shared out without waking this thread for each piece.
+        // Runs within the pool even without other threads: distributing work then does not wake this thread for each
+        // piece.
         rayon::scope(|_| step());
     }
 
@@ -75,7 +77,7 @@ impl Team {
             return;
         }
         self.looking.fetch_add(1, Ordering::Relaxed);
-        // The first thing to be found would be the call that wakes the next thread.
+        // The first work to be found would be the join that wakes the next thread, so wait until all threads are awake.
         let began = Instant::now();
         while !self.done() && self.looking.load(Ordering::Relaxed) < self.others && began.elapsed() < self.patience {
             hint::spin_loop();
@@ -88,7 +90,7 @@ impl Team {
                 fruitless += 1;
                 hint::spin_loop();
             } else {
-                // Other processes, such as the other stage's node, may have something to do.
+                // Lets other processes run, such as the other stage's node.
                 std::thread::yield_now();
             }
         }

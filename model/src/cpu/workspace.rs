@@ -1,4 +1,4 @@
-//! Memory of a forward pass, kept from one to the next: after the first of its size, a step allocates nothing.
+//! Buffers of a forward pass. They are reused, so a step allocates nothing unless it is larger than all earlier steps.
 
 use crate::{
     SequenceSlice,
@@ -6,7 +6,7 @@ use crate::{
     cpu::kernels::{attention::AttentionScratch, inputs::InputBuffer},
 };
 
-/// All that a step of `n` tokens writes besides KV.
+/// Everything that a step of `n` tokens writes, except KV.
 #[derive(Default)]
 pub(crate) struct Workspace {
     /// `[n, hidden]`: the residual stream.
@@ -24,9 +24,9 @@ pub(crate) struct Workspace {
     /// `[ropes, n, head_dim / 2]` each.
     pub(crate) cos: Vec<f32>,
     pub(crate) sin: Vec<f32>,
-    /// `[n]`: where each token's KV goes.
+    /// `[n]`: where each token's KV is stored.
     pub(crate) slots: Vec<Slot>,
-    /// Rows whose logits are asked for.
+    /// Rows whose logits are requested.
     pub(crate) wanted: Vec<usize>,
     pub(crate) inputs: InputBuffer,
     pub(crate) attention: AttentionScratch,
@@ -41,7 +41,8 @@ pub(crate) struct Widths {
 }
 
 impl Workspace {
-    /// Makes room for a batch, and works out where its tokens are. `ropes` are the inverse frequencies of each rope.
+    /// Resizes the buffers for a batch, and computes its slots, requested rows and rotations. `ropes` holds the inverse
+    /// frequencies of each rope.
     pub(crate) fn prepare(&mut self, batch: &[SequenceSlice<'_>], widths: &Widths, ropes: &[Vec<f32>]) {
         let n: usize = batch.iter().map(|slice| slice.tokens.len()).sum();
         self.x.resize(n * widths.hidden, 0.0);

@@ -1,4 +1,4 @@
-//! How decoders find their parameters while they load.
+//! Finds a decoder's parameters while it loads.
 
 use std::{cell::RefCell, collections::HashSet};
 
@@ -7,10 +7,11 @@ use candle_core::{Result, bail};
 use super::{Axis, Kind, Parameter, TensorRows};
 use crate::ModelConfig;
 
-/// Says where parameters are, and refuses a table that a decoder does not compute. Such a table is at fault, not the model.
+/// Locates parameters in a model's tensors. Rejects a family's table if it does not match what decoders compute; such
+/// an error is a bug in the table, not in the model.
 pub(crate) struct Finder<'a> {
     config: &'a ModelConfig,
-    /// Names of the tensors that were asked for.
+    /// Names of the tensors used so far.
     used: RefCell<HashSet<String>>,
 }
 
@@ -25,7 +26,7 @@ impl<'a> Finder<'a> {
         Some(place)
     }
 
-    /// A weight that every model has.
+    /// A weight that every model must have.
     pub(crate) fn weight(&self, parameter: Parameter, layer: Option<usize>) -> Result<TensorRows> {
         match self.find(parameter, Kind::Weight, layer) {
             Some(place) => Ok(place),
@@ -33,7 +34,7 @@ impl<'a> Finder<'a> {
         }
     }
 
-    /// A bias; `None` where the model has none.
+    /// A bias; `None` if the model has none.
     pub(crate) fn bias(&self, parameter: Parameter, layer: Option<usize>) -> Option<TensorRows> {
         self.find(parameter, Kind::Bias, layer)
     }
@@ -44,7 +45,7 @@ impl<'a> Finder<'a> {
         self.weight(parameter, layer)
     }
 
-    /// A norm over each head; `None` where the model has none.
+    /// A norm over each head; `None` if the model has none.
     pub(crate) fn head_norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Option<TensorRows>> {
         self.check_axis(parameter, Axis::HeadDim)?;
         Ok(self.find(parameter, Kind::Weight, layer))
@@ -59,7 +60,7 @@ impl<'a> Finder<'a> {
         }
     }
 
-    /// Refuses a model with a tensor that was not asked for.
+    /// Fails if the model has a tensor that was not used.
     pub(crate) fn all_used(&self) -> Result<()> {
         let used = self.used.borrow();
         match self.config.tensors().iter().find(|tensor| !used.contains(&tensor.name)) {

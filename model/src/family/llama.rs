@@ -1,4 +1,4 @@
-//! Llama 2 and 3.x, and what else is of the class `LlamaForCausalLM`.
+//! Llama 2 and 3.x, and all other models of class `LlamaForCausalLM`.
 
 use super::{Family, GgufFamily, OwnFields, filling_heads, parameters::COMMON};
 

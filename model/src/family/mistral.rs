@@ -5,7 +5,7 @@ use super::{Family, OwnFields, filling_heads, parameters::COMMON, sliding_window
 pub(super) const FAMILY: Family = Family {
     class: "MistralForCausalLM",
     model_type: "mistral",
-    // llama.cpp's converter writes it as `llama`.
+    // llama.cpp's converter writes this family as `llama`.
     gguf: None,
     head_dim: filling_heads,
     modules: COMMON,

@@ -1,46 +1,46 @@
-//! The table of parameters: what a decoder computes with, what its dimensions count, and under which names files hold it.
+//! The table of parameters: what a decoder computes with, what each dimension counts, and the names in files.
 
-/// What a decoder computes with, by its part in the computation. A name in files may mean another part in another family.
+/// A parameter, by its role in the computation. The same name in files may have another role in another family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Parameter {
-    /// Vectors of the tokens.
+    /// Token embeddings.
     Embedding,
     /// Norm of attention's input.
     AttentionNorm,
-    /// Queries.
+    /// Projection to queries.
     Query,
-    /// Keys.
+    /// Projection to keys.
     Key,
-    /// Values.
+    /// Projection to values.
     Value,
     /// Norm of queries, before rotation.
     QueryNorm,
     /// Norm of keys, before rotation.
     KeyNorm,
-    /// From the heads back to the residual stream.
+    /// Projection from the heads back to the residual stream.
     AttentionOutput,
     /// Norm of the MLP's input.
     MlpNorm,
-    /// The half of the MLP that the activation is applied to.
+    /// The MLP projection that the activation function is applied to.
     Gate,
-    /// The half of the MLP that is multiplied with it.
+    /// The MLP projection that is multiplied with the activated gate.
     Up,
-    /// From the MLP back to the residual stream.
+    /// Projection from the MLP back to the residual stream.
     Down,
     /// Norm before the head.
     FinalNorm,
-    /// Logits. Where a model has none, the embedding is its head.
+    /// Projection to logits. Models without it use the embedding.
     Head,
 }
 
 impl Parameter {
-    /// Does rotation pair its rows?
+    /// Whether rotation pairs its rows.
     pub(crate) fn is_rotated(self) -> bool {
         matches!(self, Self::Query | Self::Key)
     }
 }
 
-/// What a dimension counts. Pruning cuts `Hidden` and `Intermediate` and leaves the others.
+/// What a dimension counts. Pruning only cuts `Hidden` and `Intermediate`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Axis {
     /// Token ids.
@@ -57,10 +57,10 @@ pub enum Axis {
     HeadDim,
 }
 
-/// Which tensor of a module.
+/// The kind of a module's tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// `[rows, columns]`, or `[rows]` of a norm.
+    /// `[rows, columns]`; `[rows]` for a norm.
     Weight,
     /// `[rows]`.
     Bias,
@@ -78,50 +78,50 @@ impl Kind {
 /// Which models of a family have a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum When {
-    /// All.
+    /// All models.
     Always,
-    /// None.
+    /// No model.
     Never,
-    /// Those whose config.json says `attention_bias`.
+    /// Models whose config.json sets `attention_bias`.
     AttentionBias,
-    /// Those whose config.json says `mlp_bias`.
+    /// Models whose config.json sets `mlp_bias`.
     MlpBias,
-    /// Those whose head is not the embedding: without `tie_word_embeddings`.
+    /// Models with a separate head, that is without `tie_word_embeddings`.
     Untied,
 }
 
-/// What files store under one name: a weight and perhaps a bias, of one parameter or of several fused.
+/// What files store under one name: a weight and optionally a bias, of one parameter or of several fused ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Module {
-    /// Hugging Face's name; of a layer's module the part after `model.layers.N.`.
+    /// Name in Hugging Face files; for a layer's module, the part after `model.layers.N.`.
     pub name: &'static str,
-    /// GGUF's name; of a layer's module the part after `blk.N.`.
+    /// Name in GGUF files; for a layer's module, the part after `blk.N.`.
     pub gguf: &'static str,
-    /// Does every layer have one?
+    /// Whether every layer has one.
     pub in_layer: bool,
-    /// The parameters whose rows it holds, one below the other, and what the rows of each count.
+    /// The parameters whose rows it holds, in order from the first row, and what the rows of each count.
     pub parts: &'static [(Parameter, Axis)],
-    /// What the columns count; `None` is a vector.
+    /// What the columns count; `None` for a vector.
     pub columns: Option<Axis>,
-    /// Which models have its weight.
+    /// Models that have its weight.
     pub weight: When,
-    /// Which models have its bias.
+    /// Models that have its bias.
     pub bias: When,
 }
 
 type Parts = &'static [(Parameter, Axis)];
 
-/// A vector of every layer.
+/// A norm in every layer.
 const fn norm(name: &'static str, gguf: &'static str, parts: Parts) -> Module {
     Module { name, gguf, in_layer: true, parts, columns: None, weight: When::Always, bias: When::Never }
 }
 
-/// A matrix of every layer.
+/// A matrix in every layer.
 const fn matrix(name: &'static str, gguf: &'static str, parts: Parts, columns: Axis, bias: When) -> Module {
     Module { name, gguf, in_layer: true, parts, columns: Some(columns), weight: When::Always, bias }
 }
 
-/// A matrix over the vocabulary.
+/// A matrix with one row per token id.
 const fn vocabulary(name: &'static str, gguf: &'static str, parts: Parts, weight: When) -> Module {
     Module { name, gguf, in_layer: false, parts, columns: Some(Axis::Hidden), weight, bias: When::Never }
 }
@@ -169,6 +169,6 @@ pub(super) const FINAL_NORM: Module =
 
 pub(super) const HEAD: Module = vocabulary("lm_head", "output", &[(Parameter::Head, Axis::Vocabulary)], When::Untied);
 
-/// The block that Llama began.
+/// Llama's modules, which most families share.
 pub(super) const COMMON: &[Module] =
     &[EMBEDDING, ATTENTION_NORM, MLP_NORM, QUERY, KEY, VALUE, ATTENTION_OUTPUT, GATE, UP, DOWN, FINAL_NORM, HEAD];

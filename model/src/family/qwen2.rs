@@ -1,4 +1,4 @@
-//! Qwen2 and 2.5: always a bias on q, k and v, never one on attention's output.
+//! Qwen2 and 2.5: q, k and v always have a bias, attention's output never has one.
 
 use serde_json::{Map, Value};
 
@@ -34,14 +34,14 @@ pub(super) const FAMILY: Family = Family {
     keep_layers,
 };
 
-/// `use_sliding_window` says whether `sliding_window` counts. In transformers the window is that of the layers from
-/// `max_window_layers` on. Here any window bounds the context of the whole model, so every layer is said to have it.
+/// `use_sliding_window` says whether `sliding_window` applies. In transformers, only layers from `max_window_layers` on
+/// have the window. Here any window limits the context of the whole model, so every layer gets it.
 pub(super) fn read(fields: Fields<'_>, layers: usize, head_dim: usize) -> Result<OwnFields, ModelError> {
     let window = if fields.flag("use_sliding_window", false)? { sliding_window(fields)? } else { None };
     OwnFields::uniform(fields, layers, head_dim, window)
 }
 
-/// `max_window_layers` counts layers.
+/// Updates `max_window_layers`, which counts layers.
 pub(super) fn keep_layers(raw: &mut Map<String, Value>, kept: &[u32]) {
     if let Some(count) = raw.get_mut("max_window_layers").filter(|count| !count.is_null()) {
         *count = kept.len().into();

@@ -1,30 +1,30 @@
-//! The table applied to one model: names and shapes of its tensors, and where in them a parameter is.
+//! The table of parameters applied to one model: names and shapes of its tensors, and the rows of each parameter.
 
 use std::ops::Range;
 
 use super::{Axis, Family, Kind, Module, Parameter, When};
 use crate::ModelConfig;
 
-/// What precedes the number of a layer in a name.
+/// Prefix of the layer number in a name.
 const LAYERS: &str = "model.layers.";
 const GGUF_LAYERS: &str = "blk.";
 
-/// A tensor that a configuration asks its files for.
+/// A tensor that a configuration requires.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorSpec {
-    /// Its Hugging Face name.
+    /// Hugging Face name.
     pub name: String,
-    /// Its dimensions.
+    /// Dimensions.
     pub shape: Vec<usize>,
-    /// Its entry in the table.
+    /// Entry in the table of parameters.
     pub module: &'static Module,
     /// Weight or bias.
     pub kind: Kind,
-    /// Its layer; `None` where the model has one of it.
+    /// Layer; `None` if the tensor belongs to no layer.
     pub layer: Option<usize>,
 }
 
-/// Rows of a tensor: where a parameter is stored.
+/// The rows of a tensor that hold a parameter.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct TensorRows {
     /// The tensor's Hugging Face name.
@@ -36,7 +36,7 @@ pub(crate) struct TensorRows {
 }
 
 impl ModelConfig {
-    /// Elements along an axis.
+    /// Number of elements along an axis.
     pub fn size_of(&self, axis: Axis) -> usize {
         match axis {
             Axis::Vocabulary => self.vocab_size,
@@ -48,10 +48,10 @@ impl ModelConfig {
         }
     }
 
-    /// Every tensor of the model's files, in the order of the model.
+    /// All tensors of the model's files, in model order.
     pub fn tensors(&self) -> Vec<TensorSpec> {
         let mut out = Vec::new();
-        // Entries of a layer stand together, and are there for every layer.
+        // A layer's entries are adjacent in the table and repeat for every layer.
         for modules in self.family.modules.chunk_by(|a, b| a.in_layer == b.in_layer) {
             let of_layers = modules.first().is_some_and(|module| module.in_layer);
             for layer in 0..if of_layers { self.num_hidden_layers } else { 1 } {
@@ -63,12 +63,12 @@ impl ModelConfig {
         out
     }
 
-    /// Every tensor's Hugging Face name and shape, as [`ModelConfig::tensors`] has them.
+    /// Hugging Face name and shape of every tensor, in the order of [`ModelConfig::tensors`].
     pub fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
         self.tensors().into_iter().map(|tensor| (tensor.name, tensor.shape)).collect()
     }
 
-    /// One tensor of a module.
+    /// The weight or bias of a module.
     pub fn tensor(&self, module: &'static Module, kind: Kind, layer: Option<usize>) -> TensorSpec {
         let rows = module.parts.iter().map(|(_, axis)| self.size_of(*axis)).sum();
         let shape = match (kind, module.columns) {
@@ -93,14 +93,14 @@ impl ModelConfig {
         }
     }
 
-    /// What the channels of a parameter's output and input count; `None` where the family has no such parameter. A norm has
-    /// one axis, which is both.
+    /// What the output and input channels of a parameter count; `None` if the family has no such parameter. A norm has
+    /// the same axis for both.
     pub fn axes_of(&self, parameter: Parameter) -> Option<[Axis; 2]> {
         let (module, _, rows) = self.family.part(parameter)?;
         Some([rows, module.columns.unwrap_or(rows)])
     }
 
-    /// Where a parameter's weight or bias is; `None` where this model has none.
+    /// The rows that hold a parameter's weight or bias; `None` if this model has none.
     pub(crate) fn rows_of(&self, parameter: Parameter, kind: Kind, layer: Option<usize>) -> Option<TensorRows> {
         let (module, before, axis) = self.family.part(parameter)?;
         if !self.has(module, kind) {
@@ -113,7 +113,7 @@ impl ModelConfig {
 }
 
 impl Module {
-    /// The Hugging Face name of one of its tensors.
+    /// The Hugging Face name of the module's weight or bias.
     fn tensor_name(&self, kind: Kind, layer: Option<usize>) -> String {
         match layer {
             Some(layer) => format!("{LAYERS}{layer}.{}.{}", self.name, kind.name()),
@@ -123,14 +123,14 @@ impl Module {
 }
 
 impl Family {
-    /// The Hugging Face name of the tensor that holds a parameter, in the first layer where there are several; `None` where
-    /// the family has no such parameter.
+    /// The Hugging Face name of the tensor that holds a parameter, in the first layer if it is per layer; `None` if the
+    /// family has no such parameter.
     pub(crate) fn first_name(&self, parameter: Parameter, kind: Kind) -> Option<String> {
         let (module, ..) = self.part(parameter)?;
         Some(module.tensor_name(kind, module.in_layer.then_some(0)))
     }
 
-    /// The module that holds a parameter, the parts before it there, and what its rows count.
+    /// The module that holds a parameter, the module's parts before it, and what its rows count.
     #[allow(clippy::type_complexity, reason = "it is taken apart where it is called")]
     fn part(&self, parameter: Parameter) -> Option<(&'static Module, &'static [(Parameter, Axis)], Axis)> {
         self.modules.iter().find_map(|module| {
@@ -139,23 +139,23 @@ impl Family {
         })
     }
 
-    /// The Hugging Face name of a GGUF tensor; its own where the table has none.
+    /// Translates a GGUF tensor name to Hugging Face's; names outside the table stay as they are.
     pub(crate) fn name_of_gguf(&self, name: &str) -> String {
         self.translate(name, GGUF_LAYERS, |module| module.gguf, LAYERS, |module| module.name)
     }
 
-    /// The name that a GGUF file would have for a Hugging Face one.
+    /// Translates a Hugging Face tensor name to GGUF's; names outside the table stay as they are.
     pub(crate) fn name_in_gguf(&self, name: &str) -> String {
         self.translate(name, LAYERS, |module| module.name, GGUF_LAYERS, |module| module.gguf)
     }
 
-    /// Is a GGUF tensor one whose rows rotation pairs?
+    /// Whether rotation pairs the rows of a GGUF tensor.
     pub(crate) fn is_rotated_in_gguf(&self, name: &str) -> bool {
         let found = self.find(name, GGUF_LAYERS, |module| module.gguf);
         found.is_some_and(|(_, module, _)| module.parts.iter().any(|(parameter, _)| parameter.is_rotated()))
     }
 
-    /// The layer, the module, and weight or bias that a name names.
+    /// Splits a name into layer number, module, and `weight` or `bias`.
     fn find<'a>(
         &self,
         name: &'a str,

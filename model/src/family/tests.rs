@@ -63,7 +63,7 @@ fn families_have_their_tensors() {
     let mlp_biases = ["0.mlp.gate_proj.bias [10]", "0.mlp.up_proj.bias [10]", "0.mlp.down_proj.bias [6]"];
     let all = [&qkv_biases[..], &["0.self_attn.o_proj.bias [6]"], &mlp_biases].concat();
     assert_eq!(added(&with_biases), all);
-    // Its rules are its own, so the field says nothing.
+    // Qwen2's biases are fixed, so the field has no effect.
     let mut value = config(&qwen2::FAMILY).to_json();
     value["attention_bias"] = json!(true);
     let stated = ModelConfig::from_json(Path::new("config.json"), value).unwrap();
@@ -84,7 +84,7 @@ fn names_are_translated_both_ways() {
         ("blk.0.attn_q_norm.weight", "model.layers.0.self_attn.q_norm.weight"),
         ("blk.2.attn_q.bias", "model.layers.2.self_attn.q_proj.bias"),
         ("blk.2.ffn_down.weight", "model.layers.2.mlp.down_proj.weight"),
-        // Not of the table.
+        // Names outside the table.
         ("rope_freqs.weight", "rope_freqs.weight"),
         ("blk.0", "blk.0"),
         ("blk.0.attn_q", "blk.0.attn_q"),
@@ -100,7 +100,7 @@ fn names_are_translated_both_ways() {
     assert!(!rotated("blk.0.attn_v.weight") && !rotated("blk.0.attn_q_norm.weight") && !rotated("attn_q.weight"));
 }
 
-/// Names of a table are different, each parameter is in one place, and entries of layers stand together.
+/// Names within a table are unique, each parameter occurs once, and per-layer entries are adjacent.
 #[test]
 fn tables_are_sound() {
     for family in super::FAMILIES.into_iter().chain([&FUSED]) {
@@ -150,7 +150,7 @@ static FUSED: Family = Family {
     ..llama::FAMILY
 };
 
-/// Logits of a prompt in two parts, by the kernels and by tensor operations.
+/// Logits of a prompt split in two, computed by the kernels and by tensor operations.
 fn logits(config: &ModelConfig, weights: &Weights) -> Result<[Vec<f32>; 2], ModelError> {
     let kernels = CpuEngine::load(config, weights, WeightFormat::F32, Rows::Few, KvDtype::F32, 3)?;
     let tensors = TensorEngine::load(config, weights, WeightDtype::F32, &Device::Cpu, KvDtype::F32, 3)?;
@@ -208,7 +208,7 @@ fn layers_may_differ_in_rope_and_scale() {
     }
 }
 
-/// Writes a golden model's tensors as the fused family has them.
+/// Writes a golden model's tensors in the layout of the fused family.
 fn fused(plain: &ModelConfig, weights: &Weights, folder: &Path) -> ModelConfig {
     let config = ModelConfig { family: &FUSED, ..plain.clone() };
     let mut tensors = HashMap::new();
@@ -241,7 +241,7 @@ fn parameters_may_be_rows_of_a_fused_tensor() {
     assert_eq!(logits(&config, &Weights::open(folder.path()).unwrap()).unwrap(), expected);
 }
 
-/// OLMo 2's norms and LayerNorm's bias, which no decoder computes, and a table that lacks what both compute.
+/// Neither decoder computes OLMo 2's norms or LayerNorm's bias, and both need all weights of the block.
 #[test]
 fn decoders_refuse_tables_that_they_cannot_compute() {
     static WHOLE_WIDTH: Family = Family {

@@ -1,4 +1,4 @@
-//! Configuration from a GGUF file's metadata, as a config.json.
+//! Builds a config.json from a GGUF file's metadata.
 
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
@@ -6,8 +6,8 @@ use serde_json::{Map, Value, json};
 use super::{Gguf, header::Metadata, text, tokenizer::Vocabulary};
 use crate::{Family, Kind, ModelConfig, ModelError, Parameter, Rope, RopeScaling, family::GgufFamily, weights::Stored};
 
-/// Fields of config.json and the keys, after the architecture, that say the same; and whether a file must have it
-/// (config.json has defaults of its own for those that need not be there).
+/// Fields of config.json, the corresponding metadata keys (after the architecture), and whether a file must have the
+/// key. config.json has defaults for the optional fields.
 const FIELDS: [(&str, &str, bool); 9] = [
     ("num_hidden_layers", "block_count", true),
     ("hidden_size", "embedding_length", true),
@@ -22,13 +22,13 @@ const FIELDS: [(&str, &str, bool); 9] = [
 
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 
-/// The family, and how such files are written.
+/// The family, and its properties in GGUF files.
 fn found(metadata: &Metadata<'_>) -> Result<(&'static Family, &'static GgufFamily), ModelError> {
     let architecture = metadata.text("general.architecture")?;
     Family::of_gguf(architecture.as_deref()).map_err(|known| metadata.bad("general.architecture", &known))
 }
 
-/// Width of a head: stated, or what the heads make of the hidden width.
+/// Width of a head: the stated one, or the hidden size divided by the number of heads.
 fn head_dim(metadata: &Metadata<'_>, architecture: &str) -> Result<usize, ModelError> {
     let key = |key: &str| format!("{architecture}.{key}");
     if let Some(stated) = metadata.index(&key("attention.key_length"))? {
@@ -43,19 +43,19 @@ fn head_dim(metadata: &Metadata<'_>, architecture: &str) -> Result<usize, ModelE
 
 fn even(metadata: &Metadata<'_>, key: &str, head_dim: usize) -> Result<usize, ModelError> {
     if head_dim == 0 || !head_dim.is_multiple_of(2) {
-        return Err(metadata.bad(key, &format!("what gives heads of an even width (got {head_dim})")));
+        return Err(metadata.bad(key, &format!("a value that gives heads of an even width (got {head_dim})")));
     }
     Ok(head_dim)
 }
 
-/// The family, and the width of a head where llama.cpp's converter interleaves the rows of q and k.
+/// The family, and the width of a head if llama.cpp's converter interleaves the rows of q and k.
 pub(super) fn family(metadata: &Metadata<'_>) -> Result<(&'static Family, Option<usize>), ModelError> {
     let (family, gguf) = found(metadata)?;
     let interleaved = if gguf.interleaved { Some(head_dim(metadata, gguf.architecture)?) } else { None };
     Ok((family, interleaved))
 }
 
-/// The configuration. Faults of its numbers name the metadata key, not the field of the config.json that nobody wrote.
+/// The configuration. Errors about numbers name the metadata key, because the generated config.json exists in no file.
 pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
     let metadata = gguf.metadata();
     let (family, GgufFamily { architecture, .. }) = found(&metadata)?;
@@ -68,7 +68,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
         }
         json.insert(field.into(), value);
     }
-    // A layer has tensors: more layers than those are refused before a list of what they need is made.
+    // Every layer has tensors. Rejects an excessive layer count before allocating the list of required tensors.
     let tensors = gguf.header.tensors.len();
     if metadata.index(&key("block_count"))?.is_some_and(|layers| layers > tensors) {
         return Err(metadata.bad(&key("block_count"), &format!("no more than the file's {tensors} tensors")));
@@ -77,7 +77,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
     json.insert("architectures".into(), json!([family.class]));
     json.insert("head_dim".into(), json!(head_dim));
 
-    // A part of a head alone could be rotated, and v could be of another width: nothing of ours can do that.
+    // Partial rotation and a different width of v are not supported.
     for same in ["rope.dimension_count", "attention.value_length"] {
         if metadata.index(&key(same))?.is_some_and(|n| n != head_dim) {
             return Err(metadata.bad(&key(same), &format!("the width of a head ({head_dim})")));
@@ -86,7 +86,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
     if metadata.index(&key("expert_count"))?.is_some_and(|n| n > 0) {
         return Err(metadata.bad(&key("expert_count"), "0"));
     }
-    // Up to the window's width it changes nothing.
+    // Sliding windows are not implemented. A window has no effect up to its width, so the context is limited to it.
     let window = metadata.index(&key("attention.sliding_window"))?.filter(|window| *window > 0);
     if let (Some(window), Some(context)) = (window, metadata.index(&key("context_length"))?) {
         json.insert("max_position_embeddings".into(), json!(context.min(window)));
@@ -100,7 +100,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
     json.insert("attention_bias".into(), json!(has(Parameter::Query, Kind::Bias)));
     json.insert("mlp_bias".into(), json!(has(Parameter::Gate, Kind::Bias)));
     json.insert("rope_scaling".into(), rope_scaling(gguf, &metadata, architecture)?);
-    // A generation_config.json beside the file may name others.
+    // A generation_config.json next to the file may override these.
     if let Some(vocabulary) = Vocabulary::read(&metadata)? {
         json.insert("eos_token_id".into(), json!(text::end_token_ids(&metadata, &vocabulary)?));
     }
@@ -118,11 +118,11 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
     Ok(as_llama3(&config).unwrap_or(config))
 }
 
-/// Llama 3.x's scaling, where the factors are what llama.cpp's converter makes of its parameters. A schema then says
-/// what that of the safetensors model says, and each model of a pair may be of either kind.
+/// Converts factors back to Llama 3.x's scaling, if llama.cpp's converter computed them from its parameters. The KV
+/// schema then equals that of the safetensors model, so that the two models of a pair may use different formats.
 fn as_llama3(config: &ModelConfig) -> Option<ModelConfig> {
     let [Rope { theta, scaling: RopeScaling::Factors(factors) }] = config.ropes.as_slice() else { return None };
-    // All published models have these three; the fourth is the factor of the longest wave.
+    // All published models share the other three parameters. `factor` is the factor of the longest wave.
     let factor = f64::from(*factors.last()?);
     let json = json!({
         "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

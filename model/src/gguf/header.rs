@@ -1,8 +1,8 @@
-//! The header of a GGUF file: its metadata, and where its tensors lie.
+//! The header of a GGUF file: its metadata, and the position and type of its tensors.
 //!
-//! candle-core has a reader of it too, which divides by the file's own alignment, takes 32 bytes for every element of
-//! an array, and does not say which tensor has a type that it does not know. Here every length is checked against the
-//! file before it is used, and texts and arrays stay where they are.
+//! candle-core has a reader too, but it divides by the alignment that the file states, allocates 32 bytes per array
+//! element, and does not name a tensor of unknown type. This reader checks every length against the file before using
+//! it, and does not copy texts and arrays.
 
 use std::{borrow::Cow, collections::HashMap, ops::Range, path::Path};
 
@@ -16,7 +16,7 @@ const MAGIC: &[u8] = b"GGUF";
 const DEFAULT_ALIGNMENT: u64 = 32;
 const MAX_DIMENSIONS: u32 = 4;
 
-/// A metadata value. Those of variable length are places in the file.
+/// A metadata value. Texts and arrays are byte ranges of the file.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Value {
     Unsigned(u64),
@@ -27,16 +27,16 @@ pub(crate) enum Value {
     Array { kind: u32, count: usize, bytes: Range<usize> },
 }
 
-/// Where a tensor lies, and as what.
+/// A tensor's shape, type and byte range.
 pub(crate) struct Entry {
     pub name: String,
-    /// Rows first: the file has them the other way round.
+    /// Outermost dimension first; the file stores dimensions in reverse order.
     pub shape: Vec<usize>,
     pub stored: Stored,
     pub bytes: Range<usize>,
 }
 
-/// The header, with the places of texts and arrays in the file that it was read from.
+/// The header. Texts and arrays are byte ranges of the file.
 pub(crate) struct Header {
     pub metadata: HashMap<String, Value>,
     pub tensors: Vec<Entry>,
@@ -104,7 +104,7 @@ impl<'a> Reader<'a> {
             }
             _ => return Err(self.unknown_kind(key, kind)),
         }
-        // As many elements as fit the file fit a usize.
+        // The elements fit in the file, so their count fits in a usize.
         Ok(Value::Array { kind, count: count as usize, bytes: start..self.at })
     }
 
@@ -130,7 +130,8 @@ impl<'a> Reader<'a> {
         ModelError::unsupported(self.file, &format!("type of {key}"), kind, "numbers, texts, and arrays of either")
     }
 
-    /// A tensor's entry; its place is still relative to where the tensors begin.
+    /// Reads a tensor's entry. Its byte range starts at 0; the second value is its offset from the start of the tensor
+    /// data.
     fn entry(&mut self) -> Result<(Entry, u64), ModelError> {
         let file = self.file;
         let name = self.name("a tensor's name")?;
@@ -149,7 +150,7 @@ impl<'a> Reader<'a> {
         let stored = stored(kind)
             .ok_or_else(|| ModelError::unsupported(file, &format!("type of {name}"), kind, &supported_types()))?;
         let offset = self.u64(&name)?;
-        // Whole blocks to a row, so that rows can be read one by one.
+        // A row must consist of whole blocks, so that rows can be read individually.
         let row: Option<usize> = shape[1..].iter().try_fold(1_usize, |n, size| n.checked_mul(*size));
         let bytes = row.and_then(|row| stored.bytes(row)).and_then(|row_bytes| row_bytes.checked_mul(shape[0]));
         let bytes = bytes.ok_or_else(|| {
@@ -172,12 +173,12 @@ fn scalar_bytes(kind: u32) -> Option<u64> {
     }
 }
 
-/// The number whose f32 this is: 1e-5, not 9.9999997e-6.
+/// The shortest decimal that rounds to this f32: 1e-5, not 9.9999997e-6.
 fn as_written(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
 }
 
-/// The tensor types that can be read, by their numbers in the file.
+/// Supported tensor types and their numbers in the file.
 const TYPES: [(u32, Stored); 14] = [
     (0, Stored::Plain(Dtype::F32)),
     (1, Stored::Plain(Dtype::F16)),
@@ -217,7 +218,7 @@ impl Header {
             return Err(ModelError::unsupported(file, "version", version, "2, 3, little-endian"));
         }
         let (tensor_count, metadata_count) = (reader.u64("the tensor count")?, reader.u64("the metadata count")?);
-        // Nothing is allocated by these counts: too large a one meets the end of the file.
+        // These counts allocate nothing: if a count is too large, reading hits the end of the file.
         let mut metadata = HashMap::new();
         for _ in 0..metadata_count {
             let key = reader.name("a metadata key")?;
@@ -261,7 +262,7 @@ impl Header {
     }
 }
 
-/// Metadata with the file that it lies in.
+/// Metadata, and the file that contains it.
 pub(crate) struct Metadata<'a> {
     pub file: &'a Path,
     pub bytes: &'a [u8],
@@ -269,20 +270,20 @@ pub(crate) struct Metadata<'a> {
 }
 
 impl<'a> Metadata<'a> {
-    /// An error that names `key` with its value.
+    /// An error that names `key`, its value and the supported values.
     pub(crate) fn bad(&self, key: &str, supported: &str) -> ModelError {
         let value = self.json(key);
         let value = if value.is_null() { "absent".into() } else { value.to_string() };
         ModelError::unsupported(self.file, key, value, supported)
     }
 
-    /// A value as JSON; null where there is none. Of an array its size alone.
+    /// A value as JSON; null if absent. For an array, a text that states its size.
     pub(crate) fn json(&self, key: &str) -> serde_json::Value {
         match self.values.get(key) {
             None => serde_json::Value::Null,
             Some(Value::Unsigned(n)) => json!(n),
             Some(Value::Signed(n)) => json!(n),
-            // JSON has no NaN, and one that became null would pass for absent.
+            // JSON has no NaN or infinity; null would be mistaken for an absent value.
             Some(Value::Float(n)) if !n.is_finite() => json!(n.to_string()),
             Some(Value::Float(n)) => json!(n),
             Some(Value::Bool(b)) => json!(b),
@@ -323,7 +324,7 @@ impl<'a> Metadata<'a> {
     pub(crate) fn texts(&self, key: &str) -> Result<Option<Vec<Cow<'a, str>>>, ModelError> {
         let (count, bytes) = match self.values.get(key) {
             None => return Ok(None),
-            // Of an empty one the writer can't know the type.
+            // An empty array may have any element type, because the writer cannot know it.
             Some(Value::Array { kind, count, bytes }) if *kind == TEXT || *count == 0 => (*count, bytes),
             Some(_) => return Err(self.bad(key, "an array of texts")),
         };
@@ -331,7 +332,7 @@ impl<'a> Metadata<'a> {
         (0..count).map(|_| Ok(self.lossy(&reader.text(key)?))).collect::<Result<_, _>>().map(Some)
     }
 
-    /// An array of `count` numbers.
+    /// An array of `count` numbers; `None` if absent.
     pub(crate) fn numbers(&self, key: &str, count: usize) -> Result<Option<Vec<f64>>, ModelError> {
         let (kind, bytes) = match self.values.get(key) {
             None => return Ok(None),

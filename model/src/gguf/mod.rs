@@ -1,6 +1,5 @@
-//! GGUF files: one file with configuration, tokenizer and weights, as llama.cpp's tools write it. What the rest of the
-//! crate sees of it is what a Hugging Face folder would hold: config.json, the text files, and tensors under the
-//! Hugging Face names.
+//! GGUF files: one file with configuration, tokenizer and weights, written by llama.cpp's tools. This module presents
+//! its content as a Hugging Face folder: config.json, the text files, and tensors under Hugging Face names.
 
 mod config;
 mod header;
@@ -25,9 +24,9 @@ pub(crate) struct Gguf {
     map: Mmap,
     header: Header,
     family: &'static Family,
-    /// Index into the header's tensors, by Hugging Face name.
+    /// Maps Hugging Face names to indices into the header's tensors.
     by_name: HashMap<String, usize>,
-    /// Width of a head where the rows of q and k are interleaved.
+    /// Width of a head if the rows of q and k are interleaved.
     interleaved: Option<usize>,
 }
 
@@ -36,13 +35,13 @@ fn is_gguf(path: &Path) -> bool {
 }
 
 impl Gguf {
-    /// The .gguf file that `path` stands for: itself, or the only one of a folder without safetensors. `None` is a
-    /// Hugging Face folder.
+    /// The .gguf file that `path` refers to: itself, or the only one in a folder without safetensors. `None` if `path`
+    /// is a Hugging Face folder.
     pub(crate) fn find(path: &Path) -> Result<Option<PathBuf>, ModelError> {
         if path.is_file() {
             return Ok(is_gguf(path).then(|| path.into()));
         }
-        // A folder that can't be listed is reported by whoever reads its files.
+        // If the folder cannot be listed, reading its files will report the error.
         let Ok(entries) = fs::read_dir(path) else { return Ok(None) };
         let files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
         if files.iter().any(|file| file.extension().is_some_and(|end| end == "safetensors")) {
@@ -56,7 +55,7 @@ impl Gguf {
             [first, second, ..] => {
                 let name = |file: &Path| file.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 let (count, names) = (found.len(), format!("{}, {} ...", name(first), name(second)));
-                Err(ModelError::malformed(path, format!("holds {count} .gguf files ({names}): name one of them")))
+                Err(ModelError::malformed(path, format!("holds {count} .gguf files ({names}): specify one of them")))
             }
         }
     }
@@ -76,11 +75,11 @@ impl Gguf {
                 && !entry.shape[0].is_multiple_of(head_dim)
             {
                 let (name, shape) = (&entry.name, &entry.shape);
-                let fault = format!("tensor {name} of shape {shape:?} has not whole heads of {head_dim} rows");
+                let fault = format!("tensor {name} of shape {shape:?} is not whole heads of {head_dim} rows");
                 return Err(ModelError::malformed(file, fault));
             }
             if by_name.insert(family.name_of_gguf(&entry.name), index).is_some() {
-                return Err(ModelError::malformed(file, format!("tensor {} is there twice", entry.name)));
+                return Err(ModelError::malformed(file, format!("tensor {} occurs twice", entry.name)));
             }
         }
         Ok(Self { file: file.into(), map, header, family, by_name, interleaved })
@@ -90,7 +89,7 @@ impl Gguf {
         Metadata { file: &self.file, bytes: &self.map, values: &self.header.metadata }
     }
 
-    /// A tensor by its Hugging Face name.
+    /// Finds a tensor by its Hugging Face name.
     pub(crate) fn place(&self, name: &str) -> Option<TensorLocation<'_>> {
         let entry = &self.header.tensors[*self.by_name.get(name)?];
         Some(TensorLocation {
@@ -103,7 +102,7 @@ impl Gguf {
         })
     }
 
-    /// The error where [`Gguf::place`] finds none.
+    /// The error to return if [`Gguf::place`] finds no tensor.
     pub(crate) fn missing(&self, name: &str, shape: &[usize]) -> ModelError {
         let name = self.family.name_in_gguf(name);
         ModelError::MissingTensor { file: self.file.clone(), name, expected: shape.to_vec() }
@@ -114,13 +113,14 @@ impl Gguf {
         self.by_name.keys().map(String::as_str)
     }
 
-    /// What config.json would say.
+    /// The model's configuration.
     pub(crate) fn config(&self) -> Result<ModelConfig, ModelError> {
         config::read(self)
     }
 }
 
-/// The text files of a model: those of a folder; or those beside a .gguf file, and from its metadata what is not there.
+/// A model's text files: from its folder, or those next to a .gguf file, with missing ones built from the file's
+/// metadata.
 pub fn text_files(path: &Path) -> Result<TextFiles, ModelError> {
     match Gguf::find(path)? {
         Some(file) => text::files(&Gguf::open(&file)?),
@@ -128,7 +128,7 @@ pub fn text_files(path: &Path) -> Result<TextFiles, ModelError> {
     }
 }
 
-/// The folder of a model's files: itself, or that of a .gguf file.
+/// The folder of a model's files: `path` itself, or the folder that contains a .gguf file.
 pub(crate) fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if path.is_file() => parent,
@@ -139,7 +139,7 @@ pub(crate) fn folder_of(path: &Path) -> &Path {
 #[allow(unsafe_code)]
 fn map_file(path: &Path) -> Result<Mmap, ModelError> {
     let file = fs::File::open(path).map_err(|e| ModelError::io(path, e))?;
-    // SAFETY: the mapping is only read. Another process that shortens the file meanwhile can fault this one: that is
-    // the known price of mapping weights, and what every loader of this format accepts.
+    // SAFETY: the mapping is read-only. If another process truncates the file, reading can fault (SIGBUS). This risk is
+    // inherent to mapping weights.
     unsafe { Mmap::map(&file) }.map_err(|e| ModelError::io(path, e))
 }

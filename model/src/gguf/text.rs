@@ -1,4 +1,4 @@
-//! The text files of a Hugging Face folder, made from a GGUF file's metadata.
+//! Builds the text files of a Hugging Face folder from a GGUF file's metadata.
 
 use overfill_text::TextFiles;
 use serde_json::{Value, json};
@@ -10,12 +10,12 @@ use super::{
 };
 use crate::ModelError;
 
-/// Tokens that end a turn or a text, beside those that the metadata names: it has room for one of each, where a
-/// generation_config.json lists several. llama.cpp knows them by their texts, too.
+/// Tokens that end a turn or a text, in addition to those that the metadata names. The metadata can name only one of
+/// each kind, while a generation_config.json may list several. llama.cpp also recognises them by their text.
 const END_TOKENS: [&str; 7] =
     ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>"];
 
-/// The files beside `gguf`, and from its metadata those that are not there.
+/// The text files next to `gguf`; missing ones are built from its metadata.
 pub(super) fn files(gguf: &Gguf) -> Result<TextFiles, ModelError> {
     let metadata = gguf.metadata();
     let folder = folder_of(&gguf.file);
@@ -37,7 +37,7 @@ pub(super) fn files(gguf: &Gguf) -> Result<TextFiles, ModelError> {
     Ok(files)
 }
 
-/// JSON text with sorted keys: nodes compare its hash, and two builds need not agree on another order.
+/// JSON with sorted keys: nodes compare its hash, and the key order must not depend on the build.
 fn bytes(mut value: Value) -> Vec<u8> {
     value.sort_all_objects();
     value.to_string().into_bytes()
@@ -60,7 +60,7 @@ fn generation_config(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Re
     Ok(json!({"bos_token_id": vocabulary.bos, "eos_token_id": end_token_ids(metadata, vocabulary)?}))
 }
 
-/// The tokens that end a turn or a text. The one that the metadata names as end-of-text is the first.
+/// Ids of the tokens that end a turn or a text, without duplicates. The metadata's end-of-text token comes first.
 pub(super) fn end_token_ids(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Result<Vec<usize>, ModelError> {
     let mut ends: Vec<usize> = vocabulary.eos.into_iter().collect();
     for key in ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"] {

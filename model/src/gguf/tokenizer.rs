@@ -1,4 +1,4 @@
-//! A tokenizer.json from a GGUF file's metadata: byte-level BPE (`gpt2`), and SentencePiece BPE (`llama`).
+//! Builds a tokenizer.json from a GGUF file's metadata: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`).
 
 use std::{
     borrow::Cow,
@@ -16,23 +16,23 @@ const PRE: &str = "tokenizer.ggml.pre";
 const MERGES: &str = "tokenizer.ggml.merges";
 const BOS: &str = "tokenizer.ggml.bos_token_id";
 
-/// How text is cut before byte-level BPE merges: the names that `tokenizer.ggml.pre` may have, and what they stand for.
+/// How text is split before byte-level BPE merges, for the given values of `tokenizer.ggml.pre`.
 struct PreTokenizer {
     names: &'static [&'static str],
-    /// Pieces that are split off first.
+    /// The splitting rule.
     split: Split,
-    /// Are composed and decomposed characters the same?
+    /// Whether text is normalised to NFC.
     nfc: bool,
-    /// Is a piece that is a token kept whole, whatever merges say?
+    /// Whether a piece that is itself a token is kept whole, regardless of merges.
     ignore_merges: bool,
-    /// Does a text begin with the begin-of-text token, where the file does not say?
+    /// Whether to prepend the begin-of-text token, if the file does not say.
     add_bos: bool,
 }
 
 enum Split {
-    /// GPT-2's own pattern alone.
+    /// GPT-2's pattern.
     Gpt2,
-    /// Each digit, and GPT-2's pattern for the rest.
+    /// Every digit on its own, then GPT-2's pattern.
     DigitsThenGpt2,
     /// This pattern.
     Pattern(&'static str),
@@ -61,7 +61,7 @@ const PRE_TOKENIZERS: [PreTokenizer; 4] = [
     PreTokenizer { names: &["gpt-2", "default"], split: Split::Gpt2, nfc: false, ignore_merges: false, add_bos: false },
 ];
 
-/// What a token is, by its number in `tokenizer.ggml.token_type`.
+/// A token's type, from `tokenizer.ggml.token_type`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Normal,
@@ -72,7 +72,7 @@ enum Kind {
     Byte,
 }
 
-/// The tokens, whose index is their id.
+/// The vocabulary. A token's index is its id.
 pub(super) struct Vocabulary<'a> {
     pub tokens: Vec<Cow<'a, str>>,
     kinds: Vec<Kind>,
@@ -81,7 +81,7 @@ pub(super) struct Vocabulary<'a> {
 }
 
 impl<'a> Vocabulary<'a> {
-    /// `None` where the file has no tokens.
+    /// Reads the vocabulary; `None` if the file has none.
     pub(super) fn read(metadata: &Metadata<'a>) -> Result<Option<Self>, ModelError> {
         let Some(tokens) = metadata.texts(TOKENS)? else { return Ok(None) };
         let key = "tokenizer.ggml.token_type";
@@ -98,7 +98,7 @@ impl<'a> Vocabulary<'a> {
             None => vec![Kind::Normal; tokens.len()],
         };
         let mut read = Self { tokens, kinds, bos: None, eos: None };
-        // SentencePiece has ids of its own for these.
+        // SentencePiece has default ids for these.
         let (bos, eos) = if is_sentence_piece(metadata)? { (Some(1), Some(2)) } else { (None, None) };
         let known = |id: &usize| *id < read.tokens.len();
         let bos = read.id(metadata, BOS)?.or(bos.filter(known));
@@ -107,7 +107,7 @@ impl<'a> Vocabulary<'a> {
         Ok(Some(read))
     }
 
-    /// The token id that `key` names.
+    /// The token id stored under `key`.
     pub(super) fn id(&self, metadata: &Metadata<'_>, key: &str) -> Result<Option<usize>, ModelError> {
         let count = self.tokens.len();
         match metadata.index(key)? {
@@ -116,12 +116,12 @@ impl<'a> Vocabulary<'a> {
         }
     }
 
-    /// Is it matched in a text before anything else?
+    /// Whether the token is matched in a text before any splitting.
     pub(super) fn is_added(&self, id: usize) -> bool {
         matches!(self.kinds[id], Kind::Control | Kind::UserDefined | Kind::Unknown)
     }
 
-    /// `{token: id}`. Of equal tokens the first counts.
+    /// Maps tokens to ids. If a token occurs more than once, its first id counts.
     fn ids(&self) -> HashMap<&str, usize> {
         let mut ids = HashMap::new();
         for (id, token) in self.tokens.iter().enumerate() {
@@ -147,7 +147,7 @@ fn is_sentence_piece(metadata: &Metadata<'_>) -> Result<bool, ModelError> {
     match metadata.text(MODEL)?.as_deref() {
         Some("gpt2") => Ok(false),
         Some("llama") => Ok(true),
-        _ => Err(metadata.bad(MODEL, "gpt2, llama; of other models put tokenizer.json beside the file")),
+        _ => Err(metadata.bad(MODEL, "gpt2, llama; for other models, put tokenizer.json next to the file")),
     }
 }
 
@@ -168,19 +168,19 @@ pub(super) fn build(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Res
 
 fn byte_level(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Result<Value, ModelError> {
     let pre = metadata.text(PRE)?.unwrap_or_else(|| {
-        tracing::warn!(file = %metadata.file.display(), "{PRE} is absent: cutting text as GPT-2 does");
+        tracing::warn!(file = %metadata.file.display(), "{PRE} is absent: splitting text as GPT-2 does");
         "default".into()
     });
     let known = PRE_TOKENIZERS.iter().find(|known| known.names.contains(&&*pre)).ok_or_else(|| {
         let names: Vec<&str> = PRE_TOKENIZERS.iter().flat_map(|known| known.names).copied().collect();
-        metadata.bad(PRE, &format!("{}; of other models put tokenizer.json beside the file", names.join(", ")))
+        metadata.bad(PRE, &format!("{}; for others, put tokenizer.json next to the file", names.join(", ")))
     })?;
 
     let ids = vocabulary.ids();
     let texts = metadata.texts(MERGES)?.ok_or_else(|| metadata.bad(MERGES, "an array of texts"))?;
     let mut merges = Vec::with_capacity(texts.len());
     for (rank, text) in texts.iter().enumerate() {
-        // The first of the two may be a space itself.
+        // The first token may itself be a space.
         let space = text.char_indices().skip(1).find(|(_, c)| *c == ' ').map(|(at, _)| at);
         let pair = space.map(|at| (&text[..at], &text[at + 1..]));
         let known = |(left, right): &(&str, &str)| {
@@ -188,7 +188,7 @@ fn byte_level(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Result<Va
         };
         let pair = pair.filter(known).ok_or_else(|| {
             let (field, value) = (format!("{MERGES}[{rank}]"), format!("{text:?}"));
-            ModelError::unsupported(metadata.file, &field, value, &format!("two tokens whose sum is in {TOKENS}"))
+            ModelError::unsupported(metadata.file, &field, value, &format!("two tokens that join into one of {TOKENS}"))
         })?;
         merges.push(pair);
     }
@@ -241,8 +241,9 @@ fn sentence_piece(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Resul
     }))
 }
 
-/// SentencePiece merges whichever two neighbours make the piece of the best score. As ranked merges: every way to make
-/// every piece of two others, the best piece first, and the ways of one piece in the order of transformers.
+/// SentencePiece merges the two neighbours whose piece has the best score. This expresses it as ranked merges: every
+/// split of every piece into two other pieces, ordered by the piece's score, splits of one piece in transformers'
+/// order.
 fn merges_of_scores<'a>(vocabulary: &'a Vocabulary<'_>, scores: &[f64]) -> Vec<(&'a str, &'a str)> {
     let normal = |id: &usize| vocabulary.kinds[*id] == Kind::Normal;
     let pieces: HashSet<&str> = (0..scores.len()).filter(normal).map(|id| &*vocabulary.tokens[id]).collect();
@@ -260,7 +261,8 @@ fn merges_of_scores<'a>(vocabulary: &'a Vocabulary<'_>, scores: &[f64]) -> Vec<(
     found.into_iter().map(|(_, _, left, right)| (left, right)).collect()
 }
 
-/// What puts the begin-of-text token before a text, if the file or its kind wants one there.
+/// The post-processor that prepends the begin-of-text token, if the file or the tokenizer's default asks for it; else
+/// null.
 fn begin(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>, default: bool) -> Result<Value, ModelError> {
     if !metadata.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(default) {
         return Ok(Value::Null);

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// The context of a token at `position` before which nothing counts.
+/// A context at `position` without any tokens before it, so that no penalties apply.
 fn at(position: usize) -> SamplingContext<'static> {
     SamplingContext { prompt: &[], output: &[], position, allowed: None }
 }
@@ -54,7 +54,7 @@ fn cuts_leave_only_the_likely() {
     only(SamplingParams { min_p: 0.5, ..hot() }, &[1, 2, 4]);
 }
 
-/// Logits with many ties, spread as a model's.
+/// Logits with many ties and varying spread.
 fn some_logits() -> impl Strategy<Value = Vec<f32>> {
     (1..700_usize, prop_oneof![Just(0.3_f32), Just(3.0), Just(20.0)], any::<u64>()).prop_map(|(n, spread, seed)| {
         (0..n).map(|i| ((uniform(seed, i as u64) * 40.0).round() / 20.0 - 1.0) as f32 * spread).collect()
@@ -75,7 +75,7 @@ fn some_cuts() -> impl Strategy<Value = SamplingParams> {
     })
 }
 
-/// The same by sorting everything: tokens that are left with their probabilities, best first.
+/// Reference implementation that sorts all tokens: the kept tokens with their probabilities, best first.
 fn by_sorting(logits: &[f32], params: &SamplingParams) -> Vec<(u32, f64)> {
     let heat = Heat::new(logits, params.temperature);
     let mut left: Vec<(u32, f32)> = logits.iter().enumerate().map(|(i, l)| (i as u32, *l)).collect();
@@ -121,7 +121,7 @@ proptest! {
         let place = left.iter().position(|(token, _)| *token == drawn);
         let place = place.expect("a token that was cut");
         let before: f64 = left[..place].iter().map(|(_, p)| p).sum();
-        // Sums of other parts differ in their last bits.
+        // The order of summation differs, so sums differ in their last bits.
         prop_assert!(before <= random + 1e-9 && random <= before + left[place].1 + 1e-9, "{before} {random}");
     }
 }

@@ -1,4 +1,4 @@
-//! The paged KV cache in tensors: one a layer, `[blocks, K|V, kv_heads, 16, head_dim]`.
+//! The paged KV cache in tensors: one per layer, `[blocks, K|V, kv_heads, 16, head_dim]`.
 
 use bytemuck::cast_slice;
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
@@ -6,7 +6,7 @@ use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, KvMemory, KvStore, StoreError,
 
 use crate::{SequenceSlice, batch::Slot, config::Heads, error::plain};
 
-/// KV of all layers of one model on one device. Each tensor has a lock of its own.
+/// The KV of all layers of one model on one device. Each tensor has its own lock.
 pub(crate) struct TensorKv {
     layers: Vec<Tensor>,
     num_blocks: usize,
@@ -50,7 +50,8 @@ impl TensorKv {
         Ok(())
     }
 
-    /// Causal attention of a batch's queries `[n, heads, head_dim]`: gathers each sequence's blocks, then multiplies.
+    /// Causal attention of a batch's queries `[n, heads, head_dim]`. It gathers each sequence's blocks, then
+    /// multiplies.
     pub(crate) fn attend(&self, layer: usize, batch: &[SequenceSlice<'_>], q: &Tensor) -> Result<Tensor> {
         let Heads { heads, kv_heads, head_dim } = self.sizes;
         let group = heads / kv_heads;
@@ -94,10 +95,10 @@ impl TensorKv {
     }
 }
 
-/// Bytes of a tensor that lies in host memory, contiguous.
+/// Calls `f` with the bytes of a contiguous tensor in host memory.
 fn with_bytes(tensor: &Tensor, f: &mut dyn FnMut(&[u8])) -> Result<()> {
     let (storage, layout) = tensor.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else { bail!("not in host memory") };
+    let Storage::Cpu(storage) = &*storage else { bail!("the tensor is not in host memory") };
     let elements = layout.start_offset()..layout.start_offset() + layout.shape().elem_count();
     match storage {
         CpuStorage::F32(v) => f(cast_slice(&v[elements])),
@@ -169,7 +170,7 @@ mod tests {
     use super::*;
     use crate::cpu::CpuKv;
 
-    /// What a handoff does at either end of a GPU: blocks are copied out and in, byte for byte.
+    /// A handoff copies blocks out of and into device memory, byte for byte.
     #[test]
     fn blocks_travel_between_host_and_device_memory() {
         let sizes = Heads { heads: 4, kv_heads: 2, head_dim: 6 };
@@ -177,7 +178,7 @@ mod tests {
             let host = CpuKv::new(2, 5, sizes, dtype).unwrap();
             let device = TensorKv::new(2, 4, sizes, dtype, &Device::Cpu).unwrap();
             let (from, to) = ([BlockId(4), BlockId(1)], [BlockId(0), BlockId(3)]);
-            // Bit patterns that any float type may hold.
+            // Bit patterns that are valid in every float type.
             let pattern = |i: usize, byte: usize| (i * 31 + byte * 7 % 60) as u8 & 0x3f;
             for layer in 0..2 {
                 let mut fill = |i: usize, bytes: &mut [u8]| {

@@ -1,7 +1,7 @@
 //! The decoder block of all supported families, over a flat batch of tokens.
 //!
-//! Tokens of all sequences lie one behind the other in one dimension `n`; only attention knows which belong together.
-//! So the same code serves (ragged batches over paged KV) and trains (rectangular batches, with gradients).
+//! The tokens of all sequences are concatenated in one dimension `n`; only attention knows which tokens belong
+//! together. So the same code serves (ragged batches over paged KV) and trains (rectangular batches, with gradients).
 
 use std::collections::HashMap;
 
@@ -14,14 +14,14 @@ use crate::{
     family::{Finder, TensorRows},
 };
 
-/// Where attention finds its keys and values.
+/// Computes attention, with keys and values from any source.
 pub trait Attention {
-    /// Attention of one layer. `q` is `[n, heads, head_dim]`, `k` and `v` `[n, kv_heads, head_dim]`, rope applied to q
-    /// and k; the result is `[n, heads, head_dim]`, contiguous.
+    /// Attention of one layer. `q` is `[n, heads, head_dim]`, `k` and `v` are `[n, kv_heads, head_dim]`, with rope
+    /// already applied to q and k. The result is `[n, heads, head_dim]`, contiguous.
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
 }
 
-/// A place in a layer whose activations importance scores are made of, `[n, channels]`.
+/// A point in a layer whose activations, `[n, channels]`, importance scores are computed from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Site {
     /// Output of a parameter.
@@ -31,7 +31,7 @@ pub enum Site {
 }
 
 impl Site {
-    /// What its channels count; `None` where the model has no such parameter.
+    /// What its channels count; `None` if the model has no such parameter.
     pub fn axis(self, config: &ModelConfig) -> Option<Axis> {
         match self {
             Self::Output(parameter) => config.axes_of(parameter).map(|[output, _]| output),
@@ -40,25 +40,25 @@ impl Site {
     }
 }
 
-/// Sees the activations of a forward pass: site, layer, activations.
+/// Receives activations during a forward pass: site, layer, activations.
 pub type Observer<'a> = dyn FnMut(Site, usize, &Tensor) -> Result<()> + 'a;
 
-/// Gives the weight tensor of a name and shape, or says why not.
+/// Returns the weight tensor for a name and shape, or an error.
 pub type TensorSource<'a> = dyn FnMut(&str, &[usize]) -> std::result::Result<Tensor, ModelError> + 'a;
 
-/// Which implementation of norm and rope.
+/// The implementation of norm, rope and the MLP's gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ops {
-    /// One pass over memory each; no gradient.
+    /// Fused operations, without gradients.
     Fused,
-    /// Of basic operations, through which gradients flow.
+    /// Operations that support gradients.
     Differentiable,
 }
 
 struct Block {
-    /// Which of the ropes rotates q and k.
+    /// Index of the rope that rotates q and k; `None`: no rotation.
     rope: Option<usize>,
-    /// What queries are multiplied by.
+    /// Factor of the queries.
     query_factor: Option<f32>,
     input_norm: Tensor,
     q: Linear,
@@ -88,9 +88,9 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// From tensors by Hugging Face name, all of one type; activations have that type too.
+    /// Builds a decoder from tensors by Hugging Face name, all of one type, which is also the type of the activations.
     ///
-    /// With [`Ops::Differentiable`] and tensors of variables, gradients reach the variables.
+    /// With [`Ops::Differentiable`] and tensors that are variables, gradients reach the variables.
     pub fn from_tensors(
         config: &ModelConfig,
         tensors: &HashMap<String, Tensor>,
@@ -116,7 +116,7 @@ impl Decoder {
         })
     }
 
-    /// From whatever `get(name, shape)` gives. `compute` is the type of the activations.
+    /// Builds a decoder from the tensors that `get(name, shape)` returns. `compute` is the type of the activations.
     pub fn build(
         config: &ModelConfig,
         ops: Ops,
@@ -167,17 +167,17 @@ impl Decoder {
         })
     }
 
-    /// Its geometry.
+    /// The model's configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// Where its weights are.
+    /// The device that holds the weights.
     pub fn device(&self) -> &Device {
         self.embedding.device()
     }
 
-    /// Hidden states before the final norm, `[n, hidden]`, of `n` tokens (`[n]`, u32) at `positions` (n of them).
+    /// Hidden states before the final norm, `[n, hidden]`, of tokens `[n]` (u32) at the given `n` positions.
     pub fn forward(
         &self,
         tokens: &Tensor,
@@ -216,12 +216,12 @@ impl Decoder {
         Ok(x)
     }
 
-    /// Logits `[rows, vocab]` of hidden states `[rows, hidden]`, through the final norm.
+    /// Applies the final norm and the head: hidden states `[rows, hidden]` to logits `[rows, vocab]`.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         self.head.forward(&self.rms_norm(hidden, &self.norm)?)
     }
 
-    /// `[n, heads * head_dim]` as `[n, heads, head_dim]`, each head normed where the family asks for it.
+    /// Reshapes `[n, heads * head_dim]` to `[n, heads, head_dim]`, and normalises each head if there is a norm.
     fn heads(&self, x: Tensor, norm: Option<&Tensor>) -> Result<Tensor> {
         let x = x.reshape((x.dim(0)?, (), self.config.head_dim))?;
         match norm {
@@ -262,10 +262,10 @@ impl Decoder {
     }
 }
 
-/// The parameters of a model, out of the tensors of its files.
+/// Finds a model's parameters in the tensors of its files.
 struct Parameters<'a> {
     find: Finder<'a>,
-    /// By Hugging Face name.
+    /// Tensors by Hugging Face name.
     tensors: HashMap<String, Tensor>,
     compute: DType,
 }

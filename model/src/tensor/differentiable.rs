@@ -1,12 +1,12 @@
-//! Norm, gate and rope of the training graph, each one pass over memory, gradients included.
+//! Norm, gate and rope for training, each as one pass over memory, forward and backward.
 //!
-//! Spelled in basic operations, a norm is half a dozen element-wise passes, and every one of them costs two more when
-//! gradients are summed; for small models on a CPU those passes, not the matrix products, are the training time. Other
-//! devices and types take the plain form. Tests hold both against each other.
+//! Written in basic operations, a norm takes about six element-wise passes, and each of them costs two more passes when
+//! gradients are accumulated. For small models on a CPU, these passes dominate the training time, not the matrix
+//! products. Other devices and types use the plain form. Tests compare the two.
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 
-/// Contiguous `f32` data of a CPU tensor.
+/// The `f32` data of a contiguous CPU tensor.
 fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let data = storage.as_slice::<f32>()?;
     match layout.contiguous_offsets() {
@@ -194,7 +194,7 @@ impl CustomOp3 for Rope {
         Ok((CpuStorage::F32(out), l.shape().clone()))
     }
 
-    // The gradient of a rotation is the rotation back.
+    // The gradient of a rotation is the inverse rotation.
     fn bwd(
         &self,
         _: &Tensor,
@@ -208,8 +208,8 @@ impl CustomOp3 for Rope {
     }
 }
 
-/// Rotates `x`, `[n, heads, head_dim]`, the first half of a head with its second; `cos` and `sin` are
-/// `[n, head_dim / 2]` and constant.
+/// Rotates `x`, `[n, heads, head_dim]`: the first half of each head with its second. `cos` and `sin` are `[n, head_dim
+/// / 2]` and receive no gradient.
 pub(crate) fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     if fits(x) && fits(cos) && fits(sin) {
         return x.contiguous()?.apply_op3(cos, sin, Rope { forward: true });
@@ -236,7 +236,7 @@ mod tests {
         Var::randn(0f32, 1f32, shape, &Device::Cpu).unwrap()
     }
 
-    /// Values and the gradients of all of `vars` agree between the fused and the plain form.
+    /// Asserts that the fused and the plain form agree in values and in the gradients of all `vars`.
     fn same(vars: &[&Var], fused: impl Fn() -> Result<Tensor>, plain: impl Fn() -> Result<Tensor>) {
         let (fused, plain) = (fused().unwrap(), plain().unwrap());
         let weights = random(fused.dims());

@@ -1,4 +1,4 @@
-//! A model in a tensor library's operations, over paged KV.
+//! An engine built on tensor operations over paged KV.
 
 use std::sync::Arc;
 
@@ -14,14 +14,14 @@ use crate::{
     batch::{self, Slot},
 };
 
-/// The reference engine. It serves devices without kernels of ours, slowly.
+/// The reference engine. It also serves devices that this crate has no kernels for, slowly.
 pub(crate) struct TensorEngine {
     decoder: Decoder,
     kv: Arc<TensorKv>,
 }
 
 impl TensorEngine {
-    /// Loads a model folder's weights onto `device` and makes a cache of `kv_blocks` blocks there.
+    /// Loads a model's weights onto `device` and creates a cache of `kv_blocks` blocks there.
     pub(crate) fn load(
         config: &ModelConfig,
         weights: &Weights,
@@ -38,7 +38,7 @@ impl TensorEngine {
         Ok(Self { decoder, kv: Arc::new(kv) })
     }
 
-    /// Logits of the rows that the batch wants, `[rows * vocab]`.
+    /// Logits of the rows that the batch requests, `[rows * vocab]`.
     fn forward(&self, batch: &[SequenceSlice<'_>], layers: &dyn LayerSink) -> Result<Vec<f32>> {
         let (mut tokens, mut positions, mut slots, mut rows) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for slice in batch {
@@ -81,7 +81,7 @@ impl Engine for TensorEngine {
     }
 
     fn set_rows(&mut self, _: Rows) {
-        // Tensor operations are the same for all roles.
+        // Nothing to do: tensor operations do not depend on it.
     }
 
     fn weight_bytes(&self) -> Option<usize> {
@@ -93,7 +93,7 @@ impl Engine for TensorEngine {
     }
 }
 
-/// Attention over the cache, which the batch's own keys and values enter first.
+/// Attention over the cache. The batch's own keys and values are written to the cache first.
 struct Paged<'a> {
     kv: &'a TensorKv,
     batch: &'a [SequenceSlice<'a>],

@@ -1,4 +1,4 @@
-//! A linear layer that owns its weights. No caller sees their layout or type.
+//! A linear layer that owns its weights. Hides the weights' layout and type.
 
 use candle_core::{DType, Result, Tensor};
 
@@ -12,14 +12,15 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// From `[out, in]` weights and `[out]` bias; activations will come in `compute`.
+    /// Creates a layer from `[out, in]` weights and an `[out]` bias. `compute` is the type of the activations.
     pub(crate) fn new(weight: Tensor, bias: Option<Tensor>, compute: DType) -> Result<Self> {
         Ok(Self { weight, bias: bias.map(|b| b.to_dtype(compute)).transpose()? })
     }
 
     /// `[rows, in]` to `[rows, out]`, in the type of `x`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        // Weights narrower than the activations are widened for the product alone: memory holds them as they are.
+        // Weights of another type than the activations are converted for this product only, so they stay in memory in
+        // their own type.
         let weight =
             if self.weight.dtype() == x.dtype() { self.weight.clone() } else { self.weight.to_dtype(x.dtype())? };
         let y = x.matmul(&weight.t()?)?;

@@ -1,5 +1,5 @@
-//! The decoder block in a tensor library's operations: it trains and prunes, and it is the reference that the kernels are
-//! tested against.
+//! The decoder block in candle's tensor operations. Training and pruning use it, and it is the reference for testing
+//! the kernels.
 
 mod cache;
 mod decoder;

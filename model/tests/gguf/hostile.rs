@@ -1,4 +1,4 @@
-//! Files that lie end with an error: never a panic, never memory that the file does not justify.
+//! Corrupt files give an error: never a panic, and never an allocation larger than the file justifies.
 
 use std::{fs, io::Write as _, path::Path, sync::LazyLock};
 
@@ -8,14 +8,14 @@ use proptest::prelude::*;
 
 use super::{golden, write};
 
-/// A good file.
+/// A valid file.
 static GOOD: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let file = tempfile::NamedTempFile::with_suffix(".gguf").unwrap();
     write::parts(&golden("llama-tied", "decode"), GgmlDType::F16).write(file.path());
     fs::read(file.path()).unwrap()
 });
 
-/// Reads all that there is to read of a file of these bytes.
+/// Reads everything in a file with these bytes.
 fn read(bytes: &[u8]) -> Result<(), String> {
     let mut file = tempfile::NamedTempFile::with_suffix(".gguf").unwrap();
     file.write_all(bytes).unwrap();
@@ -33,7 +33,7 @@ fn read(bytes: &[u8]) -> Result<(), String> {
     all(file.path()).map_err(|e| e.to_string())
 }
 
-/// A header of version 3 with these counts and this content.
+/// A version 3 header with these counts, followed by `content`.
 fn header(tensors: u64, metadata: u64, content: &[u8]) -> Vec<u8> {
     let counts = [tensors.to_le_bytes(), metadata.to_le_bytes()].concat();
     [b"GGUF".as_slice(), &3_u32.to_le_bytes(), &counts, content].concat()
@@ -43,7 +43,7 @@ fn text(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
 }
 
-/// An entry of metadata.
+/// A metadata entry.
 fn entry(key: &str, kind: u32, value: &[u8]) -> Vec<u8> {
     [&text(key), kind.to_le_bytes().as_slice(), value].concat()
 }
@@ -99,7 +99,7 @@ fn lies_are_named() {
         (of_tensor(tensor(&[8], 0, 7)), "offset of t is 7, supported: multiples of 32"),
         // IQ4_XS.
         (of_tensor(tensor(&[256, 2], 23, 0)), "type of t is 23, supported: 0 (F32), 1 (F16), 2 (Q4_0)"),
-        // Quantised blocks that straddle rows, and a vector of them.
+        // Quantised blocks that straddle rows, and a quantised vector.
         (of_tensor(tensor(&[48, 2], 8, 0)), "tensor t of shape [2, 48] can't be stored as Q8_0"),
         (of_tensor(tensor(&[64], 8, 0)), "tensor t of shape [64] can't be stored as Q8_0"),
     ] {
@@ -108,7 +108,7 @@ fn lies_are_named() {
     }
 }
 
-/// Where the tensors begin in the good file: what lies before is read by this crate.
+/// Offset of the tensor data in the valid file. This crate parses everything before it.
 static HEADER_BYTES: LazyLock<usize> = LazyLock::new(|| {
     let data: usize = 32;
     let weights = write::parts(&golden("llama-tied", "decode"), GgmlDType::F16);
@@ -118,7 +118,7 @@ static HEADER_BYTES: LazyLock<usize> = LazyLock::new(|| {
 
 #[test]
 fn every_shorter_file_is_an_error() {
-    // All cuts near the ends and between the entries, and a sample of the others.
+    // Truncations near both ends, and a sample of the others.
     for length in (0..*HEADER_BYTES).step_by(97).chain(0..200).chain(GOOD.len() - 100..GOOD.len() - 64) {
         assert!(read(&GOOD[..length]).is_err(), "{length} bytes");
     }
@@ -127,7 +127,7 @@ fn every_shorter_file_is_an_error() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(600))]
 
-    /// Overwritten bytes are read, or refused: reading ends either way.
+    /// A file with overwritten bytes is read or rejected; reading terminates either way.
     #[test]
     fn changed_headers_end(at in 0.0..1.0_f64, bytes in prop::collection::vec(any::<u8>(), 1..9), big in any::<bool>()) {
         let mut file = GOOD.clone();

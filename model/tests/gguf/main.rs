@@ -1,6 +1,6 @@
-//! GGUF files give what the safetensors folders give that they were written from.
+//! GGUF files give the same results as the safetensors folders that they were written from.
 
-// The lint spares `#[test]` functions, but not the helpers that they share.
+// The lint exempts `#[test]` functions, but not their shared helpers.
 #![allow(clippy::unwrap_used)]
 
 mod hostile;
@@ -29,7 +29,7 @@ fn here(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gguf").join(name)
 }
 
-/// `parts` as the only file of a folder.
+/// Writes `parts` as the only file of a new folder.
 fn written(parts: &Parts) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     parts.write(&folder.path().join("model.gguf"));
@@ -47,7 +47,7 @@ fn logits(model: Model) -> Vec<f32> {
     (0..logits.rows()).flat_map(|row| logits.row(row).to_vec()).collect()
 }
 
-/// Distance of the logits, as a part of their own length.
+/// Relative distance between the logits of folder and file.
 fn compare(folder: &Path, parts: &Parts) -> f32 {
     let file = written(parts);
     let options = LoadOptions::default();
@@ -66,7 +66,7 @@ fn the_stored_type_gives_the_same_logits() {
         ("qwen2", "full", GgmlDType::BF16, 0.0),
         ("qwen3", "full", GgmlDType::F16, 0.0),
         ("qwen3", "decode", GgmlDType::F16, 0.0),
-        // Its factors are divided out of the frequencies and into them again.
+        // The converter computes factors by dividing frequencies; the loader divides again, which adds rounding.
         ("llama-tied", "full", GgmlDType::BF16, 2e-4),
         ("llama-tied", "decode", GgmlDType::BF16, 2e-4),
     ] {
@@ -89,12 +89,12 @@ fn quantised_weights_stay_near() {
         let folder = golden(pair, "full");
         let distance = compare(&folder, &parts(&folder, dtype));
         println!("{pair} {dtype:?}: {distance}");
-        // No rounding at all would mean that something else was read; rows in a wrong order give more than 1.
+        // A distance of 0 would mean that something else was read. Rows in the wrong order give more than 1.
         assert!(distance > 0.0 && distance <= limit, "{pair} {dtype:?}: {distance}");
     }
 }
 
-/// Every row range of every tensor is a part of what `load` gives, in each format and from safetensors too.
+/// For every format, and for safetensors: row ranges of every tensor equal the rows that `load` returns.
 #[test]
 fn rows_are_parts_of_the_tensor() {
     let folder = golden("llama-untied", "full");
@@ -166,7 +166,7 @@ fn a_pair_agrees_by_its_rope_factors() {
     let schema = load(&full).producer_schema();
     schema.check_consumer(&load(&decode).kv_schema()).unwrap();
 
-    // The last bit of one factor.
+    // Changes the last bit of one factor.
     let (_, factors) = decode.tensors.pop().unwrap();
     let mut factors = factors.dequantize(&Device::Cpu).unwrap().to_vec1::<f32>().unwrap();
     factors[5] = factors[5].next_up();
@@ -177,7 +177,7 @@ fn a_pair_agrees_by_its_rope_factors() {
     assert!(mismatch.producer.contains("factors 1x") && mismatch.producer != mismatch.consumer, "{mismatch}");
 }
 
-/// Of the published models' parameters the factors are recognised, so that a GGUF decoder fits a safetensors model.
+/// Factors of the published models are recognised as Llama 3 scaling, so that a GGUF decoder fits a safetensors model.
 #[test]
 fn factors_of_published_models_are_their_parameters() {
     let folder = golden("llama-tied", "full");
@@ -196,11 +196,11 @@ fn factors_of_published_models_are_their_parameters() {
         for key in ["attention.key_length", "attention.value_length", "rope.dimension_count"] {
             parts.set(&format!("llama.{key}"), Value::U32(128));
         }
-        // Its q and k have other heads, but configuration does not look at them.
+        // q and k have the wrong shapes for this head width, but the configuration does not check them.
         parts.tensors.retain(|(name, _)| !name.contains("attn_q") && !name.contains("attn_k"));
         let got = ModelConfig::from_folder(written(&parts).path()).unwrap();
         assert_eq!(got.rope_spec(), config.rope_spec());
-        // And what is written for a model pruned from it says so again.
+        // The config.json written for a model pruned from it states the same rope.
         let again = ModelConfig::from_json(Path::new("config.json"), got.to_json()).unwrap();
         assert_eq!(again.rope_spec(), config.rope_spec());
     }
@@ -298,7 +298,7 @@ fn a_model_is_a_file_or_the_only_one_of_a_folder() {
     assert_eq!(of_file.fingerprint(), of_folder.fingerprint());
     assert_eq!(overfill_model::resolve(file.to_str().unwrap()).unwrap(), file);
 
-    // overfill.json lies beside it.
+    // overfill.json is next to the file.
     fs::write(folder.path().join("overfill.json"), r#"{"version": 1, "kept_layers": [0, 2]}"#).unwrap();
     let error = Model::load(&file, &options, 1).err().unwrap().to_string();
     assert!(error.contains("overfill.json: kept_layers is [0, 2], supported: as many layers"), "{error}");

@@ -1,11 +1,11 @@
-"""Makes blocks.gguf, sentencepiece.gguf and sentencepiece.json, what the tests of this folder compare with.
+"""Generates blocks.gguf, sentencepiece.gguf and sentencepiece.json, the reference data for this folder's tests.
 
     pip install gguf==0.19.0 sentencepiece==0.2.3 numpy
     python make_reference.py
 
-blocks.gguf: random blocks of every quantised type, and beside each tensor NAME what the Python package of llama.cpp's
-own repository dequantises it to, as NAME.f32. sentencepiece: a small BPE model trained on this project's README, as
-metadata of a GGUF file, and the ids that the SentencePiece library gives.
+blocks.gguf: for every quantised type, a tensor NAME of random blocks, and NAME.f32, the values that the Python package
+from llama.cpp's repository dequantises it to. sentencepiece.gguf and .json: a small BPE model trained on this project's
+README, stored as GGUF metadata, and the token ids that the SentencePiece library gives.
 """
 
 import io
@@ -21,7 +21,7 @@ from gguf import quants
 HERE = Path(__file__).parent
 ROWS, COLUMNS = 2, 256
 
-# Bytes at which a block has its 16-bit floats: of random bits they would be anything, infinite too.
+# Offsets of a block's 16-bit floats. They are set to small values, because random bits could be infinite or NaN.
 SCALES = {
     Type.Q4_0: [0], Type.Q4_1: [0, 2], Type.Q5_0: [0], Type.Q5_1: [0, 2], Type.Q8_0: [0],
     Type.Q2_K: [80, 82], Type.Q3_K: [108], Type.Q4_K: [0, 2], Type.Q5_K: [0, 2], Type.Q6_K: [208],

@@ -1,4 +1,4 @@
-//! Text files made from metadata give the ids that the originals give.
+//! Text files built from metadata give the same token ids as the original files.
 
 use candle_core::quantized::{GgmlDType, gguf_file::Value};
 use overfill_model::{LoadOptions, Model, text_files};
@@ -24,7 +24,7 @@ fn byte_level_bpe_and_chat_as_the_folder() {
     assert_eq!(model.decode(&ids(&expected["text"]["ids"]), true).unwrap(), sample);
     let messages: Vec<ChatMessage> = serde_json::from_value(expected["chat"]["messages"].clone()).unwrap();
     assert_eq!(model.encode_chat(&messages, true).unwrap(), ids(&expected["chat"]["ids"]));
-    // `<|end|>` is known by its text.
+    // `<|end|>` is recognised by its text.
     assert_eq!(model.eos_token_ids(), [1, 3]);
     assert_eq!(model.vocab_size(), 320);
 
@@ -36,7 +36,7 @@ fn byte_level_bpe_and_chat_as_the_folder() {
     assert_eq!(model.eos_token_ids(), [1, 2, 3]);
 }
 
-/// The same metadata gives the same bytes: nodes compare their hash.
+/// The same metadata gives identical bytes, because nodes compare their hash.
 #[test]
 fn a_tokenizer_beside_the_file_wins_and_one_that_is_made_is_always_the_same() {
     let parts = write::parts(&golden("qwen2", "full"), GgmlDType::F32);
@@ -48,16 +48,17 @@ fn a_tokenizer_beside_the_file_wins_and_one_that_is_made_is_always_the_same() {
     std::fs::write(one.path().join("tokenizer.json"), &original).unwrap();
     let files = text_files(&one.path().join("model.gguf")).unwrap();
     assert_eq!(files.tokenizer_json, original);
-    // What does not lie there still comes from the metadata.
+    // Files that are not in the folder still come from the metadata.
     assert!(TextModel::from_files(&files).unwrap().has_chat_template());
     std::fs::write(one.path().join("generation_config.json"), r#"{"eos_token_id": [2]}"#).unwrap();
-    // Then the metadata's eos_token; the model adds `<|end|>`, which the metadata knows besides.
+    // First the id from generation_config.json, then the metadata's eos_token. The model adds `<|end|>` from the
+    // metadata.
     assert_eq!(TextModel::from_files(&text_files(one.path()).unwrap()).unwrap().eos_token_ids(), [2, 1]);
     let model = Model::load(one.path(), &LoadOptions::default(), 1).unwrap();
     assert_eq!(model.eos_token_ids(), [2, 1, 3]);
 }
 
-/// A vocabulary of bytes in the byte-level alphabet, of the merges asked for, and of two control tokens.
+/// A vocabulary of all bytes in the byte-level alphabet, the given merges, and two control tokens.
 fn byte_level(pre: &str, merges: &[&str]) -> Parts {
     let mut parts = write::parts(&golden("qwen2", "full"), GgmlDType::F32);
     let printable = |byte: &u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
@@ -99,9 +100,9 @@ fn each_pre_tokenizer_cuts_numbers_and_words_its_own_way() {
 fn control_tokens_are_matched_and_end_a_text() {
     let parts = byte_level("qwen2", &[]);
     assert_eq!(pieces(&parts, "a<|eot_id|>b"), ["a", "<|eot_id|>", "b"]);
-    // The one that the metadata names, then those that are known to end a turn.
+    // First the token that the metadata names, then tokens known to end a turn.
     assert_eq!(text(&parts).eos_token_ids(), [256, 257]);
-    // A letter and its accent are one to Qwen's tokenizer.
+    // Qwen's tokenizer normalises to NFC, which composes a letter and its accent.
     let composed = |pre: &str| {
         let model = text(&byte_level(pre, &[]));
         model.encode("e\u{301}", false).unwrap() == model.encode("\u{e9}", false).unwrap()
@@ -115,7 +116,7 @@ struct Encoded {
     ids: Vec<u32>,
 }
 
-/// A SentencePiece model, and the ids that its own library gives; see make_reference.py.
+/// Compares with the ids that the SentencePiece library gives for the same model; see make_reference.py.
 #[test]
 fn sentence_piece_as_its_own_library() {
     let files = text_files(&here("sentencepiece.gguf")).unwrap();
@@ -125,7 +126,7 @@ fn sentence_piece_as_its_own_library() {
     for Encoded { text, ids } in cases {
         assert_eq!(model.encode(&text, false).unwrap(), ids, "{text:?}");
         assert_eq!(model.decode(&ids, true).unwrap(), text);
-        // Begin-of-text first, since the file does not say otherwise.
+        // Begin-of-text is prepended, since the file does not say otherwise.
         assert_eq!(model.encode(&text, true).unwrap()[0], 1);
     }
     assert_eq!(model.eos_token_ids(), [2]);

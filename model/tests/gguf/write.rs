@@ -1,4 +1,4 @@
-//! GGUF files written from Hugging Face folders, as llama.cpp's convert_hf_to_gguf.py writes them.
+//! Writes GGUF files from Hugging Face folders, like llama.cpp's convert_hf_to_gguf.py.
 
 use std::{collections::HashMap, fs, path::Path};
 
@@ -12,7 +12,7 @@ use candle_core::{
 use overfill_model::{ModelConfig, Rope, RopeScaling, Weights};
 use serde_json::Value as Json;
 
-/// What a file is made of; a test may change it before it is written.
+/// The content of a file. Tests may change it before writing.
 pub struct Parts {
     pub metadata: Vec<(String, Value)>,
     pub tensors: Vec<(String, QTensor)>,
@@ -39,7 +39,7 @@ pub fn texts<T: ToString>(items: impl IntoIterator<Item = T>) -> Value {
     Value::Array(items.into_iter().map(|item| Value::String(item.to_string())).collect())
 }
 
-/// Rows as the converter orders those of q and k: per head, `[2, half]` becomes `[half, 2]`.
+/// Reorders rows like the converter reorders those of q and k: per head, `[2, half]` becomes `[half, 2]`.
 fn permute(tensor: &Tensor, head_dim: usize) -> Tensor {
     let (shape, heads) = (tensor.dims().to_vec(), tensor.dim(0).unwrap() / head_dim);
     let split = tensor.reshape((heads, 2, head_dim / 2, shape[1..].iter().product::<usize>())).unwrap();
@@ -72,7 +72,7 @@ fn gguf_name(name: &str) -> String {
     name
 }
 
-/// The parts of a file of `folder`'s model, matrices stored as `dtype`.
+/// The content of a GGUF file for `folder`'s model, with matrices stored as `dtype`.
 pub fn parts(folder: &Path, dtype: GgmlDType) -> Parts {
     let (config, weights) = (ModelConfig::from_folder(folder).unwrap(), Weights::open(folder).unwrap());
     let class = config.raw["architectures"][0].as_str().unwrap();
@@ -116,7 +116,7 @@ pub fn parts(folder: &Path, dtype: GgmlDType) -> Parts {
     Parts { metadata, tensors }
 }
 
-/// The converter's factors are what the frequencies were divided by.
+/// The converter's rope factors: unscaled frequencies divided by scaled ones.
 pub fn rope_factors(config: &ModelConfig) -> (String, QTensor) {
     let (rope, head_dim) = (&config.ropes[0], config.head_dim);
     let unscaled = Rope { scaling: RopeScaling::None, ..rope.clone() };

@@ -1,19 +1,19 @@
-//! Elements of a KV cache.
+//! Element types of a KV cache.
 
 use half::{bf16, f16};
 
 use super::simd::Simd;
 
-/// A type that KV may be stored in; arithmetic is in f32.
+/// A storage type of KV. Arithmetic is in f32.
 pub(crate) trait Element: Copy + Send + Sync {
-    /// Rounds to nearest.
+    /// Converts from f32, rounding to nearest.
     fn from_f32(value: f32) -> Self;
-    /// Exact.
+    /// Converts to f32, exactly.
     fn to_f32(self) -> f32;
-    /// As many values as a vector has lanes, as f32.
+    /// Loads a vector of LANES values, converted to f32.
     ///
     /// # Safety
-    /// They are there, and the processor has the instruction set.
+    /// `from` points to LANES values, and the processor has the instruction set.
     #[allow(unsafe_code)]
     unsafe fn load<S: Simd>(from: *const Self) -> S::F;
 }
@@ -30,7 +30,7 @@ macro_rules! element {
             #[inline(always)]
             #[allow(unsafe_code)]
             unsafe fn load<S: Simd>(from: *const Self) -> S::F {
-                // SAFETY: the caller's; f16 is its bits.
+                // SAFETY: guaranteed by the caller; f16 has the layout of u16.
                 unsafe { S::$load(from.cast::<$pointer>()) }
             }
         }

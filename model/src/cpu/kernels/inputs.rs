@@ -1,4 +1,4 @@
-//! Inputs of a product: rows of f32, of bf16, or of bytes with a scale for each 32.
+//! Inputs of a product: rows of f32, of bf16, or of int8 with one scale per 32 values.
 
 use half::bf16;
 use rayon::prelude::*;
@@ -8,16 +8,17 @@ use super::{
     simd::{Isa, Kernel, Simd},
 };
 
-/// Values below which it does not pay that another thread turns them into another type.
+/// Minimum number of values that a thread converts at a time.
 const WORTH_SHARING: usize = 1 << 14;
 
-/// Rows of the next tile, so that the last is not much smaller than the others.
+/// Number of rows of the next tile. Splits `left` rows evenly, so that the last tile is not much smaller than the
+/// others.
 #[inline(always)]
 pub(crate) fn tile_rows(left: usize, most: usize) -> usize {
     left.div_ceil(left.div_ceil(most))
 }
 
-/// To the nearest, of two the even one, without a branch for NaN: those that arithmetic makes stay what they are.
+/// Rounds to nearest, ties to even. There is no branch for NaN: the NaNs that arithmetic produces stay NaN.
 #[inline(always)]
 pub(crate) fn round_bf16(x: f32) -> bf16 {
     let bits = x.to_bits();
@@ -28,7 +29,7 @@ fn rows_worth_sharing(columns: usize) -> usize {
     (WORTH_SHARING / columns.max(1)).max(1)
 }
 
-/// What inputs are turned into before they meet weights.
+/// The type that inputs are converted to before they are multiplied with weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum InputType {
     F32,
@@ -36,24 +37,24 @@ pub(crate) enum InputType {
     Int8,
 }
 
-/// Memory for inputs of other types than f32, kept from one use to the next.
+/// Buffers for converted inputs, reused between products.
 #[derive(Default)]
 pub(crate) struct InputBuffer {
     rounded: Rounded,
     quantised: Quantised,
 }
 
-/// Rows of a tile of bf16 inputs, at most: with two vectors of weights, as many sums as fit in 32 registers.
+/// Maximum rows of a tile of bf16 inputs: with two vectors of weights, the sums fit in 32 registers.
 const MOST_TILE_ROWS: usize = 12;
 
-/// Rows rounded to bf16, in the order in which a tile of rows is read.
+/// Rows rounded to bf16, in the order in which the kernel reads a tile of rows.
 #[derive(Default)]
 pub(crate) struct Rounded {
-    /// Tiles, each `[stride / 2][rows of the tile][2]`; zero past the end of a row.
+    /// Tiles, each `[stride / 2][rows of the tile][2]`. Rows are padded with zeros to `stride`.
     pub(crate) values: Vec<bf16>,
-    /// Values of a row, an even number.
+    /// Values per row including padding; even.
     pub(crate) stride: usize,
-    /// Rows of each tile but the last, which may have fewer.
+    /// Rows per tile. The last tile may have fewer.
     pub(crate) tile_rows: usize,
 }
 
@@ -70,7 +71,7 @@ impl Rounded {
     }
 }
 
-/// One tile.
+/// Rounds one tile.
 struct Round<'a> {
     x: &'a [f32],
     to: &'a mut [bf16],
@@ -94,16 +95,17 @@ impl Kernel for Round<'_> {
     }
 }
 
-/// Rows quantised for integer kernels.
+/// Rows quantised to int8 for the integer kernels.
 #[derive(Default)]
 pub(crate) struct Quantised {
-    /// `[rows][groups * 32]`, -127 to 127; zero past the end of a row.
+    /// `[rows][groups * 32]`, from -127 to 127. Rows are padded with zeros.
     pub(crate) values: Vec<i8>,
-    /// The same in 16 bits, for instruction sets that multiply those: of each four, the first, third, second, fourth.
+    /// The same values in 16 bits, for instruction sets that multiply 16-bit numbers. Of every four values, the second
+    /// and third are swapped.
     pub(crate) wide: Vec<i16>,
     /// `[rows][groups]`.
     pub(crate) scales: Vec<f32>,
-    /// `[rows][groups]`: sums of the values.
+    /// `[rows][groups]`: sum of each group's values.
     pub(crate) sums: Vec<i32>,
     pub(crate) groups: usize,
 }
@@ -125,7 +127,7 @@ impl Quantised {
     }
 }
 
-/// One row.
+/// Quantises one row.
 struct Quantise<'a> {
     x: &'a [f32],
     values: &'a mut [i8],
@@ -141,10 +143,11 @@ impl Kernel for Quantise<'_> {
     unsafe fn run<S: Simd>(self) {
         let groups = self.values.chunks_exact_mut(GROUP).zip(self.scales).zip(self.sums);
         for (x, ((values, scale), sum)) in self.x.chunks(GROUP).zip(groups) {
-            // A whole group, in eight lanes, so that the compiler uses vectors.
+            // Pads to a whole group, so that the compiler vectorises the loops over eight lanes.
             let mut group = [0.0_f32; GROUP];
             group[..x.len()].copy_from_slice(x);
-            // Without their signs, bits are in the order of values, infinity and NaN above all: then so is the scale.
+            // Without signs, bit patterns order like values, with infinity and NaN greatest. So NaN and infinity
+            // propagate to the scale.
             let mut lanes = [0_u32; 8];
             for x in group.chunks_exact(8) {
                 for (lane, x) in lanes.iter_mut().zip(x) {
@@ -155,7 +158,7 @@ impl Kernel for Quantise<'_> {
             *scale = greatest / 127.0;
             let inverse = if greatest == 0.0 { 0.0 } else { 127.0 / greatest };
             for (value, x) in values.iter_mut().zip(group) {
-                // Adding 1.5 * 2^23 leaves the number, rounded, in the low bits.
+                // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
                 *value = (x * inverse + 12_582_912.0).to_bits() as i8;
             }
             *sum = values.iter().map(|v| i32::from(*v)).sum();
@@ -168,7 +171,7 @@ impl Kernel for Quantise<'_> {
     }
 }
 
-/// `[rows, columns]` as a kernel wants them.
+/// Inputs `[rows, columns]` in a kernel's input type.
 #[derive(Clone, Copy)]
 pub(crate) struct Inputs<'a> {
     pub(crate) rows: usize,
@@ -184,7 +187,7 @@ pub(crate) enum Values<'a> {
 }
 
 impl<'a> Inputs<'a> {
-    /// `x` is `[rows, columns]`; `wanted` is what [`super::packed::WeightFormat::inputs`] says.
+    /// Converts `x`, `[rows, columns]`, to `wanted`, which is the result of [`super::packed::WeightFormat::inputs`].
     pub(crate) fn new(isa: Isa, wanted: InputType, x: &'a [f32], columns: usize, buffer: &'a mut InputBuffer) -> Self {
         let values = match wanted {
             InputType::F32 => Values::F32(x),
@@ -202,7 +205,7 @@ impl<'a> Inputs<'a> {
 }
 
 impl Arithmetic {
-    /// `x` as it meets this matrix.
+    /// Converts `x` to the input type for a product with `matrix`.
     pub(crate) fn inputs<'a>(self, matrix: &Packed, x: &'a [f32], buffer: &'a mut InputBuffer) -> Inputs<'a> {
         Inputs::new(self.isa, matrix.format().inputs(self), x, matrix.columns(), buffer)
     }
@@ -243,12 +246,12 @@ mod tests {
 
         #[test]
         fn rounding_is_that_of_bf16(x in prop::num::f32::ANY) {
-            // NaN may lose what tells it from another, as long as it is one that arithmetic makes.
+            // The payload of a NaN may change; only NaNs produced by arithmetic need to stay NaN.
             if !x.is_nan() {
                 prop_assert_eq!(round_bf16(x).to_bits(), bf16::from_f32(x).to_bits());
             }
             prop_assert!(round_bf16(f32::NAN).is_nan());
-            // Half way between two.
+            // Halfway between two bf16 values.
             let tie = f32::from_bits(x.to_bits() & 0xffff_0000 | 0x8000);
             if !tie.is_nan() {
                 prop_assert_eq!(round_bf16(tie).to_bits(), bf16::from_f32(tie).to_bits());

@@ -1,28 +1,28 @@
-//! Memory that a step walks through.
+//! Memory that a step reads and writes.
 
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
 use memmap2::MmapMut;
 
-/// Memory that begins at a multiple of this can be of large pages from the start.
+/// Size of a large page. Memory aligned to it can use large pages from its beginning.
 const LARGE_PAGE_BYTES: usize = 2 << 20;
 
-/// Bytes, zero at first, in large pages where the system has them: in small ones, looking up their places costs
-/// time beside reading weights, and more beside reading blocks of KV, which are scattered.
+/// Zero-initialised bytes, in large pages if the system supports them. With small pages, address translation slows down
+/// reading weights, and slows down reading KV blocks even more, because they are scattered.
 pub(crate) struct LargePages {
     memory: MmapMut,
-    /// Where the bytes lie in `memory`.
+    /// Offset of the bytes in `memory`.
     first: usize,
     size: usize,
 }
 
 impl LargePages {
-    /// What is never touched takes no memory.
+    /// Allocates `size` bytes. Pages that are never accessed use no memory.
     pub(crate) fn zeroed(size: usize) -> std::io::Result<Self> {
         let memory = MmapMut::map_anon(size + LARGE_PAGE_BYTES)?;
         let first = memory.as_ptr().align_offset(LARGE_PAGE_BYTES).min(LARGE_PAGE_BYTES);
-        // A system without them is no fault.
+        // The error is ignored: large pages are only an optimisation.
         #[cfg(target_os = "linux")]
         let _ = memory.advise_range(memmap2::Advice::HugePage, first, size);
         #[cfg(all(test, target_arch = "x86_64"))]
@@ -34,16 +34,16 @@ impl LargePages {
     }
 }
 
-/// Says to valgrind that nobody may read there; elsewhere it does nothing. A mapping is of whole pages, and longer than what is
-/// kept in it.
+/// Makes valgrind report accesses to these bytes; without valgrind it does nothing. A mapping consists of whole pages,
+/// so it is larger than the bytes in use.
 #[cfg(all(test, target_arch = "x86_64"))]
 #[allow(unsafe_code)]
 fn hide_from_memcheck(bytes: &[u8]) {
     /// `VALGRIND_MAKE_MEM_NOACCESS` of valgrind's memcheck.h.
     const MAKE_NO_ACCESS: usize = (b'M' as usize) << 24 | (b'C' as usize) << 16;
     let request = [MAKE_NO_ACCESS, bytes.as_ptr().addr(), bytes.len(), 0, 0, 0];
-    // SAFETY: valgrind knows these instructions as a request; to a processor they change nothing (128 bits of rotation, and
-    // an exchange of a register with itself).
+    // SAFETY: valgrind recognises these instructions as a request. On a processor they have no effect: they rotate a
+    // register by 128 bits in total and exchange a register with itself.
     unsafe {
         std::arch::asm!(
             "rol rdi, 3", "rol rdi, 13", "rol rdi, 61", "rol rdi, 51", "xchg rbx, rbx",
@@ -66,14 +66,14 @@ impl DerefMut for LargePages {
     }
 }
 
-/// Values of which each task of parallel work writes some, in places of its own.
+/// Values that parallel tasks write to, each in its own disjoint parts.
 pub(crate) struct Shared<'a> {
     values: *mut f32,
     count: usize,
     of: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: it stands for a `&mut [f32]`, of which its users give each task other places.
+// SAFETY: it stands for a `&mut [f32]`. The contract of `part` keeps accesses disjoint.
 #[allow(unsafe_code)]
 unsafe impl Sync for Shared<'_> {}
 
@@ -82,14 +82,14 @@ impl<'a> Shared<'a> {
         Self { values: values.as_mut_ptr(), count: values.len(), of: PhantomData }
     }
 
-    /// `count` values from `at` on.
+    /// The `count` values starting at `at`.
     ///
     /// # Safety
-    /// While the result is used, no other part of it is, in this task or another, that has a value in common.
+    /// While the result is in use, no other part in use, in this or another task, may overlap it.
     #[allow(unsafe_code, clippy::mut_from_ref)]
     pub(crate) unsafe fn part(&self, at: usize, count: usize) -> &mut [f32] {
-        assert!(at <= self.count && count <= self.count - at, "{count} values from {at} on, of {}", self.count);
-        // SAFETY: they are there, and the caller says that nothing else has them.
+        assert!(at <= self.count && count <= self.count - at, "{count} values at {at} exceed {}", self.count);
+        // SAFETY: the assert checked the range, and the caller guarantees that no other part overlaps it.
         unsafe { std::slice::from_raw_parts_mut(self.values.add(at), count) }
     }
 }

@@ -1,4 +1,4 @@
-//! Loops over memory that no tensor operation expresses. Nothing above this module sees a memory layout.
+//! The compute kernels. Nothing outside this module depends on memory layouts.
 
 pub(crate) mod attention;
 pub(crate) mod element;

@@ -1,10 +1,11 @@
-//! Weight matrices as the kernels read them: panels of 32 rows, in each of which what one step of a kernel needs lies
-//! together.
+//! Weight matrices in the layout that the kernels read: panels of 32 rows. Within a panel, the data for one step of a
+//! kernel is contiguous.
 //!
-//! A panel holds 32 rows of the matrix (32 outputs) and all K columns (inputs). A vector register holds one input's
-//! weights for as many outputs, so one input, broadcast, meets a register of weights: no sums across lanes, and any K.
+//! A panel holds 32 rows of the matrix (32 outputs) and all K columns (inputs). A vector register holds the weights of
+//! one input for several outputs, and is multiplied with that input, broadcast. So there are no sums across lanes, and
+//! K is arbitrary.
 //!
-//! | format | a panel is | bytes a weight |
+//! | format | layout of a panel | bytes per weight |
 //! |---|---|---|
 //! | f32, f16 | `[K][32]` | 4, 2 |
 //! | bf16 | `[K/2][32][2]`: shifting and masking a register widens it | 2 |
@@ -12,9 +13,8 @@
 //! | int8-channel | `{[32] f32 scales}`, then `[K/32][8][32][4]` bytes | 1 |
 //! | int4 | `[K/32]` groups of `{[32] f16 scales, [4][32][4] bytes}`: input j in low halves, j + 4 in high ones | 0.5625 |
 //!
-//! int8 and int4 quantise as llama.cpp's Q8_0 and Q4_0 do (one scale for 32 inputs), so what was quantised so before loses
-//! nothing more.
-//! Integers are stored as unsigned bytes, with 128 or 8 added; see [`super::simd::Simd`].
+//! int8 and int4 quantise like llama.cpp's Q8_0 and Q4_0 (one scale per 32 inputs), so weights from such files lose no
+//! further precision. Integers are stored as unsigned bytes, with 128 or 8 added; see [`super::simd::Simd`].
 
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -22,15 +22,15 @@ use rayon::prelude::*;
 use super::{inputs::InputType, memory::LargePages, simd::Isa};
 pub(crate) use crate::options::WeightFormat;
 
-/// Outputs in a panel.
+/// Outputs per panel.
 pub(crate) const PANEL: usize = 32;
-/// Inputs that share a scale.
+/// Inputs per scale.
 pub(crate) const GROUP: usize = 32;
-/// Bytes of a group's f16 scales.
+/// Size of a group's f16 scales in bytes.
 pub(crate) const SCALES_BYTES: usize = 2 * PANEL;
 
 impl WeightFormat {
-    /// Bytes of a panel of a matrix with `columns` columns.
+    /// Size in bytes of a panel of a matrix with `columns` columns.
     pub(crate) fn panel_bytes(self, columns: usize) -> usize {
         let groups = columns.div_ceil(GROUP);
         match self {
@@ -43,7 +43,7 @@ impl WeightFormat {
         }
     }
 
-    /// Bytes of a group of an integer format; meaningless for other formats.
+    /// Size in bytes of a group in an integer format; meaningless for other formats.
     pub(crate) fn group_bytes(self) -> usize {
         match self {
             Self::Int8Channel => PANEL * GROUP,
@@ -52,10 +52,10 @@ impl WeightFormat {
         }
     }
 
-    /// What inputs are turned into, depending on whether there are few rows or many at a time.
+    /// The type that inputs are converted to.
     ///
-    /// The answer is the same for every product that one node computes, so that a row's result never depends on what is
-    /// beside it.
+    /// It is the same for every product that a node computes, so that a row's result never depends on the other rows of
+    /// the batch.
     pub(crate) fn inputs(self, Arithmetic { isa, rows }: Arithmetic) -> InputType {
         match self {
             Self::Bf16 if isa.traits().fast_bf16 => InputType::Bf16,
@@ -66,35 +66,35 @@ impl WeightFormat {
     }
 }
 
-/// How many rows of inputs a node usually multiplies at a time.
+/// Number of input rows that a node usually multiplies at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rows {
-    /// One for each running request: reading weights is what takes time.
+    /// One row per running request, as on decode nodes: reading weights takes most of the time.
     Few,
-    /// Those of a prompt: multiplying is what takes time.
+    /// The tokens of a prompt, as on prefill nodes: multiplying takes most of the time.
     Many,
 }
 
-/// How a node computes: the same for all of a model's layers.
+/// How a node computes. It is the same for all layers of a model.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Arithmetic {
     pub(crate) isa: Isa,
     pub(crate) rows: Rows,
 }
 
-/// A matrix `[rows, columns]`, packed. It owns its memory.
+/// A packed matrix `[rows, columns]` that owns its memory.
 pub(crate) struct Packed {
     format: WeightFormat,
     rows: usize,
     columns: usize,
-    /// Panels, one after the other.
+    /// The panels, in order.
     memory: LargePages,
 }
 
 impl Packed {
-    /// Packs a matrix whose rows `read(panel, values)` gives, 32 at a time as `[32][columns]` f32 (all zero before the call:
-    /// rows that there are not may stay so). Panels are packed in parallel, and nothing but one panel a thread exists
-    /// unpacked.
+    /// Packs a matrix. `read(panel, values)` fills in 32 rows at a time, `[32][columns]` f32. `values` is zero before
+    /// the call, and rows past the end may stay zero. Panels are packed in parallel, and each thread holds only one
+    /// unpacked panel.
     pub(crate) fn pack<E: Send + From<std::io::Error>>(
         format: WeightFormat,
         rows: usize,
@@ -118,22 +118,22 @@ impl Packed {
         self.format
     }
 
-    /// Outputs.
+    /// Number of outputs.
     pub(crate) fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Inputs.
+    /// Number of inputs.
     pub(crate) fn columns(&self) -> usize {
         self.columns
     }
 
-    /// Bytes of memory.
+    /// Size of all panels in bytes.
     pub(crate) fn size_bytes(&self) -> usize {
         self.panels() * self.format.panel_bytes(self.columns)
     }
 
-    /// How many panels there are.
+    /// Number of panels.
     pub(crate) fn panels(&self) -> usize {
         self.rows.div_ceil(PANEL)
     }
@@ -143,7 +143,7 @@ impl Packed {
         &self.memory[i * size..][..size]
     }
 
-    /// One row as f32, `[columns]`: a tied embedding is read so.
+    /// Unpacks one row into f32, `[columns]`. Used to look up embeddings.
     pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
         let (panel, lane) = (self.panel(row / PANEL), row % PANEL);
         let half = |i: usize| [panel[2 * i], panel[2 * i + 1]];
@@ -177,12 +177,12 @@ impl Packed {
     }
 }
 
-/// Place, in a group's bytes, of input `k` (0 to 31) and output `lane`.
+/// Index within a group's bytes of input `k` (0 to 31) and output `lane`.
 fn int8_at(k: usize, lane: usize) -> usize {
     (k / 4 * PANEL + lane) * 4 + k % 4
 }
 
-/// The same for int4, and how far its four bits are shifted.
+/// The same for int4, and the bit shift of the value within the byte.
 fn int4_at(k: usize, lane: usize) -> (usize, u32) {
     ((k / 8 * PANEL + lane) * 4 + k % 4, if k % 8 < 4 { 0 } else { 4 })
 }
@@ -227,7 +227,7 @@ fn pack_panel(format: WeightFormat, values: &[f32], columns: usize, panel: &mut 
             WeightFormat::Int4 => {
                 for (group, values) in panel.chunks_exact_mut(group_bytes).zip(row.chunks(GROUP)) {
                     let (scales, bytes) = group.split_at_mut(SCALES_BYTES);
-                    // The greatest becomes -8: that end of the range has one step more.
+                    // The value of greatest magnitude becomes -8, because the range is -8 to 7.
                     let extreme = values.iter().copied().fold(0.0, |a: f32, b| if b.abs() > a.abs() { b } else { a });
                     let scale = f16::from_f32(extreme / -8.0);
                     put2(scales, lane, scale.to_le_bytes());
@@ -255,7 +255,7 @@ fn greatest(values: &[f32]) -> f32 {
     values.iter().fold(0.0, |a: f32, b| a.max(b.abs()))
 }
 
-/// 0 where there is nothing to scale.
+/// `1 / scale`, or 0 if all values are zero.
 fn inverse(scale: f32) -> f32 {
     if scale == 0.0 { 0.0 } else { 1.0 / scale }
 }

@@ -1,4 +1,4 @@
-//! What is done to one row of activations between products.
+//! Operations on single rows of activations.
 
 use super::simd::{Isa, Kernel, Simd};
 
@@ -20,7 +20,7 @@ pub(crate) fn rms_norm_in_place(isa: Isa, x: &mut [f32], weight: &[f32], eps: f3
     }
 }
 
-/// What makes the mean square 1, nearly.
+/// The factor that makes the mean square 1 (up to `eps`).
 fn scale_to_one(isa: Isa, x: &[f32], eps: f32) -> f32 {
     1.0 / (isa.run(SumOfSquares(x)) / x.len() as f32 + eps).sqrt()
 }
@@ -34,7 +34,7 @@ impl Kernel for SumOfSquares<'_> {
     unsafe fn run<S: Simd>(self) -> f32 {
         let chunks = self.0.chunks_exact(S::LANES);
         let tail: f32 = chunks.remainder().iter().map(|x| x * x).sum();
-        // SAFETY: a chunk has LANES values.
+        // SAFETY: a chunk holds LANES values.
         unsafe {
             let mut sums = S::splat(0.0);
             for chunk in chunks {
@@ -46,8 +46,8 @@ impl Kernel for SumOfSquares<'_> {
     }
 }
 
-/// Rotates a head: its first half with its second (Su et al., arXiv 2104.09864, in Hugging Face's order). `cos` and `sin` are
-/// half as long as `x`.
+/// Rotates a head: its first half with its second (Su et al., arXiv 2104.09864, in Hugging Face's order). `cos` and
+/// `sin` have half the length of `x`.
 pub(crate) fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]) {
     let (first, second) = x.split_at_mut(cos.len());
     for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
@@ -55,7 +55,7 @@ pub(crate) fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
-/// `out = silu(gate) * up` (Shazeer, arXiv 2002.05202); `gate` and `up` are 32 long, `out` at most.
+/// `out = silu(gate) * up` (Shazeer, arXiv 2002.05202). `gate` and `up` have 32 values, `out` at most 32.
 pub(crate) struct SiluMul<'a> {
     pub(crate) gate: &'a [f32],
     pub(crate) up: &'a [f32],
@@ -73,7 +73,7 @@ impl Kernel for SiluMul<'_> {
             // SAFETY: 32 is a multiple of LANES.
             unsafe {
                 let gate = S::load(self.gate.as_ptr().add(i));
-                // e^x is only good to x = 88; silu of less than -88 is 0 anyway.
+                // `S::exp` is accurate up to x = 88. silu of values below -88 is 0 anyway.
                 let negative = S::sub(S::splat(0.0), S::max(gate, S::splat(-88.0)));
                 let denominator = S::add(S::splat(1.0), S::exp(negative));
                 let silu = S::div(gate, denominator);

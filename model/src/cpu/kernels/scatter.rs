@@ -1,4 +1,4 @@
-//! Writing new keys and values into their blocks.
+//! Writes new keys and values into their blocks.
 
 use overfill_kv::BLOCK_TOKENS;
 

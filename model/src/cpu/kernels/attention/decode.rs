@@ -1,9 +1,9 @@
-//! Attention of newest tokens: each KV byte is read once, in the order in which it lies; query heads that share a KV head
-//! share the read.
+//! Decode: attention of newest tokens. Each KV byte is read once, sequentially; query heads that share a KV head share
+//! the read.
 //!
-//! A sequence's blocks are taken in segments, each with a softmax of its own, which are then merged in order (as in
-//! flash decoding). The segments of a single token are computed in parallel. The arithmetic is the same, whatever else is in
-//! the batch and however many threads there are.
+//! A sequence's blocks are split into segments, each with its own softmax, and the results are merged in order (as in
+//! flash decoding). If a slice has a single token, its segments are computed in parallel. The arithmetic does not
+//! depend on the rest of the batch or on the number of threads.
 
 use std::cell::RefCell;
 
@@ -13,42 +13,42 @@ use rayon::prelude::*;
 use super::{Batch, Heads, PADDING, segment::Segment};
 use crate::cpu::kernels::element::Element;
 
-/// Blocks of a segment: 64 tokens.
+/// Blocks per segment (64 tokens).
 const SEGMENT_BLOCKS: usize = 4;
 
-/// A token's heads over some of its sequence's blocks: the unit of parallel work.
+/// The unit of parallel work: all heads of a token over one or all segments of its sequence.
 #[derive(Clone, Copy)]
 struct Task {
     slice: usize,
     /// Row of the token in the batch.
     row: usize,
-    /// Keys that it sees.
+    /// Number of keys that it attends to.
     visible: usize,
-    /// The only segment, where a token's segments are shared out.
+    /// The segment to compute; `None` means all.
     segment: Option<usize>,
 }
 
-/// Memory that is kept from one call to the next.
+/// Buffers that are reused between calls.
 #[derive(Default)]
 pub(super) struct Scratch {
     tasks: Vec<Task>,
-    /// The first task of each row of the batch, and the end of the last row's.
+    /// Index of the first task of each row of the batch, followed by the number of tasks.
     firsts: Vec<usize>,
     partials: Vec<f32>,
 }
 
-/// Elements of a head, as whole vectors.
+/// Elements of a head, padded to whole vectors.
 pub(super) fn padded_dim(sizes: Heads) -> usize {
     sizes.head_dim.next_multiple_of(PADDING)
 }
 
-/// A running softmax over some keys, for all heads of a token.
+/// A running softmax over some keys, for all heads of one token.
 pub(super) struct Partial<'a> {
-    /// `[heads]`: the greatest score so far.
+    /// `[heads]`: greatest score so far.
     pub(super) greatest: &'a mut [f32],
-    /// `[heads]`: the sum of weights, relative to the greatest.
+    /// `[heads]`: sum of the weights, relative to the greatest score.
     pub(super) total: &'a mut [f32],
-    /// `[heads][padded head_dim]`: values by weight.
+    /// `[heads][padded head_dim]`: weighted sum of the values.
     pub(super) values: &'a mut [f32],
 }
 
@@ -69,7 +69,7 @@ impl<'a> Partial<'a> {
         self.values.fill(0.0);
     }
 
-    /// Takes in what another one, in such memory, has seen.
+    /// Merges another partial result, which is stored in the same layout.
     fn merge(&mut self, other: &[f32], sizes: Heads) {
         let padded = padded_dim(sizes);
         let (greatests, rest) = other.split_at(sizes.heads);
@@ -91,11 +91,11 @@ impl<'a> Partial<'a> {
 }
 
 thread_local! {
-    /// Queries, scores, a block's keys and values, and a partial result.
+    /// Queries, scores, one block's keys and values, and a partial result.
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Attention of a batch into `out`.
+/// Computes attention of a batch into `out`.
 pub(super) fn attend<T: Element>(batch: &Batch<'_, T>, shared: bool, out: &mut [f32], scratch: &mut Scratch) {
     let Scratch { tasks, firsts, partials } = scratch;
     tasks.clear();
@@ -104,7 +104,7 @@ pub(super) fn attend<T: Element>(batch: &Batch<'_, T>, shared: bool, out: &mut [
     for (i, slice) in batch.slices.iter().enumerate() {
         for token in 0..slice.tokens.len() {
             let visible = slice.start + token + 1;
-            // Partial results of a whole prompt's segments would take more memory than its KV.
+            // For a whole prompt, partial results of all segments would need more memory than its KV.
             let segments = match slice.tokens.len() {
                 1 => visible.div_ceil(BLOCK_TOKENS * SEGMENT_BLOCKS),
                 _ => 1,
@@ -147,7 +147,7 @@ fn run<T: Element>(batch: &Batch<'_, T>, task: &Task, partial: &mut [f32]) {
         let (scores, rest) = rest.split_at_mut(parts[1]);
         let (block, rest) = rest.split_at_mut(parts[2]);
         let local = &mut rest[..parts[3]];
-        // Scores come out scaled if queries go in so.
+        // Scaling the queries scales the scores.
         let scale = 1.0 / (dim as f32).sqrt();
         let q = batch.q[task.row * sizes.heads * dim..].chunks_exact(dim);
         for (query, q) in queries.chunks_exact_mut(padded).zip(q) {
@@ -176,7 +176,7 @@ fn run<T: Element>(batch: &Batch<'_, T>, task: &Task, partial: &mut [f32]) {
     });
 }
 
-/// Merges one row's segments, in the order in which they lie, and divides by the sums of weights.
+/// Merges one row's segments in order, and divides by the sums of weights.
 fn collect(sizes: Heads, segments: &[f32], out: &mut [f32]) {
     SCRATCH.with_borrow_mut(|memory| {
         let each = Partial::floats(sizes);

@@ -1,10 +1,11 @@
-//! Attention over paged KV on the CPU: block by block with a running softmax (Milakov & Gimelshein, arXiv 1805.02867;
-//! Dao et al., arXiv 2205.14135), so that no score matrix exists.
+//! Attention over paged KV on the CPU, block by block with a running softmax (Milakov & Gimelshein, arXiv 1805.02867;
+//! Dao et al., arXiv 2205.14135), so that the score matrix is never stored.
 //!
-//! There are two ways to compute it, since two things can be scarce. A newest token has little to do with each key and value
-//! that it reads: [`decode`] reads them once, in the order in which they lie. Tokens of a prompt share what they read:
-//! [`prefill`] is made for multiplying. A node goes one way alone, by what it is there for, so that a token's result is the
-//! same number whatever else is in the batch, and however a prompt is cut.
+//! There are two implementations, because two resources can be the bottleneck. A newest token does little arithmetic
+//! per key and value: [`decode`] is optimised for memory bandwidth and reads each one once, sequentially. The tokens of
+//! a prompt share the keys and values that they read: [`prefill`] is optimised for arithmetic. A node uses only one of
+//! the two, depending on its role, so that a token's result is exactly the same whatever else is in the batch and
+//! however a prompt is split.
 
 mod decode;
 mod prefill;
@@ -24,20 +25,20 @@ use super::{
 use crate::SequenceSlice;
 pub(crate) use crate::config::Heads;
 
-/// Vectors of the widest instruction set divide this.
+/// Multiple of the vector length of every instruction set.
 const PADDING: usize = 16;
-/// Products below which sharing work out costs more than it brings.
+/// Minimum number of multiplications for which work is distributed to several threads.
 const WORTH_SHARING: usize = 1 << 16;
 
-/// Memory that is kept from one call to the next.
+/// Buffers that are reused between calls.
 #[derive(Default)]
 pub(crate) struct AttentionScratch {
     decode: decode::Scratch,
     prefill: Vec<prefill::Task>,
 }
 
-/// Causal attention of q `[n, heads, head_dim]` over a cache layer `[blocks, 2, kv_heads, 16, head_dim]` into `out`, of q's
-/// shape. `O` is the type of the factors that a prompt's products multiply.
+/// Causal attention of q `[n, heads, head_dim]` over a cache layer `[blocks, 2, kv_heads, 16, head_dim]` into `out`,
+/// which has q's shape. `O` is the operand type of prefill's products.
 pub(crate) fn attend<T: Element, O: Operand<T>>(
     how: Arithmetic,
     q: &[f32],
@@ -50,14 +51,14 @@ pub(crate) fn attend<T: Element, O: Operand<T>>(
     let n: usize = batch.iter().map(|slice| slice.tokens.len()).sum();
     let width = sizes.heads * sizes.head_dim;
     assert!(q.len() == n * width && out.len() == q.len());
-    // Configurations with others are refused; prefill's kernel takes pairs.
-    assert!(sizes.head_dim.is_multiple_of(2), "an odd head_dim");
+    // The configuration rejects an odd head_dim; prefill's bf16 kernel multiplies pairs.
+    assert!(sizes.head_dim.is_multiple_of(2), "head_dim is odd");
     let block_elements = 2 * sizes.kv_heads * BLOCK_TOKENS * sizes.head_dim;
     let mut work = 0;
     for slice in batch {
         let end = slice.start + slice.tokens.len();
         let blocks = &slice.blocks[..end.div_ceil(BLOCK_TOKENS)];
-        assert!(blocks.iter().all(|block| (block.0 as usize + 1) * block_elements <= cache.len()), "a block outside");
+        assert!(blocks.iter().all(|block| (block.0 as usize + 1) * block_elements <= cache.len()), "no such block");
         work += slice.tokens.len() * end * width;
     }
     let shared = work >= WORTH_SHARING;
@@ -68,7 +69,7 @@ pub(crate) fn attend<T: Element, O: Operand<T>>(
     }
 }
 
-/// What attention is computed of. [`attend`] has checked that blocks are in the cache.
+/// The input of attention. [`attend`] has checked that all blocks are within the cache.
 struct Batch<'a, T> {
     isa: Isa,
     q: &'a [f32],

@@ -1,9 +1,9 @@
-//! Attention of prompts. A tile of neighbouring tokens, with all query heads that share a KV head, passes over its keys once,
-//! 64 at a time.
+//! Prefill: attention of prompts. A tile of neighbouring tokens, with all query heads that share a KV head, passes over
+//! its keys once, 64 at a time.
 //!
-//! Queries lie in lanes, so that scores, softmax and sums of values never add up what is within a vector, and keys and values
-//! are single numbers that meet all lanes, as they lie in the cache. Where products of bf16 are faster than those of f32, and
-//! KV is bf16, queries and softmax are rounded to bf16; sums are f32.
+//! Each lane holds a query, so scores, softmax and weighted sums never need sums across lanes. Keys and values are
+//! broadcast to all lanes in the cache's order. If products of bf16 are faster than products of f32, and KV is bf16,
+//! then queries and softmax weights are rounded to bf16; sums are f32.
 
 use std::cell::RefCell;
 
@@ -16,14 +16,14 @@ use super::{
 };
 use crate::cpu::kernels::{element::Element, memory::Shared};
 
-/// Queries of a tile, about: tokens times query heads that share a KV head.
+/// Approximate queries per tile: tokens times query heads per KV head.
 const TILE_ROWS: usize = 144;
 
-/// A tile of one slice's tokens under one KV head: the unit of parallel work.
+/// The unit of parallel work: a tile of one slice's tokens, for one KV head.
 #[derive(Clone, Copy)]
 pub(super) struct Task {
     slice: usize,
-    /// Of the slice's tokens.
+    /// Index in the slice of the tile's first token.
     first: usize,
     tokens: usize,
     /// Row of the first token in the batch.
@@ -32,11 +32,11 @@ pub(super) struct Task {
 }
 
 thread_local! {
-    /// See [`Memory`].
+    /// Memory of a tile; see [`Memory`].
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Attention of a batch into `out`.
+/// Computes attention of a batch into `out`.
 pub(super) fn attend<T: Element, O: Operand<T>>(
     batch: &Batch<'_, T>,
     shared: bool,
@@ -63,7 +63,7 @@ pub(super) fn attend<T: Element, O: Operand<T>>(
             let end = position + task.tokens;
             let blocks = &slice.blocks[..end.div_ceil(BLOCK_TOKENS)];
             let group = sizes.group();
-            // Where the head of a row lies in q and in the result.
+            // Offset in q and in the result of a row's query head.
             let head = |row: usize| {
                 ((task.row + row / group) * sizes.heads + task.kv_head * group + row % group) * sizes.head_dim
             };
@@ -80,7 +80,7 @@ pub(super) fn attend<T: Element, O: Operand<T>>(
                 memory: &mut memory,
             });
             for row in 0..rows {
-                // SAFETY: each task has other heads.
+                // SAFETY: tasks write to disjoint tokens and heads.
                 #[allow(unsafe_code)]
                 let out = unsafe { out.part(head(row), sizes.head_dim) };
                 out.iter_mut().zip(memory.result(row)).for_each(|(out, value)| *out = value);

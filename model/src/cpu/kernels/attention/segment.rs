@@ -1,4 +1,4 @@
-//! The kernel of decode: a token's queries over a run of blocks.
+//! The decode kernel: a token's queries over a run of blocks.
 
 use overfill_kv::{BLOCK_TOKENS, BlockId};
 
@@ -17,13 +17,13 @@ pub(super) struct Segment<'a, 'p, T> {
     pub(super) cache: &'a [T],
     pub(super) sizes: Heads,
     pub(super) blocks: &'a [BlockId],
-    /// Keys that it sees, from the first of these blocks on.
+    /// Number of keys that the token attends to, counted from the first of these blocks.
     pub(super) visible: usize,
     /// `[heads][padded]`.
     pub(super) queries: &'a [f32],
-    /// `[heads that share a KV head][16]`.
+    /// `[query heads per KV head][16]`.
     pub(super) scores: &'a mut [f32],
-    /// Room for keys and values of a block, `[2][16][padded]`.
+    /// Buffer for a block's keys and values as f32, `[2][16][padded]`.
     pub(super) block: &'a mut [f32],
     pub(super) partial: &'a mut Partial<'p>,
 }
@@ -44,7 +44,7 @@ impl<T: Element> Kernel for Segment<'_, '_, T> {
             self.block.fill(0.0);
         }
         let (cache, blocks) = (self.cache, self.blocks);
-        // One KV head of one block, in the order in which they lie.
+        // The keys or values of one KV head of one block, numbered in memory order.
         let of = |place: usize, part: usize| {
             let (block, head) = (blocks[place / kv_heads], place % kv_heads);
             let at = ((block.0 as usize * 2 + part) * kv_heads + head) * BLOCK_TOKENS * dim;
@@ -52,11 +52,11 @@ impl<T: Element> Kernel for Segment<'_, '_, T> {
         };
         for place in 0..blocks.len() * kv_heads {
             let (i, head) = (place / kv_heads, place % kv_heads);
-            // What lies past the last token may be left over from another sequence: it has no weight.
+            // Data past the last token may be left over from another sequence. It gets no weight.
             let filled = self.visible.saturating_sub(i * BLOCK_TOKENS).min(BLOCK_TOKENS);
             let [keys, values] = [0, 1].map(|part| of(place, part));
-            // SAFETY: keys and values are of 16 tokens, each as many elements from the next as is said, and that is a multiple
-            // of LANES.
+            // SAFETY: there are keys and values of 16 tokens, `stride` elements apart, and `stride` is a multiple of
+            // LANES.
             unsafe {
                 if widened {
                     let (wide_keys, wide_values) = self.block.split_at_mut(BLOCK_TOKENS * padded);
@@ -76,34 +76,34 @@ impl<T: Element> Kernel for Segment<'_, '_, T> {
     }
 }
 
-/// Keys and values of 16 tokens.
+/// Keys and values of 16 tokens, for one KV head.
 #[derive(Clone, Copy)]
 struct Block<E> {
     keys: *const E,
     values: *const E,
-    /// Tokens that are there and seen.
+    /// Number of tokens that are filled and attended to.
     filled: usize,
-    /// Keys and values that will be read after these.
+    /// Keys and values that will be read next, for prefetching.
     next: [*const E; 2],
-    /// Elements from one token to the next.
+    /// Distance between two tokens, in elements.
     stride: usize,
 }
 
 impl<T: Element> Segment<'_, '_, T> {
-    /// Takes in one KV head of a block.
+    /// Adds one KV head of a block to the partial result.
     ///
     /// # Safety
-    /// `block` points to 16 keys and values, `stride` apart, each as many whole vectors as `head_dim` takes up. The asserts of
-    /// `run` have held, and the processor has the instruction set.
+    /// `block` points to 16 keys and 16 values, `stride` apart, each as long as `head_dim` rounded up to whole vectors.
+    /// The asserts of `run` have passed, and the processor has the instruction set.
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn attend<S: Simd, E: Element>(&mut self, kv_head: usize, block: Block<E>) {
         let (rows, padded) = (self.sizes.group(), padded_dim(self.sizes));
         let width = self.sizes.head_dim.next_multiple_of(S::LANES);
-        // As many sums as there are registers for.
+        // As many rows as there are registers for their sums.
         let most = if S::LANES == 16 { 4 } else { 2 };
-        // SAFETY: the asserts of `run`: `rows` rows of queries, scores and values, each `padded` long, which is a multiple of
-        // LANES and no less than `width`; keys and values as the caller says.
+        // SAFETY: the asserts of `run` guarantee `rows` rows of queries, scores and values. Each is `padded` long, a
+        // multiple of LANES that is at least `width`. The caller guarantees the keys and values.
         unsafe {
             let mut row = 0;
             while row < rows {
@@ -125,14 +125,14 @@ impl<T: Element> Segment<'_, '_, T> {
     }
 }
 
-/// Rows of `dim` elements, as rows of f32 `padded` apart.
+/// Converts rows of `dim` elements to f32 rows, `padded` apart.
 fn widen<T: Element>(from: &[T], dim: usize, to: &mut [f32], padded: usize) {
     for (from, to) in from.chunks_exact(dim).zip(to.chunks_exact_mut(padded)) {
         to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32());
     }
 }
 
-/// Asks for COUNT vectors that will be read soon.
+/// Prefetches COUNT vectors.
 ///
 /// # Safety
 /// The processor has the instruction set.
@@ -141,16 +141,17 @@ fn widen<T: Element>(from: &[T], dim: usize, to: &mut [f32], padded: usize) {
 unsafe fn prefetch<S: Simd, E: Element, const COUNT: usize>(from: *const E, at: usize) {
     let bytes = from.wrapping_add(at).cast::<u8>();
     for line in (0..COUNT * S::LANES * size_of::<E>()).step_by(64) {
-        // SAFETY: any address will do.
+        // SAFETY: prefetching is allowed for any address.
         unsafe { S::prefetch_far(bytes.wrapping_add(line)) }
     }
 }
 
-/// Scores of ROWS queries under the 16 keys of a block. Those past the last token are of zeros or old keys: no matter.
+/// Computes the scores of ROWS queries for the 16 keys of a block. Scores past the last token are meaningless; `weigh`
+/// clears them.
 ///
 /// # Safety
-/// `queries` are ROWS, `padded` apart, and `block`'s keys 16, all `width` long, a multiple of LANES; there is room for `[ROWS][16]`
-/// scores. The processor has the instruction set.
+/// `queries` points to ROWS queries, `padded` apart, and `block` to 16 keys, all `width` long, a multiple of LANES.
+/// `scores` has room for `[ROWS][16]`. The processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn score<S: Simd, E: Element, const ROWS: usize>(
@@ -161,13 +162,13 @@ unsafe fn score<S: Simd, E: Element, const ROWS: usize>(
     scores: *mut f32,
 ) {
     const KEYS: usize = 4;
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         for first in (0..BLOCK_TOKENS).step_by(KEYS) {
             let mut sums = [[S::splat(0.0); KEYS]; ROWS];
             for d in (0..width).step_by(S::LANES) {
-                // Keys are read four at a time, across their rows, but asked for row by row, as they lie: a processor sees
-                // that order coming.
+                // Four keys are read at a time, alternating between their rows, but prefetched sequentially row by row:
+                // the processor's prefetcher recognises that order.
                 prefetch::<S, E, KEYS>(block.next[0], first * block.stride + d * KEYS);
                 let mut k = [S::splat(0.0); KEYS];
                 for (i, k) in k.iter_mut().enumerate() {
@@ -187,7 +188,7 @@ unsafe fn score<S: Simd, E: Element, const ROWS: usize>(
     }
 }
 
-/// Turns the first `seen` of 16 scores into weights, the others into 0; the result is what earlier weights shrink by.
+/// Turns the first `seen` of 16 scores into weights and the others into 0. Returns the factor for earlier weights.
 ///
 /// # Safety
 /// The processor has the instruction set.
@@ -197,7 +198,7 @@ unsafe fn weigh<S: Simd>(scores: &mut [f32], seen: usize, greatest: &mut f32, to
     let scores = &mut scores[..BLOCK_TOKENS];
     let best = scores[..seen].iter().fold(*greatest, |a, b| a.max(*b));
     for i in (0..BLOCK_TOKENS).step_by(S::LANES) {
-        // SAFETY: LANES divides 16, and indexing would have found fewer scores.
+        // SAFETY: LANES divides 16, and the slice above has 16 scores.
         unsafe {
             let at = scores.as_mut_ptr().add(i);
             S::store(at, S::exp(S::sub(S::load(at), S::splat(best))));
@@ -210,11 +211,11 @@ unsafe fn weigh<S: Simd>(scores: &mut [f32], seen: usize, greatest: &mut f32, to
     shrink
 }
 
-/// `out = out * shrink + weights . values` for ROWS queries and the values that are there.
+/// `out = out * shrink + weights . values` for ROWS queries and the filled tokens of a block.
 ///
 /// # Safety
-/// There are `[ROWS][16]` weights, ROWS of `shrink` and of `out`, `padded` apart, and `block`'s values, all `width` long, a multiple
-/// of LANES. The processor has the instruction set.
+/// `weights` points to `[ROWS][16]` values, `shrink` to ROWS, and `out` to ROWS rows, `padded` apart. The rows of `out`
+/// and of `block`'s values are `width` long, a multiple of LANES. The processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn gather<S: Simd, E: Element, const ROWS: usize>(
@@ -225,7 +226,7 @@ unsafe fn gather<S: Simd, E: Element, const ROWS: usize>(
     out: *mut f32,
     padded: usize,
 ) {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let mut d = 0;
         while d < width {
@@ -240,10 +241,10 @@ unsafe fn gather<S: Simd, E: Element, const ROWS: usize>(
     }
 }
 
-/// The same for VECS vectors from `first` on.
+/// The same for VECS vectors starting at element `first`.
 ///
 /// # Safety
-/// As for [`gather`]; those vectors are within `width`.
+/// As for [`gather`], and the vectors are within `width`.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn gather_lanes<S: Simd, E: Element, const ROWS: usize, const VECS: usize>(
@@ -254,7 +255,7 @@ unsafe fn gather_lanes<S: Simd, E: Element, const ROWS: usize, const VECS: usize
     out: *mut f32,
     padded: usize,
 ) {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let out = out.add(first);
         let mut sums = load_tile::<S, ROWS, VECS>(out, padded);
@@ -281,7 +282,7 @@ unsafe fn gather_lanes<S: Simd, E: Element, const ROWS: usize, const VECS: usize
     }
 }
 
-/// Calls `$f::<S, E, ROWS>` with `$rows`, which is one of the literals, as ROWS.
+/// Calls `$f::<S, E, ROWS>` with ROWS = `$rows`, which must be one of the literals.
 macro_rules! with_rows {
     ($rows:expr, $f:ident, $s:ty, $e:ty, $args:tt, $($n:literal)+) => {
         match $rows { $($n => $f::<$s, $e, $n> $args,)+ _ => unreachable!("a tile of {} rows", $rows) }

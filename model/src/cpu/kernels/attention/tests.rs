@@ -1,4 +1,4 @@
-//! Against the formula in f64, on every instruction set that there is.
+//! Compares the kernels with the formula in f64, on every available instruction set.
 
 use half::{bf16, f16};
 use overfill_kv::BlockId;
@@ -15,7 +15,7 @@ fn random(count: usize, mut state: u64) -> Vec<f32> {
     (0..count).map(|_| next()).collect()
 }
 
-/// The formula, in f64, with no blocks but those of the cache.
+/// The formula in f64; blocks are used only to look up keys and values.
 fn reference(q: &[f32], cache: &[f32], batch: &[SequenceSlice<'_>], sizes: Heads) -> Vec<f64> {
     let Heads { heads, kv_heads, head_dim } = sizes;
     let element = |block: BlockId, part: usize, head: usize, token: usize, d: usize| {
@@ -58,17 +58,17 @@ fn reference(q: &[f32], cache: &[f32], batch: &[SequenceSlice<'_>], sizes: Heads
 
 const MOST_TOKENS: usize = 160;
 
-/// Tokens of a slice: short ones, and some that are more than a tile of prefill.
+/// Number of tokens of a slice: mostly few, sometimes more than a tile of prefill.
 fn tokens() -> impl Strategy<Value = usize> {
     prop_oneof![8 => 1_usize..32, 1 => 32..=MOST_TOKENS]
 }
 
-/// Where a slice starts: anywhere, and around the ends of chunks and segments.
+/// Start position of a slice: arbitrary, or near the ends of chunks and segments.
 fn starts() -> impl Strategy<Value = usize> {
     prop_oneof![6 => 0_usize..300, 1 => 300_usize..1200, 2 => prop::sample::select(vec![0, 15, 16, 62, 63, 64, 127, 128, 191])]
 }
 
-/// What is computed: queries, and slices of what.
+/// Input of a test: queries, slices and sizes.
 struct Case<'a> {
     q: &'a [f32],
     batch: &'a [SequenceSlice<'a>],
@@ -88,9 +88,9 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
     #[test]
     fn it_is_attention(
-        // Groups of real models among them: a tile of decode has four heads at most.
+        // Includes group sizes of real models. A tile of decode has at most four heads.
         group in 1_usize..9, kv_heads in 1_usize..3,
-        // Whole vectors are read where they lie.
+        // If head_dim consists of whole vectors, decode reads the cache without copying.
         head_dim in prop_oneof![(1_usize..36).prop_map(|half| 2 * half), prop::sample::select(vec![32, 64, 128])],
         lengths in prop::collection::vec((tokens(), starts()), 1..3), seed: u64,
     ) {
@@ -99,7 +99,7 @@ proptest! {
         let mut count = 0;
         for (tokens, start) in &lengths {
             let blocks = (tokens + start).div_ceil(BLOCK_TOKENS);
-            // Downwards: a table is a table.
+            // Descending block ids: any order is valid.
             tables.push((count..count + blocks).rev().map(|b| BlockId(b as u32)).collect::<Vec<_>>());
             count += blocks;
         }
@@ -110,10 +110,10 @@ proptest! {
         let rows: usize = lengths.iter().map(|l| l.0).sum();
         let q = random(rows * sizes.heads * sizes.head_dim, seed);
         let mut cache = random(count * 2 * kv_heads * BLOCK_TOKENS * sizes.head_dim, !seed);
-        // Rounded beforehand, so that all types hold the same: multiples of 2^-22 below 4, of 8 bits.
+        // Rounded to bf16 beforehand, so that all types hold the same values.
         cache.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
         let expected = reference(&q, &cache, &batch, sizes);
-        // What lies past a sequence's end must not matter.
+        // Data past a sequence's end must not affect the result.
         for slice in &batch {
             let end = slice.start + slice.tokens.len();
             let block = slice.blocks[(end - 1) / BLOCK_TOKENS].0 as usize;
@@ -127,7 +127,7 @@ proptest! {
         let narrow: Vec<bf16> = cache.iter().map(|x| bf16::from_f32(*x)).collect();
         let half: Vec<f16> = cache.iter().map(|x| f16::from_f32(*x)).collect();
         let case = Case { q: &q, batch: &batch, sizes };
-        // A token alone, once what is before it is in the cache.
+        // A single token, with everything before it already in the cache.
         let first = batch[0];
         let before = first.tokens.len() - 1;
         let last = SequenceSlice { tokens: &tokens[..1], start: first.start + before, ..first };
@@ -142,7 +142,7 @@ proptest! {
                 prop_assert!((f64::from(*got) - exact).abs() < 2e-5, "{isa:?} {rows:?} {i}: {got}, not {exact}");
             }
             prop_assert_eq!(&alone.run::<f32, f32>(isa, rows, &cache)[..], &got[at.clone()]);
-            // Queries and softmax in 8 bits.
+            // Queries and softmax rounded to bf16, which has 8 significant bits.
             let rounded = case.run::<bf16, bf16>(isa, rows, &narrow);
             let mut squares = 0.0;
             for (i, (got, exact)) in rounded.iter().zip(&expected).enumerate() {
@@ -150,7 +150,7 @@ proptest! {
                 prop_assert!(distance < 0.1, "{isa:?} {rows:?} {i}: {got}, not {exact}");
                 squares += distance * distance;
             }
-            // Rounding is; a chunk of keys that is left out moves all of a head's values by more.
+            // Rounding errors average out. A missing chunk of keys would shift all values of a head by more than this.
             let distance = (squares / expected.len() as f64).sqrt();
             prop_assert!(distance < 0.003, "{isa:?} {rows:?}: {distance} apart");
             prop_assert_eq!(&alone.run::<bf16, bf16>(isa, rows, &narrow)[..], &rounded[at.clone()]);

@@ -1,4 +1,4 @@
-//! The kernel of prefill: a tile's queries over all keys that they see.
+//! The prefill kernel: a tile's queries over all keys that they attend to.
 
 use bytemuck::Pod;
 use half::bf16;
@@ -11,25 +11,25 @@ use crate::cpu::kernels::{
     simd::{Kernel, Simd, load_tile, store_tile},
 };
 
-/// Keys between two looks at the softmax.
+/// Keys per update of the softmax.
 const CHUNK_TOKENS: usize = 64;
 
-/// What products are of, where KV is of type `T`.
+/// Operand type of the products, for KV of type `T`.
 pub(crate) trait Operand<T>: Pod + Send + Sync {
-    /// Neighbouring factors that lie in one lane.
+    /// Number of consecutive factors in one lane.
     const PER_LANE: usize;
-    /// Rounds to nearest.
+    /// Converts from f32, rounding to nearest.
     fn round(value: f32) -> Self;
-    /// Puts values, exactly, into each `stride`th place.
+    /// Converts values, exactly, into every `stride`th element of `to`.
     ///
     /// # Safety
     /// The processor has the instruction set.
     #[allow(unsafe_code)]
     unsafe fn convert<S: Simd>(from: &[T], to: &mut [Self], stride: usize);
-    /// Adds to each lane the products of its `PER_LANE` factors, of `PER_LANE * LANES`, with those at `other`.
+    /// Adds to each lane the products of its `PER_LANE` factors with the `PER_LANE` factors at `other`.
     ///
     /// # Safety
-    /// They are there, and the processor has the instruction set.
+    /// `lanes` points to `PER_LANE * LANES` factors, `other` to `PER_LANE`, and the processor has the instruction set.
     #[allow(unsafe_code)]
     unsafe fn dot<S: Simd>(sums: S::F, lanes: *const Self, other: *const Self) -> S::F;
 }
@@ -45,7 +45,7 @@ impl<T: Element> Operand<T> for f32 {
     unsafe fn convert<S: Simd>(from: &[T], to: &mut [Self], stride: usize) {
         let in_vectors = if stride == 1 { from.len().min(to.len()) / S::LANES * S::LANES } else { 0 };
         for i in (0..in_vectors).step_by(S::LANES) {
-            // SAFETY: both slices have a vector there.
+            // SAFETY: both slices have a whole vector at `i`.
             unsafe { S::store(to.as_mut_ptr().add(i), T::load::<S>(from.as_ptr().add(i))) }
         }
         let rest = to.iter_mut().step_by(stride).zip(from).skip(in_vectors);
@@ -54,7 +54,7 @@ impl<T: Element> Operand<T> for f32 {
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn dot<S: Simd>(sums: S::F, lanes: *const Self, other: *const Self) -> S::F {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { S::mul_add(S::splat(*other), S::load(lanes), sums) }
     }
 }
@@ -73,37 +73,37 @@ impl Operand<bf16> for bf16 {
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn dot<S: Simd>(sums: S::F, lanes: *const Self, other: *const Self) -> S::F {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { S::dot_bf16(sums, lanes, other) }
     }
 }
 
-/// Memory of a tile; `rows` are its queries, padded to whole vectors, and `dim` is the size of a head.
+/// Memory of a tile. `rows` is the number of queries, padded to whole vectors; `dim` is the head width.
 pub(super) struct Memory<'a, O> {
-    /// `[dim / PER_LANE][rows][PER_LANE]`, scaled.
+    /// `[dim / PER_LANE][rows][PER_LANE]`, already scaled.
     queries: &'a mut [O],
-    /// Of a chunk of keys, `[64][dim]`.
+    /// Keys of a chunk, `[64][dim]`.
     keys: &'a mut [O],
-    /// Of a chunk of keys, `[64 / PER_LANE][dim][PER_LANE]`.
+    /// Values of a chunk, `[64 / PER_LANE][dim][PER_LANE]`.
     values: &'a mut [O],
-    /// The softmax's numerators, `[64 / PER_LANE][rows][PER_LANE]`.
+    /// Numerators of the softmax, `[64 / PER_LANE][rows][PER_LANE]`.
     weights: &'a mut [O],
     /// `[64][rows]`.
     scores: &'a mut [f32],
-    /// `[rows]`: the greatest score so far.
+    /// `[rows]`: greatest score so far.
     greatest: &'a mut [f32],
-    /// `[rows]`: the sum of weights, relative to the greatest.
+    /// `[rows]`: sum of the weights, relative to the greatest score.
     total: &'a mut [f32],
-    /// `[rows]`: what a chunk makes of the weights before it.
+    /// `[rows]`: factor for the weights of earlier chunks.
     shrink: &'a mut [f32],
-    /// `[dim][rows]`: values by weight.
+    /// `[dim][rows]`: weighted sum of the values.
     attended: &'a mut [f32],
     rows: usize,
     dim: usize,
 }
 
 impl<'a, O> Memory<'a, O> {
-    /// Cuts it out of `memory`, for a softmax that has seen nothing.
+    /// Splits `memory` into the buffers, and resets the softmax.
     pub(super) fn prepare<T>(memory: &'a mut Vec<f32>, rows: usize, head_dim: usize) -> Self
     where
         O: Operand<T>,
@@ -128,7 +128,7 @@ impl<'a, O> Memory<'a, O> {
         Self { queries, keys, values, weights, scores, greatest, total, shrink, attended, rows, dim }
     }
 
-    /// Lays queries in lanes, times the scale that scores shall have.
+    /// Arranges queries in lanes, multiplied by the scale of the scores.
     pub(super) fn take_queries<'q, T>(&mut self, queries: impl Iterator<Item = &'q [f32]>)
     where
         O: Operand<T>,
@@ -142,26 +142,26 @@ impl<'a, O> Memory<'a, O> {
         }
     }
 
-    /// What a query attended to.
+    /// The result of attention for one query.
     pub(super) fn result(&self, row: usize) -> impl Iterator<Item = f32> {
         let total = self.total[row];
         self.attended[row..].iter().step_by(self.rows).map(move |value| value / total)
     }
 }
 
-/// The first `count` elements, in memory of f32, and the rest of it.
+/// Splits off the first `count` elements of type `O`.
 fn cut<O: Pod>(memory: &mut [f32], count: usize) -> (&mut [O], &mut [f32]) {
     let (part, rest) = memory.split_at_mut((count * size_of::<O>()).div_ceil(size_of::<f32>()));
     (&mut bytemuck::cast_slice_mut(part)[..count], rest)
 }
 
-/// The kernel: a tile's queries under one KV head, over all keys that its last token sees.
+/// The kernel: a tile's queries for one KV head, over all keys that its last token attends to.
 pub(super) struct Tile<'a, 'm, T, O> {
     pub(super) cache: &'a [T],
     pub(super) sizes: Heads,
     pub(super) kv_head: usize,
     pub(super) blocks: &'a [BlockId],
-    /// Of the first token in the sequence; those after it follow.
+    /// Position of the tile's first token in the sequence; the others follow.
     pub(super) position: usize,
     /// Position past the last token.
     pub(super) end: usize,
@@ -174,12 +174,12 @@ impl<T: Element, O: Operand<T>> Kernel for Tile<'_, '_, T, O> {
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn run<S: Simd>(mut self) {
-        // SAFETY: the caller vouches for the instruction set.
+        // SAFETY: the caller guarantees the instruction set.
         unsafe {
             for first in (0..self.end).step_by(CHUNK_TOKENS) {
                 let count = CHUNK_TOKENS.min(self.end - first);
                 self.take_chunk::<S>(first, count);
-                // Whole vectors of queries that see none of these keys are passed by.
+                // Skips whole vectors of queries that attend to none of these keys.
                 let first_row = self.unseeing(first) / PADDING * PADDING;
                 self.score::<S>(count, first_row);
                 self.weigh::<S>(first, count, first_row);
@@ -190,13 +190,13 @@ impl<T: Element, O: Operand<T>> Kernel for Tile<'_, '_, T, O> {
 }
 
 impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
-    /// How many of the queries, which are in the order of tokens, do not see a key.
+    /// Number of leading queries that do not attend to `key`. Queries are in token order.
     fn unseeing(&self, key: usize) -> usize {
         key.saturating_sub(self.position) * self.sizes.group()
     }
 
-    /// Fetches keys and values of `count` tokens, and zeros in place of those that are not there: what lies past the last
-    /// token may be left over from another sequence.
+    /// Loads the keys and values of `count` tokens, and zeros past the last token, where the cache may hold data of
+    /// another sequence.
     ///
     /// # Safety
     /// The processor has the instruction set.
@@ -217,18 +217,18 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
             });
             let at = i * BLOCK_TOKENS * dim;
             for (from, to) in from_keys.chunks_exact(dim).zip(keys[at..].chunks_exact_mut(dim)) {
-                // SAFETY: the caller's.
+                // SAFETY: guaranteed by the caller.
                 unsafe { O::convert::<S>(from, to, 1) }
             }
             for (i, from) in from_values.chunks_exact(dim).enumerate() {
                 let to = &mut values[at + i / O::PER_LANE * O::PER_LANE * dim..][..O::PER_LANE * dim];
-                // SAFETY: the caller's.
+                // SAFETY: guaranteed by the caller.
                 unsafe { O::convert::<S>(from, &mut to[i % O::PER_LANE..], O::PER_LANE) }
             }
         }
     }
 
-    /// `scores[key][row] = keys[key] . queries[row]` for `count` keys, and rows from `first_row` on.
+    /// `scores[key][row] = keys[key] . queries[row]` for `count` keys and for rows starting at `first_row`.
     ///
     /// # Safety
     /// The processor has the instruction set.
@@ -246,11 +246,12 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
             kept: None,
             rows: *rows,
         };
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { product.run::<S, T>(first_row, scores) }
     }
 
-    /// Turns the scores of `count` keys from `first` on into weights, and those that a query does not see into zero.
+    /// Turns the scores of `count` keys, starting at `first`, into weights: zero for keys that a query does not attend
+    /// to.
     ///
     /// # Safety
     /// The processor has the instruction set.
@@ -266,7 +267,7 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
         }
         assert!(scores.len() == CHUNK_TOKENS * rows && weights.len() == scores.len() && rows.is_multiple_of(PADDING));
         assert!(greatest.len() == rows && total.len() == rows && shrink.len() == rows && count <= CHUNK_TOKENS);
-        // SAFETY: the asserts; LANES divides PADDING.
+        // SAFETY: the asserts check the sizes, and LANES divides PADDING.
         unsafe {
             for at in (first_row..rows).step_by(S::LANES) {
                 let column = scores.as_mut_ptr().add(at);
@@ -305,7 +306,7 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
         }
     }
 
-    /// `attended[d][row] = attended[d][row] * shrink[row] + weights[row] . values[d]` for rows from `first_row` on.
+    /// `attended[d][row] = attended[d][row] * shrink[row] + weights[row] . values[d]` for rows starting at `first_row`.
     ///
     /// # Safety
     /// The processor has the instruction set.
@@ -323,13 +324,13 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
             kept: Some(&**shrink),
             rows: *rows,
         };
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { product.run::<S, T>(first_row, attended) }
     }
 }
 
-/// `out[i][row] = sum over steps of lanes[step][row] * others[i * next_other + step * next_step]`, where a step is of `PER_LANE`
-/// factors, plus what was there times `kept[row]`.
+/// `out[i][row] = out[i][row] * kept[row] + sum over steps of lanes[step][row] * others[i * next_other + step *
+/// next_step]`. A step has `PER_LANE` factors. Without `kept`, the first term is left out.
 struct Product<'a, O> {
     /// `[steps][rows][PER_LANE]`.
     lanes: &'a [O],
@@ -343,7 +344,7 @@ struct Product<'a, O> {
 }
 
 impl<O: Pod> Product<'_, O> {
-    /// Rows from `first_row` on.
+    /// Computes all outputs for rows starting at `first_row`.
     ///
     /// # Safety
     /// The processor has the instruction set.
@@ -358,7 +359,7 @@ impl<O: Pod> Product<'_, O> {
         assert!(self.lanes.len() >= self.steps * rows * O::PER_LANE && self.others.len() >= last);
         assert!(out.len() >= self.outputs * rows && self.kept.is_none_or(|kept| kept.len() == rows));
         assert!(rows.is_multiple_of(PADDING) && first_row.is_multiple_of(PADDING));
-        // As many sums as there are registers for.
+        // As many outputs as there are registers for their sums.
         let most = if S::LANES == 8 { 6 } else { 12 };
         let mut at = first_row;
         while at < rows {
@@ -366,7 +367,7 @@ impl<O: Pod> Product<'_, O> {
             let mut first = 0;
             while first < self.outputs {
                 let n = tile_rows(self.outputs - first, most);
-                // SAFETY: the asserts say that all that a tile touches is there.
+                // SAFETY: the asserts guarantee that all elements of a tile exist.
                 unsafe {
                     match vectors {
                         2 => with_rows!(n, self.tile, S, T, 2, (at, first, out), 1 2 3 4 5 6 7 8 9 10 11 12),
@@ -379,17 +380,17 @@ impl<O: Pod> Product<'_, O> {
         }
     }
 
-    /// OUTPUTS outputs from `first` on, of VECS vectors of rows from `at` on.
+    /// Computes OUTPUTS outputs starting at `first`, for VECS vectors of rows starting at `at`.
     ///
     /// # Safety
-    /// They are there, as the asserts of `run` say of all. The processor has the instruction set.
+    /// These outputs and rows exist, and the asserts of `run` have passed. The processor has the instruction set.
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn tile<S: Simd, T, const OUTPUTS: usize, const VECS: usize>(&self, at: usize, first: usize, out: &mut [f32])
     where
         O: Operand<T>,
     {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let out = out.as_mut_ptr().add(first * self.rows + at);
             let mut sums = [[S::splat(0.0); VECS]; OUTPUTS];
@@ -417,7 +418,7 @@ impl<O: Pod> Product<'_, O> {
     }
 }
 
-/// Calls `$self.$f::<S, T, OUTPUTS, VECS>` with `$n`, which is one of the literals, as OUTPUTS.
+/// Calls `$self.$f::<S, T, OUTPUTS, VECS>` with OUTPUTS = `$n`, which must be one of the literals.
 macro_rules! with_rows {
     ($n:expr, $self:ident.$f:ident, $s:ty, $t:ty, $vecs:literal, $args:tt, $($literal:literal)+) => {
         match $n {

@@ -7,27 +7,27 @@ use crate::cpu::kernels::{
     simd::{Simd, load_tile, store_tile},
 };
 
-/// Inputs whose weights take 16 KiB, half of the first-level cache.
+/// Inputs per chunk; their weights take 16 KiB, half of the first-level cache.
 const CHUNK_COLUMNS: usize = 256;
-/// Bytes ahead of their use that one tile of several rows fetches weights, where there are no chunks.
+/// Prefetch distance in bytes for one tile of several rows, which does not use chunks.
 const WHOLE_AHEAD: usize = 8192;
 
-/// One panel of all rows.
+/// The product of one panel with all rows.
 ///
 /// # Safety
-/// `panel` is one of `columns` columns of bf16, `x` has `rows` rows of as many, and `results` is `[rows][32]`; the processor
-/// has the instruction set.
+/// `panel` has `columns` columns of bf16, `x` has `rows` rows of `columns` values, and `results` is `[rows][32]`. The
+/// processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 pub(super) unsafe fn panel<S: Simd>(panel: &[u8], x: &Rounded, rows: usize, columns: usize, results: &mut [f32]) {
-    // One tile of rows passes over the weights once, and needs no cache.
+    // A single tile of rows reads the weights once, so caching them in chunks is useless.
     let chunk = if rows <= x.tile_rows { columns } else { CHUNK_COLUMNS };
     for first in (0..columns).step_by(chunk) {
         let pairs = chunk.min(columns - first).div_ceil(2);
         let (mut row, tiles) = (0, rows.div_ceil(x.tile_rows));
         for index in 0..tiles {
             let n = x.tile_rows.min(rows - row);
-            // SAFETY: the caller's. An odd last input has a pair in the panel and in the row, both padded.
+            // SAFETY: guaranteed by the caller. If the number of columns is odd, panel and rows are padded to pairs.
             unsafe {
                 let all_lanes = Tile {
                     weights: panel.as_ptr().cast::<half::bf16>().add(first * PANEL),
@@ -49,7 +49,7 @@ pub(super) unsafe fn panel<S: Simd>(panel: &[u8], x: &Rounded, rows: usize, colu
     }
 }
 
-/// Some inputs of a panel, and the rows that meet them.
+/// A chunk of a panel's inputs, and the rows to multiply with them.
 #[derive(Clone, Copy)]
 struct Tile {
     weights: *const half::bf16,
@@ -61,14 +61,14 @@ struct Tile {
 }
 
 impl Tile {
-    /// The same from another lane on.
+    /// The same tile, starting at another lane.
     ///
     /// # Safety
-    /// There is such a lane.
+    /// `lane` is less than 32.
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn at_lane(self, lane: usize) -> Self {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { Self { weights: self.weights.add(2 * lane), results: self.results.add(lane), ..self } }
     }
 }
@@ -76,12 +76,12 @@ impl Tile {
 /// `results[row][lane] += sum over k of x[row][k] * weights[k][lane]` for ROWS rows and VECS vectors of lanes.
 ///
 /// # Safety
-/// `t` points to `pairs` pairs of columns of ROWS rows and of a panel, and to ROWS results; each of panel and results has
-/// VECS * LANES lanes from there on. The processor has the instruction set.
+/// `t` points to `pairs` pairs of columns of ROWS input rows and of a panel, and to ROWS rows of results. Panel and
+/// results have at least VECS * LANES lanes from there. The processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn tile<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile) {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let mut sums = load_tile::<S, ROWS, VECS>(t.results, PANEL);
         for pair in 0..t.pairs {

@@ -1,4 +1,5 @@
-//! Products with weights that are f32, or become it: bf16 in registers or, as f16 and int8 do, a chunk at a time.
+//! Products in f32. bf16 weights are widened in registers; f16 and int8 weights, and bf16 weights for many rows, are
+//! widened one chunk at a time.
 
 use half::bf16;
 
@@ -8,18 +9,19 @@ use crate::cpu::kernels::{
     simd::{Simd, load_tile, store_tile},
 };
 
-/// Up to so many rows multiply bf16 weights as they are; more are worth widening each chunk once.
+/// Up to this many rows use bf16 weights directly. For more rows, widening each chunk once is faster.
 const DIRECT_ROWS: usize = 16;
-/// Weights that are widened come a chunk at a time, with arithmetic in between: no processor takes that for a stream.
+/// Widening reads weights in chunks with arithmetic in between. No processor recognises that as a stream, so always
+/// prefetch.
 const WIDENED: Fetch = Fetch::STEADY;
-/// Rows of a tile over bf16 weights.
+/// Maximum rows of a tile that uses bf16 weights directly.
 const BF16_ROWS: usize = 6;
 
-/// One panel of all rows.
+/// The product of one panel with all rows.
 ///
 /// # Safety
-/// `panel` is one of `columns` columns in `format`, `x` is `[rows][columns]`, `results` `[rows][32]`, and `widened` has room for
-/// `CHUNK_COLUMNS`, a multiple of 32; the processor has the instruction set.
+/// `panel` has `columns` columns in `format`, `x` is `[rows][columns]`, `results` is `[rows][32]`, and `widened` has
+/// room for `CHUNK_COLUMNS` inputs, a multiple of 32. The processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 pub(super) unsafe fn panel<S: Simd>(
@@ -32,9 +34,9 @@ pub(super) unsafe fn panel<S: Simd>(
     widened: &mut [f32],
 ) {
     let direct = format == WeightFormat::Bf16 && rows <= DIRECT_ROWS;
-    // SAFETY: the caller's: chunks are parts of what it vouches for.
+    // SAFETY: guaranteed by the caller; chunks are parts of the panel and the rows.
     unsafe {
-        // One tile of rows passes over the weights once, and needs no cache.
+        // A single tile of rows reads the weights once, so caching them in chunks is useless.
         let chunk = if direct && rows <= BF16_ROWS { columns } else { CHUNK_COLUMNS };
         for first in (0..columns).step_by(chunk) {
             let count = chunk.min(columns - first);
@@ -78,17 +80,18 @@ pub(super) unsafe fn panel<S: Simd>(
     }
 }
 
-/// Widens the int8 weights of `count` inputs from `first`, a multiple of 32, on: whole groups, even where the last inputs are
-/// fewer.
+/// Widens the int8 weights of `count` inputs starting at `first`, a multiple of 32. It widens whole groups, even if the
+/// last group has fewer inputs.
 ///
 /// # Safety
-/// The panel is of the format and has these inputs; `widened` has room for the groups. The processor has the instruction set.
+/// The panel is in `format` and has these inputs, and `widened` has room for their groups. The processor has the
+/// instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn int8_chunk<S: Simd>(format: WeightFormat, panel: &[u8], first: usize, count: usize, widened: *mut f32) {
     let skip = if format == WeightFormat::Int8 { SCALES_BYTES } else { 0 };
     let before = if format == WeightFormat::Int8 { 0 } else { 4 * PANEL };
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         for g in 0..count.div_ceil(GROUP) {
             let group = panel.as_ptr().add(before + (first / GROUP + g) * format.group_bytes());
@@ -111,11 +114,11 @@ unsafe fn int8_chunk<S: Simd>(format: WeightFormat, panel: &[u8], first: usize, 
     }
 }
 
-/// All rows over one chunk of f32 weights.
+/// Multiplies all rows with one chunk of f32 weights.
 ///
 /// # Safety
-/// There are `columns` inputs of each of `rows` rows, `stride` apart, as many weights of 32 outputs, and `[rows][32]` results. The
-/// processor has the instruction set.
+/// There are `rows` rows of `columns` inputs, `stride` apart, the same number of inputs' weights for 32 outputs, and
+/// `[rows][32]` results. The processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn f32_tiles<S: Simd>(
@@ -130,10 +133,10 @@ unsafe fn f32_tiles<S: Simd>(
     let mut row = 0;
     while row < rows {
         let n = tile_rows(rows - row, most);
-        // SAFETY: the caller's: rows from `row` to `row + n` are there.
+        // SAFETY: guaranteed by the caller; rows `row` to `row + n` exist.
         unsafe {
             let (x, results) = (x.add(row * stride), results.add(row * PANEL));
-            // As many accumulators as there are registers for; a few rows take the whole width of the panel.
+            // Uses as many accumulators as there are registers. A few rows use the whole width of the panel.
             match (S::LANES, n) {
                 (16, _) => {
                     with_rows!(n, f32_tile, S, 2, (x, stride, weights, columns, results), 1 2 3 4 5 6 7 8 9 10 11 12);
@@ -161,7 +164,7 @@ unsafe fn f32_tiles<S: Simd>(
 /// `results[row][lane] += sum over k of x[row][k] * weights[k][lane]` for ROWS rows and VECS vectors of lanes.
 ///
 /// # Safety
-/// As for [`f32_tiles`], with ROWS rows, and VECS * LANES lanes from where `weights` and `results` point.
+/// As for [`f32_tiles`] with ROWS rows. `weights` and `results` have at least VECS * LANES lanes from there.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn f32_tile<S: Simd, const ROWS: usize, const VECS: usize>(
@@ -171,7 +174,7 @@ unsafe fn f32_tile<S: Simd, const ROWS: usize, const VECS: usize>(
     columns: usize,
     results: *mut f32,
 ) {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let mut sums = load_tile::<S, ROWS, VECS>(results, PANEL);
         for k in 0..columns {
@@ -190,10 +193,10 @@ unsafe fn f32_tile<S: Simd, const ROWS: usize, const VECS: usize>(
     }
 }
 
-/// All rows over one chunk of bf16 weights.
+/// Multiplies all rows with one chunk of bf16 weights.
 ///
 /// # Safety
-/// As for [`f32_tiles`]; an odd last column has its pair in the panel.
+/// As for [`f32_tiles`]. If `columns` is odd, the panel is padded to pairs.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn bf16_tiles<S: Simd>(
@@ -207,7 +210,7 @@ unsafe fn bf16_tiles<S: Simd>(
     let mut row = 0;
     while row < rows {
         let n = tile_rows(rows - row, BF16_ROWS);
-        // SAFETY: the caller's: rows from `row` to `row + n` are there.
+        // SAFETY: guaranteed by the caller; rows `row` to `row + n` exist.
         unsafe {
             let (x, results) = (x.add(row * stride), results.add(row * PANEL));
             match (S::LANES, n) {
@@ -232,7 +235,7 @@ unsafe fn bf16_tiles<S: Simd>(
     }
 }
 
-/// As [`f32_tile`], over pairs of bf16 weights.
+/// Like [`f32_tile`], for pairs of bf16 weights.
 ///
 /// # Safety
 /// As for [`bf16_tiles`] and [`f32_tile`].
@@ -245,7 +248,7 @@ unsafe fn bf16_tile<S: Simd, const ROWS: usize, const VECS: usize>(
     columns: usize,
     results: *mut f32,
 ) {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let mut sums = load_tile::<S, ROWS, VECS>(results, PANEL);
         let fetch = Fetch::stream::<S>();

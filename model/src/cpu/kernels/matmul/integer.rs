@@ -1,4 +1,4 @@
-//! Products of int8 and int4 weights with inputs of bytes.
+//! Products of int8 and int4 weights with int8 inputs.
 
 use super::{FEW_ROWS, Fetch, tile_rows, with_rows};
 use crate::cpu::kernels::{
@@ -7,16 +7,16 @@ use crate::cpu::kernels::{
     simd::{Simd, load_tile, store_tile},
 };
 
-/// Groups whose bytes take 17 KiB.
+/// Groups per chunk; in int8 they take 17 KiB.
 const CHUNK_GROUPS: usize = 16;
-/// Rows of a tile, at most: with two vectors of weights, as many sums and totals as registers hold with room to spare.
+/// Maximum rows of a tile: with two vectors of weights, sums and totals fit in the registers with some to spare.
 const MOST_TILE_ROWS: usize = 4;
 
-/// One panel of all rows.
+/// The product of one panel with all rows.
 ///
 /// # Safety
-/// `panel` is of an integer format and has the groups that `x` has, `x` has `rows` rows, wide ones if the instruction set takes
-/// those, and `results` is `[rows][32]`; the processor has the instruction set.
+/// `panel` has an integer format and as many groups as `x`. `x` has `rows` rows, including wide ones if the instruction
+/// set uses them. `results` is `[rows][32]`. The processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 pub(super) unsafe fn panel<S: Simd>(
@@ -27,7 +27,7 @@ pub(super) unsafe fn panel<S: Simd>(
     results: &mut [f32],
 ) {
     let group_bytes = format.group_bytes();
-    // SAFETY: the caller's: each tile is a part of what it vouches for.
+    // SAFETY: guaranteed by the caller; tiles are parts of the panel and the rows.
     unsafe {
         let (groups, skip) = match format {
             WeightFormat::Int8Channel => (panel.as_ptr().add(4 * PANEL), 0),
@@ -85,18 +85,18 @@ pub(super) unsafe fn panel<S: Simd>(
     }
 }
 
-/// Some groups of a panel, and the rows that meet them.
+/// Some groups of a panel, and the rows to multiply with them.
 #[derive(Clone, Copy)]
 struct Tile {
     format: WeightFormat,
-    /// Of the first group; the next one's lie `group_bytes` further on.
+    /// The first group's weights. Groups are `group_bytes` apart.
     bytes: *const u8,
-    /// As the bits of f16.
+    /// The first group's scales, as f16 bits.
     weight_scales: *const u16,
     group_bytes: usize,
     fetch: Fetch,
     count: usize,
-    /// Of the first row and group; the next row's come `stride` groups later.
+    /// The first group's inputs in the first row. Rows are `stride` groups apart.
     values: *const i8,
     wide: *const i16,
     scales: *const f32,
@@ -115,12 +115,13 @@ impl Tile {
 }
 
 /// # Safety
-/// `t` points to `count` groups of its format, each `group_bytes` long, to as many of ROWS rows of inputs, and to ROWS results;
-/// there are VECS * LANES lanes from `lane` on. The processor has the instruction set.
+/// `t` points to `count` groups of its format, `group_bytes` apart, to the same number of groups of ROWS input rows,
+/// and to ROWS rows of results. There are at least VECS * LANES lanes starting at `lane`. The processor has the
+/// instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn integer_tile<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile) {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         match t.format {
             WeightFormat::Int4 => groups::<S, ROWS, VECS, true>(t, |g| int4_products::<S, ROWS, VECS>(t, g)),
@@ -130,7 +131,8 @@ unsafe fn integer_tile<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile) {
     }
 }
 
-/// Adds each group's products times its scales; without SCALED those of the weights are left out.
+/// Adds each group's products, multiplied by the scales of inputs and weights. Without SCALED, the weights' scales are
+/// left out.
 ///
 /// # Safety
 /// As for [`integer_tile`].
@@ -140,7 +142,7 @@ unsafe fn groups<S: Simd, const ROWS: usize, const VECS: usize, const SCALED: bo
     t: Tile,
     products: impl Fn(usize) -> [[S::F; VECS]; ROWS],
 ) {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let results = t.results.add(t.lane);
         let mut totals = load_tile::<S, ROWS, VECS>(results, PANEL);
@@ -165,11 +167,11 @@ unsafe fn groups<S: Simd, const ROWS: usize, const VECS: usize, const SCALED: bo
 /// Products of one group, without scales.
 ///
 /// # Safety
-/// As for [`integer_tile`], of int8.
+/// As for [`integer_tile`], with int8 weights.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn int8_products<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile, g: usize) -> [[S::F; VECS]; ROWS] {
-    // SAFETY: the caller's; a group has 8 times four inputs.
+    // SAFETY: guaranteed by the caller; a group has 8 * 4 inputs.
     unsafe {
         let bytes = t.bytes.add(g * t.group_bytes + 4 * t.lane);
         let mut sums = [[S::sums8(0); VECS]; ROWS];
@@ -201,14 +203,14 @@ unsafe fn int8_products<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile, 
     }
 }
 
-/// The same of int4.
+/// The same for int4.
 ///
 /// # Safety
-/// As for [`integer_tile`], of int4.
+/// As for [`integer_tile`], with int4 weights.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn int4_products<S: Simd, const ROWS: usize, const VECS: usize>(t: Tile, g: usize) -> [[S::F; VECS]; ROWS] {
-    // SAFETY: the caller's; a group has 4 times eight inputs.
+    // SAFETY: guaranteed by the caller; a group has 4 * 8 inputs.
     unsafe {
         let bytes = t.bytes.add(g * t.group_bytes + 4 * t.lane);
         let mut sums = [[S::sums4(); VECS]; ROWS];

@@ -1,8 +1,8 @@
 //! Products of input rows with a packed matrix.
 //!
-//! One panel (32 outputs) of all input rows is the unit of parallel work. Within it the inputs are taken in chunks whose
-//! weights stay in the first-level cache while all rows pass over them. The sum for one row and output is always taken
-//! in the order of the inputs, so it is the same number whatever rows are beside it and however the work is shared out.
+//! The unit of parallel work is one panel (32 outputs) for all input rows. Inputs are processed in chunks whose weights
+//! stay in the first-level cache while all rows use them. The sum for one row and output is always computed in the
+//! order of the inputs, so it does not depend on the other rows or on how work is distributed.
 
 mod bf16;
 mod float;
@@ -21,16 +21,17 @@ use super::{
     simd::{Isa, Kernel, Simd},
 };
 
-/// Inputs whose weights, widened to f32, take 16 KiB.
+/// Inputs per chunk; their weights, widened to f32, take 16 KiB.
 const CHUNK_COLUMNS: usize = 128;
-/// Bytes ahead of their use that a stream of weights is fetched.
+/// Prefetch distance for a stream of weights, in bytes.
 const AHEAD: usize = 4096;
-/// Rows up to which arithmetic leaves the processor time to fetch a stream of weights by itself, where it can.
+/// With at most this many rows, the kernel is limited by memory, and some processors prefetch well enough without
+/// hints.
 const FEW_ROWS: usize = 2;
-/// Weights that a thread takes at a time: much less than a matrix, so that all threads end together, even when one of them is
-/// held up by other programs.
+/// Bytes of weights per task: much less than a matrix, so that all threads finish at about the same time, even if other
+/// programs delay one of them.
 const TASK_BYTES: usize = 256 << 10;
-/// Multiplications below which sharing work out costs more than it brings.
+/// Minimum number of multiplications to hand to a thread at a time.
 const WORTH_SHARING: usize = 1 << 16;
 
 thread_local! {
@@ -40,8 +41,9 @@ thread_local! {
 
 /// Multiplies `inputs` by `matrix` into `out`, `[rows][width]`.
 ///
-/// `panels` panels, 1 or 2, give 32 columns of `out`: for each row `finish(column, [first, second], out)` makes them of the
-/// panels' sums (32 each; no second if `panels` is 1). The last columns are fewer where `width` ends.
+/// Each task combines `panels` panels, 1 or 2, into 32 columns of `out`. For each row, it calls `finish(column, [first,
+/// second], out)` with the 32 sums of each panel (`second` is empty if `panels` is 1). The last task has fewer columns
+/// if `width` is not a multiple of 32.
 pub(crate) fn multiply(
     isa: Isa,
     matrix: &Packed,
@@ -51,7 +53,7 @@ pub(crate) fn multiply(
     width: usize,
     finish: impl Fn(usize, [&[f32]; 2], &mut [f32]) + Sync,
 ) {
-    assert_eq!(matrix.columns(), inputs.columns, "inputs do not fit the matrix");
+    assert_eq!(matrix.columns(), inputs.columns, "the inputs' columns do not match the matrix");
     let tasks = matrix.panels() / panels;
     assert!(width <= tasks * PANEL && width > (tasks - 1) * PANEL && out.len() == inputs.rows * width);
     let each = inputs.rows * PANEL;
@@ -72,7 +74,7 @@ pub(crate) fn multiply(
             for row in 0..inputs.rows {
                 let sums = |panel: usize| results.get(panel * each + row * PANEL..).map_or(&[][..], |s| &s[..PANEL]);
                 let second = if panels == 2 { sums(1) } else { &[] };
-                // SAFETY: each task has other columns.
+                // SAFETY: tasks write to disjoint columns.
                 #[allow(unsafe_code)]
                 let out = unsafe { out.part(row * width + column, count) };
                 finish(column, [sums(0), second], out);
@@ -89,35 +91,35 @@ pub(crate) fn multiply(
     }
 }
 
-/// What a tile of rows asks for, on its way over a chunk of weights, that will be read later.
+/// What a tile of rows prefetches while it processes a chunk of weights.
 #[derive(Clone, Copy)]
 struct Fetch {
-    /// In which of its steps.
+    /// Range of steps that prefetch.
     steps: (usize, usize),
-    /// How far beyond what a step reads.
+    /// Distance from the bytes that a step reads.
     ahead_bytes: usize,
-    /// Into the second-level cache, not the first.
+    /// Whether to prefetch into the second-level cache instead of the first.
     far: bool,
 }
 
 impl Fetch {
-    /// In every step.
+    /// Prefetches in every step.
     const STEADY: Self = Self { steps: (0, usize::MAX), ahead_bytes: AHEAD, far: false };
 
-    /// Few rows are done with weights at once: a steady stream, unless the processor sees to that.
+    /// For few rows: a steady stream, or nothing if the processor prefetches better by itself.
     #[inline(always)]
     fn stream<S: Simd>() -> Self {
         if S::STREAMS_ALONE { Self { steps: (0, 0), ..Self::STEADY } } else { Self::STEADY }
     }
 
-    /// All of `tiles` pass over a chunk of `steps` steps: each fetches a part of what lies `ahead_bytes` further on, the next
-    /// chunk, so that memory is never idle.
+    /// For several tiles that process the same chunk of `steps` steps: each tile prefetches its share of the data
+    /// `ahead_bytes` further on, which is the next chunk, so that memory is never idle.
     #[inline(always)]
     fn part(tile: usize, tiles: usize, steps: usize, ahead_bytes: usize) -> Self {
         Self { steps: (tile * steps / tiles, (tile + 1) * steps / tiles), ahead_bytes, far: true }
     }
 
-    /// Fetches what belongs to a step that reads at `from`.
+    /// Prefetches for a step that reads at `from`.
     ///
     /// # Safety
     /// The processor has the instruction set.
@@ -126,20 +128,20 @@ impl Fetch {
     unsafe fn ask<S: Simd>(self, step: usize, from: *const u8) {
         if self.steps.0 <= step && step < self.steps.1 {
             let from = from.wrapping_add(self.ahead_bytes);
-            // SAFETY: any address will do.
+            // SAFETY: prefetching is allowed for any address.
             unsafe { if self.far { S::prefetch_far(from) } else { S::prefetch(from) } }
         }
     }
 }
 
-/// One panel of all rows.
+/// The product of one panel with all rows.
 struct PanelProduct<'a> {
     matrix: &'a Packed,
     panel: usize,
     inputs: Inputs<'a>,
-    /// `[rows][32]`, zero.
+    /// `[rows][32]`, initially zero.
     results: &'a mut [f32],
-    /// A chunk of f32 weights.
+    /// Buffer for a chunk of f32 weights.
     widened: &'a mut [f32],
 }
 
@@ -152,8 +154,9 @@ impl Kernel for PanelProduct<'_> {
         let panel = self.matrix.panel(self.panel);
         let (rows, columns, format) = (self.inputs.rows, self.inputs.columns, self.matrix.format());
         assert!(panel.len() == format.panel_bytes(columns) && self.results.len() == rows * PANEL);
-        // SAFETY: the asserts here and below say that every place that a tile touches is there: a panel of this format has
-        // `columns` columns, there are `rows` rows of inputs and of results. The caller vouches for the instruction set.
+        // SAFETY: the asserts here and below guarantee that all elements of a tile exist: the panel has `columns`
+        // columns in this format, and there are `rows` rows of inputs and results. The caller guarantees the
+        // instruction set.
         unsafe {
             match self.inputs.values {
                 Values::F32(x) => {
@@ -178,7 +181,8 @@ impl Kernel for PanelProduct<'_> {
     }
 }
 
-/// Calls `$f::<S, ROWS, VECS>` with `$rows`, which is one of the literals, as ROWS: the compiler makes a kernel for each.
+/// Calls `$f::<S, ROWS, VECS>` with ROWS = `$rows`, which must be one of the literals. The compiler generates a kernel
+/// for each.
 macro_rules! with_rows {
     ($rows:expr, $f:ident, $s:ty, $vecs:literal, $args:tt, $($n:literal)+) => {
         match $rows { $($n => $f::<$s, $n, $vecs> $args,)+ _ => unreachable!("a tile of {} rows", $rows) }

@@ -1,4 +1,4 @@
-//! Against an f64 product, on every instruction set that there is.
+//! Compares the kernels with a product in f64, on every available instruction set.
 
 use proptest::prelude::*;
 
@@ -17,7 +17,7 @@ const FORMATS: [WeightFormat; 6] = [
     WeightFormat::Int4,
 ];
 
-/// Each with every type of inputs that a kernel takes with it.
+/// Every weight format with every input type that it has a kernel for.
 const KERNELS: [(WeightFormat, InputType); 9] = [
     (WeightFormat::F32, InputType::F32),
     (WeightFormat::F16, InputType::F32),
@@ -69,7 +69,7 @@ proptest! {
         let x = random(rows * columns, !seed);
         let matrix = pack(format, outputs, columns, &weights);
         let mut buffer = InputBuffer::default();
-        // What the kernel is given, in f64: weights and inputs as they are stored.
+        // The exact product in f64 of weights and inputs as stored.
         let stored: Vec<Vec<f32>> = (0..outputs).map(|o| {
             let mut row = vec![0.0; columns];
             matrix.row(o, &mut row);
@@ -122,10 +122,10 @@ proptest! {
                     WeightFormat::F32 => 0.0,
                     WeightFormat::F16 => greatest / 2048.0,
                     WeightFormat::Bf16 => greatest / 256.0,
-                    // Half a step, and the rounding of the scale.
+                    // Half a step, plus the rounding of the scale.
                     WeightFormat::Int8 => greatest / 127.0 * 0.57,
                     WeightFormat::Int8Channel => all / 127.0 * 0.51,
-                    // A whole step at the end that has one step less.
+                    // A whole step, because the range is -8 to 7.
                     WeightFormat::Int4 => greatest / 8.0 * 1.01,
                 };
                 for (a, b) in group.iter().zip(stored) {
@@ -136,7 +136,8 @@ proptest! {
     }
 }
 
-/// As files of Q8_0 and Q4_0 have them: integers, one of each group at the end of the range, times a scale of f16.
+/// Weights as in Q8_0 and Q4_0 files: integers times an f16 scale, with one integer of each group at the end of the
+/// range.
 #[test]
 fn what_was_quantised_so_before_loses_nothing() {
     for (format, most, least) in [(WeightFormat::Int8, 127.0, -127.0), (WeightFormat::Int4, 7.0, -8.0)] {

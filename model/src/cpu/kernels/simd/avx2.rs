@@ -14,12 +14,12 @@ pub(crate) struct Avx2;
 #[target_feature(enable = "avx2,fma,f16c")]
 #[allow(unsafe_code)]
 pub(crate) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
-    // SAFETY: as the caller promises.
+    // SAFETY: guaranteed by the caller.
     unsafe { kernel.run::<Avx2>() }
 }
 
-// SAFETY of every block below: the trait's caller vouches for the instruction set and for what pointers point to; all
-// loads and stores are the unaligned ones.
+// SAFETY of every block below: the trait's caller guarantees the instruction set and the pointers. All loads and stores
+// are unaligned ones.
 #[allow(unsafe_code, clippy::undocumented_unsafe_blocks)]
 impl Simd for Avx2 {
     const LANES: usize = 8;
@@ -28,13 +28,13 @@ impl Simd for Avx2 {
     const STREAMS_ALONE: bool = false;
     const WIDE_INPUTS: bool = true;
     type F = __m256;
-    /// As 16-bit numbers: weights 0 and 2 of each lane, and 1 and 3. Products of bytes would not fit into 16 bits.
+    /// 16-bit numbers: weights 0 and 2 of each lane, then weights 1 and 3. Products of bytes would overflow 16 bits.
     type Int8 = (__m256i, __m256i);
     type Inputs8 = (__m256i, __m256i);
     type Sums8 = __m256i;
     type Int4 = __m256i;
     type Inputs4 = __m256i;
-    /// 16-bit sums, two to a lane: 32 products of at most 15 * 127 in two sums of at most 30480.
+    /// 16-bit sums, two per lane. Each of the two is at most 16 products of at most 15 * 127, which is 30480.
     type Sums4 = __m256i;
 
     #[inline(always)]

@@ -1,4 +1,5 @@
-//! AVX-512 with VNNI: 16 lanes, 32 registers, and an instruction for dot products of bytes; some have one for bf16, too.
+//! AVX-512 with VNNI: 16 lanes, 32 registers, and an instruction for dot products of bytes. Some processors also have
+//! one for bf16.
 
 use std::arch::x86_64::*;
 
@@ -9,19 +10,19 @@ use super::{Kernel, Simd, dot_widened};
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512<const BF16: bool>;
 
-/// Is `vdpbf16ps`, which does the work of two f32 multiplications, as fast as one? On AMD's processors it is; on Intel's it
-/// takes as long as several. `overfill bench kernels` shows it.
+/// Whether `vdpbf16ps`, which replaces two f32 multiply-adds, takes as long as one. It does on AMD's processors; on
+/// Intel's it takes as long as several. `overfill bench kernels` measures it.
 pub(super) fn has_fast_bf16() -> bool {
     let id = __cpuid(0);
     [id.ebx, id.edx, id.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD"
 }
 
 /// # Safety
-/// The processor has AVX-512 F, BW and VNNI, and what comes before them.
+/// The processor has AVX-512 F, BW and VNNI, AVX2, FMA and F16C.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
 #[allow(unsafe_code)]
 pub(crate) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
-    // SAFETY: as the caller promises.
+    // SAFETY: guaranteed by the caller.
     unsafe { kernel.run::<Avx512<false>>() }
 }
 
@@ -30,18 +31,18 @@ pub(crate) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512bf16,avx2,fma,f16c")]
 #[allow(unsafe_code)]
 pub(crate) unsafe fn enter_bf16<K: Kernel>(kernel: K) -> K::Output {
-    // SAFETY: as the caller promises.
+    // SAFETY: guaranteed by the caller.
     unsafe { kernel.run::<Avx512<true>>() }
 }
 
-// SAFETY of every block below: the trait's caller vouches for the instruction set and for what pointers point to; all
-// loads and stores are the unaligned ones.
+// SAFETY of every block below: the trait's caller guarantees the instruction set and the pointers. All loads and stores
+// are unaligned ones.
 #[allow(unsafe_code, clippy::undocumented_unsafe_blocks)]
 impl<const BF16: bool> Simd for Avx512<BF16> {
     const LANES: usize = 16;
     const FAST_INT8: bool = true;
     const FAST_BF16: bool = BF16;
-    // So it is on Zen 4, and whatever has fast BF16 is that or younger.
+    // True on Zen 4. Every processor with fast BF16 is a Zen 4 or newer.
     const STREAMS_ALONE: bool = BF16;
     const WIDE_INPUTS: bool = false;
     type F = __m512;
@@ -95,7 +96,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     unsafe fn sum4(values: [__m512; 4]) -> [f32; 4] {
         unsafe {
-            // In each 128 bits: pairs of two vectors, then fours of all.
+            // Within each 128 bits: adds pairs of lanes of two vectors, then combines all four vectors.
             let pairs = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
             let [a, b] = [pairs(values[0], values[1]), pairs(values[2], values[3])];
             let fours =

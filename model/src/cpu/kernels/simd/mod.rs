@@ -1,7 +1,9 @@
-//! Vectors: the few operations that the kernels are made of, for each instruction set, and the choice between them.
+//! Vector operations that the kernels are built from, their implementation for each instruction set, and the choice
+//! between these.
 //!
-//! A kernel is written once, over [`Simd`], and compiled once for each instruction set: [`Isa::run`] enters it through a
-//! function that has the set's features enabled, and everything below is inlined into that function.
+//! A kernel is written once, generic over [`Simd`], and compiled for each instruction set. [`Isa::run`] calls it
+//! through a function that enables the instruction set's features, and everything it calls is inlined into that
+//! function.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -15,38 +17,39 @@ use std::{fmt, sync::OnceLock};
 
 use half::bf16;
 
-/// `LANES` values of f32, and dot products of bytes, four to a lane.
+/// Vectors of `LANES` f32 values, and dot products of bytes, four to a lane.
 ///
-/// Integer products: a weight is a byte from 0 to 255 (int8, stored with 128 added) or from 0 to 15 (int4, with 8 added),
-/// an input a signed byte from -127 to 127. What was added comes out through the start value of the sums: minus 128 (or 8)
-/// times the sum of the inputs.
+/// Integer products: a weight is an unsigned byte from 0 to 255 (int8, stored with 128 added) or from 0 to 15 (int4,
+/// with 8 added); an input is a signed byte from -127 to 127. The start value of the sums cancels the offset: it is
+/// -128 (or -8) times the sum of the inputs.
 ///
 /// # Safety
-/// The methods may be called only where the processor has the instruction set, and with pointers to as many values as
-/// each says.
+/// Call the methods only if the processor has the instruction set, and only with pointers to as many values as each
+/// method states.
 #[allow(unsafe_code)]
 pub(crate) trait Simd: Copy + 'static {
-    /// Values in a vector.
+    /// Number of f32 values in a vector.
     const LANES: usize;
-    /// Are int8 products faster than f32 ones? Where they are not, whoever multiplies many rows is better off in f32.
+    /// Whether int8 products are faster than f32 products. If not, products of many rows use f32.
     const FAST_INT8: bool;
-    /// Are products of bf16 with bf16 faster than f32 ones? Then inputs of bf16 weights are rounded to bf16.
+    /// Whether products of bf16 with bf16 are faster than f32 products. If so, inputs of bf16 weights are rounded to
+    /// bf16.
     const FAST_BF16: bool;
-    /// Does the processor fetch a stream of weights sooner by itself than when it is asked to?
+    /// Whether the processor prefetches a stream of weights better without explicit prefetches.
     const STREAMS_ALONE: bool;
-    /// Are inputs of int8 weights taken as 16-bit numbers?
+    /// Whether inputs of int8 weights are taken as 16-bit numbers.
     const WIDE_INPUTS: bool;
     /// f32 vector.
     type F: Copy;
-    /// Four int8 weights to a lane.
+    /// Four int8 weights per lane.
     type Int8: Copy;
-    /// Four inputs, the same in each lane, to go with int8 weights.
+    /// Four inputs for int8 weights, the same in each lane.
     type Inputs8: Copy;
     /// i32 sums of int8 products.
     type Sums8: Copy;
-    /// Four int4 weights to a lane.
+    /// Four int4 weights per lane.
     type Int4: Copy;
-    /// Four inputs, the same in each lane, to go with int4 weights.
+    /// Four inputs for int4 weights, the same in each lane.
     type Inputs4: Copy;
     /// Sums of at most [`GROUP`](super::packed::GROUP) int4 products.
     type Sums4: Copy;
@@ -58,64 +61,65 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
-    /// The greater; NaN where `b` is. (Where only `a` is NaN, instruction sets differ.)
+    /// The maximum; NaN if `b` is NaN. (If only `a` is NaN, the result depends on the instruction set.)
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
     /// `a * b + c`.
     unsafe fn mul_add(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// Sum over the lanes, always in the same order.
     unsafe fn sum(value: Self::F) -> f32;
-    /// The sums of four vectors.
+    /// The sum of each of four vectors.
     #[inline(always)]
     unsafe fn sum4(values: [Self::F; 4]) -> [f32; 4] {
-        // SAFETY: the caller's promise is passed on.
+        // SAFETY: guaranteed by the caller.
         values.map(|value| unsafe { Self::sum(value) })
     }
-    /// `value * 2^n`, where `n` is in the low bits of `shifted` = 1.5 * 2^23 + n.
+    /// `value * 2^n`, where `shifted` = 1.5 * 2^23 + n holds `n` in its low bits.
     unsafe fn scale_by_power(value: Self::F, shifted: Self::F) -> Self::F;
-    /// `LANES` bf16 values.
+    /// Loads `LANES` bf16 values.
     unsafe fn load_bf16(from: *const bf16) -> Self::F;
-    /// `2 * LANES` bf16 values: those at even places, and those at odd ones.
+    /// Loads `2 * LANES` bf16 values, split into those at even and those at odd indices.
     unsafe fn load_bf16_pairs(from: *const bf16) -> (Self::F, Self::F);
-    /// Adds to each lane the products of its pair of weights, of `2 * LANES`, with the one pair of inputs, of 2.
+    /// Adds to each lane the products of its two weights, of `2 * LANES` in total, with the two inputs.
     #[inline(always)]
     unsafe fn dot_bf16(sums: Self::F, weights: *const bf16, inputs: *const bf16) -> Self::F {
-        // SAFETY: the caller's promise is passed on.
+        // SAFETY: guaranteed by the caller.
         unsafe { dot_widened::<Self>(sums, weights, inputs) }
     }
-    /// `LANES` f16 values, given by their bits.
+    /// Loads `LANES` f16 values, given as bits.
     unsafe fn load_f16(from: *const u16) -> Self::F;
-    /// `4 * LANES` bytes, as the numbers 0 to 255: the first of each four, the second, ...
+    /// Loads `4 * LANES` bytes as numbers from 0 to 255. Vector i holds byte i of every four.
     unsafe fn widen_bytes(from: *const u8) -> [Self::F; 4];
-    /// Asks for a cache line that will be read soon; any address will do.
+    /// Prefetches a cache line; any address is allowed.
     unsafe fn prefetch(from: *const u8);
-    /// The same for later: into the second-level cache, which has more requests under way than the first.
+    /// Prefetches into the second-level cache, which supports more outstanding requests than the first.
     unsafe fn prefetch_far(from: *const u8);
 
-    /// `4 * LANES` weights.
+    /// Loads `4 * LANES` int8 weights.
     unsafe fn int8(from: *const u8) -> Self::Int8;
-    /// Four inputs, from one of the two: as bytes, or as 16-bit numbers, of which the second and third are swapped.
+    /// Loads four inputs from one of the pointers: as bytes, or as 16-bit numbers with the second and third swapped.
     unsafe fn inputs8(from: *const i8, wide: *const i16) -> Self::Inputs8;
-    /// Sums that begin with `start` = -128 * (sum of the inputs to come).
+    /// Sums with the start value `start` = -128 * (sum of the inputs to come).
     unsafe fn sums8(start: i32) -> Self::Sums8;
     unsafe fn dot8(sums: Self::Sums8, weights: Self::Int8, inputs: Self::Inputs8) -> Self::Sums8;
     unsafe fn sums8_to_f32(sums: Self::Sums8) -> Self::F;
 
-    /// `8 * LANES` weights, two to a byte: those in the low halves, then those in the high ones.
+    /// Loads `8 * LANES` int4 weights, two per byte: first the low halves, then the high halves.
     unsafe fn int4(from: *const u8) -> [Self::Int4; 2];
-    /// Four inputs.
+    /// Loads four inputs.
     unsafe fn inputs4(from: *const i8) -> Self::Inputs4;
     unsafe fn sums4() -> Self::Sums4;
     unsafe fn dot4(sums: Self::Sums4, weights: Self::Int4, inputs: Self::Inputs4) -> Self::Sums4;
-    /// The sums with `start` = -8 * (sum of the inputs) added.
+    /// Converts the sums, with `start` = -8 * (sum of the inputs) added.
     unsafe fn sums4_to_f32(sums: Self::Sums4, start: i32) -> Self::F;
 
-    /// e^x within 2 units in the last place, for x from -87.3 to 88; e^-87.3, which is not 0, for what is less; NaN for NaN.
+    /// e^x within 2 units in the last place for x from -87.3 to 88. Smaller x give e^-87.3, which is not 0. NaN gives
+    /// NaN.
     #[inline(always)]
     unsafe fn exp(x: Self::F) -> Self::F {
-        // 2^n * e^r with |r| <= ln(2) / 2 (Cephes, expf).
+        // Computed as 2^n * e^r with |r| <= ln(2) / 2 (Cephes, expf).
         const SHIFT: f32 = 12_582_912.0;
         let c = [1.987_569_1e-4_f32, 1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
-        // SAFETY: the caller's promise is passed on.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let x = Self::max(Self::splat(-87.3), x);
             let shifted = Self::mul_add(x, Self::splat(std::f32::consts::LOG2_E), Self::splat(SHIFT));
@@ -132,17 +136,17 @@ pub(crate) trait Simd: Copy + 'static {
     }
 }
 
-/// Loads ROWS rows of VECS vectors, `stride` values from one row to the next.
+/// Loads ROWS rows of VECS vectors, with rows `stride` values apart.
 ///
 /// # Safety
-/// As for [`Simd`]'s methods: all of them are there.
+/// As for [`Simd`]'s methods: `from` points to all of these values.
 #[inline(always)]
 #[allow(unsafe_code)]
 pub(crate) unsafe fn load_tile<S: Simd, const ROWS: usize, const VECS: usize>(
     from: *const f32,
     stride: usize,
 ) -> [[S::F; VECS]; ROWS] {
-    // SAFETY: the caller's promise is passed on.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let mut tile = [[S::splat(0.0); VECS]; ROWS];
         for (r, row) in tile.iter_mut().enumerate() {
@@ -154,7 +158,7 @@ pub(crate) unsafe fn load_tile<S: Simd, const ROWS: usize, const VECS: usize>(
     }
 }
 
-/// Stores what [`load_tile`] loads.
+/// Stores a tile in the layout that [`load_tile`] reads.
 ///
 /// # Safety
 /// As for [`load_tile`].
@@ -167,20 +171,20 @@ pub(crate) unsafe fn store_tile<S: Simd, const ROWS: usize, const VECS: usize>(
 ) {
     for (r, row) in tile.into_iter().enumerate() {
         for (v, value) in row.into_iter().enumerate() {
-            // SAFETY: the caller's promise is passed on.
+            // SAFETY: guaranteed by the caller.
             unsafe { S::store(to.add(r * stride + v * S::LANES), value) }
         }
     }
 }
 
-/// [`Simd::dot_bf16`] of an instruction set that has no instruction for it.
+/// [`Simd::dot_bf16`] for instruction sets without an instruction for it.
 ///
 /// # Safety
 /// As for [`Simd::dot_bf16`].
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn dot_widened<S: Simd>(sums: S::F, weights: *const bf16, inputs: *const bf16) -> S::F {
-    // SAFETY: the caller's promise is passed on.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let (even, odd) = S::load_bf16_pairs(weights);
         let sums = S::mul_add(S::splat((*inputs).to_f32()), even, sums);
@@ -190,9 +194,9 @@ unsafe fn dot_widened<S: Simd>(sums: S::F, weights: *const bf16, inputs: *const 
 
 /// A computation that is compiled for each instruction set.
 pub(crate) trait Kernel {
-    /// What it gives.
+    /// The result.
     type Output;
-    /// Must be `#[inline(always)]`, and so must everything it calls that touches a vector.
+    /// Runs the kernel. It must be `#[inline(always)]`, and so must every function it calls that uses vectors.
     ///
     /// # Safety
     /// The processor has the instruction set `S`.
@@ -200,21 +204,21 @@ pub(crate) trait Kernel {
     unsafe fn run<S: Simd>(self) -> Self::Output;
 }
 
-/// What an instruction set is good at: see the constants of [`Simd`].
+/// Properties of an instruction set; see the constants of [`Simd`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Traits {
     pub(crate) fast_int8: bool,
     pub(crate) fast_bf16: bool,
 }
 
-/// An instruction set that this processor has: there are no others to be had.
+/// An instruction set that this processor has. Values exist only for such instruction sets.
 #[derive(Clone, Copy)]
 pub(crate) struct Isa(Set);
 
-/// An instruction set with kernels of its own.
+/// The instruction sets that kernels are compiled for.
 #[derive(Clone, Copy, Debug)]
 enum Set {
-    /// Plain Rust, which the compiler vectorises as it can.
+    /// Plain Rust, vectorised by the compiler.
     Portable,
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
@@ -222,16 +226,16 @@ enum Set {
     /// AVX-512 F, BW and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512,
-    /// The same and BF16, where it is fast.
+    /// The same with BF16, if that is fast.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
-    /// Every 64-bit ARM.
+    /// NEON, which every 64-bit ARM processor has.
     #[cfg(target_arch = "aarch64")]
     Neon,
 }
 
 impl Isa {
-    /// All that this processor has, the best last.
+    /// All instruction sets that this processor has, the best last.
     pub(crate) fn available() -> &'static [Self] {
         static AVAILABLE: OnceLock<Vec<Isa>> = OnceLock::new();
         AVAILABLE.get_or_init(|| {
@@ -256,12 +260,12 @@ impl Isa {
         })
     }
 
-    /// The best that this processor has.
+    /// The best instruction set that this processor has.
     pub(crate) fn best() -> Self {
         *Self::available().last().unwrap_or(&Self(Set::Portable))
     }
 
-    /// What [`Simd`] says of it.
+    /// The instruction set's properties.
     pub(crate) fn traits(self) -> Traits {
         struct Ask;
         impl Kernel for Ask {
@@ -279,7 +283,7 @@ impl Isa {
     #[inline]
     #[allow(unsafe_code)]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        // SAFETY: `available` alone makes an `Isa`, and only of an instruction set that the processor has.
+        // SAFETY: only `available` creates an `Isa`, and only for instruction sets that the processor has.
         unsafe {
             match self.0 {
                 Set::Portable => kernel.run::<portable::Portable>(),
@@ -314,7 +318,7 @@ mod tests {
         #[allow(unsafe_code)]
         unsafe fn run<S: Simd>(self) {
             for chunk in self.0.chunks_exact_mut(S::LANES) {
-                // SAFETY: a chunk has LANES values.
+                // SAFETY: a chunk holds LANES values.
                 unsafe { S::store(chunk.as_mut_ptr(), S::exp(S::load(chunk.as_ptr()))) }
             }
         }

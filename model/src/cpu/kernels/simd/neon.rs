@@ -1,4 +1,4 @@
-//! NEON, which every 64-bit ARM has: 4 lanes, 32 registers.
+//! NEON, which every 64-bit ARM processor has: 4 lanes, 32 registers.
 
 use std::arch::aarch64::*;
 
@@ -9,14 +9,14 @@ use super::Simd;
 #[derive(Clone, Copy)]
 pub(crate) struct Neon;
 
-/// Adds, to each lane, the four products of its bytes.
+/// Adds to each lane the four products of its bytes.
 ///
 /// # Safety
-/// None beyond NEON itself.
+/// The processor has NEON.
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn dot(sums: int32x4_t, weights: int8x16_t, inputs: int8x16_t) -> int32x4_t {
-    // SAFETY: register operations alone.
+    // SAFETY: only register operations.
     unsafe {
         let low = vpaddlq_s16(vmull_s8(vget_low_s8(weights), vget_low_s8(inputs)));
         let high = vpaddlq_s16(vmull_high_s8(weights, inputs));
@@ -24,7 +24,7 @@ unsafe fn dot(sums: int32x4_t, weights: int8x16_t, inputs: int8x16_t) -> int32x4
     }
 }
 
-// SAFETY of every block below: the trait's caller vouches for what pointers point to.
+// SAFETY of every block below: the trait's caller guarantees the pointers.
 #[allow(unsafe_code, clippy::undocumented_unsafe_blocks)]
 impl Simd for Neon {
     const LANES: usize = 4;
@@ -133,7 +133,7 @@ impl Simd for Neon {
 
     #[inline(always)]
     unsafe fn int8(from: *const u8) -> int8x16_t {
-        // Takes the 128 out again: here products are of signed bytes.
+        // Subtracts the 128 that was added, because these products are of signed bytes.
         unsafe { vreinterpretq_s8_u8(veorq_u8(vld1q_u8(from), vdupq_n_u8(0x80))) }
     }
     #[inline(always)]

@@ -1,4 +1,5 @@
-//! Plain Rust: for processors without kernels of their own, and what the others are tested against.
+//! Plain Rust, for processors without an implementation of their own. The other implementations are tested against the
+//! same references.
 
 use half::{bf16, f16};
 
@@ -42,7 +43,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self::F {
-        // SAFETY: the caller gives LANES values; reading unaligned asks for nothing more.
+        // SAFETY: the caller guarantees LANES values, and unaligned reads need no alignment.
         unsafe { from.cast::<Self::F>().read_unaligned() }
     }
     #[inline(always)]
@@ -72,7 +73,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn mul_add(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        // Not f32::mul_add: without the instruction that is a slow call.
+        // Not f32::mul_add, which is a slow function call without the FMA instruction.
         std::array::from_fn(|i| a[i] * b[i] + c[i])
     }
     #[inline(always)]
@@ -85,26 +86,26 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load_bf16(from: *const bf16) -> Self::F {
-        // SAFETY: the caller gives LANES values.
+        // SAFETY: the caller guarantees LANES values.
         let values = unsafe { from.cast::<[bf16; LANES]>().read_unaligned() };
         values.map(|v| f32::from_bits(u32::from(v.to_bits()) << 16))
     }
     #[inline(always)]
     unsafe fn load_bf16_pairs(from: *const bf16) -> (Self::F, Self::F) {
-        // SAFETY: the caller gives twice LANES values.
+        // SAFETY: the caller guarantees 2 * LANES values.
         let pairs = unsafe { from.cast::<[[bf16; 2]; LANES]>().read_unaligned() };
         let widen = |v: bf16| f32::from_bits(u32::from(v.to_bits()) << 16);
         (pairs.map(|p| widen(p[0])), pairs.map(|p| widen(p[1])))
     }
     #[inline(always)]
     unsafe fn load_f16(from: *const u16) -> Self::F {
-        // SAFETY: the caller gives LANES values.
+        // SAFETY: the caller guarantees LANES values.
         let values = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
         values.map(|bits| f16::from_bits(bits).to_f32())
     }
     #[inline(always)]
     unsafe fn widen_bytes(from: *const u8) -> [Self::F; 4] {
-        // SAFETY: the caller gives four times LANES bytes.
+        // SAFETY: the caller guarantees 4 * LANES bytes.
         let lanes = unsafe { from.cast::<[[u8; 4]; LANES]>().read_unaligned() };
         std::array::from_fn(|i| lanes.map(|lane| f32::from(lane[i])))
     }
@@ -115,12 +116,12 @@ impl Simd for Portable {
 
     #[inline(always)]
     unsafe fn int8(from: *const u8) -> Self::Int8 {
-        // SAFETY: the caller gives four times LANES bytes.
+        // SAFETY: the caller guarantees 4 * LANES bytes.
         unsafe { from.cast::<Self::Int8>().read_unaligned() }
     }
     #[inline(always)]
     unsafe fn inputs8(from: *const i8, _wide: *const i16) -> Self::Inputs8 {
-        // SAFETY: the caller gives four bytes.
+        // SAFETY: the caller guarantees four bytes.
         unsafe { from.cast::<[i8; 4]>().read_unaligned() }
     }
     #[inline(always)]
@@ -137,13 +138,13 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn int4(from: *const u8) -> [Self::Int4; 2] {
-        // SAFETY: the caller gives four times LANES bytes.
+        // SAFETY: the caller guarantees 4 * LANES bytes.
         let bytes = unsafe { from.cast::<Self::Int4>().read_unaligned() };
         [bytes.map(|lane| lane.map(|b| b & 15)), bytes.map(|lane| lane.map(|b| b >> 4))]
     }
     #[inline(always)]
     unsafe fn inputs4(from: *const i8) -> Self::Inputs4 {
-        // SAFETY: the caller gives four bytes.
+        // SAFETY: the caller guarantees four bytes.
         unsafe { from.cast::<[i8; 4]>().read_unaligned() }
     }
     #[inline(always)]
