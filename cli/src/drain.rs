@@ -55,7 +55,7 @@ pub async fn run(args: DrainArgs) -> Result<()> {
     Ok(())
 }
 
-/// The node that `name` means.
+/// Finds the node with this name or address.
 fn find<'a>(nodes: &'a [v1::ListedNode], name: &str) -> Result<&'a v1::ListedNode> {
     let is_meant = |node: &&v1::ListedNode| {
         let id = node.info.as_ref().is_some_and(|info| !info.node_id.is_empty() && info.node_id == name);

@@ -151,7 +151,7 @@ impl Family {
                     ended.log();
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "watching a process");
+                    tracing::warn!(%error, "failed to watch a process");
                     self.node_stop.cancel();
                 }
             }
