@@ -28,11 +28,11 @@ pub fn run(programs: Programs) -> Result<()> {
         }
     };
     let required = programs == Programs::Required;
-    let etcd = have("tests of discovery", apt::etcd(), required)?;
-    let valgrind = have("kernels' accesses to memory", apt::valgrind(), required)?;
-    let network = have("tests of bad links", apt::network(), required)?;
+    let etcd = have("discovery tests", apt::etcd(), required)?;
+    let valgrind = have("memory check of kernels", apt::valgrind(), required)?;
+    let network = have("tests of faulty links", apt::network(), required)?;
     // Network namespaces depend on the system and can't be installed, so these tests are never required.
-    let hosts = network && have("tests of bad links", apt::hosts(), false)?;
+    let hosts = network && have("tests of faulty links", apt::hosts(), false)?;
     let mut interpreter = None;
     phase("python environment", || {
         interpreter = Some(python::prepare()?);
@@ -56,7 +56,7 @@ pub fn run(programs: Programs) -> Result<()> {
         sh(&mut command)
     })?;
     if valgrind {
-        phase("kernels' accesses to memory", memory::run_kernels)?;
+        phase("memory check of kernels", memory::run_kernels)?;
     }
     for left_out in left_out {
         eprintln!("\n== LEFT OUT: {left_out}");

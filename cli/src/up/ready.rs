@@ -44,7 +44,7 @@ fn router(started: &[Started]) -> Result<&Started> {
 
 fn router_urls(started: &[Started]) -> Result<(String, String)> {
     let router = router(started)?;
-    let http = router.ready.http.context("the router did not say where it serves HTTP")?;
+    let http = router.ready.http.context("the router did not report its HTTP address")?;
     Ok((router.grpc_url(), format!("http://{http}")))
 }
 

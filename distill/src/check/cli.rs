@@ -9,7 +9,7 @@ use overfill_model::{WeightFormat, resolve};
 
 use super::{CLOSE_CALL, CheckConfig, Distance, Report, Verdict, check};
 
-// The description of a subcommand is one line of a list, so the verdicts are explained here.
+// Lists of subcommands show the description in one line, so the verdicts are explained here.
 const AFTER_HELP: &str = "\
 The reference is the implementation in candle-transformers. It runs in f32 over the same stored weights. Prompts are
 computed as on prefill nodes, and their continuations token by token as on decode nodes.

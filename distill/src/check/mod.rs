@@ -115,7 +115,7 @@ pub fn check(config: &CheckConfig) -> Result<Report> {
     open_weights(&config.model, &model_config)?;
     ensure!(
         model_config.vocab_size == reference_config.vocab_size,
-        "vocab_size of {} is {}, supported: that of {} ({})",
+        "vocab_size of {} is {}, but vocab_size of {} is {}",
         config.model.display(),
         model_config.vocab_size,
         reference_path.display(),

@@ -231,7 +231,7 @@ async fn taken_out_of_the_batch_a_request_gives_the_same_tokens() -> Result<()> 
     for (i, (expected, actual)) in expected.iter().zip(&actual).enumerate() {
         ensure!(expected.tokens == actual.tokens, "request {i}: {expected:?} with room, {actual:?} without");
     }
-    ensure!(tight.decode_load.metrics().preemptions.get() > 0, "nobody was taken out");
+    ensure!(tight.decode_load.metrics().preemptions.get() > 0, "no request was preempted");
     tight.wait_idle().await?;
     tight.end().await
 }

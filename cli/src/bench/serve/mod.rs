@@ -128,7 +128,7 @@ pub async fn run(args: ServeArgs) -> Result<()> {
             bail!("the warm-up failed: {}: {}", failure.kind, failure.message);
         }
     }
-    tracing::info!(warm_up_requests = args.warm_up_requests, "warm; measuring");
+    tracing::info!(warm_up_requests = args.warm_up_requests, "warm-up done, starting the load");
     let start = Instant::now();
     let outcomes = args.load(&api, workload, start).await?;
     let limits = Limits { ttft_limit_seconds: args.ttft_limit_seconds, itl_limit_seconds: args.itl_limit_seconds };

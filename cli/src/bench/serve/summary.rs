@@ -78,7 +78,7 @@ impl Answer {
         })
     }
 
-    /// Is it within both limits? An answer of one token has no ITL.
+    /// Returns whether the request is within both limits. An answer of one token has no ITL.
     fn is_good(&self, limits: &Limits) -> bool {
         let itl = self.gaps.iter().sum::<f64>() / self.gaps.len().max(1) as f64;
         limits.ttft_limit_seconds.is_none_or(|limit| self.ttft <= limit)
