@@ -41,7 +41,7 @@ pub async fn run(args: DrainArgs) -> Result<()> {
     let mut shown = None;
     loop {
         let report = tokio::time::timeout(SILENCE, reports.message()).await;
-        let report = report.with_context(|| format!("{} has said nothing for {} s", node.url, SILENCE.as_secs()))?;
+        let report = report.with_context(|| format!("{} sent no report for {} s", node.url, SILENCE.as_secs()))?;
         let Some(load) = report.map_err(refusal)? else { break };
         let now = (load.running_requests, load.waiting_requests, load.open_handoffs);
         if shown.replace(now) != Some(now) {
@@ -49,13 +49,13 @@ pub async fn run(args: DrainArgs) -> Result<()> {
         }
     }
     if shown != Some((0, 0, 0)) {
-        bail!("{} ended before it was empty", node.url);
+        bail!("{} ended before all its requests had ended", node.url);
     }
     println!("{} is empty", node.url);
     Ok(())
 }
 
-/// The node that `name` means.
+/// Finds the node with this name or address.
 fn find<'a>(nodes: &'a [v1::ListedNode], name: &str) -> Result<&'a v1::ListedNode> {
     let is_meant = |node: &&v1::ListedNode| {
         let id = node.info.as_ref().is_some_and(|info| !info.node_id.is_empty() && info.node_id == name);
@@ -66,9 +66,9 @@ fn find<'a>(nodes: &'a [v1::ListedNode], name: &str) -> Result<&'a v1::ListedNod
         [node] => Ok(node),
         [] => {
             let known: Vec<_> = nodes.iter().map(|node| node.url.as_str()).collect();
-            bail!("the router knows of no node {name}; there are: {}", known.join(", "))
+            bail!("the router has no node {name}; its nodes are: {}", known.join(", "))
         }
-        _ => bail!("{name} is the name of {} nodes; give an address", meant.len()),
+        _ => bail!("{name} is the name of {} nodes; use an address instead", meant.len()),
     }
 }
 

@@ -92,7 +92,7 @@ struct Span {
     first: usize,
     last: usize,
     model: String,
-    /// `None`: the router did not say.
+    /// `None` if the router did not report it.
     stage: Option<Role>,
 }
 
@@ -195,7 +195,7 @@ impl Options {
         }
     }
 
-    /// Are timings printed as JSON?
+    /// Returns whether timings are printed as JSON.
     pub fn json(&self) -> bool {
         self.json
     }

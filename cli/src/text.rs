@@ -19,7 +19,7 @@ pub fn table<const N: usize>(header: [&str; N], rows: &[[String; N]]) -> String 
     out
 }
 
-/// A number of bytes with a binary unit.
+/// Formats a number of bytes with a binary unit.
 pub fn bytes(n: u64) -> String {
     let mut value = n as f64;
     for unit in ["B", "KiB", "MiB", "GiB"] {
@@ -31,7 +31,7 @@ pub fn bytes(n: u64) -> String {
     format!("{value:.1} TiB")
 }
 
-/// A time in seconds, milliseconds or microseconds.
+/// Formats a time in seconds, milliseconds or microseconds.
 pub fn seconds(s: f64) -> String {
     match s {
         s if s >= 1.0 => format!("{s:.2} s"),

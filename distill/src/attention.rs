@@ -1,4 +1,4 @@
-//! Dense attention over rectangular batches, with gradients: what training and evaluation attend with.
+//! Dense, differentiable attention over rectangular batches, for training and evaluation.
 
 use std::sync::Arc;
 
@@ -13,16 +13,16 @@ type LayerKv = (Tensor, Tensor);
 /// Keys and values of a batch of prompts.
 #[derive(Clone)]
 pub struct PromptKv {
-    /// Per layer.
+    /// One pair per layer.
     pub layers: Vec<LayerKv>,
     /// Valid columns per batch row; the rest is padding.
     pub lengths: Vec<usize>,
-    /// Columns, padding included.
+    /// Number of columns, padding included.
     pub columns: usize,
 }
 
 impl PromptKv {
-    /// The layers that a depth-cut decoder uses, in its order; all of them where it names none.
+    /// Keeps the layers that a depth-pruned decoder uses, in its order. `None` keeps all layers.
     pub fn select(self, kept: Option<&[u32]>) -> Result<Self> {
         let Some(kept) = kept else { return Ok(self) };
         let pick = |l: &u32| match self.layers.get(*l as usize) {
@@ -33,18 +33,18 @@ impl PromptKv {
     }
 }
 
-/// Causal attention within each row of a `[batch, queries]` rectangle, after a prompt, if any, that all queries of the
-/// row see. Rows are padded at the end, so padding is seen by padding only.
+/// Causal attention within each row of a `[batch, queries]` rectangle. All queries of a row also see the row's prompt,
+/// if there is one. Rows are padded at the end, so only padding sees padding.
 pub struct DenseAttention<'a> {
     batch: usize,
     prompt: Option<&'a PromptKv>,
     visibility: Arc<Visibility>,
-    /// Own keys and values so far, where they are kept.
+    /// Keys and values computed so far, per layer. `None` if they are not kept.
     own: Option<Vec<LayerKv>>,
 }
 
 impl<'a> DenseAttention<'a> {
-    /// For `batch` rows of `queries` tokens each, over `prompt`.
+    /// Attends with `batch` rows of `queries` tokens each, over `prompt`.
     pub fn new(batch: usize, queries: usize, prompt: Option<&'a PromptKv>) -> Self {
         let visibility = Visibility {
             prompt: prompt.map_or(0, |p| p.columns),
@@ -55,17 +55,18 @@ impl<'a> DenseAttention<'a> {
         Self { batch, prompt, visibility: Arc::new(visibility), own: None }
     }
 
-    /// Keeps own keys and values, for [`DenseAttention::into_prompt`] or [`DenseAttention::advance`].
+    /// Keeps the computed keys and values, for [`DenseAttention::into_prompt`] or [`DenseAttention::advance`].
     pub fn keeping(self) -> Self {
         Self { own: Some(Vec::new()), ..self }
     }
 
-    /// What was kept, as the prompt of later queries; `lengths` are the rows' valid tokens.
+    /// Turns the kept keys and values into the prompt of later queries. `lengths` is the number of valid tokens per
+    /// row.
     pub fn into_prompt(self, lengths: Vec<usize>) -> PromptKv {
         PromptKv { layers: self.own.unwrap_or_default(), lengths, columns: self.visibility.queries }
     }
 
-    /// The next call attends with `queries` new tokens per row, over all that was kept.
+    /// Sets the next call to attend with `queries` new tokens per row, over everything kept so far.
     pub fn advance(&mut self, queries: usize) {
         let old = self.visibility.as_ref().clone();
         self.visibility = Arc::new(Visibility { past: old.past + old.queries, queries, ..old });
@@ -93,7 +94,8 @@ impl Attention for DenseAttention<'_> {
             };
             (k, v) = (Tensor::cat(&[prompt_k, &k], 2)?, Tensor::cat(&[prompt_v, &v], 2)?);
         }
-        // Query heads of one KV head lie together: [batch, kv_heads, groups * queries, width], no key is repeated.
+        // Groups the query heads of each KV head: [batch, kv_heads, groups * queries, width]. Keys need not be repeated
+        // then.
         let groups = heads / kv_heads;
         let q = q.reshape((batch, queries, kv_heads, groups, width))?.permute((0, 2, 3, 1, 4))?.contiguous()?;
         let q = q.reshape((batch, kv_heads, groups * queries, width))?;

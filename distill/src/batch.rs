@@ -1,17 +1,17 @@
-//! Rectangular batches of token rows, and the forward passes over them that training and evaluation share.
+//! Rectangular batches of token rows, and the forward passes shared by training and evaluation.
 
 use candle_core::{Result, Tensor};
 use overfill_model::Decoder;
 
 use crate::attention::{DenseAttention, PromptKv};
 
-/// Rows of tokens, padded at the end to one length.
+/// Rows of tokens, padded at the end to the same length.
 pub struct Rectangle {
-    /// `[rows * columns]`, u32.
+    /// Token ids, `[rows * columns]`, u32.
     pub tokens: Tensor,
     /// Position of each token in its sequence.
     pub positions: Vec<u32>,
-    /// Rows.
+    /// Number of rows.
     pub rows: usize,
     /// Tokens per row, padding included.
     pub columns: usize,
@@ -20,7 +20,7 @@ pub struct Rectangle {
 }
 
 impl Rectangle {
-    /// From rows of tokens, each starting at its own position.
+    /// Pads `rows`. The first token of row `i` has position `starts[i]`.
     pub fn new(rows: &[&[u32]], starts: &[usize], device: &candle_core::Device) -> Result<Self> {
         let lengths: Vec<usize> = rows.iter().map(|row| row.len()).collect();
         let columns = lengths.iter().copied().max().unwrap_or(0).max(1);
@@ -36,15 +36,15 @@ impl Rectangle {
     }
 }
 
-/// The full model's view of a batch of prompts.
+/// Result of prefilling a batch of prompts.
 pub struct Prefilled {
-    /// Its keys and values.
+    /// Keys and values of the prompts.
     pub kv: PromptKv,
     /// Logits after the last token of every prompt, `[rows, vocab]`.
     pub logits: Tensor,
 }
 
-/// Runs prompts through a model and keeps its keys and values.
+/// Runs prompts through a model and keeps their keys and values.
 pub fn prefill(model: &Decoder, prompts: &[&[u32]]) -> Result<Prefilled> {
     let batch = Rectangle::new(prompts, &vec![0; prompts.len()], model.device())?;
     let mut attention = DenseAttention::new(batch.rows, batch.columns, None).keeping();
@@ -54,16 +54,16 @@ pub fn prefill(model: &Decoder, prompts: &[&[u32]]) -> Result<Prefilled> {
     Ok(Prefilled { kv: attention.into_prompt(batch.lengths), logits })
 }
 
-/// Rows of `hidden` by index.
+/// Selects rows of `hidden` by index.
 pub fn pick(hidden: &Tensor, rows: Vec<u32>) -> Result<Tensor> {
     let n = rows.len();
     hidden.index_select(&Tensor::from_vec(rows, n, hidden.device())?, 0)
 }
 
-/// Logits that predict responses over a prompt's KV, teacher-forced.
+/// Computes teacher-forced logits of responses over the prompts' KV.
 ///
-/// The model reads tokens `0..m-1` of each response and predicts tokens `1..m`: the first is the prefilling model's.
-/// Returns the logits of all rows one after the other and their targets.
+/// The model reads tokens `0..m-1` of each response and predicts tokens `1..m`. The prefilling model predicts token 0.
+/// Returns the logits of all rows, concatenated, and their targets.
 pub fn respond(model: &Decoder, prompt: &PromptKv, responses: &[&[u32]]) -> Result<(Tensor, Vec<u32>)> {
     let inputs: Vec<&[u32]> = responses.iter().map(|r| &r[..r.len().saturating_sub(1)]).collect();
     let batch = Rectangle::new(&inputs, &prompt.lengths, model.device())?;

@@ -1,7 +1,7 @@
-//! Checkpoints that resume bit for bit, and the loss log.
+//! Training checkpoints and the loss log. A resumed run equals an uninterrupted one bit for bit.
 //!
-//! `out/checkpoint/step-N/` holds `params.safetensors` and `optimizer.safetensors` in f32, and `state.json`: the step
-//! and the settings of the run. The order of examples is a function of the settings, so nothing else is needed.
+//! `out/checkpoint/step-N/` holds `params.safetensors` and `optimizer.safetensors` in f32, and `state.json` with the
+//! step and the settings of the run. The settings determine the order of examples, so nothing else is stored.
 
 use std::{
     collections::HashMap,
@@ -23,7 +23,7 @@ fn root(out: &Path) -> PathBuf {
     out.join("checkpoint")
 }
 
-/// Complete checkpoints, oldest first. An incomplete one has another name.
+/// Lists complete checkpoints, oldest first. Incomplete ones are in the folder `part`.
 fn list(out: &Path) -> Result<Vec<(usize, PathBuf)>> {
     let mut found = Vec::new();
     let Ok(entries) = fs::read_dir(root(out)) else { return Ok(found) };
@@ -36,7 +36,7 @@ fn list(out: &Path) -> Result<Vec<(usize, PathBuf)>> {
     Ok(found)
 }
 
-/// Writes a checkpoint, then removes the older ones.
+/// Writes a checkpoint, then removes older ones.
 pub fn save(out: &Path, settings: &Value, params: &Params, adam: &AdamW) -> Result<()> {
     let old = list(out)?;
     let part = root(out).join("part");
@@ -57,7 +57,7 @@ pub fn save(out: &Path, settings: &Value, params: &Params, adam: &AdamW) -> Resu
     Ok(())
 }
 
-/// Loads the newest checkpoint; an error where there is none, or where it is of another run.
+/// Loads the newest checkpoint. Fails if there is none, or if its settings differ from `settings`.
 pub fn restore(out: &Path, settings: &Value, params: &Params, adam: &mut AdamW, device: &Device) -> Result<()> {
     let Some((step, path)) = list(out)?.pop() else {
         bail!("{}: no checkpoint to resume from", root(out).display());
@@ -86,11 +86,11 @@ pub fn restore(out: &Path, settings: &Value, params: &Params, adam: &mut AdamW, 
     Ok(())
 }
 
-/// One JSON line per step.
+/// Log of the training loss: one JSON line per step.
 pub struct LossLog(File);
 
 impl LossLog {
-    /// Opens the log of a run that has done `step` steps: later lines, of a run that was cut off, are dropped.
+    /// Opens the log of a run that has done `step` steps. Later lines, written by an interrupted run, are dropped.
     pub fn open(path: &Path, step: usize) -> Result<Self> {
         let context = || format!("writing {}", path.display());
         let kept: Vec<String> = match File::open(path) {

@@ -1,5 +1,5 @@
-//! The subcommands `prune`, `distill`, `eval`, `demo-data`, `demo-pair` and `quality`: their arguments, and the functions
-//! that run them.
+//! The subcommands `prune`, `distill`, `eval`, `demo-data`, `demo-pair` and `quality`: their arguments and their
+//! implementations.
 
 use std::path::PathBuf;
 
@@ -321,7 +321,11 @@ impl EvalArgs {
         let (mut examples, left_out) = load(&self.data, &load_text(&any)?, self.max_tokens)?;
         examples.truncate(self.limit);
         if left_out > 0 {
-            tracing::warn!(left_out, max_tokens = self.max_tokens, "examples without a response within max_tokens");
+            tracing::warn!(
+                left_out,
+                max_tokens = self.max_tokens,
+                "skipped examples that have no response token within max_tokens"
+            );
         }
         let mut scores = Vec::new();
         for (name, folder) in &folders {

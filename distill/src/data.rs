@@ -1,4 +1,4 @@
-//! Training and evaluation data: JSONL lines of `messages`, or of `prompt` and `response`, as tokens.
+//! Training and evaluation data: tokenises JSONL lines of `messages`, or of `prompt` and `response`.
 
 use std::{
     fs::File,
@@ -16,16 +16,16 @@ use crate::random::Random;
 #[derive(Clone, Debug, Deserialize, Serialize, PartialEq)]
 #[serde(untagged)]
 pub enum Line {
-    /// A chat; every message of the assistant is a response to learn.
+    /// A chat. Every assistant message is a response to learn.
     Messages {
-        /// In order.
+        /// Messages of the chat, in order.
         messages: Vec<ChatMessage>,
     },
-    /// A raw prompt and what follows it.
+    /// A raw prompt and its response.
     Pair {
-        /// Encoded with what the tokenizer adds in front (often a begin-of-text token).
+        /// Prompt. Encoding adds the tokenizer's prefix (often a begin-of-text token).
         prompt: String,
-        /// Encoded by itself; the end-of-text token is added.
+        /// Response. It is encoded separately, and an end-of-text token is appended.
         response: String,
     },
 }
@@ -35,7 +35,7 @@ pub enum Line {
 pub struct Example {
     /// All tokens.
     pub tokens: Vec<u32>,
-    /// Is the token part of a response?
+    /// For each token, whether it is part of a response.
     pub learned: Vec<bool>,
 }
 
@@ -45,7 +45,7 @@ impl Example {
         self.tokens.extend(tokens);
     }
 
-    /// Prompt and response of the last response.
+    /// Splits the example into the tokens before the last response, and the last response.
     pub fn last_response(&self) -> (&[u32], &[u32]) {
         let end = self.learned.iter().rposition(|l| *l).map_or(0, |i| i + 1);
         let start = self.learned[..end].iter().rposition(|l| !*l).map_or(0, |i| i + 1);
@@ -53,7 +53,7 @@ impl Example {
     }
 }
 
-/// Tokens of one line. Prompts and responses are encoded apart, as they are when a model is served.
+/// Tokenises one line. Prompts and responses are encoded separately, as in serving.
 pub fn tokenize(line: &Line, text: &TextModel) -> Result<Example> {
     let mut example = Example { tokens: Vec::new(), learned: Vec::new() };
     match line {
@@ -69,7 +69,7 @@ pub fn tokenize(line: &Line, text: &TextModel) -> Result<Example> {
                 let prompt = text.apply_chat_template(&messages[..i], true)?;
                 let full = text.apply_chat_template(&messages[..=i], false)?;
                 let (Some(asked), Some(answer)) = (prompt.strip_prefix(&done), full.strip_prefix(&prompt)) else {
-                    bail!("the chat template rewrites earlier messages: message {i} can't be trained on");
+                    bail!("can't train on message {i}: the chat template changes the text of earlier messages");
                 };
                 example.push(text.encode(asked, false)?, false);
                 example.push(text.encode(answer, false)?, true);
@@ -78,12 +78,12 @@ pub fn tokenize(line: &Line, text: &TextModel) -> Result<Example> {
         }
     }
     if !example.learned.contains(&true) {
-        bail!("no response: a line needs a message of the assistant, or a response");
+        bail!("line has no response: expected an assistant message or a `response`");
     }
     Ok(example)
 }
 
-/// Parsed lines of a JSONL file; empty lines are skipped.
+/// Parses the lines of a JSONL file. Empty lines are skipped.
 pub fn read_lines(path: &Path) -> Result<Vec<Line>> {
     let file = File::open(path).with_context(|| format!("reading {}", path.display()))?;
     let mut lines = Vec::new();
@@ -98,8 +98,8 @@ pub fn read_lines(path: &Path) -> Result<Vec<Line>> {
     Ok(lines)
 }
 
-/// Examples of a file, cut to `max_tokens`; those without a whole prompt and a token of response within it are left
-/// out and counted.
+/// Loads the examples of a file, cut to `max_tokens`. Skips examples that have no response token left after a prompt,
+/// and returns their number.
 pub fn load(path: &Path, text: &TextModel, max_tokens: usize) -> Result<(Vec<Example>, usize)> {
     let lines = read_lines(path)?;
     let mut examples = Vec::with_capacity(lines.len());
@@ -118,10 +118,10 @@ pub fn load(path: &Path, text: &TextModel, max_tokens: usize) -> Result<(Vec<Exa
     Ok((examples, left_out))
 }
 
-/// Batches of one epoch, as indices into the examples.
+/// Returns the batches of one epoch, as indices into the examples.
 ///
-/// Neighbours in the order are grouped by length, so that little is padding. With `shuffle`, order and batches are
-/// random, a function of the seed and the epoch alone; without, the file's order is kept (a curriculum).
+/// With `shuffle`, the order of examples is random and depends only on the seed and the epoch. Without it, the file's
+/// order is kept (a curriculum). Within windows of 8 batches, examples are grouped by length, to reduce padding.
 pub fn epoch(lengths: &[usize], batch: usize, shuffle: bool, seed: u64, epoch: usize) -> Vec<Vec<usize>> {
     const WINDOW: usize = 8;
     let mut random = Random::new(seed, &format!("epoch {epoch}"));
@@ -137,7 +137,7 @@ pub fn epoch(lengths: &[usize], batch: usize, shuffle: bool, seed: u64, epoch: u
         batches.extend(of_window);
     }
     if batches.len() > 1 {
-        // A smaller last batch would weigh its rows more.
+        // Rows of a smaller last batch would have a larger weight.
         batches.retain(|b| b.len() == batch);
     }
     batches
@@ -172,7 +172,7 @@ mod tests {
         assert_eq!(all, (0..40).collect::<Vec<_>>());
         assert_eq!(batches, epoch(&lengths, 4, true, 3, 0));
         assert_ne!(batches, epoch(&lengths, 4, true, 3, 1));
-        // In the file's order, no example moves further than its window.
+        // Without shuffling, no example leaves its window.
         for (at, batch) in epoch(&lengths, 2, false, 0, 0).iter().enumerate() {
             assert!(batch.iter().all(|i| i / 16 == at / 8));
         }

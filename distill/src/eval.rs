@@ -1,4 +1,4 @@
-//! Scores of the arms on held-out prompts: greedy exact match, and cross-entropy.
+//! Scores models on held-out prompts: greedy exact match and cross-entropy.
 
 use std::path::Path;
 
@@ -15,32 +15,33 @@ use crate::{
     train::{check_pair, load_frozen},
 };
 
-/// A model that prefills and one that decodes: the same one, or a full model and the one cut from it.
+/// A configuration to score ("arm"): one model for both stages, or a full model that prefills and a decode model.
 pub struct Arm {
     prefill: Decoder,
-    /// `None` where the prefilling model decodes too.
+    /// `None` if the prefilling model also decodes.
     decode: Option<Decoder>,
     kept_layers: Option<Vec<u32>>,
 }
 
-/// What an arm scored.
+/// Scores of one arm.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Score {
-    /// Share of responses that greedy decoding gives token for token, end-of-text token included.
+    /// Fraction of responses that greedy decoding reproduces token for token, end-of-text token included.
     pub exact_match: f64,
-    /// Mean over the response tokens from the second on, in nats per token; the first is the prefilling model's.
+    /// Mean cross-entropy in nats per response token. The first token of each response is excluded: prefill predicts
+    /// it.
     pub cross_entropy: f64,
-    /// Prompts.
+    /// Number of prompts.
     pub examples: usize,
 }
 
 impl Arm {
-    /// One model for both stages.
+    /// Loads one model for both stages.
     pub fn alone(folder: &Path, dtype: DType, device: &Device) -> Result<Self> {
         Ok(Self { prefill: load_frozen(folder, dtype, device)?, decode: None, kept_layers: None })
     }
 
-    /// `full` prefills, `decode` decodes over its KV.
+    /// Loads a pair: `full` prefills, `decode` decodes over its KV.
     pub fn two_stage(full: &Path, decode: &Path, dtype: DType, device: &Device) -> Result<Self> {
         let kept_layers = Provenance::from_folder(decode)?.and_then(|p| p.kept_layers);
         let (prefill, decode) = (load_frozen(full, dtype, device)?, load_frozen(decode, dtype, device)?);
@@ -52,7 +53,8 @@ impl Arm {
         self.decode.as_ref().unwrap_or(&self.prefill)
     }
 
-    /// Greedy decoding of `steps[i]` tokens after each prompt, all prompts at once; an end-of-text token ends nothing.
+    /// Decodes `steps[i]` tokens greedily after prompt `i`, all prompts at once. End-of-text tokens don't stop
+    /// decoding.
     pub fn generate(&self, prompts: &[&[u32]], steps: &[usize]) -> Result<Vec<Vec<u32>>> {
         let prefilled = prefill(&self.prefill, prompts)?;
         let kv = prefilled.kv.select(self.kept_layers.as_deref())?;

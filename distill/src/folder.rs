@@ -8,14 +8,14 @@ use overfill_model::{ModelConfig, Provenance, WeightDtype};
 use overfill_text::TextFiles;
 use serde_json::Value;
 
-/// Writes `value`, indented, with a newline at the end.
+/// Writes `value` as indented JSON with a final newline.
 pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
     let mut text = serde_json::to_string_pretty(value)?;
     text.push('\n');
     fs::write(path, text).with_context(|| format!("writing {}", path.display()))
 }
 
-/// Copies tokenizer, chat template and generation configuration, as far as the model `from` has them.
+/// Copies the tokenizer, chat template and generation configuration of the model `from`, if present.
 pub fn copy_text_files(from: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to).with_context(|| format!("creating {}", to.display()))?;
     let TextFiles {
@@ -37,7 +37,7 @@ pub fn copy_text_files(from: &Path, to: &Path) -> Result<()> {
             fs::write(&path, bytes).with_context(|| format!("writing {}", path.display()))?;
         }
     }
-    // Nothing of ours reads it, but transformers' slow tokenizers do.
+    // Overfill does not read this file, but the slow tokenizers of transformers do.
     let source = from.join("added_tokens.json");
     if source.exists() {
         fs::copy(&source, to.join("added_tokens.json")).with_context(|| format!("copying {}", source.display()))?;
@@ -45,7 +45,7 @@ pub fn copy_text_files(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// config.json, with the element type of the weights beside it.
+/// Writes config.json, with the element type of the weights as `torch_dtype`.
 pub fn write_config(folder: &Path, config: &ModelConfig, dtype: WeightDtype) -> Result<()> {
     let mut json = config.to_json();
     if let Value::Object(map) = &mut json {
@@ -60,23 +60,23 @@ pub fn write_config(folder: &Path, config: &ModelConfig, dtype: WeightDtype) -> 
     write_json(&folder.join("config.json"), &json)
 }
 
-/// overfill.json.
+/// Writes overfill.json.
 pub fn write_provenance(folder: &Path, provenance: &Provenance) -> Result<()> {
     write_json(&folder.join(Provenance::FILE), provenance)
 }
 
-/// model.safetensors, replaced in one step: a reader sees the old file or the new one.
+/// Writes tensors to a safetensors file. The file is replaced atomically.
 pub fn write_tensors(path: &Path, tensors: &HashMap<String, Tensor>) -> Result<()> {
     let part = path.with_extension("part");
-    // Tools of the Python side refuse a file that does not say so.
+    // transformers rejects files without this metadata.
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     safetensors::serialize_to_file(tensors, Some(metadata), &part)
         .with_context(|| format!("writing {}", path.display()))?;
     publish(&part, path)
 }
 
-/// Gives a finished file its name. The safetensors writer leaves it readable by its owner alone; a model folder is
-/// read by services of other users too.
+/// Renames a finished file to its final name and makes it world-readable. The safetensors writer creates files that
+/// only their owner can read, but services of other users read model folders too.
 pub fn publish(part: &Path, path: &Path) -> Result<()> {
     let context = || format!("writing {}", path.display());
     #[cfg(unix)]

@@ -1,14 +1,14 @@
-//! Differentiable softmax and loss that touch memory once on a CPU.
+//! Differentiable softmax and cross-entropy, each in one pass over memory on CPUs.
 //!
-//! Spelled in basic operations, a softmax is half a dozen element-wise passes, and every one of them costs two more when
-//! gradients are summed. At the demo's sizes those passes, not the matrix products, are the training time. Each
-//! operation here has a plain form for other devices and types, and a test that both agree, gradients included.
+//! A softmax of basic operations is half a dozen element-wise passes, and each costs two more passes in the backward
+//! direction. At the demo's sizes these passes dominate the training time, not the matrix products. Each operation also
+//! has a plain form for other devices and types. Tests check that both forms agree, gradients included.
 
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail};
 
-/// Contiguous `f32` data of a CPU tensor.
+/// Returns the `f32` data of a contiguous CPU tensor.
 fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let data = storage.as_slice::<f32>()?;
     match layout.contiguous_offsets() {
@@ -21,17 +21,17 @@ fn fits(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
-/// Which keys a query may see. Keys are `prompt` columns, `past` columns that every query of the row sees, then one
-/// column per query.
+/// Mask of keys that a query may see. The key columns are `prompt` columns, then `past` columns that every query of the
+/// row sees, then one column per query.
 #[derive(Clone, Debug)]
 pub struct Visibility {
-    /// Columns of prompt keys, padding included.
+    /// Number of prompt columns, padding included.
     pub prompt: usize,
-    /// Valid prompt columns, one entry per batch row.
+    /// Number of valid prompt columns per batch row.
     pub prompt_lengths: Vec<usize>,
-    /// Columns between the prompt and the queries' own.
+    /// Number of columns between the prompt and the queries' own columns.
     pub past: usize,
-    /// Queries (and own keys) per batch row.
+    /// Number of queries, and of their own key columns, per batch row.
     pub queries: usize,
 }
 
@@ -45,7 +45,7 @@ impl Visibility {
         [0..self.prompt_lengths[b], self.prompt..self.prompt + self.past + t + 1]
     }
 
-    /// `0` where the key is visible, `-inf` elsewhere: `[batch, 1, queries, columns]`.
+    /// Additive mask, `[batch, 1, queries, columns]`: 0 if the key is visible, else `-inf`.
     fn bias(&self, like: &Tensor) -> Result<Tensor> {
         let mut data = Vec::with_capacity(self.prompt_lengths.len() * self.queries * self.columns());
         for b in 0..self.prompt_lengths.len() {
@@ -65,7 +65,7 @@ struct MaskedSoftmax {
 }
 
 impl MaskedSoftmax {
-    /// Calls `f(batch row, query, row of the tensor)`; rows are `[batch, heads, groups * queries]`.
+    /// Calls `f(batch row, query, tensor row)` for each row of a `[batch, heads, groups * queries, columns]` tensor.
     fn rows(&self, dims: &[usize], mut f: impl FnMut(usize, usize, usize)) {
         let per_batch: usize = dims[1..dims.len() - 1].iter().product();
         for row in 0..dims[0] * per_batch {
@@ -140,9 +140,9 @@ impl CustomOp2 for SoftmaxGrad {
     }
 }
 
-/// `softmax(scale * scores)` over the visible columns.
+/// Computes `softmax(scale * scores)` over the visible columns.
 ///
-/// `scores` is `[batch, kv_heads, groups * queries, columns]`, groups outermost within its axis.
+/// `scores` is `[batch, kv_heads, groups * queries, columns]`. Groups are the outer dimension of the third axis.
 pub fn masked_softmax(scores: &Tensor, visibility: &Arc<Visibility>, scale: f32) -> Result<Tensor> {
     if fits(scores) {
         return scores.contiguous()?.apply_op1(MaskedSoftmax { visibility: visibility.clone(), scale });
@@ -177,7 +177,7 @@ impl CustomOp1 for CrossEntropy {
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
         let (x, width) = (slice(s, l)?, l.dims()[1]);
         let rows = x.chunks_exact(width).zip(self.targets.iter());
-        // Summed in f64: the loss log then does not depend on how a batch was split.
+        // Summed in f64, so that the logged loss does not depend on how a batch is split.
         let sum: f64 = rows.map(|(row, t)| f64::from(log_sum_exp(row) - row[*t as usize])).sum();
         Ok((CpuStorage::F32(vec![sum as f32]), Shape::from(())))
     }
@@ -210,9 +210,9 @@ impl CustomOp1 for CrossEntropyGrad {
     }
 }
 
-/// Sum over rows of the negative log-probability of each row's target.
+/// Computes the negative log-probability of each row's target, summed over rows.
 ///
-/// `logits` is `[n, vocab]`; every target must be below `vocab`.
+/// `logits` is `[n, vocab]`. Every target must be below `vocab`.
 pub fn cross_entropy_sum(logits: &Tensor, targets: Vec<u32>) -> Result<Tensor> {
     let (n, vocab) = logits.dims2()?;
     if targets.len() != n || targets.iter().any(|t| *t as usize >= vocab) {

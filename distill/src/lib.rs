@@ -1,6 +1,5 @@
-//! Making decode models: importance pruning of a full model by width, fine-tuning under the full model's KV, and
-//! evaluation of what came out. And the demo pair, made by exactly that. And the check of a model against
-//! candle-transformers.
+//! Makes and evaluates decode models: importance pruning of a full model by width, fine-tuning over the full model's
+//! KV, and scoring. Also contains the recipe of the demo pair, and the check of a model against candle-transformers.
 
 mod attention;
 mod batch;
@@ -21,7 +20,7 @@ use std::path::Path;
 
 pub use data::Example;
 
-/// Tokenised examples of a JSONL file, cut to `max_tokens`, by the tokenizer of a model's folder.
+/// Loads a JSONL file with the tokenizer of the model folder `model`, and cuts each example to `max_tokens`.
 pub fn examples(file: &Path, model: &Path, max_tokens: usize) -> anyhow::Result<Vec<Example>> {
     Ok(data::load(file, &train::load_text(model)?, max_tokens)?.0)
 }

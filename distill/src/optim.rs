@@ -1,4 +1,4 @@
-//! AdamW, gradient clipping and the learning-rate schedule, with all state in the open so that a checkpoint holds it.
+//! AdamW, gradient clipping and the learning-rate schedule. The optimiser's state is exposed, for checkpoints.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -9,21 +9,21 @@ use candle_core::{DType, Device, Result, Tensor, Var, backprop::GradStore, bail}
 pub struct OptimConfig {
     /// Peak learning rate.
     pub learning_rate: f64,
-    /// Decay of the first moment.
+    /// Decay rate of the first moment.
     pub beta1: f64,
-    /// Decay of the second moment.
+    /// Decay rate of the second moment.
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment.
     pub eps: f64,
-    /// Decoupled decay of matrices; norms and biases are not decayed.
+    /// Decoupled weight decay of matrices. Norms and biases are not decayed.
     pub weight_decay: f64,
-    /// Largest norm of the whole gradient; 0 leaves it alone.
+    /// Maximum norm of the whole gradient. 0 disables clipping.
     pub clip: f64,
-    /// Steps of linear warm-up.
+    /// Number of linear warm-up steps.
     pub warmup_steps: usize,
-    /// Steps in all; the cosine ends there.
+    /// Total number of steps. The cosine schedule ends there.
     pub total_steps: usize,
-    /// Where the cosine ends, as a share of the peak.
+    /// Final learning rate of the cosine schedule, as a fraction of the peak.
     pub final_share: f64,
 }
 
@@ -40,15 +40,15 @@ impl OptimConfig {
     }
 }
 
-/// Trainable parameters by Hugging Face name, in name order, always f32.
+/// Trainable parameters by Hugging Face name. Always f32.
 pub type Params = BTreeMap<String, Var>;
 
-/// Sums gradients by parameter, over micro-batches.
+/// Gradients summed over micro-batches, by parameter name.
 #[derive(Default)]
 pub struct Gradients(BTreeMap<String, Tensor>);
 
 impl Gradients {
-    /// Adds what one backward pass left.
+    /// Adds the gradients of one backward pass.
     pub fn add(&mut self, params: &Params, grads: &GradStore) -> Result<()> {
         for (name, var) in params {
             if let Some(grad) = grads.get(var) {
@@ -62,7 +62,7 @@ impl Gradients {
         Ok(())
     }
 
-    /// Euclidean norm over all parameters.
+    /// Euclidean norm of the gradients of all parameters.
     pub fn norm(&self) -> Result<f64> {
         let mut sum = 0.0;
         for grad in self.0.values() {
@@ -72,7 +72,7 @@ impl Gradients {
     }
 }
 
-/// AdamW (Loshchilov and Hutter), decay decoupled from the gradient.
+/// AdamW optimiser (Loshchilov and Hutter): Adam with decoupled weight decay.
 pub struct AdamW {
     config: OptimConfig,
     moments: BTreeMap<String, (Tensor, Tensor)>,
@@ -80,24 +80,24 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// With moments at zero.
+    /// Starts with both moments at zero.
     pub fn new(config: OptimConfig, params: &Params) -> Result<Self> {
         let zeros = |var: &Var| -> Result<_> { Ok((var.zeros_like()?, var.zeros_like()?)) };
         let moments = params.iter().map(|(name, var)| Ok((name.clone(), zeros(var)?))).collect::<Result<_>>()?;
         Ok(Self { config, moments, step: 0 })
     }
 
-    /// Steps taken.
+    /// Number of updates done.
     pub fn step(&self) -> usize {
         self.step
     }
 
-    /// One update. `scale` is applied to the summed gradients first (one over the tokens they sum); returns the norm
-    /// of the scaled gradient before clipping.
+    /// Applies one update. The summed gradients are multiplied by `scale` first (one over the number of summed tokens).
+    /// Returns the norm of the scaled gradient before clipping.
     pub fn update(&mut self, params: &Params, grads: &Gradients, scale: f64) -> Result<f64> {
         let norm = grads.norm()? * scale;
         if !norm.is_finite() {
-            bail!("training diverged: the gradient's norm is {norm} at step {}", self.step);
+            bail!("training diverged: gradient norm is {norm} at step {}", self.step);
         }
         let c = &self.config;
         let factor = if c.clip > 0.0 && norm > c.clip { scale * c.clip / norm } else { scale };
@@ -117,7 +117,7 @@ impl AdamW {
         Ok(norm)
     }
 
-    /// State for a checkpoint: `first.NAME` and `second.NAME`.
+    /// Returns the state for a checkpoint: tensors `first.NAME` and `second.NAME`.
     pub fn state(&self) -> HashMap<String, Tensor> {
         let both = |(name, (first, second)): (&String, &(Tensor, Tensor))| {
             [(format!("first.{name}"), first.clone()), (format!("second.{name}"), second.clone())]
@@ -125,7 +125,7 @@ impl AdamW {
         self.moments.iter().flat_map(both).collect()
     }
 
-    /// Back to a checkpoint's state after `step` updates.
+    /// Restores the state of a checkpoint written after `step` updates.
     pub fn restore(&mut self, mut state: HashMap<String, Tensor>, step: usize, device: &Device) -> Result<()> {
         for (name, moments) in &mut self.moments {
             let mut take = |kind: &str| match state.remove(&format!("{kind}.{name}")) {
@@ -168,7 +168,7 @@ mod tests {
         assert!((4..20).all(|s| c.rate(s) >= c.rate(s + 1)));
     }
 
-    /// Two updates by hand, in f64: clipping, both moments, bias correction, and decay of matrices alone.
+    /// Compares with two updates computed in f64: clipping, both moments, bias correction, and decay of matrices only.
     #[test]
     fn updates_equal_the_formula() {
         let device = Device::Cpu;

@@ -1,4 +1,4 @@
-//! Fine-tuning: a student alone, or a student under the KV of a frozen full model.
+//! Fine-tuning of a student, alone or over the KV of a frozen full model.
 
 use std::{
     collections::HashMap,
@@ -26,60 +26,60 @@ use crate::{
     random::Random,
 };
 
-/// A training run.
+/// Settings of a training run.
 #[derive(Clone, Debug)]
 pub struct TrainConfig {
     /// Folder of the model to train.
     pub student: PathBuf,
-    /// Start from random weights: only the student's configuration and tokenizer are read.
+    /// Starts from random weights. Only the student's configuration and tokenizer are read.
     pub random_init: bool,
-    /// Folder of the frozen full model that prefills every prompt; none trains the student alone.
+    /// Folder of the frozen full model that prefills every prompt. `None` trains the student alone.
     pub full: Option<PathBuf>,
-    /// JSONL.
+    /// JSONL file of examples.
     pub data: PathBuf,
     /// Folder to write the trained model to.
     pub out: PathBuf,
-    /// Rows per forward pass.
+    /// Examples per forward pass.
     pub batch: usize,
     /// Forward passes per step.
     pub accumulate: usize,
-    /// Longest example in tokens.
+    /// Maximum length of an example in tokens. Longer ones are cut.
     pub max_tokens: usize,
-    /// Of the order of examples, and of random weights.
+    /// Seed for the order of examples and for random weights.
     pub seed: u64,
-    /// Take examples in random order; else in the file's.
+    /// Whether to take examples in random order instead of the file's order.
     pub shuffle: bool,
-    /// Type of the computation; parameters and the optimiser's state are f32 always.
+    /// Type of the computation. Parameters and optimiser state are always f32.
     pub dtype: WeightDtype,
-    /// Type of the weights written.
+    /// Type of the written weights.
     pub save_dtype: WeightDtype,
-    /// Where to compute.
+    /// Device that trains.
     pub device: DeviceSpec,
-    /// Optimiser and schedule; its `total_steps` is the length of the run.
+    /// Optimiser and schedule. `total_steps` is the length of the run.
     pub optim: OptimConfig,
-    /// Steps between checkpoints; 0 writes none.
+    /// Steps between checkpoints. 0 writes none.
     pub checkpoint_every: usize,
-    /// Go on from the newest checkpoint in `out`.
+    /// Continues from the newest checkpoint in `out`.
     pub resume: bool,
-    /// Stop after this step, for a run in parts; the schedule is that of the whole run.
+    /// Stops after this step. The schedule remains that of `total_steps`.
     pub stop_after: Option<usize>,
-    /// Draw a progress bar.
+    /// Whether to draw a progress bar.
     pub progress: bool,
 }
 
-/// What a run did.
+/// Result of a training run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Trained {
     /// Mean loss in nats per token over the last steps (at most 20).
     pub loss: f64,
-    /// Tokens the loss was taken over.
+    /// Number of target tokens in the loss.
     pub learned_tokens: u64,
-    /// Seconds in steps, of this process.
+    /// Seconds spent in training steps by this process.
     pub seconds: f64,
 }
 
 impl TrainConfig {
-    /// Everything that decides the result, for the checkpoint and for overfill.json.
+    /// Returns all settings that determine the result, for checkpoints and overfill.json.
     fn describe(&self) -> serde_json::Value {
         json!({
             "mode": if self.full.is_some() { "overfill" } else { "plain" },
@@ -97,7 +97,7 @@ pub fn load_text(folder: &Path) -> Result<TextModel> {
     Ok(TextModel::from_files(&overfill_model::text_files(folder)?)?)
 }
 
-/// Loads a model for the forward pass only.
+/// Loads a model for inference only.
 pub fn load_frozen(folder: &Path, dtype: DType, device: &Device) -> Result<Decoder> {
     let config = ModelConfig::from_folder(folder)?;
     let weights = Weights::open(folder)?;
@@ -109,7 +109,8 @@ pub fn load_frozen(folder: &Path, dtype: DType, device: &Device) -> Result<Decod
     Ok(Decoder::from_tensors(&config, &tensors, Ops::Fused)?)
 }
 
-/// Random weights: deviation `1/sqrt(inputs)`, less for what adds to the residual; norms 1, biases 0.
+/// Random weights with standard deviation `1/sqrt(inputs)`, smaller for projections that add to the residual stream.
+/// Norms are 1, biases 0.
 fn random_params(config: &ModelConfig, seed: u64, device: &Device) -> Result<Params> {
     let residual = 1.0 / (2.0 * config.num_hidden_layers as f64).sqrt();
     let mut params = Params::new();
@@ -149,14 +150,14 @@ struct Trainer {
 }
 
 impl Trainer {
-    /// The student's graph over the current parameters.
+    /// Builds the student's differentiable model from the current parameters.
     fn student(&self) -> Result<Decoder> {
         let cast = |(name, var): (&String, &Var)| Ok((name.clone(), var.as_tensor().to_dtype(self.dtype)?));
         let tensors = self.params.iter().map(cast).collect::<Result<HashMap<_, _>>>()?;
         Ok(Decoder::from_tensors(&self.config, &tensors, Ops::Differentiable)?)
     }
 
-    /// Summed loss over the learned tokens of some examples, and their number.
+    /// Returns the loss summed over the learned tokens of `examples`, and the number of these tokens.
     fn loss(&self, student: &Decoder, examples: &[&Example]) -> Result<(Tensor, usize)> {
         let (logits, targets) = match &self.full {
             Some(full) => {
@@ -171,7 +172,7 @@ impl Trainer {
         Ok((cross_entropy_sum(&logits, targets)?, count))
     }
 
-    /// Logits and targets of every learned token, the student reading all that is before it.
+    /// Returns logits and targets of every learned token. The student itself reads all preceding tokens.
     fn whole(&self, student: &Decoder, examples: &[&Example]) -> Result<(Tensor, Vec<u32>)> {
         let inputs: Vec<&[u32]> = examples.iter().map(|e| &e.tokens[..e.tokens.len() - 1]).collect();
         let batch = Rectangle::new(&inputs, &vec![0; inputs.len()], &self.device)?;
@@ -188,7 +189,7 @@ impl Trainer {
     }
 }
 
-/// Batches in training order, epoch after epoch: a function of the settings alone, so that a resumed run sees the same.
+/// Batches in training order, across epochs. The settings determine the order, so a resumed run sees the same batches.
 struct Order<'a> {
     config: &'a TrainConfig,
     lengths: Vec<usize>,
@@ -209,13 +210,13 @@ impl Order<'_> {
     }
 }
 
-/// Trains, and writes the model folder.
+/// Trains a model and writes its folder.
 pub fn train(config: &TrainConfig) -> Result<Trained> {
     if config.batch == 0 || config.accumulate == 0 || config.optim.total_steps == 0 {
         bail!("batch, accumulate and steps must be 1 or more");
     }
     if config.dtype == WeightDtype::F16 {
-        bail!("dtype f16: training computes in f32 or bf16, whose range gradients fit");
+        bail!("dtype is f16, supported for training: f32, bf16 (gradients may exceed the range of f16)");
     }
     let device = config.device.open()?;
     let text = load_text(&config.student)?;
@@ -232,17 +233,22 @@ pub fn train(config: &TrainConfig) -> Result<Trained> {
     }
     let (mut examples, left_out) = data::load(&config.data, &text, config.max_tokens)?;
     if full.is_some() {
-        // The full model gives the first token, so a response needs a second to learn; and a prompt, to prefill.
+        // The full model predicts the first response token. The student needs a prompt and at least one more response
+        // token.
         examples.retain(|e| !e.last_response().0.is_empty() && e.last_response().1.len() > 1);
         if examples.is_empty() {
-            bail!("{}: no example with a prompt and two tokens of response", config.data.display());
+            bail!("{}: no example has a prompt and at least two response tokens", config.data.display());
         }
     }
     if let Some(token) = examples.iter().flat_map(|e| &e.tokens).find(|t| **t as usize >= model.vocab_size) {
-        bail!("the tokenizer gives token {token}, config.json's vocab_size is {}", model.vocab_size);
+        bail!("the tokenizer produces token {token}, but vocab_size in config.json is {}", model.vocab_size);
     }
     if left_out > 0 {
-        tracing::warn!(left_out, max_tokens = config.max_tokens, "examples without a response within max_tokens");
+        tracing::warn!(
+            left_out,
+            max_tokens = config.max_tokens,
+            "skipped examples that have no response token within max_tokens"
+        );
     }
 
     folder::copy_text_files(&config.student, &config.out)?;
@@ -305,7 +311,7 @@ pub fn train(config: &TrainConfig) -> Result<Trained> {
     Ok(done)
 }
 
-/// May `student` attend to the KV of `full`?
+/// Checks that `student` can attend to the KV of `full`. An error names the field that differs.
 pub fn check_pair(full: &ModelConfig, student: &ModelConfig) -> Result<()> {
     let facts = |c: &ModelConfig| {
         let rope = c.rope_spec();
@@ -319,7 +325,9 @@ pub fn check_pair(full: &ModelConfig, student: &ModelConfig) -> Result<()> {
     };
     for ((field, of_full), (_, of_student)) in facts(full).into_iter().zip(facts(student)) {
         if of_full != of_student {
-            bail!("the student can't use the full model's KV: {field} is {of_full} there and {of_student} here");
+            bail!(
+                "the student can't use the full model's KV: {field} is {of_student} in the student, {of_full} in the full model"
+            );
         }
     }
     Ok(())

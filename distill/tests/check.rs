@@ -1,4 +1,5 @@
-//! `overfill check` over the golden models: what is right passes, what is not fails, and what can't be compared is one line.
+//! `overfill check` on the golden models: correct models pass, faulty ones fail, and incomparable ones give a one-line
+//! error.
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
@@ -40,7 +41,7 @@ fn config(model: &Path) -> CheckConfig {
     }
 }
 
-/// A copy of a golden model with some fields of its config.json set anew.
+/// Copies a golden model and sets some fields of its config.json.
 fn copy(name: &str, fields: Value) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     for entry in fs::read_dir(golden(name)).unwrap() {
@@ -56,7 +57,7 @@ fn copy(name: &str, fields: Value) -> TempDir {
     folder
 }
 
-/// The golden model as the only file of a folder.
+/// Writes a golden model as the only GGUF file of a folder.
 fn gguf(name: &str, dtype: GgmlDType) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     write::parts(&golden(name), dtype).write(&folder.path().join("model.gguf"));
@@ -67,7 +68,7 @@ fn gguf(name: &str, dtype: GgmlDType) -> TempDir {
 fn every_golden_model_passes() {
     for (name, implementation, noted) in [
         ("llama-tied/full", "llama", ""),
-        // Scaled rotation and heads that don't fill the width: only a wider llama can do that.
+        // Scaled RoPE with heads that don't fill hidden_size: only a widened llama supports both.
         ("llama-tied/decode", "llama", "hidden_size is 64, not 35"),
         ("llama-untied/full", "mistral", "mistral stands in"),
         ("llama-untied/decode", "mistral", "mistral stands in"),
@@ -84,11 +85,11 @@ fn every_golden_model_passes() {
         assert_eq!(report.implementation, implementation, "{name}");
         assert_eq!(report.notes.is_empty(), noted.is_empty(), "{name}: {:?}", report.notes);
         assert!(report.notes.iter().all(|note| note.contains(noted)), "{name}: {:?}", report.notes);
-        // Up to the context, less the continuation.
+        // The context length minus the continuation.
         let longest = if name.starts_with("llama-tied") { 2048 - 16 } else { 1024 - 16 };
         assert_eq!(report.prompts.last().unwrap().prompt_tokens, longest, "{name}");
         assert_eq!(report.total.positions, 17 * report.prompts.len());
-        // Rounding is not nothing: both sides are not the same code.
+        // The two sides are different code, so they differ by rounding.
         assert!(report.total.greatest > 0.0, "{name}");
     }
 }
@@ -103,7 +104,7 @@ fn linear_scaling_has_a_reference_too() {
     }
 }
 
-/// Our engine over a changed copy, against the reference over the original.
+/// The engine runs a changed copy, the reference the original.
 #[test]
 fn planted_faults_fail() {
     for (name, fault) in [
@@ -122,7 +123,7 @@ fn planted_faults_fail() {
         println!("{fault}\n{}", text(&report));
         assert_eq!(report.verdict, Verdict::Fail, "{name} {fault}");
         assert!(text(&report).contains("\nFAIL: greatest distance "), "{name}");
-        // The same with nothing changed.
+        // An unchanged copy passes.
         let same = copy(name, json!({}));
         let report = check(&CheckConfig { model: same.path().into(), ..faulty }).unwrap();
         assert_eq!(report.verdict, Verdict::Pass, "{name}");
@@ -151,7 +152,7 @@ fn gguf_files_are_checked_by_their_own_weights_or_by_the_folder_they_were_made_f
     let report = check(&config(quantised.path())).unwrap();
     assert_eq!(report.verdict, Verdict::Pass, "{}", text(&report));
     assert!(report.notes.iter().any(|note| note.contains("GGUF")), "{:?}", report.notes);
-    // A file by its name is the same.
+    // The path of the file gives the same result as its folder.
     assert_eq!(check(&config(&quantised.path().join("model.gguf"))).unwrap().total, report.total);
 
     let against_folder = |file: &TempDir, name: &str, bound| {
@@ -160,7 +161,7 @@ fn gguf_files_are_checked_by_their_own_weights_or_by_the_folder_they_were_made_f
     let cost = against_folder(&quantised, "llama-untied/full", None);
     assert_eq!(cost.verdict, Verdict::NotJudged);
     assert!(cost.total.greatest > F32_BOUND, "{}", text(&cost));
-    // Nothing is quantised, so what is left is our reader of the format.
+    // F32 files are not quantised, so only the GGUF reader is tested.
     for name in ["llama-untied/full", "qwen2/decode", "qwen3/full"] {
         let report = against_folder(&gguf(name, GgmlDType::F32), name, Some(F32_BOUND));
         assert_eq!(report.verdict, Verdict::Pass, "{name}: {}", text(&report));
@@ -186,7 +187,7 @@ fn what_can_not_be_compared_is_one_line() {
             json!({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
             "config.json: rope_scaling is linear factor=2, supported: none",
         ),
-        // Heads narrower than the width: no width of candle's llama is as narrow.
+        // Heads narrower than hidden_size: candle's llama can't be widened to match.
         (
             "llama-tied/full",
             json!({"num_attention_heads": 2}),
@@ -196,7 +197,7 @@ fn what_can_not_be_compared_is_one_line() {
         let folder = copy(name, fields);
         assert_eq!(fault(folder.path(), &|_| {}), format!("{}/{expected}{none}", folder.path().display()));
     }
-    // The factors of a scaling whose parameters the file does not say.
+    // The GGUF file stores RoPE factors without the parameters of the scaling.
     let factors = gguf("llama-tied/full", GgmlDType::F32);
     let error = fault(factors.path(), &|_| {});
     assert!(error.contains("rope_scaling is factors ") && error.ends_with(none), "{error}");

@@ -1,7 +1,7 @@
-"""Importance of channels, calculated by itself in NumPy from the published rule.
+"""Importance of channels, computed independently in NumPy from the published rule.
 
 Usage: importance.py MODEL_FOLDER < {"samples": [[token ids]], "hidden": n, "intermediate": n, "norm": "l1" | "l2"}
-Prints {"hidden": [kept channels], "intermediate": [[kept channels] per layer]}. Needs numpy and nothing else.
+Prints {"hidden": [kept channels], "intermediate": [[kept channels] per layer]}. Needs only numpy.
 """
 
 import json
@@ -79,7 +79,7 @@ class Model:
         return self.linear(np.einsum("hqk,khd->qhd", weights, v).reshape(n, -1), f"{prefix}o_proj")
 
     def scores(self, tokens):
-        """Of one sample: hidden channels, and the intermediate channels of each layer."""
+        """Scores of one sample: hidden channels, and the intermediate channels of each layer."""
         x = self.tensors["model.embed_tokens.weight"][tokens]
         hidden, intermediate = 0.0, []
         for layer in range(self.config["num_hidden_layers"]):

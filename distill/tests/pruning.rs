@@ -1,4 +1,4 @@
-//! Pruning of the golden models: the channels that are kept, against NumPy, and the folder that is written.
+//! Pruning of the golden models: compares the kept channels with NumPy, and checks the written folder.
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
@@ -46,7 +46,7 @@ fn config(model: &Path, folder: &Path, norm: Norm) -> PruneConfig {
     }
 }
 
-/// `OVERFILL_PYTHON`, or `python3`; `None` where it has no NumPy.
+/// Returns `OVERFILL_PYTHON` or `python3`, if it has NumPy.
 fn python() -> Option<String> {
     let python = std::env::var("OVERFILL_PYTHON").unwrap_or_else(|_| "python3".into());
     let found = Command::new(&python).args(["-c", "import numpy"]).stderr(Stdio::null()).status();
@@ -56,7 +56,7 @@ fn python() -> Option<String> {
 #[test]
 fn kept_channels_equal_those_of_numpy() {
     let Some(python) = python() else {
-        // Not silently green where it matters: CI sets the variable, and then a missing NumPy is a failure.
+        // CI sets the variable, so that a missing NumPy fails there instead of being skipped.
         assert!(std::env::var("OVERFILL_PYTHON").is_err(), "OVERFILL_PYTHON is set but has no NumPy");
         eprintln!("SKIPPED kept_channels_equal_those_of_numpy: no python3 with numpy; set OVERFILL_PYTHON");
         return;
@@ -147,7 +147,7 @@ fn a_plain_text_calibrates_too_and_errors_name_the_field() {
     config.calibration = folder.path().join("text.txt");
     std::fs::write(&config.calibration, TEXTS.join("\n")).unwrap();
     prune(&config).unwrap();
-    // Biases of q, k and v are per head, and no head is cut.
+    // Biases of q, k and v are per head, and heads are not pruned.
     assert_eq!(
         load(&config.out, "model.layers.0.self_attn.q_proj.bias").dims(),
         load(&model, "model.layers.0.self_attn.q_proj.bias").dims()

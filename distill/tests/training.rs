@@ -1,4 +1,4 @@
-//! Training over real files: resuming, both modes, and what evaluation says of the result.
+//! Training on files: resuming, both modes, and evaluation of the result.
 
 #![allow(clippy::unwrap_used, reason = "a helper that fails ends its test")]
 
@@ -14,7 +14,7 @@ use overfill_distill::{
 };
 use tempfile::TempDir;
 
-/// Data, and a full model with a few steps behind it: random enough to be wrong, trained enough to be certain.
+/// Writes data and trains a full model for a few steps: still inaccurate, but with clear preferences between tokens.
 fn world() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     let sizes = data::DataConfig { seed: 5, conversations: 64, more_conversations: 0, pairs: 64, held_out: 12 };
@@ -51,7 +51,7 @@ fn a_resumed_run_equals_an_unbroken_one_bit_for_bit() {
         let mode = if over.is_some() { "over" } else { "alone" };
         let (whole, parts) = (at(&format!("whole-{mode}")), at(&format!("parts-{mode}")));
         train(&run(&whole)).unwrap();
-        // Cut off at step 4, one after the checkpoint: the steps after it are done again.
+        // Stops at step 4, one after the checkpoint. Step 4 is repeated.
         train(&TrainConfig { stop_after: Some(4), ..run(&parts) }).unwrap();
         train(&TrainConfig { resume: true, ..run(&parts) }).unwrap();
         assert_eq!(tensors(&whole), tensors(&parts));
@@ -70,7 +70,7 @@ fn a_resumed_run_equals_an_unbroken_one_bit_for_bit() {
     }
 }
 
-/// Splitting the work between two models changes nothing when both are the same.
+/// Two stages with the same model equal one stage.
 #[test]
 fn the_full_model_as_its_own_decoder_equals_the_full_model_token_for_token() {
     let dir = world();
@@ -82,7 +82,7 @@ fn the_full_model_as_its_own_decoder_equals_the_full_model_token_for_token() {
     let outputs = two_stage.generate(&prompts, &steps).unwrap();
     let alone = Arm::alone(&full, DType::F32, &Device::Cpu).unwrap();
     assert_eq!(outputs, alone.generate(&prompts, &steps).unwrap());
-    // And equals a model that reads the whole text anew for every token, one prompt at a time.
+    // The output also equals that of a model that recomputes the whole text for every token, one prompt at a time.
     for (prompt, output) in prompts.iter().zip(&outputs).take(3) {
         let mut text = prompt.to_vec();
         for token in output {

@@ -1,4 +1,4 @@
-//! Files of a model's folder: `model/src/weights.rs`, `gguf/`, `config.rs`, `provenance.rs` and `text/`.
+//! Targets for files of a model folder: `model/src/weights.rs`, `gguf/`, `config.rs`, `provenance.rs` and `text/`.
 
 use std::fs;
 use std::path::Path;
@@ -11,12 +11,12 @@ use tempfile::TempDir;
 use crate::input::Input;
 use crate::text::TOKENIZER;
 
-/// A model of a few hundred weights.
+/// Configuration of a model with a few hundred weights.
 pub(crate) const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 4, "intermediate_size": 4,
     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2, "vocab_size": 8,
     "tie_word_embeddings": true, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}"#;
 
-/// The files that [`model_folder`] puts the input into, by its first byte.
+/// Files that [`model_folder`] may write the input to. The first byte selects one.
 pub(crate) const FILES: [&str; 7] = [
     "config.json",
     "overfill.json",
@@ -28,11 +28,11 @@ pub(crate) const FILES: [&str; 7] = [
 ];
 
 thread_local! {
-    /// One for all inputs: making a folder takes longer than reading one.
+    /// One folder for all inputs, since creating a folder takes longer than reading one.
     static FOLDER: TempDir = tempfile::tempdir().expect("a folder for temporary files");
 }
 
-/// Calls `using` with a folder that holds these files alone. Nothing of it may be mapped any more when it returns.
+/// Calls `using` with a folder that contains exactly these files. `using` must drop all memory maps before it returns.
 fn with_folder(files: &[(&str, &[u8])], using: impl FnOnce(&Path)) {
     FOLDER.with(|folder| {
         for (name, bytes) in files {
@@ -45,13 +45,13 @@ fn with_folder(files: &[(&str, &[u8])], using: impl FnOnce(&Path)) {
     });
 }
 
-/// A fault is named on few lines.
+/// Checks that an error message is not empty and has few lines.
 fn check_error(error: &ModelError) {
     let text = error.to_string();
-    assert!(!text.is_empty(), "an error that says nothing");
+    assert!(!text.is_empty(), "the error has no message");
 }
 
-/// Reads what there is of every tensor, and those that the configuration asks for by rows.
+/// Reads every tensor in the file, and reads by rows the tensors that the configuration expects.
 fn read_weights(path: &Path) -> Result<(), ModelError> {
     let weights = Weights::open(path)?;
     for name in weights.names() {
@@ -67,7 +67,7 @@ fn read_weights(path: &Path) -> Result<(), ModelError> {
     Ok(())
 }
 
-/// model.safetensors beside a good config.json.
+/// Reads the input as model.safetensors, with a valid config.json.
 pub fn safetensors(data: &[u8]) {
     with_folder(&[("config.json", CONFIG.as_bytes()), ("model.safetensors", data)], |folder| {
         if let Err(error) = read_weights(folder) {
@@ -76,7 +76,7 @@ pub fn safetensors(data: &[u8]) {
     });
 }
 
-/// A .gguf file: weights, configuration, tokenizer, template.
+/// Reads the input as a .gguf file: weights, configuration, tokenizer and template.
 pub fn gguf(data: &[u8]) {
     with_folder(&[("model.gguf", data)], |folder| {
         let file = folder.join("model.gguf");
@@ -84,14 +84,14 @@ pub fn gguf(data: &[u8]) {
             check_error(&error);
         }
         match text_files(&file) {
-            // What is made of the metadata is what the tokenizer's own reader takes, or it says what is wrong.
+            // The tokenizer files made from the metadata are either valid, or rejected with an error.
             Ok(files) => drop(TextModel::from_files(&files)),
             Err(error) => check_error(&error),
         }
     });
 }
 
-/// One of the small files of a folder, by the first byte.
+/// Reads the input as a small file of a folder. The first byte selects the file.
 pub fn model_folder(data: &[u8]) {
     let mut input = Input::new(data);
     let name = FILES[usize::from(input.byte()) % FILES.len()];
@@ -111,7 +111,7 @@ pub fn model_folder(data: &[u8]) {
                 check_error(&error);
             }
         }),
-        // Its reader panics at some inputs. That is caught, but libFuzzer would end at it.
+        // The tokenizer reader panics on some inputs. The code catches this, but libFuzzer would abort.
         "tokenizer.json" if cfg!(feature = "libfuzzer") => {}
         text_file => {
             let mut files = TextFiles { tokenizer_json: TOKENIZER.into(), ..TextFiles::default() };
@@ -125,7 +125,7 @@ pub fn model_folder(data: &[u8]) {
             if let Ok(model) = TextModel::from_files(&files) {
                 let _ = model.encode("a text", true).and_then(|ids| model.decode(&ids, true));
                 let _ = model.apply_chat_template(&[ChatMessage::new("user", "hi")], true);
-                // A decoder of a stranger's making need not give the same in pieces; it must not fail badly.
+                // A decoder from an untrusted file may give other text piecewise than at once, but must not panic.
                 if let Ok(mut decoder) = model.detokenizer(&[], false) {
                     (0..32).for_each(|id| drop(decoder.push(id)));
                     let _ = decoder.flush();
@@ -135,7 +135,7 @@ pub fn model_folder(data: &[u8]) {
     }
 }
 
-/// What was read can be asked for all that a node asks for, and is read again from what it writes.
+/// Checks that the functions that a node calls work on a configuration, and that it can be written and read again.
 fn check_config(config: &ModelConfig) {
     let shapes = config.tensor_shapes();
     assert!(shapes.iter().all(|(name, shape)| !name.is_empty() && !shape.contains(&0)));

@@ -1,11 +1,11 @@
-//! The KV plane's wire: `transport/src/frame.rs`.
+//! Target for the frames of the KV protocol: `transport/src/frame.rs`.
 
 use overfill_transport::tcp::frame::{
     ANSWER_BYTES, COMMIT_BYTES, HEADER_BYTES, HELLO_BYTES, Header, SUM_BYTES, checksum, decode_answer, decode_commit,
     decode_header, decode_hello, encode_answer, encode_commit, encode_header, encode_hello,
 };
 
-/// The first `N` bytes, zeros where there are fewer.
+/// Returns the first `N` bytes, padded with zeros.
 fn first<const N: usize>(data: &[u8]) -> [u8; N] {
     let mut out = [0; N];
     let count = data.len().min(N);
@@ -13,7 +13,7 @@ fn first<const N: usize>(data: &[u8]) -> [u8; N] {
     out
 }
 
-/// The same with the right checksum at its end: else nearly every input would be refused for that alone.
+/// Returns the first `N` bytes with a valid checksum. Without it, nearly every input would be rejected at once.
 fn sealed<const N: usize>(data: &[u8]) -> [u8; N] {
     let mut out = first::<N>(data);
     let sum = checksum(&out[..N - SUM_BYTES]);
@@ -21,8 +21,8 @@ fn sealed<const N: usize>(data: &[u8]) -> [u8; N] {
     out
 }
 
-/// Hello, answer, header and commit: what is decoded is encoded as the same bytes, so every message has one form, and
-/// nothing can be hidden in one.
+/// Decodes hello, answer, header and commit. Each decoded message must be encoded to the same bytes, so every message
+/// has exactly one encoding.
 pub fn frames(data: &[u8]) {
     for hello in [first::<HELLO_BYTES>(data), sealed(data)] {
         if let Some(decoded) = decode_hello(&hello) {

@@ -1,4 +1,4 @@
-//! The receiver's side of a handoff: `kv/src/handoff/receiver.rs`.
+//! Target for the receiver's state machine of a handoff: `kv/src/handoff/receiver.rs`.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -16,13 +16,13 @@ const BLOCK_BYTES: usize = 64;
 const DEADLINE: Duration = Duration::from_secs(1000);
 const IDLE: Duration = Duration::from_secs(100);
 
-/// What the machine has said so far, and what follows from it for what it may say next.
+/// The state machine, with a record of its actions that determines which actions are allowed next.
 struct Watched {
     machine: ReceiverHandoff,
     spec: HandoffSpec,
     now: Duration,
     accepted: bool,
-    /// Accepted, and its end not yet reported: it may write.
+    /// A writer was accepted and has not been reported as stopped, so it may write.
     writer: bool,
     landing: Option<Piece>,
     landed: HashSet<(u32, u32)>,
@@ -32,8 +32,8 @@ struct Watched {
     released: bool,
 }
 
-/// Events of any kind in any order, with time passing between them. The invariants are quoted by their numbers in
-/// ARCHITECTURE.md.
+/// Gives the machine arbitrary events in any order, with time passing between them. The invariants KV-1 to KV-6 are
+/// those of ARCHITECTURE.md.
 pub fn handoff(data: &[u8]) {
     let mut input = Input::new(data);
     let spec = HandoffSpec {
@@ -64,15 +64,15 @@ pub fn handoff(data: &[u8]) {
         let event = event(&mut input, &watched);
         watched.give(event);
     }
-    // KV-3, KV-6: whatever has happened, the end of the request and of the writer's task are the end of everything.
+    // KV-3, KV-6: after any history, the end of the request and of the writer ends the handoff.
     watched.give(ReceiverEvent::Cancel);
     watched.give(ReceiverEvent::WriterStopped);
-    assert!(watched.told, "the owner was told nothing");
+    assert!(watched.told, "no outcome was reported to the owner");
     assert!(watched.released, "blocks were not released");
     assert!(watched.machine.next_tick().is_none() && !watched.machine.is_stranded());
 }
 
-/// The next event: what a good sender would do, a little more often than not.
+/// Draws the next event. Somewhat more than half are what a correct sender would send.
 fn event(input: &mut Input<'_>, watched: &Watched) -> ReceiverEvent {
     let spec = &watched.spec;
     match input.byte() % 32 {
@@ -122,7 +122,7 @@ impl Watched {
     }
 
     fn give(&mut self, event: ReceiverEvent) {
-        // Now and then time passes, up to and beyond the limits; ticks are what it usually passes before.
+        // Each event takes a second. A tick jumps to the next time limit.
         if event == ReceiverEvent::Tick {
             self.now = self.machine.next_tick().unwrap_or(self.now).max(self.now);
         } else {
@@ -148,7 +148,7 @@ impl Watched {
         if let ReceiverEvent::Commit(commit) = event {
             let whole = self.landed.len() == self.spec.layers as usize * self.spec.blocks as usize;
             let agreed = (commit.frames, commit.bytes) == (self.frames, self.bytes) && self.landing.is_none();
-            // KV-5, both ways: only a whole handoff is ready, and a whole one is.
+            // KV-5: a handoff is ready if and only if it is complete.
             let due = was_open && in_time && self.writer && whole && agreed;
             assert_eq!(ready, due, "a commit of {commit:?}");
             assert_eq!(ready, actions.contains(&ReceiverAction::Confirm));
@@ -166,7 +166,7 @@ impl Watched {
     fn check(&mut self, event: &ReceiverEvent, action: &ReceiverAction) {
         match *action {
             ReceiverAction::Accept => {
-                // KV-4: a ticket is for one writer, once, who means this very attempt.
+                // KV-4: a ticket admits one writer, once, and only for this attempt.
                 assert!(!self.accepted && !self.released);
                 let ReceiverEvent::Hello(hello) = event else { panic!("accepted {event:?}") };
                 let meant = (hello.ticket, hello.schema_digest, hello.held_blocks, hello.prompt_tokens);
@@ -176,7 +176,7 @@ impl Watched {
             ReceiverAction::Refuse(_) => assert!(matches!(event, ReceiverEvent::Hello(_))),
             ReceiverAction::Write(piece) => {
                 assert_eq!(*event, ReceiverEvent::Layer(piece));
-                // KV-1: into reserved blocks that nobody else writes to, and never over what is there.
+                // KV-1: writes go only to reserved blocks, by the only writer, and never over received data.
                 assert!(self.writer && !self.released && self.landing.is_none() && piece.blocks > 0);
                 let reserved = self.spec.held_blocks..self.spec.held_blocks + self.spec.blocks;
                 for (layer, block) in self.cells(&piece) {
@@ -191,19 +191,19 @@ impl Watched {
                 self.tell();
             }
             ReceiverAction::Fail(_) => self.tell(),
-            // Time comes first: a limit may have passed just before the writer's end is reported.
+            // Time limits are checked first: one may have passed just before the writer's end is reported.
             ReceiverAction::StopWriter { .. } => {
-                assert!(self.writer || *event == ReceiverEvent::WriterStopped, "nobody to stop");
+                assert!(self.writer || *event == ReceiverEvent::WriterStopped, "no writer to stop");
             }
             ReceiverAction::ReleaseBlocks => {
-                // KV-1: once, and only when no writer is there.
+                // KV-1: blocks are released once, and only without a writer.
                 assert!(!self.released && !self.writer);
                 self.released = true;
             }
         }
     }
 
-    /// KV-6: one outcome.
+    /// KV-6: exactly one outcome is reported.
     fn tell(&mut self) {
         assert!(!self.told, "a second outcome");
         self.told = true;

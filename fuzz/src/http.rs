@@ -1,4 +1,4 @@
-//! Bodies of HTTP requests: `router/src/openai/`.
+//! Target for the bodies of HTTP requests: `router/src/openai/`.
 
 use std::cell::RefCell;
 use std::sync::{Arc, LazyLock};
@@ -12,7 +12,7 @@ use crate::text::model;
 
 const LIMITS: BodyLimits = BodyLimits { sequences: 256, time: Duration::from_secs(9) };
 
-/// A model that a router would serve, over a golden tokenizer.
+/// A served model with a golden tokenizer.
 pub(crate) static MODEL: LazyLock<Arc<ServedModel>> = LazyLock::new(|| {
     Arc::new(ServedModel {
         name: "m".into(),
@@ -26,12 +26,13 @@ pub(crate) static MODEL: LazyLock<Arc<ServedModel>> = LazyLock::new(|| {
 });
 
 thread_local! {
-    /// For tasks that a body begins; one for all inputs, for it takes longer to start than a body to read.
+    /// Runtime for tasks that a request starts. All inputs share it, since starting one takes longer than reading a
+    /// body.
     static RUNTIME: RefCell<Option<Runtime>> = const { RefCell::new(None) };
 }
 
-/// A completion's body, or where the first byte is odd a chat completion's: every sequence that comes of it keeps the
-/// limits, and a refusal says something.
+/// Reads a completion body, or a chat completion body if the first byte is odd. Every accepted sequence must keep the
+/// limits, and every rejection must have a message.
 pub fn http_bodies(data: &[u8]) {
     let Some((first, body)) = data.split_first() else { return };
     let body = Bytes::copy_from_slice(body);
@@ -57,7 +58,7 @@ pub fn http_bodies(data: &[u8]) {
         Err(error) => {
             let body = error.body();
             let message = body["error"]["message"].as_str().expect("a message");
-            // A value may be named, once.
+            // The message may quote a value once.
             assert!(!message.is_empty() && message.len() <= 1024 + 8 * data.len(), "{} bytes", message.len());
         }
     }

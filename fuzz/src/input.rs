@@ -1,6 +1,6 @@
-//! Bytes taken apart into what a target wants. Where there are no more, zeros follow.
+//! Splits an input into the values that a target needs. Zeros follow the end of the input.
 
-/// What is left of an input.
+/// The unread rest of an input.
 pub struct Input<'a>(&'a [u8]);
 
 impl<'a> Input<'a> {
@@ -18,12 +18,13 @@ impl<'a> Input<'a> {
         *first
     }
 
-    /// Below `end`.
+    /// Returns a number in `0..end`.
     pub fn below(&mut self, end: u8) -> u8 {
         self.byte() % end
     }
 
-    /// Small most of the time, and now and then anything: a number that is always arbitrary is always out of range.
+    /// Returns a number that is mostly small and sometimes arbitrary. Arbitrary numbers alone would always be out of
+    /// range.
     pub fn number(&mut self) -> u32 {
         match self.byte() {
             0xff => u32::from_le_bytes([self.byte(), self.byte(), self.byte(), self.byte()]),
@@ -32,7 +33,7 @@ impl<'a> Input<'a> {
         }
     }
 
-    /// As many of the next bytes as the first of them says.
+    /// Returns a byte string. Its first byte is the length.
     pub fn bytes(&mut self) -> &'a [u8] {
         let count = usize::from(self.byte()).min(self.0.len());
         let (taken, rest) = self.0.split_at(count);
@@ -40,7 +41,7 @@ impl<'a> Input<'a> {
         taken
     }
 
-    /// The same as text, with a replacement for what is none.
+    /// Returns a byte string as text. Invalid UTF-8 is replaced.
     pub fn text(&mut self) -> String {
         String::from_utf8_lossy(self.bytes()).into_owned()
     }

@@ -1,9 +1,8 @@
-//! What reads bytes from a network or from a stranger's file, each as one function from bytes, with the properties that
-//! hold whatever they are.
+//! Fuzz targets: one function per parser of bytes from the network or from untrusted files. Each checks properties that
+//! must hold for every input.
 //!
-//! `cargo fuzz` runs them one by one, guided by coverage (`fuzz_targets/`; how: docs/reliability.md). `tests/replay.rs`
-//! runs all of them over the inputs in `seeds/` and over mutations of these, as an ordinary test, and watches what they
-//! allocate.
+//! `cargo fuzz` runs single targets, guided by coverage (`fuzz_targets/`; see docs/reliability.md). `tests/replay.rs`
+//! runs all targets as an ordinary test, on the inputs in `seeds/` and mutations of them, and limits their memory.
 
 mod files;
 mod frames;
@@ -22,27 +21,27 @@ pub use http::http_bodies;
 pub use messages::messages;
 pub use text::{chat_messages, chat_template, detokenizer, stop_texts};
 
-/// One function under test.
+/// A fuzz target.
 pub struct Target {
-    /// Its name, that of its folder in `seeds/` and of its file in `fuzz_targets/`.
+    /// Name of the target, of its folder in `seeds/` and of its file in `fuzz_targets/`.
     pub name: &'static str,
-    /// Panics where a property does not hold.
+    /// Runs one input. Panics if a property does not hold.
     pub run: fn(&[u8]),
-    /// Most bytes that it may have allocated at once, however short the input.
+    /// Maximum bytes allocated at once for an empty input.
     pub base_bytes: usize,
-    /// As many more for each byte of input.
+    /// Additional bytes allowed for each byte of input.
     pub bytes_per_byte: usize,
-    /// How often the ordinary test runs it.
+    /// Number of mutated inputs in the ordinary test.
     pub runs: usize,
 }
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 
-/// All of them.
+/// All targets.
 ///
-/// A byte of JSON becomes a value of 32 bytes, in a list that doubles as it grows, and once more where a field may have
-/// several forms; a byte of protobuf may be an empty message of a few hundred.
+/// A byte of JSON becomes a value of 32 bytes, in a list that doubles as it grows, and is copied once more if the field
+/// may have several forms. A byte of protobuf may be an empty message of a few hundred bytes.
 pub const TARGETS: [Target; 11] = [
     Target { name: "frames", run: frames, base_bytes: KIB, bytes_per_byte: 1, runs: 60_000 },
     Target { name: "handoff", run: handoff, base_bytes: 16 * KIB, bytes_per_byte: 64, runs: 60_000 },

@@ -1,4 +1,4 @@
-//! Protobuf messages, and what is made of them: `proto/src/convert.rs` and the nodes' `request.rs`.
+//! Targets for protobuf messages and their conversion: `proto/src/convert.rs` and the nodes' `request.rs`.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use crate::http::MODEL;
 use crate::input::Input;
 
-/// What the nodes' models and pools are, to the requests under test.
+/// Context length in tokens of the nodes that validate requests.
 pub(crate) const CONTEXT: usize = 64;
 
 pub(crate) static SCHEMA: LazyLock<KvSchema> =
@@ -21,7 +21,7 @@ pub(crate) static SCHEMA: LazyLock<KvSchema> =
 
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// A message of the kind that the first byte says.
+/// Decodes a message. The first byte selects its type.
 pub fn messages(data: &[u8]) {
     let mut input = Input::new(data);
     match input.below(8) {
@@ -31,7 +31,7 @@ pub fn messages(data: &[u8]) {
         3 => schema(input.rest()),
         4 => sampling(input.rest()),
         5 => same_again::<v1::NodeInfo>(input.rest(), |wire| {
-            // What the router makes of a node that describes itself.
+            // The router's view of a node.
             if let Ok(info) = NodeInfo::try_from(wire) {
                 assert!(!info.model.is_empty() && info.max_running_requests > 0);
                 assert!(NodeInfo::try_from(v1::NodeInfo::from(&info)).is_ok());
@@ -52,11 +52,11 @@ pub fn messages(data: &[u8]) {
     }
 }
 
-/// Decodes a message, which must survive its own encoding, and uses it.
+/// Decodes a message, checks that it survives encoding, and passes it to `using`.
 fn same_again<M: Message + Default + Clone>(bytes: &[u8], using: impl FnOnce(M)) {
     let Ok(message) = M::decode(bytes) else { return };
     let encoded = message.encode_to_vec();
-    // Bytes are compared, for NaN is not itself; their number, for a map has no order.
+    // Compares encodings, since NaN differs from itself, and only their length, since maps have no order.
     let again = M::decode(&*encoded).expect("a message that was encoded here").encode_to_vec();
     assert_eq!(again.len(), encoded.len());
     using(message);
@@ -65,7 +65,7 @@ fn same_again<M: Message + Default + Clone>(bytes: &[u8], using: impl FnOnce(M))
 fn check_tokens(tokens: &[u32], generated: usize, deadline: Instant, now: Instant) {
     assert!((1..=CONTEXT).contains(&tokens.len()) && generated < tokens.len());
     assert!(tokens.iter().all(|id| *id < SCHEMA.vocab_size));
-    // A deadline may be so near that it is now.
+    // A deadline may be as early as now.
     assert!(deadline >= now && deadline <= now + DAY);
 }
 
@@ -103,12 +103,12 @@ fn prefill_request(bytes: &[u8]) {
     });
 }
 
-/// A refusal says something, and is no longer than a client can be expected to read.
+/// Checks that an error message is not empty and not too long for a client.
 fn check_refusal(message: &str) {
     assert!(!message.is_empty() && message.len() <= 64 << 10, "a message of {} bytes", message.len());
 }
 
-/// The checks of `router/src/grpc.rs` that need no node.
+/// Runs the checks of `router/src/grpc.rs` that need no node.
 fn generate_request(bytes: &[u8]) {
     same_again::<v1::GenerateRequest>(bytes, |wire| {
         if check_stops(&wire.stop).is_ok() {
@@ -133,7 +133,7 @@ fn schema(bytes: &[u8]) {
         assert_eq!((again.digest(), again.full_model.clone()), (schema.digest(), schema.full_model.clone()));
         assert!(schema.block_bytes() > 0);
         let _ = SCHEMA.check_consumer(&schema);
-        // NaN is not itself, and such a schema agrees with none.
+        // A schema with NaN differs from itself, so it matches no schema.
         if !schema.rope.theta.is_nan() {
             assert_eq!(schema.check_consumer(&again), Ok(()));
         }

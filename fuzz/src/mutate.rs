@@ -1,15 +1,15 @@
-//! Inputs made out of other inputs, the same for the same seed.
+//! Mutates inputs. The same seed gives the same mutations.
 
-/// SplitMix64: what is drawn only has to be various, and the same again.
+/// SplitMix64 generator: varied and reproducible numbers are sufficient here.
 pub struct Random(u64);
 
 impl Random {
-    /// Draws that depend on `seed` alone.
+    /// Starts a stream that depends only on `seed`.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    /// The next 64 bits.
+    /// Returns the next 64 bits.
     pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -18,21 +18,21 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// Below `end`, which is at least 1.
+    /// Returns a number in `0..end`. `end` must be at least 1.
     pub fn below(&mut self, end: usize) -> usize {
         (self.bits() % end as u64) as usize
     }
 
-    /// One of several.
+    /// Returns a random item of a list.
     pub fn of<'a, T>(&mut self, list: &'a [T]) -> &'a T {
         &list[self.below(list.len())]
     }
 }
 
-/// Longest input.
+/// Maximum size of an input.
 const MAX_BYTES: usize = 16 << 10;
 
-/// What means something in one of the formats.
+/// Tokens with a meaning in at least one of the formats.
 const WORDS: [&[u8]; 24] = [
     b"{",
     b"}",
@@ -60,7 +60,7 @@ const WORDS: [&[u8]; 24] = [
     b"\\ud800",
 ];
 
-/// Lengths and counts at which arithmetic goes wrong.
+/// Lengths and counts at which arithmetic may overflow.
 const NUMBERS: [u64; 14] = [
     0,
     1,
@@ -78,7 +78,7 @@ const NUMBERS: [u64; 14] = [
     u64::MAX,
 ];
 
-/// One of `seeds`, changed in one to four ways.
+/// Returns a random seed with one to four mutations.
 pub fn mutated(seeds: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
     let mut input = random.of(seeds).clone();
     for _ in 0..1 + random.below(4) {
@@ -92,19 +92,19 @@ fn change(input: &mut Vec<u8>, seeds: &[Vec<u8>], random: &mut Random) {
     let at = random.below(input.len() + 1);
     let to = at + random.below(input.len() - at + 1);
     match random.below(12) {
-        // A few bits.
+        // Flips a bit or replaces a byte.
         0 | 1 if at < input.len() => input[at] ^= 1 << random.below(8),
         2 if at < input.len() => input[at] = random.bits() as u8,
-        // Cut short, or with a piece missing.
+        // Truncates the input or removes a piece.
         3 => input.truncate(at),
         4 => drop(input.drain(at..to)),
-        // A piece again, elsewhere.
+        // Copies a piece to another place.
         5 if input.len() < MAX_BYTES => {
             let piece = input[at..to].to_vec();
             let place = random.below(input.len() + 1);
             input.splice(place..place, piece);
         }
-        // A length or count.
+        // Writes a length or count.
         6 | 7 => {
             let number = match random.below(4) {
                 0 => (input.len() as u64).wrapping_add(random.bits() % 5).wrapping_sub(2),
@@ -115,13 +115,13 @@ fn change(input: &mut Vec<u8>, seeds: &[Vec<u8>], random: &mut Random) {
                 *slot = *byte;
             }
         }
-        // The beginning of this and the end of another.
+        // Joins the beginning of this input with the end of another.
         8 => {
             let other = random.of(seeds);
             input.truncate(at);
             input.extend_from_slice(&other[random.below(other.len() + 1)..]);
         }
-        // A word, over as much or between, once or so often that it nests.
+        // Inserts or overwrites a token, sometimes 500 times to cause deep nesting.
         9 | 10 => {
             let word = random.of(&WORDS);
             let many = word.repeat(if random.below(16) == 0 { 500 } else { 1 });
@@ -132,12 +132,12 @@ fn change(input: &mut Vec<u8>, seeds: &[Vec<u8>], random: &mut Random) {
     }
 }
 
-/// The input in hex, as it is shown and read again.
+/// Formats an input as hex.
 pub fn to_hex(input: &[u8]) -> String {
     input.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// `None` where it is no hex.
+/// Parses hex. Returns `None` if it is invalid.
 pub fn from_hex(text: &str) -> Option<Vec<u8>> {
     let digits: Vec<u8> = text.chars().map(|c| c.to_digit(16).map(|d| d as u8)).collect::<Option<_>>()?;
     digits.len().is_multiple_of(2).then(|| digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect())

@@ -1,4 +1,4 @@
-//! Good inputs to begin from: small, and each of what its target reads when all is well.
+//! Valid, small inputs to start from. Together they cover what each target accepts.
 
 use overfill_kv::handoff::{Commit, Hello, Piece, RefuseReason};
 use overfill_kv::{SamplingParams, Ticket};
@@ -14,10 +14,10 @@ use crate::files::{CONFIG, FILES};
 use crate::messages::SCHEMA;
 use crate::text::TOKENIZER;
 
-/// A file's name and content.
+/// File name and content of a seed.
 pub type Seed = (String, Vec<u8>);
 
-/// Those of a target; they are what lies in `seeds/`, where inputs that once failed may lie beside them.
+/// Returns the seeds of a target. `seeds/` contains them, and may also contain inputs that once failed.
 pub fn seeds(target: &str) -> Vec<Seed> {
     let seeds: Vec<(&str, Vec<u8>)> = match target {
         "frames" => frames(),
@@ -56,7 +56,7 @@ fn frames() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 fn handoff() -> Vec<(&'static str, Vec<u8>)> {
-    // Two layers of two blocks from block 1; hello; each layer announced and landed; commit; decode; the end.
+    // Two layers of two blocks, starting at block 1: hello, each layer announced and received, commit, decode, end.
     let head = [1, 1, 1, 0];
     let layer = |layer, first, blocks| [5, layer, first, blocks, 13, 0];
     let whole = [&head[..], &layer(0, 1, 2), &layer(1, 1, 1), &layer(1, 2, 1), &[21, 26, 27, 28]].concat();

@@ -1,4 +1,4 @@
-//! Templates, detokenisation and stop texts: `text/`.
+//! Targets for templates, detokenisation and stop texts: `text/`.
 
 use std::sync::{Arc, LazyLock};
 
@@ -10,7 +10,7 @@ pub(crate) const TOKENIZER: &[u8] = include_bytes!("../../tests/golden/llama-tie
 const TOKENIZER_CONFIG: &[u8] = include_bytes!("../../tests/golden/llama-tied/full/tokenizer_config.json");
 const TEMPLATE: &[u8] = include_bytes!("../../tests/golden/llama-tied/full/chat_template.jinja");
 
-/// What published templates do with messages, and the golden ones do not.
+/// A template with constructs of published templates that the golden templates lack.
 const THOROUGH: &[u8] =
     b"{%- if messages[0].role == 'system' %}{{ messages[0].content + '\\n' }}{% set rest = messages[1:] %}\
 {% else %}{% set rest = messages %}{% endif %}{{ strftime_now('%d %b %Y') }}{% set ns = namespace(last=0) %}\
@@ -32,12 +32,12 @@ fn parse(template: &[u8]) -> TextModel {
 static MODEL: LazyLock<Arc<TextModel>> = LazyLock::new(|| Arc::new(parse(TEMPLATE)));
 static THOROUGH_MODEL: LazyLock<TextModel> = LazyLock::new(|| parse(THOROUGH));
 
-/// A golden model's text side.
+/// Returns the tokenizer and template of a golden model.
 pub(crate) fn model() -> Arc<TextModel> {
     MODEL.clone()
 }
 
-/// Any messages, through two good templates.
+/// Renders arbitrary messages with two valid templates.
 pub fn chat_messages(data: &[u8]) {
     let mut input = Input::new(data);
     let add_generation_prompt = input.byte().is_multiple_of(2);
@@ -54,7 +54,7 @@ pub fn chat_messages(data: &[u8]) {
     }
     let prompt = MODEL.apply_chat_template(&messages, add_generation_prompt).expect("a template that takes everything");
     for message in &messages {
-        // Python's whitespace has four characters more.
+        // Python's whitespace has four additional characters.
         let content = message.content.trim_matches(|c: char| c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c));
         assert!(prompt.contains(&message.role) && prompt.contains(content), "{message:?} in {prompt:?}");
     }
@@ -64,7 +64,7 @@ pub fn chat_messages(data: &[u8]) {
     }
 }
 
-/// Any template, with two messages: it ends.
+/// Renders two messages with an arbitrary template. Rendering must terminate.
 pub fn chat_template(data: &[u8]) {
     let files =
         TextFiles { tokenizer_json: TOKENIZER.into(), chat_template: Some(data.into()), ..TextFiles::default() };
@@ -76,7 +76,7 @@ pub fn chat_template(data: &[u8]) {
     }
 }
 
-/// Any ids behind any context: text comes in whole characters, and all pieces are the whole.
+/// Decodes arbitrary ids after an arbitrary context. Pieces must be whole characters and join to the whole text.
 pub fn detokenizer(data: &[u8]) {
     let mut input = Input::new(data);
     let skip_special = input.byte().is_multiple_of(2);
@@ -90,7 +90,7 @@ pub fn detokenizer(data: &[u8]) {
     let context = ids(input.bytes());
     let ids = ids(input.rest());
     check_pieces(&MODEL, &ids, skip_special);
-    // After a context, what has been given stays given, whatever follows.
+    // Decoding after a context must not fail.
     let Ok(mut behind) = MODEL.detokenizer(&context, skip_special) else { panic!("a context without a decoder") };
     for id in ids {
         behind.push(id).expect("a text for any id");
@@ -98,7 +98,7 @@ pub fn detokenizer(data: &[u8]) {
     behind.flush().expect("a text at the end");
 }
 
-/// All pieces joined are what decoding all at once gives.
+/// Checks that the joined pieces equal the text decoded at once.
 fn check_pieces(model: &TextModel, ids: &[u32], skip_special: bool) {
     let whole = model.decode(ids, skip_special).expect("a text for any ids");
     let mut decoder = model.detokenizer(&[], skip_special).expect("a decoder without a context");
@@ -111,7 +111,8 @@ fn check_pieces(model: &TextModel, ids: &[u32], skip_special: bool) {
     assert_eq!(pieces, whole, "{ids:?}");
 }
 
-/// Any stop texts over any pieces of text: what comes out is the text up to the stop that is complete first.
+/// Matches arbitrary stop texts in arbitrary pieces of text. The output must end at the stop text that is complete
+/// first.
 pub fn stop_texts(data: &[u8]) {
     let mut input = Input::new(data);
     let keep_stop = input.byte().is_multiple_of(2);

@@ -1,9 +1,8 @@
-//! Every target over its seeds and thousands of mutations of them: none panics, none takes more memory than its input
-//! accounts for.
+//! Runs every target on its seeds and on thousands of mutations. No input may cause a panic or exceed the memory limit.
 //!
-//! The mutations are drawn with a fixed seed and with a fresh one. What fails is shown with both seed and input:
-//! `OVERFILL_FUZZ_SEED=N` runs all with that seed instead, `OVERFILL_FUZZ_TARGET=NAME` runs one target alone, and
-//! `OVERFILL_FUZZ_INPUT=TARGET:HEX` one input.
+//! Mutations use a fixed seed and a random seed. A failure prints the seed and the input. `OVERFILL_FUZZ_SEED=N` runs
+//! all targets with that seed, `OVERFILL_FUZZ_TARGET=NAME` runs one target, and `OVERFILL_FUZZ_INPUT=TARGET:HEX` one
+//! input.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -23,24 +22,24 @@ use overfill_fuzz::{TARGETS, Target};
 
 const FIXED_SEED: u64 = 1;
 
-/// Bytes that this process has allocated now, and the most so far. Of all threads: a template has one of its own.
+/// Bytes currently allocated by all threads, and the peak. Templates run on their own threads.
 static NOW: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
 struct Counting;
 
-// SAFETY: the system's allocator does the work.
+// SAFETY: all calls are forwarded to the system allocator.
 #[allow(unsafe_code)]
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let now = NOW.fetch_add(layout.size(), Relaxed) + layout.size();
         PEAK.fetch_max(now, Relaxed);
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller upholds the contract of `alloc`.
         unsafe { System.alloc(layout) }
     }
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
         NOW.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: as the caller promises.
+        // SAFETY: the caller upholds the contract of `dealloc`.
         unsafe { System.dealloc(memory, layout) }
     }
 }
@@ -56,7 +55,7 @@ fn folder(target: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "seeds", target].iter().collect()
 }
 
-/// Those of the folder, in the order of their names.
+/// Reads the committed seeds of a target, sorted by file name.
 fn committed(target: &str) -> Vec<Vec<u8>> {
     let mut paths: Vec<PathBuf> = fs::read_dir(folder(target)).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();
@@ -68,7 +67,7 @@ fn text_of(panic: &(dyn Any + Send)) -> &str {
     text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without a text")
 }
 
-/// Runs one input; what is wrong with it, if anything.
+/// Runs one input and returns its failure, if any.
 fn fault(target: &Target, input: &[u8]) -> Option<String> {
     let before = NOW.load(Relaxed);
     PEAK.store(before, Relaxed);
@@ -82,7 +81,7 @@ fn fault(target: &Target, input: &[u8]) -> Option<String> {
 fn run(target: &Target, seed: u64) -> Result<(), String> {
     let seeds = committed(target.name);
     let mut random = Random::new(seed);
-    // What is made once, and kept, is nobody's input's.
+    // The first run also allocates lazily initialised state, so memory is not limited here.
     if let Some(fault) = seeds.iter().find_map(|input| fault(&Target { base_bytes: usize::MAX >> 1, ..*target }, input))
     {
         return Err(format!("a seed of {}: {fault}", target.name));
@@ -97,13 +96,13 @@ fn run(target: &Target, seed: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// Runs what the environment asks for.
+/// Runs the targets and inputs that the environment selects.
 fn run_all() -> Result<(), String> {
     if let Ok(text) = std::env::var("OVERFILL_FUZZ_INPUT") {
         let (name, hex) = text.split_once(':').expect("OVERFILL_FUZZ_INPUT=TARGET:HEX");
         let target = TARGETS.iter().find(|target| target.name == name).expect("the name of a target");
         let input = from_hex(hex).expect("an input in hex");
-        // Twice: what is made once, and kept, is nobody's input's.
+        // Run twice, so that lazily initialised state does not count in the second run.
         return fault(target, &input).and_then(|_| fault(target, &input)).map_or(Ok(()), Err);
     }
     let seeds = match std::env::var("OVERFILL_FUZZ_SEED") {
@@ -113,17 +112,17 @@ fn run_all() -> Result<(), String> {
     let only = std::env::var("OVERFILL_FUZZ_TARGET").ok();
     let mut faults = Vec::new();
     for target in TARGETS.iter().filter(|target| only.as_ref().is_none_or(|only| only == target.name)) {
-        // Past the test's capture: a target that ends the process itself, by its stack or memory, leaves only this.
+        // Bypasses the test's output capture. If a target aborts the process (stack or memory), this line names it.
         let _ = writeln!(std::io::stderr(), "{} with OVERFILL_FUZZ_SEED of {seeds:?}", target.name);
         faults.extend(seeds.iter().find_map(|seed| run(target, *seed).err()));
     }
     if faults.is_empty() { Ok(()) } else { Err(faults.join("\n\n")) }
 }
 
-/// One test, for others would allocate beside it.
+/// The only test in this process, since other tests would also allocate.
 #[test]
 fn every_target_holds() {
-    // A fault is shown once, with its input.
+    // The default hook would print each panic a second time, without its input.
     std::panic::set_hook(Box::new(|info| PANIC.set(info.location().map(|at| format!("({at})")))));
     let result = run_all();
     drop(std::panic::take_hook());

@@ -1,4 +1,4 @@
-//! The files in `seeds/` are those that the crate makes. `OVERFILL_WRITE_SEEDS=1` writes them.
+//! Checks that `seeds/` contains the seeds defined in the code. `OVERFILL_WRITE_SEEDS=1` writes them.
 
 #![allow(clippy::unwrap_used)]
 

@@ -1,10 +1,10 @@
-"""Writes NAME/long.json beside each golden pair's expected.json: prompts of 150 to 900 tokens, in the same format.
+"""Writes NAME/long.json for each golden pair, in the format of expected.json: prompts of 150 to 900 tokens.
 
     pip install torch transformers==4.57.6 && python tests/golden/long_prompts.py
 
 The reference is transformers' own model class over the folder, loaded with `from_pretrained(dtype=float32)`. For `two_stage`
-the decode model gets the layers it needs of the full model's cache. The prompts are those of a formula, so that a
-reader can make them again: token i of n is 4 + (37 i^2 + 11 i) mod 316.
+the decode model gets the layers that it needs from the full model's cache. A formula defines the prompts, so that a
+reader can reproduce them: token i of n is 4 + (37 i^2 + 11 i) mod 316.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The OpenAI client as its users use it, against the cluster at OVERFILL_URL."""
+"""Tests of the unmodified OpenAI client against the cluster at OVERFILL_URL."""
 
 import os
 import unittest
@@ -97,7 +97,7 @@ class Client(unittest.TestCase):
             self.assertIsInstance(entry.bytes, list)
 
     def test_echo_scores_the_prompt(self):
-        """What lm-evaluation-harness asks for: log-probabilities of a prompt given as token ids."""
+        """The request of lm-evaluation-harness: log-probabilities of a prompt given as token ids."""
         prompt = [7, 8, 9, 10, 11]
         answer = self.complete(prompt=prompt, echo=True, logprobs=1, max_tokens=1, extra_body={"ignore_eos": True})
         logprobs = answer.choices[0].logprobs

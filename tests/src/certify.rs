@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::Result;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 
-/// An authority and one certificate of it, for every service of this machine: `ca.pem`, `cert.pem` and `key.pem` in a
-/// folder.
+/// Creates a CA and a certificate for all services on this machine. Writes `ca.pem`, `cert.pem` and `key.pem` to
+/// `folder`.
 pub fn certify(folder: &Path) -> Result<()> {
     let mut authority = CertificateParams::new(Vec::new())?;
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

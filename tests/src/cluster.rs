@@ -13,10 +13,10 @@ use serde::Deserialize;
 use crate::metrics::{self, Router};
 use crate::wait::wait_for;
 
-/// Longest wait for a cluster to serve.
+/// Maximum time for a cluster to become ready.
 const START_TIMEOUT: Duration = Duration::from_secs(180);
 
-/// Longest wait for one to end.
+/// Maximum time for a cluster to end.
 const END_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Gauges that are 0 on an idle node.
@@ -28,7 +28,7 @@ pub const IDLE_GAUGES: [&str; 5] = [
     "overfill_stranded_bytes",
 ];
 
-/// What `overfill up --print json` says.
+/// Output of `overfill up --print json`.
 #[derive(Debug, Deserialize)]
 struct Ready {
     grpc: String,
@@ -36,18 +36,18 @@ struct Ready {
     processes: Vec<Process>,
 }
 
-/// One of the cluster's processes.
+/// A process of the cluster.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Process {
     /// `prefill-0`, `decode-0`, `router`.
     pub name: String,
     /// Process id.
     pub pid: u32,
-    /// URL of its metrics and health; `None` on the router, which shows them on its HTTP port.
+    /// URL of metrics and health. `None` for the router, which serves them on its HTTP port.
     pub admin: Option<String>,
 }
 
-/// A running cluster. Dropped, it is killed.
+/// A running cluster. Dropping it kills it.
 pub struct Cluster {
     up: Child,
     stdin: Option<ChildStdin>,
@@ -55,23 +55,23 @@ pub struct Cluster {
     ready: Ready,
 }
 
-/// A cluster that ended instead of serving.
+/// Result of a cluster that has ended.
 #[derive(Debug)]
 pub struct Refused {
-    /// How it ended.
+    /// Exit status of `overfill up`.
     pub status: ExitStatus,
-    /// All that it wrote.
+    /// Everything written to standard error.
     pub stderr: String,
 }
 
 impl Refused {
-    /// The lines that say why.
+    /// Returns the lines that begin with `error: `.
     pub fn reasons(&self) -> Vec<&str> {
         self.stderr.lines().filter(|line| line.starts_with("error: ")).collect()
     }
 }
 
-/// The binary under test, in the folder above the test executable's own.
+/// Returns the path of the binary under test: the parent folder of the test executable's folder.
 pub fn binary() -> Result<PathBuf> {
     let executable = std::env::current_exe().context("finding the test executable")?;
     let folder = executable.parent().and_then(|deps| deps.parent()).context("finding the target folder")?;
@@ -92,7 +92,7 @@ impl Cluster {
             let mut line = String::new();
             let read = stdout.read_line(&mut line);
             let _ = sender.send(read.map(|_| line));
-            // What else it prints must not fill the pipe.
+            // Drains further output, so that the pipe does not fill up.
             let _ = std::io::copy(&mut stdout, &mut std::io::sink());
         });
         let line = match receiver.recv_timeout(START_TIMEOUT) {
@@ -107,7 +107,7 @@ impl Cluster {
         Ok(Self { up, stdin: Some(stdin), stderr: Some(stderr), ready })
     }
 
-    /// Starts `overfill up` with `args`, which must end by itself.
+    /// Starts `overfill up` with `args` and waits until it ends by itself.
     pub fn refused<S: AsRef<str>>(args: &[S]) -> Result<Refused> {
         let (mut up, stdin, stderr) = spawn(args)?;
         let status = wait_end(&mut up, START_TIMEOUT);
@@ -115,17 +115,17 @@ impl Cluster {
         Ok(Refused { status: status?, stderr: text(stderr) })
     }
 
-    /// Address of the router's gRPC.
+    /// URL of the router's gRPC API.
     pub fn grpc(&self) -> &str {
         &self.ready.grpc
     }
 
-    /// Every process but `up` itself.
+    /// All processes except `up` itself.
     pub fn processes(&self) -> &[Process] {
         &self.ready.processes
     }
 
-    /// Sends a signal (`KILL`, `TERM`) to one of the processes.
+    /// Sends a signal (`KILL`, `TERM`) to a process.
     pub fn signal(&self, name: &str, signal: &str) -> Result<()> {
         let process = self.processes().iter().find(|p| p.name == name).with_context(|| format!("no {name}"))?;
         let status = Command::new("kill").args(["-s", signal, &process.pid.to_string()]).status()?;
@@ -135,13 +135,13 @@ impl Cluster {
         Ok(())
     }
 
-    /// A gauge's value on one node, summed over its labels.
+    /// Reads a gauge of one node, summed over its labels.
     pub fn gauge(&self, process: &Process, name: &str) -> Result<f64> {
         let admin = process.admin.as_ref().with_context(|| format!("{} has no admin port", process.name))?;
         metrics::read(admin, name, "")?.with_context(|| format!("{} shows no {name}", process.name))
     }
 
-    /// No request may have been moved: nothing has happened to any node.
+    /// Checks that no request was migrated, as in a cluster without failures.
     pub fn check_undisturbed(&self) -> Result<()> {
         match metrics::read(&self.ready.http, "overfill_migrations_total", "")? {
             Some(0.0) => Ok(()),
@@ -149,7 +149,7 @@ impl Cluster {
         }
     }
 
-    /// Waits until no node holds anything for a request.
+    /// Waits until no node holds resources for a request.
     pub fn wait_idle(&self) -> Result<()> {
         wait_for("idle nodes", || {
             for process in self.processes().iter().filter(|p| p.admin.is_some() && p.name != "router") {
@@ -164,7 +164,7 @@ impl Cluster {
         })
     }
 
-    /// Ends the cluster as its parent's death would, and returns how it ended and what it wrote.
+    /// Ends the cluster by closing its standard input, as the death of its parent would. Returns status and output.
     pub fn end(mut self) -> Result<Refused> {
         drop(self.stdin.take());
         self.wait()
@@ -190,7 +190,7 @@ impl Router for Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        // Its children end with their standard input, which closes with it.
+        // The cluster's processes end when their standard input closes, which happens when `up` dies.
         let _ = self.up.kill();
         let _ = self.up.wait();
         let Some(stderr) = self.stderr.take() else { return };

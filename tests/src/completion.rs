@@ -1,4 +1,4 @@
-//! Asking for completions over HTTP.
+//! A client for completions over HTTP.
 
 use std::io::{BufRead, BufReader, Read};
 use std::time::Duration;
@@ -8,33 +8,33 @@ use serde_json::{Value, json};
 
 use crate::Router;
 
-/// Longest silence of the server.
+/// Maximum time without data from the server.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Largest distance of a log-probability between two runs of the same request, in f32.
+/// Largest difference of a log-probability between two runs of the same request, in f32.
 const SAME: f32 = 1e-4;
 
-/// A request's body, built up field by field.
+/// Body of a request.
 #[derive(Clone, Debug)]
 pub struct Request(pub Value);
 
-/// An answer, or the first of several.
+/// An answer, or the first choice of several.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Completion {
     /// Generated token ids.
     pub tokens: Vec<u32>,
-    /// Their log-probabilities; empty unless asked for.
+    /// Log-probabilities of the tokens. Empty unless requested.
     pub logprobs: Vec<f32>,
-    /// The alternatives, best first.
+    /// Most likely tokens of each step, best first.
     pub top: Vec<Vec<(u32, f32)>>,
-    /// Text.
+    /// Generated text.
     pub text: String,
     /// `stop` or `length`.
     pub finish_reason: String,
 }
 
 impl Request {
-    /// Greedy, over token ids, reporting ids.
+    /// A greedy request over token ids that reports the generated ids.
     pub fn tokens(prompt: &[u32], max_tokens: u32) -> Self {
         Self(json!({
             "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
@@ -42,7 +42,7 @@ impl Request {
         }))
     }
 
-    /// The same over text.
+    /// A greedy request over text that reports the generated ids.
     pub fn text(prompt: &str, max_tokens: u32) -> Self {
         Self::tokens(&[], max_tokens).with("prompt", json!(prompt))
     }
@@ -53,13 +53,13 @@ impl Request {
         self
     }
 
-    /// Sends it to `/v1/completions` and waits for the whole answer.
+    /// Sends the request to `/v1/completions` and waits for the whole answer.
     pub fn send(&self, router: &impl Router) -> Result<Completion> {
         let body = post(router, "/v1/completions", &self.0)?;
         Completion::parse(&body)
     }
 
-    /// Sends it to `/v1/completions` as a stream.
+    /// Sends the request to `/v1/completions` and streams the answer.
     pub fn stream(&self, router: &impl Router) -> Result<Events> {
         let body = self.clone().with("stream", json!(true)).0;
         let response = ureq::post(&format!("{}/v1/completions", router.http()))
@@ -70,13 +70,13 @@ impl Request {
     }
 }
 
-/// Posts JSON and parses the answer's; an error with the server's message unless it succeeded.
+/// Posts JSON and returns the answer. Fails with the server's message unless the request succeeded.
 pub fn post(router: &impl Router, path: &str, body: &Value) -> Result<Value> {
     let response = ureq::post(&format!("{}{path}", router.http())).timeout(TIMEOUT).send_json(body).map_err(explain)?;
     response.into_json().context("the answer is not JSON")
 }
 
-/// Posts any bytes as JSON; the answer's status and body, whatever they are.
+/// Posts arbitrary bytes as JSON and returns the status and body of the answer.
 pub fn post_raw(router: &impl Router, path: &str, body: &[u8]) -> Result<(u16, String)> {
     let request = ureq::post(&format!("{}{path}", router.http())).timeout(TIMEOUT);
     let response = match request.set("content-type", "application/json").send_bytes(body) {
@@ -95,7 +95,7 @@ fn explain(error: ureq::Error) -> anyhow::Error {
     }
 }
 
-/// A stream of server-sent events. Dropped, its connection closes.
+/// A stream of server-sent events. Dropping it closes the connection.
 pub struct Events(BufReader<Box<dyn Read + Send + Sync>>);
 
 impl Iterator for Events {
@@ -120,7 +120,7 @@ impl Iterator for Events {
 }
 
 impl Events {
-    /// All of it as one answer; `on_event` is called as each event comes.
+    /// Collects the stream into one answer. Calls `on_event` for each event.
     pub fn collect_completion(self, mut on_event: impl FnMut()) -> Result<Completion> {
         let mut all = Completion::default();
         for event in self {
@@ -135,7 +135,7 @@ impl Events {
 }
 
 impl Completion {
-    /// The first choice of a body or of one event.
+    /// Parses the first choice of a body or of an event.
     pub fn parse(body: &Value) -> Result<Self> {
         if !body["error"].is_null() {
             bail!("the server answered with an error: {body}");
@@ -159,8 +159,8 @@ impl Completion {
         Ok(completion)
     }
 
-    /// The same answer to the same request: equal but for the last bits of log-probabilities, which depend on how a
-    /// prompt was cut into chunks, and so on what the prefix cache already held.
+    /// Checks that two answers to the same request are equal. Log-probabilities may differ by rounding, which depends
+    /// on the chunks of the prompt and therefore on the state of the prefix cache.
     pub fn check_same(&self, other: &Self) -> Result<()> {
         let exact = |c: &Self| (c.tokens.clone(), c.text.clone(), c.finish_reason.clone(), c.top.len());
         ensure!(exact(self) == exact(other), "{:?} instead of {:?}", exact(self), exact(other));
@@ -187,7 +187,7 @@ fn number(value: &Value) -> Result<u32> {
     value.as_u64().and_then(|n| u32::try_from(n).ok()).with_context(|| format!("{value} is not a token id"))
 }
 
-/// `{"token_id:17": -0.5, ...}`, best first.
+/// Parses `{"token_id:17": -0.5, ...}`, best first.
 fn top(entry: &Value) -> Result<Vec<(u32, f32)>> {
     let mut top = Vec::new();
     for (token, logprob) in entry.as_object().into_iter().flatten() {

@@ -1,4 +1,4 @@
-//! A real etcd, in as many processes as it has members.
+//! A real etcd cluster, one process per member.
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -12,13 +12,13 @@ use tempfile::TempDir;
 use crate::service::send_signal;
 use crate::wait::wait_for;
 
-/// Set where a missing etcd is a fault, and no reason to skip a test.
+/// If this variable is set, a missing etcd fails tests instead of skipping them.
 const REQUIRED: &str = "OVERFILL_ETCD_REQUIRED";
 
-/// An etcd cluster. Dropped, it is killed.
+/// An etcd cluster. Dropping it kills it.
 pub struct Etcd {
     members: Vec<Member>,
-    /// Where `ca.pem`, `cert.pem` and `key.pem` are, if services are to talk to it over TLS.
+    /// Folder with `ca.pem`, `cert.pem` and `key.pem`, if services connect over TLS.
     tls: Option<PathBuf>,
     folder: TempDir,
 }
@@ -26,19 +26,19 @@ pub struct Etcd {
 struct Member {
     name: String,
     client: String,
-    /// What services are told: the same, unless there is TLS.
+    /// URL for services. It differs from `client` only with TLS.
     advertised: String,
     peer: String,
     child: Option<Child>,
 }
 
 impl Etcd {
-    /// Starts an etcd of so many members and waits until it serves; `None`, and says so, where etcd is not installed.
+    /// Starts a cluster and waits until it serves. Returns `None` and prints a message if etcd is not installed.
     pub fn start(members: usize) -> Result<Option<Self>> {
         Self::start_with(members, None)
     }
 
-    /// The same of one that lets services in over TLS alone, and only with a certificate: those in this folder.
+    /// Starts a one-member cluster that requires TLS with client certificates. `folder` contains the certificates.
     pub fn start_tls(folder: &Path) -> Result<Option<Self>> {
         Self::start_with(1, Some(folder))
     }
@@ -63,12 +63,12 @@ impl Etcd {
         Ok(Some(etcd))
     }
 
-    /// What `--etcd-url` is given.
+    /// Value of `--etcd-url`.
     pub fn urls(&self) -> String {
         self.members.iter().map(|member| member.advertised.as_str()).collect::<Vec<_>>().join(",")
     }
 
-    /// Starts all members that do not run.
+    /// Starts all stopped members and waits until they serve.
     pub fn start_all(&mut self) -> Result<()> {
         let cluster: Vec<_> = self.members.iter().map(|m| format!("{}={}", m.name, m.peer)).collect();
         for member in self.members.iter_mut().filter(|member| member.child.is_none()) {
@@ -87,7 +87,7 @@ impl Etcd {
                 .args(["--name", &member.name, "--listen-client-urls", &listen, "--log-level", "error"])
                 .args(["--advertise-client-urls", &member.advertised, "--listen-peer-urls", &member.peer])
                 .args(["--initial-advertise-peer-urls", &member.peer, "--initial-cluster", &cluster.join(",")])
-                // Elections that a small machine comes through.
+                // Timeouts that a slow machine can keep.
                 .args(["--heartbeat-interval", "100", "--election-timeout", "1000"])
                 .arg("--data-dir")
                 .arg(data)
@@ -113,7 +113,7 @@ impl Etcd {
         Ok(())
     }
 
-    /// Forgets everything; no member may run.
+    /// Deletes all data. No member may be running.
     pub fn wipe(&mut self) -> Result<()> {
         ensure!(self.members.iter().all(|member| member.child.is_none()), "etcd runs");
         self.folder = tempfile::tempdir()?;
@@ -125,7 +125,7 @@ impl Etcd {
         self.members.iter().filter_map(|member| member.child.as_ref()).try_for_each(|child| send_signal(child, signal))
     }
 
-    /// Kills the member that leads.
+    /// Kills the leader.
     pub fn kill_leader(&mut self) -> Result<()> {
         let mut leads = None;
         for (i, member) in self.members.iter().enumerate() {
@@ -137,7 +137,7 @@ impl Etcd {
         self.kill_member(leads.context("no member leads")?)
     }
 
-    /// From now on only root may do anything, with this password.
+    /// Enables authentication, with root as the only user.
     pub fn enable_login(&self, password: &str) -> Result<()> {
         self.post("/v3/auth/user/add", &json!({"name": "root", "password": password}))?;
         self.post("/v3/auth/role/add", &json!({"name": "root"}))?;
@@ -146,17 +146,17 @@ impl Etcd {
         Ok(())
     }
 
-    /// The revision now.
+    /// Returns the current revision.
     pub fn revision(&self) -> Result<u64> {
         number(&self.all()?["header"]["revision"])
     }
 
-    /// Keys that there are.
+    /// Returns the number of keys.
     pub fn keys(&self) -> Result<u64> {
         self.all()?.get("count").map_or(Ok(0), number)
     }
 
-    /// Waits until there are so many keys.
+    /// Waits until there are `count` keys.
     pub fn wait_keys(&self, count: u64) -> Result<()> {
         wait_for("keys in etcd", || {
             let keys = self.keys()?;
@@ -164,7 +164,7 @@ impl Etcd {
         })
     }
 
-    /// Forgets all revisions before the one now.
+    /// Compacts all revisions before the current one.
     pub fn compact(&self) -> Result<()> {
         let revision = self.revision()?.to_string();
         self.post("/v3/kv/compaction", &json!({"revision": revision, "physical": true}))?;
@@ -172,11 +172,11 @@ impl Etcd {
     }
 
     fn all(&self) -> Result<Value> {
-        // From the key of one zero byte, to the end.
+        // The range of all keys.
         self.post("/v3/kv/range", &json!({"key": "AA==", "range_end": "AA==", "keys_only": true}))
     }
 
-    /// Asks one member after the other.
+    /// Posts to each running member in turn until one answers.
     fn post(&self, path: &str, body: &Value) -> Result<Value> {
         let mut last = anyhow::anyhow!("no member runs");
         for member in self.members.iter().filter(|member| member.child.is_some()) {
@@ -199,12 +199,12 @@ fn post(url: &str, path: &str, body: &Value) -> Result<Value> {
     Ok(ureq::post(&format!("{url}{path}")).timeout(Duration::from_secs(5)).send_json(body)?.into_json()?)
 }
 
-/// 64-bit numbers are text in JSON.
+/// Parses a number. etcd writes 64-bit numbers as strings in JSON.
 fn number(value: &Value) -> Result<u64> {
     value.as_str().with_context(|| format!("{value} is not a number"))?.parse().context("a number of etcd's")
 }
 
-/// etcd can't pick a port itself.
+/// Returns a free address, since etcd can't pick a port itself.
 fn free_address() -> Result<String> {
     Ok(format!("http://{}", TcpListener::bind("127.0.0.1:0")?.local_addr()?))
 }

@@ -1,4 +1,4 @@
-//! The golden models as GGUF files.
+//! Writes golden models as GGUF files.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +12,7 @@ const F32: u32 = 6;
 const TEXT: u32 = 8;
 const ARRAY: u32 = 9;
 
-/// Writes a Llama of a Hugging Face folder in f32 as one file, laid out as llama.cpp's converter does.
+/// Writes a Llama model from a Hugging Face folder as a GGUF file in f32, in the layout of llama.cpp's converter.
 pub fn write_llama(folder: &str, out: &Path) -> Result<()> {
     let json = |name: &str| -> Result<Value> { Ok(serde_json::from_slice(&fs::read(format!("{folder}/{name}"))?)?) };
     let config = json("config.json")?;
@@ -56,7 +56,7 @@ pub fn write_llama(folder: &str, out: &Path) -> Result<()> {
     Ok(fs::write(out, bytes)?)
 }
 
-/// Entries of a header, and their number.
+/// Encoded entries of a header, and their number.
 #[derive(Default)]
 struct Entries {
     count: u64,
@@ -83,7 +83,7 @@ impl Entries {
     }
 }
 
-/// Byte-level BPE, as the golden models have it.
+/// Adds the golden models' byte-level BPE tokenizer.
 fn add_tokenizer(metadata: &mut Entries, tokenizer: &Value) -> Result<()> {
     let vocabulary = tokenizer["model"]["vocab"].as_object().context("vocab")?;
     let mut tokens: Vec<(u64, &String)> = Vec::new();
@@ -109,7 +109,7 @@ fn add_tokenizer(metadata: &mut Entries, tokenizer: &Value) -> Result<()> {
     Ok(())
 }
 
-/// The tensors of one safetensors file, which are f32.
+/// Adds the tensors of a safetensors file. They must be f32.
 fn add_tensors(file: &[u8], head_dim: usize, tensors: &mut Entries, data: &mut Vec<u8>) -> Result<()> {
     let (length, rest) = file.split_first_chunk().context("a short file")?;
     let (header, body) = rest.split_at(u64::from_le_bytes(*length) as usize);
@@ -131,7 +131,7 @@ fn add_tensors(file: &[u8], head_dim: usize, tensors: &mut Entries, data: &mut V
         let row_bytes = stored.len() / shape[0];
         let rotated = name.contains("q_proj") || name.contains("k_proj");
         for row in 0..shape[0] {
-            // Row 2i of a head is row i, and row 2i + 1 is row i + head_dim / 2.
+            // In rotated heads, GGUF row 2i is row i, and row 2i + 1 is row i + head_dim / 2.
             let (head, within) = (row / head_dim, row % head_dim);
             let from = if rotated { head * head_dim + within / 2 + within % 2 * (head_dim / 2) } else { row };
             data.extend_from_slice(&stored[from * row_bytes..(from + 1) * row_bytes]);

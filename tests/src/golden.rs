@@ -1,4 +1,4 @@
-//! The golden pairs: what a reference implementation gives, and how close is close enough.
+//! The golden pairs: expected outputs of the reference implementation, and the comparison with them.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -8,65 +8,65 @@ use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::Completion;
 
-/// Every pair in `golden/`.
+/// All pairs in `golden/`.
 pub const PAIRS: [&str; 5] = ["llama-tied", "llama-untied", "qwen2", "qwen3", "llama-depth"];
 
-/// Largest distance of a log-probability, with float32 weights, arithmetic and KV.
+/// Largest allowed difference of a log-probability, in nats, with f32 weights, arithmetic and KV.
 pub const TOLERANCE: f32 = 1e-3;
 
-/// From the first step whose two best are closer than this, another token is no fault.
+/// If the two most likely tokens are closer than this, in nats, another token is accepted from this step on.
 const CLOSE_CALL: f32 = 0.02;
 
-/// One pair's `expected.json`.
+/// Content of `expected.json` of a pair.
 #[derive(Debug, Deserialize)]
 pub struct Golden {
-    /// Prompts and what follows them.
+    /// Prompts with their expected continuations.
     pub cases: Vec<Case>,
-    /// A text and its ids.
+    /// Expected tokenisation of a text.
     pub text: Text,
-    /// Messages and the ids that the chat template gives.
+    /// Expected tokenisation of a chat.
     pub chat: Chat,
 }
 
-/// One prompt.
+/// A prompt with its expected continuations.
 #[derive(Debug, Deserialize)]
 pub struct Case {
-    /// Token ids.
+    /// Token ids of the prompt.
     pub prompt: Vec<u32>,
-    /// The full model prefills and gives the first token, the pruned model the rest.
+    /// Steps in two stages: the full model predicts the first token, the pruned model the others.
     pub two_stage: Vec<Step>,
-    /// The full model gives all.
+    /// Steps of the full model alone.
     pub full_only: Vec<Step>,
 }
 
-/// One greedy step.
+/// A greedy step.
 #[derive(Debug, Deserialize)]
 pub struct Step {
-    /// The token chosen.
+    /// The chosen token.
     pub token: u32,
-    /// The five likeliest with their log-probabilities, best first.
+    /// The five most likely tokens with their log-probabilities, best first.
     pub top: Vec<(u32, f32)>,
 }
 
 /// A text and its ids.
 #[derive(Debug, Deserialize)]
 pub struct Text {
-    /// As given to the tokenizer.
+    /// Input of the tokenizer.
     pub text: String,
-    /// As the tokenizer gives them.
+    /// Expected token ids.
     pub ids: Vec<u32>,
 }
 
-/// Messages and their ids.
+/// Messages and their token ids.
 #[derive(Debug, Deserialize)]
 pub struct Chat {
-    /// As in the OpenAI API.
+    /// Messages in the form of the OpenAI API.
     pub messages: serde_json::Value,
-    /// With the prompt for an answer at the end.
+    /// Token ids, including the generation prompt.
     pub ids: Vec<u32>,
 }
 
-/// One pair's `long.json`: more cases, up to 900 tokens.
+/// Content of `long.json` of a pair: further cases, up to 900 tokens.
 #[derive(Deserialize)]
 struct LongPrompts {
     cases: Vec<Case>,
@@ -78,7 +78,7 @@ fn read<T: DeserializeOwned>(pair: &str, file: &str) -> Result<T> {
     serde_json::from_str(&text).context(path)
 }
 
-/// A model folder of a pair.
+/// Returns a model folder of a pair.
 pub fn folder(pair: &str, which: &str) -> String {
     let mut path = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     path.extend(["golden", pair, which]);
@@ -86,7 +86,7 @@ pub fn folder(pair: &str, which: &str) -> String {
 }
 
 impl Golden {
-    /// Reads a pair's expectations.
+    /// Reads the expected outputs of a pair.
     pub fn load(pair: &str) -> Result<Self> {
         let mut golden: Self = read(pair, "expected.json")?;
         golden.cases.extend(read::<LongPrompts>(pair, "long.json")?.cases);
@@ -97,13 +97,13 @@ impl Golden {
     pub fn up_args(pair: &str) -> Vec<String> {
         let (full, decode) = (folder(pair, "full"), folder(pair, "decode"));
         let args = ["--full", &full, "--decode", &format!("small={decode}"), "--decode", &format!("big={full}")];
-        // The references are of f32. Small pools keep many clusters at once within a small machine's memory.
+        // The references are computed in f32. Small pools let many clusters fit in the memory of a small machine.
         let settings = ["--weights", "f32", "--kv-dtype", "f32", "--kv-pool-tokens", "16384"];
         args.into_iter().chain(settings).map(str::to_owned).collect()
     }
 }
 
-/// Is an answer what the reference gives, within the tolerance?
+/// Checks that an answer matches the reference within the tolerance.
 pub fn check(expected: &[Step], actual: &Completion) -> Result<()> {
     ensure!(actual.tokens.len() == expected.len(), "{} tokens, not {}", actual.tokens.len(), expected.len());
     ensure!(actual.top.len() == expected.len(), "{} log-probabilities, not {}", actual.top.len(), expected.len());
@@ -111,7 +111,7 @@ pub fn check(expected: &[Step], actual: &Completion) -> Result<()> {
         let reported: HashMap<u32, f32> = actual.top[i].iter().copied().collect();
         let worst_reported = actual.top[i].last().map_or(f32::NEG_INFINITY, |&(_, logprob)| logprob);
         for &(token, logprob) in &step.top {
-            // Two of nearly the same probability may change places at the end of the list.
+            // Tokens of nearly equal probability may swap at the end of the list.
             let distance = match reported.get(&token) {
                 Some(reported) => (reported - logprob).abs(),
                 None => (worst_reported - logprob).abs(),

@@ -1,6 +1,6 @@
-//! Whole-cluster tests: real processes of the real binary, talked to as clients would.
+//! Whole-cluster tests: real processes of the real binary, used through their public interfaces.
 //!
-//! Everything here blocks on plain threads: what is tested is the other side.
+//! This code is synchronous and uses plain threads.
 
 pub mod certify;
 pub mod cluster;

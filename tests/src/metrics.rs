@@ -1,16 +1,16 @@
-//! What services show of themselves.
+//! Reads the metrics of services.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-/// Whatever serves the OpenAI API.
+/// A server of the OpenAI API.
 pub trait Router {
-    /// Its address, without `/v1`.
+    /// URL without `/v1`.
     fn http(&self) -> &str;
 }
 
-/// Whatever serves it at this address.
+/// The server at this URL.
 pub struct At<'a>(pub &'a str);
 
 impl Router for At<'_> {
@@ -19,7 +19,7 @@ impl Router for At<'_> {
     }
 }
 
-/// A metric at `url`, summed over those of its series whose labels contain `labels`; `None` where there is none.
+/// Reads a metric at `url`, summed over the series whose labels contain `labels`. Returns `None` if there is none.
 pub fn read(url: &str, name: &str, labels: &str) -> Result<Option<f64>> {
     let text = ureq::get(&format!("{url}/metrics")).timeout(Duration::from_secs(10)).call()?.into_string()?;
     let mut sum = None;

@@ -1,19 +1,19 @@
-//! A network of hosts on this machine, whose links can lose packets and be slow: network namespaces, joined by a bridge.
+//! A network of hosts on this machine: network namespaces, joined by a bridge. Links can drop packets and be slow.
 //!
-//! It takes Linux, root, and the `ip`, `tc` and `nft` programs (Debian: iproute2, nftables).
+//! Needs Linux, root, and the programs `ip`, `tc` and `nft` (Debian: iproute2, nftables).
 
 use std::process::{Command, id};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use anyhow::{Context, Result, ensure};
 
-/// Set where it is known that hosts can be made: then that they can't is a fault, and no reason to skip a test.
+/// If this variable is set, a failure to create hosts fails tests instead of skipping them.
 const REQUIRED: &str = "OVERFILL_HOSTS_REQUIRED";
 
-/// Addresses for tests of networks (RFC 2544): 512 nets of 254 hosts.
+/// Number of networks in the address range for benchmarks (RFC 2544), each with 254 hosts.
 const NETS: u32 = 512;
 
-/// Hosts that reach each other, and this process.
+/// Hosts that can reach each other and this process.
 pub struct Network {
     bridge: String,
     /// The first three bytes of every address.
@@ -21,22 +21,22 @@ pub struct Network {
     hosts: AtomicU32,
 }
 
-/// One host. It lives as long as what was started on it.
+/// A host. It exists while processes run on it.
 #[derive(Clone, Debug)]
 pub struct Host {
     namespace: String,
     address: String,
-    /// The bridge's side of its link.
+    /// The bridge's end of the host's link.
     far: String,
 }
 
 impl Network {
-    /// A network without hosts; `None`, and says so, where this machine can have none.
+    /// Creates a network without hosts. Returns `None` and prints a message if this machine does not support it.
     pub fn start() -> Result<Option<Self>> {
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let net = (id() * 4 + STARTED.fetch_add(1, Relaxed)) % NETS;
         let (bridge, prefix) = (format!("of{net}"), format!("198.{}.{}", 18 + net / 256, net % 256));
-        // What a test that was killed has left.
+        // Removes the bridge that a killed test may have left.
         let _ = run("ip", &["link", "del", &bridge]);
         let network = Self { bridge, prefix, hosts: AtomicU32::new(0) };
         match network.set_up() {
@@ -55,7 +55,7 @@ impl Network {
         run("ip", &["link", "add", &self.bridge, "type", "bridge"])?;
         run("ip", &["addr", "add", &format!("{}.1/24", self.prefix), "dev", &self.bridge])?;
         run("ip", &["link", "set", &self.bridge, "up"])?;
-        // All that a host needs, and that its links can be disturbed.
+        // Tries everything that tests need: a host, and disturbances of its link.
         let host = self.host()?;
         host.drop_packets(100, &[])?;
         host.slow_down(1_000_000)?;
@@ -63,7 +63,7 @@ impl Network {
         Ok(())
     }
 
-    /// One more host.
+    /// Adds a host.
     pub fn host(&self) -> Result<Host> {
         let n = self.hosts.fetch_add(1, Relaxed);
         ensure!(n < 200, "too many hosts");
@@ -91,12 +91,12 @@ impl Drop for Network {
 }
 
 impl Host {
-    /// Its address.
+    /// IP address of the host.
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// A command that runs there, as the process that is started.
+    /// Returns a command that runs on the host. `ip` replaces itself with it, so the process id is the command's own.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.namespace]).arg(program);
@@ -107,8 +107,8 @@ impl Host {
         run("ip", &[&["netns", "exec", &self.namespace, program], args].concat())
     }
 
-    /// Drops so many of a hundred packets, in both directions; of connections to these ports alone, if there are any.
-    /// Nobody is told.
+    /// Silently drops a percentage of packets in both directions. If `ports` is not empty, only connections to these
+    /// ports are affected.
     pub fn drop_packets(&self, percent: u32, ports: &[String]) -> Result<()> {
         self.run("nft", &["add", "table", "inet", "faults"])?;
         let chance = if percent < 100 { format!("numgen random mod 100 < {percent}") } else { String::new() };
@@ -124,7 +124,7 @@ impl Host {
         Ok(())
     }
 
-    /// Lets pass so many bytes a second, in each direction.
+    /// Limits the bandwidth in each direction.
     pub fn slow_down(&self, bytes_per_second: u32) -> Result<()> {
         let rate = format!("{bytes_per_second}bps");
         let limit = ["root", "tbf", "rate", &rate, "burst", "16kb", "latency", "500ms"];
@@ -132,9 +132,9 @@ impl Host {
         run("tc", &[&["qdisc", "replace", "dev", &self.far], &limit[..]].concat())
     }
 
-    /// Ends all disturbances.
+    /// Removes all disturbances.
     pub fn heal(&self) {
-        // Each fails where there was none of its kind.
+        // Each command fails if there was no such disturbance.
         let _ = self.run("nft", &["delete", "table", "inet", "faults"]);
         let _ = self.run("tc", &["qdisc", "del", "dev", "eth0", "root"]);
         let _ = run("tc", &["qdisc", "del", "dev", &self.far, "root"]);

@@ -1,4 +1,4 @@
-//! A cluster of two nodes of each role under load, every answer compared with the one that it gives undisturbed.
+//! A cluster with two nodes of each role under load. Every answer is compared with the undisturbed answer.
 
 use std::fmt;
 use std::sync::Mutex;
@@ -14,14 +14,15 @@ use crate::service::{decode_args, prefill_args, router_args};
 use crate::{Completion, Network, Request, Router, Service, wait_for};
 
 const PAIR: &str = "llama-tied";
-/// Clients at once.
+/// Number of concurrent clients.
 pub const CLIENTS: usize = 8;
-/// Requests that each of them sends at least.
+/// Minimum number of requests per client.
 pub const REQUESTS_EACH: usize = 25;
-/// Different requests.
+/// Number of different requests.
 pub const REQUESTS: usize = 12;
 
-/// Long enough to be caught in every phase: the prompt in chunks of a block, many tokens; most greedy, some drawn.
+/// Returns a request long enough to be interrupted in every phase: many prompt chunks and tokens. Most are greedy, some
+/// sampled.
 pub fn request(index: usize) -> Request {
     let prompt: Vec<u32> = (0..150 + index * 8).map(|i| (5 + (i * 7 + index * 31) % 300) as u32).collect();
     let request = Request::tokens(&prompt, 120);
@@ -31,27 +32,27 @@ pub fn request(index: usize) -> Request {
     }
 }
 
-/// A gauge of a node that computes or decodes.
+/// Gauge that is positive while a node computes or decodes.
 pub const RUNNING: &str = "vllm:num_requests_running";
-/// A gauge of a node in the midst of a handoff.
+/// Gauge that is positive during a handoff.
 pub const HANDING_OVER: &str = "overfill_open_handoffs";
 
-/// Waits until a node is caught in a phase, which a gauge of its own shows.
+/// Waits until a gauge of a node is not 0.
 pub fn wait_phase(node: &Service, gauge: &str) -> Result<()> {
     wait_for(gauge, || Ok((node.metric(gauge, "")? == Some(0.0)).then(|| "0".into())))
 }
 
-/// What a node does.
+/// Role of a node.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Role {
-    /// It prefills.
+    /// Prefill node.
     Prefill,
-    /// It decodes.
+    /// Decode node.
     Decode,
 }
 
-/// Two nodes of each role, whose decode model is the full one: so a token does not depend on where a request was when
-/// a node failed.
+/// Router and two nodes of each role. The decode nodes run the full model, so tokens don't depend on where a request
+/// was when a node failed.
 pub struct Rig {
     prefill: [Service; 2],
     decode: [Service; 2],
@@ -60,7 +61,7 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// Starts all of it; each node on a host of its own, if there is a network.
+    /// Starts the cluster. With `network`, each node runs on its own host.
     pub fn start(network: Option<&Network>) -> Result<Self> {
         let node = |mut args: Vec<String>, more: &[&str], ports: &[&str]| {
             args.extend(more.iter().map(|&arg| arg.to_owned()));
@@ -83,7 +84,7 @@ impl Rig {
         Ok(Self { prefill, decode, router })
     }
 
-    /// The one of the two nodes of a role that things happen to.
+    /// Returns the node of a role that tests disturb.
     pub fn node(&mut self, role: Role) -> &mut Service {
         match role {
             Role::Prefill => &mut self.prefill[0],
@@ -91,35 +92,35 @@ impl Rig {
         }
     }
 
-    /// Where decode nodes take KV: the ports alone.
+    /// Returns the KV ports of the decode nodes.
     pub fn kv_ports(&self) -> Vec<String> {
         self.decode.iter().filter_map(|node| Some(node.kv()?.rsplit(':').next()?.to_owned())).collect()
     }
 
-    /// All processes, by name.
+    /// Returns all processes with their names.
     pub fn services(&self) -> [(&'static str, &Service); 5] {
         let ([p0, p1], [d0, d1]) = (&self.prefill, &self.decode);
         [("prefill-0", p0), ("prefill-1", p1), ("decode-0", d0), ("decode-1", d1), ("router", &self.router)]
     }
 
-    /// Starts a node again that has ended, where it was, and waits until the router has it back.
+    /// Restarts an ended node at its old address and waits until the router uses it.
     pub fn start_again(&mut self, role: Role) -> Result<()> {
         let again = self.node(role).start_again()?;
         *self.node(role) = again;
         self.wait_up(role, 2)
     }
 
-    /// What every request gives, one after the other.
+    /// Sends every request once, one after another, and returns the answers.
     pub fn answers(&self) -> Result<Vec<Completion>> {
         (0..REQUESTS).map(|i| request(i).send(&self.router)).collect()
     }
 
-    /// Requests that have moved so far.
+    /// Returns the number of migrated requests.
     pub fn migrations(&self) -> Result<f64> {
         Ok(self.router.metric("overfill_migrations_total", "")?.unwrap_or_default())
     }
 
-    /// Waits until no node holds anything for a request.
+    /// Waits until no node holds resources for a request.
     pub fn wait_idle(&self) -> Result<()> {
         for node in self.prefill.iter().chain(&self.decode) {
             for gauge in IDLE_GAUGES {
@@ -129,13 +130,14 @@ impl Rig {
         Ok(())
     }
 
-    /// Waits until the router sees so many nodes of a role as usable.
+    /// Waits until the router sees `up` usable nodes of a role.
     pub fn wait_up(&self, role: Role, up: u32) -> Result<()> {
         let role = if role == Role::Prefill { "prefill" } else { "decode" };
         self.router.wait_metric("overfill_nodes", &format!("role=\"{role}\",state=\"up\""), up.into())
     }
 
-    /// Runs `disturb` while clients ask, each of them [`REQUESTS_EACH`] times at least, and compares all with `answers`.
+    /// Runs `disturb` while clients send requests, at least [`REQUESTS_EACH`] each. Compares all answers with
+    /// `answers`.
     pub fn under_load(
         &mut self,
         answers: &[Completion],
@@ -165,7 +167,7 @@ impl Rig {
     }
 }
 
-/// Clients that ask without a pause until they are told to stop, and compare.
+/// Clients that send requests without pause until they are stopped, and compare the answers.
 pub struct Load<'a> {
     http: &'a str,
     answers: &'a [Completion],
@@ -194,7 +196,7 @@ impl Load<'_> {
         Ok(())
     }
 
-    /// Remembers the longest time between two events.
+    /// Streams an answer and records the longest time between two events.
     fn stream(&self, router: &At<'_>, i: usize) -> Result<Completion> {
         let mut last: Option<Instant> = None;
         let mut longest = Duration::ZERO;
@@ -207,11 +209,11 @@ impl Load<'_> {
         Ok(answer)
     }
 
-    /// Waits until every client has had its turn again, about.
+    /// Waits until each client has completed two more requests on average.
     pub fn wait_progress(&self) -> Result<()> {
         let goal = self.done.load(SeqCst) + 2 * CLIENTS;
         wait_for("answers", || {
-            // What went wrong is the client's to say.
+            // The client itself reports the error.
             ensure!(!self.stop.load(SeqCst), "a client has failed");
             let done = self.done.load(SeqCst);
             Ok((done < goal).then(|| format!("{done}, not {goal}")))

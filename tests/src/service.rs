@@ -1,4 +1,4 @@
-//! One service as a process of its own: for tests in which services come, go, freeze and die.
+//! A single service as a process, for tests that start, stop, freeze and kill services.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStderr, ChildStdin, Command, ExitStatus, Stdio};
@@ -15,7 +15,7 @@ use crate::metrics::{self, Router};
 use crate::network::Host;
 use crate::wait::{PATIENCE, wait_for};
 
-/// What a service prints when it serves.
+/// Output of a service when it is ready.
 #[derive(Clone, Debug, Deserialize)]
 struct Ready {
     grpc: String,
@@ -24,13 +24,13 @@ struct Ready {
     admin: String,
 }
 
-/// A running service. Dropped, it is killed.
+/// A running service. Dropping it kills it.
 pub struct Service {
-    /// As it was started.
+    /// Arguments of the process.
     args: Vec<String>,
     host: Option<Host>,
     child: Child,
-    /// Closed, it would end the service.
+    /// Kept open, since closing it ends the service.
     _stdin: ChildStdin,
     stderr: Option<JoinHandle<String>>,
     ready: Ready,
@@ -42,7 +42,7 @@ pub fn prefill_args(pair: &str) -> Vec<String> {
     node_args("prefill", &folder(pair, "full"))
 }
 
-/// Arguments of a decode node over the same model: then every token is the full model's, whoever computes it.
+/// Arguments of a decode node over the same model. Every token is then the same on all nodes.
 pub fn decode_args(pair: &str) -> Vec<String> {
     node_args("decode", &folder(pair, "full"))
 }
@@ -58,12 +58,12 @@ pub fn router_args() -> Vec<String> {
 }
 
 impl Service {
-    /// Starts `overfill` with `args` and more of them, and waits until it serves.
+    /// Starts `overfill` with `args` and `more`, and waits until it is ready.
     pub fn start<S: AsRef<str>>(args: Vec<String>, more: &[S]) -> Result<Self> {
         Self::start_on(None, args.into_iter().chain(more.iter().map(|arg| arg.as_ref().to_owned())).collect())
     }
 
-    /// The same with all arguments; on a host of a network, which it listens to, instead of on this machine.
+    /// Starts `overfill` with `args`, and waits until it is ready. With `host`, it runs and listens there.
     pub fn start_on(host: Option<Host>, args: Vec<String>) -> Result<Self> {
         let mut command = match &host {
             Some(host) => host.command(binary()?),
@@ -97,7 +97,7 @@ impl Service {
         Ok(Self { args, host, child, _stdin: stdin, stderr: Some(stderr), ready, http })
     }
 
-    /// Starts the same again, at the same addresses. The old one must have ended.
+    /// Starts the service again at the same addresses. The old process must have ended.
     pub fn start_again(&self) -> Result<Self> {
         let mut more = vec!["--admin", &self.ready.admin];
         match &self.ready.http {
@@ -109,7 +109,7 @@ impl Service {
         }
         let args = self.args.clone();
         let mut started = Err(anyhow::anyhow!("not tried"));
-        // The old one's address may be taken for a moment longer.
+        // The old address may be in use for a moment longer.
         wait_for("the address", || {
             let old: Vec<usize> =
                 more.iter().step_by(2).filter_map(|flag| args.iter().position(|a| a == flag)).collect();
@@ -121,32 +121,32 @@ impl Service {
         started
     }
 
-    /// Its gRPC address as a URL.
+    /// URL of the gRPC API.
     pub fn url(&self) -> String {
         format!("http://{}", self.ready.grpc)
     }
 
-    /// Its gRPC address, `host:port`.
+    /// Address of the gRPC API, `host:port`.
     pub fn grpc(&self) -> &str {
         &self.ready.grpc
     }
 
-    /// The host it runs on, unless that is this machine.
+    /// Host of the service. `None` if it runs directly on this machine.
     pub fn host(&self) -> Option<&Host> {
         self.host.as_ref()
     }
 
-    /// Where it takes KV; decode nodes only.
+    /// KV address. Only decode nodes have one.
     pub fn kv(&self) -> Option<&str> {
         self.ready.kv.as_deref()
     }
 
-    /// Where its metrics and health are.
+    /// Address of metrics and health.
     pub fn admin(&self) -> &str {
         &self.ready.admin
     }
 
-    /// It must still be the process that was started, and say so.
+    /// Checks that the process still runs and reports that it is live.
     pub fn check_live(&mut self) -> Result<()> {
         if let Some(status) = self.child.try_wait()? {
             bail!("{:?} has ended: {status}", self.args);
@@ -155,7 +155,7 @@ impl Service {
         Ok(())
     }
 
-    /// Memory that it has, in KiB, as Linux counts it; `None` elsewhere.
+    /// Returns the resident memory in KiB on Linux, `None` elsewhere.
     pub fn resident_kib(&self) -> Result<Option<u64>> {
         let Ok(status) = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())) else { return Ok(None) };
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
@@ -167,14 +167,14 @@ impl Service {
         send_signal(&self.child, signal)
     }
 
-    /// Kills it, and waits until it is gone.
+    /// Kills the process and waits for its end.
     pub fn kill(&mut self) -> Result<()> {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits until the process ends by itself.
     pub fn wait_end(&mut self) -> Result<ExitStatus> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -188,12 +188,12 @@ impl Service {
         }
     }
 
-    /// A metric's value, summed over its series that contain `labels`.
+    /// Reads a metric, summed over the series whose labels contain `labels`.
     pub fn metric(&self, name: &str, labels: &str) -> Result<Option<f64>> {
         metrics::read(&self.http, name, labels)
     }
 
-    /// Waits until a metric is `value`.
+    /// Waits until a metric has the given value.
     pub fn wait_metric(&self, name: &str, labels: &str, value: f64) -> Result<()> {
         wait_for(name, || {
             let now = self.metric(name, labels)?.unwrap_or(0.0);
@@ -201,7 +201,7 @@ impl Service {
         })
     }
 
-    /// Waits until a router sees so many prefill and decode nodes as usable.
+    /// Waits until a router sees this many usable prefill and decode nodes.
     pub fn wait_nodes(&self, prefill: u32, decode: u32) -> Result<()> {
         for (role, count) in [("prefill", prefill), ("decode", decode)] {
             let labels = format!("role=\"{role}\",state=\"up\"");
@@ -221,12 +221,12 @@ impl Drop for Service {
     fn drop(&mut self) {
         let _ = self.kill();
         let text = self.stderr.take().map(|stderr| stderr.join().unwrap_or_default()).unwrap_or_default();
-        // Shown only if the test fails.
+        // The test harness shows this only if the test fails.
         eprintln!("--- {}:\n{text}", self.args.join(" "));
     }
 }
 
-/// Sends a signal to a process that this one has started.
+/// Sends a signal to a child process.
 pub(crate) fn send_signal(child: &Child, signal: &str) -> Result<()> {
     let status = Command::new("kill").args(["-s", signal, &child.id().to_string()]).status()?;
     if !status.success() {

@@ -1,15 +1,15 @@
-//! Waiting on state.
+//! Waits for a state.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-/// Longest wait for a state that must come. Generous: a loaded machine is slow, and only a fault reaches it.
+/// Maximum time to wait for a state. It is generous, since loaded machines are slow.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 const INTERVAL: Duration = Duration::from_millis(10);
 
-/// Looks until `look` gives `None`; while it gives `Some`, that says what is still missing.
+/// Polls until `look` returns `None`. `Some` describes what is still missing.
 pub fn wait_for(what: &str, mut look: impl FnMut() -> Result<Option<String>>) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     loop {

@@ -1,4 +1,4 @@
-//! Requests that can't be served: each is refused with the limit and the value, and nothing is allocated.
+//! Requests that can't be served. Each error names the limit and the value, and no resources are allocated.
 
 use anyhow::{Context, Result, ensure};
 use overfill_tests::completion::post_raw;
@@ -20,7 +20,7 @@ fn every_bad_request_is_refused_with_its_reason() -> Result<()> {
     let too_long: Vec<u32> = vec![7; 5000];
     let many = Request::tokens(&[], 4).with("prompt", json!(vec![[1]; 200_000])).with("n", json!(128));
     let many = many.with("model", json!("small")).0.to_string().into_bytes();
-    // Path, body, status, and what the message must contain.
+    // Path, body, expected status, expected part of the message.
     let table: Vec<(&str, Vec<u8>, u16, &str)> = vec![
         (text, b"{\"model\": ".to_vec(), 400, ""),
         (text, b"[]".to_vec(), 400, ""),
@@ -47,7 +47,7 @@ fn every_bad_request_is_refused_with_its_reason() -> Result<()> {
         (text, completion("logprobs", json!(1000)), 400, "logprobs"),
         (text, completion("n", json!(0)), 400, "n"),
         (text, completion("n", json!(100_000)), 400, "n"),
-        // Refused before anything is made for each of 25 million.
+        // Rejected before anything is allocated for the 25 million sequences.
         (text, many, 400, "at most 1280"),
         (text, completion("stop", json!(vec!["x"; 100])), 400, "stop"),
         (chats, chat(json!([])), 400, "messages"),

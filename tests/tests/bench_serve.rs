@@ -1,4 +1,4 @@
-//! `overfill bench serve` against the demo pair: it sends what it was told to, and counts what came of it.
+//! `overfill bench serve` against the demo pair: checks the load that it sends and the results that it reports.
 
 use std::process::{Command, Output};
 
@@ -19,7 +19,7 @@ fn summary(cluster: &Cluster, args: &[&str]) -> Result<Value> {
     serde_json::from_slice(&output.stdout).context("the summary is not JSON")
 }
 
-/// A counter's sum over the nodes of a role.
+/// Sums a counter over the nodes of a role.
 fn counter(cluster: &Cluster, role: &str, name: &str) -> Result<f64> {
     let nodes = cluster.processes().iter().filter(|process| process.name.starts_with(role));
     nodes.map(|node| cluster.gauge(node, name)).sum()
@@ -41,7 +41,7 @@ fn a_closed_loop_counts_every_request_and_token() -> Result<()> {
     ensure!(counts == [json!(12), json!(48), json!(12)], "{run}");
     ensure!(run["goodput"]["requests"] == json!(12) && run["goodput"]["share"] == json!(1.0), "{run}");
 
-    // The nodes have seen the same, and the warm-up besides: of five tokens the prefill node makes one.
+    // The nodes also count the warm-up. Of its five tokens, the prefill node generates one.
     let prompts = counter(&cluster, "prefill", "vllm:prompt_tokens_total")?;
     let measured = run["prompt_tokens"].as_f64().context("no prompt tokens")?;
     ensure!((16.0..=80.0).contains(&(prompts - measured)), "{prompts} prompt tokens on the nodes, {run}");
@@ -53,7 +53,7 @@ fn a_closed_loop_counts_every_request_and_token() -> Result<()> {
     for title in ["Time to first token", "Time between tokens", "Output tokens per second"] {
         ensure!(drawn.contains(title), "no {title:?} in the picture");
     }
-    // The same seed, the same prompts.
+    // The same seed gives the same prompts.
     let again = summary(&cluster, &args)?;
     ensure!(again["prompt_tokens"] == run["prompt_tokens"], "{again}\n{run}");
     cluster.wait_idle()
@@ -62,7 +62,7 @@ fn a_closed_loop_counts_every_request_and_token() -> Result<()> {
 #[test]
 fn an_open_loop_is_bounded_and_counts_what_it_does_not_send() -> Result<()> {
     let cluster = Cluster::start::<&str>(&[])?;
-    // So many at once that most find the one place taken.
+    // The arrival rate is so high that most requests find the only place taken.
     let args =
         "--rate 5000 --requests 200 --max-in-flight 1 --prompt-tokens 16 --output-tokens 100 --ttft-limit-seconds 600";
     let run = summary(&cluster, &args.split_whitespace().collect::<Vec<_>>())?;
@@ -77,7 +77,7 @@ fn an_open_loop_is_bounded_and_counts_what_it_does_not_send() -> Result<()> {
 #[test]
 fn failures_are_counted_by_kind_and_nothing_else_is_claimed() -> Result<()> {
     let cluster = Cluster::start::<&str>(&[])?;
-    // Longer than the demo pair's context.
+    // The prompt exceeds the demo pair's context.
     let output = bench(&cluster, &["--requests", "3", "--warm-up-requests", "0", "--prompt-tokens", "4000"])?;
     let text = String::from_utf8_lossy(&output.stderr);
     ensure!(!output.status.success() && text.contains("error: none of 3 requests succeeded"), "{text}");

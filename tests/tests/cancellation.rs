@@ -1,4 +1,4 @@
-//! Clients that go away, at every phase of a request: both nodes give everything back.
+//! Clients that disconnect in every phase of a request. Both nodes release all resources.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -10,13 +10,13 @@ use overfill_tests::cluster::binary;
 use overfill_tests::{Cluster, Completion, Golden, Request, Router as _, wait_for};
 use serde_json::json;
 
-/// Long enough that no request ends by itself before its client goes.
+/// Returns a request that is too long to end before its client disconnects.
 fn endless(index: usize) -> Request {
     let prompt: Vec<u32> = (0..400).map(|i| (5 + (i * 7 + index * 31) % 300) as u32).collect();
     Request::tokens(&prompt, 600).with("model", json!("small")).with("stream", json!(true))
 }
 
-/// A cluster that is slow enough to be caught in every phase: chunks of one block, few requests at once.
+/// Starts a cluster that is slow enough to be interrupted in every phase: chunks of one block, few concurrent requests.
 fn cluster() -> Result<(Cluster, Request, Completion)> {
     let mut args = Golden::up_args("llama-untied");
     args.extend(["--prefill-arg=--max-batch-tokens=16", "--decode-arg=--max-running=2"].map(str::to_owned));
@@ -27,7 +27,7 @@ fn cluster() -> Result<(Cluster, Request, Completion)> {
     Ok((cluster, probe, answer))
 }
 
-/// Sends a request over a connection of its own and does not read.
+/// Sends a request over a new connection without reading the answer.
 fn send(cluster: &Cluster, request: &Request) -> Result<TcpStream> {
     let address = cluster.http().strip_prefix("http://").context("not http")?;
     let mut connection = TcpStream::connect(address)?;
@@ -54,7 +54,7 @@ fn wait_for_gauge(cluster: &Cluster, role: &str, gauge: &str, least: f64) -> Res
 fn check_recovered(cluster: &Cluster, probe: &Request, answer: &Completion) -> Result<()> {
     let left = Instant::now();
     cluster.wait_idle()?;
-    eprintln!("all is given back after {:.0} ms", left.elapsed().as_secs_f64() * 1e3);
+    eprintln!("all resources released after {:.0} ms", left.elapsed().as_secs_f64() * 1e3);
     ensure!(probe.send(cluster)? == *answer, "another answer after the cancellations");
     cluster.check_undisturbed()?;
     cluster.wait_idle()
@@ -64,25 +64,25 @@ fn check_recovered(cluster: &Cluster, probe: &Request, answer: &Completion) -> R
 fn clients_that_leave_at_any_phase_leave_nothing_behind() -> Result<()> {
     let (cluster, probe, answer) = cluster()?;
 
-    // As soon as the request is sent.
+    // Disconnect immediately after sending.
     for i in 0..8 {
         drop(send(&cluster, &endless(i))?);
     }
     check_recovered(&cluster, &probe, &answer).context("left at once")?;
 
-    // While the prompt is computed or its KV is on its way.
+    // Disconnect during prefill or handoff.
     let clients: Vec<TcpStream> = (0..6).map(|i| send(&cluster, &endless(10 + i))).collect::<Result<_>>()?;
     wait_for_gauge(&cluster, "prefill", "vllm:num_requests_running", 1.0)?;
     drop(clients);
     check_recovered(&cluster, &probe, &answer).context("left during prefill")?;
 
-    // At the first byte of the answer.
+    // Disconnect at the first byte of the answer.
     let mut client = send(&cluster, &endless(20))?;
     client.read_exact(&mut [0])?;
     drop(client);
     check_recovered(&cluster, &probe, &answer).context("left at the first byte")?;
 
-    // In the midst of decoding, others waiting behind it for a place in the batch.
+    // Disconnect during decoding, with other requests waiting for a place in the batch.
     let mut streams = Vec::new();
     for i in 0..4 {
         streams.push(endless(30 + i).stream(&cluster)?);

@@ -1,4 +1,4 @@
-//! What published folders hold besides weights, seen by a client: end tokens, sampling defaults, vocabularies.
+//! Contents of published folders besides weights, as seen by a client: end tokens, sampling defaults, vocabularies.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use overfill_tests::golden::folder;
 use overfill_tests::{Cluster, Completion};
 use serde_json::{Value, json};
 
-/// A copy of a golden folder, in which some files are others; `null` removes one.
+/// Copies a golden folder and replaces some files. `null` removes a file.
 fn changed(files: &[(&str, Value)]) -> Result<tempfile::TempDir> {
     let copy = tempfile::tempdir()?;
     for entry in fs::read_dir(folder("llama-untied", "full"))? {
@@ -27,7 +27,7 @@ fn changed(files: &[(&str, Value)]) -> Result<tempfile::TempDir> {
     Ok(copy)
 }
 
-/// A file of the golden folder as JSON, with some fields set anew.
+/// Reads a JSON file of the golden folder and sets some fields.
 fn with(name: &str, fields: Value) -> Result<(&str, Value)> {
     let text = fs::read_to_string(Path::new(&folder("llama-untied", "full")).join(name))?;
     let mut file: Value = serde_json::from_str(&text)?;
@@ -44,7 +44,7 @@ fn args(full: &Path) -> Vec<String> {
         .to_vec()
 }
 
-/// Why a chat ends whose every token is `id`, and after how many.
+/// Returns the finish reason and length of a chat in which every token is `id`.
 fn end_of_chat(cluster: &Cluster, id: u32) -> Result<(String, u64)> {
     let request = json!({
         "messages": [{"role": "user", "content": "a"}], "max_tokens": 5, "logit_bias": {id.to_string(): 100},
@@ -113,7 +113,7 @@ fn sampling_defaults_are_served_or_refused_at_once() -> Result<()> {
         let reasons = refused.reasons();
         ensure!(reasons.len() == 1, "{} reasons instead of one:\n{}", reasons.len(), refused.stderr);
         ensure!(needles.iter().all(|needle| reasons[0].contains(needle)), "{:?} has not {needles:?}", reasons[0]);
-        // The node itself refused: nothing waited for a router.
+        // The node itself must reject the model, before the router starts.
         ensure!(!refused.stderr.contains("did not see all"), "{}", refused.stderr);
     }
     Ok(())
@@ -121,10 +121,10 @@ fn sampling_defaults_are_served_or_refused_at_once() -> Result<()> {
 
 const TRUE: usize = 288;
 const SPACE_TRUE: usize = 289;
-/// Of the byte F0.
+/// Token id of the byte F0.
 const BYTE: usize = 243;
 
-/// A SentencePiece vocabulary as wide as the golden models': special tokens, bytes, letters, words.
+/// Returns a SentencePiece vocabulary of the golden models' size: special tokens, bytes, letters, words.
 fn sentence_piece() -> Value {
     let named = |id: usize| match id {
         0..3 => ["<unk>", "<s>", "</s>"][id].to_owned(),
@@ -174,7 +174,7 @@ fn log_probabilities_name_tokens_as_they_are() -> Result<()> {
     ensure!(choice["logprobs"]["tokens"] == json!([" true", " true", " true"]), "{choice}");
     ensure!(choice["logprobs"]["text_offset"] == json!([0, 5, 10]), "{choice}");
 
-    // The prompt's begin-of-text token is not in its text, nor is the space before its first word.
+    // The echoed text contains neither the begin-of-text token nor the space before the first word.
     let mut echo = request.clone();
     (echo["echo"], echo["prompt"]) = (json!(true), json!("x true"));
     let choice = post(&cluster, "/v1/completions", &echo)?["choices"][0].clone();

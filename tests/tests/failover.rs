@@ -1,4 +1,4 @@
-//! Nodes that drain, and one that no KV reaches: every answer is the one that an undisturbed cluster gives.
+//! Nodes that drain, and a decode node whose KV port is unreachable. Every answer equals the undisturbed answer.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -29,7 +29,7 @@ fn drained_nodes_cost_no_answer() -> Result<()> {
     let answers = rig.answers()?;
     rig.under_load(&answers, |rig, load| {
         for role in [Role::Decode, Role::Prefill] {
-            // With time enough, everything ends where it runs.
+            // With enough time, all requests end on the draining node.
             wait_phase(rig.node(role), RUNNING)?;
             let url = rig.node(role).url();
             drain(rig, &url, "600")?;
@@ -39,7 +39,7 @@ fn drained_nodes_cost_no_answer() -> Result<()> {
             load.wait_progress()?;
             rig.start_again(role)?;
         }
-        // Without any, what runs moves.
+        // Without time, running requests are migrated.
         wait_phase(rig.node(Role::Decode), RUNNING)?;
         let url = rig.node(Role::Decode).url();
         drain(rig, url.trim_start_matches("http://"), "0")?;
@@ -51,7 +51,7 @@ fn drained_nodes_cost_no_answer() -> Result<()> {
     Ok(())
 }
 
-/// No request to one of the decode nodes can succeed: nobody listens where it says that it takes KV.
+/// Every request to one decode node fails, since nothing listens on its advertised KV address.
 #[test]
 fn a_decode_node_that_no_kv_reaches_costs_no_answer() -> Result<()> {
     let prefill = Service::start(prefill_args(PAIR), &["--max-batch-tokens", "16"])?;

@@ -1,4 +1,4 @@
-//! The golden pairs through a running cluster: the arithmetic's truth, seen from outside.
+//! Compares a running cluster with the golden pairs.
 
 use anyhow::{Context, Result, ensure};
 use overfill_tests::completion::post;
@@ -37,7 +37,7 @@ fn run_with(pair: &str, up_args: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// A text must give what its ids give, and messages what the chat template's ids give.
+/// Checks that text and messages give the same answers as their token ids.
 fn text_and_chat(golden: &Golden, cluster: &Cluster) -> Result<()> {
     let by_ids = Request::tokens(&golden.text.ids, 8).with("model", json!("small")).send(cluster)?;
     let request = Request::text(&golden.text.text, 8).with("model", json!("small"));
@@ -82,7 +82,7 @@ fn llama_depth() -> Result<()> {
     run("llama-depth")
 }
 
-/// Both models as GGUF files, with nothing beside them.
+/// Serves both models from GGUF files without any other files.
 #[test]
 fn llama_untied_from_gguf() -> Result<()> {
     let files = tempfile::tempdir()?;

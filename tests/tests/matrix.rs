@@ -1,5 +1,4 @@
-//! Every fault, at every phase, of a node of each role, under a load of clients: every answer is the one that an
-//! undisturbed cluster gives.
+//! Every fault in every phase, on a node of each role, under load. Every answer equals the undisturbed answer.
 
 use std::time::Instant;
 
@@ -7,24 +6,24 @@ use anyhow::{Context, Result, ensure};
 use overfill_tests::rig::{HANDING_OVER, Load, RUNNING, Role, wait_phase};
 use overfill_tests::{Completion, Network, Rig, wait_for};
 
-/// What happens to a node.
+/// Fault of a node.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fault {
-    /// It is killed, and started again.
+    /// The process is killed and restarted.
     Killed,
-    /// It stands still, its connections open, and goes on.
+    /// The process is stopped with open connections, then continued.
     Frozen,
-    /// Nothing that is sent to it or by it arrives.
+    /// All packets from and to the node are dropped.
     Unreachable,
-    /// No KV that is sent to it or by it arrives; all else does.
+    /// All packets of KV connections are dropped. Other packets arrive.
     KvLost,
-    /// One of ten packets is lost.
+    /// One of ten packets is dropped.
     Lossy,
-    /// Its link is slow.
+    /// The node's link is slow.
     Slow,
 }
 
-/// One request has 115 to 180 kB of KV.
+/// Link speed of a slow node. For comparison, a request has 115 to 180 kB of KV.
 const SLOW_BYTES_PER_SECOND: u32 = 150_000;
 
 impl Fault {
@@ -51,7 +50,7 @@ impl Fault {
         rig.wait_up(role, 2)
     }
 
-    /// Does a router find out that the node is of no use?
+    /// Returns whether the router must detect that the node is unusable.
     fn takes_out(self) -> bool {
         matches!(self, Self::Killed | Self::Frozen | Self::Unreachable)
     }

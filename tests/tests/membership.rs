@@ -1,4 +1,4 @@
-//! Nodes that register in etcd: they join, leave and restart, and etcd itself may go away.
+//! Nodes that register in etcd: joining, leaving, restarting, and failures of etcd itself.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use overfill_tests::{Completion, Etcd, Request, Service, wait_for};
 
 const PAIR: &str = "llama-tied";
 
-/// The shortest that etcd gives.
+/// The shortest lease that etcd grants.
 const LEASE: Duration = Duration::from_secs(2);
 
 fn request(index: usize) -> Request {
@@ -22,7 +22,7 @@ fn etcd_args(etcd: &Etcd) -> Vec<String> {
     ["--etcd-url", &etcd.urls(), "--etcd-lease-seconds", &lease, "--etcd-prefix", "test"].map(str::to_owned).to_vec()
 }
 
-/// A cluster whose parts know nothing of each other but where etcd is.
+/// A cluster whose services only know the address of etcd.
 struct Parts {
     prefill: Service,
     decode: Service,
@@ -41,7 +41,7 @@ fn start(etcd: &Etcd) -> Result<Parts> {
     Ok(Parts { prefill, decode, router, answer })
 }
 
-/// Requests one after the other until a registration without a sign of life would have ended twice.
+/// Sends requests until leases without renewal would have expired twice.
 fn outlast_the_lease(parts: &Parts) -> Result<()> {
     let start = Instant::now();
     while start.elapsed() < 2 * LEASE {
@@ -66,30 +66,30 @@ fn check_undisturbed(router: &Service) -> Result<()> {
 fn nodes_join_leave_and_restart() -> Result<()> {
     let Some(etcd) = Etcd::start(1)? else { return Ok(()) };
     let mut parts = start(&etcd)?;
-    // Another router sees the same, and a static list may be mixed with etcd.
+    // A second router finds the same nodes. A static list may be combined with etcd.
     let mut more = etcd_args(&etcd);
     more.extend(["--prefill-url".into(), parts.prefill.url()]);
     let second = Service::start(router_args(), &more)?;
     second.wait_nodes(1, 1)?;
     ensure!(request(0).send(&second)? == parts.answer, "another answer from the second router");
 
-    // Told to end, a node takes itself out.
+    // A node that is asked to end removes its registration.
     parts.decode.signal("TERM")?;
     let status = parts.decode.wait_end()?;
     ensure!(status.success(), "the decode node ended with {status}");
     etcd.wait_keys(1)?;
     for router in [&parts.router, &second] {
         router.wait_nodes(1, 0)?;
-        // Nobody looks for it any more.
+        // The routers remove the node.
         router.wait_metric("overfill_nodes", "role=\"decode\"", 0.0)?;
     }
 
-    // It comes back at the same address.
+    // The node restarts at the same address.
     parts.decode = parts.decode.start_again()?;
     parts.router.wait_nodes(1, 1)?;
     check(&parts)?;
 
-    // Killed and started again while its registration still stands.
+    // The node is killed and restarted before its registration expires.
     parts.decode.kill()?;
     parts.decode = parts.decode.start_again()?;
     for router in [&parts.router, &second] {
@@ -100,14 +100,14 @@ fn nodes_join_leave_and_restart() -> Result<()> {
         ensure!(request(0).send(router)? == parts.answer, "another answer from the new incarnation");
     }
 
-    // One that is killed for good is forgotten when its lease ends.
+    // A killed node is removed when its lease expires.
     let third = Service::start(decode_args(PAIR), &etcd_args(&etcd))?;
     parts.router.wait_nodes(1, 2)?;
     drop(third);
     parts.router.wait_metric("overfill_nodes", "role=\"decode\"", 1.0)?;
     check(&parts)?;
 
-    // One that was only frozen comes back by itself.
+    // A frozen node registers again after it continues.
     parts.decode.signal("STOP")?;
     parts.router.wait_metric("overfill_nodes", "role=\"decode\"", 0.0)?;
     parts.decode.signal("CONT")?;
@@ -157,7 +157,7 @@ fn etcd_may_want_certificates() -> Result<()> {
     let _decode = Service::start(decode_args(PAIR), &with(true))?;
     router.wait_nodes(1, 1)?;
     let answer = request(0).send(&router)?;
-    // Nor does it stay away when etcd has been.
+    // The nodes register again after etcd has lost its data.
     let second = with(true);
     etcd.kill()?;
     etcd.wipe()?;
@@ -185,14 +185,14 @@ fn etcd_may_freeze_die_and_come_back_empty() -> Result<()> {
     outlast_the_lease(&parts).context("etcd dead")?;
     etcd.wipe()?;
     etcd.start_all()?;
-    // They register again by themselves, and a router that knows of nothing but etcd finds them.
+    // The nodes register again, and a router that only knows etcd finds them.
     etcd.wait_keys(2)?;
     let second = Service::start(router_args(), &etcd_args(&etcd))?;
     second.wait_nodes(1, 1)?;
     ensure!(request(0).send(&second)? == parts.answer, "another answer from the second router");
     check(&parts)?;
 
-    // Who comes after all that is seen by the router from before.
+    // The first router still finds nodes that join later.
     let decode = Service::start(decode_args(PAIR), &etcd_args(&etcd))?;
     parts.router.wait_nodes(1, 2)?;
     drop(decode);
@@ -226,7 +226,7 @@ fn etcd_may_lose_its_leader() -> Result<()> {
     let parts = start(&etcd)?;
     etcd.kill_leader()?;
     outlast_the_lease(&parts)?;
-    // Joining works with the members that are left.
+    // Nodes can join with the remaining members.
     let decode = Service::start(decode_args(PAIR), &etcd_args(&etcd))?;
     parts.router.wait_nodes(1, 2)?;
     etcd.wait_keys(3)?;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use overfill_tests::cluster::binary;
 use overfill_tests::{Cluster, Golden, Router as _};
 
-/// The interpreter that `cargo xtask test` prepares: it has the packages of tests/python/requirements.txt.
+/// Returns the interpreter that `cargo xtask test` prepares, with the packages of tests/python/requirements.txt.
 fn python() -> Result<PathBuf> {
     if let Some(python) = std::env::var_os("OVERFILL_PYTHON") {
         return Ok(python.into());

@@ -1,4 +1,4 @@
-//! TLS everywhere, keys for clients, and no port open to the world by accident.
+//! TLS on all connections, API keys for clients, and no port exposed by accident.
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -65,14 +65,14 @@ impl Secured {
         command.args(&args[1..]).output().context("running overfill")
     }
 
-    /// An HTTP request over TLS; the whole answer.
+    /// Sends an HTTP request over TLS and returns the whole answer.
     async fn https(&self, request: &str) -> Result<String> {
         let address = overfill_tests::Router::http(&self.router).trim_start_matches("http://").to_owned();
         let tls = Tls::dialling(self.file("ca.pem"), None, None)?;
         let mut stream = tls.connect(&address, TcpStream::connect(&address).await?).await?;
         stream.write_all(request.as_bytes()).await?;
         let mut answer = Vec::new();
-        // The server may close without a farewell.
+        // The server may close without a TLS close_notify.
         let _ = stream.read_to_end(&mut answer).await;
         Ok(String::from_utf8_lossy(&answer).into_owned())
     }
@@ -90,7 +90,7 @@ fn post(path: &str, authorization: &str, body: &serde_json::Value) -> String {
 #[tokio::test]
 async fn with_tls_and_keys_only_those_who_may_are_served() -> Result<()> {
     let secured = Secured::start()?;
-    // The same request without any of it.
+    // The same request to a cluster without TLS and keys.
     let prefill = Service::start::<&str>(prefill_args(PAIR), &[])?;
     let decode = Service::start::<&str>(decode_args(PAIR), &[])?;
     let plain = Service::start(router_args(), &["--prefill-url", &prefill.url(), "--decode-url", &decode.url()])?;
@@ -138,7 +138,7 @@ fn a_secured_router_can_be_loaded() -> Result<()> {
     let error = |output: Output| String::from_utf8_lossy(&output.stderr).into_owned();
     let keyless = error(bench(&ca, &[])?);
     ensure!(keyless.contains("HTTP 401"), "{keyless}");
-    // Another authority's certificate.
+    // A CA that did not sign the cluster's certificates.
     let other = tempfile::tempdir()?;
     certify(other.path())?;
     let other = other.path().join("ca.pem").to_string_lossy().into_owned();
@@ -151,7 +151,7 @@ fn a_secured_router_can_be_loaded() -> Result<()> {
 async fn strangers_reach_no_node() -> Result<()> {
     let mut secured = Secured::start()?;
     let address = secured.decode.url().trim_start_matches("http://").to_owned();
-    // Trusts the authority, but has no certificate of it; and one that speaks without TLS.
+    // A client that trusts the CA but has no certificate, and a client without TLS.
     let tls = Tls::dialling(secured.file("ca.pem"), None, None)?;
     let mut stream = tls.connect(&address, TcpStream::connect(&address).await?).await?;
     let mut answer = Vec::new();
@@ -162,7 +162,7 @@ async fn strangers_reach_no_node() -> Result<()> {
     let _ = stream.read_to_end(&mut answer).await;
     ensure!(!answer.windows(2).any(|w| w == b"\0\0"), "HTTP/2 without TLS: {answer:?}");
 
-    // With one, a node can be drained.
+    // With a client certificate, a node can be drained.
     let url = secured.decode.url().replace("http://", "https://");
     let output = secured.overfill(&["drain", &url], true)?;
     ensure!(output.status.success(), "{output:?}");
@@ -184,7 +184,7 @@ fn nothing_listens_beyond_this_machine_by_accident() -> Result<()> {
     args.extend(["--kv-listen", "0.0.0.0:0", "--advertise-kv", "here:1"].map(str::to_owned));
     let error = start(&args.iter().map(String::as_str).collect::<Vec<_>>())?;
     ensure!(error.contains("--kv-listen must be a loopback address unless --tls-ca"), "{error}");
-    // If that is what is wanted, it is done.
+    // --allow-insecure permits the address.
     args.push("--allow-insecure".into());
     Service::start::<&str>(args, &[])?;
     Ok(())

@@ -1,16 +1,16 @@
-//! Many clients, long prompts, several nodes: the same tokens whatever else runs.
+//! Many clients, long prompts, several nodes: tokens don't depend on other requests.
 
 use anyhow::{Context, Result, ensure};
 use overfill_tests::golden::folder;
 use overfill_tests::{Cluster, Completion, Golden, Request};
 use serde_json::json;
 
-/// A prompt that no other index shares a block with.
+/// Returns a prompt that shares no block with those of other indices.
 fn prompt(index: usize, length: usize) -> Vec<u32> {
     (0..length).map(|i| (5 + (i * 31 + index * 17 + i * i % 7 * index) % 300) as u32).collect()
 }
 
-/// Requests of all kinds: greedy and sampled, short and long, with and without penalties.
+/// Returns requests of all kinds: greedy and sampled, short and long, with and without penalties.
 fn mixed_request(index: usize) -> Request {
     let request = Request::tokens(&prompt(index, 3 + index * 13 % 200), 16 + index as u32 % 9)
         .with("model", json!(if index.is_multiple_of(3) { "big" } else { "small" }));
@@ -60,7 +60,7 @@ fn a_prompt_of_small_chunks_gives_what_large_ones_give() -> Result<()> {
         args.push("--prefill-arg=--max-batch-tokens=1024".into());
         Cluster::start(&args)?
     };
-    // Lengths around the ends of blocks and chunks, and up to the model's 1024 tokens.
+    // Lengths around block and chunk boundaries, and up to the model's limit of 1024 tokens.
     for length in [15, 16, 17, 47, 48, 49, 95, 96, 97, 333, 990] {
         let request = Request::tokens(&prompt(1, length), 20)
             .with("model", json!("small"))
@@ -71,7 +71,7 @@ fn a_prompt_of_small_chunks_gives_what_large_ones_give() -> Result<()> {
         for (a, b) in small.logprobs.iter().zip(&large.logprobs) {
             ensure!((a - b).abs() <= 1e-3, "{length} tokens: log-probability {a} in small chunks, {b} in large ones");
         }
-        // Now from the prefix caches of both nodes.
+        // This time, the prompt is in the prefix caches of both nodes.
         ensure!(request.send(&small_chunks)?.tokens == small.tokens, "{length} tokens: another answer the second time");
     }
     small_chunks.check_undisturbed()?;
@@ -112,11 +112,11 @@ fn nodes_of_quantised_weights_serve_together() -> Result<()> {
             .with("return_tokens_as_token_ids", json!(true));
         let answer = request.send(&cluster)?;
         ensure!(answer.tokens.len() == 24, "{answer:?}");
-        // The first token is the prefill node's: as near as int8 is to the reference, and not the same.
+        // The prefill node predicts the first token with int8 weights: close to the f32 reference, but not equal.
         let (found, reference) = (answer.logprobs[0], case.two_stage[0].top[0].1);
         let distance = (found - reference).abs();
         ensure!(distance > 1e-4 && distance < 3.0, "{found} in int8, {reference} in f32");
-        // Now the prompt's KV is in the prefix cache, and the arithmetic is the same.
+        // With the prompt's KV in the prefix cache, the result is the same.
         ensure!(request.send(&cluster)?.tokens == answer.tokens, "another answer the second time");
     }
     cluster.check_undisturbed()?;
@@ -126,7 +126,7 @@ fn nodes_of_quantised_weights_serve_together() -> Result<()> {
 #[test]
 fn requests_that_do_not_fit_at_once_wait_and_none_is_lost() -> Result<()> {
     let mut args = Golden::up_args("llama-untied");
-    // Room for two or three of these requests at a time.
+    // The pool holds two or three of these requests at a time.
     args.extend(["--kv-pool-tokens", "1024"].map(str::to_owned));
     let pool = args.iter().position(|arg| arg == "16384").context("the pool's size")?;
     args.drain(pool - 1..=pool);

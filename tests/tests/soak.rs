@@ -1,9 +1,9 @@
-//! A long time of churn: nodes are killed, frozen and told to end, clients leave in the middle, and nothing grows.
+//! A long churn test: nodes are killed, frozen and drained, clients disconnect, and memory must not grow.
 //!
-//! It is not for every day: `cargo test --workspace --test soak -- --ignored --nocapture`. `OVERFILL_SOAK_SECONDS` says
-//! how long (1,200; memory is judged by what comes after the third minute), `OVERFILL_SOAK_SEED` what happens. Where it runs
-//! in the background, `setsid` must give it a process group of its own: when a shell ends, Linux continues the stopped
-//! processes of the group that it leaves, and a node that was frozen is so no more.
+//! Run it with `cargo test --workspace --test soak -- --ignored --nocapture`. `OVERFILL_SOAK_SECONDS` sets the duration
+//! (1,200; memory growth is measured after the third minute), `OVERFILL_SOAK_SEED` the random events. In the
+//! background, start it with `setsid`, in its own process group: when a shell exits, Linux continues the stopped
+//! processes of the orphaned group, which would unfreeze nodes.
 
 use std::time::{Duration, Instant};
 
@@ -14,14 +14,14 @@ use overfill_tests::{Rig, Router};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-/// Between two looks at memory and gauges.
+/// Time between two checks of memory and gauges.
 const ROUND: Duration = Duration::from_secs(60);
-/// Rounds until what is only ever filled once is full: prefix caches, pools of threads, the allocator's arenas.
+/// Warm-up rounds that fill prefix caches, thread pools and allocator arenas.
 const FIRST_ROUNDS: usize = 3;
-/// Clients that leave before their answer has ended.
+/// Number of clients that disconnect before their answer ends.
 const LEAVING: usize = 2;
-/// How much more memory a process may have at the end than after those. What is lost with every request is found by it if it
-/// is a hundred bytes or more.
+/// Allowed memory growth of a process after the warm-up rounds. It is small enough to detect a leak of 100 bytes per
+/// request.
 const GROWTH_KIB: u64 = 4 << 10;
 
 fn setting(name: &str, default: u64) -> Result<u64> {
@@ -31,7 +31,7 @@ fn setting(name: &str, default: u64) -> Result<u64> {
     }
 }
 
-/// Asks and leaves, again and again.
+/// Sends requests and disconnects before they end, until `until`. Returns the number of requests.
 fn leave(http: &str, until: Instant, mut random: StdRng) -> Result<usize> {
     let mut left = 0;
     while Instant::now() < until {
@@ -44,7 +44,7 @@ fn leave(http: &str, until: Instant, mut random: StdRng) -> Result<usize> {
     Ok(left)
 }
 
-/// Things happen to the first node of each role; the second one goes on.
+/// Disturbs the first node of each role until `until`. The second nodes keep running.
 fn churn(rig: &mut Rig, load: &Load<'_>, until: Instant, random: &mut StdRng) -> Result<usize> {
     let mut happened = 0;
     while Instant::now() < until {
@@ -84,7 +84,7 @@ fn nothing_grows() -> Result<()> {
     let mut rig = Rig::start(None)?;
     let answers = rig.answers()?;
     let memory = |rig: &Rig| -> Result<Vec<(&'static str, u64)>> {
-        // The others are started again and again.
+        // The disturbed nodes (`-0`) restart, so their memory is not compared.
         let lasting = rig.services().into_iter().filter(|(name, _)| !name.ends_with("-0"));
         lasting
             .map(|(name, service)| Ok((name, service.resident_kib()?.context("memory is read from /proc")?)))
@@ -96,7 +96,7 @@ fn nothing_grows() -> Result<()> {
         let until = (Instant::now() + ROUND).min(end);
         let http = rig.router.http().to_owned();
         let (mut happened, mut left) = (0, 0);
-        // It ends with every gauge at 0.
+        // `under_load` returns when every gauge is 0.
         let pauses = rig.under_load(&answers, |rig, load| {
             std::thread::scope(|scope| {
                 let leaving: Vec<_> = (0..LEAVING)

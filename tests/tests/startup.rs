@@ -1,4 +1,4 @@
-//! How a cluster starts and ends: what can't be served is refused in one line, and whatever ends first ends all of it.
+//! Start and end of a cluster. Configuration errors end it with one line, and the end of any process ends the cluster.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use overfill_tests::golden::folder;
 use overfill_tests::{Cluster, Golden};
 use serde_json::{Value, json};
 
-/// The cluster must end with exactly one reason that contains all of `needles`.
+/// Checks that the cluster ended with exactly one reason, and that it contains all of `needles`.
 fn check_refused(refused: &Refused, needles: &[&str]) -> Result<()> {
     ensure!(!refused.status.success(), "the cluster ended well:\n{}", refused.stderr);
     let reasons = refused.reasons();
@@ -21,7 +21,7 @@ fn check_refused(refused: &Refused, needles: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A copy of a golden model whose config.json was changed.
+/// Copies a golden model and changes its config.json.
 fn changed_copy(pair: &str, change: impl FnOnce(&mut Value)) -> Result<tempfile::TempDir> {
     let copy = tempfile::tempdir()?;
     for entry in fs::read_dir(folder(pair, "full"))? {

@@ -1,4 +1,4 @@
-//! What the tests need of the system, installed where that is possible.
+//! Programs that the tests need. Missing ones are installed if possible.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 
 use crate::process::{run, succeeds};
 
-/// Installs Debian packages; an error, with `needs` as the reason, where this is not root on Debian.
+/// Installs Debian packages. Fails with `needs` as the reason unless the user is root on Debian.
 pub fn install(packages: &[&str], needs: &str) -> Result<()> {
     let root_user =
         Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0".as_slice());
@@ -20,11 +20,11 @@ pub fn install(packages: &[&str], needs: &str) -> Result<()> {
         .env("DEBIAN_FRONTEND", "noninteractive"))
 }
 
-/// Sees to it that etcd is there, for the tests of discovery.
+/// Installs etcd for the discovery tests unless it is present.
 pub fn etcd() -> Result<()> {
     let usable = || succeeds(Command::new("etcd").arg("--version"));
     if !usable() {
-        install(&["etcd-server"], "the tests of discovery need etcd")?;
+        install(&["etcd-server"], "the discovery tests need etcd")?;
     }
     if !usable() {
         bail!("etcd does not start after installing etcd-server");
@@ -32,16 +32,16 @@ pub fn etcd() -> Result<()> {
     Ok(())
 }
 
-/// Sees to it that the programs are there that make hosts of a network, and disturb their links.
+/// Installs the programs that create network hosts and disturb their links, unless they are present.
 pub fn network() -> Result<()> {
     let usable = || succeeds(Command::new("nft").arg("--version")) && succeeds(Command::new("tc").arg("-Version"));
     if !usable() {
-        install(&["iproute2", "nftables"], "the tests of bad links need ip, tc and nft")?;
+        install(&["iproute2", "nftables"], "the tests of faulty links need ip, tc and nft")?;
     }
     Ok(())
 }
 
-/// May there be hosts? An error if this is not root, or the system has no network namespaces.
+/// Checks that network namespaces can be created. Fails if the user is not root or the system has none.
 pub fn hosts() -> Result<()> {
     let namespace = format!("overfill-{}", std::process::id());
     let made = succeeds(Command::new("ip").args(["netns", "add", &namespace]));
@@ -51,16 +51,16 @@ pub fn hosts() -> Result<()> {
         run(Command::new("ip").args(["netns", "del", &namespace]))?;
     }
     if !entered {
-        bail!("no network namespaces, or not for this user");
+        bail!("network namespaces are not available to this user");
     }
     Ok(())
 }
 
-/// Sees to it that valgrind is there, for the kernels' accesses to memory.
+/// Installs valgrind for the memory check of kernels, unless it is present.
 pub fn valgrind() -> Result<()> {
-    // Without the symbols of the C library it does not start.
+    // valgrind does not start without the C library's symbols.
     if !succeeds(Command::new("valgrind").args(["--quiet", "true"])) {
-        install(&["valgrind", "libc6-dbg"], "checking the kernels' accesses to memory needs valgrind")?;
+        install(&["valgrind", "libc6-dbg"], "the memory check of kernels needs valgrind")?;
     }
     Ok(())
 }

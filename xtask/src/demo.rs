@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: from a fresh clone to an answer.
+//! `cargo xtask demo`: builds, starts a cluster on the demo pair, asks a question and shuts down.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -8,17 +8,17 @@ use anyhow::{Context, Result, bail};
 
 use crate::process::{cargo, run as sh, target};
 
-/// Three records and a question about all of them, in the language of the demo pair's task. The countries stand nowhere
-/// in the prompt: they are knowledge of the full model's, taken over by the pruned one.
+/// Three records and a question about all of them, in the format of the demo's task. The countries are not in the
+/// prompt: the full model learned them, and the pruned model kept them.
 const PROMPT: &str = "kim : molde , nurse , mice , 16 . ana : turin , pilot , cat , 9 . ben : kyoto , cook , goat , 12 . \
                       what country is everyone from ?";
 
-/// Longest wait for the cluster's processes to end, in seconds.
+/// Maximum time for the cluster's processes to end, in seconds.
 const END_SECONDS: u64 = 20;
 
-/// Builds, starts a cluster, asks, and shuts down.
+/// Builds the binary, starts a cluster, sends the prompt, and shuts down.
 pub fn run(prompt: Option<&str>) -> Result<()> {
-    // The one binary, without the tools for model people and what only they need.
+    // Builds only the binary, without the subcommands that make and evaluate models and their dependencies.
     sh(&mut cargo(&["build", "--locked", "--package", "overfill-cli", "--no-default-features"]))?;
     let binary = target().join("debug/overfill");
 
@@ -40,18 +40,18 @@ fn ask(binary: &std::path::Path, up: &mut Child, prompt: &str) -> Result<()> {
     let mut line = String::new();
     BufReader::new(stdout).read_line(&mut line).context("reading the cluster's addresses")?;
     if line.is_empty() {
-        bail!("the cluster ended before it was ready; its own message is above");
+        bail!("the cluster ended before it was ready; see its error message above");
     }
     let ready: serde_json::Value = serde_json::from_str(&line).with_context(|| format!("understanding {line:?}"))?;
     let address = |key: &str| {
-        ready[key].as_str().map(str::to_owned).with_context(|| format!("the cluster did not say its {key} address"))
+        ready[key].as_str().map(str::to_owned).with_context(|| format!("the cluster did not report its {key} address"))
     };
     let (grpc, http) = (address("grpc")?, address("http")?);
     eprintln!("Router: gRPC {grpc}, OpenAI API {http}/v1\n\n> {prompt}\n");
     sh(Command::new(binary).args(["generate", "--router", &grpc, "--temperature", "0", "--max-tokens", "64", prompt]))
 }
 
-/// Closing its standard input ends the cluster, as this process's death would.
+/// Closes the cluster's standard input, which ends it, and waits for it.
 fn end(mut up: Child) -> Result<()> {
     drop(up.stdin.take());
     let deadline = Instant::now() + Duration::from_secs(END_SECONDS);
@@ -65,7 +65,7 @@ fn end(mut up: Child) -> Result<()> {
         }
         if Instant::now() >= deadline {
             up.kill().context("killing the cluster")?;
-            bail!("the cluster did not end within {END_SECONDS} s of being asked, and was killed");
+            bail!("the cluster did not end within {END_SECONDS} s and was killed");
         }
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -16,11 +16,11 @@ use test::Programs;
 const USAGE: &str = "\
 usage: cargo xtask COMMAND
 
-  demo [PROMPT]  build, start a local cluster on the demo pair, ask it something, stream the answer
-  test           everything that CI runs: format, lints, tidy checks, all tests, kernels' accesses to memory
-  ci             the same, but a program that is missing and can't be installed is a fault
-  tidy           the project's own rules about its files
-  neon           the kernels' tests as an ARM processor runs them, in an emulator (not part of the others)";
+  demo [PROMPT]  build, start a local cluster on the demo pair, send a prompt, stream the answer
+  test           everything that CI runs: format, lints, tidy checks, all tests, memory check of kernels
+  ci             the same, but fails if a needed program is missing and can't be installed
+  tidy           check the project's rules about its files
+  neon           the kernel tests on an emulated ARM processor (not part of the other commands)";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();

@@ -1,4 +1,4 @@
-//! Kernels read and write through pointers: their tests again, where every access is checked.
+//! Memory check of the kernels, which read and write through raw pointers.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -7,8 +7,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::process::{cargo, root, run};
 
-/// Runs the kernels' tests under valgrind's memcheck, which ends them at the first access beyond what was allocated. It
-/// knows AVX2, and shows programs a machine without AVX-512.
+/// Runs the kernel tests under valgrind's memcheck, which fails at accesses outside of allocated memory. valgrind
+/// supports AVX2 and hides AVX-512 from programs.
 pub fn run_kernels() -> Result<()> {
     let tests = tests_of("overfill_model")?;
     let mut valgrind = Command::new("valgrind");
@@ -16,10 +16,11 @@ pub fn run_kernels() -> Result<()> {
     run(valgrind.current_dir(root().join("model")))
 }
 
-/// The executable with the unit tests of a library, which has been built.
+/// Returns the unit-test executable of a library. It must have been built.
 fn tests_of(library: &str) -> Result<PathBuf> {
     let args = ["test", "--locked", "--workspace", "--no-run", "--message-format=json"];
-    let output = cargo(&args).stderr(Stdio::inherit()).output().context("asking cargo for the tests")?;
+    let output =
+        cargo(&args).stderr(Stdio::inherit()).output().context("running cargo to find the test executables")?;
     if !output.status.success() {
         bail!("cargo {}: {}", args.join(" "), output.status);
     }
@@ -32,5 +33,5 @@ fn tests_of(library: &str) -> Result<PathBuf> {
             _ => {}
         }
     }
-    bail!("no tests of {library}")
+    bail!("cargo reported no test executable of {library}")
 }

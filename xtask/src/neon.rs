@@ -1,4 +1,4 @@
-//! The kernels for ARM, on a machine of another kind: built by a compiler for both, run by an emulator.
+//! Tests the ARM kernels on any machine, with a cross compiler and an emulator.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,19 +12,20 @@ const TARGET: &str = "aarch64-unknown-linux-gnu";
 const LINKER: &str = "aarch64-linux-gnu-gcc";
 const EMULATOR: &str = "qemu-aarch64";
 
-/// What builds and runs programs for ARM.
+/// Cross compiler for ARM. The linker and the emulator are found by name.
 struct Tools {
     rustc: PathBuf,
 }
 
-/// Runs the kernels' tests as an ARM processor would.
+/// Runs the kernel tests for ARM in an emulator.
 pub fn run() -> Result<()> {
     tools()?.run_kernels()
 }
 
 /// Finds the tools, or installs Debian's.
 fn tools() -> Result<Tools> {
-    const NEEDS: &str = "the kernels for ARM need rustc with this target, a linker and an emulator";
+    const NEEDS: &str =
+        "testing the ARM kernels needs rustc with the target aarch64-unknown-linux-gnu, a linker and an emulator";
     if let Some(tools) = found() {
         return Ok(tools);
     }
@@ -32,12 +33,13 @@ fn tools() -> Result<Tools> {
         &["rustc-web", "gcc-aarch64-linux-gnu", "g++-aarch64-linux-gnu", "libc6-dev-arm64-cross", "qemu-user"],
         NEEDS,
     )?;
-    // Its standard library for other machines is a package of theirs. Only now is it known that this is root on Debian.
+    // The ARM standard library is a package of the arm64 architecture. Only here is it certain that the user is root on
+    // Debian.
     sh(Command::new("dpkg").args(["--add-architecture", "arm64"]))?;
     apt::install(&["libstd-rust-web-dev:arm64"], NEEDS)?;
     match found() {
         Some(tools) => Ok(tools),
-        None => bail!("{NEEDS}, and packages did not bring them"),
+        None => bail!("{NEEDS}; they are still missing after installing the packages"),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Running other programs, with what is run and how long it took on stderr.
+//! Runs other programs. Prints each command line on stderr, and the duration of each phase.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -6,26 +6,26 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-/// The repository's root.
+/// Returns the repository's root folder.
 pub fn root() -> PathBuf {
     let mut path = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     path.pop();
     path
 }
 
-/// Cargo's target folder.
+/// Returns Cargo's target folder.
 pub fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 
-/// `cargo`, in the repository's root.
+/// Returns a `cargo` command that runs in the repository's root folder.
 pub fn cargo(args: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(args).current_dir(root());
     command
 }
 
-/// Runs a program to its end; an error unless it succeeds.
+/// Runs a program to its end. Fails unless it exits successfully.
 pub fn run(command: &mut Command) -> Result<()> {
     let text = describe(command);
     eprintln!("$ {text}");
@@ -36,12 +36,12 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Does the program start and succeed? Its output is dropped.
+/// Returns whether the program starts and succeeds. Its output is discarded.
 pub fn succeeds(command: &mut Command) -> bool {
     command.output().is_ok_and(|output| output.status.success())
 }
 
-/// Runs one named part of a longer task and says how long it took.
+/// Runs a named phase and prints its duration.
 pub fn phase(name: &str, f: impl FnOnce() -> Result<()>) -> Result<()> {
     eprintln!("\n== {name}");
     let start = Instant::now();

@@ -1,4 +1,4 @@
-//! A Python environment for the tests that compare with other people's code: the OpenAI client, NumPy, safetensors.
+//! Python environment for the tests that use the OpenAI client, NumPy and safetensors.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use crate::apt;
 use crate::process::{root, run, succeeds, target};
 
-/// Makes `target/venv` hold what `tests/python/requirements.txt` pins, and returns its interpreter.
+/// Installs `tests/python/requirements.txt` into `target/venv` unless it is up to date. Returns the interpreter.
 pub fn prepare() -> Result<PathBuf> {
     let venv = target().join("venv");
     let python = venv.join("bin/python");

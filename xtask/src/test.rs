@@ -1,20 +1,20 @@
-//! `cargo xtask test`: what CI runs, in the order in which faults are cheapest to find.
+//! `cargo xtask test`: what CI runs. Fast checks come first.
 
 use anyhow::Result;
 
 use crate::process::{cargo, phase, run as sh};
 use crate::{apt, memory, python, tidy};
 
-/// What if a program that tests need is not installed, and can't be?
+/// What to do if a program that tests need is missing and can't be installed.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Programs {
-    /// Those tests are left out, which is said at the end.
+    /// Skip the tests that need it. They are listed at the end.
     IfThere,
-    /// That is a fault.
+    /// Fail.
     Required,
 }
 
-/// Runs everything; the first fault ends it.
+/// Runs all phases. Stops at the first failure.
 pub fn run(programs: Programs) -> Result<()> {
     phase("format", || sh(&mut cargo(&["fmt", "--all", "--check"])))?;
     phase("tidy", tidy::run)?;
@@ -28,26 +28,26 @@ pub fn run(programs: Programs) -> Result<()> {
         }
     };
     let required = programs == Programs::Required;
-    let etcd = have("tests of discovery", apt::etcd(), required)?;
-    let valgrind = have("kernels' accesses to memory", apt::valgrind(), required)?;
-    let network = have("tests of bad links", apt::network(), required)?;
-    // Whether there may be hosts is up to the system, which nobody can install.
-    let hosts = network && have("tests of bad links", apt::hosts(), false)?;
+    let etcd = have("discovery tests", apt::etcd(), required)?;
+    let valgrind = have("memory check of kernels", apt::valgrind(), required)?;
+    let network = have("tests of faulty links", apt::network(), required)?;
+    // Network namespaces depend on the system and can't be installed, so these tests are never required.
+    let hosts = network && have("tests of faulty links", apt::hosts(), false)?;
     let mut interpreter = None;
     phase("python environment", || {
         interpreter = Some(python::prepare()?);
         Ok(())
     })?;
     phase("lints", || sh(&mut cargo(&["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"])))?;
-    // The whole-cluster tests start the real binary, which `cargo test` alone would not build. With the tests in the same
-    // call, both are built with the same features of all dependencies, which are then compiled once.
+    // The whole-cluster tests start the real binary, which `cargo test` alone would not build. Binaries and tests are
+    // built in one call, so that they use the same features and dependencies are compiled once.
     phase("binaries", || sh(&mut cargo(&["build", "--locked", "--workspace", "--bins", "--tests"])))?;
     phase("tests", || {
         let mut command = cargo(&["test", "--locked", "--workspace", "--no-fail-fast"]);
         if let Some(python) = &interpreter {
             command.env("OVERFILL_PYTHON", python);
         }
-        // What is there must not be skipped by mistake.
+        // Tests whose programs are present must not be skipped by mistake.
         for (variable, there) in [("OVERFILL_ETCD_REQUIRED", etcd), ("OVERFILL_HOSTS_REQUIRED", hosts)] {
             if there {
                 command.env(variable, "1");
@@ -56,7 +56,7 @@ pub fn run(programs: Programs) -> Result<()> {
         sh(&mut command)
     })?;
     if valgrind {
-        phase("kernels' accesses to memory", memory::run_kernels)?;
+        phase("memory check of kernels", memory::run_kernels)?;
     }
     for left_out in left_out {
         eprintln!("\n== LEFT OUT: {left_out}");

@@ -1,4 +1,4 @@
-//! Rules about the project's own files that no compiler checks.
+//! Rules about the project's files that the compiler does not check.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,10 +7,10 @@ use anyhow::{Context, Result, bail};
 
 use crate::process::root;
 
-/// Longest source file, in lines.
+/// Maximum length of a source file, in lines.
 const MAX_LINES: usize = 500;
 
-/// Reports every breach at once.
+/// Checks all tracked files and reports all violations together.
 pub fn run() -> Result<()> {
     let mut faults = Vec::new();
     for path in tracked_files()? {
@@ -23,28 +23,29 @@ pub fn run() -> Result<()> {
     for fault in &faults {
         eprintln!("{fault}");
     }
-    bail!("{} breaches of the project's rules", faults.len())
+    bail!("{} violations of the project's rules", faults.len())
 }
 
 fn check(path: &Path, text: &str, faults: &mut Vec<String>) {
     let name = path.display();
     let rust = path.extension().is_some_and(|e| e == "rs");
     let prose = path.extension().is_some_and(|e| e == "md");
-    // A folder beside the checkout exists on some machines only. The word is put together so as not to find itself.
+    // Paths outside of the repository exist only on some machines. The string is assembled here so that this file
+    // passes.
     let outside = ["../", "shared/"].concat();
     if (rust || prose) && text.contains(&outside) {
-        faults.push(format!("{name}: mentions {outside}, which is not part of the repository"));
+        faults.push(format!("{name}: mentions {outside}, which is outside of the repository"));
     }
     if !rust {
         return;
     }
     let lines = text.lines().count();
     if lines > MAX_LINES {
-        faults.push(format!("{name}: {lines} lines, more than {MAX_LINES}; split it by purpose"));
+        faults.push(format!("{name}: {lines} lines, maximum is {MAX_LINES}; split the file by purpose"));
     }
     let root_file = path.file_name().is_some_and(|f| f == "lib.rs" || f == "main.rs");
     if root_file && !text.starts_with("//!") {
-        faults.push(format!("{name}: does not begin with a `//!` comment that says what the crate is for"));
+        faults.push(format!("{name}: does not begin with a `//!` comment on the purpose of the crate"));
     }
 }
 

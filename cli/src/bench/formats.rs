@@ -53,7 +53,7 @@ struct Score {
     weights: WeightFormat,
     examples: usize,
     exact: usize,
-    /// In nats, averaged over all response tokens.
+    /// Mean cross-entropy over all response tokens, in nats.
     cross_entropy: f64,
 }
 
@@ -134,7 +134,7 @@ fn score(full: &Path, decode: &Path, weights: WeightFormat, kv_dtype: KvDtype, e
     Ok(Score { weights, examples: examples.len(), exact, cross_entropy: sum / tokens as f64 })
 }
 
-/// Is `token` the most likely one in this row? Adds its cross-entropy to `sum`.
+/// Returns whether `token` is the most likely one in this row. Adds its cross-entropy to `sum`.
 fn follows(logits: &Logits, row: usize, token: u32, sum: &mut f64) -> bool {
     let scored = report(logits.row(row), token, 1);
     *sum -= f64::from(scored.logprob);

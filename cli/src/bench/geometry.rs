@@ -108,14 +108,14 @@ impl Geometry {
     }
 }
 
-/// Tokenizes no text, but nodes compare its hash and routers parse it.
+/// A placeholder that tokenizes no text. It must be valid, since nodes compare its hash and routers parse it.
 fn tokenizer(vocabulary: usize) -> Value {
     let tokens: serde_json::Map<_, _> = (0..vocabulary).map(|id| (format!("w{id}"), json!(id))).collect();
     json!({"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
            "model": {"type": "WordLevel", "vocab": tokens, "unk_token": "w0"}})
 }
 
-/// The writer of the safetensors crate needs whole tensors in memory; the largest takes a gigabyte.
+/// Writes the file piece by piece. The safetensors crate needs whole tensors in memory, and the largest has a gigabyte.
 fn write_weights(path: &Path, config: &ModelConfig) -> Result<()> {
     let mut end = 0;
     let specs = config.tensors();
@@ -149,7 +149,7 @@ fn write_weights(path: &Path, config: &ModelConfig) -> Result<()> {
     Ok(())
 }
 
-/// What a tensor is filled with.
+/// Content of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Values {
     Constant(f32),
@@ -158,7 +158,7 @@ enum Values {
 }
 
 impl Values {
-    /// Chosen so that activations stay near 1.
+    /// Chooses the content so that activations stay near 1.
     fn of(tensor: &TensorSpec) -> Self {
         match (tensor.kind, tensor.shape.as_slice()) {
             (Kind::Bias, _) => Self::Constant(0.0),
@@ -167,7 +167,8 @@ impl Values {
         }
     }
 
-    /// bf16 bytes: the upper half of an f32, rounded towards zero. Four values of each random number (xorshift64).
+    /// Writes bf16 values: the upper half of an f32, rounded towards zero. Each 64-bit random number (xorshift64) gives
+    /// four values.
     fn fill(self, bytes: &mut [u8], state: &mut u64) {
         for eight in bytes.chunks_mut(8) {
             *state ^= *state << 13;

@@ -1,4 +1,5 @@
-//! Each matrix product of a model with each kernel, and attention, compared with this machine's memory and arithmetic.
+//! Measures each matrix product of a model with each kernel, and attention, against the machine's memory bandwidth and
+//! peak arithmetic.
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};

@@ -63,7 +63,7 @@ impl ModelArgs {
         Ok(Models { list, _temporary: None })
     }
 
-    /// How each model is loaded.
+    /// Returns the load options of each model.
     pub fn options(&self) -> LoadOptions {
         LoadOptions { device: self.device, weights: self.weights, kv_dtype: self.kv_dtype, ..LoadOptions::default() }
     }

@@ -51,7 +51,7 @@ pub struct HandoffSize {
 
 /// One request's figures.
 pub struct Outcome {
-    /// As the prefill node measured it.
+    /// Prefill time as the prefill node measured it.
     pub prefill_seconds: f64,
     /// As the prefill node measured it; zero from simulated nodes.
     pub transfer: v1::TransferStats,

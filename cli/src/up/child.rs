@@ -92,7 +92,7 @@ impl Family {
 
     fn start(&mut self, launch: Launch) -> Result<(String, u32, String, oneshot::Receiver<ReadyLine>)> {
         let Launch { name, args, model } = launch;
-        let program = std::env::current_exe().context("finding this program's own file")?;
+        let program = std::env::current_exe().context("finding the path of this program")?;
         let mut child = Command::new(&program)
             .args(&args)
             .stdin(Stdio::piped())
@@ -151,7 +151,7 @@ impl Family {
                     ended.log();
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "watching a process");
+                    tracing::warn!(%error, "failed to watch a process");
                     self.node_stop.cancel();
                 }
             }

@@ -115,13 +115,13 @@ pub struct UpArgs {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Print {
-    /// Lines for people.
+    /// Text lines.
     Text,
     /// One line of JSON with the addresses and id of every process.
     Json,
 }
 
-/// Runs the subcommand until it is told to end. Returns an error if a process ended by itself.
+/// Runs the cluster until a signal or the end of standard input. Returns an error if a process ended by itself.
 pub async fn run(args: UpArgs) -> Result<()> {
     init_telemetry(args.log_format);
     let shutdown = Shutdown::new();

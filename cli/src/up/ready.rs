@@ -44,11 +44,11 @@ fn router(started: &[Started]) -> Result<&Started> {
 
 fn router_urls(started: &[Started]) -> Result<(String, String)> {
     let router = router(started)?;
-    let http = router.ready.http.context("the router did not say where it serves HTTP")?;
+    let http = router.ready.http.context("the router did not report its HTTP address")?;
     Ok((router.grpc_url(), format!("http://{http}")))
 }
 
-/// The addresses as text for people.
+/// Formats the addresses as text.
 pub fn text(started: &[Started]) -> Result<String> {
     let (grpc, http) = router_urls(started)?;
     let mut out = format!("\noverfill is up; Ctrl-C ends it.\n\n  OpenAI API  {http}/v1\n  gRPC        {grpc}\n");
@@ -59,7 +59,8 @@ pub fn text(started: &[Started]) -> Result<String> {
     Ok(out + "\n")
 }
 
-/// The addresses as one line of JSON: `{"grpc":URL,"http":URL,"processes":[{"name","role","pid","grpc","admin","kv"}]}`.
+/// Formats the addresses as one line of JSON:
+/// `{"grpc":URL,"http":URL,"processes":[{"name","role","pid","grpc","admin","kv"}]}`.
 pub fn json(started: &[Started]) -> Result<serde_json::Value> {
     let (grpc, http) = router_urls(started)?;
     let processes: Vec<_> = started

@@ -1,4 +1,4 @@
-//! The subcommand `check`: its arguments, and the function that runs it.
+//! The subcommand `check`: its arguments and its implementation.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use overfill_model::{WeightFormat, resolve};
 
 use super::{CLOSE_CALL, CheckConfig, Distance, Report, Verdict, check};
 
-// The description of the subcommand is one line of a list, so the verdicts are explained here.
+// Lists of subcommands show the description in one line, so the verdicts are explained here.
 const AFTER_HELP: &str = "\
 The reference is the implementation in candle-transformers. It runs in f32 over the same stored weights. Prompts are
 computed as on prefill nodes, and their continuations token by token as on decode nodes.
@@ -63,7 +63,7 @@ pub struct CheckArgs {
 /// Formats of a result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Print {
-    /// A table for people.
+    /// A table.
     Text,
     /// One line of JSON.
     Json,
@@ -91,7 +91,7 @@ impl CheckArgs {
     }
 }
 
-/// The result for people: what was compared, one line for each prompt, and the verdict.
+/// Formats a report as text: what was compared, one line per prompt, and the verdict.
 pub fn text(report: &Report) -> String {
     let (model, reference) = (report.model.display(), report.reference.display());
     let mut out = format!("engine      {model}, weights {}, KV {}\n", report.weights, report.kv_dtype);

@@ -1,34 +1,34 @@
-//! How far two models' log-probabilities lie apart.
+//! Distance between the log-probabilities of two models.
 
 use serde::Serialize;
 
-/// Two most likely tokens that are nearer to each other than this, in nats, are a close call: rounding may turn them.
+/// Maximum gap in nats between the two most likely tokens in a close call: rounding may swap them.
 pub const CLOSE_CALL: f64 = 0.02;
 
-/// Distances of log-probabilities over positions, each over the whole vocabulary, in nats. They are infinite where either
-/// side is not a number.
+/// Absolute differences of log-probabilities in nats, over compared positions and the whole vocabulary. A difference is
+/// infinite if either side is NaN.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Distance {
-    /// Positions compared.
+    /// Number of compared positions.
     pub positions: usize,
-    /// The greatest.
+    /// Greatest difference.
     pub greatest: f64,
-    /// Their mean.
+    /// Mean difference.
     pub mean: f64,
-    /// Positions at which both have the same most likely token.
+    /// Number of positions at which both models have the same most likely token.
     pub same_greedy: usize,
-    /// Positions with another greedy token at which the reference's two best are close.
+    /// Number of positions with different most likely tokens at which the reference has a close call.
     pub close_calls: usize,
     #[serde(skip)]
     sum: f64,
 }
 
 impl Distance {
-    /// Adds a position; both are logits, `[vocab]`.
+    /// Adds one position. Both slices are logits, `[vocab]`, of equal length.
     pub fn add(&mut self, reference: &[f32], engine: &[f32]) {
-        // What is compared with nothing must not pass.
-        assert_eq!(reference.len(), engine.len(), "logits of both sides");
-        assert!(!reference.is_empty(), "logits of no tokens");
+        // An empty comparison must not pass.
+        assert_eq!(reference.len(), engine.len(), "both sides have logits of the same vocabulary");
+        assert!(!reference.is_empty(), "logits are not empty");
         let (expected, got) = (log_sum_exp(reference), log_sum_exp(engine));
         let (mut greatest, mut sum) = (0.0_f64, 0.0);
         for (reference, engine) in reference.iter().zip(engine) {
@@ -48,7 +48,7 @@ impl Distance {
         });
     }
 
-    /// Both, as one.
+    /// Merges two sets of positions.
     pub fn with(&self, other: &Self) -> Self {
         let (positions, sum) = (self.positions + other.positions, self.sum + other.sum);
         Self {
@@ -68,7 +68,7 @@ fn log_sum_exp(logits: &[f32]) -> f64 {
     f64::from(greatest) + sum.ln()
 }
 
-/// The most likely token, the first of equals.
+/// Returns the most likely token, or the first of several equally likely ones.
 pub fn greedy(logits: &[f32]) -> u32 {
     let mut best = 0;
     for (token, logit) in logits.iter().enumerate() {
@@ -79,7 +79,7 @@ pub fn greedy(logits: &[f32]) -> u32 {
     best as u32
 }
 
-/// By how much the most likely token leads the next.
+/// Returns the gap in nats between the most likely and the second most likely token.
 fn lead(logits: &[f32]) -> f64 {
     let best = greedy(logits) as usize;
     let others = logits.iter().enumerate().filter(|(token, _)| *token != best).map(|(_, logit)| *logit);
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn the_greatest_and_the_mean_are_over_all_tokens_of_all_positions() {
-        // Two equal tokens against one twice as likely: ln(1/2) against ln(1/3) and ln(2/3), with a third of no weight.
+        // Reference: ln(1/2) twice. Engine: ln(1/3) and ln(2/3). The third token has no weight.
         let distance = of(&[([0.0, 0.0, -1e4], [0.0, 2f32.ln(), -1e4]), ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0])]);
         let (a, b) = (1.5f64.ln(), (4.0f64 / 3.0).ln());
         assert!((distance.greatest - a).abs() < 1e-6, "{distance:?}");

@@ -1,4 +1,4 @@
-//! Our own side of a check: the serving engine, in the roles that nodes load it for.
+//! The engine's side of a check: the serving engine, loaded as nodes load it.
 
 use std::path::Path;
 
@@ -11,36 +11,36 @@ use overfill_model::{
 
 use super::{distance::Distance, reference::Continuation};
 
-/// Most tokens of a step, as prefill nodes have it by default.
+/// Maximum number of prompt tokens per step: the default of a prefill node.
 const CHUNK: usize = 512;
 
-/// A loaded model and room for one sequence.
+/// A loaded model with KV blocks for one sequence.
 pub struct Engine {
     engine: Box<dyn ModelEngine>,
     blocks: Vec<BlockId>,
     outputs: Outputs,
 }
 
-/// How far the engine is from the reference over one prompt.
+/// Distances between the engine and the reference for one prompt.
 pub struct Compared {
-    /// After the prompt, computed as prefill nodes do.
+    /// Distance after the prompt, computed as on prefill nodes.
     pub prefill: Distance,
-    /// After each token of the continuation, one at a time, as decode nodes do.
+    /// Distances after the tokens of the continuation, computed one at a time as on decode nodes.
     pub decode: Distance,
 }
 
 impl Engine {
-    /// Loads the model for sequences of up to `tokens`.
+    /// Loads a model for sequences of up to `tokens` tokens.
     pub fn load(path: &Path, weights: WeightFormat, kv_dtype: KvDtype, tokens: usize) -> Result<Self, ModelError> {
         let options = LoadOptions { device: DeviceSpec::Cpu, weights, kv_dtype, rows: Rows::Many };
         let count = blocks_for(tokens);
         let engine = Model::load(path, &options, count)?.into_engine();
-        // Any order is as good: a table is a table.
+        // Reversed, since the order of a block table must not matter.
         let blocks = (0..count as u32).rev().map(BlockId).collect();
         Ok(Self { engine, blocks, outputs: Outputs::default() })
     }
 
-    /// Computes a prompt, and the reference's continuation of it.
+    /// Computes a prompt and the reference's continuation, and compares the logits.
     pub fn compare(&mut self, prompt: &[u32], expected: &Continuation) -> Result<Compared, ModelError> {
         let mut compared = Compared { prefill: Distance::default(), decode: Distance::default() };
         self.engine.set_rows(Rows::Many);

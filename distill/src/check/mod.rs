@@ -1,5 +1,5 @@
-//! Is a model computed right? Our engine's log-probabilities against those of candle-transformers' own implementation of
-//! the family, over the same stored weights.
+//! Checks the engine's log-probabilities against the implementation in candle-transformers, over the same stored
+//! weights.
 
 pub mod cli;
 mod distance;
@@ -22,85 +22,86 @@ pub use distance::{CLOSE_CALL, Distance};
 use engine::Engine;
 use reference::Plan;
 
-/// Greatest distance of a log-probability, in nats, that f32 arithmetic in another order may leave.
+/// Bound in nats for f32 on both sides. The two sum in different orders, so they differ by rounding.
 pub const F32_BOUND: f64 = 0.002;
 
-/// Prompt lengths where none are asked for.
+/// Default prompt lengths in tokens.
 const PROMPT_TOKENS: [usize; 6] = [1, 16, 128, 512, 1024, 2048];
 
-/// What is compared.
+/// Settings of a check.
 #[derive(Clone, Debug)]
 pub struct CheckConfig {
-    /// Model that our engine computes: a Hugging Face folder or a .gguf file.
+    /// Model that the engine computes: a Hugging Face folder or a .gguf file.
     pub model: PathBuf,
-    /// Model that candle-transformers computes; the same one by default.
+    /// Model that candle-transformers computes. `None` is the same model.
     pub reference: Option<PathBuf>,
-    /// Prompt lengths in tokens; by default up to 2,048, as far as context and text reach.
+    /// Prompt lengths in tokens. By default up to 2,048, limited by the context and the text.
     pub prompt_tokens: Option<Vec<usize>>,
-    /// Greedy steps after each prompt.
+    /// Number of greedy decode steps after each prompt.
     pub decode_tokens: usize,
-    /// Text that the prompts are the beginning of; random tokens by default.
+    /// Text file. Each prompt is the beginning of its text. `None` uses random tokens.
     pub text: Option<PathBuf>,
     /// Seed of the random tokens.
     pub seed: u64,
-    /// How our engine's weights lie in memory.
+    /// Weight format of the engine.
     pub weights: WeightFormat,
-    /// Type of its KV.
+    /// Type of the engine's KV cache.
     pub kv_dtype: KvDtype,
-    /// Greatest distance that passes; by default [`F32_BOUND`] where both sides compute the same weights in f32, else none.
+    /// Greatest allowed difference in nats. The default is [`F32_BOUND`] if both sides compute the same weights in f32,
+    /// else no bound.
     pub bound: Option<f64>,
 }
 
-/// What came of it.
+/// Verdict of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
-    /// No distance is above the bound.
+    /// All differences are within the bound.
     Pass,
-    /// One is.
+    /// A difference exceeds the bound.
     Fail,
-    /// There is no bound.
+    /// No bound was set.
     NotJudged,
 }
 
-/// One prompt and its continuation.
+/// Result for one prompt and its continuation.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct PromptReport {
-    /// Its length.
+    /// Length of the prompt in tokens.
     pub prompt_tokens: usize,
-    /// After its last token, as a prefill node computes it.
+    /// Distance after the prompt's last token, as a prefill node computes it.
     pub prefill: Distance,
-    /// After each token of the continuation, as a decode node computes it.
+    /// Distances after the tokens of the continuation, as a decode node computes them.
     pub decode: Distance,
 }
 
-/// What a check found.
+/// Result of a check.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
-    /// Model of our engine.
+    /// Model that the engine computed.
     pub model: PathBuf,
-    /// Model of the reference.
+    /// Model that the reference computed.
     pub reference: PathBuf,
-    /// The implementation in candle-transformers.
+    /// Name of the implementation in candle-transformers.
     pub implementation: &'static str,
-    /// What else a reader should know.
+    /// Limitations of this check.
     pub notes: Vec<String>,
-    /// Type of our engine's weights.
+    /// Weight format of the engine.
     pub weights: String,
-    /// Type of its KV.
+    /// Type of the engine's KV cache.
     pub kv_dtype: String,
-    /// By prompt.
+    /// Results by prompt.
     pub prompts: Vec<PromptReport>,
-    /// Over all positions.
+    /// Distances over all positions.
     pub total: Distance,
-    /// What it was judged by.
+    /// Greatest allowed difference in nats.
     pub bound: Option<f64>,
-    /// The judgement.
+    /// Verdict by the bound.
     pub verdict: Verdict,
 }
 
-/// Runs both sides. The reference goes first and is dropped, so that only one copy of the weights is in memory at a time.
-/// Errors are of what can't be compared.
+/// Runs both sides and compares them. The reference runs first and is dropped, so that only one copy of the weights is
+/// in memory at a time. Fails if the models can't be compared.
 pub fn check(config: &CheckConfig) -> Result<Report> {
     if let Some(bound) = config.bound {
         ensure!(bound.is_finite() && bound >= 0.0, "--bound must be a finite number of at least 0, got {bound}");
@@ -110,11 +111,11 @@ pub fn check(config: &CheckConfig) -> Result<Report> {
     let plan = Plan::new(reference_path, &reference_config)?;
     let reference_weights = open_weights(reference_path, &reference_config)?;
     let model_config = ModelConfig::from_folder(&config.model)?;
-    // Before the reference computes for minutes.
+    // Fails now, before the reference computes for minutes.
     open_weights(&config.model, &model_config)?;
     ensure!(
         model_config.vocab_size == reference_config.vocab_size,
-        "vocab_size of {} is {}, supported: that of {} ({})",
+        "vocab_size of {} is {}, but vocab_size of {} is {}",
         config.model.display(),
         model_config.vocab_size,
         reference_path.display(),
@@ -127,7 +128,7 @@ pub fn check(config: &CheckConfig) -> Result<Report> {
     tracing::info!(
         reference_bytes = plan.weight_bytes(),
         engine_bytes = engine_bytes(&model_config, config.weights),
-        "weights of each side, in memory one after the other"
+        "loading the weights of reference and engine, one after the other"
     );
     let reference = plan.load(reference_weights, longest)?;
     let expected = reference.continuations(&tokens, &lengths, config.decode_tokens)?;
@@ -145,7 +146,7 @@ pub fn check(config: &CheckConfig) -> Result<Report> {
     let mut notes = plan.notes.clone();
     if is_gguf(reference_path) {
         notes.push(
-            "the reference's weights were read out of the GGUF file by Overfill too: that reader is not checked".into(),
+            "Overfill read the reference's weights from the GGUF file too, so its GGUF reader is not checked".into(),
         );
     }
     Ok(Report {
@@ -166,7 +167,7 @@ pub fn check(config: &CheckConfig) -> Result<Report> {
     })
 }
 
-/// A model's weights, every tensor of which is there.
+/// Opens a model's weights and checks that every tensor exists with the expected shape.
 fn open_weights(path: &Path, config: &ModelConfig) -> Result<Weights> {
     let weights = Weights::open(path)?;
     for (name, shape) in config.tensor_shapes() {
@@ -175,12 +176,12 @@ fn open_weights(path: &Path, config: &ModelConfig) -> Result<Weights> {
     Ok(weights)
 }
 
-/// Is a model that could be read a GGUF file, or a folder that holds one?
+/// Returns whether a readable model is a GGUF file, or a folder with one.
 fn is_gguf(path: &Path) -> bool {
     !["model.safetensors", "model.safetensors.index.json"].iter().any(|name| path.join(name).exists())
 }
 
-/// Tokens of the longest prompt, and the lengths of all, ascending.
+/// Returns the tokens of the longest prompt and all prompt lengths, ascending.
 fn prompts(config: &CheckConfig, context: usize, vocab_size: usize) -> Result<(Vec<u32>, Vec<usize>)> {
     let room = context.saturating_sub(config.decode_tokens);
     ensure!(room > 0, "--decode-tokens is {}, supported: fewer than the context's {context}", config.decode_tokens);
@@ -211,9 +212,9 @@ fn prompts(config: &CheckConfig, context: usize, vocab_size: usize) -> Result<(V
     Ok((tokens, lengths))
 }
 
-/// About what the engine's weights take.
+/// Estimates the size of the engine's weights in bytes.
 fn engine_bytes(config: &ModelConfig, weights: WeightFormat) -> usize {
-    // Half bits: 32 weights share a scale of 16 bits.
+    // Twice the bits per weight. In Int8 and Int4, 32 weights share a 16-bit scale.
     let half_bits = match weights {
         WeightFormat::F32 => 64,
         WeightFormat::Bf16 | WeightFormat::F16 => 32,

@@ -1,5 +1,5 @@
-//! candle-transformers' own implementation of a model's family: code that shares nothing with our engine but the reader
-//! of the files.
+//! The reference's side of a check: candle-transformers' implementation of the model's family. It shares only the file
+//! reader with the engine.
 
 use std::path::Path;
 
@@ -14,10 +14,10 @@ use overfill_model::{ModelConfig, ModelError, Rope, RopeScaling, Weights};
 
 use super::tensors::var_builder;
 
-/// Most tokens of one of the reference's passes: its scores are a matrix of these by all tokens so far, for every head.
+/// Maximum number of tokens per forward pass. The reference allocates scores of CHUNK by context tokens for every head.
 const CHUNK: usize = 256;
 
-/// Which of candle-transformers' implementations computes a model.
+/// An implementation in candle-transformers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Implementation {
     Llama,
@@ -27,10 +27,10 @@ enum Implementation {
 }
 
 impl Implementation {
-    /// All of them, by the `model_type` of the family that each is of.
+    /// All implementations. The name of each is the `model_type` of its family.
     const ALL: [Self; 4] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3];
 
-    /// Its name in candle-transformers.
+    /// Name of the module in candle-transformers.
     fn name(self) -> &'static str {
         match self {
             Self::Llama => "llama",
@@ -41,20 +41,20 @@ impl Implementation {
     }
 }
 
-/// How candle-transformers can compute a model.
+/// Plan for computing a model with candle-transformers.
 #[derive(Clone, Debug)]
 pub struct Plan {
     implementation: Implementation,
     config: ModelConfig,
     rope: Rope,
-    /// Residual width there: the model's own, or wider.
+    /// Hidden size of the reference: the model's own, or wider.
     hidden_size: usize,
-    /// What a reader of the result should know.
+    /// Limitations to report.
     pub notes: Vec<String>,
 }
 
 impl Plan {
-    /// Finds the implementation; an error names the field that none of them has.
+    /// Finds an implementation. An error names the field that no implementation supports.
     pub fn new(path: &Path, config: &ModelConfig) -> Result<Self, ModelError> {
         let unsupported = |field: &str, value: &dyn std::fmt::Display, supported: &str| ModelError::Unsupported {
             file: if super::is_gguf(path) { path.into() } else { path.join("config.json") },
@@ -70,7 +70,7 @@ impl Plan {
             let supported = Implementation::ALL.map(Implementation::name).join(", ");
             return Err(unsupported("model_type", &config.family.model_type, &supported));
         };
-        // Llama's block, which has more than one implementation.
+        // Two implementations have Llama's block.
         let plain = matches!(of_family, Implementation::Llama | Implementation::Mistral);
         if plain && config.attention_bias {
             return Err(unsupported("attention_bias", &true, "false"));
@@ -90,7 +90,7 @@ impl Plan {
         let fills = heads_width == config.hidden_size;
         let implementation = match of_family {
             Implementation::Llama if fills => Implementation::Llama,
-            // The same block as a Llama's, with a width of heads of its own, but no scaling.
+            // Mistral has Llama's block with a free head_dim, but without RoPE scaling.
             _ if plain && rope.scaling == RopeScaling::None => Implementation::Mistral,
             _ if plain => Implementation::Llama,
             of_family => of_family,
@@ -111,19 +111,19 @@ impl Plan {
             hidden_size = heads_width;
             notes.push(format!(
                 "the reference's hidden_size is {heads_width}, not {}: candle-transformers' heads always fill it. The \
-                 channels added are zeros, and its norms are scaled so that these change nothing",
+                 added channels are zeros, and the norms are scaled so that the zeros don't change the result",
                 config.hidden_size
             ));
         }
         Ok(Self { implementation, config: config.clone(), rope: rope.clone(), hidden_size, notes })
     }
 
-    /// The implementation's name.
+    /// Name of the implementation in candle-transformers.
     pub fn name(&self) -> &'static str {
         self.implementation.name()
     }
 
-    /// Bytes of the reference's weights.
+    /// Size of the reference's weights in bytes.
     pub fn weight_bytes(&self) -> usize {
         let widened = ModelConfig { hidden_size: self.hidden_size, ..self.config.clone() };
         widened
@@ -133,12 +133,12 @@ impl Plan {
             .sum()
     }
 
-    /// Loads the model for sequences of up to `tokens`. Every tensor must be known to be there: candle-transformers panics
-    /// over some that are not.
+    /// Loads the model for sequences of up to `tokens` tokens. The caller must check first that every tensor exists:
+    /// candle-transformers panics on some missing tensors.
     pub fn load(&self, weights: Weights, tokens: usize) -> Result<Reference, ModelError> {
         let (c, hidden_size) = (&self.config, self.hidden_size);
-        // As long as rotations are computed for. candle's llama takes it for a bound of the number of KV heads too, of
-        // which a configuration has no more than this.
+        // Rotations are computed up to this position. candle's llama also requires it to be at least the number of KV
+        // heads, which configurations never exceed.
         let max_position_embeddings = tokens.max(llama::DEFAULT_MAX_SEQ_LEN);
         let vb = var_builder(c, weights, hidden_size);
         Ok(match self.implementation {
@@ -175,7 +175,7 @@ impl Plan {
                     max_position_embeddings,
                     rms_norm_eps: c.rms_norm_eps,
                     rope_theta: self.rope.theta,
-                    // Sequences are no longer than the window.
+                    // Sequences are not longer than the window.
                     sliding_window: None,
                     use_flash_attn: false,
                 };
@@ -190,7 +190,7 @@ impl Plan {
                     num_attention_heads: c.num_attention_heads,
                     num_key_value_heads: c.num_key_value_heads,
                     max_position_embeddings,
-                    // Not optional there; sequences are no longer.
+                    // A required field in candle's qwen2. Sequences are not longer.
                     sliding_window: max_position_embeddings,
                     max_window_layers: c.num_hidden_layers,
                     tie_word_embeddings: c.tie_word_embeddings,
@@ -225,7 +225,8 @@ impl Plan {
         })
     }
 
-    /// A mean square over channels of which some are zeros is smaller by their share, and so must this be.
+    /// Padding with zero channels shrinks the mean square by hidden_size / padded size, so epsilon shrinks by the same
+    /// factor.
     fn rms_norm_eps(&self) -> f64 {
         self.config.rms_norm_eps * self.config.hidden_size as f64 / self.hidden_size as f64
     }
@@ -242,7 +243,7 @@ fn llama_scaling(scaling: &RopeScaling) -> Option<Llama3RopeConfig> {
                 rope_type: Llama3RopeType::Llama3,
             })
         }
-        // Every wave is long beside a context of nothing, and so divided.
+        // With an original context of 0, every wavelength counts as long, so all frequencies are divided by the factor.
         RopeScaling::Linear { factor } => Some(Llama3RopeConfig {
             factor: factor as f32,
             low_freq_factor: 1.0,
@@ -254,7 +255,8 @@ fn llama_scaling(scaling: &RopeScaling) -> Option<Llama3RopeConfig> {
     }
 }
 
-/// A loaded model with the KV of the tokens that it has read. Clones share weights and KV, and go on by themselves.
+/// A loaded model with the KV of the tokens it has read. Clones share the weights and the KV so far, and continue
+/// independently.
 #[derive(Clone)]
 pub enum Reference {
     /// Llama and its cache.
@@ -267,19 +269,19 @@ pub enum Reference {
     Qwen3(qwen3::ModelForCausalLM),
 }
 
-/// What the reference says of a prompt and of its own greedy continuation.
+/// Logits of the reference for a prompt and its greedy continuation.
 pub struct Continuation {
-    /// Tokens of the prompt.
+    /// Length of the prompt in tokens.
     pub prompt_tokens: usize,
-    /// The most likely token after the prompt, then those after it.
+    /// Greedy tokens after the prompt.
     pub tokens: Vec<u32>,
-    /// After the prompt, then after each of `tokens`; each `[vocab]`.
+    /// Logits after the prompt, then after each of `tokens`, each `[vocab]`.
     pub logits: Vec<Vec<f32>>,
 }
 
 impl Reference {
-    /// Reads the prompts that `lengths`, ascending, cut out of the beginning of `tokens`, and goes on from each for
-    /// `decode` greedy steps.
+    /// Computes `decode` greedy steps after each prompt. The prompts are the first `length` tokens for each of
+    /// `lengths`, which must be ascending.
     pub fn continuations(mut self, tokens: &[u32], lengths: &[usize], decode: usize) -> Result<Vec<Continuation>> {
         let mut read = 0;
         let mut out = Vec::new();
@@ -297,13 +299,13 @@ impl Reference {
                 continuation.tokens.push(token);
                 continuation.logits.push(fork.forward(&[token], length + step)?);
             }
-            tracing::info!(prompt_tokens = length, "the reference has computed a prompt");
+            tracing::info!(prompt_tokens = length, "reference computed a prompt and its continuation");
             out.push(continuation);
         }
         Ok(out)
     }
 
-    /// Logits of the last of `tokens`, which stand at `start`.
+    /// Reads `tokens` at position `start` and returns the logits of the last one.
     fn forward(&mut self, tokens: &[u32], start: usize) -> Result<Vec<f32>, ModelError> {
         let tokens = Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?;
         let logits = match self {

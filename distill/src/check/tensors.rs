@@ -1,4 +1,4 @@
-//! A model's stored weights as candle-transformers asks for them: in f32, by their Hugging Face names.
+//! Gives candle-transformers a model's stored weights: in f32, by their Hugging Face names.
 
 use std::{collections::HashMap, sync::OnceLock};
 
@@ -9,19 +9,19 @@ use overfill_model::{ModelConfig, Weights};
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
-/// Reads each tensor when it is asked for, so that one copy is in memory: what stands in a file is mapped.
+/// Reads each tensor on demand. Files are memory-mapped, so only one f32 copy is in memory.
 struct Stored {
     weights: Weights,
     shapes: HashMap<String, Vec<usize>>,
     tied: bool,
-    /// What norms are multiplied by, so that channels of zeros beside the real ones change nothing.
+    /// Factor for norm weights that compensates for added zero channels.
     norm_scale: f64,
-    /// Kept where the head is the same tensor.
+    /// Kept if the output head is tied to it.
     embedding: OnceLock<Tensor>,
 }
 
-/// The weights of a model of `config`. Where candle-transformers asks for a wider residual stream, `hidden_size`, the
-/// channels beyond the model's own are zeros.
+/// Returns a source of the model's weights. If `hidden_size` exceeds the model's own, the added channels of the
+/// residual stream are zeros.
 pub fn var_builder(config: &ModelConfig, weights: Weights, hidden_size: usize) -> VarBuilder<'static> {
     let stored = Stored {
         weights,
@@ -35,14 +35,14 @@ pub fn var_builder(config: &ModelConfig, weights: Weights, hidden_size: usize) -
 
 impl Stored {
     fn load(&self, name: &str) -> Result<Tensor> {
-        let shape = self.shapes.get(name).ok_or_else(|| Error::msg(format!("tensor {name} is not the model's")))?;
+        let shape = self.shapes.get(name).ok_or_else(|| Error::msg(format!("the model has no tensor {name}")))?;
         self.weights.load(name, shape, &Device::Cpu).map_err(Error::msg)?.to_dtype(DType::F32)
     }
 }
 
 impl SimpleBackend for Stored {
     fn get(&self, shape: Shape, name: &str, _: Init, _: DType, _: &Device) -> Result<Tensor> {
-        // Some families' code asks for a head of its own even where there is none.
+        // Some implementations load lm_head even if it is tied.
         let name = if self.tied && name == HEAD { EMBEDDING } else { name };
         if name == EMBEDDING
             && let Some(embedding) = self.embedding.get()
@@ -76,7 +76,7 @@ impl SimpleBackend for Stored {
         self.load(name)
     }
 
-    /// By the configuration: a file may hold a head that its configuration ties.
+    /// Follows the configuration, since a file may contain a head that the configuration ties.
     fn contains_tensor(&self, name: &str) -> bool {
         self.shapes.contains_key(name)
     }

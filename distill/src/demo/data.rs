@@ -1,4 +1,4 @@
-//! The demo's files: tokenizer and configuration of the full model, and the data of every stage.
+//! Writes the demo's files: tokenizer and configuration of the full model, and the data of every stage.
 
 use std::{
     fs::{self, File},
@@ -16,21 +16,21 @@ use super::{
 };
 use crate::{data::Line, random::Random};
 
-/// People in a document of the finished task: from, to (inclusive).
+/// Number of people in a document of the final task: from, to (inclusive).
 const PEOPLE: (usize, usize) = (3, 4);
 
-/// How much data, and of which seed.
+/// Amount of data, and its seed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DataConfig {
-    /// Of all streams.
+    /// Seed of all random streams.
     pub seed: u64,
-    /// Chats of four questions that train the full model; they get harder in the file's order.
+    /// Number of chats that train the full model, with four questions each. They get harder in the file's order.
     pub conversations: usize,
-    /// More such chats, all of full difficulty.
+    /// Number of further chats, all of full difficulty.
     pub more_conversations: usize,
-    /// Prompts and responses that fine-tune a student.
+    /// Number of prompt and response pairs that fine-tune a student.
     pub pairs: usize,
-    /// Prompts and responses of documents that no training file has.
+    /// Number of held-out prompt and response pairs. Their documents are in no training file.
     pub held_out: usize,
 }
 
@@ -61,7 +61,7 @@ pub fn write(folder: &Path, config: &DataConfig) -> Result<()> {
     write_lines(&folder.join("held-out.jsonl"), config.held_out, |_| pair(&mut random, Split::HeldOut))
 }
 
-/// config.json of the full model.
+/// Returns config.json of the full model.
 fn model_config() -> serde_json::Value {
     json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",

@@ -1,4 +1,4 @@
-//! The text files of the demo models: a word-level tokenizer that falls back to bytes, and the chat template.
+//! Text files of the demo models: a word-level tokenizer with byte fallback, and the chat template.
 
 use std::{fs, path::Path};
 
@@ -7,19 +7,19 @@ use serde_json::{Value, json};
 
 use super::task;
 
-/// Begin of text.
+/// Begin-of-text token.
 pub const BOS: &str = "<|bos|>";
-/// End of an answer.
+/// End-of-answer token.
 pub const EOS: &str = "<|eos|>";
 /// Token id of [`EOS`].
 pub const EOS_ID: u32 = 1;
 
-/// The question follows the records, and the answer the question: there is nothing else to say, so a raw prompt and a
-/// chat read the same.
+/// Concatenates messages without role markers and ends answers with [`EOS`]. A raw prompt and a chat with the same
+/// content therefore give the same tokens.
 const CHAT_TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}{{ m['content'] | trim }}\
 {% if m['role'] == 'assistant' %}{{ eos_token }}{% elif m['role'] == 'system' %}{{ ' ' }}{% endif %}{% endfor %}";
 
-/// Bytes as the printable characters that byte-level tokenizers write for them (GPT-2's table).
+/// Maps each byte to the printable character of byte-level tokenizers (GPT-2's table).
 fn byte_characters() -> Vec<char> {
     let printable = |b: u32| (0x21..=0x7e).contains(&b) || (0xa1..=0xac).contains(&b) || (0xae..=0xff).contains(&b);
     let mut next = 0x100;
@@ -35,10 +35,10 @@ fn byte_characters() -> Vec<char> {
     (0..256).map(character).collect()
 }
 
-/// Tokens by id: two special ones, 256 bytes, and every word of the task with the space behind it.
+/// Tokens by id: two special tokens, 256 bytes, and every word of the task followed by a space.
 ///
-/// The space is behind, not before, so that prompts and answers start as they read, and only the last token of each,
-/// "?" or ".", is a plain byte.
+/// The space follows the word instead of preceding it, so that prompts and answers start without a space. Only their
+/// last token, "?" or ".", is a plain byte.
 pub fn vocabulary() -> Vec<String> {
     let bytes = byte_characters();
     let space = bytes[usize::from(b' ')];
@@ -76,7 +76,7 @@ fn tokenizer() -> Value {
             "special_tokens": {BOS: {"id": BOS, "ids": [0], "tokens": [BOS]}},
         },
         "decoder": byte_level,
-        // No merges: a piece is a token as a whole (`ignore_merges`), or else its bytes.
+        // There are no merges: a piece is one token (`ignore_merges`), or is split into bytes.
         "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
                   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": true,
                   "vocab": vocab, "merges": []},
@@ -102,7 +102,7 @@ pub fn write(folder: &Path) -> Result<()> {
         ("generation_config.json", json!({"bos_token_id": 0, "eos_token_id": EOS_ID, "do_sample": false})),
     ];
     for (name, mut value) in files {
-        // Nodes compare the hash of the tokenizer: its bytes must not depend on the order of the lines above.
+        // Nodes compare the hash of the tokenizer, so its bytes must not depend on the order of keys in this file.
         value.sort_all_objects();
         crate::folder::write_json(&folder.join(name), &value)?;
     }
@@ -134,7 +134,7 @@ mod tests {
             assert_eq!(text.decode(&ids, true).unwrap(), any);
         }
 
-        // A raw prompt and a chat of one message are the same tokens.
+        // A raw prompt and a chat of one message give the same tokens.
         let chat = text.encode_chat(&[ChatMessage::new("user", prompt)], true).unwrap();
         assert_eq!(chat, ids);
         let answered = [ChatMessage::new("user", prompt), ChatMessage::new("assistant", "mice kim 16 .")];

@@ -1,4 +1,4 @@
-//! The demo pair: its task, its data, the stages that make it, and the measurement of what they gain.
+//! The demo pair: its task, its data, its training recipe, and the measurement of quality by fine-tuning budget.
 
 pub mod data;
 pub mod files;

@@ -1,4 +1,4 @@
-//! Exact match and cross-entropy of the arms by fine-tuning budget.
+//! Measures exact match and cross-entropy of each arm by fine-tuning budget.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -18,27 +18,27 @@ use crate::{
     train::{TrainConfig, load_text, train},
 };
 
-/// Fine-tuning steps that are compared.
+/// Fine-tuning budgets in steps.
 pub const BUDGETS: [usize; 4] = [50, 100, 200, 400];
-/// What the model from scratch gets beyond them: seven times the largest.
+/// Additional budget of the model trained from scratch, in steps: seven times the largest.
 pub const LONG: usize = 7 * BUDGETS[3];
 
-/// A way to get a small decode model.
+/// Way to get a small decode model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ArmKind {
-    /// The full model, both stages; no fine-tuning.
+    /// The full model runs both stages, without fine-tuning.
     Full,
-    /// The full model prefills, the pruned one decodes over its KV, fine-tuned so.
+    /// The full model prefills. The pruned model decodes over its KV and is fine-tuned over it.
     Overfill,
-    /// The pruned model does both stages, fine-tuned on the same data.
+    /// The pruned model runs both stages. It is fine-tuned alone on the same data.
     PrunedOnly,
-    /// A model of the pruned size from random weights, both stages, the same data.
+    /// A model of the pruned size runs both stages. It is trained from random weights on the same data.
     Scratch,
 }
 
 impl ArmKind {
-    /// In prose.
+    /// Name in tables and plots.
     pub fn name(self) -> &'static str {
         match self {
             Self::Full => "full",
@@ -52,22 +52,22 @@ impl ArmKind {
 /// One measurement.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Cell {
-    /// Which way.
+    /// Arm that was measured.
     pub arm: ArmKind,
-    /// Fine-tuning steps.
+    /// Number of fine-tuning steps.
     pub steps: usize,
-    /// Of the fine-tuning data, its order, and random weights.
+    /// Seed of the fine-tuning data, its order, and random weights.
     pub seed: u64,
-    /// On the held-out prompts, which are the same for all.
+    /// Scores on the held-out prompts, which are the same for all cells.
     #[serde(flatten)]
     pub score: Score,
-    /// Seconds of fine-tuning.
+    /// Duration of fine-tuning in seconds.
     pub seconds: f64,
 }
 
-/// Measures what `out/cells.jsonl` does not have yet, then writes `table.json`, `table.md` and `exact-match.svg`.
+/// Measures the cells missing in `out/cells.jsonl`, then writes `table.json`, `table.md` and `exact-match.svg`.
 ///
-/// `full` is the demo's full model. Work goes to `work`, which may be removed afterwards.
+/// `full` is the demo's full model. `work` holds intermediate files and may be removed afterwards.
 pub fn measure(full: &Path, out: &Path, work: &Path, seeds: &[u64], only_render: bool) -> Result<()> {
     fs::create_dir_all(out).with_context(|| format!("creating {}", out.display()))?;
     let file = out.join("cells.jsonl");
@@ -80,7 +80,7 @@ pub fn measure(full: &Path, out: &Path, work: &Path, seeds: &[u64], only_render:
 }
 
 fn measure_seed(full: &Path, file: &Path, work: &Path, seed: u64) -> Result<()> {
-    // Prompts are held out by a rule on their records, so another seed's data can't contain one.
+    // A rule on the records decides which prompts are held out, so training data of other seeds never contain one.
     let shared = work.join("shared");
     data::write(
         &shared,
@@ -123,7 +123,8 @@ impl Run<'_> {
     fn cell(&self, arm: ArmKind, steps: usize) -> Result<Cell> {
         let out = self.work.join("trained");
         let over = (arm == ArmKind::Overfill).then_some(self.full);
-        // A larger budget's data begin with a smaller one's; none is seen twice. Another seed than the demo pair's.
+        // The data of a larger budget extend those of a smaller one. No pair is used twice. The seeds differ from the
+        // demo pair's.
         let (seed, pairs) = (1000 + self.seed, steps * recipe::BATCH);
         data::write(
             self.work,
@@ -149,7 +150,7 @@ impl Run<'_> {
     }
 }
 
-/// All measurements so far; none where there is no file.
+/// Reads all measurements so far. A missing file has none.
 fn read(file: &Path) -> Result<Vec<Cell>> {
     let Ok(opened) = File::open(file) else { return Ok(Vec::new()) };
     let mut cells = Vec::new();

@@ -1,4 +1,4 @@
-//! How the demo pair is made: the settings of every stage, and the one function that runs them all.
+//! Recipe of the demo pair: the settings of every stage, and a function that runs them all.
 
 use std::{fs, path::Path, time::Instant};
 
@@ -17,20 +17,20 @@ use crate::{
     train::{TrainConfig, load_text, train},
 };
 
-/// Rows per step, of all stages.
+/// Examples per step, in all stages.
 pub const BATCH: usize = 16;
-/// Steps that train the full model: a curriculum, then more of full difficulty with a fresh schedule.
+/// Training steps of the full model: a curriculum, then full difficulty with a fresh schedule.
 pub const FULL_STEPS: (usize, usize) = (1100, 700);
-/// What the second of them draw from, in random order.
+/// Number of chats of full difficulty, read in random order by the second stage.
 pub const MORE_CONVERSATIONS: usize = 16_000;
-/// Steps that fine-tune the decode model.
+/// Fine-tuning steps of the decode model.
 pub const DECODE_STEPS: usize = 400;
-/// Widths of the decode model; the full model's are 64 and 192.
+/// Hidden and intermediate width of the decode model. The full model's are 64 and 192.
 pub const DECODE_WIDTHS: (usize, usize) = (36, 108);
-/// Prompts that are held out.
+/// Number of held-out prompts.
 pub const HELD_OUT: usize = 200;
 
-/// Settings of a training run of the demo. `full` is the frozen full model, for OverFill's way.
+/// Settings of a training run of the demo. With `full`, the student is trained over the KV of that frozen model.
 pub fn training(student: &Path, full: Option<&Path>, data: &Path, out: &Path, steps: usize, seed: u64) -> TrainConfig {
     TrainConfig {
         student: student.into(),
@@ -64,20 +64,20 @@ pub fn training(student: &Path, full: Option<&Path>, data: &Path, out: &Path, st
     }
 }
 
-/// Settings that train the full model from random weights, over `work/conversations.jsonl` in its order.
+/// Settings of the full model's first stage: from random weights, over `work/conversations.jsonl` in its order.
 pub fn full_training(work: &Path, out: &Path, seed: u64) -> TrainConfig {
     let config = training(&work.join("full"), None, &work.join("conversations.jsonl"), out, FULL_STEPS.0, seed);
     TrainConfig { random_init: true, shuffle: false, ..config }
 }
 
-/// Settings that go on training it, over `work/more-conversations.jsonl`.
+/// Settings of the full model's second stage, over `work/more-conversations.jsonl`.
 pub fn full_training_goes_on(begun: &Path, work: &Path, out: &Path, seed: u64) -> TrainConfig {
     let mut config = training(begun, None, &work.join("more-conversations.jsonl"), out, FULL_STEPS.1, seed);
     config.optim.learning_rate = 2e-3;
     config
 }
 
-/// Settings that cut the decode model.
+/// Settings that prune the full model to the decode model.
 pub fn pruning(full: &Path, work: &Path, out: &Path) -> PruneConfig {
     PruneConfig {
         model: full.into(),
@@ -95,7 +95,7 @@ pub fn pruning(full: &Path, work: &Path, out: &Path) -> PruneConfig {
     }
 }
 
-/// Data of the demo: as much as its stages read.
+/// Amount of data that the stages read.
 pub fn data_config(seed: u64) -> DataConfig {
     DataConfig {
         seed,
@@ -106,7 +106,7 @@ pub fn data_config(seed: u64) -> DataConfig {
     }
 }
 
-/// Scores of a pair on the held-out prompts: the full model alone, and the two stages.
+/// Scores a pair on the held-out prompts. Returns the scores of the full model alone and of the two stages.
 pub fn score(full: &Path, decode: &Path, held_out: &Path) -> Result<(Score, Score)> {
     let (examples, _) = load(held_out, &load_text(full)?, usize::MAX)?;
     let alone = Arm::alone(full, DType::F32, &Device::Cpu)?.score(&examples, 50)?;

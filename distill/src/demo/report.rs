@@ -1,4 +1,4 @@
-//! The measurements as a table and a plot.
+//! Renders the measurements as tables and a plot.
 
 use std::{collections::BTreeMap, fmt::Write, fs, path::Path};
 
@@ -9,7 +9,7 @@ use serde_json::json;
 use super::quality::{ArmKind, BUDGETS, Cell, LONG};
 use crate::folder::write_json;
 
-/// Values of one table cell over its seeds.
+/// Mean and range of one table cell over its seeds.
 struct Spread {
     mean: f64,
     low: f64,
@@ -23,7 +23,7 @@ fn spread(values: impl Iterator<Item = f64>) -> Option<Spread> {
     Some(Spread { mean: values.iter().sum::<f64>() / values.len() as f64, low, high })
 }
 
-/// One of a cell's numbers.
+/// Selects a number of a cell.
 type Measure = fn(&Cell) -> f64;
 
 type Groups<'a> = BTreeMap<(ArmKind, usize), Vec<&'a Cell>>;
@@ -75,7 +75,7 @@ fn markdown(groups: &Groups<'_>) -> String {
     text
 }
 
-/// Mean exact match over fine-tuning steps (logarithmic), one line per arm; small dots are the seeds.
+/// Plots mean exact match over fine-tuning steps (logarithmic), one line per arm. Small dots are single seeds.
 fn plot(path: &Path, groups: &Groups<'_>) -> Result<(), Box<dyn std::error::Error>> {
     let root = SVGBackend::new(path, (720, 440)).into_drawing_area();
     root.fill(&WHITE)?;

@@ -1,10 +1,10 @@
-//! The demo's task: a few records, then a question whose answer is written from the records, item by item.
+//! Task of the demo: a few records, then a question. The answer is built from the records, item by item.
 //!
 //! ```text
 //! kim : molde , nurse , mice , 16 . ...        (name : town , job , pet , age)
 //! list everyone by pet ?                -> mice kim 16 , ... .
 //! list everyone by job ?                -> nurse kim 16 , ... .
-//! what country is everyone from ?       -> kim norway , ... .      (the country is knowledge of the weights)
+//! what country is everyone from ?       -> kim norway , ... .      (the weights know the country)
 //! list everyone backwards ?             -> kim nurse , ... .       (the last record first)
 //! describe everyone ?                   -> kim the nurse from norway , age 16 , ... .
 //! ```
@@ -47,14 +47,14 @@ const OTHER: [&str; 17] = [
     "age",
 ];
 
-/// Every word of the task, in the order of its token ids.
+/// Returns every word of the task, in the order of the token ids.
 pub fn words() -> Vec<String> {
     let towns = COUNTRIES.iter().flat_map(|(country, towns)| towns.iter().chain([country]));
     let fixed = OTHER.iter().chain(&NAMES).chain(&JOBS).chain(&PETS).chain(towns).map(|w| (*w).to_string());
     fixed.chain((1..=AGES).map(|age| age.to_string())).collect()
 }
 
-/// One person.
+/// A person: one record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Person {
     name: &'static str,
@@ -65,26 +65,26 @@ pub struct Person {
     age: usize,
 }
 
-/// What may be asked of the records.
+/// Question about the records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Question {
-    /// Pet, name, age.
+    /// Answer: pet, name, age.
     ByPet,
-    /// Job, name, age.
+    /// Answer: job, name, age.
     ByJob,
-    /// Name, country.
+    /// Answer: name, country.
     Country,
-    /// Name, job, the last record first.
+    /// Answer: name, job, in reverse order of the records.
     Backwards,
-    /// Name, job, country and age in words.
+    /// Answer: name, job, country and age in words.
     Describe,
 }
 
 impl Question {
-    /// All five.
+    /// All questions.
     pub const ALL: [Self; 5] = [Self::ByPet, Self::ByJob, Self::Country, Self::Backwards, Self::Describe];
 
-    /// As it is asked.
+    /// Text of the question.
     pub fn text(self) -> &'static str {
         match self {
             Self::ByPet => "list everyone by pet ?",
@@ -95,7 +95,7 @@ impl Question {
         }
     }
 
-    /// The right answer.
+    /// Returns the correct answer.
     pub fn answer(self, people: &[Person]) -> String {
         let item = |p: &Person| match self {
             Self::ByPet => format!("{} {} {}", p.pet, p.name, p.age),
@@ -112,26 +112,26 @@ impl Question {
     }
 }
 
-/// Which documents a stream may draw: the two never share one, whatever their seeds.
+/// Partition of all documents. The two splits never share a document, whatever the seeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Split {
-    /// Fifteen of sixteen groups of people.
+    /// Fifteen sixteenths of all documents.
     Train,
-    /// The sixteenth.
+    /// The remaining sixteenth.
     HeldOut,
 }
 
-/// The records as text.
+/// Formats the records as text.
 pub fn records(people: &[Person]) -> String {
     let record = |p: &Person| format!("{} : {} , {} , {} , {} .", p.name, p.town, p.job, p.pet, p.age);
     people.iter().map(record).collect::<Vec<_>>().join(" ")
 }
 
-/// A group of `count` people of one split.
+/// Draws a group of `count` people from a split.
 pub fn people(random: &mut Random, split: Split, count: usize) -> Vec<Person> {
     loop {
         let names = random.choose(&NAMES, count);
-        // Jobs and pets differ within a group, so that an answer is right or wrong, never right by luck.
+        // Jobs and pets differ within a group, so that a wrong answer is never correct by chance.
         let (jobs, pets) = (random.choose(&JOBS, count), random.choose(&PETS, count));
         let person = |i: usize, random: &mut Random| {
             let (country, towns) = COUNTRIES[random.below(COUNTRIES.len())];

@@ -1,4 +1,4 @@
-//! Writing the channels that are kept, one tensor at a time.
+//! Writes the kept channels of each tensor, one tensor at a time.
 
 use std::{borrow::Cow, path::Path, sync::Mutex};
 
@@ -10,24 +10,24 @@ use safetensors::{Dtype, View};
 
 use crate::folder::publish;
 
-/// What is kept of a full model.
+/// Layers and channels that pruning keeps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kept {
-    /// Layers, ascending.
+    /// Kept layers, ascending.
     pub layers: Vec<u32>,
-    /// Hidden channels, ascending: one list for the whole model.
+    /// Kept hidden channels, ascending. The list applies to the whole model.
     pub hidden: Vec<u32>,
-    /// Intermediate channels of each kept layer, ascending.
+    /// Kept intermediate channels of each kept layer, ascending.
     pub intermediate: Vec<Vec<u32>>,
 }
 
 impl Kept {
-    /// Geometry of the pruned model.
+    /// Returns the configuration of the pruned model.
     pub fn config(&self, full: &ModelConfig) -> ModelConfig {
         full.cut(self.hidden.len(), self.intermediate[0].len(), &self.layers)
     }
 
-    /// Channels to keep along an axis; `None` keeps all. `layer` is the pruned model's.
+    /// Channels to keep along an axis. `None` keeps all. `layer` is an index in the pruned model.
     fn channels(&self, axis: Axis, layer: Option<usize>) -> Option<&[u32]> {
         match axis {
             Axis::Hidden => Some(&self.hidden),
@@ -36,7 +36,7 @@ impl Kept {
         }
     }
 
-    /// Rows of the full model's tensor that are kept; `None` keeps all. The parts of a fused tensor stay one below the other.
+    /// Rows of the full model's tensor to keep. `None` keeps all. Parts of a fused tensor keep their order.
     fn rows(&self, full: &ModelConfig, tensor: &TensorSpec) -> Option<Vec<u32>> {
         let parts = tensor.module.parts;
         if parts.iter().all(|(_, axis)| self.channels(*axis, tensor.layer).is_none()) {
@@ -54,29 +54,29 @@ impl Kept {
         Some(rows)
     }
 
-    /// Columns of a tensor that are kept; `None` keeps all.
+    /// Columns of a tensor to keep. `None` keeps all.
     fn columns(&self, tensor: &TensorSpec) -> Option<&[u32]> {
         let axis = tensor.module.columns.filter(|_| tensor.kind == Kind::Weight)?;
         self.channels(axis, tensor.layer)
     }
 
-    /// The full model's tensor that a tensor of the pruned one is cut from.
+    /// Returns the full model's tensor from which a tensor of the pruned model is cut.
     fn source(&self, full: &ModelConfig, tensor: &TensorSpec) -> TensorSpec {
         full.tensor(tensor.module, tensor.kind, tensor.layer.map(|layer| self.layers[layer] as usize))
     }
 }
 
-/// One tensor of the pruned model. Its data is read from the full model's file when it is written, and not before.
+/// One tensor of the pruned model. Its data are read from the full model's file only when they are written.
 struct Cut<'a> {
     weights: &'a Weights,
     full: &'a ModelConfig,
     kept: &'a Kept,
-    /// The pruned model's.
+    /// Tensor of the pruned model. `source` is the full model's.
     tensor: TensorSpec,
     source: TensorSpec,
     dtype: Dtype,
     bar: &'a ProgressBar,
-    /// The writer's interface has no way to fail.
+    /// First read error. It is kept here because `View::data` can't return one.
     fault: &'a Mutex<Option<anyhow::Error>>,
 }
 
@@ -121,7 +121,7 @@ impl View for Cut<'_> {
     }
 }
 
-/// Writes `model.safetensors` of the pruned model into `out`, in the stored types.
+/// Writes `model.safetensors` of the pruned model into `out`. The element types are those of the full model's file.
 pub fn write(weights: &Weights, full: &ModelConfig, kept: &Kept, out: &Path, bar: &ProgressBar) -> Result<()> {
     let pruned = kept.config(full);
     let fault = Mutex::new(None);

@@ -1,8 +1,9 @@
-//! How much each channel matters (Minitron's activation-based rule, as OverFill uses it).
+//! Importance of each channel (Minitron's activation-based rule, as in OverFill).
 //!
-//! For a hidden channel: over the layers, the sum of |mean over tokens of input_layernorm's output| and of the same of
-//! post_attention_layernorm's; for an intermediate channel: the mean over tokens of down_proj's input. Then the L1 or L2
-//! norm over samples. Sums are kept in f64, one number per channel, so samples stream through.
+//! Score of a hidden channel: |mean over tokens of input_layernorm's output| plus the same for
+//! post_attention_layernorm, summed over the layers. Score of an intermediate channel: mean over tokens of down_proj's
+//! input. Importance is the L1 or L2 norm of the scores over samples. Sums are f64, one per channel, so samples are not
+//! kept.
 
 use std::str::FromStr;
 
@@ -12,7 +13,7 @@ use overfill_model::{Axis, Decoder, Site};
 
 use crate::{attention::DenseAttention, batch::Rectangle};
 
-/// How the samples' scores become one.
+/// Norm that combines the scores of all samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Norm {
     /// Sum of magnitudes.
@@ -41,21 +42,21 @@ impl std::fmt::Display for Norm {
     }
 }
 
-/// Scores over the samples seen so far.
+/// Importance of each channel over the samples seen so far.
 pub struct Importance {
     norm: Norm,
     hidden: Vec<f64>,
-    /// Per layer.
+    /// One list per layer.
     intermediate: Vec<Vec<f64>>,
 }
 
 impl Importance {
-    /// Of no sample yet, for a model's widths.
+    /// Starts without samples, for a model of the given widths and number of layers.
     pub fn new(norm: Norm, hidden: usize, intermediate: usize, layers: usize) -> Self {
         Self { norm, hidden: vec![0.0; hidden], intermediate: vec![vec![0.0; intermediate]; layers] }
     }
 
-    /// Runs one sample through the model.
+    /// Runs one sample through the model and adds its scores.
     pub fn observe(&mut self, model: &Decoder, tokens: &[u32]) -> Result<()> {
         let batch = Rectangle::new(&[tokens], &[0], model.device())?;
         let mut attention = DenseAttention::new(1, batch.columns, None);
@@ -70,7 +71,7 @@ impl Importance {
                 Some(Axis::Intermediate) => {
                     accumulate(norm, &mut intermediate[layer], means.into_iter().map(f64::from));
                 }
-                // Pruning cuts no other.
+                // Pruning cuts no other axis.
                 _ => {}
             }
             Ok(())
@@ -80,18 +81,18 @@ impl Importance {
         Ok(())
     }
 
-    /// The `keep` most important hidden channels, ascending.
+    /// Returns the `keep` most important hidden channels, ascending.
     pub fn hidden_channels(&self, keep: usize) -> Vec<u32> {
         top(&self.hidden, keep)
     }
 
-    /// The same of each layer's MLP.
+    /// Returns the `keep` most important intermediate channels of a layer, ascending.
     pub fn intermediate_channels(&self, layer: usize, keep: usize) -> Vec<u32> {
         top(&self.intermediate[layer], keep)
     }
 }
 
-/// The norm is taken without its last step, the root, which changes no order.
+/// Adds scores to the norm. The final square root is omitted: it does not change the order.
 fn accumulate(norm: Norm, sums: &mut [f64], scores: impl Iterator<Item = f64>) {
     for (sum, score) in sums.iter_mut().zip(scores) {
         *sum += match norm {
@@ -101,7 +102,7 @@ fn accumulate(norm: Norm, sums: &mut [f64], scores: impl Iterator<Item = f64>) {
     }
 }
 
-/// Indices of the `keep` largest scores, ascending; of equal scores the lower index goes first.
+/// Returns the indices of the `keep` largest scores, ascending. Among equal scores, lower indices are preferred.
 fn top(scores: &[f64], keep: usize) -> Vec<u32> {
     let mut order: Vec<u32> = (0..scores.len() as u32).collect();
     order.sort_by(|a, b| scores[*b as usize].total_cmp(&scores[*a as usize]));

@@ -1,4 +1,4 @@
-//! Cutting a decode model out of a full model, by width and, if asked for, by depth.
+//! Prunes a full model to a decode model, by width and optionally by depth.
 
 mod cut;
 mod importance;
@@ -16,41 +16,41 @@ pub use importance::{Importance, Norm};
 
 use crate::{folder, train::load_text};
 
-/// A pruning run.
+/// Settings of a pruning run.
 #[derive(Clone, Debug)]
 pub struct PruneConfig {
     /// Folder of the full model.
     pub model: PathBuf,
-    /// Folder to write.
+    /// Folder for the pruned model.
     pub out: PathBuf,
-    /// Text or JSONL.
+    /// Text or JSONL file with calibration samples.
     pub calibration: PathBuf,
-    /// Most samples to take.
+    /// Maximum number of samples.
     pub samples: usize,
-    /// Most tokens of each.
+    /// Maximum length of a sample in tokens.
     pub sample_tokens: usize,
     /// Hidden width.
     pub hidden: Width,
     /// MLP width.
     pub intermediate: Width,
-    /// Widths are cut down to a multiple of this.
+    /// Widths are rounded down to a multiple of this.
     pub multiple_of: usize,
-    /// Over samples.
+    /// Norm over samples.
     pub norm: Norm,
-    /// Layers to keep, ascending; none keeps all.
+    /// Layers to keep, ascending. `None` keeps all.
     pub layers: Option<Vec<u32>>,
-    /// Where calibration computes.
+    /// Device for calibration.
     pub device: DeviceSpec,
-    /// Draw progress bars.
+    /// Whether to draw progress bars.
     pub progress: bool,
 }
 
-/// How much of a width is kept.
+/// Number of channels to keep.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Width {
-    /// This many channels.
+    /// Absolute number of channels.
     Channels(usize),
-    /// All but this share: `int(width * (1 - ratio))`.
+    /// Fraction to remove. `int(width * (1 - ratio))` channels are kept.
     Ratio(f64),
 }
 
@@ -79,9 +79,9 @@ fn bar(shown: bool, length: u64, what: &'static str) -> Result<ProgressBar> {
     Ok(bar)
 }
 
-/// Calibrates, cuts, and writes the pruned model's folder; returns what was kept.
+/// Calibrates, prunes, and writes the pruned model's folder. Returns the kept layers and channels.
 ///
-/// Memory holds the full model once, in its stored type; cutting reads one tensor at a time from the files.
+/// Calibration loads the full model once, in its stored type. Cutting reads one tensor at a time from the files.
 pub fn prune(config: &PruneConfig) -> Result<Kept> {
     let full = ModelConfig::from_folder(&config.model)?;
     let weights = Weights::open(&config.model)?;
@@ -111,7 +111,7 @@ pub fn prune(config: &PruneConfig) -> Result<Kept> {
     cut::write(&weights, &full, &kept, &config.out, &writing)?;
     writing.finish_and_clear();
     let mut pruned = kept.config(&full);
-    // Explicit, since it no longer follows from hidden_size.
+    // Set explicitly, since head_dim no longer follows from hidden_size.
     pruned.raw.insert("head_dim".into(), full.head_dim.into());
     folder::write_json(&config.out.join("config.json"), &pruned.to_json())?;
     folder::write_provenance(
@@ -134,7 +134,7 @@ pub fn prune(config: &PruneConfig) -> Result<Kept> {
 fn calibrate(config: &PruneConfig, full: &ModelConfig, weights: &Weights) -> Result<Importance> {
     let device = config.device.open()?;
     let text = load_text(&config.model)?;
-    // A CPU computes in f32, widening one matrix at a time; a GPU in the stored type.
+    // A CPU computes in f32 and widens one matrix at a time. A GPU computes in the stored type.
     let stored = weights.info("model.norm.weight").map(|i| i.dtype);
     let stored = if stored == Some(safetensors::Dtype::BF16) { WeightDtype::Bf16.dtype() } else { DType::F32 };
     let compute = if device.is_cpu() { DType::F32 } else { stored };

@@ -1,4 +1,4 @@
-//! Calibration samples, streamed from a text or JSONL file.
+//! Streams calibration samples from a text or JSONL file.
 
 use std::{
     fs::File,
@@ -12,10 +12,10 @@ use serde_json::Value;
 
 use crate::data::{Line, tokenize};
 
-/// Calls `sample` with up to `samples` token sequences of at most `sample_tokens`; returns how many there were.
+/// Calls `sample` with up to `samples` token sequences of at most `sample_tokens` tokens. Returns the number of calls.
 ///
-/// A `.jsonl` or `.json` file gives one sample per line (`text`, `messages`, or `prompt` and `response`), cut to length.
-/// Any other file is one text, cut into samples of full length; what remains at its end counts only if it is all there is.
+/// A `.jsonl` or `.json` file has one sample per line (`text`, `messages`, or `prompt` and `response`), cut to length.
+/// Any other file is one text, cut into samples of full length. A shorter rest is used only if it is the only sample.
 pub fn stream(
     path: &Path,
     text: &TextModel,

@@ -1,17 +1,17 @@
-//! What strangers' inputs are made of: good messages, and some that are bad in ways that chance does not find.
+//! Seeds of malformed inputs: valid messages, and some faults that random mutation is unlikely to find.
 
 use overfill_fuzz::seeds::seeds;
 use overfill_proto::v1;
 use prost::Message;
 
-/// On the KV port.
+/// Inputs for the KV port.
 pub fn kv() -> Vec<Vec<u8>> {
     let frames: Vec<Vec<u8>> = seeds("frames").into_iter().map(|(_, bytes)| bytes).collect();
     let mut all = vec![frames[0].clone(), frames.concat()];
     let mut other_version = frames[0].clone();
     other_version[4] = 2;
     all.push(other_version);
-    // A hello of a ticket that nobody has, and then as if it had been accepted.
+    // A hello with an unknown ticket, followed by frames as if it had been accepted.
     all.extend(frames[3..].iter().map(|frame| [&frames[0][..], frame, &[0xff; 64]].concat()));
     all
 }
@@ -29,13 +29,13 @@ const CONTINUATION: u8 = 9;
 const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 
-/// An HTTP/2 frame.
+/// Encodes an HTTP/2 frame.
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let head = [&(payload.len() as u32).to_be_bytes()[1..], &[kind, flags], &stream.to_be_bytes()].concat();
     [&head[..], payload].concat()
 }
 
-/// A header as a literal that is not indexed, of which neither part may have more than 126 bytes.
+/// Encodes a header as a literal without indexing. Name and value have at most 126 bytes.
 fn header(name: &str, value: &str) -> Vec<u8> {
     let text = |text: &str| [&[text.len() as u8][..], text.as_bytes()].concat();
     [vec![0], text(name), text(value)].concat()
@@ -53,13 +53,13 @@ fn headers(path: &str) -> Vec<u8> {
     list.iter().flat_map(|(name, value)| header(name, value)).collect()
 }
 
-/// A call on stream `stream`.
+/// Encodes a call on a stream.
 fn call(stream: u32, path: &str, message: &[u8]) -> Vec<u8> {
     let body = [&[0], &(message.len() as u32).to_be_bytes()[..], message].concat();
     [frame(HEADERS, END_HEADERS, stream, &headers(path)), frame(DATA, END_STREAM, stream, &body)].concat()
 }
 
-/// On a gRPC port.
+/// Inputs for gRPC ports.
 pub fn grpc() -> Vec<Vec<u8>> {
     let begun = |frames: Vec<Vec<u8>>| [PREFACE.to_vec(), frame(SETTINGS, 0, 0, &[]), frames.concat()].concat();
     let decode = v1::DecodeRequest {
@@ -89,13 +89,13 @@ pub fn grpc() -> Vec<Vec<u8>> {
         begun(calls("/grpc.health.v1.Health/Check", &[])),
         begun(calls("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", b"\x3a\x01*")),
         begun(calls("/overfill.v1.Decode/WatchLoad", &[])),
-        // Calls that are begun and never made, or taken back at once.
+        // Calls that are opened and never finished, or reset immediately.
         begun((0..40).map(|i| open(1 + 2 * i)).collect()),
         begun((0..60).flat_map(|i| [open(1 + 2 * i), frame(RESET, 0, 1 + 2 * i, &[0, 0, 0, 8])]).collect()),
-        // Headers without an end, and too many of them.
+        // Headers without an end, and too many headers.
         begun([vec![frame(HEADERS, 0, 1, &headers("/"))], vec![frame(CONTINUATION, 0, 1, &[]); 300]].concat()),
         begun(vec![frame(HEADERS, 0, 1, &headers("/")), frame(CONTINUATION, END_HEADERS, 1, &many_headers)]),
-        // A message that is said to have four gigabytes.
+        // A message with a declared length of four gigabytes.
         begun(vec![open(1), frame(DATA, 0, 1, &huge)]),
         begun(vec![frame(PING, 0, 0, &[7; 8]); 200]),
         begun(vec![frame(WINDOW, 0, 0, &[0x7f, 0xff, 0xff, 0xff]); 3]),
@@ -112,12 +112,12 @@ fn post(path: &str, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
-/// On an HTTP port.
+/// Inputs for HTTP ports.
 pub fn http() -> Vec<Vec<u8>> {
     let (text, chat) = ("/v1/completions", "/v1/chat/completions");
     let mut all = vec![b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n".to_vec(), b"GET /ready HTTP/1.0\r\n\r\n".to_vec()];
     for (name, body) in seeds("http_bodies") {
-        // Its first byte says which of the two it is for.
+        // The first byte of the seed only selects the endpoint.
         let path = if name == "chat" { chat } else { text };
         all.push(post(path, &body[1..]));
     }
@@ -141,7 +141,7 @@ pub fn http() -> Vec<Vec<u8>> {
         head("content-length: 18446744073709551615\r\n"),
         head("content-length: 5\r\ncontent-length: 6\r\ntransfer-encoding: chunked\r\n"),
         [head("content-length: 4000\r\n"), b"{\"prompt\"".to_vec()].concat(),
-        // Chunks: good ones, one cut short, one longer than any memory.
+        // Chunked bodies: valid, truncated, and with a length beyond any memory.
         [head("transfer-encoding: chunked\r\n"), b"5\r\n{\"pro\r\n3\r\nmpt\r\n0\r\n\r\n".to_vec()].concat(),
         [head("transfer-encoding: chunked\r\n"), b"ff\r\n{\"prompt\":".to_vec()].concat(),
         [head("transfer-encoding: chunked\r\n"), b"ffffffffffffffff\r\n{}".to_vec()].concat(),

@@ -1,4 +1,4 @@
-//! Strangers on every port of a cluster: nothing ends, nothing grows, nothing stays taken, and the answers are the same.
+//! Hostile clients on every port of a cluster. No process ends, leaks memory or resources, or changes its answers.
 
 mod inputs;
 mod tickets;
@@ -18,26 +18,25 @@ use serde_json::json;
 
 const PAIR: &str = "llama-tied";
 
-/// Malformed inputs on each port, after a first few that fill what is only ever filled once: pools of threads, the
-/// allocator's arenas.
+/// Number of malformed inputs per port, after warm-up inputs that fill thread pools and allocator arenas.
 const INPUTS: usize = 10_000;
 const FIRST_INPUTS: usize = 1_000;
 const CLIENTS: usize = 6;
 
-/// How much more memory a process may have after all of them. What is lost with every input, or with every tenth, is
-/// found by it: 2.5 KiB for each input on one port alone pass it. The allocator's own ups and downs are a few MiB.
+/// Allowed memory growth of a process. It detects a leak of 2.5 KiB per input of a single port. The allocator alone
+/// varies by a few MiB.
 const GROWTH_KIB: u64 = 24 << 10;
 
-/// Silent connections: more than a decode node serves on its KV port, more than the router on either of its own, and as
-/// many on the others as one test may have open where a process may have a thousand.
+/// Numbers of silent connections: more than a decode node accepts on its KV port, and more than the router accepts on
+/// each of its ports. On other ports, the number is limited by the process limit of about a thousand open files.
 const SILENT_KV: usize = 320;
 const SILENT_ROUTER: usize = 120;
 const SILENT: usize = 60;
-/// Of the router, besides [`SPARE`] for those that only ask how it is.
+/// Connection limit of the router, in addition to [`SPARE`] for health checks and metrics.
 const MAX_CONNECTIONS: usize = 16;
 const _: () = assert!(MAX_CONNECTIONS + SPARE < SILENT_ROUTER);
 
-/// Where strangers come to, and what their inputs are made of.
+/// A port under attack, with the seeds of its inputs.
 struct Port<'a> {
     name: &'static str,
     address: &'a str,
@@ -72,7 +71,7 @@ impl Rig {
             port("decode grpc", self.decode.grpc(), inputs::grpc()),
             port("prefill grpc", self.prefill.grpc(), inputs::grpc()),
             port("router grpc", self.router.grpc(), inputs::grpc()),
-            // The router's admin routes are on it, too.
+            // The router serves its admin routes on the HTTP port, too.
             port("router http", self.router.admin(), inputs::http()),
             port("decode admin", self.decode.admin(), inputs::http()),
             port("prefill admin", self.prefill.admin(), inputs::http()),
@@ -103,7 +102,7 @@ impl Rig {
     }
 }
 
-/// Gives one input. The other side may close whenever it likes, and must once there is no more to come.
+/// Sends one input. The server may close the connection at any time, and must close it after the end of the input.
 fn give(address: &str, input: &[u8], waits: bool) -> Result<()> {
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -117,13 +116,15 @@ fn give(address: &str, input: &[u8], waits: bool) -> Result<()> {
         match stream.read(&mut answer) {
             Ok(0) => return Ok(()),
             Ok(_) => {}
-            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => bail!("it is kept open"),
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                bail!("the server keeps the connection open")
+            }
             Err(_) => return Ok(()),
         }
     }
 }
 
-/// Gives `count` inputs to every port, from several clients at once.
+/// Sends `count` inputs to every port, from several concurrent clients.
 fn storm(ports: &[Port<'_>], count: usize, seed: u64) -> Result<()> {
     let next = AtomicUsize::new(0);
     let client = || -> Result<()> {
@@ -183,14 +184,14 @@ fn silent_connections_keep_nobody_out() -> Result<()> {
         };
         for i in 0..count {
             let mut stream = TcpStream::connect(port.address)?;
-            // Some begin well, and then say no more.
+            // Some connections send the beginning of a valid input first.
             if i % 3 == 0 {
                 stream.write_all(&port.seeds[0][..i % 20])?;
             }
             silent.push(stream);
         }
     }
-    // As if nobody were there: no attempt of it has failed.
+    // The cluster serves as if there were no silent connections: no attempt failed.
     answer.check_same(&rig.answer()?)?;
     let failed = rig.router.metric("overfill_migrations_total", "")?;
     ensure!(failed.unwrap_or(0.0) == 0.0, "{failed:?} attempts failed");

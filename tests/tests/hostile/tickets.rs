@@ -1,4 +1,4 @@
-//! Senders who have a ticket, and do with it what they may not.
+//! Senders that hold a valid ticket and violate the protocol.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -15,10 +15,10 @@ use overfill_transport::tcp::frame::{
 
 const PROMPT: usize = 70;
 
-/// What comes after an accepted hello.
+/// Number of protocol violations after an accepted hello.
 const MISDEEDS: usize = 8;
 
-/// Makes reservations, and misuses each; the node refuses, and says so to both sides.
+/// Misuses reservations. The node must reject each misuse and report it to both the sender and the client.
 pub fn misuse(decode: &Service) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     for misdeed in (0..MISDEEDS).cycle().take(8 * MISDEEDS) {
@@ -50,7 +50,7 @@ async fn misuse_one(url: String, misdeed: usize) -> Result<()> {
     let KvEndpoint::Tcp(endpoint) = reserved.kv_endpoint.context("endpoint")?.try_into()?;
     let done = tokio::task::spawn_blocking(move || send(&endpoint, &hello, schema.block_bytes(), misdeed));
     done.await??;
-    // The request can't go on, and its client hears so.
+    // The request fails, and its client receives an error.
     while let Ok(event) = events.message().await {
         ensure!(
             event.is_some_and(|event| !matches!(event.event, Some(v1::decode_event::Event::Ready(_)))),
@@ -74,7 +74,7 @@ fn send(endpoint: &str, hello: &Hello, block_bytes: usize, misdeed: usize) -> Re
         Ok(stream)
     };
     if misdeed == 0 {
-        // The holder of the ticket is wrong about the attempt.
+        // The hello names another schema.
         let mut stream = connect(&Hello { schema_digest: [0; 32], ..*hello })?;
         ensure!(answer(&mut stream) == Some(Answer::Refuse(RefuseReason::Schema)));
         return Ok(());
@@ -95,11 +95,11 @@ fn send(endpoint: &str, hello: &Hello, block_bytes: usize, misdeed: usize) -> Re
             (encode_commit(&commit, 0).to_vec(), Some(RefuseReason::Incomplete))
         }
         6 => (vec![0xee; 20], Some(RefuseReason::Protocol)),
-        // In the midst of a payload, the connection ends.
+        // The connection ends in the middle of a payload.
         _ => ([layer(piece, block_bytes), vec![7; block_bytes / 2]].concat(), None),
     };
     if misdeed == 7 {
-        // A second one with the same ticket does not disturb the first.
+        // A second connection with the same ticket does not disturb the first.
         let mut second = connect(hello)?;
         ensure!(answer(&mut second) == Some(Answer::Refuse(RefuseReason::Ticket)), "a ticket was taken twice");
     }

@@ -1,4 +1,4 @@
-//! Both nodes in one process, without a router: batching, handoff, cancelling, preemption, shutdown.
+//! Both nodes in one process, without a router: batching, handoff, cancellation, preemption, shutdown.
 
 mod pair;
 
@@ -17,12 +17,12 @@ use pair::{Ask, Pair, Sizes, next_decoded, next_prefilled};
 use tokio::time::Instant;
 use tonic::Code;
 
-/// A prompt of `length` tokens that differs from those of other `salt`s from the first token on.
+/// Returns a prompt of `length` tokens. Prompts with different `salt` differ from the first token on.
 fn prompt(salt: u32, length: u32) -> Vec<u32> {
     (0..length).map(|i| 2 + (salt * 37 + i * 11 + i * i * salt) % 300).collect()
 }
 
-/// Requests of many lengths, half of them sampled.
+/// Returns requests of many lengths. Half of them are sampled.
 fn mixed(count: u32, max_tokens: u32) -> Vec<Ask> {
     let ask = |i: u32| {
         let mut ask = Ask::greedy(&prompt(i, 1 + i * 9), max_tokens);
@@ -92,7 +92,7 @@ async fn a_stop_token_is_the_last_one() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_migrated_request_goes_on_as_if_nothing_had_happened() -> Result<()> {
-    // With one model on both sides: else the earlier output's KV is the full model's after a migration.
+    // Both nodes use one model. With a pruned decoder, the migrated output's KV would come from the full model instead.
     let pair = Pair::start("llama-tied", Sizes { decoder: "full", ..Sizes::default() }).await?;
     for sampling in [
         SamplingParams { seed: 7, frequency_penalty: 0.9, repetition_penalty: 1.3, ..SamplingParams::default() },
@@ -120,11 +120,11 @@ async fn both_sides_reuse_a_prefix() -> Result<()> {
     let first = pair.run(&ask).await?;
     ensure!((first.cached_tokens, first.held_tokens) == (0, 0), "{first:?}");
     let again = pair.run(&ask).await?;
-    // 100 tokens are six full blocks and a part.
+    // 100 tokens are six full blocks and a partial one.
     ensure!((again.cached_tokens, again.held_tokens) == (96, 96), "{again:?}");
     ensure!(again.tokens == first.tokens, "{first:?}, then {again:?}");
     ensure!(again.transferred_bytes * 7 == first.transferred_bytes, "{first:?}, then {again:?}");
-    // A shared beginning, another end: and the same as without a cache.
+    // A prompt with the same beginning and another end gives the same answer as without a cache.
     let mut longer = ask.clone();
     longer.prompt.truncate(50);
     longer.prompt.extend(prompt(6, 70));
@@ -143,13 +143,13 @@ async fn cancelled_at_any_phase_everything_is_free() -> Result<()> {
     let pair = Pair::start("llama-tied", sizes).await?;
     let ask = Ask::greedy(&prompt(1, 300), 300);
 
-    // Reserved, and nobody sends.
+    // Cancel a reservation before the handoff.
     let reserved = pair.reserve(&ask).await?;
     ensure!(pair.decode_pool.in_use() == 19);
     drop(reserved);
     pair.wait_idle().await?;
 
-    // Waiting behind another; both go.
+    // Cancel a waiting request and the requests it waits for.
     let (holds, _) = pair.reserve(&ask).await?;
     let (holds_too, _) = pair.reserve(&ask).await?;
     let waits = pair.decode.clone().decode(pair.decode_request(&ask)).await?;
@@ -158,8 +158,8 @@ async fn cancelled_at_any_phase_everything_is_free() -> Result<()> {
     drop((holds, holds_too));
     pair.wait_idle().await?;
 
-    // While the prompt is computed and its KV is on its way: first the one side goes, then the other. (A prefill that is
-    // given up before it has connected leaves the reservation alone: that is its stream's to end.)
+    // Cancel during prefill and handoff, once on each side first. (A prefill cancelled before it connects does not end
+    // the reservation; the decode stream does.)
     for decode_goes_first in [true, false] {
         let (decoding, reserved) = pair.reserve(&ask).await?;
         let request = pair.prefill_request(&ask, Some(reserved));
@@ -172,7 +172,7 @@ async fn cancelled_at_any_phase_everything_is_free() -> Result<()> {
         pair.wait_idle().await?;
     }
 
-    // While it decodes.
+    // Cancel during decoding.
     let (mut decoding, reserved) = pair.reserve(&ask).await?;
     let request = pair.prefill_request(&ask, Some(reserved));
     let mut prefilling = pair.prefill.clone().prefill(request).await?.into_inner();
@@ -199,7 +199,7 @@ async fn among_cancellations_the_others_get_their_tokens() -> Result<()> {
         let (tight, ask, expected) = (&tight, &asks[i], &expected[i % 12]);
         async move {
             if i.is_multiple_of(3) {
-                // Goes away after so many events of the decode node: the reservation, the handoff, tokens.
+                // Cancels after a number of events of the decode node: the reservation, the handoff, tokens.
                 let (mut decoding, reserved) = tight.reserve(ask).await?;
                 let request = tight.prefill_request(ask, Some(reserved));
                 let _prefilling = tight.prefill.clone().prefill(request).await?;
@@ -225,13 +225,13 @@ async fn taken_out_of_the_batch_a_request_gives_the_same_tokens() -> Result<()> 
         (0..6).map(|i| Ask { prompt: prompt(i, 20 + i), ..mixed(6, 90)[i as usize].clone() }).collect();
     let expected = try_join_all(asks.iter().map(|ask| roomy.run(ask))).await?;
     roomy.end().await?;
-    // Each needs seven or eight blocks at its end.
+    // Each request needs seven or eight blocks at its end.
     let tight = Pair::start("llama-tied", Sizes { decode_blocks: 12, ..Sizes::default() }).await?;
     let actual = try_join_all(asks.iter().map(|ask| tight.run(ask))).await?;
     for (i, (expected, actual)) in expected.iter().zip(&actual).enumerate() {
         ensure!(expected.tokens == actual.tokens, "request {i}: {expected:?} with room, {actual:?} without");
     }
-    ensure!(tight.decode_load.metrics().preemptions.get() > 0, "nobody was taken out");
+    ensure!(tight.decode_load.metrics().preemptions.get() > 0, "no request was preempted");
     tight.wait_idle().await?;
     tight.end().await
 }
@@ -303,7 +303,7 @@ async fn what_cannot_be_served_is_refused_by_name() -> Result<()> {
     let status = pair.prefill.clone().prefill(request).await.err();
     refused(status, Code::FailedPrecondition, "kv schema mismatch: full_model")?;
 
-    // One holds the blocks, one waits, and the third is one too many.
+    // One request holds the blocks, one waits, and the third exceeds the queue limit.
     let waits = pair.decode.clone().decode(pair.decode_request(&ask)).await?;
     let status = pair.decode.clone().decode(pair.decode_request(&ask)).await.err();
     refused(status, Code::ResourceExhausted, "1 requests are waiting")?;
@@ -319,12 +319,12 @@ async fn at_its_deadline_a_request_is_ended_everywhere() -> Result<()> {
     request.deadline_seconds = 0.2;
     let mut stream = pair.decode.clone().decode(request).await?.into_inner();
     let Decoded::Reserved(reserved) = next_decoded(&mut stream).await? else { bail!("not reserved") };
-    // Nobody sends.
+    // No sender connects before the deadline.
     let Err(e) = next_decoded(&mut stream).await else { bail!("an event without KV") };
     let code = e.downcast_ref::<tonic::Status>().map(tonic::Status::code);
     ensure!(code == Some(Code::DeadlineExceeded), "{e:?}");
     pair.wait_idle().await?;
-    // Its ticket is void.
+    // The ticket is no longer valid.
     let late = pair.prefill_request(&Ask::greedy(&prompt(1, 40), 20), Some(reserved));
     let mut prefilling = pair.prefill.clone().prefill(late).await?.into_inner();
     let ended = loop {
@@ -362,7 +362,7 @@ async fn what_runs_at_shutdown_is_finished() -> Result<()> {
     pair.end().await
 }
 
-/// The steps of this test take longer than the node is told that they may: what hangs looks the same from outside.
+/// Steps take longer than the node's step timeout here, which looks like an engine that hangs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_engine_that_does_not_get_on_is_not_ready() -> Result<()> {
     let pair = Pair::start("llama-tied", Sizes { step_timeout: Duration::from_micros(1), ..Sizes::default() }).await?;
@@ -395,7 +395,7 @@ async fn an_engine_that_does_not_get_on_is_not_ready() -> Result<()> {
     pair.end().await
 }
 
-/// The status of `/ready`.
+/// Returns the status code of `/ready`.
 async fn ready(admin: &str) -> Result<u16> {
     let url = format!("http://{admin}/ready");
     let status = move || match ureq::get(&url).timeout(PATIENCE).call() {

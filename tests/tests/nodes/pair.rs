@@ -1,4 +1,4 @@
-//! A prefill node and a decode node in this process, spoken to as a router does.
+//! A prefill node and a decode node in this process, driven as by a router.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,7 +17,7 @@ use overfill_tests::{golden::folder, wait::PATIENCE};
 use tokio::{task::JoinHandle, time::timeout};
 use tonic::{Streaming, transport::Channel};
 
-/// What a test may choose.
+/// Settings of the nodes.
 #[derive(Clone, Debug)]
 pub struct Sizes {
     pub prefill_blocks: usize,
@@ -26,7 +26,7 @@ pub struct Sizes {
     pub max_running: usize,
     pub max_waiting: usize,
     pub step_timeout: Duration,
-    /// `decode`, or `full` for the full model on both sides.
+    /// Decode node's model: `decode`, or `full` for the full model on both nodes.
     pub decoder: &'static str,
 }
 
@@ -44,7 +44,7 @@ impl Default for Sizes {
     }
 }
 
-/// The two nodes.
+/// A prefill node and a decode node.
 pub struct Pair {
     pub prefill: PrefillClient<Channel>,
     pub decode: DecodeClient<Channel>,
@@ -54,20 +54,20 @@ pub struct Pair {
     pub prefill_pool: BlockPool,
     pub decode_pool: BlockPool,
     pub producer: String,
-    /// Where the decode node's admin port is.
+    /// Address of the decode node's admin port.
     pub decode_admin: String,
     shutdown: Shutdown,
     nodes: Vec<JoinHandle<Result<()>>>,
 }
 
-/// One request, as a router sends it to both nodes.
+/// A request to both nodes.
 #[derive(Clone, Debug)]
 pub struct Ask {
     pub prompt: Vec<u32>,
     pub max_tokens: u32,
     pub sampling: SamplingParams,
     pub stop: Vec<u32>,
-    /// Of the prompt, the last tokens that are earlier output.
+    /// Number of tokens at the end of the prompt that are earlier output.
     pub generated: u32,
 }
 
@@ -77,11 +77,11 @@ impl Ask {
     }
 }
 
-/// What came of it.
+/// Result of a request.
 #[derive(Clone, Debug)]
 pub struct Answer {
     pub tokens: Vec<u32>,
-    /// Of the tokens, if asked for.
+    /// Log-probabilities of the tokens, if requested.
     pub logprobs: Vec<f32>,
     pub finish: v1::FinishReason,
     pub cached_tokens: u32,
@@ -189,7 +189,7 @@ impl Pair {
         }
     }
 
-    /// Begins a request on the decode node, and waits for its reservation.
+    /// Starts a request on the decode node and waits for its reservation.
     pub async fn reserve(&self, ask: &Ask) -> Result<(Streaming<v1::DecodeEvent>, v1::Reserved)> {
         let mut stream = self.decode.clone().decode(self.decode_request(ask)).await?.into_inner();
         match next_decoded(&mut stream).await? {
@@ -198,7 +198,7 @@ impl Pair {
         }
     }
 
-    /// Runs a request from beginning to end.
+    /// Runs a request to its end.
     pub async fn run(&self, ask: &Ask) -> Result<Answer> {
         let (mut decoding, reserved) = self.reserve(ask).await?;
         let held_tokens = reserved.held_tokens;
@@ -225,7 +225,7 @@ impl Pair {
         Ok(Answer { tokens, logprobs, finish, cached_tokens, held_tokens, transferred_bytes })
     }
 
-    /// Waits until both nodes hold nothing for anybody.
+    /// Waits until both nodes hold no resources for requests.
     pub async fn wait_idle(&self) -> Result<()> {
         let idle = async {
             loop {
@@ -246,12 +246,12 @@ impl Pair {
         Ok(())
     }
 
-    /// Begins the shutdown.
+    /// Starts the shutdown of both nodes.
     pub fn begin_shutdown(&self) {
         self.shutdown.begin();
     }
 
-    /// Shuts down, and waits until both nodes have ended well.
+    /// Shuts both nodes down and waits for their successful end.
     pub async fn end(self) -> Result<()> {
         self.shutdown.begin();
         drop((self.prefill, self.decode));

@@ -1,4 +1,4 @@
-//! The simulated router: the real one's core, and clients that check every token.
+//! The simulated router with the real router's core, and clients that check every token.
 
 use std::{
     pin::pin,
@@ -30,50 +30,50 @@ use crate::{
     guard::Witness,
 };
 
-/// A client without a model to ask for asks again after this long.
+/// Time after which a client retries if the router knows no model.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
-/// How often it is looked which nodes can be used.
+/// Interval at which the number of usable nodes is updated.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
-/// A request, as its client makes it.
+/// A client's request.
 #[derive(Clone, Debug)]
 pub struct Ask {
-    /// Its prompt.
+    /// Prompt token ids.
     pub prompt: Arc<[u32]>,
-    /// Most tokens that it wants.
+    /// Maximum number of tokens to generate.
     pub max_tokens: u32,
-    /// How long it may take.
+    /// Time limit.
     pub time: Duration,
-    /// Does it go on behind the end of text?
+    /// Whether generation continues past the end-of-text token.
     pub ignore_eos: bool,
-    /// How long the client sleeps after each token.
+    /// Time that the client sleeps after each token.
     pub pause: Duration,
-    /// Whose it is.
+    /// Tenant of the client.
     pub tenant: &'static str,
-    /// Lower goes first.
+    /// Priority. Lower values are served first.
     pub priority: i32,
 }
 
-/// How a request ended.
+/// End of a request.
 #[derive(Clone, Debug, PartialEq)]
 pub enum End {
-    /// With all of its tokens, after so many migrations.
+    /// Complete, after this many migrations.
     Whole(u32),
-    /// With an error.
+    /// Failed with this error.
     Failed(String),
-    /// Its client went away.
+    /// The client disconnected.
     Cancelled,
-    /// Its router crashed.
+    /// The router crashed.
     Lost,
 }
 
-/// A request on its way.
+/// A request with its progress.
 pub struct Record {
-    /// What is wanted.
+    /// The request.
     pub ask: Ask,
-    /// When it came, in the simulation's time.
+    /// Simulated time at which it was sent.
     pub sent_at: Duration,
-    /// Makes the client go away.
+    /// Makes the client disconnect.
     pub cancel: CancellationToken,
     progress: Mutex<Progress>,
 }
@@ -81,34 +81,34 @@ pub struct Record {
 #[derive(Default)]
 struct Progress {
     end: Option<End>,
-    /// When each token came, in microseconds of the simulation's time.
+    /// Arrival time of each token in simulated microseconds, and the token.
     trace: Vec<(u64, u32)>,
 }
 
 impl Record {
-    /// A request that comes now.
+    /// Records a request sent now.
     pub fn new(ask: Ask, sent_at: Duration) -> Arc<Self> {
         Arc::new(Self { ask, sent_at, cancel: CancellationToken::new(), progress: Mutex::default() })
     }
 
-    /// How it ended; `None` while it has not.
+    /// Returns how the request ended, or `None` while it runs.
     pub fn end(&self) -> Option<End> {
         self.progress.lock().end.clone()
     }
 
-    /// It ends, if it has not yet.
+    /// Sets the end unless the request has already ended.
     pub fn set_end(&self, end: End) {
         self.progress.lock().end.get_or_insert(end);
     }
 
-    /// Tokens so far, and when they came.
+    /// Returns the arrival times in microseconds and the tokens so far.
     pub fn trace(&self) -> Vec<(u64, u32)> {
         self.progress.lock().trace.clone()
     }
 
-    /// By then it must have ended, but for some slack.
+    /// Time by which the request must have ended, apart from slack.
     pub fn due(&self) -> Duration {
-        // What has arrived is read after the deadline, too.
+        // Tokens that arrived before the deadline are still read after it.
         self.sent_at + self.ask.time + self.ask.pause * (self.ask.max_tokens + 1)
     }
 
@@ -173,14 +173,14 @@ impl Record {
                     }
                     return End::Whole(finished.timings.migrations);
                 }
-                Ok(Output::PromptLogprobs(_)) => witness.violated("KV-6: log-probabilities that nobody wants"),
+                Ok(Output::PromptLogprobs(_)) => witness.violated("KV-6: unrequested log-probabilities"),
                 Err(e) => return End::Failed(e.to_string()),
             }
             if !pause.is_zero() {
                 sleep(*pause).await;
             }
         }
-        witness.violated(format!("KV-6: {self:?} ended without an end"));
+        witness.violated(format!("KV-6: the stream of {self:?} closed without a final event"));
         End::Failed("no end".into())
     }
 }
@@ -194,31 +194,31 @@ impl std::fmt::Debug for Record {
     }
 }
 
-/// The router, as its host starts it again and again.
+/// The router's host, which starts the router repeatedly.
 #[derive(Clone)]
 pub struct RouterPlace {
-    /// Its settings.
+    /// Settings of the router.
     pub config: Config,
-    /// Where it finds nodes, unless they are in its settings.
+    /// Source of nodes, unless the settings list them.
     pub members: Option<Arc<watch::Sender<Members>>>,
-    /// Hears of wrong tokens.
+    /// Receives reports of wrong tokens.
     pub witness: Witness,
-    /// What runs there now, if anything does.
+    /// The running router, if any.
     pub process: Arc<Mutex<Option<RouterProcess>>>,
 }
 
-/// A running router, from outside.
+/// Handle of a running router.
 pub struct RouterProcess {
-    /// Its core.
+    /// Core of the router.
     pub core: Core,
-    /// The way to its clients.
+    /// Sends requests to the router's clients.
     pub clients: mpsc::Sender<Arc<Record>>,
-    /// Nodes that it would send requests to.
+    /// Number of nodes that the router considers usable.
     pub usable_nodes: Arc<AtomicUsize>,
 }
 
 impl RouterPlace {
-    /// What the host runs.
+    /// Runs a router. The host calls it at each start.
     pub async fn run(self) -> turmoil::Result {
         let shutdown = Shutdown::new();
         let nodes = Nodes::follow(&self.config, &shutdown);

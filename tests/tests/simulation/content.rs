@@ -1,5 +1,5 @@
-//! What simulated models compute: every token and every byte of KV is a function of the tokens before it, and of who
-//! computes it.
+//! Output of simulated models: every token and every byte of KV is a function of the preceding tokens. KV also depends
+//! on the model that computes it.
 
 use std::ops::Range;
 
@@ -8,21 +8,21 @@ use overfill_simulated::{EOS, text_files};
 use overfill_text::TextFiles;
 use std::sync::LazyLock;
 
-/// Layers of the full model.
+/// Number of layers of the full model.
 pub const LAYERS: u32 = 3;
-/// KV of one token in one layer.
+/// KV bytes of one token in one layer.
 pub const ROW_BYTES: usize = 16;
-/// KV of one block in one layer.
+/// KV bytes of one block in one layer.
 pub const BLOCK_BYTES: usize = ROW_BYTES * BLOCK_TOKENS;
-/// The full model, and its fingerprint.
+/// Name and fingerprint of the full model.
 pub const FULL: &str = "full";
-/// The decode nodes' model.
+/// Name of the decode nodes' model.
 pub const PRUNED: &str = "pruned";
 
-/// Tokenizer and templates, made once.
+/// Tokenizer and templates, created once.
 pub static FILES: LazyLock<TextFiles> = LazyLock::new(text_files);
 
-/// The schema of a model that uses these layers' KV.
+/// Returns the schema of a model that uses these layers of the full model's KV.
 pub fn schema(layers: &[u32]) -> KvSchema {
     static SHA256: LazyLock<String> = LazyLock::new(|| overfill_simulated::Options::default().schema.tokenizer_sha256);
     KvSchema {
@@ -45,28 +45,28 @@ fn mix(hash: u64, value: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The token after these: a letter, now and then the end.
+/// Returns the token that follows `tokens`: a letter, or sometimes the end-of-text token.
 pub fn next_token(tokens: &[u32]) -> u32 {
     let hash = tokens.iter().fold(0, |hash, token| mix(hash, u64::from(*token)));
     if hash.is_multiple_of(60) { EOS } else { u32::from(b'a') + 3 + (hash % 26) as u32 }
 }
 
-/// The KV of some tokens, as a model computes it.
+/// KV of a token sequence, as computed by a model.
 pub struct Content {
-    /// For each position, of all tokens up to it.
+    /// For each position, the hash of all tokens up to it.
     prefixes: Vec<u64>,
     model: u64,
 }
 
 impl Content {
-    /// Of `tokens`, computed by `model`.
+    /// KV of `tokens`, as computed by `model`.
     pub fn new(tokens: &[u32], model: &str) -> Self {
         let mut hash = 0;
         let prefixes = tokens.iter().map(|token| (hash = mix(hash, u64::from(*token)), hash).1);
         Self { prefixes: prefixes.collect(), model: model.bytes().fold(1, |hash, byte| mix(hash, u64::from(byte))) }
     }
 
-    /// The KV of one position in one of the full model's layers. Behind the last token it is filler: it is sent, too.
+    /// KV of one position in a layer of the full model. Positions after the last token have filler, which is also sent.
     pub fn row(&self, layer: u32, position: usize) -> [u8; ROW_BYTES] {
         let prefix = match self.prefixes.get(position) {
             Some(prefix) => *prefix,
@@ -79,7 +79,7 @@ impl Content {
         row
     }
 
-    /// The KV of one block.
+    /// KV of one block in a layer.
     pub fn block(&self, layer: u32, index: usize) -> [u8; BLOCK_BYTES] {
         let mut block = [0; BLOCK_BYTES];
         for (i, place) in block.chunks_exact_mut(ROW_BYTES).enumerate() {
@@ -89,7 +89,7 @@ impl Content {
     }
 }
 
-/// The output of an undisturbed request: up to `max_tokens`, or to the end of text if that counts.
+/// Returns the output of an undisturbed request: up to `max_tokens`, or until the end-of-text token unless ignored.
 pub fn output(prompt: &[u32], max_tokens: u32, ignore_eos: bool) -> Vec<u32> {
     let mut tokens = prompt.to_vec();
     for _ in 0..max_tokens {
@@ -102,7 +102,7 @@ pub fn output(prompt: &[u32], max_tokens: u32, ignore_eos: bool) -> Vec<u32> {
     tokens.split_off(prompt.len())
 }
 
-/// Where a token's KV lies in its block.
+/// Byte range of a token's KV in its block.
 pub fn row_place(position: usize) -> Range<usize> {
     let start = position % BLOCK_TOKENS * ROW_BYTES;
     start..start + ROW_BYTES

@@ -1,4 +1,4 @@
-//! The engine of a simulated decode node: the real one, but the model takes only time.
+//! Engine of a simulated decode node: the real engine, with a model that only takes time.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,18 +16,18 @@ use crate::{
     pace::Pace,
 };
 
-/// As the real engine's.
+/// Polling interval of the real engine.
 const POLL: Duration = Duration::from_millis(5);
 
-/// Chooses tokens, and checks the KV that it has to work with.
+/// Simulated model that chooses tokens and checks the KV it reads.
 pub struct Decoder {
-    /// Memory.
+    /// KV memory of the node.
     pub guard: Arc<Guard>,
-    /// Of the full model, for each layer here.
+    /// For each layer of this model, the corresponding layer of the full model.
     pub layers: Vec<u32>,
-    /// The node's name.
+    /// Name of the node.
     pub name: String,
-    /// Hears of wrong KV.
+    /// Receives reports of wrong KV.
     pub witness: Witness,
 }
 
@@ -43,13 +43,14 @@ impl Compute for Decoder {
 }
 
 impl Decoder {
-    /// KV-5: the prompt's KV is the full model's, the rest is what was written here. Then the last token's is written.
+    /// Checks KV-5: the prompt's KV is the full model's, the rest was written here. Then writes the KV of the last
+    /// token.
     fn attend(&self, sequence: &Sequence) {
         let prompt = sequence.request.tokens.len();
         let last = sequence.tokens.len() - 1;
         let [full, own] =
             [(prompt, FULL), (last + 1, PRUNED)].map(|(n, model)| Content::new(&sequence.tokens[..n], model));
-        // Until anything is written behind it, all of the prompt's last block is as it was sent.
+        // Until the first own token is written, the prompt's last block is entirely as it was sent.
         let sent = if last == prompt { prompt.next_multiple_of(BLOCK_TOKENS) } else { prompt };
         for (layer, full_layer) in self.layers.iter().enumerate() {
             let mut wrong = None;
@@ -78,7 +79,7 @@ impl Decoder {
     }
 }
 
-/// Lets the engine compute until nothing is left and nothing can come.
+/// Runs the engine until no work is left and no more can arrive.
 pub async fn run(mut engine: Engine<Decoder>, guard: Arc<Guard>, pace: Pace) {
     loop {
         let turn = engine.turn();

@@ -1,7 +1,7 @@
-//! All randomness of a simulation from its seed: also that of hash maps, of the runtime's choices, and of
-//! `rand::random`, which all begin with what the system gives them.
+//! Derives all randomness of a simulation from its seed. This includes hash maps, the async runtime and `rand::random`,
+//! which all take their seeds from `getrandom`.
 
-// The system's function is a C function.
+// `getrandom` is a C function.
 #![allow(unsafe_code)]
 
 use std::{
@@ -17,15 +17,15 @@ thread_local! {
     static SEEDED: RefCell<Option<StdRng>> = const { RefCell::new(None) };
 }
 
-/// From now on this thread, which has asked for no randomness yet, gets the same as any other with this seed.
+/// Seeds this thread's randomness. The thread must not have used any randomness before.
 pub fn seed_this_thread(seed: u64) {
     SEEDED.with(|seeded| *seeded.borrow_mut() = Some(StdRng::seed_from_u64(seed)));
 }
 
-/// Stands in for the C library's function of this name, in this test alone.
+/// Replaces the C library's function of this name, in this test binary only.
 ///
 /// # Safety
-/// As there: `buffer` has room for `length` bytes.
+/// As for the C function: `buffer` must have room for `length` bytes.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn getrandom(buffer: *mut c_void, length: usize, _flags: c_uint) -> isize {
     let mut bytes = vec![0; length];
@@ -34,7 +34,7 @@ unsafe extern "C" fn getrandom(buffer: *mut c_void, length: usize, _flags: c_uin
     {
         return -1;
     }
-    // SAFETY: the caller's buffer has room for them, and ours is another one.
+    // SAFETY: the caller's buffer has room for `length` bytes and does not overlap with `bytes`.
     unsafe { buffer.cast::<u8>().copy_from_nonoverlapping(bytes.as_ptr(), length) };
     length as isize
 }

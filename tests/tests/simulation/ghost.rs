@@ -1,4 +1,4 @@
-//! A sender that comes back with what was said before.
+//! A sender that replays recorded KV connections.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use tokio::{
 
 use crate::guard::Witness;
 
-/// KV-4: whoever repeats what was said on a connection is refused.
+/// Checks KV-4: a replayed connection is refused.
 pub async fn ghost(mut asked: mpsc::Receiver<(String, Vec<u8>)>, witness: Witness) -> turmoil::Result {
     while let Some((endpoint, said)) = asked.recv().await {
         let haunt = async {

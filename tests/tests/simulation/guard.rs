@@ -1,4 +1,4 @@
-//! KV memory that knows who may write to it, and what.
+//! KV memory that checks who writes to it, and what is written.
 
 use std::{
     collections::BTreeMap,
@@ -11,48 +11,48 @@ use parking_lot::Mutex;
 
 use crate::content::{BLOCK_BYTES, Content};
 
-/// Keeps the first violation of an invariant. Tasks may notice one where a panic would go unheard.
+/// Records the first violation of an invariant. Tasks report violations here, since their panics might be lost.
 #[derive(Clone, Default)]
 pub struct Witness(Arc<Mutex<Option<String>>>);
 
 impl Witness {
-    /// Something happened that must not.
+    /// Reports a violation.
     pub fn violated(&self, what: impl Into<String>) {
         self.0.lock().get_or_insert(what.into());
     }
 
-    /// The first thing that happened.
+    /// Returns the first violation.
     pub fn verdict(&self) -> Option<String> {
         self.0.lock().clone()
     }
 }
 
-/// What a block is for, as far as the transport may touch it.
+/// Permitted use of a block by the transport.
 enum Use {
-    /// A prefill node computes this into it, and sends it.
+    /// The block contains or will contain this block of a prompt, to be sent by a prefill node.
     Sent(Arc<Content>, usize),
-    /// A decode node waits for this in it, for as long as the lease lives.
+    /// The block is to receive this block of a prompt on a decode node, while the lease lives.
     Filled(Arc<Content>, usize, Weak<BlockLease>),
-    /// Its content is in use: nobody may write to it from outside.
+    /// The content is in use, and the transport must not write to it.
     Sealed,
 }
 
-/// The KV memory of a node, as its transport gets it.
+/// KV memory of a node, as the transport accesses it.
 pub struct Guard {
-    /// As the engine gets it.
+    /// The memory itself, as the engine accesses it.
     pub memory: Arc<MemoryStore>,
-    /// Of the full model, for each layer here.
+    /// For each layer of this model, the corresponding layer of the full model.
     layers: Vec<u32>,
     pool: BlockPool,
     uses: Mutex<BTreeMap<BlockId, Use>>,
-    /// Frames may arrive damaged: then what is written may be wrong, until its checksum is seen to be.
+    /// Frames may arrive damaged. Their content may then be wrong until the checksum is verified.
     damage: bool,
     witness: Witness,
     name: String,
 }
 
 impl Guard {
-    /// The memory of node `name`.
+    /// Creates the memory of node `name`.
     pub fn new(name: &str, layers: &[u32], pool: &BlockPool, damage: bool, witness: &Witness) -> Arc<Self> {
         Arc::new(Self {
             memory: Arc::new(MemoryStore::new(layers.len(), pool.total(), BLOCK_BYTES)),
@@ -65,7 +65,7 @@ impl Guard {
         })
     }
 
-    /// The engine computes `content` into these blocks.
+    /// Declares that the engine computes `content` into these blocks.
     pub fn will_send(&self, blocks: &[BlockId], content: &Arc<Content>) {
         let mut uses = self.uses.lock();
         for (index, block) in blocks.iter().enumerate() {
@@ -73,7 +73,8 @@ impl Guard {
         }
     }
 
-    /// Blocks from `first` of `content` on are to arrive in those of `lease`. Saying it again changes nothing.
+    /// Declares that the blocks of `content` from `first` on will arrive in the blocks of `lease`. Repeated calls are
+    /// no-ops.
     pub fn will_fill(&self, lease: &Arc<BlockLease>, first: usize, content: impl FnOnce() -> Content) {
         let mut uses = self.uses.lock();
         let weak = Arc::downgrade(lease);
@@ -87,13 +88,14 @@ impl Guard {
                 && last.strong_count() > 0
             {
                 let name = &self.name;
-                self.witness.violated(format!("KV-1: {name}: block {block:?} was handed out while a writer has it"));
+                self.witness
+                    .violated(format!("KV-1: {name}: block {block:?} was allocated again while a writer has it"));
             }
             uses.insert(*block, Use::Filled(content.clone(), first + i, weak.clone()));
         }
     }
 
-    /// The content of these blocks is in use.
+    /// Declares that the content of these blocks is in use.
     pub fn seal(&self, blocks: &[BlockId]) {
         let mut uses = self.uses.lock();
         for block in blocks {
@@ -104,7 +106,7 @@ impl Guard {
     fn check_sent(&self, layer: usize, id: BlockId, bytes: &[u8]) {
         let name = &self.name;
         if self.pool.holders(id) == 0 {
-            self.witness.violated(format!("KV-2: {name}: block {id:?} is sent, but nobody holds it"));
+            self.witness.violated(format!("KV-2: {name}: block {id:?} is sent without a holder"));
         }
         match self.uses.lock().get(&id) {
             Some(Use::Sent(content, index)) if content.block(self.layers[layer], *index) == *bytes => {}
@@ -116,7 +118,7 @@ impl Guard {
         }
     }
 
-    /// `before` and `now` are a block before and after the transport wrote to it.
+    /// Checks a write of the transport. `before` and `now` are the block's content before and after it.
     fn check_written(&self, layer: usize, id: BlockId, before: &[u8], now: &[u8]) {
         let name = &self.name;
         match self.uses.lock().get(&id) {
@@ -128,7 +130,7 @@ impl Guard {
                 }
             }
             Some(Use::Filled(..)) => {
-                self.witness.violated(format!("KV-1: {name}: block {id:?} is written to after it was let go"));
+                self.witness.violated(format!("KV-1: {name}: block {id:?} is written to after its release"));
             }
             _ => self.witness.violated(format!("KV-1: {name}: block {id:?} is written to while it is in use")),
         }

@@ -1,12 +1,11 @@
-//! Whole clusters in simulated time: a router, nodes and clients on one thread, over a network that loses, delays and cuts,
-//! on hosts that crash and come back, all drawn from one seed.
+//! Simulates whole clusters: a router, nodes and clients on one thread, in simulated time. The network drops, delays
+//! and cuts connections, and hosts crash and restart. The seed determines all events.
 //!
-//! What is shipped runs here, but for models, sockets and clocks: the router's core, both nodes' services, queues and
-//! schedulers, and the KV transport. While it runs, the invariants KV-1 to KV-6 of ARCHITECTURE.md are checked.
+//! The router's core, the nodes' services, queues and schedulers, and the KV transport are the real code. Models,
+//! sockets and clocks are simulated. The invariants KV-1 to KV-6 of ARCHITECTURE.md are checked throughout.
 //!
-//! A seed that fails says so, and runs again, step for step, with
-//! `OVERFILL_SIM_SEED=123 cargo test --workspace --test simulation -- --nocapture` (with `RUST_LOG=debug` it says more).
-//! `OVERFILL_SIM_SEEDS` is how many seeds are tried.
+//! A failing seed is printed. To repeat it exactly, run `OVERFILL_SIM_SEED=123 cargo test --workspace --test simulation
+//! -- --nocapture`, with `RUST_LOG=debug` for more output. `OVERFILL_SIM_SEEDS` sets the number of seeds.
 
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
@@ -34,23 +33,23 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What one simulation tells a task of its own, at most.
+/// Capacity of the channels to a simulation's tasks.
 const MAX_ASKED: usize = 4096;
 
-/// One seed, given by whoever wants to see it again.
+/// Environment variable with a single seed to run.
 const SEED: &str = "OVERFILL_SIM_SEED";
-/// How many seeds are tried.
+/// Environment variable with the number of seeds to run.
 const SEEDS: &str = "OVERFILL_SIM_SEEDS";
-/// Seeds tried unless it is said otherwise.
+/// Default number of seeds.
 const DEFAULT_SEEDS: u64 = 2000;
-/// Real time that a simulation may take.
+/// Maximum real time of one simulation.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Name of the test.
 const NAME: &str = "clusters_keep_their_promises";
 
 static PANIC: Mutex<Option<String>> = Mutex::new(None);
 
-/// The first panic of this process: those of tasks end nowhere else.
+/// Returns the first panic of this process. Panics of tasks are reported nowhere else.
 fn panicked() -> Option<String> {
     PANIC.lock().unwrap().clone()
 }
@@ -79,7 +78,7 @@ fn one(seed: u64) {
     println!("seed {seed}: digest {:016x}, {}", outcome.digest, outcome.summary);
     if let Err(violation) = outcome.verdict {
         println!("seed {seed}: {violation}");
-        // Threads of the runtimes may be left, and the hook hears of panics alone.
+        // Runtime threads may still be running, so the process exits directly.
         std::process::exit(1);
     }
 }
@@ -89,7 +88,7 @@ fn many() {
     let fresh = count / 10;
     let first = rand::random::<u32>();
     let seeds: Vec<u64> = (0..count - fresh).chain((0..fresh).map(|i| u64::from(first) + i)).collect();
-    println!("{count} seeds, of which fresh: {first}..{}", u64::from(first) + fresh);
+    println!("{count} seeds, {fresh} of them random: {first}..{}", u64::from(first) + fresh);
     let (next, failures, start) = (AtomicUsize::new(0), Mutex::new(Vec::new()), Instant::now());
     thread::scope(|scope| {
         for _ in 0..thread::available_parallelism().map_or(2, usize::from) {
@@ -113,7 +112,7 @@ fn many() {
     assert!(failures.is_empty(), "seeds that failed: {:?}", failures.iter().map(|(seed, _)| seed).collect::<Vec<_>>());
 }
 
-/// A process of its own for each seed: what the runtime draws depends on what the process has done before.
+/// Runs each seed in a new process, since the runtime's random choices depend on what the process did before.
 fn in_a_process(seed: u64) -> Result<String, String> {
     let mut child = Command::new(env::current_exe().map_err(|e| e.to_string())?)
         .args(["--exact", NAME, "--nocapture", "--test-threads=1"])

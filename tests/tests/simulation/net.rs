@@ -1,4 +1,4 @@
-//! Services over the simulated network.
+//! Runs services over the simulated network.
 
 use std::{
     collections::BTreeSet,
@@ -23,19 +23,19 @@ use turmoil::net::{TcpListener, TcpStream};
 
 use crate::guard::Witness;
 
-/// Where nodes serve gRPC.
+/// gRPC port of the nodes.
 pub const GRPC_PORT: u16 = 7000;
-/// Where decode nodes take KV.
+/// KV port of the decode nodes.
 pub const KV_PORT: u16 = 7001;
-/// Most KV in one segment.
+/// Maximum KV bytes per segment.
 const MAX_SEGMENT_BYTES: usize = 700;
 
-/// Listens on all addresses of this host.
+/// Listens on all addresses of the current host.
 pub async fn listen(port: u16) -> io::Result<TcpListener> {
     TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).await
 }
 
-/// Where requests come in.
+/// Accepts gRPC connections.
 pub struct GrpcListener(pub TcpListener);
 
 impl Listen for GrpcListener {
@@ -48,7 +48,7 @@ impl Listen for GrpcListener {
     }
 }
 
-/// Where KV comes in.
+/// Accepts KV connections.
 pub struct KvListener(pub TcpListener);
 
 impl Listen for KvListener {
@@ -60,7 +60,7 @@ impl Listen for KvListener {
     }
 }
 
-/// How the router connects to nodes.
+/// Returns the dialer with which the router connects to nodes.
 pub fn grpc_dialer() -> net::Dialer {
     net::Dialer::new(|endpoint| {
         async move {
@@ -71,7 +71,7 @@ pub fn grpc_dialer() -> net::Dialer {
     })
 }
 
-/// Every KV connection of a simulation, as its sender made it.
+/// Records every KV connection of a simulation at its sender, and damages some of them.
 #[derive(Clone)]
 pub struct Tap(Arc<Mutex<Tapped>>);
 
@@ -79,38 +79,38 @@ struct Tapped {
     recordings: Vec<Arc<Mutex<Recording>>>,
     tickets: BTreeSet<[u8; 16]>,
     rng: StdRng,
-    /// Part of the connections on which a bit flips.
+    /// Fraction of the connections on which a bit is flipped.
     damage: f64,
     witness: Witness,
 }
 
-/// What went over a connection.
+/// Data sent over a connection.
 #[derive(Default)]
 pub struct Recording {
-    /// Where to.
+    /// Address of the receiver.
     pub endpoint: String,
-    /// What was sent.
+    /// Bytes sent.
     pub sent: Vec<u8>,
     answer: Vec<u8>,
-    /// The byte of which a bit flips.
+    /// Index of the byte in which a bit is flipped.
     flip: Option<usize>,
 }
 
 impl Recording {
-    /// Was its ticket taken?
+    /// Returns whether the receiver accepted the ticket.
     fn was_accepted(&self) -> bool {
         self.answer.first_chunk::<ANSWER_BYTES>().and_then(decode_answer) == Some(Answer::Accept)
     }
 }
 
 impl Tap {
-    /// Of which the part `damage` is damaged on the way.
+    /// Starts without connections. A fraction `damage` of them will be damaged.
     pub fn new(rng: StdRng, damage: f64, witness: &Witness) -> Self {
         let witness = witness.clone();
         Self(Arc::new(Mutex::new(Tapped { recordings: Vec::new(), tickets: BTreeSet::new(), rng, damage, witness })))
     }
 
-    /// How prefill nodes connect to decode nodes.
+    /// Returns the dialer with which prefill nodes connect to decode nodes.
     pub fn kv_dialer(&self) -> Dialer {
         let tap = self.clone();
         Dialer::new(move |endpoint| {
@@ -133,7 +133,7 @@ impl Tap {
         recording
     }
 
-    /// KV-4: each sender has a ticket of its own.
+    /// Checks KV-4: no two senders use the same ticket.
     fn check_hello(&self, recording: &Recording) {
         let Some(hello) = recording.sent.first_chunk::<HELLO_BYTES>().and_then(decode_hello) else { return };
         let mut tapped = self.0.lock();
@@ -142,7 +142,7 @@ impl Tap {
         }
     }
 
-    /// A connection whose ticket was taken, for a ghost to repeat it; a late one for a high `rank` in 0..1.
+    /// Returns an accepted connection for the ghost to replay. A high `rank` in 0..1 selects a late one.
     pub fn used_ticket(&self, rank: f64) -> Option<(String, Vec<u8>)> {
         let tapped = self.0.lock();
         let used: Vec<_> = tapped.recordings.iter().filter(|recording| recording.lock().was_accepted()).collect();
@@ -150,14 +150,14 @@ impl Tap {
         Some((chosen.endpoint.clone(), chosen.sent.clone()))
     }
 
-    /// From now on nothing is damaged any more.
+    /// Stops all damage.
     pub fn repair(&self) {
         let mut tapped = self.0.lock();
         tapped.damage = 0.0;
         tapped.recordings.iter().for_each(|recording| recording.lock().flip = None);
     }
 
-    /// How many connections there were.
+    /// Returns the number of connections so far.
     pub fn connections(&self) -> usize {
         self.0.lock().recordings.len()
     }
@@ -183,7 +183,7 @@ impl AsyncRead for TappedStream {
 impl AsyncWrite for TappedStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        // In pieces, so that there are moments at which a frame has arrived in part.
+        // Writes small pieces, so that frames arrive in parts.
         let most = this.tap.0.lock().rng.random_range(1..MAX_SEGMENT_BYTES);
         let mut recording = this.recording.lock();
         let before = recording.sent.len();

@@ -1,4 +1,4 @@
-//! Nodes of the simulated cluster: the real services and the real transport around a simulated engine.
+//! Nodes of the simulated cluster: real services and transport around a simulated engine.
 
 use std::{sync::Arc, time::Duration};
 
@@ -31,78 +31,78 @@ use crate::{
     prefill::{self, LateLayers, Prefiller},
 };
 
-/// For requests without a deadline of their own.
+/// Default deadline of requests.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// What a node is like.
+/// Capacity and speed of a node.
 #[derive(Clone, Debug)]
 pub struct Size {
-    /// KV blocks.
+    /// Number of KV blocks.
     pub blocks: usize,
-    /// Most requests that hold blocks.
+    /// Maximum number of requests that hold blocks.
     pub max_running: usize,
-    /// Most that wait.
+    /// Maximum number of waiting requests.
     pub max_waiting: usize,
-    /// Most prompt tokens in one step.
+    /// Maximum number of prompt tokens per step.
     pub max_batch_tokens: usize,
-    /// Time for a token, or for a layer of a chunk.
+    /// Time per token, or per layer of a chunk.
     pub step: Duration,
-    /// The full model's layers that a decode node uses.
+    /// Layers of the full model that decode nodes use.
     pub layers: Vec<u32>,
 }
 
-/// What all nodes of a simulation share.
+/// Resources shared by all nodes of a simulation.
 #[derive(Clone)]
 pub struct Surroundings {
-    /// Hears of violations.
+    /// Receives reports of violations.
     pub witness: Witness,
-    /// Sees KV connections.
+    /// Records KV connections.
     pub tap: Tap,
-    /// How KV is sent.
+    /// Settings of the KV transport.
     pub transfer: TransferConfig,
-    /// May KV be damaged on its way?
+    /// Whether KV may be damaged in transit.
     pub damage: bool,
-    /// Where nodes register.
+    /// Registry of the nodes.
     pub members: Arc<watch::Sender<Members>>,
 }
 
-/// A node, as its host starts it again and again.
+/// A node's host, which starts the node repeatedly.
 #[derive(Clone)]
 pub struct SimulatedHost {
     /// Name of host and node.
     pub name: String,
-    /// What it does.
+    /// Role of the node.
     pub role: Role,
-    /// What it is like.
+    /// Capacity and speed of the node.
     pub size: Size,
-    /// How fast it is.
+    /// Current speed of the engine.
     pub pace: Pace,
-    /// What it shares.
+    /// Resources shared with other nodes.
     pub around: Surroundings,
-    /// What runs there now, if anything does.
+    /// The running node, if any.
     pub process: Arc<Mutex<Option<Process>>>,
 }
 
-/// A running node, from outside.
+/// Handle of a running node.
 pub struct Process {
-    /// Its blocks.
+    /// KV blocks of the node.
     pub pool: BlockPool,
-    /// What it is doing.
+    /// Load of the node.
     pub load: Arc<LoadState>,
-    /// What it registers.
+    /// Registration of the node.
     pub registration: Registration,
-    /// Tells it to drain within this time.
+    /// Asks the node to drain within this time.
     pub drain: mpsc::Sender<Duration>,
 }
 
 impl SimulatedHost {
-    /// A node that runs nowhere yet.
+    /// Creates a host whose node does not run yet.
     pub fn new(name: String, role: Role, size: Size, around: &Surroundings) -> Self {
         let pace = Pace::new(size.step);
         Self { name, role, size, pace, around: around.clone(), process: Arc::default() }
     }
 
-    /// What the host runs.
+    /// Runs the node. The host calls it at each start.
     pub async fn run(self) -> turmoil::Result {
         match self.role {
             Role::Prefill => self.prefill().await,
@@ -110,12 +110,12 @@ impl SimulatedHost {
         }
     }
 
-    /// The name under which etcd has it.
+    /// Key of the node in etcd.
     pub fn key(&self) -> String {
         format!("{}/{}", self.role, self.name)
     }
 
-    /// What the node is, and what it is doing.
+    /// Creates the core of the node's service: its description and state.
     fn core(
         &self,
         pool: &BlockPool,
@@ -175,7 +175,7 @@ impl SimulatedHost {
         let core = self.core(&pool, None)?;
         let limits = prefill_engine::EngineLimits {
             max_batch_tokens,
-            // The simulated engine's steps take as long as its tokens say.
+            // Steps of the simulated engine take a fixed time per token.
             step_target: Duration::MAX,
             max_running,
             max_waiting,
@@ -230,7 +230,7 @@ impl SimulatedHost {
     }
 }
 
-/// Serves until the node has drained. `engine` ends with the last way into it.
+/// Serves until the node has drained. The engine ends when all its handles are dropped.
 async fn serve(
     core: &NodeCore,
     listener: TcpListener,
@@ -245,7 +245,7 @@ async fn serve(
     core.serve(GrpcListener(listener), service, &mut end).await
 }
 
-/// How a simulation's nodes transfer KV.
+/// Returns the settings of the KV transport.
 pub fn transfer(idle: Duration, hello: Duration, max_frame_bytes: usize, dialer: tcp::Dialer) -> TransferConfig {
     TransferConfig { idle_timeout: idle, hello_timeout: hello, max_frame_bytes, max_connections: 64, dialer }
 }

@@ -1,10 +1,10 @@
-//! How fast an engine is, at the moment.
+//! Current speed of an engine.
 
 use std::{sync::Arc, time::Duration};
 
 use tokio::{sync::watch, time::sleep};
 
-/// Time for a step, which a test may stretch. Clones share it.
+/// Duration of a step, which a test may stretch. Clones share it.
 #[derive(Clone)]
 pub struct Pace {
     usual: Duration,
@@ -18,27 +18,27 @@ struct State {
 }
 
 impl Pace {
-    /// One step takes `usual`.
+    /// Starts with steps of duration `usual`.
     pub fn new(usual: Duration) -> Self {
         Self { usual, state: Arc::new(watch::Sender::new(State { factor: 1, stuck: false })) }
     }
 
-    /// From now on steps take so many times as long.
+    /// Multiplies the duration of later steps by `factor`.
     pub fn slow_down(&self, factor: u32) {
         self.state.send_modify(|state| state.factor = factor);
     }
 
-    /// While set no step ends.
+    /// While set, no step ends.
     pub fn set_stuck(&self, stuck: bool) {
         self.state.send_modify(|state| state.stuck = stuck);
     }
 
-    /// Lets the time of a step pass.
+    /// Waits for the duration of a step.
     pub async fn step(&self) {
         let mut state = self.state.subscribe();
         let factor = state.borrow().factor;
         sleep(self.usual * factor).await;
-        // The sender is in `self`.
+        // Can't fail, since `self` holds the sender.
         let _ = state.wait_for(|state| !state.stuck).await;
     }
 }

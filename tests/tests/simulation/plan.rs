@@ -1,4 +1,4 @@
-//! What happens in a simulation: all of it drawn from the seed before it begins.
+//! Plan of a simulation. All events are drawn from the seed before it starts.
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
@@ -7,78 +7,78 @@ use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
 use crate::{client::Ask, content::output, node::Size};
 
-/// Time that no fault shortens: for requests that have to succeed.
+/// Time limit that no fault exhausts, for requests that must succeed.
 pub const LONG: Duration = Duration::from_secs(90);
 
-/// More requests than there are.
+/// Request limit that is never reached.
 const MANY: usize = 256;
 
-/// A simulation.
+/// Plan of a simulation.
 pub struct Plan {
-    /// Steps of the simulated network.
+    /// Time step of the simulated network.
     pub tick: Duration,
-    /// Of a message.
+    /// Range of message latencies.
     pub latency: Range<Duration>,
-    /// Segments that a connection holds.
+    /// Capacity of a connection in segments.
     pub tcp_capacity: usize,
-    /// Do hosts run in another order in each step?
+    /// Whether hosts run in a random order in each step.
     pub random_order: bool,
-    /// Nodes: the first of each role is sheltered, if any is.
+    /// Nodes with their names and roles. If `sheltered`, the first node of each role suffers no fault.
     pub nodes: Vec<(String, Role, Size)>,
-    /// Longest silence on a KV connection.
+    /// Idle timeout of KV connections.
     pub idle_timeout: Duration,
-    /// Longest wait for its first words.
+    /// Timeout for the hello of a KV connection.
     pub hello_timeout: Duration,
-    /// Longest frame.
+    /// Maximum frame size in bytes.
     pub max_frame_bytes: usize,
-    /// Longest silence of a node, as the router sees it.
+    /// Router's timeout for a silent node.
     pub node_timeout: Duration,
-    /// Longest wait for a token.
+    /// Router's timeout for the next token.
     pub progress_timeout: Duration,
-    /// Longest wait for room.
+    /// Maximum time in the router's queue.
     pub max_queue: Duration,
-    /// Most requests that the router has on the nodes.
+    /// Maximum number of requests that the router runs on the nodes.
     pub max_running: usize,
-    /// Attempts per request.
+    /// Maximum number of attempts per request.
     pub max_attempts: u32,
-    /// Do nodes register, or does the router know them?
+    /// Whether nodes register themselves. Otherwise the router's settings list them.
     pub discovery: bool,
-    /// Is a node of each role spared, so that requests with enough time must succeed?
+    /// Whether one node of each role suffers no fault. Requests with enough time must then succeed.
     pub sheltered: bool,
-    /// Part of the KV connections on which a bit flips.
+    /// Fraction of the KV connections on which a bit is flipped.
     pub damage: f64,
-    /// What happens, and when.
+    /// Events with their times.
     pub events: Vec<(Duration, Event)>,
-    /// From then on nothing is wrong any more.
+    /// Time after which there are no more faults.
     pub calm_from: Duration,
 }
 
-/// Something that happens. Hosts go by their names.
+/// An event. Hosts are identified by name.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// A client comes; it leaves again after so long, if it does.
+    /// A client sends a request. If a time is given, it disconnects after it.
     Ask(Ask, Option<Duration>),
-    /// No message passes between two hosts, for a time.
+    /// No messages pass between two hosts for a time.
     Partition(String, String, Duration),
-    /// No message passes in one direction.
+    /// No messages pass in one direction for a time.
     OneWay(String, String, Duration),
-    /// Messages between two hosts are held up, then all delivered.
+    /// Messages between two hosts are held for a time, then delivered.
     Hold(String, String, Duration),
-    /// A process dies, and starts again.
+    /// A process crashes, and restarts after a time.
     Crash(String, Duration),
-    /// A machine loses power: its connections don't even end.
+    /// A machine loses power without closing its connections, and restarts after a time.
     PowerOff(String, Duration),
-    /// A node is asked to drain in the first time, and starts again after the second.
+    /// A node is asked to drain within the first time. It restarts after the second.
     Drain(String, Duration, Duration),
-    /// An engine does not get on.
+    /// An engine hangs for a time.
     Stuck(String, Duration),
-    /// An engine takes so many times as long.
+    /// An engine is slower by this factor for a time.
     Slow(String, u32, Duration),
-    /// The discovery loses a node.
+    /// Discovery loses a node for a time.
     Forget(String, Duration),
-    /// The discovery loses all nodes.
+    /// Discovery loses all nodes for a time.
     ForgetAll(Duration),
-    /// Somebody repeats what was said on a KV connection: of the used ones a late one for a high number in 0..1.
+    /// A recorded KV connection is replayed. A high number in 0..1 selects a late one.
     Ghost(f64),
 }
 
@@ -86,7 +86,7 @@ fn millis(rng: &mut StdRng, range: Range<u64>) -> Duration {
     Duration::from_millis(rng.random_range(range))
 }
 
-/// How long something is wrong: shorter than all timeouts, about as long, or longer.
+/// Draws the duration of a fault: shorter than all timeouts, about as long, or longer.
 fn trouble(rng: &mut StdRng) -> Duration {
     match rng.random_range(0..3) {
         0 => millis(rng, 5..200),
@@ -95,25 +95,25 @@ fn trouble(rng: &mut StdRng) -> Duration {
     }
 }
 
-/// One of them.
+/// Draws an item of a list.
 fn one<T: Clone>(rng: &mut StdRng, list: &[T]) -> T {
     list[rng.random_range(0..list.len())].clone()
 }
 
-/// Prompts, some of which begin as others do, or go on where an answer has ended.
+/// Draws prompts. Some share a beginning, and some continue an earlier answer.
 pub struct Prompts {
     beginnings: Vec<Vec<u32>>,
-    /// Prompts with their answers.
+    /// Earlier prompts with their answers.
     said: Vec<Vec<u32>>,
 }
 
 impl Prompts {
-    /// Of a simulation.
+    /// Draws the shared beginnings.
     pub fn new(rng: &mut StdRng) -> Self {
         Self { beginnings: (0..3).map(|_| letters(rng, 64)).collect(), said: Vec::new() }
     }
 
-    /// The next one, which is to have an answer of up to `max_tokens`.
+    /// Draws the next prompt. Its answer will have up to `max_tokens` tokens.
     pub fn next(&mut self, rng: &mut StdRng, max_tokens: u32) -> Arc<[u32]> {
         let mut prompt = match rng.random_bool(0.3) && !self.said.is_empty() {
             true => one(rng, &self.said),
@@ -125,7 +125,7 @@ impl Prompts {
         };
         let tail = rng.random_range(1..30);
         prompt.extend(letters(rng, tail));
-        // The smallest node has 128 tokens.
+        // The smallest node has KV for 128 tokens.
         prompt.truncate(100);
         self.said.push([&*prompt, &output(&prompt, max_tokens, false)].concat());
         prompt.into()
@@ -136,7 +136,7 @@ fn letters(rng: &mut StdRng, n: usize) -> Vec<u32> {
     (0..n).map(|_| u32::from(b'a') + 3 + rng.random_range(0..26)).collect()
 }
 
-/// A request, to be served in `time`.
+/// Draws a request with time limit `time`.
 pub fn ask(rng: &mut StdRng, prompts: &mut Prompts, time: Duration) -> Ask {
     let pause = if rng.random_bool(0.1) { millis(rng, 5..150) } else { Duration::ZERO };
     let max_tokens = if rng.random_bool(0.05) { 1 } else { rng.random_range(2..26) };
@@ -152,7 +152,7 @@ pub fn ask(rng: &mut StdRng, prompts: &mut Prompts, time: Duration) -> Ask {
 }
 
 impl Plan {
-    /// Of this seed.
+    /// Draws a plan.
     pub fn new(rng: &mut StdRng, prompts: &mut Prompts) -> Self {
         let sheltered = rng.random_bool(0.4);
         let discovery = rng.random_bool(0.5);
@@ -175,7 +175,7 @@ impl Plan {
             node_timeout: millis(rng, 1000..3000),
             progress_timeout: millis(rng, 1500..4000),
             max_running,
-            // Else who waits behind others is refused before that is over.
+            // A shorter limit would reject requests that only wait behind others.
             max_queue: if sheltered || max_running < MANY { LONG } else { millis(rng, 1000..8000) },
             max_attempts: if sheltered { 1000 } else { rng.random_range(1..6) },
             discovery,
@@ -194,7 +194,7 @@ fn nodes(rng: &mut StdRng) -> Vec<(String, Role, Size)> {
     names
         .chain((0..decoders).map(|i| (format!("decode-{i}"), Role::Decode)))
         .map(|(name, role)| {
-            // Fast ones see most requests through before anything happens; slow ones are met in the middle.
+            // Fast nodes finish most requests before a fault. Slow ones are hit in the middle of requests.
             let slowest = one(rng, &[30, 120]);
             let size = Size {
                 blocks: rng.random_range(8..30),
@@ -259,7 +259,7 @@ fn faults(
     }
 }
 
-/// The generator of everything that is drawn for a seed, apart from what the code under test draws.
+/// Returns the generator for a seed's plan and checks. The code under test draws from its own generators.
 pub fn rng(seed: u64) -> StdRng {
     StdRng::seed_from_u64(seed ^ 0x6f76_6572_6669_6c6c)
 }

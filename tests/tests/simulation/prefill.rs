@@ -1,4 +1,4 @@
-//! The engine of a simulated prefill node: the real one, but the model takes only time.
+//! Engine of a simulated prefill node: the real engine, with a model that only takes time.
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
@@ -15,18 +15,18 @@ use crate::{
     pace::Pace,
 };
 
-/// As the real engine's.
+/// Polling interval of the real engine.
 const POLL: Duration = Duration::from_millis(5);
 
-/// Computes prompts. As a GPU does, it gives the tokens of a step before all of its layers are done.
+/// Simulated model that computes prompts. Like a GPU, it returns the tokens of a step before all its layers are done.
 pub struct Prefiller {
-    /// Memory.
+    /// KV memory of the node.
     pub guard: Arc<Guard>,
-    /// Layers that are still to be done.
+    /// Layers that are not done yet.
     pub late: LateLayers,
 }
 
-/// Layers of the last step that are done after it.
+/// Layers of the last step that finish after the step returns.
 #[derive(Clone, Default)]
 pub struct LateLayers(Arc<Mutex<Option<Late>>>);
 
@@ -36,7 +36,7 @@ struct Late {
     layers: Arc<dyn LayerSink>,
 }
 
-/// What a chunk writes into each layer.
+/// KV that a chunk writes to each layer.
 struct Written {
     content: Arc<Content>,
     /// Index of the first block in the prompt.
@@ -67,7 +67,7 @@ impl Prefiller {
     fn written(&self, chunk: &PromptChunk<'_>) -> Written {
         let content = Arc::new(Content::new(&chunk.job.request.tokens, FULL));
         self.guard.will_send(&chunk.job.blocks, &content);
-        // To the end of the last block.
+        // Blocks are written to the end of the last block.
         let touched: Range<usize> = chunk.tokens.start / BLOCK_TOKENS..chunk.tokens.end.div_ceil(BLOCK_TOKENS);
         Written { content, first: touched.start, blocks: chunk.job.blocks[touched].to_vec() }
     }
@@ -84,7 +84,7 @@ fn compute(guard: &Guard, layer: usize, chunks: &[Written], layers: &dyn LayerSi
     layers.layer_ready(layer);
 }
 
-/// Lets the engine compute until nothing is left and nothing can come.
+/// Runs the engine until no work is left and no more can arrive.
 pub async fn run(mut engine: Engine<Prefiller>, guard: Arc<Guard>, late: LateLayers, pace: Pace) {
     loop {
         match engine.turn() {

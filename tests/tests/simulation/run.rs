@@ -1,4 +1,4 @@
-//! One simulation, from its seed to its verdict.
+//! Runs one simulation and checks it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,28 +24,28 @@ use crate::{
     plan::{self, Event, LONG, Plan, Prompts},
 };
 
-/// What may come late: ticks, latency, a client's last read.
+/// Allowed delay from ticks, latency and a client's last read.
 const SLACK: Duration = Duration::from_secs(1);
-/// Within this time after the last request, or its deadline, everything is free. (A refused sender's connection is read
-/// for half a second more, and an engine may be in the middle of a slow step.)
+/// Time after the last request, or its deadline, within which all resources must be released. (A refused sender's
+/// connection is read for another half second, and an engine may be in a slow step.)
 const RELEASE: Duration = Duration::from_secs(2);
-/// Within this time all nodes are used again after the last fault: a breaker opens for half a minute at most.
+/// Time after the last fault within which all nodes must be usable. A circuit breaker opens for at most 30 seconds.
 const RECOVERY: Duration = Duration::from_secs(45);
-/// How long the discovery believes a node that does not renew its lease.
+/// Time after which discovery drops a node that does not renew its lease.
 const LEASE: Duration = Duration::from_secs(1);
 
-/// What came of a simulation.
+/// Result of a simulation.
 #[derive(Debug)]
 pub struct Outcome {
-    /// What was violated.
+    /// The first violation, if any.
     pub verdict: Result<(), String>,
-    /// The same for the same run, token by token.
+    /// Digest of all tokens and their times. Equal runs have equal digests.
     pub digest: u64,
-    /// What happened, for people.
+    /// Summary for the log.
     pub summary: String,
 }
 
-/// Runs the simulation of a seed, on a thread of its own: what the thread has done before would show.
+/// Simulates a seed on a new thread, since the thread's earlier use of randomness would change the result.
 pub fn simulate(seed: u64) -> Outcome {
     let run = move || {
         entropy::seed_this_thread(seed);
@@ -64,7 +64,7 @@ pub fn simulate(seed: u64) -> Outcome {
     }
 }
 
-/// Something that ends: a fault, or a client's patience.
+/// End of a fault, or of a client's patience.
 enum Ending {
     Link(String, String),
     OneWay(String, String),
@@ -87,12 +87,12 @@ struct Cluster {
     around: Surroundings,
     ghosts: mpsc::Sender<(String, Vec<u8>)>,
     records: Vec<Arc<Record>>,
-    /// What ends when, in the order in which it was begun.
+    /// Endings by time, then in the order in which they were scheduled.
     endings: BTreeMap<(Duration, usize), Ending>,
     begun: usize,
-    /// The endings that links wait for: a later fault of the same link takes the place of an earlier one.
+    /// The pending ending of each faulty link. A later fault of a link replaces an earlier one.
     links: BTreeMap<(String, String), usize>,
-    /// Hosts that will start again.
+    /// Hosts that will restart.
     restarts: BTreeSet<String>,
     faults: usize,
 }
@@ -185,7 +185,7 @@ impl Cluster {
         self.records.iter().all(|record| record.end().is_some())
     }
 
-    /// Goes on step by step, with all that ends on the way and all checks.
+    /// Steps the simulation until `done`, ends faults that are due, and runs all checks after each step.
     fn run_until(&mut self, done: impl Fn(&Self) -> bool) -> Result<(), String> {
         while !done(self) {
             while let Some(entry) = self.endings.first_entry()
@@ -225,7 +225,7 @@ impl Cluster {
         self.links.insert(link(a, b), id);
     }
 
-    /// Is this still what the link waits for?
+    /// Returns whether `id` is still the pending ending of the link. If so, removes it.
     fn link_heals(&mut self, a: &str, b: &str, id: usize) -> bool {
         let heals = self.links.get(&link(a, b)) == Some(&id);
         if heals {
@@ -264,7 +264,7 @@ impl Cluster {
                 self.sim.partition(a.as_str(), b.as_str());
                 self.link_fails(&a, &b, long, Ending::Link(a.clone(), b.clone()));
             }
-            // Of a link that has another fault, nothing is known in one direction.
+            // Skipped if the link has another fault, since the state of one direction is then unknown.
             Event::OneWay(a, b, _) | Event::Hold(a, b, _) if self.links.contains_key(&link(&a, &b)) => {}
             Event::OneWay(a, b, long) => {
                 self.sim.partition_oneway(a.as_str(), b.as_str());
@@ -315,7 +315,7 @@ impl Cluster {
             }
             Event::Ghost(rank) => {
                 if let Some(used) = self.around.tap.used_ticket(rank) {
-                    // The ghost lives as long as the simulation.
+                    // The ghost runs until the simulation ends.
                     let _ = self.ghosts.try_send(used);
                 }
             }
@@ -323,7 +323,7 @@ impl Cluster {
     }
 
     fn restart_later(&mut self, name: &str, down: Duration) {
-        // One that drains may crash on the way.
+        // A draining node may crash, and already has a scheduled restart.
         if self.restarts.insert(name.to_owned()) {
             self.later(down, Ending::Restart(name.to_owned()));
         }
@@ -354,7 +354,7 @@ impl Cluster {
             Ending::Held(a, b) if self.link_heals(&a, &b, id) => self.sim.release(a.as_str(), b.as_str()),
             Ending::Link(..) | Ending::OneWay(..) | Ending::Held(..) => {}
             Ending::Restart(name) => {
-                // It may still be draining.
+                // The node may still be draining.
                 self.kill(&name);
                 self.restarts.remove(&name);
                 self.sim.bounce(name);
@@ -378,19 +378,19 @@ impl Cluster {
         }
     }
 
-    /// KV-6: nothing fails that had the time, while a node of each role was spared.
+    /// Checks KV-6: no request with enough time fails if a node of each role was sheltered.
     fn check_sheltered(&self) -> Result<(), String> {
         let failed = |record: &&Arc<Record>| record.ask.time >= LONG && matches!(record.end(), Some(End::Failed(_)));
         match self.records.iter().find(failed).filter(|_| self.plan.sheltered) {
-            Some(record) => Err(format!("KV-6: {record:?}, though a node of each role was well")),
+            Some(record) => Err(format!("KV-6: {record:?}, though a node of each role was sheltered")),
             None => Ok(()),
         }
     }
 
-    /// Every fault has ended: all nodes are used again, in time.
+    /// Waits after the last fault until all nodes are usable. Fails after a time limit.
     fn recover(&mut self) -> Result<(), String> {
         let limit = self.now() + RECOVERY;
-        // Until then the router may not know that a connection leads nowhere.
+        // The router may not have noticed dead connections before this time.
         let known = self.now().max(self.plan.calm_from) + self.plan.node_timeout + SLACK;
         let usable = |this: &Self| {
             let router = this.router.process.lock();
@@ -403,12 +403,12 @@ impl Cluster {
             let router = self.router.process.lock();
             let list = router.as_ref().map(|router| router.core.nodes.list()).unwrap_or_default();
             let list: Vec<_> = list.iter().map(|node| format!("{}: {:?}", node.url, node.error)).collect();
-            return Err(format!("not all nodes are used again after the last fault: {}", list.join(", ")));
+            return Err(format!("nodes are still unusable after the last fault: {}", list.join(", ")));
         }
         Ok(())
     }
 
-    /// Nothing is wrong any more: requests succeed, and what a client leaves behind is free soon.
+    /// Without faults, checks that requests succeed and that a disconnected client's resources are released soon.
     fn probe(&mut self) -> Result<(), String> {
         let mut probes = Vec::new();
         for i in 0..4 {
@@ -419,12 +419,12 @@ impl Cluster {
         self.run_until(Self::have_all_ended)?;
         let failed = |record: &&Arc<Record>| !matches!(record.end(), Some(End::Whole(_) | End::Cancelled));
         match probes.iter().find(failed) {
-            Some(record) => Err(format!("KV-6: {record:?}, though nothing is wrong")),
+            Some(record) => Err(format!("KV-6: {record:?} in a cluster without faults")),
             None => Ok(()),
         }
     }
 
-    /// KV-3: everything is free, now that all requests have ended and the deadlines of those before the probes are over.
+    /// Checks KV-3: all resources are released after all requests have ended and earlier deadlines have passed.
     fn check_free(&mut self) -> Result<(), String> {
         let probes = self.records.len() - 4;
         let deadlines =
@@ -487,7 +487,7 @@ fn config(plan: &Plan) -> Config {
         max_queue: plan.max_queue,
         max_attempts: plan.max_attempts,
         max_running: plan.max_running,
-        // Reckoned in real time, which does not pass here.
+        // Measured in real time, which barely passes in a simulation.
         min_retries_per_second: 1_000_000,
         node_timeout: plan.node_timeout,
         progress_timeout: plan.progress_timeout,

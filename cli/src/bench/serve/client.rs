@@ -33,7 +33,7 @@ pub struct Api {
 pub struct Outcome {
     /// When it was sent, or should have been sent.
     pub sent: Instant,
-    /// Tokens of its prompt.
+    /// Number of prompt tokens.
     pub prompt_tokens: usize,
     /// Arrival time of each output token.
     pub result: Result<Vec<Instant>, Failure>,

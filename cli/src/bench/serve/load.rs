@@ -15,11 +15,11 @@ const NORMAL_P95: f64 = 1.644_853_626_951_472;
 /// Length of prompts or answers, in tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Lengths {
-    /// The same for all.
+    /// The same length for all.
     Fixed(usize),
     /// Equally likely between `low` and `high`.
     Uniform { low: usize, high: usize },
-    /// Many short and few long, like real traffic. Longer ones are cut to `most`.
+    /// Lognormal: many short and few long ones, like real traffic. Lengths above `most` are cut to it.
     LogNormal { median: usize, p95: usize, most: usize },
 }
 
@@ -176,7 +176,7 @@ mod tests {
         let times: Vec<f64> = gaps(50.0, 3).take(20_000).map(|gap| gap.as_secs_f64()).collect();
         let mean = times.iter().sum::<f64>() / times.len() as f64;
         assert!((mean - 0.02).abs() < 0.001, "{mean}");
-        // Of an exponential distribution, 1 / e of all are above the mean.
+        // In an exponential distribution, a fraction 1 / e of all values is above the mean.
         let above = times.iter().filter(|t| **t > 0.02).count() as f64 / times.len() as f64;
         assert!((above - 0.368).abs() < 0.02, "{above}");
     }

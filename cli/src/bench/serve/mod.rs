@@ -128,7 +128,7 @@ pub async fn run(args: ServeArgs) -> Result<()> {
             bail!("the warm-up failed: {}: {}", failure.kind, failure.message);
         }
     }
-    tracing::info!(warm_up_requests = args.warm_up_requests, "warm; measuring");
+    tracing::info!(warm_up_requests = args.warm_up_requests, "warm-up done, starting the load");
     let start = Instant::now();
     let outcomes = args.load(&api, workload, start).await?;
     let limits = Limits { ttft_limit_seconds: args.ttft_limit_seconds, itl_limit_seconds: args.itl_limit_seconds };
@@ -160,7 +160,7 @@ impl ServeArgs {
     async fn load(&self, api: &Arc<Api>, workload: Workload, start: Instant) -> Result<Vec<Outcome>> {
         let most = self.rate.map_or(self.concurrency, |_| self.max_in_flight);
         let places = Arc::new(Semaphore::new(most));
-        // Not the numbers that the prompts are drawn by.
+        // Arrival times need a seed that differs from the prompts' seed.
         let mut gaps = self.rate.map(|rate| load::gaps(rate, !self.seed));
         let end = self.duration_seconds.map(|seconds| start + Duration::from_secs_f64(seconds));
         let count = self.duration_seconds.map_or(self.requests, |_| super::MOST_COUNT);
@@ -170,7 +170,7 @@ impl ServeArgs {
                 arrival += gap;
                 sleep_until(end.map_or(arrival, |end| end.min(arrival))).await;
             }
-            // In a closed loop its turn comes when one ends, which each does within its time-out.
+            // In a closed loop, waits until another request ends, which takes at most its time limit.
             let place = match self.rate {
                 Some(_) => places.clone().try_acquire_owned().ok(),
                 None => Some(places.clone().acquire_owned().await.context("the places are never closed")?),

@@ -78,7 +78,7 @@ impl Answer {
         })
     }
 
-    /// Is it within both limits? An answer of one token has no ITL.
+    /// Returns whether the request is within both limits. An answer of one token has no ITL.
     fn is_good(&self, limits: &Limits) -> bool {
         let itl = self.gaps.iter().sum::<f64>() / self.gaps.len().max(1) as f64;
         limits.ttft_limit_seconds.is_none_or(|limit| self.ttft <= limit)
@@ -92,7 +92,7 @@ pub struct Goodput {
     #[serde(flatten)]
     pub limits: Limits,
     pub requests: usize,
-    /// Share of all requests, including failed and unsent ones.
+    /// Fraction of all requests, including failed and unsent ones.
     pub share: f64,
     pub requests_per_second: f64,
 }
@@ -189,7 +189,7 @@ mod tests {
     use super::super::client::Failure;
     use super::*;
 
-    /// A request whose tokens came at these times after it was sent, in milliseconds.
+    /// A request whose tokens arrive at these times after sending, in milliseconds.
     fn answered(tokens: &[u64]) -> Outcome {
         let sent = Instant::now();
         let at = |ms: &u64| sent + Duration::from_millis(*ms);
@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn a_request_is_good_within_both_limits() {
-        // First token after 100 ms, then 20, 20 and 50 ms: 30 ms in the mean.
+        // First token after 100 ms, then gaps of 20, 20 and 50 ms: the mean ITL is 30 ms.
         let answer = Answer::of(&answered(&[100, 120, 140, 190])).unwrap();
         for (ttft, itl, good) in [
             (None, None, true),
