@@ -50,7 +50,7 @@ pub struct Batch {
     pub prompt_logprobs: bool,
     /// Arrival and time limit of the request.
     pub lifetime: Lifetime,
-    /// Time spent in the legs before admission.
+    /// Time already spent in the legs that all sequences share.
     pub spent: LegTimes,
 }
 
