@@ -47,7 +47,7 @@ pub enum GenerateError {
         retry_after: Duration,
     },
     /// The expected wait is longer than the request's time limit allows.
-    #[error("too many requests are waiting: this request would start in about {:.1} s, which is too late", wait.as_secs_f64())]
+    #[error("too many requests are waiting: this one would start in about {:.1} s, which is too late", wait.as_secs_f64())]
     Overloaded {
         /// The expected wait.
         wait: Duration,
