@@ -1,14 +1,14 @@
-//! Which prefill node has seen which prefix: a guess at its prefix cache, good enough to send prompts of one
-//! conversation to one node.
+//! Remembers which prefill node has computed which prompt prefix. It approximates the nodes' prefix caches, so that the
+//! prompts of a conversation go to the same node.
 
 use std::collections::HashMap;
 
 use overfill_kv::BlockHash;
 
-/// Nodes remembered per block.
+/// Maximum number of nodes remembered per block.
 const NODES_PER_BLOCK: usize = 4;
 
-/// Bounded map from block to the nodes that computed it.
+/// Bounded map from a block to the nodes that computed it.
 ///
 /// Two generations approximate a least-recently-used order. A block that is used moves to the young generation. When
 /// the young generation is full, it replaces the old one. Every operation is O(1) per block.
@@ -24,7 +24,7 @@ impl Affinity {
         Self { young: HashMap::new(), old: HashMap::new(), half: (capacity / 2).max(1) }
     }
 
-    /// How many leading blocks of `hashes` the node `node` has seen.
+    /// Number of leading blocks of `hashes` that `node` has computed.
     pub fn matched(&self, hashes: &[BlockHash], node: u64) -> usize {
         let seen = |hash: &&BlockHash| {
             self.young.get(*hash).or_else(|| self.old.get(*hash)).is_some_and(|nodes| nodes.contains(&node))
@@ -32,7 +32,7 @@ impl Affinity {
         hashes.iter().take_while(seen).count()
     }
 
-    /// Remembers that `node` computes these blocks.
+    /// Records that `node` computes these blocks.
     pub fn record(&mut self, hashes: &[BlockHash], node: u64) {
         for hash in hashes {
             if self.young.len() >= self.half && !self.young.contains_key(hash) {

@@ -1,4 +1,4 @@
-//! Settings, raw and checked.
+//! Command line arguments and validated configuration.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -10,7 +10,7 @@ use overfill_cluster::{
 
 use crate::tenants::ApiKeys;
 
-/// Longest time that can be set: a day.
+/// Maximum of all time settings: one day.
 const MAX_SECONDS: f64 = 86_400.0;
 
 /// Settings as given on the command line or in the environment.
@@ -165,53 +165,53 @@ pub struct Args {
     pub process: ProcessArgs,
 }
 
-/// Settings that can be used.
+/// Validated settings.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// `http://host:port` of each prefill node.
+    /// URLs of prefill nodes, for example `http://host:port`.
     pub prefill_urls: Vec<String>,
-    /// `http://host:port` of each decode node.
+    /// URLs of decode nodes, for example `http://host:port`.
     pub decode_urls: Vec<String>,
     /// Models that are listed before a node serves them.
     pub served_models: Vec<String>,
-    /// Where HTTP is served; port 0 picks one.
+    /// Listen address of HTTP. Port 0 picks a free port.
     pub http: SocketAddr,
-    /// Where gRPC is served; port 0 picks one.
+    /// Listen address of gRPC. Port 0 picks a free port.
     pub grpc: SocketAddr,
-    /// Most sequences of one model on the nodes at once.
+    /// Maximum number of running sequences per model.
     pub max_running: usize,
-    /// Most sequences of one model waiting.
+    /// Maximum number of waiting sequences per model.
     pub max_waiting: usize,
-    /// Time a request may take in all.
+    /// Time limit of a request that sets no deadline.
     pub default_deadline: Duration,
-    /// Longest wait for a place or a node with room.
+    /// Maximum wait for admission or for a node with room.
     pub max_queue: Duration,
-    /// Most attempts per request.
+    /// Maximum number of attempts per request.
     pub max_attempts: u32,
-    /// Retries per second that are always allowed, beside one for every five new requests.
+    /// Retries per second that are always allowed, in addition to one for every five new requests.
     pub min_retries_per_second: u32,
-    /// Longest time that a node may leave a ping unanswered.
+    /// Maximum time without an answer to pings before a node is removed.
     pub node_timeout: Duration,
-    /// Longest time between two tokens of a request that is being decoded.
+    /// Maximum time between two tokens of a request that is being decoded.
     pub progress_timeout: Duration,
-    /// Largest HTTP body.
+    /// Maximum size of an HTTP request body, in bytes.
     pub max_body_bytes: usize,
-    /// Most connections with requests on each port.
+    /// Maximum number of connections with running requests on each port.
     pub max_connections: usize,
-    /// TLS towards clients. `None`: nothing is encrypted.
+    /// TLS for clients. `None`: no encryption.
     pub serve_tls: Option<Tls>,
-    /// The clients' API keys. `None`: everybody is served.
+    /// API keys of clients. `None`: requests need no key.
     pub api_keys: Option<ApiKeys>,
-    /// TLS towards the nodes. `None`: nothing is encrypted.
+    /// TLS between router and nodes. `None`: no encryption.
     pub tls: Option<Tls>,
     /// Opens connections to nodes.
     pub dialer: Dialer,
-    /// The etcd in which nodes register. `None`: the router uses the URLs alone.
+    /// The etcd cluster in which nodes register. `None`: only the configured URLs are used.
     pub etcd: Option<EtcdConfig>,
 }
 
 impl Config {
-    /// A router for these nodes on free local ports, everything else as by default. For tests and benches.
+    /// Default settings for these nodes, on free ports of 127.0.0.1. For tests and benchmarks.
     pub fn local(prefill_urls: Vec<String>, decode_urls: Vec<String>) -> Self {
         Self {
             prefill_urls,
@@ -250,7 +250,7 @@ fn scheme(tls: &Option<Tls>) -> &'static str {
 }
 
 impl Args {
-    /// Checks everything and reports every fault at once.
+    /// Validates all arguments. Returns all errors at once.
     pub fn validate(self) -> Result<Config, Vec<ConfigError>> {
         let Self {
             prefill_url,

@@ -1,21 +1,21 @@
-//! A node's circuit breaker: open after a failure, half-open when some time has passed. Pure.
+//! A node's circuit breaker: open after a failure, half-open after a pause. It does no I/O and reads no clock.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How long the first failure keeps requests away.
+/// Pause after the first failure.
 const PAUSE_MIN: Duration = Duration::from_secs(1);
-/// How long repeated failures keep requests away at most.
+/// Maximum pause. The pause doubles with every repeated failure.
 const PAUSE_MAX: Duration = Duration::from_secs(30);
-/// Suspicions in a row that count as a failure.
+/// Number of consecutive suspicions that count as a failure.
 const MAX_SUSPICIONS: u32 = 3;
 
-/// Keeps requests from a node that fails them.
+/// Stops requests to a node that fails them.
 #[derive(Debug)]
 pub struct Breaker {
     state: State,
-    /// How long the next failure keeps the breaker open.
+    /// Time for which the next failure opens the breaker.
     pause: Duration,
     suspicions: u32,
 }
@@ -24,21 +24,21 @@ pub struct Breaker {
 enum State {
     /// Requests go through.
     Closed,
-    /// No request goes through until this moment. Then one may, as a probe.
+    /// No request goes through until this time. Then one request may go through as a probe.
     Open(Instant),
     /// A probe is under way. Its outcome decides.
     HalfOpen,
 }
 
 impl Default for Breaker {
-    /// The breaker of a node that has just joined.
+    /// A closed breaker, for a node that has just joined.
     fn default() -> Self {
         Self { state: State::Closed, pause: PAUSE_MIN, suspicions: 0 }
     }
 }
 
 impl Breaker {
-    /// May a request go to the node?
+    /// Whether a request may go to the node.
     pub fn admits(&self, now: Instant) -> bool {
         match self.state {
             State::Closed => true,
@@ -47,7 +47,7 @@ impl Breaker {
         }
     }
 
-    /// A request goes to the node. True: the request is a probe.
+    /// Records that a request goes to the node. Returns whether the request is a probe.
     pub fn begin(&mut self, now: Instant) -> bool {
         match self.state {
             State::Open(until) if now >= until => {
@@ -59,14 +59,14 @@ impl Breaker {
         }
     }
 
-    /// A request got what it wanted of the node.
+    /// Records that the node served a request.
     pub fn succeeded(&mut self) {
         *self = Self::default();
     }
 
-    /// The node failed a request.
+    /// Records that the node failed a request.
     pub fn failed(&mut self, now: Instant) {
-        // All requests on a node fail together, which is one failure.
+        // When a node fails, all of its requests fail. They count as one failure.
         if let State::Open(_) = self.state {
             return;
         }
@@ -74,7 +74,7 @@ impl Breaker {
         self.pause = (self.pause * 2).min(PAUSE_MAX);
     }
 
-    /// A request failed through this node or another one.
+    /// Records that a request failed because of this node or of another one.
     pub fn suspected(&mut self, now: Instant) {
         self.suspicions += 1;
         if self.suspicions >= MAX_SUSPICIONS || self.state == State::HalfOpen {
@@ -83,7 +83,7 @@ impl Breaker {
         }
     }
 
-    /// A probe ended without an outcome: the next request is a probe, too.
+    /// Records that a probe ended without a result. The next request becomes a probe.
     pub fn abandoned(&mut self, now: Instant) {
         if self.state == State::HalfOpen {
             self.state = State::Open(now);

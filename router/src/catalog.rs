@@ -1,7 +1,7 @@
-//! The models that clients may name: nodes serve them, or the router is configured to expect them.
+//! The catalog of models: models that nodes serve, and configured models.
 //!
-//! A router may start before its nodes, and lose them all. A request for a model that nodes will serve waits until they
-//! do.
+//! A router may start before its nodes, and may lose all of them. A request for a model that no node serves at the moment
+//! waits for a node.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,7 +17,7 @@ use tokio::{
 
 use crate::{GenerateError, node::ServedModel, nodes::Nodes};
 
-/// When a client that found the queue full may try again.
+/// Retry-after time for clients if the queue is full.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// The models of one router. Clones share them.
@@ -25,26 +25,26 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 pub struct Catalog {
     nodes: Nodes,
     configured: Arc<BTreeSet<String>>,
-    /// A place for each request that waits for a model.
+    /// One permit for each request that may wait for a model.
     places: Arc<Semaphore>,
     max_waiting: usize,
-    /// Seconds since 1970, when the router started.
+    /// Start time of the router, in seconds since 1970.
     started: u64,
 }
 
-/// A model in a list of them.
+/// A model as [`Catalog::list`] returns it.
 pub struct Listed {
     /// The name that clients use.
     pub name: String,
-    /// Seconds since 1970 when the model was first seen. For a configured model that was never seen: when the router
-    /// started.
+    /// When the model was first seen, in seconds since 1970. For a configured model that was never seen, this is the start
+    /// time of the router.
     pub created: u64,
-    /// The model as nodes serve it; `None` for a configured model whose nodes never came.
+    /// Description from the model's nodes. `None` for a configured model that was never served.
     pub served: Option<Arc<ServedModel>>,
 }
 
 impl Catalog {
-    /// At most `max_waiting` requests wait for models that no node serves yet.
+    /// Creates a catalog in which at most `max_waiting` requests wait for models that no node serves yet.
     pub fn new(nodes: Nodes, configured: &[String], max_waiting: usize) -> Self {
         Self {
             nodes,
@@ -55,8 +55,7 @@ impl Catalog {
         }
     }
 
-    /// The model of this name; with an empty name, the only one. Waits until `until` for a model that no node serves
-    /// yet.
+    /// The model `name`. An empty name stands for the only model. Waits until `until` if no node serves the model yet.
     pub async fn find(&self, name: &str, until: Instant) -> Result<Arc<ServedModel>, GenerateError> {
         let mut changes = self.nodes.changes();
         let mut place = None;
@@ -65,7 +64,7 @@ impl Catalog {
             let missing = match self.look_up(name) {
                 Ok(Some(model)) => return Ok(model),
                 Ok(None) => GenerateError::Unavailable(self.trouble()),
-                // Nodes join one after the other: one that waits is not refused because another model came first.
+                // A waiting request keeps waiting if another model is served first, because nodes join one by one.
                 Err(unknown) if place.is_some() => unknown,
                 Err(unknown) => return Err(unknown),
             };
@@ -81,7 +80,7 @@ impl Catalog {
         }
     }
 
-    /// The model of this name. `None`: no node serves it yet, but one may come.
+    /// The model `name`. `None` if no node serves it yet. An error if no node is expected to serve it.
     fn look_up(&self, name: &str) -> Result<Option<Arc<ServedModel>>, GenerateError> {
         let known = &self.nodes.view().models;
         let names: BTreeSet<&String> = known.keys().chain(self.configured.iter()).collect();
@@ -104,12 +103,12 @@ impl Catalog {
         self.places.try_acquire().map_err(full)
     }
 
-    /// Requests that wait for a model now.
+    /// Number of requests that wait for a model.
     pub fn waiting(&self) -> usize {
         self.max_waiting - self.places.available_permits()
     }
 
-    /// Why a request would have to wait now; `None` if nodes of some model take requests.
+    /// Why every request would have to wait. `None` if the nodes of at least one model take requests.
     pub fn missing(&self) -> Option<String> {
         let view = self.nodes.view();
         (view.prefill.is_empty() || view.decode.is_empty() || view.models.is_empty()).then(|| self.trouble())
@@ -120,7 +119,7 @@ impl Catalog {
         self.nodes.trouble(role)
     }
 
-    /// All models, served or configured, by name.
+    /// All served or configured models, sorted by name.
     pub fn list(&self) -> Vec<Listed> {
         let configured = self.configured.iter().map(|name| (name.clone(), None));
         let known = self.nodes.view();

@@ -1,4 +1,4 @@
-//! The one error type of a request, and how it looks over gRPC. (`openai::error` says how it looks over HTTP.)
+//! The error type of requests and its conversion to gRPC. `openai::error` converts it to HTTP.
 
 use std::time::Duration;
 
@@ -8,12 +8,12 @@ use tonic::{Code, Status};
 /// Why a request ended without an answer.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum GenerateError {
-    /// The request can't be served as it is.
+    /// The request is invalid.
     #[error("{message}")]
     Invalid {
-        /// The field at fault, where one is.
+        /// The invalid field, if the error concerns one field.
         field: Option<String>,
-        /// What is wrong: names field, limit and value.
+        /// Message with field, limit and value.
         message: String,
     },
     /// Prompt and output don't fit the model's context.
@@ -38,24 +38,24 @@ pub enum GenerateError {
         /// The names of the models that the router has.
         served: String,
     },
-    /// As many requests wait as may.
+    /// The queue is full.
     #[error("the queue is full: {limit} requests are running or waiting")]
     QueueFull {
-        /// Most requests that run or wait.
+        /// Maximum number of running and waiting requests.
         limit: usize,
         /// When the client should ask again.
         retry_after: Duration,
     },
-    /// The wait would be longer than the request has time.
-    #[error("too much is waiting: it would be this request's turn in about {:.1} s, too late for it", wait.as_secs_f64())]
+    /// The expected wait is longer than the request's time limit allows.
+    #[error("too many requests are waiting: this one would start in about {:.1} s, which is too late", wait.as_secs_f64())]
     Overloaded {
-        /// The wait that is expected.
+        /// The expected wait.
         wait: Duration,
         /// When the client should ask again.
         retry_after: Duration,
     },
-    /// It is the request's turn, but it would not be done in time.
-    #[error("the {:.1} s that are left would not be enough", left.as_secs_f64())]
+    /// The request could be admitted, but would not end before its deadline.
+    #[error("this request would probably not end in the {:.1} s until its deadline", left.as_secs_f64())]
     Late {
         /// Time until the request's deadline.
         left: Duration,
@@ -65,7 +65,7 @@ pub enum GenerateError {
     /// The tenant has reached one of its limits.
     #[error("this API key may have {what}")]
     Limited {
-        /// The limit, and how far it is used up.
+        /// The limit, and how much of it is used.
         what: String,
         /// When the client should ask again.
         retry_after: Duration,
@@ -78,7 +78,7 @@ pub enum GenerateError {
     NoRoom {
         /// How long the request waited.
         waited: Duration,
-        /// What a node said, after `: `; may be empty.
+        /// The last node's message, prefixed with `: `, or empty.
         detail: String,
     },
     /// No node of a role takes requests.
@@ -95,18 +95,18 @@ pub enum GenerateError {
         /// What ended the last attempt.
         last: String,
     },
-    /// The router is at fault.
+    /// A bug in the router.
     #[error("internal: {0}")]
     Internal(String),
 }
 
 impl GenerateError {
-    /// The error that blames `field`.
+    /// An invalid request, because of `field`.
     pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Invalid { field: Some(field.into()), message: message.into() }
     }
 
-    /// Whole seconds after which the client should ask again. `None`: asking again is of no use.
+    /// Retry-after time in whole seconds. `None`: a retry would not help.
     pub fn retry_after_seconds(&self) -> Option<u64> {
         match self {
             Self::QueueFull { retry_after, .. }
@@ -123,7 +123,7 @@ impl GenerateError {
         }
     }
 
-    /// The error with the message `field must be limit, got value`.
+    /// An invalid request with the message `{field} must be {limit}, got {value}`.
     pub fn limit(field: &str, limit: impl std::fmt::Display, value: impl std::fmt::Display) -> Self {
         Self::invalid(field, format!("{field} must be {limit}, got {value}"))
     }

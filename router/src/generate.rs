@@ -1,4 +1,4 @@
-//! The way of one request: from attempt to attempt until its end.
+//! Runs one sequence: attempts and retries until it ends.
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
@@ -29,32 +29,32 @@ use crate::{
 
 /// Prompt blocks whose prefill node is remembered: 64 Ki blocks are a million tokens.
 const AFFINITY_BLOCKS: usize = 1 << 16;
-/// The budget of retries counts requests and retries over this time.
+/// Time window of the retry budget.
 const BUDGET_WINDOW: Duration = Duration::from_secs(10);
-/// Retries that every new request adds to the budget.
+/// Number of retries that each new request adds to the budget.
 const BUDGET_PER_REQUEST: f32 = 0.2;
 
 /// The router's state that all requests share.
 #[derive(Clone)]
 pub struct Core {
-    /// The nodes that are looked for, and those that are up.
+    /// All node addresses and the nodes that are up.
     pub nodes: Nodes,
-    /// The models that clients may name.
+    /// The models that clients can request.
     pub catalog: Catalog,
-    /// Decides which sequences may use the nodes.
+    /// Admission control.
     pub admission: Admission,
-    /// Counts what happens.
+    /// The router's metrics.
     pub metrics: Arc<Metrics>,
-    /// Time that a request has unless it names another.
+    /// Default time limit of a request.
     pub default_time: Duration,
-    /// Makes prompts of texts.
+    /// Renders chat templates and tokenizes prompts.
     pub text_pool: TextPool,
     keys: Option<ApiKeys>,
     affinity: Arc<Mutex<Affinity>>,
     max_queue: Duration,
     max_attempts: u32,
     progress_timeout: Duration,
-    /// Keeps retries from keeping a failing cluster failing. Beyond the budget, retries wait.
+    /// Retry budget. It prevents retries from overloading a failing cluster. Retries beyond the budget wait.
     budget: Arc<TpsBudget>,
 }
 
@@ -77,8 +77,8 @@ impl Core {
         }
     }
 
-    /// The model of this name; with an empty name, the only one. A request that has `time` waits for the model, but not
-    /// longer than for a node.
+    /// The model `name`. An empty name stands for the only model. If no node serves it yet, waits for at most `time`
+    /// (`None`: the default time limit), and at most as long as a request may wait for a node.
     pub async fn model(
         &self,
         name: &str,
@@ -89,12 +89,12 @@ impl Core {
         self.catalog.find(name, arrived + time).await
     }
 
-    /// The tenant whose request has these headers.
+    /// The tenant of a request with these headers.
     pub fn identify(&self, authorization: Option<&str>, tenant: Option<&str>) -> Result<Arc<Tenant>, GenerateError> {
         tenants::identify(self.keys.as_ref(), authorization, tenant)
     }
 
-    /// A place in the queue for each of these generations of one model, or an error.
+    /// Queues all of these generations, which must be of one model, or returns an error.
     pub fn enter(&self, tenant: &Arc<Tenant>, generations: &[Generation]) -> Result<Vec<Place>, GenerateError> {
         let ask = |generation: &Generation| Ask {
             priority: generation.priority,
@@ -111,7 +111,7 @@ impl Core {
         generation.deadline().min(generation.arrived + self.max_queue)
     }
 
-    /// Generates. Everything lives in the stream: dropping it ends the request on every node.
+    /// Generates a sequence. Dropping the stream ends the request on every node.
     pub fn generate(
         &self,
         place: Place,
@@ -120,7 +120,7 @@ impl Core {
         self.generate_after(LegTimes::default(), place, generation)
     }
 
-    /// Generates, after the request has `spent` time in the first legs.
+    /// Generates a sequence. `spent`: time that the request has already spent in earlier legs.
     pub fn generate_after(
         &self,
         spent: LegTimes,
@@ -206,7 +206,7 @@ impl Core {
                                     yield Output::PromptLogprobs(logprobs);
                                     None
                                 }
-                                // The prompt was to be scored; what comes after it is of no interest.
+                                // Only the prompt's log-probabilities were requested. The token is discarded.
                                 AttemptEvent::Token(..) if generation.max_tokens == 0 => Some((FinishReason::Length, None)),
                                 AttemptEvent::Token(token, stage) => {
                                     let (text, end) = sequence.push(token.token)?;
@@ -230,7 +230,7 @@ impl Core {
                             if let Some(end) = end {
                                 legs.leave();
                                 let finished = sequence.finish(end, legs.times())?;
-                                // The nodes are free now, however slowly the client reads.
+                                // Release the nodes before the client has read the last output.
                                 drop((attempt, running, legs));
                                 yield Output::Finished(Box::new(finished));
                                 return;
@@ -238,7 +238,7 @@ impl Core {
                         }
                     }
                 };
-                // The leg that failed is over, however long the next attempt has to wait.
+                // The wait for the next attempt counts as `Reserve`, not as part of the failed leg.
                 legs.enter(Leg::Reserve);
                 match retries.after(&generation, failure, begun).await? {
                     Retry::Again => {}
@@ -252,13 +252,13 @@ impl Core {
     }
 }
 
-/// Logs why a sequence has failed.
+/// Logs why a sequence failed.
 fn log(error: &GenerateError) {
     match error {
         GenerateError::Invalid { .. } => debug!(%error, "request refused"),
-        // Counted; under overload a line for each would be one load more.
+        // Metrics count these. One warning per request would add to the load of an overloaded router.
         GenerateError::NoRoom { .. } | GenerateError::QueueFull { .. } | GenerateError::Late { .. } => {
-            debug!(%error, "request turned away");
+            debug!(%error, "request rejected because of load");
         }
         GenerateError::ContextLength { .. }
         | GenerateError::UnknownModel { .. }

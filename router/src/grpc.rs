@@ -1,4 +1,4 @@
-//! The gRPC face: `overfill.v1.Router`.
+//! The gRPC API: `overfill.v1.Router`.
 
 use std::{pin::Pin, sync::Arc, time::Duration};
 
@@ -19,7 +19,7 @@ use crate::{
     tenants::{TENANT_HEADER, Tenant},
 };
 
-/// Longest time that a request may ask for: a day.
+/// Maximum time limit of a request: one day.
 pub(crate) const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
 /// The service over gRPC.
@@ -39,7 +39,7 @@ impl RouterService {
         self.core.identify(text("authorization"), text(TENANT_HEADER))
     }
 
-    /// Checks a request, and tells how long its first legs took.
+    /// Checks a request. Also returns the time that its first legs took.
     async fn check(
         &self,
         request_id: RequestId,
@@ -108,7 +108,7 @@ impl RouterService {
     }
 }
 
-/// Refuses a request on a connection beyond the limit of connections with requests.
+/// Returns an error if the connection exceeds the limit of connections with running requests.
 pub(crate) fn check_crowd(extensions: &Extensions) -> Result<(), GenerateError> {
     match extensions.get::<Crowded>() {
         None => Ok(()),

@@ -1,4 +1,4 @@
-//! How a node joins: connected, described, checked, its load watched.
+//! Joins a node: connects to it, gets and checks its description, and subscribes to its load reports.
 
 use std::{
     collections::HashMap,
@@ -24,7 +24,7 @@ use crate::node::{Node, NodeInfo, NodeLoad};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(10);
-/// From this size on, a tokenizer is parsed on a thread where that disturbs nobody.
+/// Tokenizers of at least this size are parsed on a blocking thread, in order not to stall async tasks.
 const LARGE_TOKENIZER_BYTES: usize = 64 << 10;
 
 /// Why a node is not used.
@@ -33,13 +33,13 @@ pub enum JoinError {
     /// The connection failed.
     #[error("{0}")]
     Transport(#[from] tonic::transport::Error),
-    /// The node refused, or its connection broke.
+    /// The node returned an error, or its connection broke.
     #[error("{}: {}", .0.code(), .0.message())]
     Status(#[from] Box<tonic::Status>),
-    /// The node is silent.
+    /// The node did not answer in time.
     #[error("no answer within {} s", .0.as_secs_f64())]
     Timeout(Duration),
-    /// The node says something of itself that can't be.
+    /// A field of the node's description is invalid.
     #[error("{0}")]
     Field(#[from] InvalidField),
     /// The node's text files can't be used.
@@ -56,13 +56,13 @@ pub enum JoinError {
     /// The node ended its load reports without a reason.
     #[error("the node ended its load reports")]
     Ended,
-    /// The node takes no new request.
+    /// The node is draining: it takes no new requests.
     #[error("the node is draining")]
     Draining,
-    /// The node's engine hangs.
-    #[error("the engine does not get on with its work")]
+    /// The node's engine makes no progress.
+    #[error("the node's engine makes no progress")]
     Stalled,
-    /// Another process is registered at its address now.
+    /// Another process is registered at the node's address.
     #[error("the node has restarted")]
     Restarted,
 }
@@ -73,33 +73,33 @@ impl From<tonic::Status> for JoinError {
     }
 }
 
-/// A node's load, as it changes.
+/// The stream of a node's load reports.
 pub struct Reports(tonic::Streaming<v1::NodeLoad>);
 
 impl Reports {
-    /// The next report; `None` when the node has ended them. Cancel safe.
+    /// The next report. `None` if the node has ended the stream. Cancel safe.
     pub async fn next(&mut self) -> Result<Option<NodeLoad>, JoinError> {
         Ok(self.0.message().await?.map(NodeLoad::from))
     }
 }
 
-/// Makes nodes out of addresses.
+/// Connects to addresses and creates nodes.
 pub struct Joiner {
-    /// A node that does not answer for this long is given up.
+    /// Time without an answer to pings after which a connection is closed.
     node_timeout: Duration,
     dialer: Dialer,
-    /// Those that some node still uses.
+    /// Text models in use, by the hash of their files. Nodes with the same files share one.
     texts: Mutex<HashMap<[u8; 32], Weak<TextModel>>>,
     next_key: AtomicU64,
 }
 
 impl Joiner {
-    /// Gives up nodes that are silent for `node_timeout`, once they have joined.
+    /// `node_timeout`: time without an answer to pings after which the connection to a node is closed.
     pub fn new(node_timeout: Duration, dialer: Dialer) -> Self {
         Self { node_timeout, dialer, texts: Mutex::default(), next_key: AtomicU64::new(0) }
     }
 
-    /// The node at `url`; where `listed` is given, that very process.
+    /// Joins the node at `url`. If `listed` is given, the node must be the registered process.
     pub async fn join(
         &self,
         url: &str,
@@ -109,7 +109,7 @@ impl Joiner {
         let configure = |endpoint: Endpoint| {
             endpoint
                 .connect_timeout(CONNECT_TIMEOUT)
-                // A frozen process keeps its sockets open: only the pings show it, and end all of its streams.
+                // A frozen process keeps its sockets open. Only missing ping answers reveal it and end its streams.
                 .http2_keep_alive_interval(self.node_timeout / 3)
                 .keep_alive_timeout(self.node_timeout * 2 / 3)
                 .keep_alive_while_idle(true)
@@ -136,7 +136,7 @@ impl Joiner {
         }
         let load = NodeLoad::from(load.unwrap_or_default());
         if let Some(listed) = listed {
-            // An address may have gone over to a process that has nothing to do with this cluster.
+            // The address may now belong to a process of another cluster.
             same("incarnation", &listed.incarnation, &info.incarnation)?;
             same("kv_schema", &listed.kv_schema_digest, &info.schema.digest_hex())?;
         }
@@ -161,7 +161,7 @@ impl Joiner {
         Ok((Arc::new(node), Reports(reports.into_inner())))
     }
 
-    /// The text model of these files; the same files are parsed once.
+    /// The text model of these files. The same files are parsed only once.
     async fn text(&self, wire: v1::ModelFilesResponse, schema: &KvSchema) -> Result<Arc<TextModel>, JoinError> {
         let some = |bytes: Vec<u8>| (!bytes.is_empty()).then_some(bytes);
         let files = TextFiles {
@@ -177,7 +177,7 @@ impl Joiner {
             Some(text) => text,
             None => {
                 let text = Arc::new(match files.tokenizer_json.len() {
-                    // Parsing a large vocabulary takes a second or two of computing.
+                    // Parsing a large vocabulary takes one or two seconds of CPU time.
                     LARGE_TOKENIZER_BYTES.. => {
                         let parsed = tokio::task::spawn_blocking(move || TextModel::from_files(&files)).await;
                         parsed.map_err(|e| overfill_text::TextError::Tokenizer(e.to_string()))??
@@ -199,7 +199,7 @@ impl Joiner {
     }
 }
 
-/// What is registered must be what answers.
+/// Checks that a registered value is the same as in the node's description.
 fn same(field: &'static str, listed: &str, described: &str) -> Result<(), JoinError> {
     if listed == described {
         return Ok(());

@@ -1,4 +1,4 @@
-//! Where a sequence's time goes, leg by leg.
+//! Measures the time that a sequence spends in each leg of its processing.
 
 use std::time::Duration;
 
@@ -6,8 +6,8 @@ use prometheus::HistogramVec;
 use tokio::time::Instant;
 use tracing::{Span, info_span};
 
-/// A part of a sequence's way. A sequence is in one leg at a time. A sequence that goes on elsewhere enters legs again,
-/// and their times add up.
+/// A part of a sequence's processing. A sequence is in one leg at a time. A sequence that moves to other nodes enters legs
+/// again, and their times add up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leg {
     /// The chat template and the tokenizer make token ids of the text, for all sequences of a request at once. Includes
@@ -44,7 +44,7 @@ impl Leg {
         Self::Decode,
     ];
 
-    /// The leg's name in metrics and spans.
+    /// Name of the leg in metrics and spans.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Tokenize => "tokenize",
@@ -59,17 +59,17 @@ impl Leg {
     }
 }
 
-/// The time spent in each leg; `None` for a leg that was never entered.
+/// Time spent in each leg. `None` for a leg that was never entered.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LegTimes([Option<Duration>; Leg::ALL.len()]);
 
 impl LegTimes {
-    /// The time spent in `leg`.
+    /// Time spent in `leg`.
     pub fn get(&self, leg: Leg) -> Option<Duration> {
         self.0[leg as usize]
     }
 
-    /// The seconds spent in `leg`; 0 for a leg that was never entered.
+    /// Seconds spent in `leg`. 0 for a leg that was never entered.
     pub fn seconds(&self, leg: Leg) -> f64 {
         self.get(leg).unwrap_or_default().as_secs_f64()
     }
@@ -79,36 +79,37 @@ impl LegTimes {
     }
 }
 
-/// Measures the legs of one sequence. Dropping it leaves the leg that it is in.
+/// Measures the legs of one sequence. Dropping it leaves the current leg.
 pub struct Legs {
     times: LegTimes,
     current: Option<Current>,
-    /// The sequence's span, whose children the legs' spans are.
+    /// The sequence's span, the parent of the legs' spans.
     parent: Span,
-    /// Where the times are counted at the end, and the name of the model.
+    /// The histogram that observes the times at the end, and the model's name.
     histogram: Option<(HistogramVec, String)>,
 }
 
 struct Current {
     leg: Leg,
     since: Instant,
-    /// Open for as long as the leg lasts.
+    /// Span of the current leg.
     _span: Span,
 }
 
 impl Legs {
-    /// Measures a part of a sequence's way that has no metrics of its own.
+    /// Measures the first legs of a request, before its sequences start. It has no histogram, because the times are passed
+    /// to [`Legs::observed`].
     pub fn new(parent: Span) -> Self {
         Self { times: LegTimes::default(), current: None, parent, histogram: None }
     }
 
-    /// Measures a sequence of `model`, which has `spent` time before. Every leg is observed by `histogram` at the end,
-    /// whatever the end is.
+    /// Measures a sequence of `model`. `spent`: time already spent in earlier legs. `histogram` observes every entered leg
+    /// when this is dropped, also after an error.
     pub fn observed(parent: Span, spent: LegTimes, histogram: HistogramVec, model: &str) -> Self {
         Self { times: spent, current: None, parent, histogram: Some((histogram, model.to_owned())) }
     }
 
-    /// Leaves the leg before, and enters this one.
+    /// Leaves the current leg and enters this one.
     pub fn enter(&mut self, leg: Leg) {
         if self.current() == Some(leg) {
             return;
@@ -118,19 +119,19 @@ impl Legs {
         self.current = Some(Current { leg, since: Instant::now(), _span: span });
     }
 
-    /// Leaves the leg before, and enters none.
+    /// Leaves the current leg.
     pub fn leave(&mut self) {
         if let Some(Current { leg, since, _span }) = self.current.take() {
             self.times.add(leg, since.elapsed());
         }
     }
 
-    /// The leg that the sequence is in.
+    /// The current leg.
     pub fn current(&self) -> Option<Leg> {
         self.current.as_ref().map(|current| current.leg)
     }
 
-    /// The times of the legs that were left.
+    /// Times of the legs that were left. The current leg is not included.
     pub fn times(&self) -> LegTimes {
         self.times
     }

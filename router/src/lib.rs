@@ -1,15 +1,15 @@
-//! The router: takes requests over gRPC and the OpenAI HTTP API, leads each through a prefill and a decode node, and
-//! gives back text.
+//! The router: takes requests over gRPC and the OpenAI HTTP API, runs each on a prefill and a decode node, and returns
+//! text.
 //!
-//! The way of one request: `openai` or `grpc` finds its model in the `catalog`, makes token ids of its text with
-//! `prompt` and checks it into a `request::Generation`. `admission` lets it in, in an order that is fair between
-//! `tenants`. `generate` leads it from attempt to attempt: `sequence` turns tokens into text, `retry` says what follows
-//! a failed attempt. An `attempt` is one pass over one decode and one prefill node: `pick` chooses them from the view
-//! that `nodes` keeps, and a node's `breaker` keeps requests from it after failures. `join` makes a node of an address.
-//! `legs` measures where the time goes.
+//! The path of a request: `openai` or `grpc` finds its model in the `catalog`, tokenizes its text with `prompt` and checks
+//! it, which gives a `request::Generation`. `admission` admits sequences in an order that is fair between `tenants`.
+//! `generate` runs the attempts of a sequence: `sequence` turns tokens into text, and `retry` decides what follows a failed
+//! attempt. An `attempt` is one pass of a request over one decode and one prefill node. `pick` chooses them from the view
+//! that `nodes` maintains, and a node's `breaker` stops requests to the node after failures. `join` connects to an address
+//! and creates a node. `legs` measures where the time goes.
 //!
-//! Generated protobuf types stay at the edges: `grpc` and `wire` towards clients; `join` and the two streams of an
-//! `attempt` towards nodes.
+//! Generated protobuf types are used only at the edges: in `grpc` and `wire` towards clients, and in `join` and the two
+//! streams of an `attempt` towards nodes.
 
 mod admission;
 mod affinity;
@@ -39,7 +39,7 @@ pub use args::{Args, Config};
 pub use error::GenerateError;
 pub use service::{Router, RouterError, main};
 
-/// The parts that the simulation and the fuzz targets put together without a router around them.
+/// Parts of the router that the simulation and the fuzz targets use separately.
 pub mod parts {
     pub use crate::{
         generate::Core,

@@ -1,4 +1,4 @@
-//! The router as a process of its own.
+//! The router's stand-alone program.
 
 use std::process::ExitCode;
 

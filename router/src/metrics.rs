@@ -10,13 +10,13 @@ use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeV
 pub struct Metrics {
     /// The registry of all metrics.
     pub registry: Registry,
-    /// Sequences on the nodes.
+    /// Number of running sequences.
     pub running: IntGauge,
-    /// Sequences waiting here.
+    /// Number of waiting sequences.
     pub waiting: IntGauge,
-    /// Nodes by `role` and `state` (`up`, `down`).
+    /// Number of nodes by `role` and `state` (`up`, `down`).
     pub nodes: IntGaugeVec,
-    /// Seconds of sequences by `leg`, observed at their end.
+    /// Seconds per sequence by `leg`, observed when a sequence ends.
     pub legs: HistogramVec,
     success: IntCounterVec,
     prompt_tokens: IntCounterVec,
@@ -28,7 +28,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// New metrics, all at zero.
+    /// Creates and registers the metrics.
     pub fn new() -> Result<Self, MetricsError> {
         let r = &Registry::new();
         let counter = |name, help, labels: &[&str]| register(r, IntCounterVec::new(Opts::new(name, help), labels)?);
@@ -76,15 +76,15 @@ impl Metrics {
         })
     }
 
-    /// A sequence of `model` is begun anew on other nodes.
+    /// Counts a sequence of `model` that is computed again on other nodes.
     pub fn migrated(&self, model: &str) {
         self.migrations.with_label_values(&[model]).inc();
     }
 
-    /// The series of one sequence. If it is dropped before [`RequestMetrics::finished`], the client went away.
+    /// Metrics of one new sequence. Dropping them before [`RequestMetrics::finished`] means that the client disconnected.
     pub fn request(self: &Arc<Self>, model: &str, prompt_tokens: usize) -> RequestMetrics {
         self.prompt_tokens.with_label_values(&[model]).inc_by(prompt_tokens as u64);
-        // Shown as 0 from the beginning.
+        // Creates the series, so that it is exported with value 0.
         self.migrations.with_label_values(&[model]);
         RequestMetrics {
             first_token: self.first_token.with_label_values(&[model]),
@@ -97,7 +97,7 @@ impl Metrics {
     }
 }
 
-/// Counts one sequence. Looked up once, so that a token costs two additions.
+/// Metrics of one sequence. Series are looked up once, so that counting a token is cheap.
 pub struct RequestMetrics {
     metrics: Arc<Metrics>,
     model: String,
@@ -108,13 +108,13 @@ pub struct RequestMetrics {
 }
 
 impl RequestMetrics {
-    /// A token arrived, this long after the one before; the first one, after the request.
+    /// Counts a token. `after`: time since the previous token, or since the request for the first token.
     pub fn token(&self, first: bool, after: Duration) {
         self.generation_tokens.inc();
         if first { &self.first_token } else { &self.inter_token }.observe(after.as_secs_f64());
     }
 
-    /// The sequence has ended for `reason`, this long after the request.
+    /// Counts a sequence that ended with `reason`. `after`: time since the request.
     pub fn finished(&mut self, reason: &str, after: Duration) {
         self.ended = true;
         self.metrics.success.with_label_values(&[self.model.as_str(), reason]).inc();

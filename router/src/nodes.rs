@@ -1,7 +1,8 @@
-//! Membership: who is there, kept up to date by one task per address.
+//! Membership: the set of usable nodes. One task per address connects to the node and follows its state.
 //!
-//! Addresses come from the command line, or from etcd, or both. What etcd says decides who is looked for. Who is *used*
-//! is decided by the connection to the node alone: a node that etcd has lost stays for as long as it can be reached.
+//! Addresses come from the command line, from etcd, or from both. etcd determines which addresses the router tries. Whether
+//! a node is *used* depends only on the connection to it: a node that is no longer registered in etcd is used for as long
+//! as it can be reached.
 
 use std::{
     collections::BTreeMap,
@@ -28,7 +29,7 @@ use crate::{
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 
-/// All nodes. Clones share them.
+/// All known nodes. Clones share their state.
 #[derive(Clone)]
 pub struct Nodes {
     inner: Arc<Inner>,
@@ -37,47 +38,47 @@ pub struct Nodes {
 struct Inner {
     states: Mutex<BTreeMap<Key, State>>,
     view: RwLock<Arc<View>>,
-    /// Counts changes of the view and of any load: what waits for room looks again.
+    /// Incremented on every change of the view or of a node's load. Requests that wait for room then try again.
     changed: watch::Sender<u64>,
     joiner: Joiner,
-    /// Of registered nodes: http or https.
+    /// URL scheme of nodes that are registered in etcd: http or https.
     scheme: &'static str,
 }
 
-/// What is known of an address that a node is looked for at.
+/// State of one node address.
 pub struct NodeStatus {
-    /// The address.
+    /// URL of the node.
     pub url: String,
-    /// The role that is looked for.
+    /// Role that the node must have.
     pub role: Role,
-    /// The node, while it is up.
+    /// The node, while it is connected.
     pub node: Option<Arc<Node>>,
-    /// Why no request is sent there; empty if requests are.
+    /// Why the node gets no requests. Empty if it gets requests.
     pub error: String,
 }
 
 impl NodeStatus {
-    /// Are requests sent there?
+    /// Whether the node gets requests.
     pub fn is_healthy(&self) -> bool {
         self.node.is_some() && self.error.is_empty()
     }
 }
 
-/// Address and role of a node that is looked for.
+/// URL and role of a node.
 type Key = (String, Role);
 
 struct State {
     node: Option<Arc<Node>>,
     error: String,
-    /// What etcd says is there now; no sender where the address was given on the command line.
+    /// The node's current registration in etcd. `None` if the address was given on the command line.
     listing: Option<watch::Sender<Option<Registration>>>,
 }
 
-/// As [`State::listing`], on the side of the task that follows the node.
+/// The receiver of [`State::listing`], for the task that follows the node.
 type Listing = Option<watch::Receiver<Option<Registration>>>;
 
 impl Nodes {
-    /// Follows the nodes at the configured addresses until the shutdown begins.
+    /// Starts to follow the nodes at the configured addresses, until the shutdown begins.
     pub fn follow(config: &Config, shutdown: &Shutdown) -> Self {
         let nodes = Self {
             inner: Arc::new(Inner {
@@ -96,7 +97,7 @@ impl Nodes {
         nodes
     }
 
-    /// Follows registered nodes, too, as they come and go.
+    /// Also follows the nodes that are registered in etcd.
     pub fn follow_members(&self, mut members: watch::Receiver<Members>, shutdown: &Shutdown) {
         let (nodes, token, tasks) = (self.clone(), shutdown.token(), shutdown.clone());
         shutdown.spawn("members", async move {
@@ -152,24 +153,24 @@ impl Nodes {
         State { node: None, error: "not yet reached".into(), listing }
     }
 
-    /// The nodes that are up now.
+    /// The nodes that are up at the moment.
     pub fn view(&self) -> Arc<View> {
         self.inner.view.read().clone()
     }
 
-    /// Changes whenever a node comes, goes, or reports its load.
+    /// Notifies when a node joins, leaves or reports its load.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.inner.changed.subscribe()
     }
 
-    /// What is known of every address, for people.
+    /// The state of every address, for display.
     pub fn list(&self) -> Vec<NodeStatus> {
         let view = self.view();
         let states = self.inner.states.lock();
         let list = states.iter().map(|((url, role), state)| {
             let error = match &state.node {
                 Some(node) if node.load().draining => JoinError::Draining.to_string(),
-                Some(node) if !node.admits() => "it has failed requests, and will be tried again".into(),
+                Some(node) if !node.admits() => "it failed requests and is paused before the next try".into(),
                 Some(node) => unpaired(node, &view).unwrap_or_default(),
                 None => state.error.clone(),
             };
@@ -178,7 +179,7 @@ impl Nodes {
         list.collect()
     }
 
-    /// Why no request for a model of `role` can be served, as far as one can say.
+    /// A message that says why no node of `role` takes requests. It lists the errors of up to three nodes.
     pub fn trouble(&self, role: Role) -> String {
         let list = self.list();
         let mine = list.iter().filter(|status| status.role == role && !status.error.is_empty());
@@ -209,7 +210,7 @@ impl Nodes {
                     info!(%url, %role, model = %node.info.model, incarnation = %node.info.incarnation, "node joined");
                     self.set(&key, Ok(node.clone()));
                     if let Some(why) = unpaired(&node, &self.view()) {
-                        warn!(%url, error = %why, "node has no partner");
+                        warn!(%url, error = %why, "decode node has no compatible prefill node");
                     }
                     let error = self.attend(&node, reports, &mut listing).await;
                     if node.load().draining {
@@ -237,7 +238,7 @@ impl Nodes {
         }
     }
 
-    /// Takes a node's reports until it can't be used any more, and says why.
+    /// Processes a node's load reports until the node becomes unusable. Returns the reason.
     async fn attend(&self, node: &Node, mut reports: Reports, listing: &mut Listing) -> JoinError {
         loop {
             tokio::select! {
@@ -275,7 +276,7 @@ impl Nodes {
         self.renew_view(&states);
     }
 
-    /// Looks for a node no longer; false if it has been registered again meanwhile.
+    /// Removes a node that is no longer registered. Returns false if it has been registered again in the meantime.
     fn forget(&self, key: &Key) -> bool {
         let mut states = self.inner.states.lock();
         let gone = states.get(key).and_then(|state| state.listing.as_ref()).is_some_and(|l| l.borrow().is_none());
@@ -286,7 +287,7 @@ impl Nodes {
         gone
     }
 
-    /// Under the lock of the states, so that two changes can't overtake each other.
+    /// Rebuilds the view. The caller holds the lock of the states, so that concurrent changes are published in order.
     fn renew_view(&self, states: &BTreeMap<Key, State>) {
         let up = |role| {
             let nodes = states.iter().filter(|((_, r), _)| *r == role).filter_map(|(_, state)| state.node.clone());
@@ -300,7 +301,7 @@ impl Nodes {
     }
 }
 
-/// Resolves when etcd says something new of the node; never where it was given on the command line.
+/// Resolves when the node's registration in etcd changes. Never resolves if the address was given on the command line.
 async fn listing_changed(listing: &mut Listing) {
     let changed = match listing {
         Some(listing) => listing.changed().await.is_ok(),
@@ -311,7 +312,7 @@ async fn listing_changed(listing: &mut Listing) {
     }
 }
 
-/// The mismatch that keeps a decode node from being used: there are prefill nodes, but none fits.
+/// The schema mismatch that keeps a decode node from being used: prefill nodes are up, but none is compatible.
 fn unpaired(node: &Node, view: &View) -> Option<String> {
     match node.info.role {
         Role::Prefill => return None,

@@ -1,11 +1,11 @@
-//! Which node takes a request: pure functions over what is known of the candidates.
+//! Chooses among candidate nodes. These are pure functions of the candidates' load.
 
 /// A prefill node that may compute a prompt.
 #[derive(Clone, Copy, Debug)]
 pub struct PrefillCandidate {
-    /// Prompt tokens that the node has accepted and not yet computed.
+    /// Number of accepted prompt tokens that the node has not computed yet.
     pub queued_tokens: u64,
-    /// Tokens of this prompt that the node has probably cached.
+    /// Number of tokens of this prompt that the node has probably cached.
     pub matched_tokens: u64,
     /// Requests on the node, waiting ones included.
     pub requests: u32,
@@ -14,24 +14,25 @@ pub struct PrefillCandidate {
 /// A decode node that may decode a request.
 #[derive(Clone, Copy, Debug)]
 pub struct DecodeCandidate {
-    /// KV blocks free or cached.
+    /// Number of free or evictable KV blocks.
     pub free_blocks: u32,
-    /// All KV blocks of the node.
+    /// Number of KV blocks of the node.
     pub total_blocks: u32,
     /// Requests on the node, waiting ones included.
     pub requests: u32,
-    /// Most requests computed at once.
+    /// Maximum number of requests that the node computes at once.
     pub max_running: u32,
 }
 
-/// The node on which the prompt will be computed first: the fewest tokens to compute before its own last one.
+/// Index of the node that will finish the prompt first: the one with the fewest tokens to compute, from its queue and from
+/// the uncached part of this prompt. Ties go to the node with fewer requests.
 pub fn prefill(prompt_tokens: u64, candidates: &[PrefillCandidate]) -> Option<usize> {
     let cost = |c: &PrefillCandidate| (c.queued_tokens + prompt_tokens.saturating_sub(c.matched_tokens), c.requests);
     (0..candidates.len()).min_by_key(|&i| cost(&candidates[i]))
 }
 
-/// The least occupied node, by requests or by blocks, among the nodes that have room now. Without room anywhere, among
-/// all.
+/// Index of the node with the lowest occupancy, which is the larger of the used shares of requests and of blocks. Nodes with
+/// room for the request are preferred.
 pub fn decode(needed_blocks: u32, candidates: &[DecodeCandidate]) -> Option<usize> {
     let crowded = |c: &DecodeCandidate| c.free_blocks < needed_blocks || c.requests >= c.max_running;
     let occupancy = |c: &DecodeCandidate| {
@@ -70,7 +71,7 @@ mod tests {
         let full = DecodeCandidate { free_blocks: 3, ..node };
         assert_eq!(decode(10, &[busy, node]), Some(1));
         assert_eq!(decode(10, &[full, busy]), Some(1));
-        // Nobody has room: the request is sent anyway and waits there, or is refused.
+        // No node has room. The request is sent anyway, and waits on the node or is refused.
         assert_eq!(decode(1000, &[DecodeCandidate { requests: 9, ..node }, full]), Some(1));
         assert_eq!(decode(1, &[]), None);
     }

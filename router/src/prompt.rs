@@ -1,4 +1,4 @@
-//! The text side of a prompt: chat template and tokenizer. Both APIs make their prompts here.
+//! Renders chat templates and tokenizes prompts, for both APIs.
 
 use std::{sync::Arc, thread};
 
@@ -7,32 +7,31 @@ use tokio::{sync::Semaphore, time::timeout_at};
 
 use crate::{GenerateError, request::Lifetime};
 
-/// Texts longer than this are processed on a thread of their own.
+/// Texts longer than this, in bytes, are processed on another thread.
 const LONG_TEXT_BYTES: usize = 16 << 10;
-/// Chats of more messages are rendered on a thread of their own.
+/// Chats with more messages than this are rendered on another thread.
 const MANY_MESSAGES: usize = 50;
 
-/// Processes texts: short ones where the caller is, long ones on other threads, one per processor. Clones share the
-/// threads.
+/// Processes texts: short texts on the caller's thread, long texts on other threads, one per CPU. Clones share the limit.
 #[derive(Clone)]
 pub struct TextPool {
     threads: Arc<Semaphore>,
 }
 
 impl Default for TextPool {
-    /// As many threads as the machine has processors.
+    /// Uses as many threads as the machine has CPUs.
     fn default() -> Self {
         Self::new(thread::available_parallelism().map_or(1, usize::from))
     }
 }
 
 impl TextPool {
-    /// At most `threads` long texts are processed at once.
+    /// Creates a pool that processes at most `threads` long texts at once.
     fn new(threads: usize) -> Self {
         Self { threads: Arc::new(Semaphore::new(threads)) }
     }
 
-    /// The text that the model's chat template makes of `messages`.
+    /// Renders `messages` with the model's chat template.
     pub async fn render(
         &self,
         model: &Arc<TextModel>,
@@ -48,7 +47,7 @@ impl TextPool {
         self.run(lifetime, move || model.apply_chat_template(&messages, add_generation_prompt)).await
     }
 
-    /// The token ids of `text`.
+    /// Tokenizes `text`.
     pub async fn encode(
         &self,
         model: &Arc<TextModel>,
@@ -63,8 +62,8 @@ impl TextPool {
         self.run(lifetime, move || model.encode(&text, add_special)).await
     }
 
-    /// Runs `work` on another thread, when one is free. A request that ends while it waits takes no thread. Work that
-    /// has begun can't be stopped, and keeps its thread to the end.
+    /// Waits for a free thread and runs `work` on it. If the request ends during the wait, `work` does not run. Work that
+    /// has begun can't be stopped, and occupies its thread until it ends.
     async fn run<T: Send + 'static>(
         &self,
         lifetime: Lifetime,

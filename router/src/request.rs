@@ -1,4 +1,4 @@
-//! A request that has passed all checks that need no node.
+//! Requests that have passed all checks that do not need a node.
 
 use std::{sync::Arc, time::Duration};
 
@@ -8,67 +8,67 @@ use tokio::time::Instant;
 
 use crate::{GenerateError, legs::LegTimes, node::ServedModel};
 
-/// Most stop strings per request.
+/// Maximum number of stop strings per request.
 pub const MAX_STOPS: usize = 16;
-/// Longest stop string, in bytes.
+/// Maximum length of a stop string, in bytes.
 pub const MAX_STOP_BYTES: usize = 1024;
 
 /// One sequence to generate.
 #[derive(Clone)]
 pub struct Generation {
-    /// The sequence's name, the same on every node.
+    /// Id of the sequence, the same on every node.
     pub request_id: RequestId,
-    /// The model that answers.
+    /// The model.
     pub model: Arc<ServedModel>,
     /// The prompt's token ids, at least one, all below the model's `vocab_size`.
     pub prompt: Arc<[u32]>,
-    /// Valid for the model's vocabulary.
+    /// Sampling parameters, valid for the model's vocabulary.
     pub sampling: SamplingParams,
-    /// Most tokens to generate. 0 only with `prompt_logprobs`: the prompt is scored and nothing is generated.
+    /// Maximum number of tokens to generate. 0 only with `prompt_logprobs`: the prompt is scored and nothing is generated.
     pub max_tokens: u32,
     /// Token ids that end the text: the model's own, unless the request ignores them, and the request's.
     pub stop_token_ids: Arc<[u32]>,
-    /// Texts that end the text.
+    /// Stop strings.
     pub stop: Vec<String>,
-    /// Is the stop text part of the output?
+    /// Whether the stop string is part of the output.
     pub include_stop: bool,
-    /// Leave special tokens out of the text.
+    /// Whether to omit special tokens from the text.
     pub skip_special: bool,
-    /// Report the prompt's log-probabilities.
+    /// Whether to report the prompt's log-probabilities.
     pub prompt_logprobs: bool,
-    /// Requests with lower numbers go first.
+    /// Priority. Requests with lower numbers go first.
     pub priority: i32,
-    /// When the request came.
+    /// Arrival of the request.
     pub arrived: Instant,
-    /// How long the sequence may take from then.
+    /// Time limit, counted from the arrival.
     pub time: Duration,
 }
 
-/// When a request came, and how long it may take.
+/// Arrival and time limit of a request.
 #[derive(Clone, Copy, Debug)]
 pub struct Lifetime {
-    /// When the request came.
+    /// Arrival of the request.
     pub arrived: Instant,
-    /// How long it may take from then.
+    /// Time limit, counted from the arrival.
     pub time: Duration,
 }
 
 impl Lifetime {
-    /// When the request's time is over.
+    /// Deadline of the request.
     pub fn deadline(self) -> Instant {
         self.arrived + self.time
     }
 }
 
 impl Generation {
-    /// When the sequence's time is over.
+    /// Deadline of the sequence.
     pub fn deadline(&self) -> Instant {
         self.arrived + self.time
     }
 }
 
-/// What comes out of a [`Generation`]: first the prompt's log-probabilities if the request asks for them, then tokens,
-/// then one end.
+/// An output of a [`Generation`]. The order is: the prompt's log-probabilities if they were requested, then tokens, then
+/// one `Finished`.
 #[derive(Clone, Debug)]
 pub enum Output {
     /// The log-probabilities of prompt tokens 1, 2, ...
@@ -77,9 +77,9 @@ pub enum Output {
     Token {
         /// The token with its log-probabilities.
         token: OutputToken,
-        /// Text that is certain now.
+        /// Text that has become final with this token.
         text: String,
-        /// The stage that chose it.
+        /// Role of the node that sampled the token.
         stage: Role,
     },
     /// The end of the sequence.
@@ -91,22 +91,23 @@ pub enum Output {
 pub struct Finished {
     /// Why the sequence ended.
     pub reason: FinishReason,
-    /// The stop text or stop token of the request that ended it. `None`: the model ended the text, or it is full.
+    /// The request's stop string or stop token that ended the sequence. `None` if the model's end-of-text token or the
+    /// length limit ended it.
     pub stop: Option<StopCause>,
-    /// Text held back until now.
+    /// Text that was held back until the end.
     pub text: String,
-    /// Tokens of the prompt.
+    /// Number of prompt tokens.
     pub prompt_tokens: u32,
-    /// Tokens generated.
+    /// Number of generated tokens.
     pub completion_tokens: u32,
-    /// Where the time went.
+    /// Times and nodes.
     pub timings: Timings,
 }
 
-/// Where the time of a sequence went, and on which nodes.
+/// Times and nodes of a sequence.
 #[derive(Clone, Debug, Default)]
 pub struct Timings {
-    /// Seconds from the arrival until the nodes could be used.
+    /// Seconds from the arrival until admission.
     pub queue_seconds: f64,
     /// Seconds from the arrival to the first token.
     pub ttft_seconds: f64,
@@ -114,7 +115,7 @@ pub struct Timings {
     pub mean_itl_seconds: f64,
     /// Seconds from the arrival to the end.
     pub total_seconds: f64,
-    /// The last handoff, as the decode node measured it.
+    /// Statistics of the last handoff, measured by the decode node.
     pub handoff: Option<TransferStats>,
     /// Prompt tokens whose KV the last prefill node already had.
     pub prefill_cached_tokens: u32,
@@ -124,13 +125,13 @@ pub struct Timings {
     pub prefill_node: String,
     /// Name of the last decode node.
     pub decode_node: String,
-    /// How often the sequence was begun anew on other nodes.
+    /// Number of times that the sequence was computed again on other nodes.
     pub migrations: u32,
-    /// The time spent in each leg, added up over all attempts.
+    /// Time spent in each leg, summed over all attempts.
     pub legs: LegTimes,
 }
 
-/// A stop of the request that ended a text.
+/// The request's stop condition that ended a sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StopCause {
     /// A stop string.
@@ -161,7 +162,7 @@ pub fn check_prompt(model: &ServedModel, prompt: &[u32]) -> Result<(), GenerateE
     }
 }
 
-/// How many tokens may be generated: `asked`, which must fit the context; without it, as many as fit.
+/// Number of tokens that may be generated: `asked`, which must fit the context, or as many as fit if it is `None`.
 pub fn check_length(model: &ServedModel, prompt: usize, asked: Option<u32>) -> Result<u32, GenerateError> {
     let (limit, prompt) = (model.max_context_tokens, prompt as u64);
     let output = u64::from(asked.unwrap_or(1));
@@ -171,12 +172,12 @@ pub fn check_length(model: &ServedModel, prompt: usize, asked: Option<u32>) -> R
     Ok(asked.unwrap_or(limit - prompt as u32))
 }
 
-/// A random name, different from every other.
+/// A unique random request id.
 pub fn new_request_id() -> RequestId {
     RequestId(format!("{:032x}", rand::rng().random::<u128>()))
 }
 
-/// A seed for a request that names none.
+/// A random seed, for a request without one.
 pub fn random_seed() -> u64 {
     rand::rng().random()
 }

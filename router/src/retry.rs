@@ -1,4 +1,4 @@
-//! What follows a failed attempt: another one, on other nodes or later, or the end.
+//! Decides what follows a failed attempt: another attempt on other nodes, another attempt later, or an error.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,57 +11,57 @@ use tracing::{debug, warn};
 
 use crate::{GenerateError, attempt::AttemptError, nodes::Nodes, request::Generation};
 
-/// Shortest wait before the same nodes are asked again.
+/// Minimum wait before the same nodes are tried again.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
-/// Longest wait before they are asked again, even if nothing seems to have changed.
+/// Maximum wait before the same nodes are tried again, even if no node has reported a change.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What the next attempt is.
+/// The kind of the next attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retry {
-    /// No node has computed anything for the sequence: nothing is lost.
+    /// No computed state is lost, because no node had computed anything for the sequence.
     Again,
-    /// The sequence is begun anew on other nodes.
+    /// The sequence is computed again on other nodes.
     Migrated,
 }
 
-/// The attempts of one sequence, as far as they failed.
+/// State of one sequence's failed attempts.
 pub struct Retries {
     nodes: Nodes,
-    /// Changes whenever a node comes, goes or reports its load.
+    /// Notifies when a node joins, leaves or reports its load.
     changes: watch::Receiver<u64>,
-    /// Keeps retries from keeping a failing cluster failing. Beyond it, retries wait.
+    /// Retry budget of all sequences. Retries beyond the budget wait.
     budget: Arc<TpsBudget>,
     max_attempts: u32,
     failures: u32,
     /// Keys of nodes that the next attempt avoids.
     avoid: Vec<u64>,
-    /// What the last node without room said.
+    /// Message of the last node without room, prefixed with `: `.
     refusal: String,
-    /// Nothing is waited for beyond this moment.
+    /// Latest time until which the sequence waits for nodes.
     wait_end: Instant,
 }
 
 impl Retries {
-    /// Of a sequence that has not yet been attempted, which waits for nodes until `wait_end`.
+    /// Creates the state of a sequence before its first attempt. It waits for nodes until `wait_end` at most.
     pub fn new(nodes: Nodes, budget: Arc<TpsBudget>, max_attempts: u32, wait_end: Instant) -> Self {
         let changes = nodes.changes();
         Self { nodes, changes, budget, max_attempts, failures: 0, avoid: Vec::new(), refusal: String::new(), wait_end }
     }
 
-    /// An attempt begins: the keys of nodes to avoid.
+    /// Begins an attempt. Returns the keys of nodes to avoid.
     pub fn begin(&mut self) -> Vec<u64> {
         self.changes.mark_unchanged();
         self.avoid.clone()
     }
 
-    /// A token came. A long text may survive more failures than one prompt may cause, so from now on nodes are waited
-    /// for until `wait_end`.
+    /// Records that a token was generated. From now on the sequence waits for nodes until `wait_end`, so that the time that
+    /// it has already spent does not shorten the wait after a later failure.
     pub fn progressed(&mut self, wait_end: Instant) {
         self.wait_end = wait_end;
     }
 
-    /// Waits until the next attempt may begin. An error ends the sequence. `begun`: the attempt's prefill node had
+    /// Waits until the next attempt may begin. An error ends the sequence. `begun`: whether the attempt's prefill node had
     /// begun to compute.
     pub async fn after(
         &mut self,
@@ -78,12 +78,12 @@ impl Retries {
                 Ok(if begun { Retry::Migrated } else { Retry::Again })
             }
             AttemptError::Moved { node, message } => {
-                debug!(%message, "moved away");
+                debug!(%message, "draining node returned the request");
                 self.avoid.push(node);
                 Ok(Retry::Migrated)
             }
             AttemptError::NoRoom { node, message } => {
-                debug!(%message, "no room");
+                debug!(%message, "node has no room");
                 self.refusal = format!(": {message}");
                 self.avoid.push(node);
                 Ok(Retry::Again)
@@ -92,8 +92,8 @@ impl Retries {
                 if self.avoid.is_empty() {
                     return self.wait(GenerateError::Unavailable(self.nodes.trouble(role))).await;
                 }
-                // A node that was avoided is better than none. Of two avoided nodes one had failed: the other one may
-                // be the only one of its role.
+                // An avoided node is better than none. After a failure that involves both nodes, only one of them has
+                // failed, and the other one may be the only node of its role.
                 let avoided = self.avoid.len();
                 let view = self.nodes.view();
                 self.avoid.retain(|key| !view.of(role).iter().any(|node| node.key == *key));
@@ -107,14 +107,14 @@ impl Retries {
         }
     }
 
-    /// Waits until the budget of all sequences allows a retry after a failure.
+    /// Waits until the retry budget allows another attempt after a failure.
     async fn withdraw(&mut self, message: String) -> Result<(), GenerateError> {
         self.failures += 1;
         let attempts = self.failures;
         if attempts >= self.max_attempts {
             return Err(GenerateError::Failed { attempts, last: message });
         }
-        warn!(error = %message, attempts, "attempt failed, trying again");
+        warn!(error = %message, attempts, "attempt failed, retrying");
         while !self.budget.withdraw() {
             if Instant::now() >= self.wait_end {
                 let last = format!("{message} (and too many other requests failed, too)");
@@ -125,13 +125,13 @@ impl Retries {
         Ok(())
     }
 
-    /// Waits until the nodes may have changed. After `wait_end`, `error` ends the sequence.
+    /// Waits for a change of the nodes. Returns `error` after `wait_end`.
     async fn wait(&mut self, error: GenerateError) -> Result<Retry, GenerateError> {
         if Instant::now() >= self.wait_end {
             return Err(error);
         }
         sleep_until(self.wait_end.min(Instant::now() + RETRY_PAUSE)).await;
-        // Whatever ended the wait, the next attempt shows what has become of the nodes.
+        // The result of the wait does not matter: the next attempt looks at the nodes again.
         let _ = timeout_at(self.wait_end.min(Instant::now() + RETRY_INTERVAL), self.changes.changed()).await;
         Ok(Retry::Again)
     }

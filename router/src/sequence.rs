@@ -1,4 +1,4 @@
-//! The output of one sequence as it grows, over all attempts.
+//! The output of one sequence, over all attempts.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,25 +12,25 @@ use crate::{
     request::{Finished, Generation, StopCause, Timings},
 };
 
-/// Why a text ends, and what the request named as its end.
+/// Why a sequence ended, and the request's stop string or stop token that ended it.
 pub type End = (FinishReason, Option<StopCause>);
 
-/// What has been generated so far.
+/// A sequence and its output so far.
 pub struct Sequence {
     generation: Arc<Generation>,
     detokenizer: Detokenizer,
     stops: StopMatcher,
     output: Vec<u32>,
-    /// The prompt's log-probabilities are still to be reported.
+    /// Whether the prompt's log-probabilities still have to be reported.
     prompt_logprobs: bool,
     first_token: Option<Instant>,
     last_token: Instant,
-    /// What is known of the way of the sequence. Times are filled in at the end.
+    /// Nodes, migrations and times of the sequence. Times are filled in at the end.
     pub timings: Timings,
 }
 
 impl Sequence {
-    /// The sequence before its first token.
+    /// Creates a sequence without output.
     pub fn new(generation: Arc<Generation>) -> Result<Self, TextError> {
         Ok(Self {
             detokenizer: generation.model.text.detokenizer(&generation.prompt, generation.skip_special)?,
@@ -44,7 +44,7 @@ impl Sequence {
         })
     }
 
-    /// What the next attempt is to do.
+    /// The plan of the next attempt. `avoid`: keys of nodes to avoid.
     pub fn plan(&self, avoid: Vec<u64>, progress_timeout: Duration) -> Plan {
         let generation = &self.generation;
         let tokens = match self.output.is_empty() {
@@ -55,7 +55,7 @@ impl Sequence {
             generation: generation.clone(),
             tokens,
             generated: self.output.len() as u32,
-            // Scoring alone takes one token's computation, whose result is not used.
+            // Scoring a prompt without output also generates one token, which is discarded.
             remaining: (generation.max_tokens - self.output.len() as u32).max(1),
             prompt_logprobs: self.prompt_logprobs,
             avoid,
@@ -63,12 +63,12 @@ impl Sequence {
         }
     }
 
-    /// The prompt's log-probabilities have been reported: later attempts leave them out.
+    /// Records that the prompt's log-probabilities were reported, so that later attempts omit them.
     pub fn scored(&mut self) {
         self.prompt_logprobs = false;
     }
 
-    /// Takes the next token. Gives the text that is certain now, and the end if the token is the last one.
+    /// Adds a token. Returns the text that has become final, and the end if this is the last token.
     pub fn push(&mut self, id: u32) -> Result<(String, Option<End>), TextError> {
         self.last_token = Instant::now();
         self.first_token.get_or_insert(self.last_token);
@@ -90,7 +90,7 @@ impl Sequence {
     pub fn finish(&mut self, (reason, stop): End, legs: LegTimes) -> Result<Finished, TextError> {
         let text = match stop {
             Some(StopCause::Text(_)) => String::new(),
-            // A held-back beginning of a character is no character any more, and becomes a replacement character.
+            // An incomplete character that was held back becomes a replacement character.
             Some(StopCause::Token(_)) | None => self.stops.push(&self.detokenizer.flush()?).0 + &self.stops.flush(),
         };
         let since = |at: Instant| (at - self.generation.arrived).as_secs_f64();

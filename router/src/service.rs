@@ -1,4 +1,4 @@
-//! The process: listeners, servers, and their end.
+//! The router's process: listeners, servers and shutdown.
 
 use std::{io, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
@@ -16,27 +16,27 @@ use tracing::{info, warn};
 
 use crate::{Args, Config, generate::Core, grpc::RouterService, metrics::Metrics, nodes::Nodes, openai};
 
-/// How long the tasks that follow nodes may take to end.
+/// Maximum time for the tasks that follow nodes to end at shutdown.
 const MEMBERSHIP_END: Duration = Duration::from_secs(5);
 
-/// Why the router could not start or go on.
+/// An error that keeps the router from starting or running.
 #[derive(Debug, thiserror::Error)]
 pub enum RouterError {
-    /// An address is taken, or not ours.
+    /// An address can't be bound.
     #[error("listening on {address}")]
     Bind {
         /// The address.
         address: SocketAddr,
-        /// Why.
+        /// The I/O error.
         source: io::Error,
     },
-    /// A fault of the program.
+    /// Metrics could not be registered, which is a bug.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
-    /// A fault of the program.
+    /// The reflection service could not be built, which is a bug.
     #[error("building the reflection service: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
-    /// The system refused something about a socket.
+    /// A system call on a socket failed.
     #[error("system: {0}")]
     Io(#[from] io::Error),
 }
@@ -60,12 +60,12 @@ impl Router {
         Ok(Self { config, http, grpc, http_address, grpc_address })
     }
 
-    /// Where HTTP is served.
+    /// Bound address of HTTP.
     pub fn http_address(&self) -> SocketAddr {
         self.http_address
     }
 
-    /// Where gRPC is served.
+    /// Bound address of gRPC.
     pub fn grpc_address(&self) -> SocketAddr {
         self.grpc_address
     }
@@ -74,7 +74,8 @@ impl Router {
     pub async fn run(self, shutdown: Shutdown) -> Result<(), RouterError> {
         let Self { config, http, grpc: grpc_listener, .. } = self;
         let metrics = Arc::new(Metrics::new()?);
-        // Running requests still need the nodes after the shutdown has begun: their tasks end with this one.
+        // Running requests still need the nodes after the shutdown has begun. The tasks that follow nodes therefore have
+        // their own shutdown, which begins when the servers have ended.
         let membership = Shutdown::new();
         let nodes = Nodes::follow(&config, &membership);
         if let Some(etcd) = config.etcd.clone() {
@@ -112,7 +113,7 @@ impl Router {
     }
 }
 
-/// Of each model as many sequences are let in as its nodes have places for.
+/// Keeps the capacity of each model in admission control equal to what its nodes can compute at once.
 pub async fn follow_capacity(core: Core, stop: CancellationToken) {
     let mut changes = core.nodes.changes();
     let follow = async {
@@ -129,7 +130,7 @@ pub async fn follow_capacity(core: Core, stop: CancellationToken) {
     stop.run_until_cancelled(follow).await;
 }
 
-/// The admin routes, off the router's state.
+/// The admin routes (health and metrics), based on the router's state.
 fn admin(core: Core, metrics: Arc<Metrics>, shutdown: &Shutdown) -> Admin {
     let (shutdown, catalog) = (shutdown.clone(), core.catalog.clone());
     let ready = move || {
@@ -153,7 +154,7 @@ fn admin(core: Core, metrics: Arc<Metrics>, shutdown: &Shutdown) -> Admin {
     admin
 }
 
-/// The router as a program: from settings to exit code.
+/// Runs the router as a program and returns its exit code.
 pub async fn main(args: Args) -> ExitCode {
     let process = args.process.clone();
     process::run(&process, args.validate(), async |config, shutdown| {

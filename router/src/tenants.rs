@@ -1,7 +1,7 @@
-//! Tenants: whose a request is, and how much a tenant may have.
+//! Tenants: identification of the client of a request, and limits per tenant.
 //!
-//! With API keys, the key names the tenant. Without API keys, the header `x-overfill-tenant` does, which a proxy in
-//! front of the router may set. A request without the header belongs to the unnamed tenant.
+//! If API keys are configured, the key identifies the tenant. Otherwise the header `x-overfill-tenant` does; a proxy in
+//! front of the router may set it. A request without the header belongs to the unnamed tenant.
 
 use std::{
     fs,
@@ -26,14 +26,14 @@ use subtle::ConstantTimeEq as _;
 
 use crate::GenerateError;
 
-/// Name of the header that tells tenants apart where there are no API keys.
+/// Header with the tenant's name, used if no API keys are configured.
 pub const TENANT_HEADER: &str = "x-overfill-tenant";
-/// Longest name of a tenant, in bytes.
+/// Maximum length of a tenant's name, in bytes.
 const MAX_NAME_BYTES: usize = 128;
-/// Shorter keys could be guessed.
+/// Minimum length of a key, in bytes. Shorter keys could be guessed.
 const MIN_KEY_BYTES: usize = 16;
 
-/// A key of the file.
+/// An entry of the file of API keys.
 #[derive(Clone, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 struct Entry {
@@ -53,9 +53,9 @@ fn one() -> u32 {
 
 type Rate = RateLimiter<NotKeyed, InMemoryState, MonotonicClock>;
 
-/// A client, or a group of clients, with a share of the nodes.
+/// A client or a group of clients that shares limits and a scheduling weight.
 pub struct Tenant {
-    /// The name in the file of keys, or in the header.
+    /// Name from the file of API keys or from the header.
     pub name: Arc<str>,
     /// The tenant's share of the nodes under load, relative to other tenants' weights.
     pub weight: u32,
@@ -64,14 +64,14 @@ pub struct Tenant {
     rate: Option<Rate>,
 }
 
-/// A tenant's sequences, counted against their limit until dropped.
+/// Sequences that count against the tenant's limit until this is dropped.
 pub struct Counted {
     pub(crate) tenant: Arc<Tenant>,
     sequences: usize,
 }
 
 impl Tenant {
-    /// A tenant without limits.
+    /// Creates a tenant without limits.
     pub fn named(name: &str) -> Self {
         let name = name.into();
         Self { name, weight: 1, max_requests: None, requests: AtomicUsize::new(0), rate: None }
@@ -89,12 +89,12 @@ impl Tenant {
         }
     }
 
-    /// Counts a request of `sequences`, if the tenant's limits allow it.
+    /// Counts a request of `sequences` sequences. Returns an error if it would exceed a limit of the tenant.
     pub fn count(self: &Arc<Self>, sequences: usize) -> Result<Counted, GenerateError> {
         let before = self.requests.fetch_add(sequences, Ordering::AcqRel);
         let counted = Counted { tenant: self.clone(), sequences };
         if let Some(limit) = self.max_requests.filter(|&limit| before + sequences > limit) {
-            let what = format!("{limit} sequences at once, of which {before} run or wait");
+            let what = format!("{limit} sequences at once ({before} are running or waiting)");
             return Err(GenerateError::Limited { what, retry_after: Duration::from_secs(1) });
         }
         if let Some(rate) = &self.rate
@@ -118,7 +118,7 @@ impl Drop for Counted {
     }
 }
 
-/// Why a file of keys can't be used.
+/// The file of API keys can't be read or is invalid.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {message}", path.display())]
 pub struct KeysError {
@@ -126,7 +126,7 @@ pub struct KeysError {
     message: String,
 }
 
-/// The keys of clients, from a file that may change.
+/// API keys of clients. The file is read again when it changes.
 #[derive(Clone)]
 pub struct ApiKeys {
     path: PathBuf,
@@ -146,14 +146,14 @@ impl std::fmt::Debug for ApiKeys {
 }
 
 impl ApiKeys {
-    /// Reads a JSON list of `{"name", "key", "weight", "max_requests", "requests_per_minute"}`, of which the last three
-    /// may be left out.
+    /// Reads a JSON list of `{"name", "key", "weight", "max_requests", "requests_per_minute"}`. The last three fields are
+    /// optional.
     pub fn load(path: PathBuf) -> Result<Self, KeysError> {
         let keys = read(&path, &[])?;
         Ok(Self { keys: Arc::new(Reloaded::new("API keys", vec![path.clone()], keys)), path })
     }
 
-    /// The tenant with this key. The time that the look-up takes does not depend on the keys.
+    /// The tenant with this key. All keys are compared in constant time, so timing reveals nothing about them.
     pub fn tenant(&self, key: &str) -> Option<Arc<Tenant>> {
         let keys = self.keys.get(|before| read(&self.path, before));
         let digest = digest(key);
@@ -171,7 +171,7 @@ fn digest(key: &str) -> [u8; 32] {
     Sha256::digest(key).into()
 }
 
-/// Reads the file. An entry that is the same in `before` keeps its counts.
+/// Reads the file. An entry that is unchanged from `before` keeps its counters.
 fn read(path: &Path, before: &[Known]) -> Result<Vec<Known>, KeysError> {
     let fault = |message: String| KeysError { path: path.to_owned(), message };
     let bytes = fs::read(path).map_err(|e| fault(e.to_string()))?;
@@ -198,7 +198,7 @@ fn read(path: &Path, before: &[Known]) -> Result<Vec<Known>, KeysError> {
     Ok(keys)
 }
 
-/// The tenant that the `authorization` header or the tenant header names.
+/// The tenant of a request, from its `authorization` header (with API keys) or its tenant header (without).
 pub fn identify(
     keys: Option<&ApiKeys>,
     authorization: Option<&str>,

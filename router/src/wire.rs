@@ -1,4 +1,4 @@
-//! What nodes say of themselves and what clients are told of it, from and to the wire.
+//! Protobuf conversions of node descriptions and loads: from nodes, and to clients.
 
 use overfill_kv::{KvSchema, Role};
 use overfill_proto::{InvalidField, v1};
@@ -10,9 +10,9 @@ use crate::{
     request::Timings,
 };
 
-/// Longest name of a node, an incarnation or a model, in bytes.
+/// Maximum length of the name of a node, an incarnation or a model, in bytes.
 const MAX_NAME_BYTES: usize = 512;
-/// More than any node computes at once: the router adds these numbers up.
+/// Maximum of a node's `max_running_requests`. The limit prevents an overflow when the router sums over nodes.
 const MAX_RUNNING: u32 = 1 << 20;
 
 fn name(field: &'static str, name: String) -> Result<String, InvalidField> {
@@ -59,7 +59,7 @@ impl TryFrom<v1::NodeInfo> for NodeInfo {
             max_context_tokens: count("max_context_tokens", max_context_tokens, u32::MAX)?,
             total_blocks: count("total_blocks", total_blocks, u32::MAX)?,
             max_running_requests: count("max_running_requests", max_running_requests, MAX_RUNNING)?,
-            // People alone read it here: a transport that this router does not know is no reason to refuse the node.
+            // The router only displays the endpoint, so it accepts nodes with an unknown transport.
             kv_endpoint: kv_endpoint.and_then(|endpoint| endpoint.try_into().ok()),
             version,
             weights,

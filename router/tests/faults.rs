@@ -1,4 +1,4 @@
-//! Cancellation, overload and failing nodes.
+//! Tests of cancellation, overload and failing nodes.
 
 #![allow(clippy::unwrap_used)]
 
@@ -31,7 +31,7 @@ async fn generate(rig: &Rig, max_tokens: u32) -> Result<(String, Vec<u32>, v1::G
             Event::Finished(finished) => return Ok((text + &finished.text, ids, finished)),
         }
     }
-    panic!("the stream ended without an end")
+    panic!("the stream ended without a finished event")
 }
 
 #[tokio::test]
@@ -45,7 +45,7 @@ async fn a_request_over_grpc_reports_its_way() {
     assert!(timings.prefill_node != timings.decode_node && timings.ttft_seconds > 0.0);
 }
 
-/// The legs of a request's timings, in order, with their names in metrics.
+/// Names and seconds of the legs, in order. The names are those of the metrics.
 fn legs(finished: &v1::GenerateFinished) -> [(&'static str, f64); 8] {
     let legs = finished.timings.as_ref().unwrap().legs.unwrap();
     [
@@ -75,7 +75,7 @@ async fn timings_and_metrics_tell_the_legs_of_a_request() {
     let sum: f64 = legs(&finished).iter().map(|(_, seconds)| seconds).sum();
     assert!(sum <= finished.timings.unwrap().total_seconds);
 
-    // One token needs no decode node.
+    // A single token does not need a decode node.
     let (_, _, finished) = generate(&rig, 1).await.unwrap();
     for (leg, seconds) in legs(&finished) {
         let taken = !["handoff", "first_decode_step", "decode"].contains(&leg);
@@ -93,7 +93,7 @@ async fn a_request_that_fails_has_legs_too() {
         let series = format!("overfill_request_leg_seconds_count{{leg=\"{leg}\",model_name=\"simulated\"}} 1");
         assert!(metrics.contains(&series), "{leg}: {metrics}");
     }
-    // Token ids need no tokenizer.
+    // A prompt of token ids does not need the tokenizer.
     assert!(!metrics.contains("leg=\"tokenize\""), "{metrics}");
 }
 
@@ -132,19 +132,19 @@ async fn a_failing_prefill_node_is_replaced() {
     assert!(finished.timings.unwrap().migrations >= 1);
 }
 
-/// It goes on giving first tokens, which is not what makes it a good node.
+/// The node still returns first tokens, but these do not count as success.
 #[tokio::test]
 async fn a_prefill_node_whose_handoffs_are_lost_is_left_alone() {
     let rig = rig_with(&[slow(), slow()], &[slow()], |_| {}).await;
     let (_, ids, _) = generate(&rig, 10).await.unwrap();
-    // The conversation is drawn to where it was.
+    // Prefix affinity sends the same prompt to the same node again.
     let node = rig.prefill.iter().find(|node| node.taken() > 0).unwrap();
     node.set_losing(true);
     let before = node.taken();
     for _ in 0..20 {
         assert_eq!(generate(&rig, 10).await.unwrap().1, ids);
     }
-    // A few until it is found out, then a probe now and then.
+    // A few requests until the breaker opens, then occasional probes.
     let taken = node.taken() - before;
     assert!((1..12).contains(&taken), "{taken}");
 }
@@ -288,14 +288,15 @@ async fn a_router_without_nodes_lists_what_it_is_to_serve_and_lets_requests_wait
     assert_eq!((ready.status, rig.get("/health").await.status), (200, 503));
     assert!(ready.body.starts_with("requests wait: no prefill node takes requests"), "{}", ready.body);
 
-    // One that it is not to serve is told so at once; one that it is waits, and the next finds the queue full.
+    // A request for an unknown model fails at once. A request for a configured model waits. The next one finds the queue
+    // full.
     assert_eq!(rig.complete(json!({"model": "other", "prompt": "x"})).await.status, 404);
     let body = json!({"model": "simulated", "prompt": "x", "max_tokens": 3}).to_string();
     let waiting = rig.send("POST", "/v1/completions", &body).await;
     wait_for(async || rig.metric("vllm:num_requests_waiting").await == 1.0).await;
     let full = receive(rig.send("POST", "/v1/completions", &body).await).await;
     assert_eq!(full.status, 429, "{}", full.body);
-    // A client that leaves gives its place back.
+    // A client that disconnects frees its place in the queue.
     drop(waiting);
     wait_for(async || rig.metric("vllm:num_requests_waiting").await == 0.0).await;
     rig.decode.clear();
@@ -307,7 +308,7 @@ async fn a_request_that_waited_for_the_first_nodes_is_served_or_told_to_come_bac
     let address = spare.url.replace("http://", "");
     drop(spare);
     let with_prefill = |c: &mut Config| c.prefill_urls = vec![format!("http://{address}")];
-    // Without a list of models any name may yet come.
+    // Without configured models, any model may still be served later.
     let mut rig = unready_rig(&[], &[Options::default()], with_prefill).await;
     let waiting = rig.send("POST", "/v1/completions", &json!({"prompt": "x", "max_tokens": 3}).to_string()).await;
     wait_for(async || rig.metric("vllm:num_requests_waiting").await == 1.0).await;
@@ -371,7 +372,7 @@ async fn a_node_that_is_away_is_waited_for_and_found_again() {
     wait_for(async || rig.get("/health").await.status == 503).await;
     let waiting = rig.send("POST", "/v1/completions", &json!({"prompt": "x", "max_tokens": 3}).to_string()).await;
     wait_for(async || rig.metric("vllm:num_requests_running").await == 1.0).await;
-    // The old listener may live a moment longer.
+    // The old listener may stay open for a moment.
     let mut listener = None;
     wait_for(async || {
         listener = tokio::net::TcpListener::bind(&address).await.ok();
@@ -419,7 +420,7 @@ async fn a_node_that_gives_no_token_is_given_up() {
     let two = [Options::default(), Options::default()];
     let rig = rig_with(&two[..1], &two, |c| c.progress_timeout = Duration::from_millis(300)).await;
     let (_, ids, _) = generate(&rig, 40).await.unwrap();
-    // Whichever is chosen first.
+    // Pauses both decode nodes, and resumes the one that was not chosen.
     let stuck = async {
         rig.decode.iter().for_each(|node| node.set_paused(true));
         wait_for(async || rig.decode.iter().any(|node| node.active() > 0)).await;
@@ -433,7 +434,7 @@ async fn a_node_that_gives_no_token_is_given_up() {
 
 #[tokio::test]
 async fn retries_over_the_budget_wait_and_are_given_up_in_the_end() {
-    // Longer than a node that has failed is left alone.
+    // `max_queue` is longer than the pause of a node after a failure.
     let change = |c: &mut Config| {
         (c.min_retries_per_second, c.max_queue) = (0, Duration::from_secs(3));
     };
@@ -441,7 +442,7 @@ async fn retries_over_the_budget_wait_and_are_given_up_in_the_end() {
     rig.decode[0].fail_after(7);
     let status = generate(&rig, 40).await.unwrap_err();
     assert!(status.message().contains("too many other requests failed"), "{status:?}");
-    // Each of these brings a fifth of a retry.
+    // Each of these requests adds a fifth of a retry to the budget.
     for _ in 0..5 {
         generate(&rig, 3).await.unwrap();
     }

@@ -1,4 +1,4 @@
-//! The shapes of the OpenAI API, over simulated nodes.
+//! Tests of requests and responses of the OpenAI API, on simulated nodes.
 
 #![allow(clippy::unwrap_used)]
 
@@ -82,7 +82,7 @@ async fn a_stream_is_the_whole_in_pieces() {
             .collect();
         assert_eq!(json!(offsets), choice["logprobs"]["text_offset"]);
     }
-    // Only the very last character may be cut, by max_tokens.
+    // Only the last character may be incomplete, because of max_tokens.
     let (last, others) = events.split_last().unwrap();
     assert_eq!(last["usage"], whole["usage"]);
     assert_eq!(last["choices"], json!([]));
@@ -190,7 +190,7 @@ async fn chat_whole_and_streamed() {
     let entry = &choice["logprobs"]["content"][0];
     assert_eq!((&entry["token"], &entry["bytes"]), (&json!("G"), &json!([71])));
     assert_eq!(entry["top_logprobs"][1], json!({"token": "H", "logprob": -1.5, "bytes": [72]}));
-    // The template's special tokens, one turn per message, nothing added by the tokenizer.
+    // The template writes the special tokens and one turn per message. The tokenizer adds nothing.
     let prompt: Vec<u32> = serde_json::from_value(body["prompt_token_ids"].clone()).unwrap();
     assert_eq!((&prompt[..2], prompt.len()), (&[0, 2][..], 1 + "<system: s\n<user: hi\n".len()));
 

@@ -1,4 +1,4 @@
-//! Tokens to text, one at a time.
+//! Incremental detokenization.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -6,28 +6,31 @@ use tokenizers::Tokenizer;
 
 use crate::TextError;
 
-/// What a decoder writes for bytes that are no character, or none yet.
+/// The character that decoders write for bytes that are invalid or incomplete UTF-8.
 const REPLACEMENT: char = '\u{fffd}';
 
-/// Tokens that may wait for the rest of a character before those that can't belong to it any more are let go.
+/// Pending tokens after which [`Detokenizer::push`] returns the text of tokens that can't be part of the incomplete
+/// character at the end.
 const MAX_PENDING: usize = 16;
 
-/// Turns a stream of tokens into text. What it has given never changes: an incomplete character waits for its rest.
+/// Turns a stream of tokens into text. Returned text never changes: an incomplete character is held back until it is
+/// complete.
 ///
-/// All pieces and the [`Detokenizer::flush`] joined are what decoding all tokens at once gives. (One exception: under
-/// a byte-fallback decoder, decoding at once turns a whole run of byte tokens into replacement characters if any of
-/// them is invalid; here the characters already given stay.)
+/// The returned pieces and [`Detokenizer::flush`] concatenate to the result of decoding all tokens at once. There is one
+/// exception: a byte-fallback decoder turns a whole run of byte tokens into replacement characters if any of them is
+/// invalid. This type does not retract characters of the run that it has already returned.
 ///
 /// Cost per token: two decodes of the few tokens since the last complete character.
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     special: Arc<HashSet<u32>>,
     skip_special: bool,
-    /// Tokens of the piece given last (a token's text may depend on the one before), then those not yet given.
+    /// Tokens of the last returned piece, kept because a token's text may depend on the token before it, then pending
+    /// tokens.
     ids: Vec<u32>,
-    /// Of `ids`, those whose text has been given.
+    /// Number of leading `ids` whose text has been returned.
     given: usize,
-    /// Text of those.
+    /// Text of `ids[..given]`.
     given_text: String,
 }
 
@@ -47,9 +50,9 @@ impl Detokenizer {
         Ok(this)
     }
 
-    /// Takes the next token; gives the text that is certain now, which may be empty.
+    /// Adds a token and returns the text that has become final, which may be empty.
     pub fn push(&mut self, token: u32) -> Result<String, TextError> {
-        // An id outside the vocabulary has no text. It would only stand between the bytes of a character.
+        // An id outside the vocabulary has no text. Keeping it would separate the bytes of a character.
         if self.skip_special && self.special.contains(&token) || self.tokenizer.id_to_token(token).is_none() {
             return Ok(String::new());
         }
@@ -61,8 +64,8 @@ impl Detokenizer {
             if pending < MAX_PENDING {
                 return Ok(String::new());
             }
-            // An incomplete character is at most three bytes long, so it lies in the last three tokens. Whatever
-            // decodes to the same text when split there can't be changed by what follows.
+            // An incomplete character has at most three bytes, so it is within the last three tokens. If splitting the
+            // tokens there decodes to the same text, later tokens can't change the text before the split.
             let mut split = None;
             for at in (self.ids.len() - 3..self.ids.len()).rev() {
                 if format!("{}{}", self.decode(&self.ids[..at])?, self.decode(&self.ids[at..])?) == text {
@@ -77,7 +80,7 @@ impl Detokenizer {
         }
         let new = self.since_given(certain)?;
         if new.is_empty() && certain == self.ids.len() {
-            // Tokens without text need not be decoded again and again.
+            // Drop tokens without text, so that they are not decoded again for every later token.
             if pending >= MAX_PENDING {
                 self.ids.truncate(self.given);
             }
@@ -89,7 +92,7 @@ impl Detokenizer {
         Ok(new)
     }
 
-    /// The end of the stream: what is left, an incomplete character as a replacement character.
+    /// Ends the stream and returns the remaining text. An incomplete character becomes a replacement character.
     pub fn flush(&mut self) -> Result<String, TextError> {
         let rest = self.since_given(self.ids.len())?;
         self.ids.clear();
@@ -98,7 +101,7 @@ impl Detokenizer {
         Ok(rest)
     }
 
-    /// Text of `ids[given..end]`, in the context of the given ones.
+    /// Text of `ids[given..end]`, decoded in the context of `ids[..given]`.
     fn since_given(&self, end: usize) -> Result<String, TextError> {
         let text = self.decode(&self.ids[..end])?;
         match text.strip_prefix(self.given_text.as_str()) {

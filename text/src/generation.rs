@@ -1,4 +1,4 @@
-//! `generation_config.json`.
+//! Parses `generation_config.json`: default sampling, output length and end-of-text tokens.
 
 use overfill_kv::SamplingParams;
 use serde_json::{Map, Value};
@@ -7,20 +7,21 @@ use crate::TextError;
 
 const FILE: &str = "generation_config.json";
 
-/// What a model's `generation_config.json` says, for requests that don't say otherwise. As in vLLM, its sampling values
-/// replace the API's own defaults, and `do_sample` is not read.
+/// Defaults of a model's `generation_config.json`. They apply to fields that a request does not set. As in vLLM, the
+/// sampling values replace the API's own defaults, and `do_sample` is ignored.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerationDefaults {
-    /// Tokens that end a text. See [`crate::TextModel::eos_token_ids`] for all of them.
+    /// End-of-text token ids of this file. [`crate::TextModel::eos_token_ids`] lists those of all files.
     pub eos_token_ids: Vec<u32>,
-    /// Sampling parameters, within their limits. A parameter that the file does not give is off.
+    /// Validated sampling parameters. A parameter that is missing from the file is off.
     pub sampling: SamplingParams,
-    /// Most tokens to generate.
+    /// Default maximum number of tokens to generate.
     pub max_new_tokens: Option<u32>,
 }
 
 impl GenerationDefaults {
-    /// Reads the file. A value that can't be served is an error that names the field: a client must never be blamed for it.
+    /// Parses the file. An invalid value is an error that names the field, so that clients don't get errors about values
+    /// that they never sent.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self, TextError> {
         let map: Map<String, Value> =
             serde_json::from_slice(bytes).map_err(|e| TextError::Invalid { file: FILE, reason: e.to_string() })?;
@@ -43,8 +44,8 @@ impl GenerationDefaults {
     }
 }
 
-/// `eos_token_id` of a generation_config.json or config.json: a token id, a list of them, or null. `file` is named in
-/// errors.
+/// Reads `eos_token_id` of a generation_config.json or config.json: a token id, a list of token ids, or null. Errors name
+/// `file`.
 pub fn token_ids(file: &'static str, map: &Map<String, Value>) -> Result<Vec<u32>, TextError> {
     const FIELD: &str = "eos_token_id";
     let value = map.get(FIELD).unwrap_or(&Value::Null);
@@ -56,7 +57,7 @@ pub fn token_ids(file: &'static str, map: &Map<String, Value>) -> Result<Vec<u32
     ids.ok_or_else(|| bad(file, FIELD, "a token id, a list of token ids, or null", value))
 }
 
-/// The fields of the file. Null is the same as absent.
+/// The fields of the file. A null field counts as absent.
 struct Fields<'a>(&'a Map<String, Value>);
 
 impl Fields<'_> {
@@ -76,7 +77,7 @@ impl Fields<'_> {
         self.present(field).map(|value| whole_number(value).ok_or_else(|| self.bad(field, limit))).transpose()
     }
 
-    /// -1 is vLLM's way of saying that it is off; 0 is transformers'.
+    /// `top_k`, where 0 means off. vLLM writes -1 for off, transformers writes 0.
     fn top_k(&self) -> Result<Option<u32>, TextError> {
         if self.present("top_k").and_then(Value::as_f64) == Some(-1.0) {
             return Ok(Some(0));
@@ -89,7 +90,7 @@ fn bad(file: &'static str, field: &str, limit: &str, value: &Value) -> TextError
     TextError::Invalid { file, reason: format!("{field} must be {limit}, got {value}") }
 }
 
-/// 50, and 50.0 too: Python's tools write either.
+/// A whole number, also if it is written as a float: Python's tools write both 50 and 50.0.
 fn whole_number(value: &Value) -> Option<u32> {
     match value.as_u64() {
         Some(number) => u32::try_from(number).ok(),

@@ -1,6 +1,7 @@
-//! The text side of a model: its tokenizer, its chat template and what its folder says about generation.
+//! Text processing of a model: tokenizer, chat template, generation defaults, detokenization and stop strings.
 //!
-//! Nothing here needs weights: the router gets the files of [`TextFiles`] from a prefill node and needs no model folder.
+//! This crate does not need the model's weights. The router gets [`TextFiles`] from a prefill node and needs no model
+//! folder.
 
 mod detokenize;
 mod files;
@@ -19,32 +20,32 @@ pub use stop::{StopMatch, StopMatcher};
 pub use template::ChatInput;
 pub use vocabulary::Offsets;
 
-/// Text files that can't be used, or text that they can't process.
+/// Invalid text files of a model, or text that the tokenizer or the chat template can't process.
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
     /// A file could not be read from disk.
     #[error("reading {path}: {source}")]
     Read {
-        /// The file.
+        /// Path of the file.
         path: String,
-        /// Why.
+        /// The I/O error.
         source: std::io::Error,
     },
-    /// A file's content is not what it must be.
+    /// A file's content is invalid.
     #[error("{file}: {reason}")]
     Invalid {
         /// Name of the file.
         file: &'static str,
-        /// What is wrong with it.
+        /// What is wrong with the content.
         reason: String,
     },
     /// The model's folder has no chat template.
     #[error("the model has no chat template: send a prompt instead of messages")]
     NoChatTemplate,
-    /// The chat template refuses the messages, or fails on them.
+    /// The chat template rejected the messages with `raise_exception`, or failed to render.
     #[error("chat template: {0}")]
     Template(String),
-    /// The tokenizer failed.
+    /// The tokenizer failed to encode or decode.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
 }

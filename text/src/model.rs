@@ -1,4 +1,4 @@
-//! A model's text side, ready for use.
+//! [`TextModel`]: a model's tokenizer, chat template and generation defaults.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -21,14 +21,14 @@ use crate::{
 /// One message of a chat.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChatMessage {
-    /// Who speaks: `system`, `user`, `assistant`, or what else the template knows.
+    /// The author's role: `system`, `user`, `assistant`, or another role that the template supports.
     pub role: String,
-    /// What is said.
+    /// Text of the message.
     pub content: String,
 }
 
 impl ChatMessage {
-    /// A message.
+    /// Creates a message.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self { role: role.into(), content: content.into() }
     }
@@ -46,7 +46,7 @@ pub struct TextModel {
 }
 
 impl TextModel {
-    /// Parses the files; errors name the file.
+    /// Parses the files. Errors name the file.
     pub fn from_files(files: &TextFiles) -> Result<Self, TextError> {
         let TextFiles {
             tokenizer_json,
@@ -90,61 +90,62 @@ impl TextModel {
         Ok(Self { tokenizer, vocabulary, special, tokenizer_sha256, template, generation, eos_token_ids })
     }
 
-    /// SHA-256 of tokenizer.json, lower-case hex: what two models' schemas are compared by.
+    /// SHA-256 of tokenizer.json in lower-case hex. KV schemas contain this hash, so that models with different tokenizers
+    /// are not paired.
     pub fn tokenizer_sha256(&self) -> &str {
         &self.tokenizer_sha256
     }
 
-    /// Tokens known to the tokenizer, added ones included. A model's vocabulary may be larger.
+    /// Number of tokens in the tokenizer, including added tokens. The model's own vocabulary may be larger.
     pub fn vocab_size(&self) -> usize {
         self.tokenizer.get_vocab_size(true)
     }
 
-    /// What the folder says about generation.
+    /// Defaults of generation_config.json.
     pub fn generation_defaults(&self) -> &GenerationDefaults {
         &self.generation
     }
 
-    /// Tokens that end a text: those of generation_config.json, then the tokenizer's `eos_token`. A model's config.json may
-    /// name others: the node that serves the model adds them.
+    /// End-of-text token ids: those of generation_config.json, then the tokenizer's `eos_token`. The model's config.json may
+    /// name more; the node that serves the model adds those.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_token_ids
     }
 
-    /// Does the folder have a chat template?
+    /// Whether the model has a chat template.
     pub fn has_chat_template(&self) -> bool {
         self.template.is_some()
     }
 
-    /// Token ids of `text`; `add_special` puts in what the model's post-processor adds (often a begin-of-text token).
+    /// Encodes `text`. `add_special` adds the special tokens of the tokenizer's post-processor, often a begin-of-text token.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {
         let encoding =
             self.tokenizer.encode_fast(text, add_special).map_err(|e| TextError::Tokenizer(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Text of tokens, all at once.
+    /// Decodes all tokens at once. `skip_special` omits special tokens.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
         self.tokenizer.decode(ids, skip_special).map_err(|e| TextError::Tokenizer(e.to_string()))
     }
 
-    /// The bytes that a token adds to a text in its middle. They may be a part of a character.
+    /// The bytes that a token contributes in the middle of a text. They may be an incomplete UTF-8 character.
     pub fn token_bytes(&self, id: u32) -> Vec<u8> {
         self.vocabulary.bytes(id)
     }
 
-    /// A token as log-probabilities name it: its text, `bytes:\xf0` for a part of a character, or `token_id:17` where
-    /// another token has the same text. No two tokens share a name.
+    /// The unique name of a token in reported log-probabilities: its text, `bytes:\xf0` if it is an incomplete character,
+    /// or `token_id:17` if another token has the same text.
     pub fn token_name(&self, id: u32) -> String {
         self.vocabulary.name(id)
     }
 
-    /// Counts where tokens begin in the text that follows `context`.
+    /// A counter of token offsets in the text that follows the tokens of `context`.
     pub fn offsets(&self, context: &[u32], skip_special: bool) -> Offsets {
         Offsets::new(self.vocabulary.clone(), self.special.clone(), context, skip_special)
     }
 
-    /// The prompt that the chat template makes of `messages`.
+    /// Renders `messages` to a prompt with the chat template.
     pub fn apply_chat_template(
         &self,
         messages: &[ChatMessage],
@@ -154,23 +155,24 @@ impl TextModel {
         self.render_chat(&ChatInput::new(&messages.iter().map(json).collect::<Vec<_>>(), add_generation_prompt))
     }
 
-    /// The prompt that the chat template makes of messages in any form, with tools and variables of the request.
+    /// Renders a prompt from messages in any JSON form, with tools, documents and template variables.
     pub fn render_chat(&self, input: &ChatInput<'_>) -> Result<String, TextError> {
         self.template.as_ref().ok_or(TextError::NoChatTemplate)?.render(input)
     }
 
-    /// The same as token ids. The template has already written the special tokens: none are added.
+    /// Renders `messages` and encodes the prompt. The template writes the special tokens, so the tokenizer adds none.
     pub fn encode_chat(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<Vec<u32>, TextError> {
         self.encode(&self.apply_chat_template(messages, add_generation_prompt)?, false)
     }
 
-    /// A decoder for the tokens that follow `context` (the end of the prompt, whose text is not repeated).
+    /// An incremental decoder for the tokens that follow `context`, the last tokens of the prompt. It does not return the
+    /// text of `context`.
     pub fn detokenizer(&self, context: &[u32], skip_special: bool) -> Result<Detokenizer, TextError> {
         Detokenizer::new(self.tokenizer.clone(), self.special.clone(), context, skip_special)
     }
 }
 
-/// `chat_template` of tokenizer_config.json: a template, or a list of named ones.
+/// The default template in `chat_template` of tokenizer_config.json, which is a template or a list of named templates.
 fn default_template(value: &Value) -> Option<String> {
     match value {
         Value::String(source) => Some(source.clone()),
@@ -179,7 +181,7 @@ fn default_template(value: &Value) -> Option<String> {
     }
 }
 
-/// `bos_token`, `eos_token` and the like.
+/// The texts of [`tokenizer::NAMED_TOKENS`] by field name, as variables of the chat template.
 fn special_tokens(config: &Value, map: &Value) -> BTreeMap<String, String> {
     let token = |name: &str| Some((name.to_owned(), tokenizer::named_token(config, map, name)?.content));
     tokenizer::NAMED_TOKENS.iter().filter_map(|name| token(name)).collect()

@@ -1,6 +1,6 @@
-//! Stop strings over a stream of text.
+//! Finds stop strings in streamed text.
 
-/// Passes text on, except what follows a stop string, and what could still turn out to be the beginning of one.
+/// Forwards streamed text up to the first stop string. Text that may be the beginning of a stop string is held back.
 #[derive(Clone, Debug)]
 pub struct StopMatcher {
     stops: Vec<String>,
@@ -9,23 +9,24 @@ pub struct StopMatcher {
     done: bool,
 }
 
-/// A stop string was found.
+/// The stop string that was found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StopMatch {
-    /// Index in the list given to [`StopMatcher::new`].
+    /// Index of the stop string in the list passed to [`StopMatcher::new`].
     pub stop: usize,
 }
 
 impl StopMatcher {
-    /// Looks for any of `stops`; empty ones are ignored. With `keep_stop` the found string is part of the text.
+    /// Looks for any of `stops`. Empty strings are ignored. With `keep_stop` the stop string is part of the text.
     pub fn new(stops: Vec<String>, keep_stop: bool) -> Self {
         Self { stops, keep_stop, held: String::new(), done: false }
     }
 
-    /// Takes new text; gives what is certain now, and the match if there is one: the text then ends for good.
+    /// Adds text. Returns the text that has become final and the match, if there is one. After a match, all further text
+    /// is discarded.
     ///
-    /// Of several matches the one that is complete first counts, for a stream can't wait for what may follow; of those, the
-    /// one that begins first.
+    /// If several stop strings match, the match that ends first counts, because a stream can't wait for later text. Among
+    /// matches with the same end, the one that begins first counts.
     pub fn push(&mut self, text: &str) -> (String, Option<StopMatch>) {
         if self.done {
             return (String::new(), None);
@@ -55,13 +56,13 @@ impl StopMatcher {
         (std::mem::replace(&mut self.held, rest), None)
     }
 
-    /// The end of the stream: what was held back is text after all.
+    /// Ends the stream and returns the text that was held back.
     pub fn flush(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
 }
 
-/// Length in bytes of the longest end of `text` that is a beginning of `stop`, and not all of it.
+/// Length in bytes of the longest suffix of `text` that is a proper prefix of `stop`.
 fn overlap(text: &str, stop: &str) -> usize {
     (1..stop.len().min(text.len() + 1))
         .rev()

@@ -1,4 +1,4 @@
-//! The tokenizer: `tokenizer.json`, and what `tokenizer_config.json` adds to it.
+//! Loads the tokenizer: `tokenizer.json`, plus the added tokens of `tokenizer_config.json` and `special_tokens_map.json`.
 
 use std::{
     collections::HashSet,
@@ -12,33 +12,33 @@ use crate::TextError;
 
 const CONFIG: &str = "tokenizer_config.json";
 
-/// Fields of tokenizer_config.json and special_tokens_map.json that name one special token each.
+/// Fields of tokenizer_config.json and special_tokens_map.json, each of which names one special token.
 pub(crate) const NAMED_TOKENS: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 /// Parses `tokenizer_json` and adds the tokens of tokenizer_config.json (`config`) and special_tokens_map.json (`map`).
 pub(crate) fn load(tokenizer_json: &[u8], config: &Value, map: &Value) -> Result<Tokenizer, TextError> {
     let invalid = |file, e: &dyn ToString| TextError::Invalid { file, reason: e.to_string() };
-    // Some of its readers panic at what they do not expect.
+    // Some parsers in the tokenizers crate panic on unexpected input.
     let tokenizer = catch_unwind(|| Tokenizer::from_bytes(tokenizer_json));
-    let tokenizer = tokenizer.map_err(|_| invalid("tokenizer.json", &"not the form of a tokenizer"))?;
+    let tokenizer = tokenizer.map_err(|_| invalid("tokenizer.json", &"unexpected structure"))?;
     let mut tokenizer = tokenizer.map_err(|e| invalid("tokenizer.json", &e))?;
-    // A folder may carry the settings of its training; a prompt is never cut or padded silently.
+    // The file may contain truncation and padding settings left over from training. A prompt is never cut or padded.
     tokenizer.with_truncation(None).map_err(|e| invalid("tokenizer.json", &e))?;
     tokenizer.with_padding(None);
     let tokens = added_tokens(&tokenizer, config, map)?;
     if !tokens.is_empty() {
         let added = catch_unwind(AssertUnwindSafe(|| tokenizer.add_tokens(tokens)));
-        let added = added.map_err(|_| invalid(CONFIG, &"tokens that can't be added to the tokenizer"))?;
+        let added = added.map_err(|_| invalid(CONFIG, &"the tokenizer does not accept these added tokens"))?;
         added.map_err(|e| invalid(CONFIG, &e))?;
     }
     Ok(tokenizer)
 }
 
-/// The tokens that transformers adds when it loads a fast tokenizer (`PreTrainedTokenizerFast.__init__`), in its order:
-/// those of `added_tokens_decoder` by their ids, whose settings replace those of tokenizer.json; then the special tokens
-/// that are named, but were added nowhere. A token that the vocabulary has keeps its id; a new one gets the next free id,
-/// whatever id its entry says.
+/// The tokens that transformers adds when it loads a fast tokenizer (`PreTrainedTokenizerFast.__init__`), in the same
+/// order. First come the tokens of `added_tokens_decoder`, by id; their settings override those of tokenizer.json. Then
+/// come named special tokens that are added nowhere else. A token that is already in the vocabulary keeps its id. A new
+/// token gets the next free id, regardless of the id in its entry.
 fn added_tokens(tokenizer: &Tokenizer, config: &Value, map: &Value) -> Result<Vec<AddedToken>, TextError> {
     let named = special_tokens(config, map);
     let special: HashSet<&str> = named.iter().map(|token| token.content.as_str()).collect();
@@ -53,12 +53,12 @@ fn added_tokens(tokenizer: &Tokenizer, config: &Value, map: &Value) -> Result<Ve
             tokens.push(token);
         }
     }
-    // Adding any rebuilds the matcher of all.
+    // Adding even one token rebuilds the matcher of all added tokens, so unchanged tokens are dropped here.
     tokens.retain(|token| !token.content.is_empty() && !known.values().any(|other| other == token));
     Ok(tokens)
 }
 
-/// `added_tokens_decoder`: `{"id": {"content": .., "special": .., ..}}`, by ascending id.
+/// The tokens of `added_tokens_decoder`, `{"id": {"content": .., "special": .., ..}}`, in ascending order of id.
 fn decoder_entries(config: &Value) -> Result<Vec<AddedToken>, TextError> {
     let field = "added_tokens_decoder";
     let invalid = |reason: String| TextError::Invalid { file: CONFIG, reason };
@@ -78,8 +78,8 @@ fn decoder_entries(config: &Value) -> Result<Vec<AddedToken>, TextError> {
     Ok(tokens.into_iter().map(|(_, token)| token).collect())
 }
 
-/// The special tokens that the files name. special_tokens_map.json counts where tokenizer_config.json has no
-/// `added_tokens_decoder`, as in transformers.
+/// The special tokens that the files name. As in transformers, special_tokens_map.json is read only if
+/// tokenizer_config.json has no `added_tokens_decoder`.
 fn special_tokens(config: &Value, map: &Value) -> Vec<AddedToken> {
     let older = config["added_tokens_decoder"].is_null();
     let one = |name: &str| named_token(config, map, name);
@@ -101,13 +101,14 @@ fn special_tokens(config: &Value, map: &Value) -> Vec<AddedToken> {
     tokens
 }
 
-/// The special token of this name. What special_tokens_map.json says comes first where it counts.
+/// The special token called `name`. If special_tokens_map.json is read (see [`special_tokens`]), it takes precedence.
 pub(crate) fn named_token(config: &Value, map: &Value, name: &str) -> Option<AddedToken> {
     let older = config["added_tokens_decoder"].is_null();
     older.then(|| token(&map[name])).flatten().or_else(|| token(&config[name]))
 }
 
-/// A token as a text, or as the serialised form of an added token. A text is not normalised, as is right for a special one.
+/// Parses a token: a string, or a serialised `AddedToken`. A token given as a string is a special token and is matched
+/// without normalization.
 fn token(value: &Value) -> Option<AddedToken> {
     if let Value::String(content) = value {
         return Some(AddedToken::from(content, true));

@@ -1,4 +1,4 @@
-//! The single tokens of a vocabulary: their bytes, and names for them that no two tokens share.
+//! Bytes and unique names of single tokens, and token offsets in a text.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -9,25 +9,25 @@ use std::{
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-/// Bytes and names of single tokens, as log-probabilities report them.
+/// Bytes and unique names of single tokens, as reported with log-probabilities.
 pub(crate) struct Vocabulary {
     tokenizer: Arc<Tokenizer>,
     form: Form,
-    /// Tokens whose text is the name of another token.
-    /// Found when the first name is asked for: nodes never ask.
+    /// Tokens whose bytes are the same as those of another token, which has the text as its name. Computed on first use:
+    /// nodes never need it.
     without_own_name: OnceLock<HashSet<u32>>,
 }
 
-/// How a token's entry in the vocabulary stands for its bytes.
+/// How a token's entry in the vocabulary encodes its bytes.
 enum Form {
-    /// GPT-2's: each character stands for a byte.
+    /// GPT-2's encoding: each character stands for one byte.
     ByteLevel(HashMap<char, u8>),
-    /// A text, which a decoder changes: it turns U+2581 into a space, or puts spaces between words.
+    /// Text that the decoder transforms, for example by turning U+2581 into a space or by putting spaces between words.
     Text {
-        /// `<0xF0>` stands for the byte F0.
+        /// Whether an entry such as `<0xF0>` stands for one byte.
         byte_fallback: bool,
-        /// A token and its text. What another token adds to it in the middle of a text is that token's text: decoders
-        /// drop the first space of a text.
+        /// A token and its text. Decoders drop the first space of a text. Other tokens are therefore decoded after this
+        /// token, which gives their text in the middle of a text.
         before: Option<(u32, String)>,
     },
 }
@@ -43,11 +43,11 @@ impl Vocabulary {
         Self { tokenizer, form, without_own_name: OnceLock::new() }
     }
 
-    /// The bytes that a token adds to a text in its middle; none for ids that the tokenizer does not know.
+    /// The bytes that a token contributes in the middle of a text. Empty for ids that the tokenizer does not know.
     pub(crate) fn bytes(&self, id: u32) -> Vec<u8> {
         let Some(entry) = self.tokenizer.id_to_token(id) else { return Vec::new() };
         match &self.form {
-            // The decoder takes an entry with a character that stands for no byte as it is.
+            // If any character of the entry stands for no byte, the decoder uses the entry unchanged.
             Form::ByteLevel(bytes) => {
                 entry.chars().map(|c| bytes.get(&c).copied()).collect::<Option<_>>().unwrap_or(entry.into_bytes())
             }
@@ -65,8 +65,8 @@ impl Vocabulary {
         }
     }
 
-    /// A name that no other token has: the token's text where it can be; `bytes:\xf0` for bytes that are no text; else
-    /// `token_id:17`.
+    /// The unique name of a token: its text if no other token has that name, `bytes:\xf0` if its bytes are not valid
+    /// UTF-8, else `token_id:17`.
     pub(crate) fn name(&self, id: u32) -> String {
         let shared = self.without_own_name.get_or_init(|| self.find_shared()).contains(&id);
         let bytes = self.bytes(id);
@@ -90,7 +90,8 @@ impl Vocabulary {
             && self.tokenizer.id_to_token(id).as_deref().and_then(fallback_byte).is_some()
     }
 
-    /// Of the tokens of the same bytes, all but one. Byte tokens give way first, then the later ones.
+    /// Tokens with the same bytes as another token that takes precedence: ordinary tokens precede byte tokens, then lower
+    /// ids precede higher ids.
     fn find_shared(&self) -> HashSet<u32> {
         let mut ids: Vec<u32> = self.tokenizer.get_vocab(true).into_values().collect();
         ids.sort_by_cached_key(|id| (self.is_fallback_byte(*id), *id));
@@ -100,17 +101,17 @@ impl Vocabulary {
     }
 }
 
-/// Where each token begins in a text, counted in characters.
+/// Computes where each token begins in a text, in characters.
 pub struct Offsets {
     vocabulary: Arc<Vocabulary>,
     special: Arc<HashSet<u32>>,
     skip_special: bool,
-    /// Has no token of the text come yet? Then the decoder drops the first space.
+    /// No token with text has been taken yet, so the decoder drops the first space.
     at_start: bool,
     characters: usize,
-    /// The same in bytes.
+    /// Length of the text so far, in bytes.
     bytes: usize,
-    /// The bytes of a character that is not complete yet.
+    /// Bytes of an incomplete character at the end.
     partial: Vec<u8>,
 }
 
@@ -125,7 +126,8 @@ impl Offsets {
         Self { vocabulary, special, skip_special, at_start, characters: 0, bytes: 0, partial: Vec::new() }
     }
 
-    /// Where the next token of an output begins. A token that continues a character begins where the character does.
+    /// Offset of the next output token, in characters. A token that continues a character has the offset of the
+    /// character.
     pub fn next_output(&mut self, id: u32) -> usize {
         let begins = self.characters;
         if !(self.skip_special && self.special.contains(&id)) {
@@ -134,7 +136,8 @@ impl Offsets {
         begins
     }
 
-    /// The same for the next token of a prompt whose text is `prompt`. A special token is in that text, or it was added.
+    /// Offset of the next token of a prompt whose text is `prompt`. A special token advances the offset only if its text
+    /// is in `prompt`: the tokenizer may have added the token.
     pub fn next_of_prompt(&mut self, id: u32, prompt: &str) -> usize {
         let begins = self.characters;
         let written = || prompt.as_bytes().get(self.bytes..).is_some_and(|b| b.starts_with(&self.vocabulary.bytes(id)));
@@ -144,7 +147,7 @@ impl Offsets {
         begins
     }
 
-    /// The output's text follows that of `prompt`.
+    /// Moves to the end of `prompt`, where the output begins.
     pub fn end_prompt(&mut self, prompt: &str) {
         (self.characters, self.bytes) = (prompt.chars().count(), prompt.len());
         self.partial.clear();
@@ -166,7 +169,7 @@ impl Offsets {
     }
 }
 
-/// Bytes before the beginning of a character that lacks its end.
+/// Length of `bytes` without an incomplete character at the end.
 fn complete_length(bytes: &[u8]) -> usize {
     let mut from = 0;
     loop {
@@ -180,13 +183,13 @@ fn complete_length(bytes: &[u8]) -> usize {
     }
 }
 
-/// Does a decoder, or a part of it, have this type?
+/// Whether the decoder or one of its parts is of type `name`.
 fn has_type(decoder: &Value, name: &str) -> bool {
     decoder["type"] == name
         || decoder["decoders"].as_array().is_some_and(|parts| parts.iter().any(|p| has_type(p, name)))
 }
 
-/// The first plain word of the vocabulary, with its text.
+/// The first ordinary token, by id, whose text is ASCII letters and digits.
 fn before(tokenizer: &Tokenizer) -> Option<(u32, String)> {
     let added = tokenizer.get_added_vocabulary();
     let mut ids: Vec<u32> = tokenizer.get_vocab(false).into_values().collect();
@@ -196,14 +199,14 @@ fn before(tokenizer: &Tokenizer) -> Option<(u32, String)> {
     ids.into_iter().filter(|id| !added.get_added_tokens_decoder().contains_key(id)).filter_map(text).find(plain)
 }
 
-/// The byte of an entry such as `<0xF0>`.
+/// The byte that an entry such as `<0xF0>` stands for.
 fn fallback_byte(entry: &str) -> Option<u8> {
     let digits = entry.strip_prefix("<0x")?.strip_suffix('>')?;
     (digits.len() == 2).then(|| u8::from_str_radix(digits, 16).ok()).flatten()
 }
 
-/// The characters that stand for bytes in GPT-2's vocabularies (`bytes_to_unicode` of its encoder.py): printable bytes for
-/// themselves, the others for the characters from U+0100 on, in order.
+/// Maps characters to bytes as in GPT-2's vocabularies (`bytes_to_unicode` of its encoder.py). Printable bytes are
+/// represented by themselves in Latin-1, the other bytes by the characters from U+0100 on, in order.
 fn byte_characters() -> HashMap<char, u8> {
     let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     let others = (0..=u8::MAX).filter(|byte| !printable(*byte)).zip('\u{100}'..);
@@ -267,7 +270,7 @@ mod tests {
 
     #[test]
     fn byte_level_tokens_have_their_own_bytes() {
-        // "Ġ" is a space; "ðŁ" are the bytes F0 9F; "<|end of text|>" has a character that stands for no byte.
+        // "Ġ" is a space, "ðŁ" are the bytes F0 9F, and the space in "<|end of text|>" stands for no byte.
         let tokens = ["<s>", "<|end of text|>", "Ġtrue", "ðŁ", "ĺ", "Ģ", "é", "Ãł"];
         let decoder = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
         let model = model(&tokens, decoder, false);
@@ -292,12 +295,12 @@ mod tests {
             ids.iter().map(|id| offsets.next_output(*id)).collect()
         };
         assert_eq!(offsets(&[0, 9], &[8, 8, 9, 10, 9], true), [0, 5, 10, 14, 15]);
-        // The text of an output after special tokens alone begins without a space.
+        // If only special tokens precede an output, its text begins without a space.
         assert_eq!(offsets(&[0], &[8, 8, 8], true), [0, 4, 9]);
         assert_eq!(offsets(&[0], &[8, 8, 8], false), [0, 5, 10]);
         assert_eq!(offsets(&[9], &[9, 1, 9], true), [0, 4, 4]);
         assert_eq!(offsets(&[9], &[9, 1, 9], false), [0, 4, 8]);
-        // Parts of a character begin where it does; what is no character counts as one replacement character.
+        // Tokens of one character share its offset. An invalid sequence counts as one replacement character.
         assert_eq!(offsets(&[9], &[9, 3, 4, 9, 9], true), [0, 4, 4, 4, 9]);
     }
 

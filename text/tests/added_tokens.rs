@@ -1,4 +1,4 @@
-//! The tokens that tokenizer_config.json adds. The ids are those of transformers 4.57.6 and 5.24.0.
+//! Added tokens of tokenizer_config.json. The expected ids come from transformers 4.57.6 and 5.24.0.
 
 #![allow(clippy::unwrap_used)]
 
@@ -49,12 +49,12 @@ fn its_settings_are_honoured() {
     let ids = model.encode("hi <|im_start|>a", false).unwrap();
     assert_eq!(ids, [312, 320, 68]);
     assert_eq!(model.decode(&ids, true).unwrap(), "hi<|im_start|>a");
-    // Those of a token that tokenizer.json has, too.
+    // They also override the settings of a token in tokenizer.json.
     assert_eq!(
         self::ids("hi <|end|>a", |config| config["added_tokens_decoder"]["3"]["lstrip"] = json!(true)),
         [312, 3, 68]
     );
-    // A whole word alone, beside words that contain it.
+    // `single_word` matches "the", but not inside "theatre".
     let word = |config: &mut Value| {
         config["added_tokens_decoder"]["321"] = json!({"content": "the", "single_word": true, "special": false});
     };

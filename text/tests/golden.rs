@@ -1,4 +1,4 @@
-//! The golden models' tokenizers and templates give the ids that transformers gave.
+//! Tokenizers and chat templates of the golden models produce the same token ids as transformers.
 
 #![allow(clippy::unwrap_used)]
 
@@ -36,7 +36,8 @@ fn text_and_chat_as_transformers() {
     }
 }
 
-/// However long the bytes before have waited: with 16 of them, those that can't change any more are let go.
+/// Tests 0 to 19 pending bytes before the character. From 16 pending tokens on, the detokenizer returns text that can't
+/// change any more.
 #[test]
 fn ids_without_a_text_do_not_break_a_character() {
     let model = model("llama-tied");
@@ -91,7 +92,7 @@ fn characters_never_break() {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(256) })]
 
-    /// Any tokens: invalid bytes, special tokens, ids outside the vocabulary.
+    /// Arbitrary tokens, including invalid bytes, special tokens and ids outside the vocabulary.
     #[test]
     fn pieces_joined_are_the_whole(tokens in prop::collection::vec(0u32..330, 0..80), skip in any::<bool>()) {
         let model = model_once();
@@ -104,7 +105,7 @@ proptest! {
         prop_assert_eq!(text, model.decode(&tokens, skip).unwrap());
     }
 
-    /// Runs of lone bytes, the worst case for what may be held back.
+    /// Runs of single-byte tokens, the worst case for text that is held back.
     #[test]
     fn bytes_joined_are_the_whole(tokens in prop::collection::vec(192u32..262, 0..80)) {
         let model = model_once();

@@ -1,4 +1,4 @@
-//! Small templates give what transformers gives; see `jinja/make_cases.py`.
+//! Small templates render the same output as with transformers. `jinja/make_cases.py` writes the cases.
 
 #![allow(clippy::unwrap_used)]
 

@@ -1,7 +1,8 @@
 """Renders public chat templates with transformers: python public_templates.py FOLDER OUT
 
-The templates are those of llama.cpp (models/templates), which PyPI's sdist of llama-cpp-python carries. FOLDER keeps the
-download. OUT gets JSON: {"conversations": [..], "templates": [{"name", "source", "results": [{"output"} or {"error"}]}]}.
+The templates come from llama.cpp (models/templates), which is part of the sdist of llama-cpp-python on PyPI. FOLDER caches
+the download. The script writes JSON to OUT:
+{"conversations": [..], "templates": [{"name", "source", "results": [{"output"} or {"error"}]}]}.
 Exit code 3: the download failed.
 """
 

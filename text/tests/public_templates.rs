@@ -1,4 +1,4 @@
-//! Public chat templates give what transformers gives; see `public_templates.py`, which downloads and renders them.
+//! Public chat templates render the same output as with transformers. `public_templates.py` downloads and renders them.
 
 #![allow(clippy::unwrap_used)]
 
@@ -23,16 +23,16 @@ struct Template {
     results: Vec<Wanted>,
 }
 
-/// An output, or else both must refuse.
+/// The expected output. `None`: transformers fails, and so must this crate.
 #[derive(Debug, Deserialize)]
 struct Wanted {
     output: Option<String>,
 }
 
-/// The script's exit code where nothing could be downloaded.
+/// Exit code of the script if the download failed.
 const NO_DOWNLOAD: i32 = 3;
 
-/// What transformers gives; `None` where there is no interpreter that has it, or no registry to download from.
+/// Renders the templates with transformers. `None` if OVERFILL_PYTHON is not set or the download fails.
 fn rendered() -> Option<Rendered> {
     let skip = |why: &str| {
         eprintln!("SKIPPED public_templates_as_transformers: {why}");
@@ -44,7 +44,7 @@ fn rendered() -> Option<Rendered> {
     let out = folder.join("public_templates.json");
     let mut command = Command::new(python);
     command.arg(here.join("tests/public_templates.py")).arg(folder.join("public_templates")).arg(&out);
-    // The hub is not asked for anything.
+    // Prevents requests to the Hugging Face hub.
     let status = command.env("HF_HUB_OFFLINE", "1").stdin(Stdio::null()).status().unwrap();
     match status.code() {
         Some(0) => Some(serde_json::from_slice(&std::fs::read(out).unwrap()).unwrap()),

@@ -1,4 +1,4 @@
-//! The decode side.
+//! The `Decode` service of simulated nodes.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ fn finished(reason: v1::FinishReason) -> v1::DecodeEvent {
     event(decode_event::Event::Finished(v1::DecodeFinished { reason: reason.into() }))
 }
 
-/// Takes the ticket back if the request ends before the handoff.
+/// Withdraws the ticket if the request ends before the handoff.
 struct Reservation(Vec<u8>);
 
 impl Drop for Reservation {

@@ -1,7 +1,7 @@
-//! Simulated nodes: nodes without a model, for tests and benches of the router alone.
+//! Simulated nodes without a model, for tests and benchmarks of the router.
 //!
-//! They speak the real protocol over real sockets; only the tokens are made up, as a function of all tokens before
-//! (or read from a script), so that a request gives the same output however often it is moved between nodes.
+//! They use the real protocol over real sockets. Only the tokens are artificial: a function of all previous tokens, or read
+//! from a script. A request therefore has the same output no matter how often it moves between nodes.
 
 mod decode;
 mod node;
@@ -36,7 +36,7 @@ use tonic::{Status, service::Routes};
 /// Id of the end-of-text token of [`text_files`]; bytes are ids 3 to 258.
 pub const EOS: u32 = 1;
 
-/// What a simulated node is.
+/// Settings of a simulated node.
 #[derive(Clone)]
 pub struct Options {
     /// Name of the node's model.
@@ -45,15 +45,15 @@ pub struct Options {
     pub schema: KvSchema,
     /// Tokenizer and template; prefill nodes only.
     pub files: TextFiles,
-    /// Longest prompt and output together, in tokens.
+    /// Maximum length of prompt and output together, in tokens.
     pub max_context_tokens: u32,
-    /// How long a prompt takes.
+    /// Time to prefill a prompt.
     pub prefill_time: Duration,
-    /// How long a token of the decode node takes.
+    /// Time to decode a token.
     pub token_time: Duration,
-    /// A prefill node reports the first token this long after it has handed it over: the decode node speaks first.
+    /// Delay between the handoff and the prefill node's report of the first token. The decode node then reports first.
     pub report_delay: Duration,
-    /// The output's tokens, over and over. Without a script the output is letters that depend on all tokens before.
+    /// Output tokens, repeated cyclically. Without a script the output is letters that depend on all previous tokens.
     pub script: Option<Vec<u32>>,
 }
 
@@ -97,7 +97,8 @@ pub fn text_files() -> TextFiles {
         vocab.insert((*name).into(), id.into());
     }
     for byte in 0..=255u8 {
-        // The byte-level alphabet of GPT-2: printable Latin-1 stands for itself, the rest is moved up.
+        // The byte-level alphabet of GPT-2: printable Latin-1 characters stand for themselves, other bytes for characters
+        // from U+0100 on.
         let c = match byte {
             b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => Some(char::from(byte)),
             _ => {
@@ -139,7 +140,7 @@ pub fn bytes_as_tokens(text: &str) -> Vec<u32> {
     text.bytes().map(|byte| u32::from(byte) + 3).collect()
 }
 
-/// A running node. When it is dropped, it takes nothing new and its load reports end; requests on it go on.
+/// A running node. Dropping it stops new requests and load reports. Running requests continue.
 pub struct SimulatedNode {
     /// The node's address.
     pub url: String,
@@ -204,28 +205,28 @@ impl SimulatedNode {
         Ok(Self { url, state })
     }
 
-    /// Requests on the node now.
+    /// Number of requests on the node.
     pub fn active(&self) -> usize {
         self.state.active.load(Ordering::SeqCst)
     }
 
-    /// Requests that the node has taken since its start.
+    /// Number of requests that the node has accepted since its start.
     pub fn taken(&self) -> usize {
         self.state.taken.load(Ordering::SeqCst)
     }
 
-    /// Lets the node fail once, after this many more tokens.
+    /// Makes the node fail once, after `tokens` more tokens.
     pub fn fail_after(&self, tokens: u32) {
         self.state.fail_after.store(i64::from(tokens), Ordering::SeqCst);
     }
 
-    /// While set, the node refuses requests for want of room.
+    /// While set, the node has no room and refuses requests.
     pub fn set_full(&self, full: bool) {
         self.state.full.send_replace(full);
         self.state.load.send_modify(|load| load.free_blocks = if full { 0 } else { 1 << 20 });
     }
 
-    /// While set, the node says that its engine hangs.
+    /// While set, the node reports that its engine is stalled.
     pub fn set_stalled(&self, stalled: bool) {
         self.state.load.send_modify(|load| load.stalled = stalled);
     }
@@ -235,7 +236,7 @@ impl SimulatedNode {
         self.state.losing.store(losing, Ordering::SeqCst);
     }
 
-    /// While set, the node gives no token.
+    /// While set, the node generates no tokens.
     pub fn set_paused(&self, paused: bool) {
         self.state.paused.send_replace(paused);
     }
@@ -247,7 +248,7 @@ struct State {
     load: watch::Sender<v1::NodeLoad>,
     active: AtomicUsize,
     taken: AtomicUsize,
-    /// Tokens until a failure; negative: never.
+    /// Number of tokens until a failure. Negative: no failure.
     fail_after: AtomicI64,
     full: watch::Sender<bool>,
     paused: watch::Sender<bool>,
@@ -255,7 +256,7 @@ struct State {
     stop: CancellationToken,
 }
 
-/// Counts a request for as long as it lives.
+/// Counts an active request until it is dropped.
 struct Active(Arc<State>);
 
 impl Active {
@@ -278,9 +279,9 @@ impl Drop for Active {
 }
 
 impl State {
-    /// Lets `time` pass, then fails if a test wants the node to.
+    /// Waits for `time`, then fails if a test has requested a failure.
     async fn step(&self, time: Duration) -> Result<(), Status> {
-        // An error would mean that the sender has gone, which is part of `self`.
+        // An error would mean that the sender is gone, but `self` holds it.
         let _ = self.paused.subscribe().wait_for(|paused| !paused).await;
         if !time.is_zero() {
             tokio::time::sleep(time).await;
@@ -296,7 +297,7 @@ impl State {
     }
 }
 
-/// The made-up continuation of a prompt.
+/// The artificial continuation of a prompt.
 struct Continuation {
     hash: u64,
     index: usize,
@@ -304,7 +305,7 @@ struct Continuation {
 }
 
 impl Continuation {
-    /// The continuation of `tokens`, the last `generated` of which are output.
+    /// Continues `tokens`. The last `generated` of them are earlier output.
     fn new(options: &Options, tokens: &[u32], generated: u32) -> Self {
         let mut this = Self { hash: 0xcbf2_9ce4_8422_2325, index: generated as usize, script: options.script.clone() };
         tokens.iter().for_each(|token| this.mix(*token));
@@ -326,12 +327,12 @@ impl Continuation {
     }
 }
 
-/// A token with made-up log-probabilities: itself the likeliest, then the ids after it.
+/// A token with artificial log-probabilities: the token itself is the most likely, followed by the next ids.
 fn output(token: u32, logprobs: Option<u32>) -> v1::OutputToken {
     let Some(n) = logprobs else { return v1::OutputToken { token, logprob: f32::NAN, top: Vec::new() } };
     let top = (0..n).map(|i| v1::TokenLogprob { token: (token + i) % 259, logprob: -0.5 - i as f32 }).collect();
     v1::OutputToken { token, logprob: -0.5, top }
 }
 
-/// Handoffs between the simulated nodes of this process, by ticket: what is handed over is the first token.
+/// Handoffs between the simulated nodes of this process, by ticket. Only the first token is handed over.
 static HANDOFFS: LazyLock<Mutex<HashMap<Vec<u8>, oneshot::Sender<u32>>>> = LazyLock::new(Mutex::default);

@@ -1,4 +1,4 @@
-//! What both roles have.
+//! The `Node` service, which nodes of both roles have.
 
 use std::{pin::Pin, sync::Arc};
 

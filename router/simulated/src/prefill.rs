@@ -1,4 +1,4 @@
-//! The prefill side.
+//! The `Prefill` service of simulated nodes.
 
 use std::sync::{Arc, atomic::Ordering};
 

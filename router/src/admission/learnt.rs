@@ -1,4 +1,4 @@
-//! What is learnt from sequences that have ended about sequences to come.
+//! Estimates the duration of sequences from sequences that have ended.
 
 use std::time::Duration;
 
@@ -6,15 +6,15 @@ use tokio::time::Instant;
 
 use super::Ask;
 
-/// Weight of the newest figure in a running mean.
+/// Weight of the newest value in an exponential moving average.
 const NEWEST: f64 = 0.1;
 
-/// Running means over the sequences that have ended.
+/// Exponential moving averages over sequences that have ended.
 #[derive(Default)]
 pub(super) struct Learnt {
-    /// Seconds between two ends while somebody waits.
+    /// Seconds between the ends of two sequences while others wait.
     pub interval: Option<f64>,
-    /// Seconds of a sequence on the nodes.
+    /// Seconds that a sequence runs on the nodes.
     seconds: Option<f64>,
     /// Tokens that a sequence generates.
     tokens: Option<f64>,
@@ -22,27 +22,27 @@ pub(super) struct Learnt {
 }
 
 impl Learnt {
-    /// Will a sequence that begins at `begin` probably end too late?
+    /// Whether a sequence that starts at `begin` will probably miss its deadline.
     pub fn is_late(&self, begin: Instant, ask: &Ask) -> bool {
         let (Some(seconds), Some(tokens)) = (self.seconds, self.tokens) else { return begin >= ask.end_by };
-        // A sequence that may have few tokens takes less time. One that may have many need not become long.
+        // A low `max_tokens` shortens the estimate. A high one does not lengthen it, because the text may end earlier.
         let share = (f64::from(ask.max_tokens) / tokens.max(1.0)).min(1.0);
         begin + Duration::from_secs_f64(seconds * share) > ask.end_by
     }
 
-    /// Learns from a sequence that took `took` and generated `tokens`. `waiting`: others wait for its place.
+    /// Updates the averages with a sequence that ran for `took` and generated `tokens`. `waiting`: other sequences wait.
     pub fn ended(&mut self, took: Duration, tokens: u32, waiting: bool) {
         let now = Instant::now();
         let mean = |mean: &mut Option<f64>, newest: f64| {
             *mean = Some(mean.map_or(newest, |mean| mean + NEWEST * (newest - mean)));
         };
-        // A sequence that was cancelled before its first token says nothing of the others.
+        // A sequence that was cancelled before its first token is not representative.
         if tokens > 0 {
             mean(&mut self.seconds, took.as_secs_f64());
             mean(&mut self.tokens, tokens.into());
         }
         let last = self.last_end.replace(now);
-        // Without a queue, ends are as far apart as arrivals are.
+        // Without a queue, the interval between ends depends on arrivals and not on the nodes' speed.
         if let Some(last) = last.filter(|_| waiting) {
             mean(&mut self.interval, (now - last).as_secs_f64());
         }

@@ -1,12 +1,12 @@
-//! Admission: for each model, a bounded number of sequences runs on the nodes, and a bounded number waits.
+//! Admission control: for each model, limits the number of running and of waiting sequences.
 //!
-//! Models do not wait for each other: a model whose nodes are all busy keeps no request from other models' nodes.
+//! Models have separate queues: a model whose nodes are all busy does not block requests for other models.
 //!
-//! The order of turns: sequences of lower priority numbers go first. Among equals, the tenant goes first that has had
-//! the fewest tokens for its weight, where output counts double ("virtual token counter", Sheng et al., Fairness in
-//! Serving Large Language Models, arXiv 2401.00588). A tenant's own sequences go in order of arrival. When the queue is
-//! full, the tenant with the most waiting sequences gives way. A sequence that would not end in time is refused at
-//! once, before it costs anything; how long sequences take is learnt from the ones that have ended.
+//! Order: sequences with lower priority numbers go first. Within a priority, the tenant with the fewest served tokens
+//! divided by its weight goes first, where output tokens count double ("virtual token counter", Sheng et al., Fairness in
+//! Serving Large Language Models, arXiv 2401.00588). Sequences of one tenant go in order of arrival. When the queue is
+//! full, the tenant with the most waiting sequences loses its newest one. A sequence that would miss its deadline is
+//! refused at once, before it uses any resources. The estimate of its duration comes from sequences that have ended.
 
 mod learnt;
 mod models;
@@ -32,34 +32,34 @@ use crate::{
     tenants::{Counted, Tenant},
 };
 
-/// What a generated token costs, in prompt tokens.
+/// Cost of a generated token, in prompt tokens.
 const OUTPUT_WEIGHT: f64 = 2.0;
-/// Longest time after which clients are told to ask again.
+/// Maximum retry-after time that is sent to clients.
 const MAX_RETRY: Duration = Duration::from_secs(60);
 
-/// The bounds and the queue of one model.
+/// Limits and queue of one model.
 struct ModelAdmission {
     queue: Arc<Mutex<Queue>>,
 }
 
-/// What decides a sequence's turn.
+/// A sequence's priority, cost and deadlines.
 #[derive(Clone, Copy, Debug)]
 pub struct Ask {
-    /// Sequences with lower numbers go first.
+    /// Priority. Sequences with lower numbers go first.
     pub priority: i32,
-    /// Tokens of its prompt.
+    /// Number of prompt tokens.
     pub prompt_tokens: usize,
-    /// Most tokens that it generates.
+    /// Maximum number of tokens to generate.
     pub max_tokens: u32,
-    /// The sequence must run by then.
+    /// Latest time for the sequence to start running.
     pub run_by: Instant,
-    /// The sequence must have ended by then.
+    /// Latest time for the sequence to end.
     pub end_by: Instant,
 }
 
 struct Queue {
     max_running: usize,
-    /// Sequences that the nodes compute at once, if these are fewer than `max_running`.
+    /// Number of sequences that the nodes compute at once, at most `max_running`.
     capacity: usize,
     max_waiting: usize,
     running: usize,
@@ -73,7 +73,7 @@ struct Queue {
 #[derive(Default)]
 struct Account {
     weight: f64,
-    /// Tokens that the tenant has had, divided by its weight.
+    /// Cost of the tenant's tokens so far, in prompt tokens, divided by its weight.
     served: f64,
     sequences: usize,
     lines: BTreeMap<i32, VecDeque<Waiter>>,
@@ -85,7 +85,7 @@ struct Waiter {
     turn: oneshot::Sender<Result<(), GenerateError>>,
 }
 
-/// A place in the queue. Dropping it leaves the queue.
+/// A sequence's place in the queue. Dropping it removes the sequence from the queue.
 pub struct Place {
     queue: Arc<Mutex<Queue>>,
     counted: Arc<Counted>,
@@ -94,7 +94,7 @@ pub struct Place {
     turn: Option<oneshot::Receiver<Result<(), GenerateError>>>,
 }
 
-/// The right to use the nodes. Dropping it admits the next sequence.
+/// Permission for a sequence to use the nodes. Dropping it admits the next sequence.
 pub struct Running {
     queue: Arc<Mutex<Queue>>,
     counted: Arc<Counted>,
@@ -103,7 +103,7 @@ pub struct Running {
 }
 
 impl ModelAdmission {
-    /// At most `max_running` run and `max_waiting` wait.
+    /// Creates an empty queue for at most `max_running` running and `max_waiting` waiting sequences.
     fn new(max_running: usize, max_waiting: usize) -> Self {
         let queue = Queue {
             max_running,
@@ -118,14 +118,15 @@ impl ModelAdmission {
         Self { queue: Arc::new(Mutex::new(queue)) }
     }
 
-    /// Sets how many sequences the nodes compute at once. More would wait on the nodes, which know no turns.
+    /// Sets how many sequences the nodes compute at once. Further sequences would wait on the nodes, which do not order
+    /// them by priority and tenant.
     fn set_capacity(&self, places: usize) {
         let mut queue = self.queue.lock();
         queue.capacity = places.clamp(1, queue.max_running);
         queue.admit();
     }
 
-    /// A place for each of these sequences, or for none. Does not wait.
+    /// Queues all of these sequences, or none. Does not wait.
     fn enter(&self, tenant: &Arc<Tenant>, asks: &[Ask]) -> Result<Vec<Place>, GenerateError> {
         let counted = Arc::new(tenant.count(asks.len())?);
         let mut queue = self.queue.lock();
@@ -166,7 +167,7 @@ impl ModelAdmission {
     }
 }
 
-/// Refuses a request of more sequences than can ever have places.
+/// Returns an error if a request has more sequences than can run and wait at once.
 fn check_count(count: usize, limit: usize) -> Result<(), GenerateError> {
     if count > limit {
         let message = format!("n times the number of prompts must be at most {limit}, got {count}");
@@ -176,8 +177,8 @@ fn check_count(count: usize, limit: usize) -> Result<(), GenerateError> {
 }
 
 impl Queue {
-    /// The tenant's account. A new one begins level with the least served of those who wait: being away saves nothing
-    /// up.
+    /// The tenant's account. A new account starts with the lowest `served` of all tenants with waiting sequences, so that a
+    /// tenant does not accumulate credit while it is idle.
     fn account(&mut self, tenant: &Tenant) -> &mut Account {
         if !self.accounts.contains_key(&tenant.name) {
             let waiting = self.accounts.values().filter(|account| !account.lines.is_empty());
@@ -192,7 +193,7 @@ impl Queue {
     /// Admits sequences in order of turns while there is capacity.
     fn admit(&mut self) {
         while self.running < self.capacity.min(self.max_running) {
-            // (priority, tokens, arrival) of the first in each tenant's line.
+            // (priority, served, arrival) of the first sequence in each tenant's line.
             let first = |account: &Account| {
                 let (priority, line) = account.lines.first_key_value()?;
                 Some((*priority, account.served, line.front()?.arrival))
@@ -205,9 +206,9 @@ impl Queue {
             let Some(waiter) = account.pop() else { return };
             self.waiting -= 1;
             let now = Instant::now();
-            // Only while others wait: what was learnt may be out of date, and a sequence that runs teaches anew.
+            // The estimate is used only while others wait. It may be out of date, and running the sequence updates it.
             let late = now >= waiter.ask.end_by || (self.waiting > 0 && self.learnt.is_late(now, &waiter.ask));
-            // Nobody listens only while a place is being dropped, and its `drop` sees to the rest.
+            // Sending fails only while the place is being dropped. Its `drop` then does the cleanup.
             if late {
                 let _ = waiter.turn.send(Err(self.too_late(&waiter.ask)));
                 self.leave(&name);
@@ -219,7 +220,7 @@ impl Queue {
         }
     }
 
-    /// Takes one sequence off the tenant's account.
+    /// Removes one sequence from the tenant's account.
     fn leave(&mut self, name: &Arc<str>) {
         if let Some(account) = self.accounts.get_mut(name) {
             account.sequences = account.sequences.saturating_sub(1);
@@ -229,12 +230,13 @@ impl Queue {
         }
     }
 
-    /// How many sequences come before the tenant's next one, if `own` sequences of its request come before it.
+    /// Estimates how many sequences go before the tenant's next one. `own`: number of sequences of the same request that go
+    /// before it.
     fn ahead(&self, name: &str, priority: i32, own: usize) -> usize {
         let before = |account: &Account| account.lines.range(..=priority).map(|(_, line)| line.len()).sum::<usize>();
         let all: usize = self.accounts.values().map(before).sum();
         let mine = self.accounts.get(name).map_or(0, before) + own;
-        // Among tenants of one weight, each of a tenant's sequences waits for at most one turn of every other tenant.
+        // With equal weights, each of the tenant's sequences waits for at most one sequence of every other tenant.
         let others =
             self.accounts.iter().filter(|(other, account)| other.as_ref() != name && before(account) > 0).count();
         (all + own).min((mine + 1) * (others + 1))
@@ -261,7 +263,7 @@ impl Queue {
         Duration::from_secs_f64(wait.max(1.0)).min(MAX_RETRY)
     }
 
-    /// Sends `beyond` waiters away: the newest waiters of lower priority, or of the tenants that have the most of them.
+    /// Evicts `beyond` waiters: the newest waiters of lower priority, or of the tenants with the most waiters.
     fn make_room(&mut self, mut beyond: usize, tenant: &Tenant, asks: &[Ask]) -> Result<(), GenerateError> {
         let limit = self.running + self.waiting;
         let full = GenerateError::QueueFull { limit, retry_after: self.retry_after() };
@@ -280,7 +282,7 @@ impl Queue {
             let Some(((other, name), length)) = fullest.map(|(key, length)| (key.clone(), *length)) else {
                 return Err(full);
             };
-            // Within a priority, a tenant gives way only if it has more waiters than the newcomer will have.
+            // Within a priority, a tenant loses waiters only if it has more than the new request's tenant will have.
             if other < priority || (other == priority && (name == tenant.name || length <= mine)) {
                 return Err(full);
             }
@@ -305,7 +307,7 @@ impl Account {
         self.lines.values().map(VecDeque::len).sum()
     }
 
-    /// Takes the waiter whose turn it is.
+    /// Removes the tenant's next waiter.
     fn pop(&mut self) -> Option<Waiter> {
         let mut line = self.lines.first_entry()?;
         let waiter = line.get_mut().pop_front();
@@ -324,7 +326,7 @@ impl Account {
         waiter
     }
 
-    /// Takes the waiter out; false if it no longer waited.
+    /// Removes a waiter. Returns false if it was no longer waiting.
     fn remove(&mut self, priority: i32, arrival: u64) -> bool {
         let Some(line) = self.lines.get_mut(&priority) else { return false };
         let before = line.len();
@@ -338,14 +340,14 @@ impl Account {
 }
 
 impl Place {
-    /// Waits for the sequence's turn.
+    /// Waits until the sequence is admitted.
     pub async fn run(mut self) -> Result<Running, GenerateError> {
         let began = Instant::now();
         let Some(turn) = &mut self.turn else {
             return Err(GenerateError::Internal("a place was used twice".into()));
         };
         let waited = || GenerateError::NoRoom { waited: began.elapsed(), detail: String::new() };
-        // The receiver stays in `self` during the wait, so that `drop` sees it if the client leaves.
+        // The receiver stays in `self` during the wait, so that `drop` still has it if the client disconnects.
         let Ok(turn) = timeout_at(self.ask.run_by, turn).await else { return Err(waited()) };
         self.turn = None;
         match turn {
@@ -370,7 +372,7 @@ impl Drop for Place {
             queue.waiting -= 1;
             queue.leave(&self.counted.tenant.name);
         } else if matches!(turn.try_recv(), Ok(Ok(()))) {
-            // The turn had come, and nobody had seen it.
+            // The sequence had been admitted, but `run` had not seen it.
             queue.running -= 1;
             queue.leave(&self.counted.tenant.name);
             queue.admit();

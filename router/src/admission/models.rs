@@ -1,4 +1,4 @@
-//! The admission of all models.
+//! Admission control of all models.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -7,43 +7,45 @@ use parking_lot::Mutex;
 use super::{Ask, ModelAdmission, Place, check_count};
 use crate::{GenerateError, tenants::Tenant};
 
-/// Each model's bounds and queue. Clones share them.
+/// Limits and queues of all models. Clones share them.
 #[derive(Clone)]
 pub struct Admission {
     max_running: usize,
     max_waiting: usize,
-    /// By name. A model that was known once stays, as it does among the nodes. There are few models.
+    /// By model name. Entries are never removed, as in [`View::models`](crate::node::View::models). There are few models.
     models: Arc<Mutex<HashMap<String, ModelAdmission>>>,
 }
 
 impl Admission {
-    /// At most `max_running` sequences of each model run, and at most `max_waiting` wait.
+    /// Allows `max_running` running and `max_waiting` waiting sequences of each model.
     pub fn new(max_running: usize, max_waiting: usize) -> Self {
         Self { max_running, max_waiting, models: Arc::default() }
     }
 
-    /// Sets how many sequences the model's nodes compute at once. More would wait on the nodes, which know no turns.
-    /// `None`: the model has no nodes, and sequences that are admitted are told so.
+    /// Sets how many sequences the model's nodes compute at once. Further sequences would wait on the nodes, which do not
+    /// order them by priority and tenant. `None`: the model has no nodes. Sequences are then admitted up to `max_running`
+    /// and get an error when they find no node.
     pub fn set_capacity(&self, model: &str, places: Option<usize>) {
         self.with(model, |admission| admission.set_capacity(places.unwrap_or(self.max_running)));
     }
 
-    /// A place for each of these sequences of a model, or for none. Does not wait.
+    /// Queues all of these sequences of a model, or none. Does not wait.
     pub fn enter(&self, model: &str, tenant: &Arc<Tenant>, asks: &[Ask]) -> Result<Vec<Place>, GenerateError> {
         self.with(model, |admission| admission.enter(tenant, asks))
     }
 
-    /// Refuses a request of more sequences than can ever have places, before anything is made of them.
+    /// Returns an error if a request has more sequences than can run and wait at once. Callers check this before they build
+    /// the sequences.
     pub fn check_count(&self, count: usize) -> Result<(), GenerateError> {
         check_count(count, self.max_running + self.max_waiting)
     }
 
-    /// Sequences on the nodes now.
+    /// Number of running sequences.
     pub fn running(&self) -> usize {
         self.models.lock().values().map(ModelAdmission::running).sum()
     }
 
-    /// Sequences waiting now.
+    /// Number of waiting sequences.
     pub fn waiting(&self) -> usize {
         self.models.lock().values().map(ModelAdmission::waiting).sum()
     }

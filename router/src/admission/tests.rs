@@ -1,4 +1,4 @@
-//! Bounds, turns, and who gives way.
+//! Tests of limits, order and eviction.
 
 use super::*;
 
@@ -13,7 +13,7 @@ fn tenant(name: &str, weight: u32) -> Arc<Tenant> {
     Arc::new(tenant)
 }
 
-/// Runs `places` to their ends, of `tokens` each, and tells in which order of `names` that happened.
+/// Runs all `places`, each with `tokens` tokens. Returns their names, concatenated in the order in which they ran.
 async fn order(places: Vec<(&'static str, Place)>, tokens: usize) -> String {
     let log = Arc::new(Mutex::new(String::new()));
     let tasks: Vec<_> = places
@@ -47,7 +47,7 @@ async fn bounds_hold_and_places_come_back() {
     drop(first);
     assert_eq!((admission.running(), admission.waiting()), (0, 0));
     assert!(matches!(admission.enter(&a, &[ask(); 3]), Err(GenerateError::Invalid { .. })));
-    // A turn that nobody takes goes to the next.
+    // If an admitted place is dropped, the next one is admitted.
     let mut places = admission.enter(&a, &[ask(), ask()]).unwrap();
     places.remove(0);
     drop(places.remove(0).run().await.unwrap());
@@ -97,9 +97,9 @@ async fn priority_goes_first() {
 async fn whoever_fills_the_queue_gives_way() {
     let (admission, a, b) = (ModelAdmission::new(1, 4), tenant("a", 1), tenant("b", 1));
     let mut of_a = admission.enter(&a, &[ask(); 5]).unwrap();
-    assert!(admission.enter(&a, &[ask()]).is_err(), "one's own do not give way");
+    assert!(admission.enter(&a, &[ask()]).is_err(), "a tenant evicts none of its own sequences");
     let of_b = admission.enter(&b, &[ask(); 2]).unwrap();
-    assert!(admission.enter(&b, &[ask()]).is_err(), "b has as much as a now");
+    assert!(admission.enter(&b, &[ask()]).is_err(), "a and b have equally many sequences");
     let evicted = of_a.pop().unwrap().run().await.err();
     assert!(matches!(evicted, Some(GenerateError::QueueFull { .. })), "{evicted:?}");
     let urgent = admission.enter(&a, &[Ask { priority: -1, ..ask() }]).unwrap();
@@ -111,7 +111,7 @@ async fn whoever_fills_the_queue_gives_way() {
 #[tokio::test(start_paused = true)]
 async fn what_would_be_late_is_refused_at_once() {
     let (admission, a) = (ModelAdmission::new(1, 100), tenant("a", 1));
-    // Two sequences of ten seconds, the second one waiting, teach what to expect.
+    // Three sequences of ten seconds each, run one after the other, give the estimate.
     for place in admission.enter(&a, &[ask(), ask(), ask()]).unwrap() {
         let mut running = place.run().await.unwrap();
         tokio::time::sleep(Duration::from_secs(10)).await;
@@ -123,13 +123,13 @@ async fn what_would_be_late_is_refused_at_once() {
     assert!(matches!(refused, Some(GenerateError::Overloaded { .. })), "{refused:?}");
     let waiting = admission.enter(&a, &[within(25)]).unwrap().remove(0);
     let patient = admission.enter(&a, &[ask()]).unwrap().remove(0);
-    // The first one takes longer than it should: the second can't be done in time any more, and the third can.
+    // The first one takes longer than estimated. The second can't meet its deadline any more, the third can.
     tokio::time::sleep(Duration::from_secs(20)).await;
     drop(running);
     let late = waiting.run().await.err();
     assert!(matches!(late, Some(GenerateError::Late { .. })), "{late:?}");
     drop(patient.run().await.unwrap());
-    // Where nobody else waits, it may try: nodes that were slow once may be fast now.
+    // If no other sequence waits, the estimate is ignored: the nodes may have become faster.
     let alone = admission.enter(&a, &[within(5)]).unwrap().remove(0);
     assert!(alone.run().await.is_ok());
 }

@@ -1,7 +1,7 @@
-//! Which node is at fault when an attempt fails.
+//! Decides which node is at fault when an attempt fails.
 //!
-//! [`verdict`] is the table, and pure: who spoke, in which phase, with which gRPC status. [`sentence`] tells the
-//! circuit breakers, and gives the error that ends the attempt.
+//! [`verdict`] is a pure function of the node that reported the failure, the phase and the gRPC status. [`sentence`] updates
+//! the circuit breakers accordingly and returns the error that ends the attempt.
 
 use std::sync::Arc;
 
@@ -11,14 +11,14 @@ use tonic::{Code, Status};
 use super::{AttemptError, Phase};
 use crate::node::Node;
 
-/// What was wrong with a node.
+/// A node's failure, as the router observed it.
 #[derive(Debug)]
 pub(super) enum Fault {
     /// The call or the stream ended with this status.
     Status(Status),
-    /// The node broke the protocol, or was silent for too long.
+    /// The node violated the protocol, or sent nothing for too long.
     Unexpected(String),
-    /// The node can't be used any more.
+    /// The node has left.
     Left,
 }
 
@@ -37,46 +37,46 @@ impl From<Status> for Fault {
 /// What a status means for the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
-    /// The node has no room, or is about to end. Nothing has failed.
+    /// The node has no room, or is shutting down. Nothing has failed.
     NoRoom,
-    /// A draining node gave the request back.
+    /// A draining node returned the request.
     Moved,
-    /// The request is at fault: no other node would take it.
+    /// The request is invalid: no node would accept it.
     Refused,
-    /// The request's own time is over.
+    /// The request's deadline has passed.
     Deadline,
-    /// The node that spoke has failed.
+    /// The reporting node has failed.
     SpeakerFailed,
-    /// The node that spoke has probably failed.
+    /// The reporting node has probably failed.
     SpeakerSuspected,
-    /// A handoff failed, and it takes two nodes: either may have failed.
+    /// A handoff failed, and either of its two nodes may be the cause.
     BothSuspected,
 }
 
-/// The verdict on a status with which `speaker` ended its call or its stream in `phase`. `broken`: the connection
-/// failed, rather than the node refused.
+/// The verdict on a status with which the node of role `speaker` ended its call or its stream in `phase`. `broken`: the
+/// connection failed. Otherwise the node sent the status.
 fn verdict(speaker: Role, phase: Phase, code: Code, broken: bool) -> Verdict {
     match (speaker, phase, code) {
         (_, _, Code::ResourceExhausted) => Verdict::NoRoom,
         (_, _, Code::Aborted) => Verdict::Moved,
         (_, _, Code::InvalidArgument | Code::OutOfRange | Code::Unimplemented) => Verdict::Refused,
         (_, _, Code::DeadlineExceeded) if !broken => Verdict::Deadline,
-        // A connection breaks at the node on its other end, whatever the phase.
+        // A broken connection is the fault of the node at its other end, in every phase.
         (_, _, _) if broken => Verdict::SpeakerFailed,
-        // The node has begun nothing, so nothing has failed.
+        // The node has not begun any work, so nothing has failed.
         (_, Phase::OpeningDecode | Phase::OpeningPrefill, Code::Unavailable) => Verdict::NoRoom,
         (Role::Decode, Phase::Reserving | Phase::Decoding, Code::Unavailable) => Verdict::SpeakerFailed,
         (Role::Prefill, Phase::Scoring, Code::Unavailable) => Verdict::SpeakerFailed,
-        // The prefill node says `unavailable` when its handoff fails.
+        // The prefill node returns `Unavailable` when its handoff fails.
         (Role::Prefill, Phase::Prefilling | Phase::HandingOver | Phase::Decoding, Code::Unavailable) => {
             Verdict::BothSuspected
         }
-        // Until its KV is complete, a decode node fails as easily through the prefill node.
+        // Until its KV is complete, an error of the decode node may just as well be caused by the prefill node.
         (Role::Decode, Phase::Prefilling | Phase::HandingOver, _) => Verdict::BothSuspected,
         (Role::Decode, Phase::OpeningDecode | Phase::Reserving | Phase::Decoding, _) => Verdict::SpeakerSuspected,
         (Role::Prefill, Phase::OpeningPrefill | Phase::Scoring, _) => Verdict::SpeakerSuspected,
         (Role::Prefill, Phase::Prefilling | Phase::HandingOver | Phase::Decoding, _) => Verdict::SpeakerSuspected,
-        // Nobody listens to this node in this phase.
+        // The router does not read from this node in this phase.
         (Role::Decode, Phase::OpeningPrefill | Phase::Scoring | Phase::Over, _)
         | (Role::Prefill, Phase::OpeningDecode | Phase::Reserving | Phase::Over, _) => Verdict::SpeakerSuspected,
     }
@@ -98,7 +98,7 @@ impl Pair {
     }
 }
 
-/// Tells the circuit breakers of `pair` what `speaker` did in `phase`, and gives the error that ends the attempt.
+/// Records the fault of `speaker` in `phase` in the circuit breakers of `pair`. Returns the error that ends the attempt.
 pub(super) fn sentence(pair: &Pair, speaker: Role, phase: Phase, fault: Fault) -> AttemptError {
     let node = pair.of(speaker);
     let name = format!("{} ({})", node.info.node_id, node.url);
@@ -109,7 +109,7 @@ pub(super) fn sentence(pair: &Pair, speaker: Role, phase: Phase, fault: Fault) -
             return AttemptError::Failed { nodes: vec![node.key], message: format!("{name}: {what}") };
         }
         Fault::Left => {
-            return AttemptError::Failed { nodes: vec![node.key], message: format!("{name} can't be used any more") };
+            return AttemptError::Failed { nodes: vec![node.key], message: format!("{name} has left") };
         }
     };
     let message = format!("{name}: {:?}: {}", status.code(), status.message());
@@ -134,7 +134,7 @@ pub(super) fn sentence(pair: &Pair, speaker: Role, phase: Phase, fault: Fault) -
     }
 }
 
-/// Did the connection fail, rather than the node refuse?
+/// Whether the connection failed. Otherwise the node sent the status.
 fn is_broken(status: &Status) -> bool {
     std::error::Error::source(status).is_some()
 }
@@ -154,7 +154,7 @@ mod tests {
         Phase::Over,
     ];
 
-    /// Phases in which the node is listened to.
+    /// Phases in which the router reads from the node.
     fn phases(speaker: Role) -> &'static [Phase] {
         match speaker {
             Role::Prefill => {

@@ -1,4 +1,4 @@
-//! Which nodes an attempt uses. Pure over the view, but for the affinity that remembers the choice.
+//! Chooses the nodes of an attempt. The only side effect is that the choice is recorded in the affinity.
 
 use std::sync::Arc;
 
@@ -12,15 +12,15 @@ use crate::{
     pick,
 };
 
-/// The pair for `plan`, and the tokens that its prefill node has probably cached. The error is the role for which no
-/// node can be used.
+/// Chooses the pair for `plan`. Also returns the number of tokens that its prefill node has probably cached. The error is
+/// the role for which no node can be used.
 pub(super) fn pair(view: &View, plan: &Plan, affinity: &Mutex<Affinity>) -> Result<(Pair, u64), Role> {
     let decode = decode_node(view, plan).ok_or(Role::Decode)?;
     let (prefill, matched) = prefill_node(view, plan, decode, affinity).ok_or(Role::Prefill)?;
     Ok((Pair { prefill: prefill.clone(), decode: decode.clone() }, matched))
 }
 
-/// The least occupied decode node of the model that has a prefill node to go with it.
+/// The least occupied decode node of the model that has a compatible prefill node.
 fn decode_node<'a>(view: &'a View, plan: &Plan) -> Option<&'a Arc<Node>> {
     let paired = |decode: &&Arc<Node>| view.prefill.iter().any(|prefill| View::check_pair(prefill, decode).is_ok());
     let nodes = view.decode.iter().filter(|node| node.info.model == plan.generation.model.name);
@@ -30,7 +30,7 @@ fn decode_node<'a>(view: &'a View, plan: &Plan) -> Option<&'a Arc<Node>> {
     Some(nodes[pick::decode(needed_blocks, &candidates)?])
 }
 
-/// The prefill node that computes the prompt first, and the tokens of it that the node has probably cached.
+/// The prefill node that will finish the prompt first, and the number of prompt tokens that it has probably cached.
 fn prefill_node<'a>(
     view: &'a View,
     plan: &Plan,
@@ -49,7 +49,7 @@ fn prefill_node<'a>(
     Some((nodes[chosen], candidates[chosen].matched_tokens))
 }
 
-/// May the node be sent this request, and does the request fit its context?
+/// Whether the node takes requests and the request fits its context.
 fn usable(node: &Node, plan: &Plan) -> bool {
     node.admits() && !plan.avoid.contains(&node.key) && node.info.max_context_tokens >= plan.length()
 }
@@ -160,7 +160,7 @@ pub(super) mod tests {
         };
         let affinity = Mutex::new(Affinity::new(64));
         assert_eq!(chosen(&view, &plan(40, 24, &[]), &affinity), Ok((2, 6, 0)));
-        // What was computed there before draws the next prompt.
+        // The cached prefix attracts the next prompt with the same prefix.
         assert_eq!(chosen(&view, &plan(40, 24, &[]), &affinity), Ok((2, 6, 32)));
         assert_eq!(chosen(&view, &plan(40, 25, &[]), &affinity), Err(Role::Decode));
         assert_eq!(chosen(&view, &plan(10, 10, &[5]), &affinity), Ok((1, 6, 0)));

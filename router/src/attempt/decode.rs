@@ -1,4 +1,4 @@
-//! The decode node's side of an attempt: its request and its events, from and to the wire.
+//! The stream to the decode node of an attempt, with protobuf conversions of its request and events.
 
 use std::sync::Arc;
 
@@ -12,19 +12,20 @@ use tonic::Status;
 use super::{Plan, blame::Fault, stream::NodeStream};
 use crate::node::{Node, Slot};
 
-/// Room on a decode node, and how a prefill node writes into it.
+/// Reserved room on a decode node, and what the prefill node needs to write into it.
 #[derive(Debug)]
 pub(super) struct Reservation {
     pub ticket: Ticket,
-    /// Where the decode node receives KV. It is handed on unread: the router need not know the transport.
+    /// Address at which the decode node receives KV. It is passed on unchanged, so the router need not support the
+    /// transport.
     pub kv_endpoint: Option<v1::KvEndpoint>,
     /// The decode node's schema.
     pub kv_schema: KvSchema,
-    /// Leading prompt tokens whose KV the decode node already holds.
+    /// Number of leading prompt tokens whose KV the decode node already holds.
     pub held_tokens: u32,
 }
 
-/// What a decode node says after its reservation.
+/// An event of a decode node after its reservation.
 #[derive(Debug)]
 pub(super) enum DecodeEvent {
     /// The KV is complete and verified.
@@ -36,13 +37,13 @@ pub(super) enum DecodeEvent {
 /// A request on a decode node.
 pub(super) struct DecodeStream {
     stream: NodeStream<v1::DecodeEvent>,
-    /// A message that came before the client had seen the first token.
+    /// A message that arrived before the first token was returned to the client.
     early: Option<v1::DecodeEvent>,
     _slot: Slot,
 }
 
 impl DecodeStream {
-    /// Asks `node` to decode the plan's request over KV that `prefiller` computes.
+    /// Opens a stream on which `node` decodes the plan's request over KV that `prefiller` computes.
     pub fn open(node: &Arc<Node>, prefiller: &Node, plan: &Plan) -> Self {
         let generation = &plan.generation;
         let request = v1::DecodeRequest {
@@ -64,12 +65,12 @@ impl DecodeStream {
         }
     }
 
-    /// Resolves when the node has taken the request. Cancel safe.
+    /// Resolves when the node has accepted the request. Cancel safe.
     pub async fn opened(&mut self) -> Result<(), Fault> {
         Ok(self.stream.opened().await?)
     }
 
-    /// The node's reservation, which may have to wait there until other requests have ended. Cancel safe.
+    /// The node's reservation. It may have to wait on the node until other requests have ended. Cancel safe.
     pub async fn reserved(&mut self) -> Result<Reservation, Fault> {
         match self.stream.message().await?.and_then(|message| message.event) {
             Some(decode_event::Event::Reserved(reserved)) => {
@@ -80,8 +81,8 @@ impl DecodeStream {
         }
     }
 
-    /// Resolves when the node has said something, which is kept for [`next`](Self::next). Once only: after that it is
-    /// pending for ever. Cancel safe.
+    /// Resolves when a message of the node has arrived, which is kept for [`next`](Self::next). Resolves only once; later
+    /// calls are pending forever. Cancel safe.
     pub async fn spoken(&mut self) -> Result<(), Fault> {
         if self.early.is_some() {
             return std::future::pending().await;

@@ -1,7 +1,7 @@
 //! One pass of a request over one decode and one prefill node.
 //!
-//! [`choose`] finds the nodes, [`decode`] and [`prefill`] are their two streams, [`blame`] says who is at fault when
-//! the pass fails.
+//! [`choose`] selects the nodes, [`decode`] and [`prefill`] are the streams to them, and [`blame`] decides which node is at
+//! fault when the attempt fails.
 
 mod blame;
 mod choose;
@@ -24,11 +24,11 @@ use self::{
 };
 use crate::{affinity::Affinity, node::View, request::Generation};
 
-/// After the prefill node failed behind its first token, the decode node has this long to show that its KV is complete:
-/// only the last confirmation may have been lost.
+/// If the prefill node fails after its first token, the decode node has this much time to report that its KV is complete.
+/// Possibly only the prefill node's last confirmation was lost.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// What happens during an attempt, in this order. Tokens may repeat.
+/// An event of an attempt. Events occur in the order of the variants; `Token` may repeat.
 #[derive(Debug)]
 pub enum AttemptEvent {
     /// The decode node has reserved room.
@@ -47,29 +47,29 @@ pub enum AttemptEvent {
     },
     /// The log-probabilities of prompt tokens 1, 2, ...
     PromptLogprobs(Vec<OutputToken>),
-    /// The next token, and the stage that chose it.
+    /// The next token, and the role of the node that sampled it.
     Token(OutputToken, Role),
     /// The KV is complete on the decode node.
     Ready(Option<TransferStats>),
-    /// The decode node has ended the text. (The caller sees for itself that the first token ends it.)
+    /// The decode node has ended the text. There is no such event if the first token ends it: the caller checks for that.
     Finished(FinishReason),
 }
 
 /// How an attempt failed.
 #[derive(Debug)]
 pub enum AttemptError {
-    /// No node of this role is up, or all are to be avoided.
+    /// No node of this role is up, or all of them are in [`Plan::avoid`].
     NoNode(Role),
-    /// A node refused for want of room, or because it is about to end.
+    /// A node has no room, or is shutting down.
     NoRoom {
         /// The node's key.
         node: u64,
         /// What the node said.
         message: String,
     },
-    /// The request is at fault: no other node would take it.
+    /// The request is invalid: no node would accept it.
     Refused(String),
-    /// A draining node has given the request back.
+    /// A draining node has returned the request.
     Moved {
         /// The node's key.
         node: u64,
@@ -83,54 +83,54 @@ pub enum AttemptError {
         /// What happened.
         message: String,
     },
-    /// The request's own deadline has passed.
+    /// The request's deadline has passed.
     Deadline,
 }
 
-/// What an attempt is to do.
+/// The task of an attempt.
 pub struct Plan {
     /// The request.
     pub generation: Arc<Generation>,
     /// Prompt and earlier output.
     pub tokens: Arc<[u32]>,
-    /// How many of `tokens` are earlier output.
+    /// Number of `tokens` that are earlier output.
     pub generated: u32,
-    /// Tokens still to generate.
+    /// Number of tokens still to generate.
     pub remaining: u32,
-    /// Report the prompt's log-probabilities?
+    /// Whether to report the prompt's log-probabilities.
     pub prompt_logprobs: bool,
     /// Keys of nodes to avoid.
     pub avoid: Vec<u64>,
-    /// Longest time for a node to take the request, and between two tokens of a decode node.
+    /// Maximum time for a node to accept the request, and between two tokens of a decode node.
     pub progress_timeout: Duration,
 }
 
 impl Plan {
-    /// Tokens of the request when it is complete.
+    /// Number of tokens when the request is complete.
     fn length(&self) -> u32 {
         self.tokens.len() as u32 + self.remaining
     }
 
-    /// Time that the request has left. At least 1 ms: to a node, 0 means its own default.
+    /// Time until the request's deadline. At least 1 ms, because 0 means the node's default.
     fn seconds_left(&self) -> f64 {
         self.generation.deadline().saturating_duration_since(Instant::now()).as_secs_f64().max(0.001)
     }
 }
 
-/// How far an attempt has come.
+/// The phase of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// The decode node has been asked to take the request.
+    /// The request has been sent to the decode node.
     OpeningDecode,
-    /// The decode node makes room for the request.
+    /// The decode node reserves room for the request.
     Reserving,
-    /// The prefill node has been asked to take the request.
+    /// The request has been sent to the prefill node.
     OpeningPrefill,
-    /// The prefill node computes the only token that is wanted. No decode node takes part.
+    /// The prefill node computes the only token of the attempt. There is no decode node.
     Scoring,
     /// The prefill node computes the prompt, and its KV goes to the decode node.
     Prefilling,
-    /// The first token is known, the KV on the decode node is not yet complete.
+    /// The first token is known, but the KV on the decode node is not complete yet.
     HandingOver,
     /// The KV is complete: the decode node decodes.
     Decoding,
@@ -138,18 +138,19 @@ enum Phase {
     Over,
 }
 
-/// An attempt under way. Dropping it drops the streams to both nodes, which ends the request there.
+/// A running attempt. Dropping it drops the streams to both nodes, which ends the request on them.
 pub struct Attempt {
     plan: Plan,
     pair: Pair,
-    /// Prompt tokens that the prefill node has probably cached.
+    /// Number of prompt tokens that the prefill node has probably cached.
     matched: u64,
     phase: Phase,
-    /// When `phase` began, or the decode node last spoke.
+    /// Time when `phase` began, or of the decode node's last message if that is later.
     last_progress: Instant,
     decode: Option<DecodeStream>,
     prefill: Option<PrefillStream>,
-    /// Set when the prefill node fails while the KV is handed over: the attempt fails with this error at this time.
+    /// Set when the prefill node fails after its first token. If the KV is not complete at the given time, the attempt fails
+    /// with this error.
     trouble: Option<(AttemptError, Instant)>,
 }
 
@@ -176,12 +177,12 @@ impl Attempt {
         Ok(attempt)
     }
 
-    /// Does a decode node take part? It does unless one token is all that is wanted.
+    /// Whether the attempt needs a decode node, which is the case if more than one token is to be generated.
     pub fn hands_over(&self) -> bool {
         self.decode.is_some()
     }
 
-    /// What happens next. Cancel safe. After an error, or after the last event, both streams are gone.
+    /// The next event. Cancel safe. After an error or the last event, both streams are dropped.
     pub async fn next(&mut self) -> Result<AttemptEvent, AttemptError> {
         let event = self.advance().await;
         if event.is_err() || self.phase == Phase::Over {
@@ -238,8 +239,8 @@ impl Attempt {
         Ok(())
     }
 
-    /// Until the first token the prefill node speaks. The decode node gets that token by another way, with the KV, and
-    /// may be the first to say so: what it says waits until the client has seen the first token.
+    /// The next event up to the first token, from the prefill node. The decode node gets the first token together with the
+    /// KV, so its messages may overtake it. They are kept until the first token has been returned.
     async fn prefilling(&mut self) -> Result<AttemptEvent, AttemptError> {
         let Some(prefill) = &mut self.prefill else { return Err(ended()) };
         let with_decode = self.decode.is_some();
@@ -265,7 +266,7 @@ impl Attempt {
                 if with_decode {
                     self.enter(Phase::HandingOver);
                 } else {
-                    // With a handoff it would be too early: a prompt that is computed and does not arrive is of no use.
+                    // With a handoff, the prefill node has succeeded only when the KV is complete on the decode node.
                     self.pair.prefill.succeeded();
                     self.enter(Phase::Over);
                 }
@@ -274,7 +275,7 @@ impl Attempt {
         }
     }
 
-    /// From the first token on the decode node speaks; the prefill node ends its transfer.
+    /// The next event after the first token, from the decode node. Meanwhile the prefill node ends its transfer.
     async fn decoding(&mut self) -> Result<AttemptEvent, AttemptError> {
         let event = loop {
             let Some(decode) = &mut self.decode else { return Err(ended()) };
@@ -306,7 +307,8 @@ impl Attempt {
                     }
                 }
             };
-            // Its place is given up after the sentence: a probe has failed then, and was not abandoned.
+            // The stream, and its slot on the node, is dropped after the sentence. A probe then counts as failed and not as
+            // abandoned.
             let error = self.sentence(Role::Prefill, prefill_fault);
             self.prefill = None;
             self.trouble = Some((error, Instant::now() + GRACE));
@@ -333,8 +335,7 @@ impl Attempt {
     }
 }
 
-/// What `speaker` says, while the node is there and the request has time. `until`: when the node has been silent for
-/// too long.
+/// Waits for `said`, a result of `speaker`. Fails if the node leaves, at `until`, or at the request's deadline.
 async fn heard<T>(
     plan: &Plan,
     pair: &Pair,
@@ -364,12 +365,12 @@ fn silent(plan: &Plan) -> Fault {
     Fault::unexpected(format!("no progress within {} s", plan.progress_timeout.as_secs_f64()))
 }
 
-/// Somebody asks an attempt that is over.
+/// The error of an attempt that is polled after its end.
 fn ended() -> AttemptError {
     AttemptError::Failed { nodes: Vec::new(), message: "ended early".into() }
 }
 
-/// See [`DecodeStream::spoken`]; pending for ever where there is no decode node.
+/// Calls [`DecodeStream::spoken`]. Pending forever if there is no decode node.
 async fn spoken(stream: &mut Option<DecodeStream>) -> Result<(), Fault> {
     match stream {
         Some(stream) => stream.spoken().await,
@@ -377,7 +378,7 @@ async fn spoken(stream: &mut Option<DecodeStream>) -> Result<(), Fault> {
     }
 }
 
-/// See [`PrefillStream::transferred`]; pending for ever once the stream has ended.
+/// Calls [`PrefillStream::transferred`]. Pending forever if the stream has ended.
 async fn transferred(stream: &mut Option<PrefillStream>) -> Result<(), Fault> {
     match stream {
         Some(stream) => Ok(stream.transferred().await?),

@@ -1,4 +1,4 @@
-//! The prefill node's side of an attempt: its request and its events, from and to the wire.
+//! The stream to the prefill node of an attempt, with protobuf conversions of its request and events.
 
 use std::sync::Arc;
 
@@ -9,12 +9,12 @@ use tonic::Status;
 use super::{Plan, blame::Fault, decode::Reservation, stream::NodeStream};
 use crate::node::{Node, Slot};
 
-/// What a prefill node says until its first token.
+/// An event of a prefill node, up to its first token.
 #[derive(Debug)]
 pub(super) enum PrefillEvent {
     /// The computation has begun.
     Started {
-        /// Prompt tokens whose KV the node had.
+        /// Number of prompt tokens whose KV the node had cached.
         cached_tokens: u32,
     },
     /// The log-probabilities of prompt tokens 1, 2, ...
@@ -29,8 +29,8 @@ pub(super) struct PrefillStream {
 }
 
 impl PrefillStream {
-    /// Asks `node` for a prefill of the plan's tokens, of which it has probably `matched` cached. The KV goes to
-    /// `reservation`; without one, the first token is all that is wanted.
+    /// Opens a stream on which `node` prefills the plan's tokens. `matched`: number of tokens that it has probably cached.
+    /// The KV is sent to `reservation`. Without a reservation only the first token is computed.
     pub fn open(node: &Arc<Node>, matched: u64, plan: &Plan, reservation: Option<Reservation>) -> Self {
         let request = v1::PrefillRequest {
             request_id: plan.generation.request_id.0.clone(),
@@ -49,7 +49,7 @@ impl PrefillStream {
         }
     }
 
-    /// Resolves when the node has taken the request. Cancel safe.
+    /// Resolves when the node has accepted the request. Cancel safe.
     pub async fn opened(&mut self) -> Result<(), Fault> {
         Ok(self.stream.opened().await?)
     }
@@ -74,7 +74,7 @@ impl PrefillStream {
         }
     }
 
-    /// Resolves when the node has ended its transfer, and with it the stream. Cancel safe.
+    /// Resolves when the node has ended its transfer, which also ends the stream. Cancel safe.
     pub async fn transferred(&mut self) -> Result<(), Status> {
         while self.stream.message().await?.is_some() {}
         Ok(())

@@ -1,9 +1,9 @@
-//! A request's stream from a node, beginning with the call that opens it.
+//! A request's stream from a node, including the call that opens it.
 
 use futures::future::BoxFuture;
 use tonic::{Response, Status, Streaming};
 
-/// A stream that is being opened, or is open. Dropping it ends the request on the node.
+/// A stream that is open or being opened. Dropping it ends the request on the node.
 pub(super) struct NodeStream<T> {
     state: State<T>,
 }
@@ -14,12 +14,12 @@ enum State<T> {
 }
 
 impl<T> NodeStream<T> {
-    /// A stream that `call` opens. Nothing is sent before the first wait.
+    /// Creates a stream that `call` opens. Nothing is sent until the stream is first polled.
     pub fn new(call: impl Future<Output = Result<Response<Streaming<T>>, Status>> + Send + 'static) -> Self {
         Self { state: State::Opening(Box::pin(call)) }
     }
 
-    /// Resolves when the node has taken the request. Cancel safe.
+    /// Resolves when the node has accepted the request. Cancel safe.
     pub async fn opened(&mut self) -> Result<(), Status> {
         if let State::Opening(call) = &mut self.state {
             let stream = call.await?.into_inner();
@@ -28,7 +28,7 @@ impl<T> NodeStream<T> {
         Ok(())
     }
 
-    /// The next message; `None` at the end of the stream. Cancel safe.
+    /// The next message. `None` at the end of the stream. Cancel safe.
     pub async fn message(&mut self) -> Result<Option<T>, Status> {
         loop {
             match &mut self.state {

@@ -1,4 +1,4 @@
-//! Attempts over simulated nodes.
+//! Tests of attempts on simulated nodes.
 
 #![allow(clippy::unwrap_used)]
 
@@ -19,8 +19,8 @@ fn at(simulated: &SimulatedNode, key: u64, role: Role) -> Arc<Node> {
     Arc::new(Node::new(key, simulated.url.clone(), described.info.clone(), None, channel, described.load()))
 }
 
-/// The token ids of an attempt. With `patience`, every wait is given up after this long and begun again. Also counts the
-/// waits that were given up.
+/// Runs an attempt and returns its token ids. With `patience`, every wait is cancelled after this time and started again.
+/// Also returns the number of cancelled waits.
 async fn tokens(view: &View, patience: Option<Duration>) -> (Vec<u32>, usize) {
     let mut attempt = Attempt::new(view, &Mutex::new(Affinity::new(64)), plan(20, 30, &[])).unwrap();
     let (mut ids, mut given_up) = (Vec::new(), 0);

@@ -1,13 +1,13 @@
-//! What a node says of itself, checked.
+//! A node's validated description and load.
 
 use overfill_kv::{KvEndpoint, KvSchema, Role};
 
-/// What a node is. Fixed for the life of its process.
+/// A node's description. It does not change while the node's process runs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NodeInfo {
     /// The node's name.
     pub node_id: String,
-    /// Random per process: a restarted node is another incarnation, even at the same address.
+    /// Random id of the node's process. A restarted node has a new incarnation, even at the same address.
     pub incarnation: String,
     /// The stage that the node runs.
     pub role: Role,
@@ -15,45 +15,45 @@ pub struct NodeInfo {
     pub model: String,
     /// Layout and producer of the node's KV.
     pub schema: KvSchema,
-    /// Longest prompt and output together, in tokens.
+    /// Maximum length of prompt and output together, in tokens.
     pub max_context_tokens: u32,
-    /// Blocks of the node's KV cache.
+    /// Number of blocks in the node's KV cache.
     pub total_blocks: u32,
-    /// Most requests computed at once.
+    /// Maximum number of requests that the node computes at once.
     pub max_running_requests: u32,
-    /// Where it receives KV; `None` on prefill nodes.
+    /// Address at which the node receives KV. `None` for prefill nodes.
     pub kv_endpoint: Option<KvEndpoint>,
-    /// The program's version.
+    /// Version of the node's program.
     pub version: String,
-    /// The weights' type.
+    /// Data type of the weights.
     pub weights: String,
-    /// Token ids that end a text.
+    /// End-of-text token ids.
     pub eos_token_ids: Vec<u32>,
 }
 
-/// What a node is doing now.
+/// A node's current load.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct NodeLoad {
-    /// KV blocks that are free, or cached and free to be taken.
+    /// KV blocks that are free, or cached and evictable.
     pub free_blocks: u32,
-    /// Requests being computed.
+    /// Number of requests being computed.
     pub running_requests: u32,
-    /// Requests accepted and not yet being computed.
+    /// Number of accepted requests whose computation has not started.
     pub waiting_requests: u32,
-    /// Prompt tokens accepted and not yet computed; prefill nodes only.
+    /// Number of accepted prompt tokens that are not computed yet. Prefill nodes only.
     pub queued_tokens: u64,
-    /// KV bytes held for handoffs whose other side has gone.
+    /// Bytes of KV held for handoffs whose peer has disappeared.
     pub stranded_bytes: u64,
-    /// The node takes no new request.
+    /// Whether the node is draining: it takes no new requests.
     pub draining: bool,
-    /// Handoffs between reservation and end.
+    /// Number of handoffs that are reserved and have not ended.
     pub open_handoffs: u32,
-    /// The node's engine hangs.
+    /// Whether the node's engine makes no progress.
     pub stalled: bool,
 }
 
 impl NodeLoad {
-    /// Requests on the node, waiting ones included.
+    /// Number of running and waiting requests on the node.
     pub fn requests(&self) -> u32 {
         self.running_requests.saturating_add(self.waiting_requests)
     }

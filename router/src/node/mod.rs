@@ -1,4 +1,4 @@
-//! What the router knows of one node ([`Node`]), and of all nodes together ([`View`]).
+//! The router's state of one node ([`Node`]) and of all nodes ([`View`]).
 
 mod info;
 mod view;
@@ -21,28 +21,28 @@ pub use self::{
 };
 use crate::{breaker::Breaker, pick};
 
-/// One incarnation of a node: a restarted node is another one.
+/// One incarnation of a node. A restarted node is a new `Node`.
 pub struct Node {
-    /// Identifies the incarnation for as long as this router lives.
+    /// Id of the incarnation, unique in this router process.
     pub key: u64,
-    /// The address that the router dials.
+    /// URL that the router connects to.
     pub url: String,
     /// The node's description of itself.
     pub info: NodeInfo,
-    /// Tokenizer and templates; prefill nodes only.
+    /// Tokenizer and chat template. Prefill nodes only.
     pub text: Option<Arc<TextModel>>,
     channel: Channel,
     load: Mutex<NodeLoad>,
-    /// Requests of this router on the node. Load reports lag by up to 50 ms; this does not.
+    /// Number of this router's requests on the node. Load reports lag by up to 50 ms, this counter does not.
     own_requests: AtomicU32,
-    /// Prompt tokens of this router that the node has still to compute.
+    /// Number of this router's prompt tokens that the node has not computed yet.
     own_tokens: AtomicU64,
     breaker: Mutex<Breaker>,
     left: CancellationToken,
 }
 
 impl Node {
-    /// A node that has just joined.
+    /// Creates a node that has just joined.
     pub fn new(
         key: u64,
         url: String,
@@ -70,49 +70,49 @@ impl Node {
         *self.load.lock()
     }
 
-    /// Takes a new report.
+    /// Stores a load report.
     pub fn set_load(&self, load: NodeLoad) {
         *self.load.lock() = load;
     }
 
-    /// May a request be sent to it?
+    /// Whether a request may be sent to the node.
     pub fn admits(&self) -> bool {
         !self.load().draining && self.breaker.lock().admits(Instant::now())
     }
 
-    /// The node did what a request wanted of it.
+    /// Records that the node served a request.
     pub fn succeeded(&self) {
         self.breaker.lock().succeeded();
     }
 
-    /// The node failed a request.
+    /// Records that the node failed a request.
     pub fn failed(&self) {
         self.breaker.lock().failed(Instant::now());
     }
 
-    /// This node or another one failed a request.
+    /// Records that a request failed because of this node or of another one.
     pub fn suspected(&self) {
         self.breaker.lock().suspected(Instant::now());
     }
 
-    /// Ends the requests on the node, which can't be used any more.
+    /// Marks the node as gone, which ends its requests.
     pub fn leave(&self) {
         self.left.cancel();
     }
 
-    /// Resolves when the node can't be used any more.
+    /// Resolves when the node is gone.
     pub fn left(&self) -> WaitForCancellationFuture<'_> {
         self.left.cancelled()
     }
 
-    /// A client of a prefill node. Cheap: all clients share the connection.
+    /// A gRPC client of a prefill node. Cheap: all clients share the connection.
     pub fn prefill_client(&self) -> v1::prefill_client::PrefillClient<Channel> {
         v1::prefill_client::PrefillClient::new(self.channel.clone())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES)
     }
 
-    /// A client of a decode node.
+    /// A gRPC client of a decode node.
     pub fn decode_client(&self) -> v1::decode_client::DecodeClient<Channel> {
         v1::decode_client::DecodeClient::new(self.channel.clone())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
@@ -127,7 +127,7 @@ impl Node {
         Slot { node: self.clone(), tokens, is_probe }
     }
 
-    /// The node as a candidate for a prompt of which it has probably cached `matched_tokens`.
+    /// The node as a candidate for a prompt. `matched_tokens`: prompt tokens that the node has probably cached.
     pub fn prefill_candidate(&self, matched_tokens: u64) -> pick::PrefillCandidate {
         let load = self.load();
         pick::PrefillCandidate {
@@ -137,7 +137,7 @@ impl Node {
         }
     }
 
-    /// The node as a candidate for a request that is to be decoded.
+    /// The node as a candidate for decoding a request.
     pub fn decode_candidate(&self) -> pick::DecodeCandidate {
         let load = self.load();
         pick::DecodeCandidate {
@@ -149,7 +149,7 @@ impl Node {
     }
 }
 
-/// A request of this router on a node, for as long as it is there.
+/// Counts one request of this router on a node until it is dropped.
 pub struct Slot {
     node: Arc<Node>,
     tokens: u64,
@@ -157,7 +157,7 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// The prompt has been computed.
+    /// Records that the prompt has been computed.
     pub fn prefilled(&mut self) {
         self.node.own_tokens.fetch_sub(std::mem::take(&mut self.tokens), Ordering::Relaxed);
     }

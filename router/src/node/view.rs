@@ -1,4 +1,4 @@
-//! All nodes together: who may work for whom, and which models that gives.
+//! A snapshot of all nodes: which prefill and decode nodes are compatible, and which models they serve.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,26 +10,26 @@ use overfill_text::TextModel;
 
 use super::Node;
 
-/// A model that clients may name. A model that was seen once stays known: when all of its nodes are away, requests
-/// wait.
+/// A model that clients can request. A model stays known after it was seen once: requests wait while all of its nodes are
+/// down.
 pub struct ServedModel {
-    /// The name that its decode nodes give it.
+    /// Name of the model, from its decode nodes.
     pub name: String,
     /// Name of the full model that prefills for it.
     pub full_model: String,
     /// Tokenizer and templates of the full model.
     pub text: Arc<TextModel>,
-    /// Token ids are below this number.
+    /// Vocabulary size. All token ids are smaller.
     pub vocab_size: u32,
-    /// Longest prompt and output together, in tokens.
+    /// Maximum length of prompt and output together, in tokens.
     pub max_context_tokens: u32,
-    /// The model's own end-of-text tokens.
+    /// End-of-text token ids of the model.
     pub eos_token_ids: Arc<[u32]>,
-    /// Seconds since 1970 when the model was first seen.
+    /// When the model was first seen, in seconds since 1970.
     pub created: u64,
 }
 
-/// All nodes that are up, at one moment.
+/// A snapshot of all nodes that are up.
 #[derive(Default)]
 pub struct View {
     /// Prefill nodes that take requests.
@@ -41,7 +41,7 @@ pub struct View {
 }
 
 impl View {
-    /// May `prefill` compute KV for `decode`?
+    /// Checks that `decode` can use KV that `prefill` computes.
     pub fn check_pair(prefill: &Node, decode: &Node) -> Result<(), SchemaMismatch> {
         prefill.info.schema.check_consumer(&decode.info.schema)
     }
@@ -54,9 +54,9 @@ impl View {
         }
     }
 
-    /// Most sequences that the nodes of a model compute at once, prefills and decodes together. `None` unless the model
-    /// has nodes of both roles. A prefill node counts for every model that it prefills for; what is too much for it
-    /// waits there.
+    /// Number of sequences that the nodes of a model compute at once, the sum over prefill and decode nodes. `None` unless
+    /// the model has nodes of both roles. A prefill node counts in full for every model that it serves. If it gets more
+    /// sequences than it can compute, they wait on the node.
     pub fn capacity(&self, model: &str) -> Option<usize> {
         let pairs = |p: &Arc<Node>, d: &Arc<Node>| d.info.model == model && Self::check_pair(p, d).is_ok();
         let decode = self.decode.iter().filter(|d| self.prefill.iter().any(|p| pairs(p, d)));
@@ -65,7 +65,7 @@ impl View {
         (!most.is_empty()).then(|| most.iter().sum())
     }
 
-    /// The view of these nodes. `before`: the models known so far. `now`: seconds since 1970.
+    /// Creates a view of these nodes. `before`: the models known so far. `now`: seconds since 1970.
     pub fn new(
         prefill: Vec<Arc<Node>>,
         decode: Vec<Arc<Node>>,
@@ -82,7 +82,7 @@ impl View {
             let context = |(p, d): &(&Arc<Node>, &Arc<Node>)| p.info.max_context_tokens.min(d.info.max_context_tokens);
             let Some((p, d)) = pairs.max_by_key(context) else { continue };
             let Some(text) = p.text.clone() else { continue };
-            // A pruned model may have been fine-tuned to end a turn in ways that the full model's files don't name.
+            // A pruned model may have been fine-tuned with end-of-text tokens that the full model's files do not list.
             let mut eos = p.info.eos_token_ids.clone();
             for id in d.info.eos_token_ids.iter().chain(text.eos_token_ids()) {
                 if !eos.contains(id) {

@@ -1,4 +1,4 @@
-//! The sequences of one HTTP request: every prompt, `n` times.
+//! The sequences of one HTTP request: `n` sequences for every prompt.
 
 use std::{pin::Pin, sync::Arc};
 
@@ -20,42 +20,42 @@ use crate::{
     tenants::Tenant,
 };
 
-/// An output and the index of its choice.
+/// Index of a choice, and its next output.
 pub type Indexed = (usize, Result<Output, GenerateError>);
 
-/// What generates the choices, all at once. Dropping it ends all of them on all nodes.
+/// The merged outputs of all choices. Dropping the stream ends all choices on all nodes.
 pub type Merged = Pin<Box<dyn Stream<Item = Indexed> + Send>>;
 
 /// One prompt of a request.
 pub struct Prompt {
     /// The prompt's token ids.
     pub tokens: Arc<[u32]>,
-    /// As the client wrote it, or decoded.
+    /// The text that the client sent, or the decoded token ids. Empty if the text is not needed.
     pub text: String,
 }
 
-/// What the sequences of a request have in common.
+/// Parameters that the sequences of a request share.
 pub struct Batch {
-    /// The model that answers.
+    /// The model.
     pub model: Arc<ServedModel>,
-    /// The request's parameters.
+    /// Shared request fields.
     pub common: Common,
-    /// With log-probabilities if they were asked for.
+    /// Sampling parameters with `logprobs` set. The seed is set per sequence.
     pub sampling: SamplingParams,
-    /// The request's `max_tokens`, which must fit the context.
+    /// The request's `max_tokens`. Prompt and `max_tokens` together must fit the context.
     pub max_tokens: Option<u32>,
-    /// Most tokens of a request without `max_tokens`; fewer if the context holds fewer.
+    /// Default of `max_tokens`. It is reduced to what fits the context.
     pub default_max_tokens: u32,
-    /// Score the prompt?
+    /// Whether to compute log-probabilities of the prompt.
     pub prompt_logprobs: bool,
-    /// When the request came, and how long it may take.
+    /// Arrival and time limit of the request.
     pub lifetime: Lifetime,
-    /// The time that the request's first legs took.
+    /// Time already spent in the legs that all sequences share.
     pub spent: LegTimes,
 }
 
 impl Batch {
-    /// Every sequence of the request.
+    /// Creates the sequences: `n` for every prompt, in order.
     pub fn generations(&self, prompts: &[Prompt]) -> Result<Vec<Generation>, GenerateError> {
         let Self { model, common, sampling, max_tokens, default_max_tokens, prompt_logprobs, lifetime, spent: _ } =
             self;
@@ -93,8 +93,8 @@ impl Batch {
         Ok(generations)
     }
 
-    /// Starts every sequence, each in its place, and waits for the first sign of life, so that what fails at once fails
-    /// as a whole answer.
+    /// Starts every sequence in its place in the queue, and waits for the first output. A request that fails at once can
+    /// then be answered with an error status instead of a stream.
     pub async fn start(&self, core: &Core, tenant: &Arc<Tenant>, prompts: &[Prompt]) -> Result<Merged, GenerateError> {
         let generations = self.generations(prompts)?;
         let places = core.enter(tenant, &generations)?;
@@ -105,26 +105,26 @@ impl Batch {
         match merged.next().await {
             Some((_, Err(e))) => Err(e),
             Some(first) => Ok(Box::pin(futures::stream::iter([first]).chain(merged))),
-            None => Err(GenerateError::Internal("a sequence ended without a word".into())),
+            None => Err(GenerateError::Internal("all sequences ended without output".into())),
         }
     }
 }
 
-/// A choice as it grows.
+/// Accumulates the outputs of one choice.
 #[derive(Default)]
 pub struct Choice {
-    /// All text so far.
+    /// Text so far.
     pub text: String,
-    /// All tokens so far.
+    /// Output tokens so far.
     pub tokens: Vec<OutputToken>,
     /// The log-probabilities of prompt tokens 1, 2, ...
     pub prompt_logprobs: Vec<OutputToken>,
-    /// The end, once it has come.
+    /// How the choice ended. `None` while it is running.
     pub finished: Option<Finished>,
 }
 
 impl Choice {
-    /// Takes the next output.
+    /// Adds the next output.
     pub fn take(&mut self, output: Output) {
         match output {
             Output::PromptLogprobs(tokens) => self.prompt_logprobs = tokens,
@@ -139,13 +139,13 @@ impl Choice {
         }
     }
 
-    /// Ids of the output.
+    /// Token ids of the output.
     pub fn ids(&self) -> Vec<u32> {
         self.tokens.iter().map(|t| t.token).collect()
     }
 }
 
-/// All choices, complete; the first error of any ends the request.
+/// Waits for all choices to end. The first error ends the request.
 pub async fn collect(mut merged: Merged, choices: usize) -> Result<Vec<Choice>, GenerateError> {
     let mut all: Vec<Choice> = (0..choices).map(|_| Choice::default()).collect();
     while let Some((index, output)) = merged.next().await {
@@ -154,7 +154,7 @@ pub async fn collect(mut merged: Merged, choices: usize) -> Result<Vec<Choice>, 
     Ok(all)
 }
 
-/// vLLM's `stop_reason`: the stop text or token of the request that was met.
+/// vLLM's `stop_reason`: the request's stop string or stop token that ended the choice, else null.
 pub fn stop_reason(finished: &Finished) -> Value {
     match &finished.stop {
         Some(StopCause::Text(text)) => json!(text),
@@ -163,7 +163,7 @@ pub fn stop_reason(finished: &Finished) -> Value {
     }
 }
 
-/// `usage`.
+/// The `usage` object of a response.
 #[derive(Clone, Copy, Default, Serialize)]
 pub struct Usage {
     prompt_tokens: u32,
@@ -178,7 +178,7 @@ struct PromptDetails {
 }
 
 impl Usage {
-    /// Adds a choice. The prompt's tokens count once for all choices of a prompt: those of its first.
+    /// Adds a choice. The prompt's tokens are counted once per prompt, with its first choice.
     pub fn add(&mut self, finished: &Finished, first_of_prompt: bool) {
         if first_of_prompt {
             self.prompt_tokens += finished.prompt_tokens;

@@ -1,4 +1,4 @@
-//! The client of an HTTP request, and how long it will wait.
+//! Identifies the tenant and the time limit of an HTTP request.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,15 +17,15 @@ use crate::{
     tenants::{TENANT_HEADER, Tenant},
 };
 
-/// Name of the header with the seconds that a request has from its arrival.
+/// Header with the request's time limit in seconds, counted from its arrival.
 const TIMEOUT_HEADER: &str = "x-overfill-timeout-seconds";
 
-/// What a request's headers say.
+/// Tenant and time limit from a request's headers.
 #[derive(Clone)]
 pub struct Caller {
     /// The tenant that the request belongs to.
     pub tenant: Arc<Tenant>,
-    /// Time that the request has. `None`: the router's default.
+    /// Time limit of the request. `None`: the router's default.
     pub time: Option<Duration>,
 }
 
@@ -45,7 +45,7 @@ impl Caller {
     }
 }
 
-/// Reads the headers before any of the body.
+/// Middleware that checks the headers before the body is read.
 pub async fn identify(State(core): State<Core>, mut request: Request, next: Next) -> Result<Response, ApiError> {
     check_crowd(request.extensions())?;
     let caller = Caller::new(&core, request.headers())?;

@@ -76,7 +76,7 @@ struct Chat {
     logprobs: bool,
 }
 
-/// Serves one request.
+/// Handles a request.
 pub async fn create(core: Core, caller: Caller, body: Bytes, id: String) -> Result<Response, ApiError> {
     let mut intake = Intake::at(&core, &caller, id);
     let mut fields = Fields::parse(&body)?;
@@ -92,7 +92,7 @@ pub async fn create(core: Core, caller: Caller, body: Bytes, id: String) -> Resu
     Ok(Json(chat.whole(&choices)).into_response())
 }
 
-/// The sequences that a body asks for.
+/// Checks a body and returns its sequences, without starting them.
 pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: BodyLimits) -> Checked {
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
@@ -102,7 +102,7 @@ pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: 
     Ok(chat.batch.generations(std::slice::from_ref(&chat.prompt))?)
 }
 
-/// Takes every field but `model`. `may_ask` refuses a number of sequences that can never be served.
+/// Takes every field except `model`. `may_ask` returns an error if the number of sequences can never be served.
 async fn parse(
     mut fields: Fields,
     model: Arc<ServedModel>,
@@ -209,7 +209,7 @@ impl Chat {
                 let chunk = match output? {
                     Output::PromptLogprobs(_) => continue,
                     Output::Token { token, text, .. } => {
-                        // A chunk that says nothing is left out.
+                        // Empty chunks are not sent.
                         if text.is_empty() && !self.logprobs && !common.return_token_ids {
                             continue;
                         }

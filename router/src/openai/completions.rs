@@ -32,7 +32,7 @@ use crate::{
     request::{self, Output},
 };
 
-/// Tokens generated when a request doesn't say: OpenAI's number.
+/// Default of `max_tokens`, as in OpenAI's API.
 const DEFAULT_MAX_TOKENS: u32 = 16;
 
 #[derive(Deserialize)]
@@ -51,7 +51,7 @@ struct Completion {
     id: String,
     batch: Batch,
     prompts: Vec<Prompt>,
-    /// Alternatives per token, if log-probabilities were asked for.
+    /// Number of alternatives per token. `None`: no log-probabilities.
     logprobs: Option<u32>,
     echo: bool,
 }
@@ -69,7 +69,7 @@ struct ChoiceBody {
     prompt_token_ids: Option<Vec<u32>>,
 }
 
-/// Serves one request.
+/// Handles a request.
 pub async fn create(core: Core, caller: Caller, body: Bytes, id: String) -> Result<Response, ApiError> {
     let mut intake = Intake::at(&core, &caller, id);
     let mut fields = Fields::parse(&body)?;
@@ -85,7 +85,7 @@ pub async fn create(core: Core, caller: Caller, body: Bytes, id: String) -> Resu
     Ok(Json(completion.whole(&choices)).into_response())
 }
 
-/// The sequences that a body asks for.
+/// Checks a body and returns its sequences, without starting them.
 pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: BodyLimits) -> Checked {
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
@@ -95,7 +95,7 @@ pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: 
     Ok(completion.batch.generations(&completion.prompts)?)
 }
 
-/// Takes every field but `model`. `may_ask` refuses a number of sequences that can never be served.
+/// Takes every field except `model`. `may_ask` returns an error if the number of sequences can never be served.
 async fn parse(
     mut fields: Fields,
     model: Arc<ServedModel>,
@@ -119,21 +119,21 @@ async fn parse(
         Prompts::Ids(ids) => (Vec::new(), vec![ids]),
         Prompts::IdLists(lists) => (Vec::new(), lists),
     };
-    // Before anything is computed or allocated for each: a body may hold millions of short prompts.
+    // Checked before anything is computed or allocated per prompt: a body may contain millions of short prompts.
     may_ask((texts.len() + ids.len()) * common.n)?;
     let mut prompts = Vec::with_capacity(texts.len() + ids.len());
     for text in texts {
         legs.enter(Leg::Tokenize);
         let tokens = pool.encode(&model.text, text.clone(), add_special, lifetime).await?;
         prompts.push(Prompt { tokens: tokens.into(), text });
-        // Many texts of a length that is tokenised right here must not keep others from this thread.
+        // Short texts are tokenised on this thread. Yield, so that many of them do not block other tasks.
         tokio::task::yield_now().await;
     }
     legs.leave();
     for ids in ids {
         request::check_prompt(&model, &ids)?;
         request::check_length(&model, ids.len(), None)?;
-        // Only an echo shows it.
+        // The text is needed only for an echo.
         let text = if echo {
             model.text.decode(&ids, common.skip_special).map_err(GenerateError::from)?
         } else {
@@ -208,7 +208,7 @@ impl Completion {
         }
     }
 
-    /// Where tokens begin in the text of a choice, which begins with the prompt if that is echoed.
+    /// Token offsets in the text of a choice. With `echo` the text begins with the prompt.
     fn offsets(&self, prompt: &Prompt) -> Offsets {
         let context = if self.echo { &[] } else { &prompt.tokens[..] };
         self.batch.model.text.offsets(context, self.batch.common.skip_special)
@@ -257,7 +257,7 @@ impl Completion {
                 match output {
                     Output::PromptLogprobs(_) => {}
                     Output::Token { token, text, .. } => {
-                        // A chunk that says nothing is left out.
+                        // Empty chunks are not sent.
                         if text.is_empty() && !first && self.logprobs.is_none() && !common.return_token_ids {
                             continue;
                         }

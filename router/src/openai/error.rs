@@ -1,4 +1,4 @@
-//! Errors in OpenAI's shape.
+//! Errors in the format of OpenAI's API.
 
 use axum::{
     body::Body,
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::GenerateError;
 
-/// An error on its way to an HTTP client.
+/// An error response to an HTTP client.
 #[derive(Debug)]
 pub struct ApiError {
     status: StatusCode,
@@ -25,17 +25,17 @@ impl ApiError {
         Self { status, kind, code, param: None, message, retry_after_seconds: None }
     }
 
-    /// A request that is wrong in itself.
+    /// An error with status 400: the request is invalid.
     pub fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", None, message.into())
     }
 
-    /// With another status.
+    /// The same error with another status.
     pub fn with_status(self, status: StatusCode) -> Self {
         Self { status, ..self }
     }
 
-    /// `{"error": {...}}`, as a whole answer or as an event of a stream.
+    /// The JSON form `{"error": {...}}`, for a response body or an event of a stream.
     pub fn body(&self) -> Value {
         let Self { status: _, kind, code, param, message, retry_after_seconds: _ } = self;
         json!({"error": {"message": message, "type": kind, "param": param, "code": code}})

@@ -1,4 +1,4 @@
-//! A request's JSON, taken apart field by field, so that every fault names its field and nothing is ignored unseen.
+//! Parses a request's JSON field by field. Every error names its field, and unsupported fields are detected.
 
 use std::collections::BTreeMap;
 
@@ -12,10 +12,10 @@ use tracing::debug;
 use super::error::ApiError;
 use crate::{GenerateError, request};
 
-/// Most choices per prompt.
+/// Maximum number of choices per prompt.
 const MAX_N: usize = 128;
 
-/// Fields that would change the answer if they were honoured, each with the value that asks for nothing.
+/// Unsupported fields that would change the answer. The second value is the neutral one, which is accepted.
 const UNSUPPORTED: &[(&str, &str)] = &[
     ("tools", "[]"),
     ("tool_choice", "\"none\""),
@@ -48,11 +48,11 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ("kv_transfer_params", "null"),
 ];
 
-/// The fields not yet taken.
+/// Fields of a request that have not been taken yet.
 pub struct Fields(Map<String, Value>);
 
 impl Fields {
-    /// From a request's body.
+    /// Parses a request's body.
     pub fn parse(body: &Bytes) -> Result<Self, ApiError> {
         match serde_json::from_slice(body) {
             Ok(Value::Object(map)) => Ok(Self(map)),
@@ -72,24 +72,25 @@ impl Fields {
         }
     }
 
-    /// Takes a whole number in the range of `u32`.
+    /// Takes an integer in the range of `u32`.
     pub fn take_count(&mut self, name: &str) -> Result<Option<u32>, GenerateError> {
         let value: Option<i64> = self.take(name)?;
         let check = |n| u32::try_from(n).map_err(|_| GenerateError::limit(name, "in [0, 4294967295]", n));
         value.map(check).transpose()
     }
 
-    /// Refuses what is left if it is known and would have mattered. What is unknown is ignored, as by vLLM.
+    /// Checks the remaining fields. An unsupported field with a value other than the neutral one is an error. Unknown fields
+    /// are ignored, as in vLLM.
     pub fn finish(self) -> Result<(), GenerateError> {
         for (name, value) in self.0 {
             let Some((_, neutral)) = UNSUPPORTED.iter().find(|(known, _)| *known == name) else {
-                debug!(field = %name, "ignoring a field");
+                debug!(field = %name, "ignoring an unknown field");
                 continue;
             };
             let asks_nothing = match &value {
                 Value::Null | Value::Bool(false) => true,
                 Value::Array(list) if list.is_empty() => true,
-                // Without tools there is nothing to choose from.
+                // Tools are not supported, so "auto" and "none" mean the same.
                 Value::String(s) if name == "tool_choice" => s == "auto" || s == "none",
                 Value::Number(n) => serde_json::from_str(neutral).is_ok_and(|neutral: f64| n.as_f64() == Some(neutral)),
                 value => serde_json::from_str(neutral).is_ok_and(|neutral: Value| *value == neutral),
@@ -102,34 +103,34 @@ impl Fields {
     }
 }
 
-/// What completions and chat completions share.
+/// Fields that completions and chat completions share.
 #[derive(Clone, Debug)]
 pub struct Common {
-    /// Requests with lower numbers go first.
+    /// Priority. Requests with lower numbers go first.
     pub priority: i32,
-    /// Answer as server-sent events?
+    /// Whether to answer with server-sent events.
     pub stream: bool,
-    /// End the stream with the usage.
+    /// Whether the stream ends with a usage chunk.
     pub include_usage: bool,
-    /// Choices per prompt.
+    /// Number of choices per prompt.
     pub n: usize,
-    /// The seed is the first choice's; `None`: one drawn for each.
+    /// Seed of the first choice. `None`: every choice gets a random seed.
     pub seed: Option<u64>,
-    /// Without the seed and log-probabilities.
+    /// Sampling parameters, except the seed and `logprobs`.
     pub sampling: SamplingParams,
-    /// Texts that end a choice.
+    /// Stop strings.
     pub stop: Vec<String>,
-    /// Keep the stop text.
+    /// Whether the stop string is part of the output.
     pub include_stop: bool,
-    /// Tokens that end a choice, besides the model's.
+    /// Stop tokens in addition to the model's own.
     pub stop_token_ids: Vec<u32>,
-    /// Go on at the model's own end of text.
+    /// Whether to continue after the model's end-of-text tokens.
     pub ignore_eos: bool,
-    /// Leave special tokens out of the text.
+    /// Whether to omit special tokens from the text.
     pub skip_special: bool,
-    /// Report ids of prompt and output.
+    /// Whether to return the token ids of prompt and output.
     pub return_token_ids: bool,
-    /// Write tokens of log-probabilities as `token_id:17`.
+    /// Whether log-probabilities name tokens as `token_id:17` instead of by text.
     pub tokens_as_ids: bool,
 }
 
@@ -146,7 +147,7 @@ struct StreamOptions {
 }
 
 impl Common {
-    /// Takes its fields. What a request leaves open is as the model's generation config says, else as OpenAI does.
+    /// Takes the shared fields. Defaults come from the model's generation config, else from OpenAI's API.
     pub fn take(fields: &mut Fields, defaults: &GenerationDefaults) -> Result<Self, GenerateError> {
         let stream = fields.take("stream")?.unwrap_or(false);
         let options: Option<StreamOptions> = fields.take("stream_options")?;
@@ -166,7 +167,7 @@ impl Common {
         request::check_stops(&stop)?;
         let top_k: Option<i64> = fields.take("top_k")?;
         let top_k = match top_k {
-            // vLLM's way of saying "off".
+            // In vLLM's API, -1 means off.
             Some(-1) => Some(0),
             Some(k) => Some(u32::try_from(k).map_err(|_| GenerateError::limit("top_k", "-1 or at least 0", k))?),
             None => None,

@@ -1,18 +1,18 @@
-//! Log-probabilities in the two shapes of the API.
+//! Log-probabilities in the formats of completions and chat completions.
 
 use overfill_kv::OutputToken;
 use overfill_text::TextModel;
 use serde::{Serialize, Serializer, ser::SerializeMap as _};
 
-/// JSON has no infinity.
+/// Stands for smaller log-probabilities and NaN, because JSON has no infinity.
 const LOWEST: f32 = -9999.0;
 
-/// Writes tokens as text, or as `token_id:17`.
+/// Names tokens by their text, or as `token_id:17`.
 #[derive(Clone, Copy)]
 pub struct Names<'a> {
-    /// The model whose tokens these are.
+    /// Text model of the tokens.
     pub text: &'a TextModel,
-    /// Write token ids instead of text?
+    /// Whether to write token ids instead of text.
     pub as_ids: bool,
 }
 
@@ -23,11 +23,11 @@ impl Names<'_> {
 }
 
 fn finite(logprob: f32) -> f32 {
-    // NaN too: `max` gives the other one.
+    // `max` also replaces NaN: it returns the other operand.
     logprob.max(LOWEST)
 }
 
-/// `logprobs` of a completion's choice: parallel lists.
+/// `logprobs` of a completion's choice: one entry per token in each list.
 #[derive(Default, Serialize)]
 pub struct CompletionLogprobs {
     text_offset: Vec<usize>,
@@ -50,13 +50,13 @@ impl Serialize for Ranked {
 }
 
 impl CompletionLogprobs {
-    /// Adds a token, which begins `offset` characters into the text. The first token of a prompt has no
-    /// log-probability.
+    /// Adds a token that begins at character `offset` of the text. `report` is `None` for the first token of a prompt,
+    /// which has no log-probability.
     pub fn push(&mut self, token: u32, report: Option<&OutputToken>, names: Names<'_>, offset: usize) {
         self.text_offset.push(offset);
         self.token_logprobs.push(report.map(|r| finite(r.logprob)));
         self.top_logprobs.push(report.map(|r| {
-            // The chosen token is always among them.
+            // The chosen token is always listed.
             let mut listed = r.top.clone();
             if !listed.iter().any(|(id, _)| *id == r.token) {
                 listed.push((r.token, r.logprob));

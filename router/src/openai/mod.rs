@@ -43,7 +43,7 @@ use crate::{
 
 type Checked = Result<Vec<Generation>, ApiError>;
 
-/// The routes.
+/// The routes of the API.
 pub fn routes(core: Core, max_body_bytes: usize) -> Router {
     Router::new()
         .route("/v1/completions", post(completions))
@@ -59,7 +59,7 @@ pub fn routes(core: Core, max_body_bytes: usize) -> Router {
         .with_state(core)
 }
 
-/// The body, or the error that replaces it: 413 for a body that is too long, 408 for one that is too slow.
+/// Unwraps the body. A body that is too long gives status 413, a body that arrives too slowly gives 408.
 fn body(result: Result<Bytes, BytesRejection>) -> Result<Bytes, ApiError> {
     result.map_err(|e| {
         let status = if is_slow(&e) { StatusCode::REQUEST_TIMEOUT } else { e.status() };
@@ -91,12 +91,12 @@ async fn chat_completions(
     Box::pin(chat::create(core, caller, body(bytes)?, id)).instrument(span).await
 }
 
-/// What [`check_body`] allows a body to ask for.
+/// Limits of [`check_body`].
 #[derive(Clone, Copy, Debug)]
 pub struct BodyLimits {
-    /// Most sequences.
+    /// Maximum number of sequences.
     pub sequences: usize,
-    /// How long each sequence may take.
+    /// Time limit of each sequence.
     pub time: Duration,
 }
 
@@ -109,29 +109,29 @@ impl BodyLimits {
     }
 }
 
-/// A request on its way from its fields to sequences.
+/// A request while its fields are turned into sequences.
 struct Intake<'a> {
     /// The id that the client sees.
     id: String,
     pool: &'a TextPool,
     lifetime: Lifetime,
-    /// The legs so far.
+    /// Measures the first legs, which all sequences share.
     legs: Legs,
 }
 
 impl<'a> Intake<'a> {
-    /// A request that comes now, and may take `time`.
+    /// A request that arrives now and may take `time`.
     fn new(id: String, pool: &'a TextPool, time: Duration) -> Self {
         let lifetime = Lifetime { arrived: Instant::now(), time };
         Self { id, pool, lifetime, legs: Legs::new(Span::current()) }
     }
 
-    /// A request of `caller` to the router with this core.
+    /// A request of `caller`. Its time limit is the caller's, else the router's default.
     fn at(core: &'a Core, caller: &Caller, id: String) -> Self {
         Self::new(id, &core.text_pool, caller.time.unwrap_or(core.default_time))
     }
 
-    /// The model of this name, for which the request may have to wait.
+    /// The model `name`. Waits if no node serves it yet.
     async fn model(&mut self, core: &Core, caller: &Caller, name: &str) -> Result<Arc<ServedModel>, GenerateError> {
         self.legs.enter(Leg::Queue);
         let model = core.model(name, self.lifetime.arrived, caller.time).await?;
@@ -140,8 +140,8 @@ impl<'a> Intake<'a> {
     }
 }
 
-/// The sequences that the body of a completion (or, with `chat`, of a chat completion) asks of `model`. A router does
-/// the same with a body before it needs a node.
+/// Checks the body of a completion, or of a chat completion with `chat`, and returns its sequences. The router does the
+/// same before it uses a node.
 pub async fn check_body(body: &Bytes, chat: bool, model: &Arc<ServedModel>, limits: BodyLimits) -> Checked {
     match chat {
         true => chat::generations(body, model, limits).await,

@@ -11,10 +11,10 @@ use serde::Serialize;
 use super::error::ApiError;
 use crate::GenerateError;
 
-/// The end of every stream.
+/// The last event of every stream.
 const DONE: &[u8] = b"data: [DONE]\n\n";
 
-/// One event.
+/// Serialises one event.
 pub fn event(data: &impl Serialize) -> Result<Bytes, GenerateError> {
     let mut out = b"data: ".to_vec();
     serde_json::to_writer(&mut out, data).map_err(|e| GenerateError::Internal(e.to_string()))?;
@@ -22,7 +22,7 @@ pub fn event(data: &impl Serialize) -> Result<Bytes, GenerateError> {
     Ok(out.into())
 }
 
-/// A response of these events. An error becomes the last event before the end mark: never a silent end.
+/// A streaming response. An error is sent as the last event before `[DONE]`, so a stream never ends silently.
 pub fn response(events: impl Stream<Item = Result<Bytes, GenerateError>> + Send + 'static) -> Response {
     let events = events
         .map(|event| match event {

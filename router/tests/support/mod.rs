@@ -1,4 +1,4 @@
-//! A router over simulated nodes, and a small HTTP client.
+//! A router with simulated nodes, and a small HTTP client.
 
 #![allow(dead_code, missing_docs)]
 
@@ -39,7 +39,7 @@ pub async fn rig_with(prefill: &[Options], decode: &[Options], change: impl FnOn
     let mut rig = unready_rig(prefill, decode, change).await;
     let nodes = prefill.len() + decode.len();
     let mut client = rig.client().await;
-    // The router looks for its nodes in the background.
+    // The router connects to its nodes in the background.
     wait_for(async || {
         let list = client.list_nodes(overfill_proto::v1::ListNodesRequest {}).await.unwrap().into_inner().nodes;
         list.iter().filter(|n| n.healthy).count() == nodes
@@ -87,7 +87,7 @@ impl Answer {
         serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {}", self.body))
     }
 
-    /// The events of a stream, without the end mark, which must be there.
+    /// The events of a stream. Checks that the stream ends with `[DONE]`, which is not included.
     pub fn events(&self) -> Vec<Value> {
         let mut data: Vec<&str> = self.body.split("\n\n").filter_map(|event| event.strip_prefix("data: ")).collect();
         assert_eq!(data.pop(), Some("[DONE]"), "{}", self.body);
@@ -100,7 +100,7 @@ impl Rig {
         RouterClient::connect(format!("http://{}", self.grpc)).await.unwrap()
     }
 
-    /// Sends a request and gives the connection back.
+    /// Sends a request and returns the connection.
     pub async fn send(&self, method: &str, path: &str, body: &str) -> TcpStream {
         let mut connection = TcpStream::connect(self.http).await.unwrap();
         let head = format!(
@@ -128,7 +128,7 @@ impl Rig {
         self.prefill.iter().chain(&self.decode).map(SimulatedNode::active).sum()
     }
 
-    /// The value of one series of /metrics; 0 if it is not there.
+    /// The value of one series of /metrics, or 0 if the series does not exist.
     pub async fn metric(&self, series: &str) -> f64 {
         let text = self.get("/metrics").await.body;
         text.lines().find_map(|l| l.strip_prefix(series)).map_or(0.0, |v| v.trim().parse().unwrap())

@@ -1,4 +1,4 @@
-//! The arguments of a method or filter, by position or by name.
+//! Positional and keyword arguments of methods and filters.
 
 use std::borrow::Cow;
 
@@ -8,14 +8,14 @@ use super::values::{Type, fault};
 
 /// Arguments of one call.
 pub(super) struct Arguments<'a> {
-    /// By position.
+    /// Positional arguments.
     pub positional: &'a [Value],
-    /// By name.
+    /// Keyword arguments.
     pub named: Option<&'a Value>,
 }
 
 impl<'a> Arguments<'a> {
-    /// minijinja gives those by name as the last of all.
+    /// Splits the arguments. minijinja passes keyword arguments as the last argument.
     pub(super) fn new(all: &'a [Value]) -> Self {
         match all.split_last() {
             Some((last, rest)) if last.is_kwargs() => Self { positional: rest, named: Some(last) },
@@ -23,7 +23,7 @@ impl<'a> Arguments<'a> {
         }
     }
 
-    /// The argument at this place, or of this name.
+    /// The positional argument at `index`, else the keyword argument `name`.
     pub(super) fn get(&self, index: usize, name: &str) -> Option<Value> {
         let named = || self.named.and_then(|named| named.get_attr(name).ok()).filter(|value| !value.is_undefined());
         self.positional.get(index).cloned().or_else(named)
@@ -33,7 +33,7 @@ impl<'a> Arguments<'a> {
         self.get(index, name).ok_or_else(|| fault(format!("missing a required argument: '{name}'")))
     }
 
-    /// A text, which must be there.
+    /// A required string.
     pub(super) fn text(&self, index: usize, name: &str) -> Result<Cow<'static, str>, Error> {
         let value = self.required(index, name)?;
         match value.as_str() {
@@ -42,7 +42,7 @@ impl<'a> Arguments<'a> {
         }
     }
 
-    /// A whole number; none is absent.
+    /// An optional integer. None counts as absent.
     pub(super) fn whole(&self, index: usize, name: &str) -> Result<Option<i64>, Error> {
         match self.get(index, name).filter(|value| !value.is_none()) {
             None => Ok(None),
@@ -54,7 +54,7 @@ impl<'a> Arguments<'a> {
         }
     }
 
-    /// True or false; absent is `default`.
+    /// The truth of an argument, or `default` if it is absent.
     pub(super) fn flag(&self, index: usize, name: &str, default: bool) -> bool {
         self.get(index, name).map_or(default, |value| value.is_true())
     }

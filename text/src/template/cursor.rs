@@ -1,18 +1,18 @@
-//! Where a parser is among the tokens of a tag.
+//! Token cursor of the expression and statement parsers.
 
 use super::lexer::{Token, TokenKind};
 
-/// A fault of a template's syntax.
+/// A syntax error of a template, as a message.
 pub(super) type Fault = String;
 
-/// Expressions within expressions. Deeper ones are refused before they end the stack.
+/// Maximum nesting depth of expressions. Deeper expressions could overflow the stack.
 const MAX_DEPTH: usize = 200;
 
 /// Reads the tokens of one tag.
 pub(super) struct Parser<'t> {
-    /// Those of the tag.
+    /// Tokens of the tag.
     pub(super) tokens: &'t [Token],
-    /// The next one.
+    /// Index of the next token.
     pub(super) at: usize,
     depth: usize,
 }
@@ -30,7 +30,7 @@ impl<'t> Parser<'t> {
         matches!(self.peek(), Some(TokenKind::Operator(found)) if *found == operator)
     }
 
-    /// Is the next token this word?
+    /// Whether the next token is this word.
     pub(super) fn is_word(&self, word: &str) -> bool {
         matches!(self.peek(), Some(TokenKind::Name(found)) if found == word)
     }
@@ -60,7 +60,7 @@ impl<'t> Parser<'t> {
         }
     }
 
-    /// A name.
+    /// Takes a name.
     pub(super) fn name(&mut self) -> Result<String, Fault> {
         match self.peek() {
             Some(TokenKind::Name(name)) => {
@@ -71,12 +71,12 @@ impl<'t> Parser<'t> {
         }
     }
 
-    /// Passes over a token.
+    /// Skips a token.
     pub(super) fn skip(&mut self) {
         self.at += 1;
     }
 
-    /// Nothing may follow.
+    /// Returns an error if tokens are left.
     pub(super) fn end(&self) -> Result<(), Fault> {
         if self.at == self.tokens.len() { Ok(()) } else { Err(self.unexpected("the end of the tag")) }
     }
@@ -91,7 +91,7 @@ impl<'t> Parser<'t> {
         parsed
     }
 
-    /// Items with commas between them, up to `close`.
+    /// Parses items separated by commas up to `close`. A trailing comma is allowed.
     pub(super) fn items(
         &mut self,
         close: &str,

@@ -1,8 +1,8 @@
-//! Jinja2's expressions, read as Jinja2 reads them and written down again for minijinja.
+//! Parses Jinja2's expressions and translates them for minijinja.
 //!
-//! minijinja knows neither tuples nor Python's operators. Whatever differs becomes the call of a function
-//! (`super::operators`) with Python's semantics: `a ~ (1, 2)` becomes `__concat__(a, __tuple__(1, 2))`. Everything is in
-//! parentheses, so that precedence is Jinja2's. The grammar is that of `jinja2/parser.py`.
+//! minijinja has neither tuples nor Python's operators. Constructs with different semantics become calls of functions in
+//! `super::operators`: `a ~ (1, 2)` becomes `__concat__(a, __tuple__(1, 2))`. The output is fully parenthesized, so that
+//! Jinja2's precedence is kept. The grammar is the same as in `jinja2/parser.py`.
 
 use super::{
     cursor::{Fault, Parser},
@@ -10,11 +10,13 @@ use super::{
     methods,
 };
 
-/// Attributes, filters and the like of one value. Each copies what is written for those before.
+/// Maximum number of attributes, filters, tests and calls of one value in a row. Each of them copies the text so far, so the
+/// cost is quadratic.
 const MAX_LINKS: usize = 500;
 
 impl Parser<'_> {
-    /// What an assignment or a loop binds: names, `a.b`, and lists of them with or without parentheses.
+    /// The target of an assignment or a loop: a name, `a.b` (with `dotted`), or a list of targets with or without
+    /// parentheses.
     pub(super) fn target(&mut self, dotted: bool) -> Result<String, Fault> {
         let mut targets = Vec::new();
         let mut many = false;
@@ -49,7 +51,7 @@ impl Parser<'_> {
         Ok(if many && targets.len() == 1 { format!("{all},") } else { all })
     }
 
-    /// An expression, or a tuple without parentheses. Without `conditions` an `if` ends it.
+    /// An expression, or a tuple without parentheses. Without `conditions`, an `if` ends the expression.
     pub(super) fn tuple(&mut self, conditions: bool) -> Result<String, Fault> {
         self.tuple_until(conditions, false)
     }
@@ -74,7 +76,7 @@ impl Parser<'_> {
         }
     }
 
-    /// An expression.
+    /// An expression, possibly with a conditional `a if b else c`.
     pub(super) fn expression(&mut self) -> Result<String, Fault> {
         self.nested(|p| {
             let mut value = p.or()?;
@@ -97,7 +99,8 @@ impl Parser<'_> {
         self.logic("and", Self::not)
     }
 
-    /// minijinja makes a boolean of `'' and 1`, where all of it is literal: a call is none.
+    /// A chain of `and` or `or`. minijinja folds `'' and 1` to a boolean if all operands are literals. The call of
+    /// `__value__` prevents that.
     fn logic(&mut self, word: &str, operand: fn(&mut Self) -> Result<String, Fault>) -> Result<String, Fault> {
         let mut parts = vec![operand(self)?];
         while self.take_word(word) {
@@ -152,7 +155,7 @@ impl Parser<'_> {
         Ok(left)
     }
 
-    /// A chain of `+` is one call: minijinja bounds how deep calls nest.
+    /// Sums and differences. A chain of `+` becomes one call, because minijinja limits the nesting of calls.
     fn sum(&mut self) -> Result<String, Fault> {
         let mut left = self.concat()?;
         loop {
@@ -273,7 +276,7 @@ impl Parser<'_> {
             self.at += 1;
             return Ok(format!("__item__({value}, {index})"));
         }
-        // `a.0.1` has two of them.
+        // The lexer reads the two indices of `a.0.1` as one float.
         if let Some(TokenKind::Float(indices)) = self.peek()
             && let Some((first, second)) = indices.split_once('.')
         {
@@ -308,7 +311,7 @@ impl Parser<'_> {
         match (keys.len(), many, keys.swap_remove(0)) {
             (1, false, Key::One(key)) => Ok(format!("__item__({value}, {key})")),
             (1, false, Key::Slice(parts)) => Ok(format!("__slice__({value}, {})", parts.join(", "))),
-            _ => Err("a key of several parts is not supported".into()),
+            _ => Err("a subscript with several keys is not supported".into()),
         }
     }
 
@@ -333,7 +336,7 @@ impl Parser<'_> {
         Ok(Key::Slice(parts))
     }
 
-    /// What stands between the parentheses of a call, the first of which has been taken.
+    /// The arguments of a call, up to and including the closing parenthesis. The opening one has been taken.
     pub(super) fn arguments(&mut self) -> Result<Vec<String>, Fault> {
         self.nested(|p| {
             p.items(")", |p| {
@@ -352,7 +355,7 @@ impl Parser<'_> {
         })
     }
 
-    /// Filters, tests and calls behind a value.
+    /// Filters, tests and calls after a value.
     pub(super) fn filters(&mut self, mut value: String) -> Result<String, Fault> {
         for _ in 0..MAX_LINKS {
             value = if self.take("|") {
@@ -411,7 +414,7 @@ enum Key {
     Slice([String; 3]),
 }
 
-/// A text as minijinja reads it.
+/// A string literal for minijinja.
 pub(super) fn quoted(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 2);
     out.push('\'');

@@ -1,4 +1,4 @@
-//! Jinja2's filters (`jinja2/filters.py`), over Python's values.
+//! Jinja2's filters (`jinja2/filters.py`) with Python's semantics.
 
 use std::cmp::Ordering;
 
@@ -12,7 +12,7 @@ use super::{
     values::{Items, Shape, Type, VISIT_BYTES, charge, fault, items, repr, text},
 };
 
-/// Registers all of them. `texts` has the filters of texts.
+/// Registers all filters, including the string filters of `texts`.
 pub(super) fn register(environment: &mut Environment<'_>) {
     texts::register(environment);
     environment.add_filter("tojson", json::to_json);
@@ -65,7 +65,7 @@ pub(super) fn register(environment: &mut Environment<'_>) {
         if name.starts_with('_') {
             return Err(fault(format!("access to attribute '{name}' is unsafe")));
         }
-        // Attributes alone, as in Jinja2: a dictionary's keys are none.
+        // As in Jinja2, `attr` does not look up a dictionary's keys.
         Ok(match Type::of(value) {
             _ if methods::has(value, name) => methods::bound(value.clone(), name),
             Type::Other => value.get_attr(name)?,
@@ -99,7 +99,7 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     });
 }
 
-/// Python's `len`, of undefined as Jinja2 has it.
+/// Python's `len`. As in Jinja2, the length of undefined is 0.
 pub(super) fn length(value: &Value) -> Result<usize, Error> {
     match Type::of(value) {
         Type::Undefined => Ok(0),
@@ -128,7 +128,7 @@ fn number(value: &Value) -> Option<f64> {
     }
 }
 
-/// An attribute by a path such as `a.b.0`, as the filters' `attribute` argument names it.
+/// Looks up an attribute by a path such as `a.b.0`, which is the `attribute` argument of many filters.
 fn attribute(value: &Value, path: &Value) -> Result<Value, Error> {
     let parts: Vec<Value> = match path.as_str() {
         Some(path) => {
@@ -147,7 +147,7 @@ fn attribute(value: &Value, path: &Value) -> Result<Value, Error> {
     })
 }
 
-/// What sorting and comparing look at: an attribute if one is named, without large letters unless they count.
+/// The sort key of a value: the attribute at `path`, if given, in lower case unless `case_sensitive`.
 fn key(value: &Value, path: Option<&Value>, case_sensitive: bool) -> Result<Value, Error> {
     let value = match path {
         Some(path) => attribute(value, path)?,
@@ -162,7 +162,7 @@ fn key(value: &Value, path: Option<&Value>, case_sensitive: bool) -> Result<Valu
     })
 }
 
-/// Sorts by keys that may have no order: that is an error, of which the first is given.
+/// Sorts values by their keys. Returns the first error if keys can't be compared.
 fn sorted_by(mut all: Vec<(Vec<Value>, Value)>, reverse: bool) -> Result<Vec<Value>, Error> {
     let mut wrong = None;
     all.sort_by(|(a, _), (b, _)| {
@@ -291,7 +291,7 @@ fn sum(value: &Value, arguments: Rest<Value>) -> Result<Value, Error> {
     })
 }
 
-/// Of none, too, there are no items.
+/// The items of a value. Values that are false, such as none, have no items.
 fn items_if_true(value: &Value) -> Result<Vec<Value>, Error> {
     if value.is_true() { items(value) } else { Ok(Vec::new()) }
 }
@@ -319,7 +319,8 @@ fn map(state: &State<'_, '_>, value: &Value, arguments: Rest<Value>) -> Result<V
     mapped.map(Items::generator)
 }
 
-/// `select` and its like. A test's name is the first argument, or the second behind an attribute; without one, truth counts.
+/// `select`, `reject`, `selectattr` and `rejectattr`. With `by_attribute` the first argument is an attribute. The next
+/// argument is the name of a test. Without a test, the truth of the value decides.
 fn chosen(
     state: &State<'_, '_>,
     value: &Value,
@@ -340,7 +341,7 @@ fn chosen(
         let holds = match arguments.split_first() {
             None => looked_at.is_true(),
             Some((test, rest)) => {
-                let name = test.as_str().ok_or_else(|| fault("the name of a test must be a text"))?;
+                let name = test.as_str().ok_or_else(|| fault("the name of a test must be a str"))?;
                 state.perform_test(name, &[std::slice::from_ref(&looked_at), rest].concat())?
             }
         };
@@ -419,7 +420,7 @@ fn round(value: &Value, arguments: Rest<Value>) -> Result<Value, Error> {
     let x = number(value).ok_or_else(|| fault(format!("can't round a '{}'", Type::of(value).name())))?;
     let factor = 10_f64.powi(precision);
     let rounded = match method.as_ref().and_then(Value::as_str).unwrap_or("common") {
-        // Python's round gives an int back for an int, and otherwise what the decimal digits say, halves to even.
+        // Python rounds an int to an int, and a float correctly in decimal with ties to even.
         "common" if Type::of(value) == Type::Int && precision >= 0 => return Ok(value.clone()),
         "common" if precision > 0 => format!("{x:.*}", precision as usize).parse().unwrap_or(x),
         "common" if Type::of(value) == Type::Int => {

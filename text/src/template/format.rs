@@ -1,4 +1,4 @@
-//! Python's `%` on texts, and `str.format`.
+//! Python's `%` operator on strings, `str.format` and `str.format_map`.
 
 use minijinja::{Error, Value};
 
@@ -7,10 +7,10 @@ use super::{
     values::{Type, charge, fault, float, items, repr, text},
 };
 
-/// Widest field that a format may ask for.
+/// Maximum width and precision of a format field.
 const MAX_WIDTH: usize = 1 << 15;
 
-/// `[[fill]align][sign][#][0][width][,][.precision][type]`
+/// A format specifier: `[[fill]align][sign][#][0][width][,][.precision][type]`.
 #[derive(Clone, Default)]
 struct Spec {
     fill: char,
@@ -170,7 +170,7 @@ fn filled(format: &str, argument: &mut dyn FnMut(&str) -> Result<Value, Error>) 
                 }
             };
             value = match key.parse::<usize>() {
-                // As in Jinja2's sandbox.
+                // Jinja2's sandbox hides attributes that begin with an underscore.
                 _ if key.starts_with('_') => Value::UNDEFINED,
                 Ok(index) => value.get_item_by_index(index)?,
                 Err(_) => value.get_item(&Value::from(key))?,
@@ -233,7 +233,7 @@ fn parse_spec(spec: &str) -> Result<Spec, Error> {
     Ok(parsed)
 }
 
-/// The value in its field.
+/// Formats a value according to `spec`.
 fn fielded(value: &Value, spec: &Spec) -> Result<String, Error> {
     charge(spec.width + spec.precision.unwrap_or(0))?;
     let mut spec = spec.clone();
@@ -320,12 +320,12 @@ fn exponential(number: f64, precision: usize, kind: char) -> String {
     format!("{digits}{kind}{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
 }
 
-/// The shorter of both forms, without zeros at the end.
+/// Python's `g` format: fixed or exponential notation, without trailing zeros.
 fn general(number: f64, precision: usize) -> String {
     if !number.is_finite() {
         return float(number);
     }
-    // Of the number as it is rounded.
+    // The exponent of the rounded number decides which notation is used.
     let rounded = format!("{number:.*e}", precision - 1);
     let exponent: i32 = rounded.split_once('e').and_then(|(_, exponent)| exponent.parse().ok()).unwrap_or(0);
     let trimmed = |text: &str| {

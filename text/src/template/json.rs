@@ -1,4 +1,4 @@
-//! Python's `json.dumps`, which is transformers' `tojson`.
+//! transformers' `tojson` filter, which is Python's `json.dumps`.
 
 use std::fmt::Write as _;
 
@@ -10,14 +10,14 @@ use super::{
     values::{Type, VISIT_BYTES, charge, fault, float, items},
 };
 
-/// Values within values that are written.
+/// Maximum nesting depth of written values.
 const MAX_DEPTH: usize = 1000;
-/// Widest indent.
+/// Maximum indent, in bytes.
 const MAX_INDENT: i64 = 64;
 
 struct Style {
     ascii: bool,
-    /// One level of it; `None`: all on one line.
+    /// Indent of one level. `None`: everything on one line.
     indent: Option<String>,
     between: String,
     after_key: String,
@@ -43,7 +43,7 @@ pub(super) fn to_json(value: &Value, arguments: Rest<Value>) -> Result<Value, Er
             [between, after_key] if [between, after_key].iter().all(|s| s.as_str().is_some_and(|s| s.len() <= 64)) => {
                 (between.to_string(), after_key.to_string())
             }
-            _ => return Err(fault("separators must be two texts of at most 64 bytes")),
+            _ => return Err(fault("separators must be two strings of at most 64 bytes")),
         },
     };
     let style = Style {
@@ -138,7 +138,7 @@ fn write_all(
     Ok(())
 }
 
-/// Python writes what JSON has no word for, too.
+/// Writes a float. As in Python, NaN and infinities are written although JSON does not have them.
 fn number(number: f64) -> String {
     match number {
         n if n.is_nan() => "NaN".into(),

@@ -1,21 +1,21 @@
-//! The tokens of a tag, as `jinja2/lexer.py` cuts them.
+//! Tokenizes a tag with the rules of `jinja2/lexer.py`.
 
 use super::cursor::Fault;
 
-/// Operators, longer ones first.
+/// Operators. Longer operators come before their prefixes.
 const OPERATORS: [&str; 27] = [
     "//", "**", "==", "!=", ">=", "<=", "+", "-", "/", "*", "%", "~", "[", "]", "(", ")", "{", "}", ">", "<", "=", ".",
     ":", "|", ",", ";", "!",
 ];
 
-/// A token.
+/// A token of a tag.
 pub(super) struct Token {
     pub kind: TokenKind,
 }
 
 pub(super) enum TokenKind {
     Name(String),
-    /// In decimal digits.
+    /// Decimal digits of an integer.
     Integer(String),
     Float(String),
     Text(String),
@@ -23,7 +23,7 @@ pub(super) enum TokenKind {
 }
 
 impl Token {
-    /// For messages.
+    /// The token's text for error messages.
     pub(super) fn text(&self) -> &str {
         match &self.kind {
             TokenKind::Name(text) | TokenKind::Integer(text) | TokenKind::Float(text) | TokenKind::Text(text) => text,
@@ -32,12 +32,12 @@ impl Token {
     }
 }
 
-/// The tokens of a tag that begins at the start of `source` and is closed by `close` (`%}` or `}}`), the sign before that
-/// (`-`, `+` or none), and the bytes of it all.
+/// Reads a tag that begins at the start of `source` and is closed by `close` (`%}` or `}}`). Returns its tokens, the
+/// whitespace sign before `close` (`-`, `+` or empty), and the length in bytes including `close`.
 pub(super) fn tag(source: &str, close: &str) -> Result<(Vec<Token>, &'static str, usize), Fault> {
     let mut tokens = Vec::new();
     let mut at = 0;
-    // Within brackets `}}` closes two of them.
+    // Closing brackets that are expected. Within brackets, `}}` closes two brackets and does not end the tag.
     let mut open: Vec<char> = Vec::new();
     loop {
         let rest = &source[at..];
@@ -115,7 +115,7 @@ fn number(rest: &str) -> Result<(TokenKind, usize), Fault> {
     Ok((if length > whole { TokenKind::Float(text) } else { TokenKind::Integer(text) }, length))
 }
 
-/// A text in quotes, with Python's escapes.
+/// Reads a quoted string with Python's escapes.
 fn text(rest: &str, quote: char) -> Result<(TokenKind, usize), Fault> {
     let mut out = String::new();
     let mut chars = rest.char_indices().skip(1);
@@ -163,7 +163,7 @@ fn text(rest: &str, quote: char) -> Result<(TokenKind, usize), Fault> {
                     _ => return Err(format!("\\{escaped} needs {most} hexadecimal digits of a character")),
                 }
             }
-            // Python keeps the backslash.
+            // Python keeps the backslash of an unknown escape.
             other => out.extend(['\\', other]),
         }
     }

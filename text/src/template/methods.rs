@@ -1,6 +1,6 @@
-//! The methods of Python's texts, lists, tuples and dictionaries that do not change them.
+//! The non-mutating methods of Python's `str`, `list`, `tuple` and `dict`.
 //!
-//! transformers renders in Jinja2's immutable sandbox, which refuses methods that change their object.
+//! transformers renders in Jinja2's immutable sandbox, which rejects mutating methods.
 
 use std::{fmt, sync::Arc};
 
@@ -16,7 +16,7 @@ use super::{
     values::{Items, Type, charge, fault, items, text},
 };
 
-/// Methods that change their object.
+/// Mutating methods.
 const UNSAFE: [&str; 10] =
     ["append", "clear", "extend", "insert", "pop", "popitem", "remove", "reverse", "setdefault", "update"];
 
@@ -24,20 +24,20 @@ const DICT: [&str; 9] = ["get", "items", "keys", "values", "copy", "pop", "popit
 const LIST: [&str; 11] =
     ["append", "clear", "copy", "count", "extend", "index", "insert", "pop", "remove", "reverse", "sort"];
 
-/// Methods of Python's texts.
+/// Methods of Python's `str`.
 const STR: &str = "capitalize casefold center count encode endswith expandtabs find format format_map index isalnum isalpha \
                    isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper join ljust \
                    lower lstrip maketrans partition removeprefix removesuffix replace rfind rindex rjust rpartition rsplit \
                    rstrip split splitlines startswith strip swapcase title upper zfill";
 
-/// Is it a method's name, of any of the types? Methods come before a dictionary's keys.
+/// Whether any of the types has a method of this name. Methods take precedence over a dictionary's keys.
 pub(super) fn is_name(name: &str) -> bool {
     STR.split(' ').any(|method| method == name) || LIST.contains(&name) || DICT.contains(&name)
 }
 
-/// Does a value of this type have the method?
+/// Whether the value has a method of this name.
 pub(super) fn has(value: &Value, name: &str) -> bool {
-    // Those that change their object do not exist in the sandbox.
+    // The sandbox has no mutating methods.
     if UNSAFE.contains(&name) || name == "sort" {
         return false;
     }
@@ -50,7 +50,7 @@ pub(super) fn has(value: &Value, name: &str) -> bool {
     }
 }
 
-/// A method with its object, such as `text.upper` without a call.
+/// A bound method, such as `text.upper` without a call.
 #[derive(Debug)]
 struct Bound {
     value: Value,
@@ -71,17 +71,17 @@ impl Object for Bound {
     }
 }
 
-/// The method without a call.
+/// A bound method as a value.
 pub(super) fn bound(value: Value, name: &str) -> Value {
     Value::from_object(Bound { value, name: name.to_owned() })
 }
 
-/// Is it a method without a call?
+/// Whether the value is a bound method.
 pub(super) fn is_bound(value: &Value) -> bool {
     value.downcast_object_ref::<Bound>().is_some()
 }
 
-/// `value.name(arguments)`.
+/// Calls a method: `value.name(arguments)`.
 pub(super) fn call(state: &State<'_, '_>, value: Value, name: &str, arguments: Rest<Value>) -> Result<Value, Error> {
     if value.is_undefined() {
         return Err(undefined());
@@ -272,13 +272,13 @@ fn of_text(s: &str, name: &str, args: &Arguments<'_>) -> Result<Value, Error> {
     })
 }
 
-/// The first letter large, the others small.
+/// The first letter in title case, the others in lower case.
 pub(super) fn capitalized(s: &str) -> String {
     let mut chars = s.chars();
     chars.next().map_or_else(String::new, |first| large(first) + &chars.as_str().to_lowercase())
 }
 
-/// As the first letter of a word: `ß` gives `Ss`.
+/// The title case of a letter: `ß` gives `Ss`.
 fn large(c: char) -> String {
     let mut large = c.to_uppercase();
     large.next().into_iter().chain(large.flat_map(char::to_lowercase)).collect()
@@ -298,21 +298,21 @@ fn titled(s: &str) -> String {
     out
 }
 
-/// `s` with the first `count` of `old` replaced, or all.
+/// Replaces the first `count` occurrences of `old`. `None` or a negative `count` replaces all.
 pub(super) fn replaced(s: &str, old: &str, new: &str, count: Option<i64>) -> Result<String, Error> {
     let most = count.filter(|count| *count >= 0).map_or(usize::MAX, |count| count as usize);
     charge(s.matches(old).count().min(most).saturating_mul(new.len()).saturating_add(s.len()))?;
     Ok(s.replacen(old, new, most))
 }
 
-/// `parts` with `separator` between them.
+/// Joins `parts` with `separator`.
 pub(super) fn joined(parts: &[impl AsRef<str>], separator: &str) -> Result<String, Error> {
     let bytes: usize = parts.iter().map(|part| part.as_ref().len()).sum();
     charge(separator.len().saturating_mul(parts.len()).saturating_add(bytes))?;
     Ok(parts.iter().map(AsRef::as_ref).collect::<Vec<_>>().join(separator))
 }
 
-/// Without the whitespace, or without these characters, at `strip`ped, `lstrip`ped or `rstrip`ped ends.
+/// Python's `strip`, `lstrip` or `rstrip` (`name`). Removes whitespace, or the given characters.
 pub(super) fn strip<'s>(s: &'s str, name: &str, chars: Option<&Value>) -> Result<&'s str, Error> {
     let chars = match chars.filter(|chars| !chars.is_none()) {
         None => None,
@@ -323,7 +323,7 @@ pub(super) fn strip<'s>(s: &'s str, name: &str, chars: Option<&Value>) -> Result
     Ok(if name == "lstrip" { s } else { s.trim_end_matches(goes) })
 }
 
-/// Python's whitespace, which has four control characters more.
+/// Whether Python counts `c` as whitespace: Unicode whitespace and four control characters.
 fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
@@ -363,7 +363,7 @@ fn split(s: &str, from_the_right: bool, args: &Arguments<'_>) -> Result<Value, E
                     rest = rest[cut..].trim_start_matches(is_space);
                 }
             }
-            // What is left after the last split keeps its other end's whitespace.
+            // The rest after the last split keeps its trailing whitespace.
             if parts.len() > most && most < usize::MAX {
                 let last = parts.len() - 1;
                 if !from_the_right && let Some(at) = s.rfind(parts[last]) {
@@ -392,7 +392,7 @@ fn lines(s: &str, keep_ends: bool) -> Vec<String> {
     lines
 }
 
-/// `s[start:end]`, and how many characters are before it.
+/// The number of characters before `start`, and `s[start:end]`.
 fn part(s: &str, start: Option<i64>, end: Option<i64>) -> (usize, &str) {
     let length = s.chars().count() as i64;
     let at = |bound: i64| (if bound < 0 { bound + length } else { bound }).clamp(0, length) as usize;
@@ -416,7 +416,7 @@ fn padded(s: &str, name: &str, args: &Arguments<'_>) -> Result<String, Error> {
             let (sign, digits) = s.split_at(usize::from(s.starts_with(['+', '-'])));
             format!("{sign}{}{digits}", "0".repeat(missing))
         }
-        // Python puts the odd space on the left if the width is odd, too.
+        // If the padding is odd, Python puts the extra character on the left for an odd width, else on the right.
         _ => {
             let left = missing / 2 + (missing & width & 1);
             fill.repeat(left) + s + &fill.repeat(missing - left)

@@ -1,18 +1,20 @@
-//! Chat templates, rendered as Hugging Face's transformers renders them.
+//! Renders chat templates with the same output as Hugging Face's transformers.
 //!
-//! transformers uses Jinja2, in a sandbox in which nothing can be changed. Here minijinja runs a template that has been
-//! translated for it (`source`, `expression`), over values that behave as Python's do (`values`, `operators`, `methods`,
-//! `filters`, `predicates`). `text/tests/jinja/` holds what transformers gives for several hundred small templates.
+//! transformers runs Jinja2 in an immutable sandbox. This module translates a template for minijinja (`source`,
+//! `expression`) and renders it over values with Python's semantics (`values`, `operators`, `methods`, `filters`,
+//! `predicates`). `text/tests/jinja/` holds the expected output of transformers for more than a thousand small templates.
 //!
-//! Unlike in Jinja2: what `map` and its like give can be read more than once, and has a length; methods of text that is
-//! marked as safe give plain text, and `autoescape` changes nothing; whole numbers have 128 bits; 1 and true are two keys of a dictionary; `pprint`
-//! does not break lines; bodies of `generation`, `set` and `filter` have no
-//! scope of their own, and a `with` can't be left by `break`; `varargs` and `kwargs` of macros, names of a `groupby` result,
-//! `print`, `self`, `urlize`, `lipsum` and `random` are missing.
+//! Differences from Jinja2:
+//! - Results of `map`, `select` and similar filters can be iterated more than once and have a length.
+//! - Methods of text that is marked as safe return plain text. `autoescape` has no effect.
+//! - Integers have 128 bits. 1 and true are two different keys of a dictionary. `pprint` does not break lines.
+//! - Bodies of `generation`, `set` and `filter` have no scope of their own. `break` can't leave a `with`.
+//! - Not supported: `varargs` and `kwargs` of macros, attribute names of `groupby` results, `print`, `self`, `urlize`,
+//!   `lipsum` and `random`.
 //!
-//! A template is a program that a stranger may have written. One that loops, writes or nests without end ends with an error. What
-//! its functions make on their way is bounded (`values::charge`). Its own plain text, captured again and again by `set`
-//! blocks and macros, is bounded by the steps alone.
+//! Templates are untrusted programs. A template with unbounded loops, output or nesting ends with an error. The memory that
+//! functions allocate for intermediate results is bounded (`values::charge`). Plain text of the template that `set` blocks
+//! and macros capture repeatedly is bounded only by the limit of instructions.
 
 mod arguments;
 mod cursor;
@@ -39,45 +41,45 @@ use crate::TextError;
 
 const NAME: &str = "chat_template";
 
-/// Instructions that one rendering may take, and how many more for each message: templates that look through all messages
-/// for each of them take some 30 for each pair.
+/// Instruction limit of one rendering, plus [`FUEL_PER_MESSAGE`] for each message. A template that loops over all messages
+/// for each message takes about 30 instructions per pair.
 const FUEL: u64 = 4_000_000;
 const FUEL_PER_MESSAGE: u64 = 100_000;
-/// At most, however many messages there are: some seconds.
+/// Upper bound of the instruction limit for any number of messages: a few seconds.
 const MAX_FUEL: u64 = 400_000_000;
 
-/// A prompt may have this many bytes, and [`OUTPUT_PER_BYTE`] more for each byte of the messages.
+/// Maximum size of a prompt in bytes, plus [`OUTPUT_PER_BYTE`] for each byte of the messages, tools and documents.
 const OUTPUT_BYTES: usize = 1 << 20;
 const OUTPUT_PER_BYTE: usize = 16;
 
-/// Of the threads that compile and render. Templates are compiled, and values dropped and printed, by recursion; their size
-/// and their depth are bounded so that they fit. Only what is used of the stack becomes memory.
+/// Stack size of the threads that compile and render. Compiling templates and dropping and printing values recurse. The
+/// limits on template size and nesting depth keep the recursion within this stack. Only used pages of it take memory.
 const STACK_BYTES: usize = 256 << 20;
 
-/// What a chat template is rendered over.
+/// The variables of one rendering of a chat template.
 #[derive(Clone, Copy, Debug)]
 pub struct ChatInput<'a> {
-    /// The messages, as objects whose keys keep the client's order: `role`, `content`, `tool_calls` and what else the
-    /// template knows.
+    /// The messages: objects with `role`, `content`, `tool_calls` and other fields that the template supports. Keys keep
+    /// the client's order.
     pub messages: &'a [Json],
-    /// Tools, as OpenAI's API describes them.
+    /// Tool definitions in the format of OpenAI's API.
     pub tools: Option<&'a Json>,
-    /// Documents to answer from.
+    /// Documents for retrieval-augmented generation.
     pub documents: Option<&'a Json>,
-    /// End with the beginning of an answer?
+    /// Whether the prompt ends with the beginning of the assistant's turn.
     pub add_generation_prompt: bool,
     /// Other variables, such as `enable_thinking`.
     pub variables: Option<&'a Map<String, Json>>,
 }
 
 impl<'a> ChatInput<'a> {
-    /// Messages alone.
+    /// An input without tools, documents and other variables.
     pub fn new(messages: &'a [Json], add_generation_prompt: bool) -> Self {
         Self { messages, tools: None, documents: None, add_generation_prompt, variables: None }
     }
 }
 
-/// A compiled template and the special tokens that it may name.
+/// A compiled template and the special tokens that it can use as variables.
 pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     special_tokens: BTreeMap<String, String>,
@@ -136,7 +138,7 @@ impl ChatTemplate {
             TextError::Template(match e.kind() {
                 _ if full => format!("a prompt must be at most {limit} bytes for {given} bytes of messages"),
                 ErrorKind::OutOfFuel => format!("it must take at most {fuel} steps"),
-                // The detail of `raise_exception` is the message; the place in the template helps nobody but its author.
+                // The detail of `raise_exception` is its message. The position in the template is of use only to its author.
                 _ => e.detail().map_or_else(|| e.to_string(), str::to_owned),
             })
         })?;
@@ -144,16 +146,16 @@ impl ChatTemplate {
     }
 }
 
-/// Runs `work` on a thread of its own; an error where that can't be, or where it panics.
+/// Runs `work` on a thread with a stack of [`STACK_BYTES`]. Returns an error if the thread can't be started or panics.
 fn on_a_large_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, String> {
     thread::scope(|scope| {
         let thread = thread::Builder::new().name(NAME.into()).stack_size(STACK_BYTES).spawn_scoped(scope, work);
-        let thread = thread.map_err(|e| format!("starting a thread for it: {e}"))?;
-        thread.join().map_err(|_| "it failed".into())
+        let thread = thread.map_err(|e| format!("starting a thread for the template: {e}"))?;
+        thread.join().map_err(|_| "the template engine panicked".into())
     })
 }
 
-/// Bytes of the texts of a value.
+/// Total size of the strings and keys in a value, in bytes.
 fn text_bytes(value: &Json) -> usize {
     match value {
         Json::String(text) => text.len(),
@@ -163,7 +165,7 @@ fn text_bytes(value: &Json) -> usize {
     }
 }
 
-/// What a template writes, up to a limit.
+/// Collects a template's output up to a limit.
 struct Limited {
     bytes: Vec<u8>,
     limit: usize,
@@ -253,7 +255,7 @@ mod tests {
         for recursion in ["{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{% include 'chat_template' %}"] {
             assert!(!fault(recursion).is_empty());
         }
-        // A long chain is none of those.
+        // A long chain of operators does not exceed the limits.
         let chain = format!("{{{{ 0{} }}}}{{{{ (no{}) is none }}}}", " + 1".repeat(1000), " or none".repeat(1000));
         assert_eq!(render(&chain).unwrap(), "1000True");
         let deep = format!("{{{{ {}1{} }}}}", "(".repeat(100_000), ")".repeat(100_000));
@@ -281,7 +283,7 @@ mod tests {
         ] {
             assert!(render(source).is_err(), "{source}");
         }
-        // Deep in what is compiled, not in what is read.
+        // These are deeply nested in the compiled template, not in the source.
         for source in [
             format!("{{{{ a{} }}}}", ".a".repeat(200_000)),
             format!("{{% if a %}}{}{{% endif %}}", "{% elif a %}".repeat(50_000)),
@@ -290,7 +292,7 @@ mod tests {
         }
     }
 
-    /// What is inside is dropped, printed and compared by recursion.
+    /// Nested values are dropped, printed and compared recursively.
     #[test]
     fn a_template_that_nests_does_not_end_the_process() {
         let nest = "{% set ns = namespace(a=[], b=[]) %}{% for i in range(99999) %}\
@@ -300,7 +302,7 @@ mod tests {
         for source in [nest, objects] {
             assert!(render(source).unwrap_err().to_string().ends_with("values may be nested 500 deep"));
         }
-        // What shares its parts is as large as no memory, and not deep.
+        // A value that shares its parts can be larger than any memory without being deep.
         let nest = "{% set ns = namespace(a=[], b=[]) %}{% for i in range(60) %}\
                     {% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}";
         let objects =

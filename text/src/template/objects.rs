@@ -1,4 +1,4 @@
-//! Jinja2's global functions that minijinja lacks: `cycler`, `joiner`, `dict`.
+//! Jinja2's global functions that minijinja does not have: `cycler`, `joiner`, `dict`.
 
 use std::{
     fmt,
@@ -19,7 +19,7 @@ use super::{
     values::{Type, fault, items},
 };
 
-/// Registers them.
+/// Registers the functions.
 pub(super) fn register(environment: &mut Environment<'_>) {
     environment.add_function("cycler", |items: Rest<Value>| match items.is_empty() {
         true => Err(fault("at least one item has to be provided")),

@@ -1,4 +1,4 @@
-//! Python's operators, as functions of a template.
+//! Python's operators, as functions that translated templates call.
 
 use std::cmp::Ordering;
 
@@ -12,19 +12,19 @@ use super::{
     values::{Items, Range, Shape, Type, VISIT_BYTES, charge, fault, items, text},
 };
 
-/// Bytes, and items, that one operator may make.
+/// Maximum size of a repetition (`'ab' * 3`, `[1] * 3`), in bytes or items.
 const MAX_BYTES: usize = 16 << 20;
 
-/// Most items of a `range`, as in Jinja2's sandbox.
+/// Maximum length of a `range`, as in Jinja2's sandbox.
 const MAX_RANGE: usize = 100_000;
 
-/// Values within values that a namespace may hold.
+/// Maximum nesting depth of values that are stored in a namespace.
 const MAX_STORED_DEPTH: usize = 500;
 
-/// Two values to one.
+/// A binary operator.
 type Binary = fn(&Value, &Value) -> Result<Value, Error>;
 
-/// Registers what `super::expression` writes for operators.
+/// Registers the functions that `super::expression` writes for operators.
 pub(super) fn register(environment: &mut Environment<'_>) {
     let binary: [(&'static str, Binary); 7] = [
         ("__sub__", |a, b| arithmetic("-", a, b)),
@@ -44,7 +44,7 @@ pub(super) fn register(environment: &mut Environment<'_>) {
         rest.iter().try_fold(first, |sum, part| add(&sum, part))
     });
     environment.add_function("__compare__", |first: Value, rest: Rest<Value>| -> Result<bool, Error> {
-        // `a < b < c` is `a < b and b < c`.
+        // `a < b < c` means `a < b and b < c`.
         let mut left = &first;
         for pair in rest.chunks_exact(2) {
             if !holds(left, pair[0].as_str().unwrap_or_default(), &pair[1])? {
@@ -66,14 +66,14 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     environment.add_function("__iterate__", |value: Value| -> Result<Value, Error> {
         match value.kind() {
             ValueKind::None | ValueKind::Bool | ValueKind::Number => items(&value).map(Value::from),
-            // So that the loop knows its length.
+            // A list of characters, so that the loop knows its length.
             ValueKind::String => items(&value).map(Value::from),
             _ => Ok(value),
         }
     });
     environment.add_function("__attribute__", |value: Value, name: &str| match () {
         () if value.is_undefined() => Err(undefined()),
-        // As in Jinja2's sandbox: to use it is an error.
+        // As in Jinja2's sandbox, private attributes are undefined. Accessing an attribute of the result is an error.
         () if name.starts_with('_') => Ok(Value::UNDEFINED),
         () if methods::has(&value, name) => Ok(methods::bound(value, name)),
         () => value.get_attr(name),
@@ -99,7 +99,7 @@ fn holds(a: &Value, operator: &str, b: &Value) -> Result<bool, Error> {
     }
 }
 
-/// A dictionary has no lists and dictionaries as keys.
+/// Returns an error if a value can't be a dictionary key: lists, dictionaries, and tuples that contain them.
 pub(super) fn hashable(key: &Value) -> Result<(), Error> {
     match Type::of(key) {
         of @ (Type::List | Type::Dict) => Err(fault(format!("unhashable type: '{}'", of.name()))),
@@ -108,8 +108,8 @@ pub(super) fn hashable(key: &Value) -> Result<(), Error> {
     }
 }
 
-/// A loop can only make values nest deeper through a namespace: what is stored there may nest as deep as `left`. Values are
-/// dropped by recursion.
+/// Returns an error if `value` is nested more than `left` levels deep. Values are dropped recursively, so their depth must
+/// be bounded. Checking values that are stored in a namespace is enough: a loop can't nest values deeper in any other way.
 fn check_depth(value: &Value, left: usize) -> Result<(), Error> {
     charge(VISIT_BYTES)?;
     let inner = match Type::of(value) {
@@ -137,7 +137,7 @@ fn unsupported(operator: &str, a: &Value, b: &Value) -> Error {
     fault(format!("unsupported operand type(s) for {operator}: '{}' and '{}'", a.name(), b.name()))
 }
 
-/// -0.0 is not 0 - 0.0.
+/// Negates a float directly: 0 - 0.0 would give 0.0 instead of -0.0. Other types use `difference`, which is 0 - a.
 fn negated(a: &Value, difference: Value) -> Value {
     match Type::of(a) {
         Type::Float => f64::try_from(a.clone()).map_or(difference, |a| Value::from(-a)),
@@ -145,7 +145,7 @@ fn negated(a: &Value, difference: Value) -> Value {
     }
 }
 
-/// A number of Python. Booleans are numbers.
+/// A Python number. Booleans are integers.
 #[derive(Clone, Copy)]
 enum Number {
     Int(i128),
@@ -184,7 +184,7 @@ fn arithmetic(operator: &'static str, a: &Value, b: &Value) -> Result<Value, Err
             "-" => return x.checked_sub(y).map(int).ok_or_else(large),
             "*" => return x.checked_mul(y).map(int).ok_or_else(large),
             "//" | "%" if y == 0 => return Err(zero()),
-            // Rounded down, so that the remainder has the divisor's sign.
+            // Floor division: the remainder has the sign of the divisor.
             "//" | "%" => {
                 let (quotient, rest) = (x.checked_div(y).ok_or_else(large)?, x % y);
                 let down = rest != 0 && (rest < 0) != (y < 0);
@@ -264,7 +264,7 @@ fn multiply(a: &Value, b: &Value) -> Result<Value, Error> {
 fn modulo(a: &Value, b: &Value) -> Result<Value, Error> {
     match a.as_str() {
         Some(text) if a.is_safe() => {
-            // What goes into text that is marked as safe is escaped on its way.
+            // Strings that are inserted into safe text are HTML-escaped.
             let escaped = |value: &Value| match value.as_str() {
                 Some(_) => texts::markup(value).map(Value::from),
                 None => Ok(value.clone()),
@@ -282,8 +282,8 @@ fn modulo(a: &Value, b: &Value) -> Result<Value, Error> {
 
 /// Python's `a == b`.
 ///
-/// Values that share parts may be far larger than what the program has made: past the budget nothing is equal, and whatever is
-/// made next is an error.
+/// Values that share parts may be far larger than the memory that they use, so visited values are charged. Beyond the
+/// budget this returns false, and the next charge is an error.
 pub(super) fn equal(a: &Value, b: &Value) -> bool {
     if matches!(Type::of(a), Type::List | Type::Tuple | Type::Dict | Type::Other) && charge(VISIT_BYTES).is_err() {
         return false;
@@ -319,7 +319,7 @@ pub(super) fn equal(a: &Value, b: &Value) -> bool {
     }
 }
 
-/// Which of two values comes first; `None` where one is not a number. An error where Python has no order.
+/// The order of two values. `None` if one of them is NaN. An error if Python can't order values of these types.
 pub(super) fn compare(operator: &str, a: &Value, b: &Value) -> Result<Option<Ordering>, Error> {
     match (Type::of(a), Type::of(b)) {
         (Type::Str, Type::Str) => Ok(Some(a.as_str().cmp(&b.as_str()))),
@@ -362,7 +362,7 @@ pub(super) fn contains(container: &Value, value: &Value) -> Result<bool, Error> 
     }
 }
 
-/// Jinja2's `value[key]`: an item, else the attribute of that name, else undefined.
+/// Jinja2's `value[key]`: an item, else the method of that name, else undefined.
 fn item(value: &Value, key: &Value) -> Result<Value, Error> {
     let found = item_alone(value, key)?;
     Ok(match key.as_str() {
@@ -398,7 +398,7 @@ fn item_alone(value: &Value, key: &Value) -> Result<Value, Error> {
         }
         Type::Dict => match key.kind() {
             ValueKind::String => value.get_item(key)?,
-            // 1, 1.0 and true are the same key.
+            // In Python, 1, 1.0 and true are the same key.
             _ => match items(value)?.iter().find(|other| equal(other, key)) {
                 Some(key) => value.get_item(key)?,
                 None => Value::UNDEFINED,

@@ -1,4 +1,4 @@
-//! Jinja2's tests (`jinja2/tests.py`), over Python's values.
+//! Jinja2's tests (`jinja2/tests.py`) with Python's semantics.
 
 use std::cmp::Ordering;
 
@@ -16,7 +16,7 @@ use super::{
 type Test = fn(&Value) -> bool;
 type Comparison = fn(Ordering) -> bool;
 
-/// Registers all of them.
+/// Registers the tests.
 pub(super) fn register(environment: &mut Environment<'_>) {
     let of_type: [(&'static str, Test); 15] = [
         ("defined", |v| !v.is_undefined()),
@@ -71,7 +71,7 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     environment.add_test("lower", |value: &Value| cased(value, char::is_lowercase, char::is_uppercase));
     environment.add_test("upper", |value: &Value| cased(value, char::is_uppercase, char::is_lowercase));
     environment.add_test("filter", |state: &State<'_, '_>, name: &str, _: Rest<Value>| {
-        // An unknown filter is an error of its own kind, whatever its arguments.
+        // Calling an unknown filter gives `UnknownFilter`. Other errors mean that the filter exists.
         !matches!(state.apply_filter(name, &[Value::from("")]), Err(e) if e.kind() == minijinja::ErrorKind::UnknownFilter)
     });
     environment.add_test("test", |state: &State<'_, '_>, name: &str, _: Rest<Value>| {
@@ -83,7 +83,7 @@ fn iterable(value: &Value) -> bool {
     !matches!(Type::of(value), Type::None | Type::Bool | Type::Int | Type::Float) && value.kind() != ValueKind::Plain
 }
 
-/// What has a length and items by index: texts and dictionaries, too.
+/// Whether a value has a length and item access. Strings and dictionaries count, too.
 fn sequence(value: &Value) -> bool {
     match Type::of(value) {
         Type::Undefined | Type::Str | Type::List | Type::Tuple | Type::Dict => true,
@@ -106,7 +106,7 @@ fn whole(value: &Value) -> Result<i64, Error> {
     match Type::of(value) {
         Type::Bool => Ok(value.is_true().into()),
         Type::Int => Ok(i64::try_from(value.clone())?),
-        other => Err(fault(format!("a whole number is needed, not '{}'", other.name()))),
+        other => Err(fault(format!("an int is required, not '{}'", other.name()))),
     }
 }
 

@@ -1,4 +1,4 @@
-//! A Jinja2 template, translated for minijinja tag by tag.
+//! Translates a Jinja2 template for minijinja, tag by tag.
 
 use super::{
     cursor::{Fault, Parser},
@@ -6,15 +6,15 @@ use super::{
     lexer,
 };
 
-/// Longest template. Its parts are compiled by recursion, on a stack that this fits.
+/// Maximum size of a template. The compiler recurses, and templates of this size fit its stack.
 const MAX_SOURCE_BYTES: usize = 1 << 20;
 
-/// The template that gives with minijinja what `source` gives with Jinja2.
+/// Translates `source` to a template that has the same output with minijinja as `source` with Jinja2.
 pub(super) fn translate(source: &str) -> Result<String, Fault> {
     if source.len() > MAX_SOURCE_BYTES {
         return Err(format!("a template must have at most {MAX_SOURCE_BYTES} bytes, got {}", source.len()));
     }
-    // Jinja2 reads every line end as one character.
+    // Jinja2 normalizes line ends to \n.
     let source = &*source.replace("\r\n", "\n").replace('\r', "\n");
     let mut out = String::with_capacity(source.len() * 2);
     let mut rest = source;
@@ -28,7 +28,7 @@ pub(super) fn translate(source: &str) -> Result<String, Fault> {
         match tag.as_bytes()[1] {
             b'#' => {
                 let end = tag.find("#}").ok_or_else(|| fault(tag, "a comment is not closed".into()))?;
-                // Its signs work on the whitespace around it.
+                // The signs of a comment strip the whitespace around it, so they are kept.
                 let inner = &tag[2..end];
                 let open = if inner.starts_with(['-', '+']) { &inner[..1] } else { "" };
                 let close = if inner.len() > open.len() && inner.ends_with(['-', '+']) {
@@ -51,7 +51,7 @@ pub(super) fn translate(source: &str) -> Result<String, Fault> {
                 let (open, inner) = sign(&tag[2..]);
                 if let Some(length) = raw(inner) {
                     let block = &tag[..2 + open.len() + length];
-                    // minijinja drops a line end behind `{% raw %}`, Jinja2 does not.
+                    // minijinja drops a line end after `{% raw %}`, Jinja2 does not.
                     match block.split_once("%}").filter(|(tag, body)| body.starts_with('\n') && !tag.ends_with('-')) {
                         Some((tag, body)) => out.extend([tag, "%}\n", body]),
                         None => out.push_str(block),
@@ -79,7 +79,8 @@ fn sign(inner: &str) -> (&str, &str) {
     inner.split_at(usize::from(inner.starts_with(['-', '+'])))
 }
 
-/// The length of a raw block behind its `{%`, up to and with its end tag. Nothing in it is translated.
+/// Length of a raw block from after its `{%` to the end of its `endraw` tag. Its content is not translated. `None` if
+/// `inner` does not begin a raw block.
 fn raw(inner: &str) -> Option<usize> {
     let after = inner.trim_start().strip_prefix("raw")?.trim_start();
     let body = after.strip_prefix(['-', '+']).unwrap_or(after).strip_prefix("%}")?;
@@ -100,8 +101,8 @@ fn raw(inner: &str) -> Option<usize> {
 fn statement(p: &mut Parser<'_>) -> Result<String, Fault> {
     let word = p.name()?;
     Ok(match word.as_str() {
-        // transformers marks the assistant's text with it, for training masks. It prints nothing.
-        // (minijinja can't leave the scope of a `with` by `break`, so this has none.)
+        // transformers' tag for the assistant's text, used for training masks. It prints nothing itself.
+        // An `if` rather than a `with`, because minijinja can't `break` out of the scope of a `with`.
         "generation" => "if true".into(),
         "endgeneration" | "endautoescape" => "endif".into(),
         "if" | "elif" => {
@@ -129,7 +130,7 @@ fn statement(p: &mut Parser<'_>) -> Result<String, Fault> {
             if p.take("=") {
                 match p.tuple(true)? {
                     value if target.contains('.') => format!("set {target} = __stored__({value})"),
-                    // A text has characters to unpack.
+                    // Unpacking also works on the characters of a string.
                     value if target.contains(',') => format!("set {target} = __iterate__({value})"),
                     value => format!("set {target} = {value}"),
                 }
@@ -147,7 +148,7 @@ fn statement(p: &mut Parser<'_>) -> Result<String, Fault> {
                     break;
                 }
             }
-            // None of the values sees the new names.
+            // All values are evaluated before any of the new names is bound, so the names are bound at once.
             match targets.len() {
                 0 => "with".into(),
                 1 => format!("with {} = {}", targets[0], values[0]),
@@ -166,7 +167,7 @@ fn statement(p: &mut Parser<'_>) -> Result<String, Fault> {
         }
         "block" => {
             let name = p.name()?;
-            // `scoped` and `required` change nothing where there is one template.
+            // `scoped` and `required` have no effect, because there is no template inheritance.
             while p.take_word("scoped") || p.take_word("required") {}
             format!("block {name}")
         }
@@ -181,7 +182,7 @@ fn statement(p: &mut Parser<'_>) -> Result<String, Fault> {
         "else" | "endif" | "endfor" | "endset" | "endwith" | "endfilter" | "endmacro" | "endcall" | "break"
         | "continue" => word,
         "include" | "extends" | "import" | "from" => {
-            // There are no other templates: an error, but only where it is reached.
+            // There are no other templates. This is an error only when the tag is executed.
             while p.end().is_err() {
                 p.skip();
             }
@@ -191,7 +192,7 @@ fn statement(p: &mut Parser<'_>) -> Result<String, Fault> {
     })
 }
 
-/// Filters of a block: `| upper | trim`.
+/// Parses the filters of a block: `| upper | trim`.
 fn filters(p: &mut Parser<'_>) -> Result<String, Fault> {
     let mut text = String::new();
     while p.take("|") {

@@ -1,4 +1,4 @@
-//! Jinja2's filters of texts.
+//! Jinja2's string filters.
 
 use std::fmt::Write as _;
 
@@ -10,10 +10,10 @@ use super::{
     values::{Type, charge, fault, items, text},
 };
 
-/// Widest line that a filter may make.
+/// Maximum width of a line that a filter creates, in characters.
 const MAX_WIDTH: i64 = 1 << 20;
 
-/// Registers all of them.
+/// Registers the filters.
 pub(super) fn register(environment: &mut Environment<'_>) {
     environment.add_filter("upper", |value: &Value| Ok::<_, Error>(text(value)?.to_uppercase()));
     environment.add_filter("lower", |value: &Value| Ok::<_, Error>(text(value)?.to_lowercase()));
@@ -94,7 +94,8 @@ pub(super) fn register(environment: &mut Environment<'_>) {
     });
 }
 
-/// Large letters behind spaces and brackets alone, unlike `str.title`.
+/// Upper case at the start and after whitespace, hyphens and opening brackets, lower case elsewhere. `str.title` has other
+/// word boundaries.
 fn title(s: &str) -> String {
     let mut out = String::with_capacity(s.len());
     let mut first = true;
@@ -130,7 +131,7 @@ fn indent(value: &Value, arguments: Rest<Value>) -> Result<String, Error> {
     };
     let (first, blank) = (args.flag(1, "first", false), args.flag(2, "blank", false));
     let Some(s) = value.as_str() else {
-        return Err(fault(format!("indent needs a text, not '{}'", Type::of(value).name())));
+        return Err(fault(format!("indent needs a str, not '{}'", Type::of(value).name())));
     };
     let s = s.replace("\r\n", "\n");
     charge(s.matches('\n').count().saturating_mul(indent.len()).saturating_add(s.len()))?;
@@ -194,8 +195,8 @@ fn wordwrap(value: &Value, arguments: Rest<Value>) -> Result<String, Error> {
     methods::joined(&lines, &newline)
 }
 
-/// As a part of text that is marked as safe for HTML: escaped, unless it is marked as well. Nothing is escaped when it is
-/// printed, but `'<a>' | safe + '<b>'` is.
+/// HTML-escapes a value unless it is marked as safe. Used where a value is combined with safe text, as in
+/// `'<a>' | safe + '<b>'`. Printing a value does not escape it.
 pub(super) fn markup(value: &Value) -> Result<String, Error> {
     Ok(if value.is_safe() { text(value)? } else { escaped(&text(value)?) })
 }

@@ -1,8 +1,8 @@
-//! `strftime_now`.
+//! The template function `strftime_now`.
 
 use std::time::SystemTime;
 
-/// The directives that templates use, in UTC.
+/// Python's `strftime` in UTC, for the directives that templates use. Unknown directives are copied.
 pub(super) fn strftime(format: &str, now: SystemTime) -> String {
     const MONTHS: [&str; 12] = [
         "January",
@@ -57,11 +57,11 @@ pub(super) fn strftime(format: &str, now: SystemTime) -> String {
             Some('f') => {
                 out += &format!("{:06}", now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.subsec_micros()))
             }
-            // What a time without a zone has of one.
+            // Empty, as for a Python datetime without a time zone.
             Some('z' | 'Z') => {}
             Some('n') => out.push('\n'),
             Some('t') => out.push('\t'),
-            // Without zeros in front, as glibc has it.
+            // glibc's extension: no leading zeros or spaces.
             Some('-') => match chars.next() {
                 Some(directive) => {
                     let padded = strftime(&format!("%{directive}"), now);
@@ -81,13 +81,13 @@ pub(super) fn strftime(format: &str, now: SystemTime) -> String {
     out
 }
 
-/// The days from 1970 to the first of a year's.
+/// Days from 1970-01-01 to January 1 of `year`.
 fn first_of(year: u64) -> u64 {
     let before = year - 1;
     before * 365 + before / 4 - before / 100 + before / 400 - 719_162
 }
 
-/// Days since 1970 to (year, month, day), after Howard Hinnant's `civil_from_days`.
+/// Converts days since 1970-01-01 to (year, month, day), after Howard Hinnant's `civil_from_days`.
 fn civil(days: u64) -> (u64, u64, u64) {
     let z = days + 719_468;
     let (era, day_of_era) = (z / 146_097, z % 146_097);

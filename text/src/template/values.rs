@@ -1,4 +1,4 @@
-//! Python's values on minijinja's: tuples, views of dictionaries, and how values are printed.
+//! Python's values on top of minijinja's: tuples, dictionary views, generators, `range`, `str` and `repr`.
 
 use std::{cell::Cell, fmt, fmt::Write as _, sync::Arc};
 
@@ -7,36 +7,37 @@ use minijinja::{
     value::{DynObject, Enumerator, Object, ObjectExt as _, ObjectRepr, ValueKind},
 };
 
-/// Values within values that are printed. minijinja's own printing has no such bound.
+/// Maximum nesting depth of printed values. minijinja's own printing has no limit.
 const MAX_DEPTH: usize = 1000;
 
-/// Bytes that one rendering may make on its way to its output. The limit of steps does not see what one step makes.
+/// Maximum total size of intermediate results of one rendering, in bytes. The instruction limit does not bound the memory
+/// that one instruction allocates.
 const MAX_MADE_BYTES: usize = 1 << 30;
 
-/// What to look into one value counts. Values that share parts may be far larger than what the program has made.
+/// Bytes charged for visiting one value. Values that share parts may be far larger than the memory that they use.
 pub(super) const VISIT_BYTES: usize = 64;
 
 thread_local! {
-    /// Bytes made so far. Each rendering has a thread of its own.
+    /// Bytes charged so far. Each rendering runs on its own thread.
     static MADE_BYTES: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Counts bytes before they are made.
+/// Counts bytes before they are allocated. Returns an error beyond [`MAX_MADE_BYTES`].
 pub(super) fn charge(bytes: usize) -> Result<(), Error> {
     let made = MADE_BYTES.get().saturating_add(bytes);
     MADE_BYTES.set(made);
     match made {
         ..=MAX_MADE_BYTES => Ok(()),
-        _ => Err(fault(format!("it must make at most {MAX_MADE_BYTES} bytes on its way"))),
+        _ => Err(fault(format!("intermediate results must have at most {MAX_MADE_BYTES} bytes in total"))),
     }
 }
 
-/// An error of a template.
+/// An error of a template, with a message of at most 1000 characters.
 pub(super) fn fault(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, message.into().chars().take(1000).collect::<String>())
 }
 
-/// What Python calls a type.
+/// Python's type of a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Type {
     Undefined,
@@ -48,7 +49,7 @@ pub(super) enum Type {
     List,
     Tuple,
     Dict,
-    /// `dict.items()` and its like, `range(3)`, what `map` gives, macros, namespaces.
+    /// Dictionary views such as `dict.items()`, `range(3)`, generators such as the result of `map`, macros and namespaces.
     Other,
 }
 
@@ -72,7 +73,7 @@ impl Type {
         }
     }
 
-    /// As Python's messages name it.
+    /// The type's name in Python's error messages.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Undefined => "Undefined",
@@ -89,7 +90,7 @@ impl Type {
     }
 }
 
-/// minijinja's `namespace()`, `loop` and macros look like maps.
+/// Whether the value is one of minijinja's own objects, such as `namespace()` or `loop`, which are maps to minijinja.
 fn is_namespace(value: &Value) -> bool {
     value.as_object().is_some_and(|object| {
         let name = object.type_name();
@@ -97,17 +98,17 @@ fn is_namespace(value: &Value) -> bool {
     })
 }
 
-/// What an [`Items`] is.
+/// The Python type of an [`Items`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Shape {
     Tuple,
-    /// A dictionary's `keys()`, `values()` or `items()`, by name.
+    /// A dictionary view. The string is `keys`, `values` or `items`.
     View(&'static str),
-    /// What gives its items once in Python, and has no length: true even if it is empty.
+    /// A generator. In Python it can be iterated only once and has no length. It is true even if it is empty.
     Generator,
 }
 
-/// Several values that are no list.
+/// An iterable that is not a list.
 #[derive(Debug)]
 pub(super) struct Items {
     pub shape: Shape,
@@ -202,7 +203,7 @@ impl Object for Range {
     }
 }
 
-/// All items of what can be iterated over; an error for what can't, such as none.
+/// All items of an iterable value. Values that are not iterable, such as none, are an error.
 pub(super) fn items(value: &Value) -> Result<Vec<Value>, Error> {
     match Type::of(value) {
         Type::None | Type::Bool | Type::Int | Type::Float => {
@@ -254,9 +255,9 @@ fn repr_at(value: &Value, depth: usize) -> Result<String, Error> {
         }
         Type::Tuple | Type::Other => match value.downcast_object::<Items>() {
             Some(items) => items_repr(&items, depth)?,
-            // minijinja writes bytes as Python does, but only for programmers.
+            // minijinja's Debug format of bytes is Python's; its Display format is not.
             None if value.as_bytes().is_some() => format!("{value:?}"),
-            // minijinja would write all that a namespace holds, however often it holds it.
+            // minijinja would print the whole content of a namespace, repeating values that it shares.
             None if value.kind() == ValueKind::Map => "<object>".into(),
             None => value.to_string(),
         },
@@ -285,7 +286,7 @@ fn joined(open: &str, items: impl Iterator<Item = Value>, close: &str, depth: us
     Ok(out + close)
 }
 
-/// Python's `repr` of a text: in single quotes, unless it has some and no double ones.
+/// Python's `repr` of a string: in single quotes, unless it contains single quotes and no double quotes.
 pub(super) fn text_repr(text: &str) -> String {
     let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
     let mut out = String::from(quote);
@@ -306,7 +307,7 @@ pub(super) fn text_repr(text: &str) -> String {
     out
 }
 
-/// Python's `repr` of a float: the shortest digits that give it back, with an exponent below 1e-4 and from 1e16 on.
+/// Python's `repr` of a float: the shortest digits that round-trip, with an exponent below 1e-4 and from 1e16 on.
 pub(super) fn float(number: f64) -> String {
     if number.is_nan() {
         return "nan".into();

@@ -1,8 +1,8 @@
-"""Writes cases.json: what transformers gives for small chat templates, each with an output or an error.
+"""Writes cases.json: small chat templates with the output or the error of transformers.
 
     pip install transformers==4.57.6 jinja2 && python text/tests/jinja/make_cases.py
 
-Every template is rendered as `apply_chat_template` renders one: compiled by transformers, over the same variables.
+Templates are compiled with the function that `apply_chat_template` uses, and all are rendered with the same variables.
 """
 
 import json
@@ -25,7 +25,7 @@ VARIABLES = {
     "people": [{"name": "ann", "age": 3}, {"name": "Bob", "age": 1}, {"name": "cid", "age": 3}],
 }
 
-# Printed values.
+# Expressions whose values are printed.
 EXPRESSIONS = """
 1|1.0|1e30|1e16|1e15|123456789012345678|0.1|1e-5|0.0001|1.5e-7|-0.0|1e22|100000.0|3.14159|2.0e5
 true|false|none|True|False|None|yes|no|no_tools|undefined_name
@@ -155,7 +155,7 @@ def main():
     variations = [json.loads(line) for line in (here / "variations.jsonl").read_text().splitlines()]
     for template in [f"{{{{ {expression} }}}}" for expression in expressions] + TEMPLATES + variations:
         case = {"template": template, **render(template)}
-        # An address is another one each time.
+        # Outputs that contain a memory address are not reproducible.
         if " at 0x" not in case.get("output", ""):
             cases.append(case)
     out = here / "cases.json"
@@ -165,7 +165,7 @@ def main():
 
 
 def split(line):
-    """At each `|` without a space around it: filters have spaces, and so are told from the next expression."""
+    """Splits at each `|` that has no space before it. Filters are written with spaces around the `|`."""
     parts, start, quote, i = [], 0, None, 0
     while i < len(line):
         c = line[i]
