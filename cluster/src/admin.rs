@@ -109,8 +109,8 @@ fn health_response(health: Health, waiting: StatusCode) -> (StatusCode, String) 
     }
 }
 
-/// A running admin port. It is independent of [`Shutdown`](crate::Shutdown), so a draining process still answers probes.
-/// Dropping this value stops the server.
+/// A running admin port. It is independent of [`Shutdown`](crate::Shutdown), so a draining process still answers
+/// probes. Dropping this value stops the server.
 pub struct AdminServer(AbortOnDropHandle<()>);
 
 impl AdminServer {

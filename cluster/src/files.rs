@@ -5,7 +5,8 @@ use tracing::{info, warn};
 /// File descriptors needed besides those of incoming connections: outgoing connections, files, and the runtime's own.
 const OTHERS: usize = 256;
 
-/// Raises the limit of open files to the maximum that the system allows. Shells and service managers often set it to 1024.
+/// Raises the limit of open files to the maximum that the system allows. Shells and service managers often set it to
+/// 1024.
 ///
 /// `connections` is the number of connections that the process's servers may have open. Logs a warning if the limit is
 /// too low for them.

@@ -41,8 +41,8 @@ pub fn tcp_dialer(tls: Option<Tls>) -> Dialer {
     })
 }
 
-/// Opens a gRPC channel to `url` (`http://` or `https://`). The dialer alone decides whether TLS is used. `configure` may
-/// change the endpoint's settings.
+/// Opens a gRPC channel to `url` (`http://` or `https://`). The dialer alone decides whether TLS is used. `configure`
+/// may change the endpoint's settings.
 pub async fn channel(
     dialer: &Dialer,
     url: &str,

@@ -52,8 +52,8 @@ impl<T> Reloaded<T> {
                         info!("{} reloaded", self.what);
                         (state.value, state.stamps) = (Arc::new(value), stamps);
                     }
-                    // The stamps stay the old ones, so the next check reads again: perhaps only some of the files have been
-                    // replaced so far.
+                    // The stamps stay the old ones, so the next check reads again: perhaps only some of the files have
+                    // been replaced so far.
                     Err(error) => warn!(%error, "{} have changed but can't be loaded", self.what),
                 }
             }

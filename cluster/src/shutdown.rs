@@ -14,8 +14,8 @@ use tracing::{Instrument, error_span, info, warn};
 
 /// The shutdown of a process, shared by all its parts. Clones share the state.
 ///
-/// [`begin`](Self::begin) asks every part to accept nothing new and to finish its work. [`wait`](Self::wait) returns when
-/// all tasks started by [`spawn`](Self::spawn) have ended.
+/// [`begin`](Self::begin) asks every part to accept nothing new and to finish its work. [`wait`](Self::wait) returns
+/// when all tasks started by [`spawn`](Self::spawn) have ended.
 #[derive(Clone, Debug, Default)]
 pub struct Shutdown {
     token: CancellationToken,
@@ -63,7 +63,8 @@ impl Shutdown {
         tokio::time::timeout(limit, self.tracker.wait()).await.is_ok()
     }
 
-    /// Handles SIGTERM and SIGINT from now on: the first one begins the shutdown, a further one ends the process at once.
+    /// Handles SIGTERM and SIGINT from now on: the first one begins the shutdown, a further one ends the process at
+    /// once.
     pub fn follow_signals(&self) -> io::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;

@@ -49,8 +49,8 @@ pub fn init_telemetry(format: LogFormat) {
     };
 }
 
-/// Writes every event as one line and escapes control characters, so that data from a client can neither start a new log
-/// line nor send escape sequences to the terminal. Each call of `write` must contain one whole event.
+/// Writes every event as one line and escapes control characters, so that data from a client can neither start a new
+/// log line nor send escape sequences to the terminal. Each call of `write` must contain one whole event.
 struct OneLine<W>(W);
 
 impl<W: Write> Write for OneLine<W> {

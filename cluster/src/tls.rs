@@ -1,7 +1,7 @@
 //! TLS between services and towards clients. Certificates are files, and are reloaded when the files change.
 //!
-//! Between services both sides present a certificate, and the cluster's CA must have signed it. Such a certificate grants
-//! everything that a service may do. An open connection keeps the certificates of its handshake.
+//! Between services both sides present a certificate, and the cluster's CA must have signed it. Such a certificate
+//! grants everything that a service may do. An open connection keeps the certificates of its handshake.
 
 use std::{
     io,
@@ -142,8 +142,8 @@ impl Tls {
         Self::load(Files { ca: None, own: Some((cert, key)) }, None)
     }
 
-    /// Creates a client configuration. `ca` must have signed the server's certificate, which must contain `name`, or the
-    /// dialled host if `name` is `None`. `own` is the client's certificate and key.
+    /// Creates a client configuration. `ca` must have signed the server's certificate, which must contain `name`, or
+    /// the dialled host if `name` is `None`. `own` is the client's certificate and key.
     pub fn dialling(ca: PathBuf, own: Option<(PathBuf, PathBuf)>, name: Option<String>) -> Result<Self, TlsError> {
         Self::load(Files { ca: Some(ca), own }, name)
     }
@@ -300,8 +300,8 @@ mod tests {
         }
     }
 
-    /// Sends a byte to the server and back, and returns the client's error, if any. A client learns that its certificate
-    /// is rejected only when it reads the reply.
+    /// Sends a byte to the server and back, and returns the client's error, if any. A client learns that its
+    /// certificate is rejected only when it reads the reply.
     async fn exchange(server: &Tls, client: &Tls) -> io::Result<()> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let endpoint = listener.local_addr()?.to_string();

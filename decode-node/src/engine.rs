@@ -1,4 +1,5 @@
-//! The decode engine: a thread that owns the model. Continuous batching: requests join and leave the batch between steps.
+//! The decode engine: a thread that owns the model. Continuous batching: requests join and leave the batch between
+//! steps.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -70,8 +71,8 @@ impl EngineHandle {
         Ok((arrival, receiver))
     }
 
-    /// Tells the engine that the KV of the request `arrival` is complete and verified (KV-5). `first_token` is the token
-    /// that the prefill node sampled.
+    /// Tells the engine that the KV of the request `arrival` is complete and verified (KV-5). `first_token` is the
+    /// token that the prefill node sampled.
     ///
     /// # Errors
     /// The queue is full, or the engine has ended.
@@ -154,8 +155,8 @@ pub struct Engine<C> {
 }
 
 impl<C: Compute> Engine<C> {
-    /// Creates an engine and its handle, without a thread. The caller must call [`turn`](Self::turn) repeatedly; [`start`]
-    /// does so on a thread.
+    /// Creates an engine and its handle, without a thread. The caller must call [`turn`](Self::turn) repeatedly;
+    /// [`start`] does so on a thread.
     pub fn new(
         compute: C,
         store: Arc<dyn KvStore>,
@@ -296,8 +297,8 @@ impl<C: Compute> Engine<C> {
         }
     }
 
-    /// Gives a block to every sequence that needs one for the next step. If no block is available, preempts the youngest
-    /// sequence.
+    /// Gives a block to every sequence that needs one for the next step. If no block is available, preempts the
+    /// youngest sequence.
     fn make_room(&mut self) {
         loop {
             let seats: Vec<_> = self.running.iter().map(Sequence::seat).collect();

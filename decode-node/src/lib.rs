@@ -2,8 +2,8 @@
 //!
 //! Path of a request: [`service`] checks it ([`request`]) and queues it in the [`engine`], whose thread owns the model.
 //! The engine reserves KV blocks, and the prefill node sends the prompt's KV into them. When the KV is complete and
-//! verified, the request joins the running batch ([`scheduler`], [`sequence`]). When blocks run out, the youngest request
-//! is preempted: its KV moves to host memory until there is room again.
+//! verified, the request joins the running batch ([`scheduler`], [`sequence`]). When blocks run out, the youngest
+//! request is preempted: its KV moves to host memory until there is room again.
 
 pub mod args;
 pub mod engine;
@@ -20,8 +20,8 @@ pub use node::DecodeNode;
 use overfill_cluster::{Shutdown, files, process};
 use overfill_transport::TransferConfig;
 
-/// Runs a decode node as a process: checks `args`, prints the ready line, and serves until the process is stopped. Returns
-/// the exit code.
+/// Runs a decode node as a process: checks `args`, prints the ready line, and serves until the process is stopped.
+/// Returns the exit code.
 pub async fn main(args: Args) -> ExitCode {
     let process = args.node.process.clone();
     process::run(&process, args.validate(), async |config: Config, shutdown: Shutdown| {

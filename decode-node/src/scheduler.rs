@@ -1,8 +1,8 @@
 //! The decode scheduler: admission, block allocation and preemption. Pure functions, without model, threads or clock.
 //!
 //! The order of arrival is the priority. Older requests get blocks before younger ones, and the youngest request is
-//! preempted when blocks run out. Preempted requests resume before new ones are admitted. So every request that fits into
-//! the pool alone is completed.
+//! preempted when blocks run out. Preempted requests resume before new ones are admitted. So every request that fits
+//! into the pool alone is completed.
 
 /// State of a sequence in the batch. The batch is in order of arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

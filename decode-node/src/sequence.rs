@@ -1,5 +1,5 @@
-//! A request in the engine, by stage: queued ([`Job`]), waiting for KV ([`Reserved`]), decoding ([`Sequence`]), preempted
-//! ([`Swapped`]).
+//! A request in the engine, by stage: queued ([`Job`]), waiting for KV ([`Reserved`]), decoding ([`Sequence`]),
+//! preempted ([`Swapped`]).
 
 use std::{sync::Arc, time::Duration};
 
@@ -70,8 +70,8 @@ pub struct Job {
     pub(crate) waiting: Counted,
 }
 
-/// Whether a request is over: its client is gone or its deadline has passed. The service checks the deadline too, but not
-/// while its client does not read.
+/// Whether a request is over: its client is gone or its deadline has passed. The service checks the deadline too, but
+/// not while its client does not read.
 fn is_over(events: &mpsc::Sender<SequenceEvent>, request: &Request) -> bool {
     events.is_closed() || Instant::now() >= request.deadline
 }

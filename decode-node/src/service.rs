@@ -78,8 +78,8 @@ impl v1::decode_server::Decode for DecodeService {
         let kv_endpoint = self.core.identity.kv_endpoint.clone();
         let vocab_size = self.core.identity.schema.vocab_size;
         let mut ending = Ending::new(load.clone(), arrived);
-        // The stream owns the request. Dropping the stream drops `events`, which cancels the request in the engine, and the
-        // handoff.
+        // The stream owns the request. Dropping the stream drops `events`, which cancels the request in the engine, and
+        // the handoff.
         Ok(Response::new(Box::pin(async_stream::try_stream! {
             let mut handoff: Option<IncomingHandoff> = None;
             let mut is_here = false;

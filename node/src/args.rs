@@ -104,8 +104,8 @@ pub struct NodeConfig {
 }
 
 impl NodeArgs {
-    /// Checks all settings and adds every error to `f`. Returns `None` unless `f` is empty. `rows` is the number of rows
-    /// that the role's matrix products are optimized for.
+    /// Checks all settings and adds every error to `f`. Returns `None` unless `f` is empty. `rows` is the number of
+    /// rows that the role's matrix products are optimized for.
     pub fn validate(self, rows: Rows, f: &mut Vec<ConfigError>) -> Option<NodeConfig> {
         let Self {
             model,
@@ -181,7 +181,7 @@ impl NodeArgs {
     }
 }
 
-/// Checks that `seconds` is in (0, [`MAX_DEADLINE_SECONDS`]]. Otherwise adds an error to `f` and returns `None`.
+/// Checks that `seconds` is in (0, `MAX_DEADLINE_SECONDS`]. Otherwise adds an error to `f` and returns `None`.
 pub(crate) fn positive(f: &mut Vec<ConfigError>, flag: &'static str, seconds: f64) -> Option<Duration> {
     let ok = seconds > 0.0 && seconds <= MAX_DEADLINE_SECONDS;
     ConfigError::check(f, ok, flag, format!("in (0, {MAX_DEADLINE_SECONDS}]"), seconds);

@@ -1,5 +1,5 @@
-//! Draining a node: it accepts nothing new, finishes the running requests, and aborts those that exceed the drain timeout,
-//! so that their router moves them to other nodes.
+//! Draining a node: it accepts nothing new, finishes the running requests, and aborts those that exceed the drain
+//! timeout, so that their router moves them to other nodes.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,14 +16,14 @@ pub struct Drain {
 }
 
 impl Drain {
-    /// Creates a drain of `shutdown`. `timeout` applies unless [`begin`](Self::begin) sets another one, for example when a
-    /// signal begins the shutdown.
+    /// Creates a drain of `shutdown`. `timeout` applies unless [`begin`](Self::begin) sets another one, for example
+    /// when a signal begins the shutdown.
     pub fn new(shutdown: &Shutdown, timeout: Duration) -> Self {
         Self { shutdown: shutdown.clone(), timeout, end: Arc::new(watch::Sender::new(None)) }
     }
 
-    /// Begins the shutdown. Running requests may take `timeout` from now, or the default if it is `None`. A further call
-    /// replaces the time limit.
+    /// Begins the shutdown. Running requests may take `timeout` from now, or the default if it is `None`. A further
+    /// call replaces the time limit.
     pub fn begin(&self, timeout: Option<Duration>) {
         self.end.send_replace(Some(Instant::now() + timeout.unwrap_or(self.timeout)));
         self.shutdown.begin();

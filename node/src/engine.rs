@@ -10,8 +10,8 @@ use tokio::sync::oneshot;
 pub enum Turn {
     /// The engine computed a step.
     Computed,
-    /// There was nothing to compute. If requests wait, the engine must poll: no message tells it that a handoff has freed
-    /// blocks, or that a client has read its events or disconnected.
+    /// There was nothing to compute. If requests wait, the engine must poll: no message tells it that a handoff has
+    /// freed blocks, or that a client has read its events or disconnected.
     Idle,
     /// No work is left, and all handles are dropped, so no request can arrive: the engine ends.
     Over,

@@ -101,8 +101,8 @@ impl Host {
         self.config.served_model_name.clone().unwrap_or_else(|| self.model.name().to_owned())
     }
 
-    /// Creates the node's identity. `schema`, `max_running` and `kv_endpoint` depend on the role. The incarnation is drawn
-    /// at random, so call this once per process.
+    /// Creates the node's identity. `schema`, `max_running` and `kv_endpoint` depend on the role. The incarnation is
+    /// drawn at random, so call this once per process.
     pub fn identity(&self, schema: KvSchema, max_running: usize, kv_endpoint: Option<KvEndpoint>) -> Identity {
         let default_id = || format!("{}-{}", self.role, self.grpc_address);
         Identity {

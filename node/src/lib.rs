@@ -1,8 +1,8 @@
 //! Code shared by prefill and decode nodes: the process around a model and its engine.
 //!
 //! A node binds a [`Host`] (listeners, admin port, loaded model), creates its [`Identity`] and starts its engine. Then
-//! [`Front::serve`] serves the role's gRPC service and the [`NodeService`] until the node has drained. [`NodeCore`] holds
-//! the state that the parts of a running node share. [`request`] checks the request fields that both roles have.
+//! [`Front::serve`] serves the role's gRPC service and the [`NodeService`] until the node has drained. [`NodeCore`]
+//! holds the state that the parts of a running node share. [`request`] checks the request fields that both roles have.
 
 mod args;
 mod drain;

@@ -1,5 +1,5 @@
-//! The current load of a node: counters that the engine, the service and the handoffs update. Routers watch the load, and
-//! metrics export it.
+//! The current load of a node: counters that the engine, the service and the handoffs update. Routers watch the load,
+//! and metrics export it.
 
 use std::{
     sync::{
@@ -73,8 +73,8 @@ pub struct LoadState {
 }
 
 impl LoadState {
-    /// Creates the counters of an idle node. `receiving` counts incoming handoffs; the node counts as stalled when a step
-    /// takes longer than `step_timeout`.
+    /// Creates the counters of an idle node. `receiving` counts incoming handoffs; the node counts as stalled when a
+    /// step takes longer than `step_timeout`.
     pub fn new(
         pool: BlockPool,
         metrics: NodeMetrics,
@@ -192,8 +192,8 @@ impl LoadState {
 
     /// Whether the current engine step has exceeded the step timeout.
     ///
-    /// An engine that hangs can't report it, so the readers of the load act as the watchdog: the load streams to routers,
-    /// which call this at least once a second, and `/ready`.
+    /// An engine that hangs can't report it, so the readers of the load act as the watchdog: the load streams to
+    /// routers, which call this at least once a second, and `/ready`.
     pub fn is_stalled(&self) -> bool {
         match self.step_began.load(Relaxed) {
             0 => false,
@@ -234,8 +234,8 @@ impl LoadState {
         Counted { state: self.clone(), what: What::Router }
     }
 
-    /// Health of the node for probes. A node is not ready before the first router has joined, because only routers send it
-    /// requests. It stays ready when all routers leave later, because that is hardly the fault of the node.
+    /// Health of the node for probes. A node is not ready before the first router has joined, because only routers send
+    /// it requests. It stays ready when all routers leave later, because that is hardly the fault of the node.
     pub fn health(&self) -> Health {
         match (self.is_draining(), self.is_stalled(), self.router_has_joined.load(Relaxed)) {
             (true, _, _) => Health::NotServing("draining".into()),

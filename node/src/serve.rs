@@ -67,8 +67,8 @@ impl NodeCore {
         RequestLimits { identity: self.identity.clone(), default_deadline }
     }
 
-    /// Serves the role's service, [`NodeService`], health checks and reflection until the shutdown begins and the running
-    /// requests have ended. `engine_end` is the receiver that [`crate::spawn_engine`] returned.
+    /// Serves the role's service, [`NodeService`], health checks and reflection until the shutdown begins and the
+    /// running requests have ended. `engine_end` is the receiver that [`crate::spawn_engine`] returned.
     ///
     /// # Errors
     /// The engine ends while the node is serving.
@@ -103,8 +103,8 @@ impl NodeCore {
         Ok(Served::Drained)
     }
 
-    /// Updates the status of health checks when the engine stalls and when it recovers. When the shutdown begins, marks the
-    /// node as draining and resolves.
+    /// Updates the status of health checks when the engine stalls and when it recovers. When the shutdown begins, marks
+    /// the node as draining and resolves.
     async fn watch_health(self, health: HealthReporter, names: [&'static str; 2]) {
         let mut watch = self.load.watch();
         let mut stalled = false;
@@ -128,7 +128,8 @@ impl NodeCore {
         health.set_service_status("", ServingStatus::NotServing).await;
     }
 
-    /// Resolves [`LAST_WORDS`] after a shutdown has finished all work: what still holds it up is clients that do not read.
+    /// Resolves [`LAST_WORDS`] after a shutdown has finished all work: what still holds it up is clients that do not
+    /// read.
     async fn abandoned(&self) {
         self.shutdown.cancelled().await;
         self.load.drained().await;

@@ -19,8 +19,8 @@ pub struct Ending {
 }
 
 impl Ending {
-    /// Creates it for a request that arrived at `arrived`. Unless [`because`](Self::because) is called, the request counts
-    /// as `abort`.
+    /// Creates it for a request that arrived at `arrived`. Unless [`because`](Self::because) is called, the request
+    /// counts as `abort`.
     pub fn new(load: Arc<LoadState>, arrived: Instant) -> Self {
         Self { load, arrived, reason: "abort" }
     }

@@ -1,5 +1,5 @@
-//! The prefill engine: a thread that owns the model. It computes prompts in batches of chunks. After each layer, the KV of
-//! the chunks is handed to the transfer.
+//! The prefill engine: a thread that owns the model. It computes prompts in batches of chunks. After each layer, the KV
+//! of the chunks is handed to the transfer.
 
 use std::{
     collections::VecDeque,
@@ -27,8 +27,8 @@ use crate::{
     scheduler::{self, Chunk, Pace},
 };
 
-/// Polling interval while prompts wait but none can run. The engine must poll, because no message tells it that a handoff
-/// has freed blocks.
+/// Polling interval while prompts wait but none can run. The engine must poll, because no message tells it that a
+/// handoff has freed blocks.
 const POLL: Duration = Duration::from_millis(5);
 
 /// Limits of the engine.
@@ -102,8 +102,8 @@ pub struct ChunkOutput {
 
 /// The computation of prompts: by the model's engine, or simulated in tests.
 pub trait Compute {
-    /// Computes `chunks` in one batch and returns one output per chunk. Announces each computed layer to `layers`, possibly
-    /// after it has returned.
+    /// Computes `chunks` in one batch and returns one output per chunk. Announces each computed layer to `layers`,
+    /// possibly after it has returned.
     ///
     /// # Errors
     /// The computation failed. Then all chunks of the batch have failed.
@@ -160,8 +160,8 @@ impl LayerSink for StepLayers {
     }
 }
 
-/// Starts the engine thread. The returned receiver resolves when the thread has ended, also after a panic. `producer` is
-/// the fingerprint of the model.
+/// Starts the engine thread. The returned receiver resolves when the thread has ended, also after a panic. `producer`
+/// is the fingerprint of the model.
 ///
 /// # Errors
 /// The operating system refused to start a thread.
@@ -201,8 +201,8 @@ pub struct Engine<C> {
 }
 
 impl<C: Compute> Engine<C> {
-    /// Creates an engine and its handle, without a thread. The caller must call [`turn`](Self::turn) repeatedly; [`start`]
-    /// does so on a thread.
+    /// Creates an engine and its handle, without a thread. The caller must call [`turn`](Self::turn) repeatedly;
+    /// [`start`] does so on a thread.
     pub fn new(
         compute: C,
         producer: Arc<str>,
@@ -238,8 +238,8 @@ impl<C: Compute> Engine<C> {
         debug!("the engine has ended");
     }
 
-    /// Runs one turn: takes new requests from the queue, drops requests that are over, admits waiting prompts, and computes
-    /// one step.
+    /// Runs one turn: takes new requests from the queue, drops requests that are over, admits waiting prompts, and
+    /// computes one step.
     pub fn turn(&mut self) -> Turn {
         let can_come = loop {
             match self.jobs.try_recv() {
@@ -277,8 +277,8 @@ impl<C: Compute> Engine<C> {
         self.running.is_empty() && self.waiting.is_empty()
     }
 
-    /// Moves waiting prompts into the batch, first come, first served. A prompt that does not fit blocks those behind it;
-    /// otherwise smaller prompts could overtake it forever.
+    /// Moves waiting prompts into the batch, first come, first served. A prompt that does not fit blocks those behind
+    /// it; otherwise smaller prompts could overtake it forever.
     fn admit(&mut self) {
         while self.running.len() < self.limits.max_running {
             let Some((lease, cached)) = self.waiting.front().and_then(|job| job.take_blocks(&self.pool)) else {

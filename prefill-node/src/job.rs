@@ -57,7 +57,8 @@ pub struct Handoff {
     pub held_blocks: usize,
 }
 
-/// An event of a job, in the order in which the requester receives them. [`Failed`](Self::Failed) may come at any point.
+/// An event of a job, in the order in which the requester receives them. [`Failed`](Self::Failed) may come at any
+/// point.
 #[derive(Debug)]
 pub enum JobEvent {
     /// The prompt has its blocks and is in the batch.
@@ -100,14 +101,14 @@ pub struct Job {
 }
 
 impl Job {
-    /// Whether the request is over: its requester is gone or its deadline has passed. The service checks the deadline too,
-    /// but not while its client does not read.
+    /// Whether the request is over: its requester is gone or its deadline has passed. The service checks the deadline
+    /// too, but not while its client does not read.
     pub fn is_over(&self) -> bool {
         self.events.is_closed() || Instant::now() >= self.request.deadline
     }
 
-    /// Takes the blocks for the whole prompt. Leading blocks come from the prefix cache if they are found there. Returns the
-    /// lease and the number of cached blocks, or `None` if too few blocks are available now.
+    /// Takes the blocks for the whole prompt. Leading blocks come from the prefix cache if they are found there.
+    /// Returns the lease and the number of cached blocks, or `None` if too few blocks are available now.
     pub fn take_blocks(&self, pool: &BlockPool) -> Option<(BlockLease, usize)> {
         let total = blocks_for(self.request.tokens.len());
         // Log-probabilities need the logits of every token, so every token must be computed.
@@ -156,8 +157,8 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts a job with its blocks in `lease`. The KV of the first `cached` blocks is already computed. Starts the handoff
-    /// and sends the cached blocks that the receiver lacks.
+    /// Starts a job with its blocks in `lease`. The KV of the first `cached` blocks is already computed. Starts the
+    /// handoff and sends the cached blocks that the receiver lacks.
     pub fn start(job: Job, lease: BlockLease, cached: usize, context: &HandoffContext) -> Self {
         let Job { request, hashes, arrived, events, waiting, mut queued_tokens } = job;
         drop(waiting);
@@ -256,8 +257,8 @@ impl Running {
     }
 }
 
-/// The part of a step that computes one prompt. The engine's thread or a device thread announces the layers to it, possibly
-/// after the step has returned. It holds the prompt's blocks, so they outlive every write of the step (KV-1).
+/// The part of a step that computes one prompt. The engine's thread or a device thread announces the layers to it,
+/// possibly after the step has returned. It holds the prompt's blocks, so they outlive every write of the step (KV-1).
 pub(crate) struct ChunkLayers {
     sender: Option<KvLayers>,
     /// Indices in the prompt of the blocks that are final after the step.

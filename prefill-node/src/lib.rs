@@ -1,9 +1,9 @@
 //! The prefill node: it runs the full model over prompts.
 //!
-//! Path of a request: [`service`] checks it ([`request`]) and queues it in the [`engine`], whose thread owns the model. The
-//! request waits for KV blocks. Then its prompt is computed in chunks, batched with those of other prompts ([`scheduler`]).
-//! As soon as a layer of a chunk is computed, its KV is sent to the decode node ([`job`]). The logits of the last chunk give
-//! the first token.
+//! Path of a request: [`service`] checks it ([`request`]) and queues it in the [`engine`], whose thread owns the model.
+//! The request waits for KV blocks. Then its prompt is computed in chunks, batched with those of other prompts
+//! ([`scheduler`]). As soon as a layer of a chunk is computed, its KV is sent to the decode node ([`job`]). The logits
+//! of the last chunk give the first token.
 
 pub mod args;
 pub mod engine;
@@ -19,8 +19,8 @@ pub use args::{Args, Config};
 pub use node::PrefillNode;
 use overfill_cluster::{Shutdown, files, process};
 
-/// Runs a prefill node as a process: checks `args`, prints the ready line, and serves until the process is stopped. Returns
-/// the exit code.
+/// Runs a prefill node as a process: checks `args`, prints the ready line, and serves until the process is stopped.
+/// Returns the exit code.
 pub async fn main(args: Args) -> ExitCode {
     let process = args.node.process.clone();
     process::run(&process, args.validate(), async |config: Config, shutdown: Shutdown| {

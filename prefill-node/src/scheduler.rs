@@ -1,4 +1,5 @@
-//! The prefill scheduler: it chooses the prompt tokens of the next step. Pure functions, without model, threads or clock.
+//! The prefill scheduler: it chooses the prompt tokens of the next step. Pure functions, without model, threads or
+//! clock.
 
 use std::{ops::Range, time::Duration};
 
@@ -30,12 +31,12 @@ pub struct Pace {
     tokens_per_second: Option<f64>,
 }
 
-/// Minimum number of tokens of a step, and the number in the first step. A smaller step would be inefficient, because every
-/// step reads all weights.
+/// Minimum number of tokens of a step, and the number in the first step. A smaller step would be inefficient, because
+/// every step reads all weights.
 const LEAST_STEP_TOKENS: usize = 64;
 
 impl Pace {
-    /// Records the time of a step with `tokens` tokens. Steps below [`LEAST_STEP_TOKENS`] are ignored.
+    /// Records the time of a step with `tokens` tokens. Steps below `LEAST_STEP_TOKENS` are ignored.
     pub fn observe(&mut self, tokens: usize, took: Duration) {
         // A step with few tokens costs nearly as much as a full one, so its rate would be misleadingly low.
         if tokens >= LEAST_STEP_TOKENS && !took.is_zero() {
@@ -43,7 +44,7 @@ impl Pace {
         }
     }
 
-    /// Number of tokens for a step of about `target`: whole blocks, at least [`LEAST_STEP_TOKENS`], and at most
+    /// Number of tokens for a step of about `target`: whole blocks, at least `LEAST_STEP_TOKENS`, and at most
     /// `max_batch_tokens`.
     pub fn step_tokens(&self, target: Duration, max_batch_tokens: usize) -> usize {
         let tokens = self.tokens_per_second.map_or(0, |rate| (rate * target.as_secs_f64()) as usize);
@@ -53,12 +54,12 @@ impl Pace {
 
 /// Plans a batch of at most `max_batch_tokens` tokens. `jobs` are in order of arrival, the oldest first.
 ///
-/// Half of the batch is reserved for the oldest prompt. The rest goes to the prompts with the fewest tokens left; ties go
-/// to the older prompt. So a short prompt does not wait until a long one before it is done. And a prompt that has become
-/// the oldest needs at most twice the steps that it would need alone, whatever arrives later.
+/// Half of the batch is reserved for the oldest prompt. The rest goes to the prompts with the fewest tokens left; ties
+/// go to the older prompt. So a short prompt does not wait until a long one before it is done. And a prompt that has
+/// become the oldest needs at most twice the steps that it would need alone, whatever arrives later.
 ///
-/// A chunk ends at a block boundary or at the end of the prompt. So all blocks that a batch completes are whole, and may
-/// be sent and cached. If the batch has room for at least one block, the oldest prompt always makes progress.
+/// A chunk ends at a block boundary or at the end of the prompt. So all blocks that a batch completes are whole, and
+/// may be sent and cached. If the batch has room for at least one block, the oldest prompt always makes progress.
 pub fn plan(jobs: impl IntoIterator<Item = PromptProgress>, max_batch_tokens: usize) -> Vec<Chunk> {
     let jobs: Vec<PromptProgress> = jobs.into_iter().collect();
     let mut shortest_first: Vec<usize> = (0..jobs.len()).collect();
@@ -139,7 +140,8 @@ mod tests {
     #[test]
     fn the_oldest_has_half_and_the_shortest_the_rest() {
         assert_eq!(plan([job(0, 500), job(0, 400), job(16, 40)], 64), [chunk(0, 0..32), chunk(2, 16..40)]);
-        // 32 for the oldest, 5 for the short one, and 16 more for the oldest, which has fewer tokens left than the third.
+        // 32 for the oldest, 5 for the short one, and 16 more for the oldest, which has fewer tokens left than the
+        // third.
         assert_eq!(plan([job(0, 100), job(0, 5), job(0, 500)], 64), [chunk(0, 0..48), chunk(1, 0..5)]);
         assert_eq!(plan([job(0, 100)], 64), [chunk(0, 0..64)]);
         assert_eq!(plan([], 64), []);

@@ -94,8 +94,8 @@ impl v1::prefill_server::Prefill for PrefillService {
             let mut computed = false;
             let mut handed_over = None;
             while !computed || has_handoff {
-                // `Transferred` must follow the first token. The engine sends the first token earlier, but this task may see
-                // the outcome of the handoff first.
+                // `Transferred` must follow the first token. The engine sends the first token earlier, but this task
+                // may see the outcome of the handoff first.
                 if let Some(stats) = handed_over.take_if(|_| computed) {
                     ending.because("length");
                     yield event(Wire::Transferred(v1::TransferStats::from(stats)));

@@ -1,4 +1,5 @@
-//! Node side of discovery: puts the node's key under a lease, keeps the lease alive, and registers again after a failure.
+//! Node side of discovery: puts the node's key under a lease, keeps the lease alive, and registers again after a
+//! failure.
 
 use std::convert::Infallible;
 
@@ -45,8 +46,8 @@ struct Registrar {
 impl Registrar {
     /// Registers the node and keeps the lease alive. Returns at the first failure.
     ///
-    /// Every attempt is granted a new lease, and the key moves to it. So the expiry of an older lease does not delete the
-    /// key.
+    /// Every attempt is granted a new lease, and the key moves to it. So the expiry of an older lease does not delete
+    /// the key.
     async fn keep(&mut self) -> Result<Infallible, EtcdError> {
         let Self { config, registration, held, retry } = self;
         let mut client = connect(config).await?;

@@ -1,7 +1,7 @@
 //! The server for HTTP and gRPC, with a limit on the number of connections.
 //!
-//! A connection is closed when it has been idle for too long, when its client does not read the data sent to it, or when
-//! the client does not answer an HTTP/2 ping. [`places`] describes what happens at the connection limit.
+//! A connection is closed when it has been idle for too long, when its client does not read the data sent to it, or
+//! when the client does not answer an HTTP/2 ping. [`places`] describes what happens at the connection limit.
 
 mod body;
 mod places;
@@ -34,8 +34,8 @@ use overfill_net::Listen;
 
 use crate::net::{Connection, Opening};
 
-/// Connections beyond the limit. They let a full server answer probes and refuse other requests with a proper error. See
-/// [`Crowded`].
+/// Connections beyond the limit. They let a full server answer probes and refuse other requests with a proper error.
+/// See [`Crowded`].
 pub const SPARE: usize = 64;
 /// Allowance for connections that have lost their place but whose tasks have not ended yet.
 const LEAVING: usize = 64;
@@ -72,9 +72,10 @@ pub struct ConnectionLimits {
 impl ConnectionLimits {
     /// Limits of an HTTP server for arbitrary clients, with `connections` connections.
     ///
-    /// The idle limit exceeds the keep-alive time of load balancers; the longest common one is Google's with 600 seconds.
-    /// With a shorter limit, this side would sometimes close a connection just as the load balancer sends a request on
-    /// it. A long limit keeps no newcomer out, because the longest idle connection is evicted when all places are taken.
+    /// The idle limit exceeds the keep-alive time of load balancers; the longest common one is Google's with 600
+    /// seconds. With a shorter limit, this side would sometimes close a connection just as the load balancer sends a
+    /// request on it. A long limit keeps no newcomer out, because the longest idle connection is evicted when all
+    /// places are taken.
     pub fn http(connections: usize) -> Self {
         Self {
             connections,
@@ -211,7 +212,8 @@ impl Server {
                     return;
                 }
                 () = place.lost() => {
-                    // A single poll sends GOAWAY to an HTTP/2 client. Then the connection closes, whatever the client does.
+                    // A single poll sends GOAWAY to an HTTP/2 client. Then the connection closes, whatever the client
+                    // does.
                     connection.as_mut().graceful_shutdown();
                     let _ = futures::poll!(connection.as_mut());
                     return debug!(%peer, "closed an idle connection");

@@ -1,8 +1,8 @@
 //! The connection limit of a server, and eviction of idle connections.
 //!
 //! A connection is idle while it has no request in progress: during its handshake, while the head of a request arrives,
-//! and between two requests. Idle connections are closed after a time limit. If a new connection finds no free place, it
-//! evicts the connection that has been idle longest. A well-behaved client is hardly affected, because it sends its
+//! and between two requests. Idle connections are closed after a time limit. If a new connection finds no free place,
+//! it evicts the connection that has been idle longest. A well-behaved client is hardly affected, because it sends its
 //! request right after connecting.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
