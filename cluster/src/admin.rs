@@ -1,9 +1,11 @@
-//! The admin port, over HTTP: `/startup`, `/live`, `/ready`, `/health` and `/metrics`.
+//! The HTTP admin port: `/startup`, `/live`, `/ready`, `/health` and `/metrics`.
 //!
-//! `/ready` is for who sends requests here, a load balancer: send them, or don't. `/health` tells whether a request would be
-//! served now. They differ where requests are taken, but have to wait.
+//! `/ready` tells a load balancer whether to send requests to this process. `/health` tells whether a request would be
+//! served now. The two differ in one state, [`Health::Waiting`]: the process accepts requests but makes them wait. Then
+//! `/ready` returns 200 and `/health` returns 503.
 //!
-//! It is served before the process can do its work, so that one that is loading a model can be told from one that hangs.
+//! The port is served from the start of the process, so a process that is loading a model can be distinguished from one
+//! that hangs.
 
 use std::{
     future::pending,
@@ -22,38 +24,38 @@ use crate::{
     net::Listener,
 };
 
-/// Connections to an admin port of its own: probes, and who gathers metrics.
+/// Connection limit of a separate admin port. Its clients are probes and metrics collectors.
 pub const CONNECTIONS: usize = 64;
 
-/// Can the process serve?
+/// Whether the process can serve requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Health {
-    /// Yes.
+    /// It serves requests: ready and healthy.
     Serving,
-    /// Not now, and why. Requests are taken all the same, and wait. Ready, but not healthy.
+    /// It accepts requests but makes them wait, for the given reason: ready but not healthy.
     Waiting(String),
-    /// Not now, and why.
+    /// It does not serve requests, for the given reason: neither ready nor healthy.
     NotServing(String),
 }
 
-/// What the admin port shows of a process that has started.
+/// What the admin port reports once the process has started.
 pub struct Started {
-    /// The metrics.
+    /// Metrics that `/metrics` exports.
     pub registry: Registry,
-    /// Would a request be served now? Asked at every `/ready` and `/health`.
+    /// Returns the current health. Called for every `/ready` and `/health` request.
     pub ready: Box<dyn Fn() -> Health + Send + Sync>,
-    /// Called before every `/metrics`: sets gauges that are read off the state rather than counted.
+    /// Called before every `/metrics` response: sets the gauges that are derived from the current state.
     pub refresh: Box<dyn Fn() + Send + Sync>,
 }
 
-/// The admin port of one process; clones show the same.
+/// State behind the admin port of one process. Clones share it.
 #[derive(Clone, Default)]
 pub struct Admin {
     started: Arc<OnceLock<Started>>,
 }
 
 impl Admin {
-    /// From now on the process is started. The first call counts.
+    /// Marks the process as started: `/startup` returns 200 from now on. Calls after the first have no effect.
     pub fn start(&self, started: Started) {
         let _ = self.started.set(started);
     }
@@ -69,7 +71,7 @@ impl Admin {
         self.started.get().map_or_else(|| self.startup(), |started| (started.ready)())
     }
 
-    /// The routes, for a server that has others too.
+    /// HTTP routes of the admin port. A server may merge them with its own routes.
     pub fn routes(self) -> Router {
         let (startup, ready, health) = (self.clone(), self.clone(), self.clone());
         Router::new()
@@ -90,7 +92,7 @@ impl Admin {
         match encoder.encode(&families.unwrap_or_default(), &mut text) {
             Ok(()) => (StatusCode::OK, [(header::CONTENT_TYPE, encoder.format_type().to_owned())], text),
             Err(e) => {
-                warn!(error = %e, "encoding metrics");
+                warn!(error = %e, "encoding metrics failed");
                 let kind = "text/plain".to_owned();
                 (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, kind)], e.to_string().into_bytes())
             }
@@ -98,7 +100,7 @@ impl Admin {
     }
 }
 
-/// `waiting` is the status where requests are taken, but have to wait.
+/// Converts `health` into a status and a body. [`Health::Waiting`] gets the status `waiting`.
 fn health_response(health: Health, waiting: StatusCode) -> (StatusCode, String) {
     match health {
         Health::Serving => (StatusCode::OK, "serving\n".into()),
@@ -107,21 +109,24 @@ fn health_response(health: Health, waiting: StatusCode) -> (StatusCode, String) 
     }
 }
 
-/// Serves the admin port until it is ended: that may be later than the shutdown's beginning, so that a draining process
-/// can still be looked at. Dropped, it ends by itself.
+/// A running admin port. It is independent of [`Shutdown`](crate::Shutdown), so a draining process still answers
+/// probes. Dropping this value stops the server.
 pub struct AdminServer(AbortOnDropHandle<()>);
 
 impl AdminServer {
-    /// Serves `admin`.
+    /// Starts a task that serves `admin` on `listener`.
     pub fn start(listener: TcpListener, admin: Admin) -> Self {
         let listener = Listener::new(listener, None);
         let serving = http::serve(listener, admin.routes(), ConnectionLimits::http(CONNECTIONS), pending());
         Self(AbortOnDropHandle::new(tokio::spawn(serving)))
     }
 
-    /// Ends it.
+    /// Stops the server and closes its connections.
+    ///
+    /// # Errors
+    /// The server task panicked.
     pub async fn end(self) -> io::Result<()> {
-        // A client that keeps its connection open holds up nobody.
+        // Aborted rather than drained: a client that keeps its connection open must not delay the end of the process.
         self.0.abort();
         match self.0.await {
             Err(e) if !e.is_cancelled() => Err(io::Error::other(e)),

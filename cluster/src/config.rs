@@ -1,36 +1,36 @@
-//! Faults in a configuration.
+//! Configuration errors.
 
 use std::{fmt::Display, net::SocketAddr};
 
 use crate::ProcessArgs;
 
-/// One setting that can't be used. A service collects all of them before it gives up.
+/// A setting with an invalid value. A service collects all of them and reports them together.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("--{flag} must be {limit}, got {value}")]
 pub struct ConfigError {
     /// Name of the flag, without dashes.
     pub flag: &'static str,
-    /// What it must be.
+    /// Condition on the value. It completes the sentence "--flag must be ...".
     pub limit: String,
-    /// What it is.
+    /// The value given.
     pub value: String,
 }
 
 impl ConfigError {
-    /// A fault of `--flag`.
+    /// Creates an error for `--flag`.
     pub fn new(flag: &'static str, limit: impl Display, value: impl Display) -> Self {
         Self { flag, limit: limit.to_string(), value: value.to_string() }
     }
 
-    /// Adds a fault to `faults` unless `ok`.
+    /// Adds an error to `faults` unless `ok`.
     pub fn check(faults: &mut Vec<Self>, ok: bool, flag: &'static str, limit: impl Display, value: impl Display) {
         if !ok {
             faults.push(Self::new(flag, limit, value));
         }
     }
 
-    /// Checks that an address which is listened on is this machine's own alone, unless that is `secured`, with `how`
-    /// that could be, or wanted all the same.
+    /// Rejects a non-loopback listen address unless it is `secured` or --allow-insecure is set. `how` names the flags
+    /// that would secure it; the error text quotes them.
     pub fn check_exposed(
         faults: &mut Vec<Self>,
         flag: &'static str,
@@ -45,7 +45,8 @@ impl ConfigError {
         Self::check(faults, ok, flag, limit, listen);
     }
 
-    /// Checks the `host:port` that others are told to dial: given, or the address that is listened on.
+    /// Checks the address that other processes dial. `advertised` must have the form `host:port`. Without it, they dial
+    /// the `listen` address, which then must not be a wildcard such as 0.0.0.0.
     pub fn check_advertised(
         faults: &mut Vec<Self>,
         flag: &'static str,
@@ -54,14 +55,14 @@ impl ConfigError {
     ) {
         let Some(text) = advertised else {
             let everywhere = listen.is_some_and(|address| address.ip().is_unspecified());
-            let limit = "given when all addresses are listened on";
+            let limit = "given when the listen address is a wildcard";
             return Self::check(faults, !everywhere, flag, limit, "nothing");
         };
         let ok = text.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
         Self::check(faults, ok, flag, "host:port", text);
     }
 
-    /// The result, where there is one; else a fault goes to `faults`.
+    /// Returns the value of `result`. If it is an error, adds a [`ConfigError`] to `faults` and returns `None`.
     pub fn collect<T, E>(
         faults: &mut Vec<Self>,
         result: Result<T, E>,

@@ -1,4 +1,4 @@
-//! How gRPC is served here.
+//! Limits and listeners of gRPC servers.
 
 use std::{io, net::SocketAddr, time::Duration};
 
@@ -6,13 +6,14 @@ use tokio::net::TcpListener;
 
 use crate::http::ConnectionLimits;
 
-/// Requests that one connection may have: a router sends all of its requests over one, and what is too much is the
-/// queue's to say, not the transport's (whose default would hold up the two hundred and first in silence).
+/// Maximum number of concurrent requests of one connection. A router sends all requests to a node over one connection.
+/// The engine's queue limits them and refuses the excess. The transport's default limit (200) would delay it silently.
 const MAX_STREAMS: u32 = 1 << 16;
-/// Connections to a node: those of routers, and of who looks at it.
+/// Connection limit of a node's gRPC server. Its clients are routers and diagnostic tools.
 pub const NODE_CONNECTIONS: usize = 1024;
 
-/// What a gRPC server grants. Channels of clients may be idle for long; pings end those whose clients have gone.
+/// Limits of a gRPC server with `connections` connections. Client channels may be idle for up to an hour. HTTP/2 pings
+/// detect clients that are gone.
 pub fn limits(connections: usize) -> ConnectionLimits {
     ConnectionLimits {
         streams: MAX_STREAMS,
@@ -22,7 +23,7 @@ pub fn limits(connections: usize) -> ConnectionLimits {
     }
 }
 
-/// An address that could not be listened on.
+/// Binding a listen address failed.
 #[derive(Debug, thiserror::Error)]
 #[error("listening on {address} (--{flag}): {source}")]
 pub struct BindError {
@@ -31,7 +32,7 @@ pub struct BindError {
     source: io::Error,
 }
 
-/// Listens on the `address` that `--flag` gave; port 0 takes a free one.
+/// Listens on `address`. Port 0 picks a free port. An error names `--flag`.
 pub async fn bind(flag: &'static str, address: SocketAddr) -> Result<TcpListener, BindError> {
     TcpListener::bind(address).await.map_err(|source| BindError { flag, address, source })
 }

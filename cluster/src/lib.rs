@@ -1,7 +1,7 @@
-//! What every service process does the same way: start, say that it is ready, find the others, show its state, and stop.
+//! Code shared by all service processes: startup, the ready line, discovery, admin port, TLS, HTTP serving, shutdown.
 //!
-//! A service crate gives [`process::run`] its checked configuration and a function that binds and serves; the rest
-//! (logs, signals, exit codes) happens here.
+//! A service crate calls [`process::run`] with its checked configuration and a function that binds and serves. `run`
+//! handles logs, signals and exit codes.
 
 pub mod admin;
 pub mod config;

@@ -1,13 +1,13 @@
-//! How metrics are made and registered.
+//! Helpers that create and register Prometheus metrics.
 
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge, Registry, core::Collector};
 
-/// A metric that could not be registered: a fault of the program.
+/// Registering a metric failed: a bug in this program, such as an invalid or duplicate name.
 #[derive(Debug, thiserror::Error)]
 #[error("registering metrics: {0}")]
 pub struct MetricsError(#[from] prometheus::Error);
 
-/// Seconds, from a fraction of a token's time to a long queue.
+/// Histogram buckets in seconds, from a fraction of a token's time to a long wait in a queue.
 pub const SECONDS_BUCKETS: &[f64] = &[
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0,
 ];
@@ -18,17 +18,17 @@ pub fn register<M: Collector + Clone + 'static>(registry: &Registry, metric: M) 
     Ok(metric)
 }
 
-/// A new integer gauge in `registry`.
+/// Creates an integer gauge and registers it in `registry`.
 pub fn int_gauge(registry: &Registry, name: &str, help: &str) -> Result<IntGauge, MetricsError> {
     register(registry, IntGauge::new(name, help)?)
 }
 
-/// A new counter in `registry`.
+/// Creates a counter and registers it in `registry`.
 pub fn counter(registry: &Registry, name: &str, help: &str) -> Result<IntCounter, MetricsError> {
     register(registry, IntCounter::new(name, help)?)
 }
 
-/// A new histogram of seconds in `registry`.
+/// Creates a histogram with [`SECONDS_BUCKETS`] and registers it in `registry`.
 pub fn histogram(registry: &Registry, name: &str, help: &str) -> Result<Histogram, MetricsError> {
     register(registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(SECONDS_BUCKETS.to_vec()))?)
 }

@@ -1,4 +1,4 @@
-//! Connections between services, and of clients: over TLS where that is configured.
+//! TCP connections of services and their clients, with TLS if configured.
 
 use std::{io, net::SocketAddr};
 
@@ -13,23 +13,23 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::Tls;
 
-/// A connection, whatever it runs over.
+/// A byte stream: plain TCP, TLS, or a simulated network.
 pub trait Connection: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Connection for T {}
 
-/// A connection that is being opened.
+/// A connection that is being opened: the future includes its TLS handshake.
 pub type Opening = overfill_net::Opening<Box<dyn Connection>>;
 
-/// How a service connects to another one.
+/// Opens connections to other services.
 pub type Dialer = overfill_net::Dialer<Box<dyn Connection>>;
 
-/// Connects over TCP: plain, or with TLS.
+/// Creates a dialer for TCP connections, with TLS if `tls` is set.
 pub fn tcp_dialer(tls: Option<Tls>) -> Dialer {
     Dialer::new(move |endpoint| {
         let tls = tls.clone();
         async move {
             let stream = TcpStream::connect(&endpoint).await?;
-            // Tokens are small messages: they must not wait for more of them.
+            // Tokens are small messages. Nagle's algorithm would delay them.
             stream.set_nodelay(true)?;
             let connection: Box<dyn Connection> = match tls {
                 Some(tls) => Box::new(tls.connect(&endpoint, stream).await?),
@@ -41,14 +41,14 @@ pub fn tcp_dialer(tls: Option<Tls>) -> Dialer {
     })
 }
 
-/// A gRPC channel to `url` (`http://` or `https://`; the dialer decides what it runs over). `configure` has the last word on
-/// its settings.
+/// Opens a gRPC channel to `url` (`http://` or `https://`). The dialer alone decides whether TLS is used. `configure`
+/// may change the endpoint's settings.
 pub async fn channel(
     dialer: &Dialer,
     url: &str,
     configure: impl FnOnce(Endpoint) -> Endpoint,
 ) -> Result<Channel, tonic::transport::Error> {
-    // To tonic it is plain: the connection that it is given is encrypted already.
+    // tonic must not add TLS of its own: the dialer returns connections that are already encrypted.
     let plain = url.strip_prefix("https://").map_or_else(|| url.to_owned(), |rest| format!("http://{rest}"));
     let dialer = dialer.clone();
     let connector = tower::service_fn(move |uri: http::Uri| {
@@ -58,14 +58,14 @@ pub async fn channel(
     configure(Endpoint::from_shared(plain)?).connect_with_connector(connector).await
 }
 
-/// TCP connections, plain or with TLS.
+/// Listener for TCP connections, with TLS if configured.
 pub struct Listener {
     listener: TcpListener,
     tls: Option<Tls>,
 }
 
 impl Listener {
-    /// Over a bound listener.
+    /// Accepts connections from a bound `listener`.
     pub fn new(listener: TcpListener, tls: Option<Tls>) -> Self {
         Self { listener, tls }
     }
@@ -76,7 +76,7 @@ impl Listen for Listener {
 
     async fn accept(&mut self) -> io::Result<(Opening, SocketAddr)> {
         let (stream, peer) = self.listener.accept().await?;
-        // A failure costs only latency.
+        // Ignored: without TCP_NODELAY the connection works, with a higher latency.
         let _ = stream.set_nodelay(true);
         let tls = self.tls.clone();
         let opening = async move {

@@ -1,4 +1,4 @@
-//! The frame of a service's `main`.
+//! The common part of a service's `main`: command line, logs, signals, exit codes.
 
 use std::{error::Error, process::ExitCode};
 
@@ -6,9 +6,9 @@ use clap::Args;
 
 use crate::{ConfigError, LogFormat, Shutdown, init_telemetry};
 
-/// Exit code of a process whose configuration can't be used (`EX_USAGE`).
+/// Exit code for an invalid configuration (`EX_USAGE`).
 pub const EXIT_CONFIG: u8 = 64;
-/// Exit code of a process that could not start or go on.
+/// Exit code of a process that failed to start or failed while running.
 pub const EXIT_FAILURE: u8 = 1;
 
 /// Settings of every service process.
@@ -26,7 +26,10 @@ pub struct ProcessArgs {
     pub allow_insecure: bool,
 }
 
-/// The command line as `A`; help and faults are printed, and the exit code says which.
+/// Parses the command line as `A`. Prints help and errors.
+///
+/// # Errors
+/// Success after printing help or the version, [`EXIT_CONFIG`] after printing an error.
 pub fn parse_args<A: clap::Parser>() -> Result<A, ExitCode> {
     A::try_parse().map_err(|e| {
         let _ = e.print();
@@ -34,9 +37,10 @@ pub fn parse_args<A: clap::Parser>() -> Result<A, ExitCode> {
     })
 }
 
-/// Runs one service: logs, signals, every configuration fault on a line of its own, and the exit code.
+/// Runs a service: sets up logs and signals, calls `serve`, and returns the exit code. Prints every configuration error
+/// on a separate line.
 ///
-/// `serve` binds and serves until the shutdown begins and what runs has ended.
+/// `serve` binds, then serves until the shutdown begins and the running requests have ended.
 pub async fn run<C, E: Into<Box<dyn Error>>>(
     process: &ProcessArgs,
     config: Result<C, Vec<ConfigError>>,
@@ -58,7 +62,7 @@ pub async fn run<C, E: Into<Box<dyn Error>>>(
         false => Ok(()),
     });
     if let Err(e) = followed {
-        eprintln!("error: listening for signals: {e}");
+        eprintln!("error: setting up shutdown: {e}");
         return ExitCode::from(EXIT_FAILURE);
     }
     match serve(config, shutdown).await {
@@ -70,7 +74,8 @@ pub async fn run<C, E: Into<Box<dyn Error>>>(
     }
 }
 
-/// An error and its causes, each said once: many errors repeat their source in their own text.
+/// Formats an error and its causes on one line. A cause whose text is already included is skipped, because many errors
+/// repeat their source in their own text.
 pub fn one_line(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

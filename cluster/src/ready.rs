@@ -1,4 +1,4 @@
-//! How a parent process learns that a service is up, and where.
+//! The ready line, which tells a parent process that a service is up, and its addresses.
 
 use std::{
     io::{self, Write},
@@ -15,26 +15,26 @@ pub struct ReadyLine {
     /// `prefill`, `decode` or `router`.
     #[serde(rename = "ready")]
     pub role: String,
-    /// Where gRPC is served.
+    /// Listen address of the gRPC service.
     pub grpc: SocketAddr,
-    /// Where the OpenAI API is served.
+    /// Listen address of the OpenAI API; routers only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub http: Option<SocketAddr>,
-    /// Where KV is received.
+    /// Listen address for KV; decode nodes only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv: Option<SocketAddr>,
-    /// Where `/startup`, `/live`, `/ready` and `/metrics` are served.
+    /// Listen address of `/startup`, `/live`, `/ready`, `/health` and `/metrics`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admin: Option<SocketAddr>,
 }
 
 impl ReadyLine {
-    /// The line; `None` if `line` is another one.
+    /// Parses `line`. Returns `None` if it is not a ready line.
     pub fn parse(line: &str) -> Option<Self> {
         serde_json::from_str(line.trim()).ok()
     }
 
-    /// Prints it. A parent that has gone is no reason to stop.
+    /// Prints the line and flushes it. Errors are ignored: a service keeps running when its parent no longer reads.
     pub fn print(&self) {
         let mut out = io::stdout().lock();
         if let Ok(line) = serde_json::to_string(self) {

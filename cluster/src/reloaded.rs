@@ -1,4 +1,4 @@
-//! Settings in files that are read again when the files change.
+//! Settings from files that are reloaded when the files change.
 
 use std::{
     fmt::Display,
@@ -12,12 +12,12 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-/// Files are looked at when what they hold is asked for, but not more often than this.
+/// Minimum interval between two checks of the files. A check happens when the value is read.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What some files hold, made usable.
+/// A value read from files, and reloaded after they change.
 pub struct Reloaded<T> {
-    /// For logs.
+    /// Description of the files for logs, in the plural.
     what: &'static str,
     files: Vec<PathBuf>,
     state: Mutex<State<T>>,
@@ -29,17 +29,18 @@ struct State<T> {
     value: Arc<T>,
 }
 
-/// Tells whether a file has changed.
+/// Modification time and size of a file, to detect changes. `None` if they can't be read.
 type Stamp = Option<(SystemTime, u64)>;
 
 impl<T> Reloaded<T> {
-    /// `value` is what `files` hold now.
+    /// Creates it with `value`, the current content of `files`.
     pub fn new(what: &'static str, files: Vec<PathBuf>, value: T) -> Self {
         let state = State { looked: Instant::now(), stamps: stamps(&files), value: Arc::new(value) };
         Self { what, files, state: Mutex::new(state) }
     }
 
-    /// What the files hold; if they can't be used any more, what they last held. `read` gets that.
+    /// Returns the current value. If the files have changed, calls `read` with the last value to reload them. If `read`
+    /// fails, keeps the last value.
     pub fn get<E: Display>(&self, read: impl FnOnce(&T) -> Result<T, E>) -> Arc<T> {
         let mut state = self.state.lock();
         if state.looked.elapsed() >= LOOK_INTERVAL {
@@ -48,11 +49,12 @@ impl<T> Reloaded<T> {
             if stamps != state.stamps {
                 match read(&state.value) {
                     Ok(value) => {
-                        info!("{} have changed", self.what);
+                        info!("{} reloaded", self.what);
                         (state.value, state.stamps) = (Arc::new(value), stamps);
                     }
-                    // Perhaps only one of two files has been replaced so far: they are tried again.
-                    Err(error) => warn!(%error, "{} have changed, but can't be used", self.what),
+                    // The stamps stay the old ones, so the next check reads again: perhaps only some of the files have
+                    // been replaced so far.
+                    Err(error) => warn!(%error, "{} have changed but can't be loaded", self.what),
                 }
             }
         }

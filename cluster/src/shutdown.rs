@@ -1,4 +1,4 @@
-//! How a process stops: a token says that shutdown began, a tracker that everything has ended.
+//! Shutdown of a process: a token signals that it has begun, and a tracker that all tasks have ended.
 
 use std::{future::Future, io, io::Read, time::Duration};
 
@@ -12,10 +12,10 @@ use tokio_util::{
 };
 use tracing::{Instrument, error_span, info, warn};
 
-/// Shared by all parts of a process; clones are the same shutdown.
+/// The shutdown of a process, shared by all its parts. Clones share the state.
 ///
-/// [`begin`](Self::begin) asks every part to take nothing new and end what runs; [`wait`](Self::wait) returns when all
-/// tasks started by [`spawn`](Self::spawn) have.
+/// [`begin`](Self::begin) asks every part to accept nothing new and to finish its work. [`wait`](Self::wait) returns
+/// when all tasks started by [`spawn`](Self::spawn) have ended.
 #[derive(Clone, Debug, Default)]
 pub struct Shutdown {
     token: CancellationToken,
@@ -28,22 +28,22 @@ impl Shutdown {
         Self::default()
     }
 
-    /// Begins it. Beginning twice is the same as once.
+    /// Begins the shutdown. Further calls have no effect.
     pub fn begin(&self) {
         self.token.cancel();
     }
 
-    /// Has it begun?
+    /// Whether the shutdown has begun.
     pub fn has_begun(&self) -> bool {
         self.token.is_cancelled()
     }
 
-    /// Resolves when it has begun.
+    /// Resolves when the shutdown has begun.
     pub fn cancelled(&self) -> WaitForCancellationFuture<'_> {
         self.token.cancelled()
     }
 
-    /// The token, for code that knows nothing of this type.
+    /// Returns the token, for code that does not use this type.
     pub fn token(&self) -> CancellationToken {
         self.token.clone()
     }
@@ -57,13 +57,14 @@ impl Shutdown {
         self.tracker.spawn(task.instrument(error_span!("task", name)))
     }
 
-    /// Waits until every task has ended, at most `limit`. False if some still run.
+    /// Waits until all tasks have ended, for at most `limit`. Returns false if some still run.
     pub async fn wait(&self, limit: Duration) -> bool {
         self.tracker.close();
         tokio::time::timeout(limit, self.tracker.wait()).await.is_ok()
     }
 
-    /// From now on the first SIGTERM or SIGINT begins the shutdown, and the second ends the process at once.
+    /// Handles SIGTERM and SIGINT from now on: the first one begins the shutdown, a further one ends the process at
+    /// once.
     pub fn follow_signals(&self) -> io::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -76,20 +77,21 @@ impl Shutdown {
                     _ = interrupt.recv() => ("SIGINT", 2),
                 };
                 if shutdown.has_begun() {
-                    warn!(signal = name, "ending at once");
+                    warn!(signal = name, "second signal: exiting immediately");
                     std::process::exit(128 + number);
                 }
-                info!(signal = name, "shutting down; once more ends at once");
+                info!(signal = name, "shutting down; a second signal exits immediately");
                 shutdown.begin();
             }
         });
         Ok(())
     }
 
-    /// Begins the shutdown when standard input closes: a child then ends with its parent, however that one ended.
+    /// Begins the shutdown when standard input closes. So a child process ends with its parent, even if the parent was
+    /// killed.
     pub fn follow_stdin(&self) -> io::Result<()> {
         let shutdown = self.clone();
-        // A thread of its own, left behind at exit: tokio's stdin would hold up the end of the runtime.
+        // A separate thread, which the process exit ends. tokio's stdin would block the shutdown of the runtime.
         std::thread::Builder::new().name("stdin".into()).spawn(move || {
             let mut sink = [0; 256];
             loop {
@@ -98,7 +100,7 @@ impl Shutdown {
                     Ok(_) => {}
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                     Err(e) => {
-                        warn!(error = %e, "reading standard input");
+                        warn!(error = %e, "reading standard input failed");
                         break;
                     }
                 }

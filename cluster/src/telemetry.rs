@@ -1,4 +1,4 @@
-//! Logs go to standard error; standard output is for what a program is asked to print.
+//! Logging to standard error. Standard output is reserved for the output of a command.
 
 use std::{
     fmt,
@@ -8,10 +8,10 @@ use std::{
 
 use tracing_subscriber::EnvFilter;
 
-/// How log lines look.
+/// Format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogFormat {
-    /// For people.
+    /// Plain text.
     #[default]
     Text,
     /// One JSON object per line.
@@ -38,19 +38,19 @@ impl fmt::Display for LogFormat {
     }
 }
 
-/// Starts logging at the levels that `RUST_LOG` names, else `info`. The first call in a process counts.
+/// Starts logging. `RUST_LOG` sets the levels; the default is `info`. Further calls in a process have no effect.
 pub fn init_telemetry(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter);
-    // An error means that logging runs already, which is as good.
+    // Ignored: an error means that logging is already set up.
     let _ = match format {
         LogFormat::Text => builder.with_target(false).with_ansi(false).with_writer(|| OneLine(io::stderr())).try_init(),
         LogFormat::Json => builder.json().flatten_event(true).with_writer(io::stderr).try_init(),
     };
 }
 
-/// Writes every event as one line of printable text: what a client sent can neither begin a line of its own nor speak
-/// to the terminal. An event comes in one call.
+/// Writes every event as one line and escapes control characters, so that data from a client can neither start a new
+/// log line nor send escape sequences to the terminal. Each call of `write` must contain one whole event.
 struct OneLine<W>(W);
 
 impl<W: Write> Write for OneLine<W> {

@@ -1,7 +1,7 @@
-//! TLS between services, and towards clients: certificates from files, read again when the files change.
+//! TLS between services and towards clients. Certificates are files, and are reloaded when the files change.
 //!
-//! Between services both sides show a certificate, and each must be signed by the cluster's own authority: whoever has
-//! one may do everything that a service may. A connection keeps the certificates that it was made with.
+//! Between services both sides present a certificate, and the cluster's CA must have signed it. Such a certificate
+//! grants everything that a service may do. An open connection keeps the certificates of its handshake.
 
 use std::{
     io,
@@ -42,13 +42,13 @@ pub struct TlsArgs {
 }
 
 impl TlsArgs {
-    /// Reads the files; what is wrong goes to `faults`. `None`: no TLS, or one that can't be used.
+    /// Reads the files and adds every error to `faults`. Returns `None` if TLS is off or a setting is invalid.
     pub fn validate(self, faults: &mut Vec<ConfigError>) -> Option<Tls> {
         let Self { tls_ca, tls_cert, tls_key, tls_name } = self;
         let (ca, cert, key) = match (tls_ca, tls_cert, tls_key) {
             (Some(ca), Some(cert), Some(key)) => (ca, cert, key),
             (None, None, None) => {
-                let limit = "left out without --tls-ca";
+                let limit = "omitted without --tls-ca";
                 ConfigError::check(faults, tls_name.is_none(), "tls-name", limit, "given");
                 return None;
             }
@@ -66,26 +66,26 @@ impl TlsArgs {
     }
 }
 
-/// Why certificates can't be used.
+/// Why certificates can't be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// A file is missing, or holds something else.
+    /// A file can't be read, or its content is invalid.
     #[error("{}: {message}", path.display())]
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Of which flag.
+        /// Flag that names the file, without dashes.
         flag: &'static str,
-        /// What is wrong.
+        /// Cause of the error.
         message: String,
     },
-    /// Certificate and key don't belong together, or are of no use.
+    /// The certificate and the key don't match, or rustls rejects them.
     #[error("{0}")]
     Rustls(#[from] rustls::Error),
-    /// No authority is among the certificates.
+    /// The CA file contains no usable CA certificate.
     #[error("{0}")]
     Verifier(#[from] rustls::server::VerifierBuilderError),
-    /// Not a name that a certificate can carry.
+    /// The name is not a valid host name or IP address.
     #[error("{0:?} is no host name")]
     Name(String),
 }
@@ -103,13 +103,13 @@ impl TlsError {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Files {
-    /// What the other side's certificate must be signed by; `None`: it shows none.
+    /// CA that must have signed the peer's certificate. `None`: the peer presents none.
     ca: Option<PathBuf>,
-    /// Certificate and key; `None`: this side shows none.
+    /// Certificate and private key of this side. `None`: this side presents none.
     own: Option<(PathBuf, PathBuf)>,
 }
 
-/// Certificates in use. Clones share them.
+/// TLS configuration for both directions, reloaded when its files change. Clones share it.
 #[derive(Clone)]
 pub struct Tls(Arc<Inner>);
 
@@ -137,12 +137,13 @@ impl std::fmt::Debug for Tls {
 }
 
 impl Tls {
-    /// For serving clients, who show no certificate.
+    /// Creates a server configuration. Clients present no certificate.
     pub fn serving(cert: PathBuf, key: PathBuf) -> Result<Self, TlsError> {
         Self::load(Files { ca: None, own: Some((cert, key)) }, None)
     }
 
-    /// For a client of services: they must be signed by `ca`, and carry `name`, or else the host they are dialled at.
+    /// Creates a client configuration. `ca` must have signed the server's certificate, which must contain `name`, or
+    /// the dialled host if `name` is `None`. `own` is the client's certificate and key.
     pub fn dialling(ca: PathBuf, own: Option<(PathBuf, PathBuf)>, name: Option<String>) -> Result<Self, TlsError> {
         Self::load(Files { ca: Some(ca), own }, name)
     }
@@ -157,16 +158,16 @@ impl Tls {
         self.0.configs.get(|_| self.0.files.read())
     }
 
-    /// Shakes hands with a client that has connected.
+    /// Performs the server side of the TLS handshake on an accepted connection.
     pub async fn accept(&self, stream: TcpStream) -> io::Result<server::TlsStream<TcpStream>> {
-        let config = self.configs().server.clone().ok_or_else(|| io::Error::other("no certificate to serve with"))?;
+        let config = self.configs().server.clone().ok_or_else(|| io::Error::other("TLS has no server certificate"))?;
         TlsAcceptor::from(config).accept(stream).await
     }
 
-    /// Shakes hands with the server at `endpoint` (`host:port`), to which `stream` is connected.
+    /// Performs the client side of the TLS handshake on `stream`, a connection to `endpoint` (`host:port`).
     pub async fn connect(&self, endpoint: &str, stream: TcpStream) -> io::Result<client::TlsStream<TcpStream>> {
         let config =
-            self.configs().client.clone().ok_or_else(|| io::Error::other("no authority to check a server with"))?;
+            self.configs().client.clone().ok_or_else(|| io::Error::other("TLS has no CA to verify the server with"))?;
         let host = endpoint.rsplit_once(':').map_or(endpoint, |(host, _)| host);
         let name = match &self.0.name {
             Some(name) => name.clone(),
@@ -220,7 +221,7 @@ fn client_config(
         Some((certs, key)) => builder.with_client_auth_cert(certs, key)?,
         None => builder.with_no_client_auth(),
     };
-    // gRPC; the KV plane has no name of its own and takes what is offered.
+    // h2 is for gRPC. The KV plane has no ALPN name and accepts any.
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(config)
 }
@@ -264,7 +265,7 @@ mod tests {
 
     use super::*;
 
-    /// An authority, with a folder for what it signs.
+    /// A CA, and the folder for its certificate and for the certificates that it signs.
     struct Authority(tempfile::TempDir, Issuer<'static, KeyPair>);
 
     impl Authority {
@@ -299,7 +300,8 @@ mod tests {
         }
     }
 
-    /// A byte there and back; the client's error, if any. (That its certificate is refused it learns with the answer.)
+    /// Sends a byte to the server and back, and returns the client's error, if any. A client learns that its
+    /// certificate is rejected only when it reads the reply.
     async fn exchange(server: &Tls, client: &Tls) -> io::Result<()> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let endpoint = listener.local_addr()?.to_string();
@@ -327,12 +329,12 @@ mod tests {
         exchange(&ours.tls(None), &ours.tls(None)).await.unwrap();
         exchange(&theirs.tls(None), &ours.tls(None)).await.unwrap_err();
         exchange(&ours.tls(None), &ours.tls(Some("other"))).await.unwrap_err();
-        // Trusts us, but shows the certificate of another authority, or none.
+        // The client trusts our CA but presents the certificate of another CA, or none.
         let own = Some((theirs.file("cert"), theirs.file("key")));
         exchange(&ours.tls(None), &Tls::dialling(ours.file("ca"), own, None).unwrap()).await.unwrap_err();
         let nobody = Tls::dialling(ours.file("ca"), None, None).unwrap();
         exchange(&ours.tls(None), &nobody).await.unwrap_err();
-        // Where clients need none, they need none.
+        // A server that requires no client certificate accepts the client without one.
         exchange(&Tls::serving(ours.file("cert"), ours.file("key")).unwrap(), &nobody).await.unwrap();
     }
 
@@ -350,7 +352,7 @@ mod tests {
         };
         tokio::time::timeout(Duration::from_secs(30), renewed).await.unwrap();
         fs::write(ours.file("key"), "nothing").unwrap();
-        // Longer than files are left alone.
+        // Longer than the interval between two checks of the files.
         tokio::time::sleep(Duration::from_millis(1100)).await;
         exchange(&server, &client).await.unwrap();
     }

@@ -1,4 +1,4 @@
-//! The node's settings: as given, and as checked.
+//! Settings of a decode node: the command line arguments and their checked form.
 
 use std::net::SocketAddr;
 
@@ -23,21 +23,24 @@ pub struct Args {
     pub max_running: usize,
 }
 
-/// Checked settings.
+/// Checked settings of a decode node.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// What both roles have.
+    /// Settings that both roles have.
     pub node: NodeConfig,
-    /// Where KV is received.
+    /// Listen address for KV from prefill nodes.
     pub kv_listen: SocketAddr,
-    /// What prefill nodes dial; `None`: the listen address.
+    /// KV address (`host:port`) that prefill nodes dial; `None`: the listen address.
     pub advertise_kv: Option<String>,
-    /// Most requests decoded at once.
+    /// Maximum number of requests that hold blocks.
     pub max_running: usize,
 }
 
 impl Args {
-    /// Checks everything, and reports every fault.
+    /// Checks all settings.
+    ///
+    /// # Errors
+    /// All invalid settings, not only the first one.
     pub fn validate(self) -> Result<Config, Vec<ConfigError>> {
         let Self { node, kv_listen, advertise_kv, max_running } = self;
         let f = &mut Vec::new();

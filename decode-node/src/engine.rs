@@ -1,4 +1,5 @@
-//! The thread that owns the model: continuous batching. Requests join and leave between any two steps.
+//! The decode engine: a thread that owns the model. Continuous batching: requests join and leave the batch between
+//! steps.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -24,15 +25,15 @@ use crate::{
     sequence::{CLIENT_EVENTS, Job, Request, Reserved, Sequence, SequenceEvent, Swapped},
 };
 
-/// How long the engine sleeps when it has requests but can compute none.
+/// Polling interval while the engine has requests but can compute none of them.
 const POLL: Duration = Duration::from_millis(5);
 
-/// What bounds the engine.
+/// Limits of the engine.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineLimits {
-    /// Most requests that hold blocks.
+    /// Maximum number of requests that hold blocks.
     pub max_running: usize,
-    /// Most requests waiting.
+    /// Maximum number of waiting requests.
     pub max_waiting: usize,
 }
 
@@ -41,7 +42,7 @@ enum Command {
     Ready { arrival: u64, first_token: u32 },
 }
 
-/// The way into the engine. The engine ends when all handles are gone and its work is done.
+/// Handle for submitting requests to the engine. The engine ends when all handles are dropped and its work is done.
 #[derive(Clone)]
 pub struct EngineHandle {
     commands: std_mpsc::SyncSender<Command>,
@@ -51,7 +52,11 @@ pub struct EngineHandle {
 }
 
 impl EngineHandle {
-    /// Queues a request; returns its place in the order of arrival and its events. Dropping the receiver cancels it.
+    /// Queues a request. Returns its arrival number and the receiver of its events. Dropping the receiver cancels the
+    /// request.
+    ///
+    /// # Errors
+    /// The queue is full, or the node is draining.
     pub fn submit(&self, request: Request) -> Result<(u64, mpsc::Receiver<SequenceEvent>), Refused> {
         if self.load.is_draining() {
             return Err(Refused::Draining);
@@ -66,7 +71,11 @@ impl EngineHandle {
         Ok((arrival, receiver))
     }
 
-    /// The KV of a request is here and verified.
+    /// Tells the engine that the KV of the request `arrival` is complete and verified (KV-5). `first_token` is the
+    /// token that the prefill node sampled.
+    ///
+    /// # Errors
+    /// The queue is full, or the engine has ended.
     pub fn ready(&self, arrival: u64, first_token: u32) -> Result<(), Refused> {
         self.send(Command::Ready { arrival, first_token })
     }
@@ -79,9 +88,12 @@ impl EngineHandle {
     }
 }
 
-/// What computes tokens: the model. (Or, where time is simulated, something that needs none.)
+/// The computation of tokens: by the model's engine, or simulated in tests.
 pub trait Compute {
-    /// For each sequence the KV of its last token, and the token after it.
+    /// Computes the KV of the last token of each sequence, and returns the next token of each.
+    ///
+    /// # Errors
+    /// The computation failed. Then all sequences of the batch have failed.
     fn step(&mut self, sequences: &[&Sequence]) -> Result<Vec<OutputToken>, ModelError>;
 }
 
@@ -107,7 +119,10 @@ fn slice(sequence: &Sequence) -> SequenceSlice<'_> {
     SequenceSlice { tokens: &sequence.tokens[start..], start, blocks: &sequence.blocks, want }
 }
 
-/// Starts the engine's thread. The second value resolves when it has ended, for whatever reason.
+/// Starts the engine thread. The returned receiver resolves when the thread has ended, also after a panic.
+///
+/// # Errors
+/// The operating system refused to start a thread.
 pub fn start(
     engine: Box<dyn ModelEngine>,
     pool: BlockPool,
@@ -121,7 +136,7 @@ pub fn start(
     Ok((handle, end))
 }
 
-/// Requests on their way through the node.
+/// State of the engine: the requests, by stage.
 pub struct Engine<C> {
     compute: C,
     store: Arc<dyn KvStore>,
@@ -129,18 +144,19 @@ pub struct Engine<C> {
     load: Arc<LoadState>,
     limits: EngineLimits,
     commands: std_mpsc::Receiver<Command>,
-    /// New requests, in order of arrival.
+    /// New requests without blocks, in order of arrival.
     waiting: VecDeque<Box<Job>>,
-    /// Taken out of the batch, in order of arrival.
+    /// Preempted requests, in order of arrival.
     swapped: VecDeque<Swapped>,
-    /// Their KV is on its way.
+    /// Requests with blocks whose KV has not arrived yet, by arrival number.
     reserved: HashMap<u64, Reserved>,
-    /// In the batch, in order of arrival.
+    /// Requests in the batch, in order of arrival.
     running: Vec<Sequence>,
 }
 
 impl<C: Compute> Engine<C> {
-    /// An engine that nobody drives yet: [`start`] gives it a thread.
+    /// Creates an engine and its handle, without a thread. The caller must call [`turn`](Self::turn) repeatedly;
+    /// [`start`] does so on a thread.
     pub fn new(
         compute: C,
         store: Arc<dyn KvStore>,
@@ -148,7 +164,7 @@ impl<C: Compute> Engine<C> {
         load: Arc<LoadState>,
         limits: EngineLimits,
     ) -> (EngineHandle, Self) {
-        // Each waiting request has one message here at most, and each that holds blocks another.
+        // Enough for every message: `Submit` of each waiting request, and `Ready` of each request that holds blocks.
         let (sender, commands) = std_mpsc::sync_channel(limits.max_waiting + limits.max_running);
         let handle = EngineHandle {
             commands: sender,
@@ -182,7 +198,8 @@ impl<C: Compute> Engine<C> {
         debug!("the engine has ended");
     }
 
-    /// Takes what has come, lets go of what has gone, and computes a step.
+    /// Runs one turn: takes commands from the queue, drops requests that are over, resumes preempted requests, reserves
+    /// blocks for new ones, and computes one step.
     pub fn turn(&mut self) -> Turn {
         let can_come = loop {
             match self.commands.try_recv() {
@@ -207,12 +224,12 @@ impl<C: Compute> Engine<C> {
         }
     }
 
-    /// Requests whose KV is on its way, and the blocks that it goes to.
+    /// Requests whose KV has not arrived yet, and the blocks reserved for it.
     pub fn reserved(&self) -> impl Iterator<Item = (&Request, &Arc<BlockLease>)> {
         self.reserved.values().map(Reserved::to_fill)
     }
 
-    /// Waits for something to do.
+    /// Blocks until a command arrives, or for at most [`POLL`] if there are requests.
     fn wait(&mut self) {
         let received = match self.is_idle() {
             true => self.commands.recv().ok(),
@@ -231,7 +248,7 @@ impl<C: Compute> Engine<C> {
         match command {
             Command::Submit(job) => self.waiting.push_back(job),
             Command::Ready { arrival, first_token } => {
-                // Gone if its client has.
+                // Absent if the request has ended meanwhile.
                 let Some(reserved) = self.reserved.remove(&arrival) else { return };
                 let sequence = reserved.ready(first_token, &self.pool);
                 match sequence.finish() {
@@ -251,7 +268,7 @@ impl<C: Compute> Engine<C> {
         self.running.len() + self.reserved.len()
     }
 
-    /// Brings requests back that were taken out, the oldest first.
+    /// Moves preempted requests back into the batch, the oldest first, while there is room.
     fn resume(&mut self) {
         while let Some(first) = self.swapped.front() {
             let seated = self.seated();
@@ -263,13 +280,13 @@ impl<C: Compute> Engine<C> {
             let Some(first) = self.swapped.pop_front() else { return };
             match first.swap_in(lease, &*self.store, &self.load) {
                 Ok(sequence) => self.seat(sequence),
-                // The request has been told.
+                // `swap_in` has logged the error and sent it to the client.
                 Err(_) => {}
             }
         }
     }
 
-    /// Sets blocks aside for new requests, first come, first served, once nobody who was taken out waits.
+    /// Reserves blocks for new requests, first come, first served, but only while no preempted request waits.
     fn reserve(&mut self) {
         while self.swapped.is_empty() {
             let Some(job) = self.waiting.pop_front() else { return };
@@ -280,11 +297,12 @@ impl<C: Compute> Engine<C> {
         }
     }
 
-    /// Gives every sequence that steps its block, and takes the youngest out where there is none.
+    /// Gives a block to every sequence that needs one for the next step. If no block is available, preempts the
+    /// youngest sequence.
     fn make_room(&mut self) {
         loop {
             let seats: Vec<_> = self.running.iter().map(Sequence::seat).collect();
-            // Nobody else allocates, so what is available stays so.
+            // Only this thread allocates blocks, so an available block stays available.
             match scheduler::next_growth(&seats, self.pool.available() > 0) {
                 Some(Growth::Grow(i)) => match self.pool.allocate(1) {
                     Ok(lease) => self.running[i].grow(lease),
@@ -298,7 +316,7 @@ impl<C: Compute> Engine<C> {
 
     fn swap_out(&mut self, i: usize) {
         let sequence = self.running.remove(i);
-        debug!(request = %sequence.request.id, blocks = sequence.blocks.len(), "taken out of the batch");
+        debug!(request = %sequence.request.id, blocks = sequence.blocks.len(), "request preempted");
         match sequence.swap_out(&*self.store, &self.load) {
             Ok(request) => {
                 let place = self.swapped.partition_point(|other| other.arrival < request.arrival);
@@ -310,7 +328,7 @@ impl<C: Compute> Engine<C> {
         }
     }
 
-    /// One token for every sequence whose client keeps up. False if there was none.
+    /// Computes one token for every sequence whose client keeps up. Returns false if there is no such sequence.
     fn step(&mut self) -> bool {
         self.make_room();
         let stepping: Vec<usize> = (0..self.running.len()).filter(|i| self.running[*i].steps()).collect();

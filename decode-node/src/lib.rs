@@ -1,8 +1,9 @@
-//! A node that continues requests over the full model's KV.
+//! The decode node: it generates the output of a request over the full model's KV of the prompt.
 //!
-//! The way of a request: [`service`] checks it ([`request`]) and queues it with the [`engine`], whose thread owns the model
-//! and sets blocks aside. The prefill node writes the prompt's KV into them; once that is whole and verified, the request
-//! joins the running batch ([`scheduler`], [`sequence`]). When blocks run out, the youngest leaves it for a while.
+//! Path of a request: [`service`] checks it ([`request`]) and queues it in the [`engine`], whose thread owns the model.
+//! The engine reserves KV blocks, and the prefill node sends the prompt's KV into them. When the KV is complete and
+//! verified, the request joins the running batch ([`scheduler`], [`sequence`]). When blocks run out, the youngest
+//! request is preempted: its KV moves to host memory until there is room again.
 
 pub mod args;
 pub mod engine;
@@ -19,7 +20,8 @@ pub use node::DecodeNode;
 use overfill_cluster::{Shutdown, files, process};
 use overfill_transport::TransferConfig;
 
-/// Runs a node as a process: checks `args`, prints the ready line, serves until told to stop.
+/// Runs a decode node as a process: checks `args`, prints the ready line, and serves until the process is stopped.
+/// Returns the exit code.
 pub async fn main(args: Args) -> ExitCode {
     let process = args.node.process.clone();
     process::run(&process, args.validate(), async |config: Config, shutdown: Shutdown| {

@@ -1,4 +1,4 @@
-//! `overfill-decode`: the decode node as a program of its own.
+//! The program `overfill-decode`: a decode node.
 
 use std::process::ExitCode;
 

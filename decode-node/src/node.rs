@@ -1,4 +1,4 @@
-//! The node: bound, then run.
+//! A decode node: binding, loading the model, serving.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -25,7 +25,7 @@ pub struct DecodeNode {
     advertise_kv: Option<String>,
     receiver: KvReceiver,
     receiving: JoinHandle<()>,
-    /// Ends the KV plane: later than the shutdown's beginning, so that open handoffs come to their end.
+    /// Stops the KV receiver when dropped. It outlives the beginning of the shutdown, so that open handoffs can finish.
     receiver_stop: DropGuard,
     load: Arc<LoadState>,
 }
@@ -56,22 +56,25 @@ impl DecodeNode {
         })
     }
 
-    /// Where it serves.
+    /// Ready line with the listen addresses.
     pub fn ready_line(&self) -> ReadyLine {
         self.host.ready_line(Some(self.kv_address))
     }
 
-    /// What it is doing; stays valid while it runs.
+    /// Load of the node. The handle stays valid while the node runs.
     pub fn load(&self) -> Arc<LoadState> {
         self.load.clone()
     }
 
-    /// Its blocks; stays valid while it runs.
+    /// Block pool of the node. The handle stays valid while the node runs.
     pub fn pool(&self) -> BlockPool {
         self.host.pool.clone()
     }
 
-    /// Serves until the shutdown begins and what runs then has ended.
+    /// Starts the engine and serves until the shutdown begins and the running requests have ended.
+    ///
+    /// # Errors
+    /// The operating system refused a thread, or the engine or another task ended unexpectedly.
     pub async fn run(self, shutdown: Shutdown) -> Result<(), NodeError> {
         let Self { host, limits, kv_address, advertise_kv, receiver, receiving, receiver_stop, load } = self;
         let kv_endpoint = KvEndpoint::Tcp(advertise_kv.unwrap_or_else(|| kv_address.to_string()));
@@ -91,7 +94,7 @@ impl DecodeNode {
 }
 
 impl DecodeService {
-    /// As a node serves it.
+    /// Wraps the service in a gRPC server with the message size limits of a node.
     pub fn into_role_service(self) -> RoleService {
         let server = DecodeServer::new(self)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)

@@ -1,5 +1,5 @@
-//! From the wire to a checked [`Request`]: every refusal names the field, its limit and its value, and nothing is
-//! allocated before it.
+//! Converts a decode request from its wire form to a checked [`Request`]. An error names the field, its limit and its
+//! value. Nothing is allocated for a request before it has passed.
 
 use overfill_kv::{KvSchema, SchemaMismatch};
 use overfill_node::{
@@ -11,10 +11,14 @@ use tokio::time::Instant;
 
 use crate::sequence::Request;
 
-/// Most ids that may end a text.
+/// Maximum number of stop token ids.
 const MAX_STOP_TOKENS: usize = 256;
 
 /// Checks a request that arrived at `now`.
+///
+/// # Errors
+/// A field has an invalid value, the request names another incarnation, or it names another full model than this node's
+/// model.
 pub fn check(limits: &RequestLimits, wire: v1::DecodeRequest, now: Instant) -> Result<Request, RequestError> {
     let v1::DecodeRequest {
         request_id,
@@ -44,7 +48,8 @@ pub fn check(limits: &RequestLimits, wire: v1::DecodeRequest, now: Instant) -> R
     Ok(Request { id, tokens, generated, sampling, max_tokens, stop_token_ids, producer, deadline })
 }
 
-/// The model that will compute the prompt's KV: as asked, else as the own model names it.
+/// Fingerprint of the full model that computes the prompt's KV: the one that the request names, else the one in this
+/// node's schema. It is an error if both are given and differ.
 fn check_producer(own: &KvSchema, asked: String) -> Result<Option<String>, SchemaMismatch> {
     match (&own.full_model, asked.is_empty()) {
         (own, true) => Ok(own.clone()),

@@ -1,59 +1,59 @@
-//! Who joins, who goes on, who makes room. Pure: no model, no thread, no clock.
+//! The decode scheduler: admission, block allocation and preemption. Pure functions, without model, threads or clock.
 //!
-//! Requests are known by their order of arrival. The older go first: they get blocks before the younger, and the
-//! youngest is taken out of the batch when blocks run out. Taken-out requests come back before anything new begins, so
-//! every request that fits the pool alone ends.
+//! The order of arrival is the priority. Older requests get blocks before younger ones, and the youngest request is
+//! preempted when blocks run out. Preempted requests resume before new ones are admitted. So every request that fits
+//! into the pool alone is completed.
 
-/// A sequence in the batch, as the scheduler sees it; the batch is in order of arrival.
+/// State of a sequence in the batch. The batch is in order of arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seat {
-    /// Its next token needs a block that it does not have.
+    /// The next token needs a block that the sequence does not have.
     pub lacks_block: bool,
-    /// Its client has not taken the last tokens: it computes nothing in this step.
+    /// The client has not read the last tokens, so the sequence skips this step.
     pub sits_out: bool,
 }
 
-/// What must happen before the next step.
+/// An action that is needed before the next step. The value is the index of the sequence in the batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Growth {
     /// The sequence gets one block.
     Grow(usize),
-    /// The sequence leaves the batch, its KV goes to host memory, its blocks become free.
+    /// The sequence leaves the batch: its KV is copied to host memory and its blocks are freed.
     Preempt(usize),
 }
 
-/// The next thing to do so that every sequence that steps has its block; `None` when nothing is.
+/// Returns the next action on the way to a batch in which every stepping sequence has its block; `None` if the batch is
+/// ready. `room` tells whether a block is available.
 ///
-/// `room`: a block is available. Each growth ends a lack and each preemption takes a sequence out, so asking again and
-/// again comes to an end.
+/// Repeated calls end, because each growth supplies one missing block and each preemption removes a sequence.
 pub fn next_growth(seats: &[Seat], room: bool) -> Option<Growth> {
     let oldest = seats.iter().position(|seat| seat.lacks_block && !seat.sits_out)?;
     Some(if room { Growth::Grow(oldest) } else { Growth::Preempt(seats.len() - 1) })
 }
 
-/// How full the node is.
+/// Occupancy of the node: blocks and requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Occupancy {
-    /// Blocks that could be handed out.
+    /// Number of blocks that can be allocated.
     pub available: usize,
-    /// Requests that hold blocks: those that decode, and those whose KV is on its way.
+    /// Number of requests that hold blocks: the decoding ones, and those whose KV has not arrived yet.
     pub seated: usize,
-    /// Most of them.
+    /// Maximum number of requests that hold blocks.
     pub max_seated: usize,
 }
 
 impl Occupancy {
-    /// May a request come in that takes `blocks` blocks now?
+    /// Whether a request that needs `blocks` blocks now may be admitted.
     ///
-    /// Each request that sits already keeps a block in reserve: else what came in would be taken out at the next
-    /// block's border. A request alone may have everything.
+    /// One block is kept in reserve for each seated request. Otherwise the new request would be preempted as soon as an
+    /// older one crosses a block boundary. If no request is seated, a new one may take all blocks.
     pub fn admits(&self, blocks: usize) -> bool {
         self.seated < self.max_seated && blocks + self.seated <= self.available
     }
 }
 
-/// Leading blocks of a prompt that need not be sent when they are held: not the last token's, so that every handoff has
-/// something to send and to verify.
+/// Number of leading blocks of a prompt that need not be sent if this node holds them. The block of the last token is
+/// excluded, so that every handoff sends and verifies at least one block.
 pub fn holdable_blocks(prompt_tokens: usize) -> usize {
     prompt_tokens.saturating_sub(1) / overfill_kv::BLOCK_TOKENS
 }
@@ -93,7 +93,7 @@ mod tests {
         assert!(!node(3).admits(1));
     }
 
-    /// A request of the simulation: `prompt` blocks at first, `total` at the end, one more each step.
+    /// A request in the property test. It holds `blocks` blocks, needs one more in each step, and ends with `total`.
     #[derive(Clone, Copy, Debug)]
     struct Sim {
         arrival: usize,
@@ -102,7 +102,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes, everyone ends, and the pool is never overdrawn.
+        /// Every request ends, and the pool is never overdrawn.
         #[test]
         fn every_request_that_fits_alone_ends(
             pool in 4_usize..20,
@@ -129,7 +129,7 @@ mod tests {
                     queue.pop_front();
                     batch.sort_by_key(|s| s.arrival);
                 }
-                prop_assert!(!batch.is_empty(), "nobody gets on");
+                prop_assert!(!batch.is_empty(), "no request makes progress");
                 let mut grown = vec![false; sizes.len()];
                 loop {
                     let seats: Vec<Seat> = batch.iter()

@@ -1,4 +1,5 @@
-//! One request: as it arrives, while its KV is on its way, while it decodes, while it has to wait again.
+//! A request in the engine, by stage: queued ([`Job`]), waiting for KV ([`Reserved`]), decoding ([`Sequence`]),
+//! preempted ([`Swapped`]).
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,75 +13,79 @@ use tracing::error;
 
 use crate::scheduler::{self, Occupancy, Seat};
 
-/// Events that a client may leave in its channel before its sequence sits out.
+/// Capacity of the event channel to a client. A sequence skips steps while its channel is nearly full.
 pub const CLIENT_EVENTS: usize = 64;
-/// Places in the channel that a step may need: a token, and the end.
+/// Free places in the channel that a sequence needs for a step: one for the token, one for the last event.
 const STEP_EVENTS: usize = 2;
 
 /// A checked request.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// Its name.
+    /// Id of the request.
     pub id: RequestId,
-    /// The prompt; at least one token.
+    /// Token ids of the prompt; at least one.
     pub tokens: Vec<u32>,
-    /// The last of `tokens` that are earlier output: penalties count them as such.
+    /// Number of tokens at the end of `tokens` that are earlier output. Penalties treat them as output.
     pub generated: usize,
-    /// How tokens are chosen.
+    /// Sampling parameters.
     pub sampling: SamplingParams,
-    /// Most tokens of output, the prefill node's first one included; at least 2.
+    /// Maximum number of output tokens, including the first one from the prefill node; at least 2.
     pub max_tokens: usize,
-    /// Any of these ends the output, as its last token.
+    /// Token ids that end the output. The stop token is its last token.
     pub stop_token_ids: Vec<u32>,
-    /// Fingerprint of the model that computes the prompt's KV.
+    /// Fingerprint of the full model that computes the prompt's KV, if known. Without it, the prefix cache is not used.
     pub producer: Option<String>,
-    /// When it has failed.
+    /// Time at which the request fails if it has not ended.
     pub deadline: Instant,
 }
 
-/// What a client hears, in this order.
+/// An event of a request, in the order in which the client receives them.
 #[derive(Debug)]
 pub enum SequenceEvent {
-    /// The request has its blocks.
+    /// The blocks for the prompt's KV are reserved.
     Reserved {
-        /// Those that are to be filled.
+        /// Blocks that the prefill node must fill.
         to_fill: Arc<BlockLease>,
-        /// Leading blocks of the prompt that are here already.
+        /// Number of leading blocks of the prompt that were found in the prefix cache.
         held_blocks: usize,
     },
-    /// The second, third, ... token of the output.
+    /// The next token of the output, from the second one on. The first one comes from the prefill node.
     Token(OutputToken),
-    /// The last event.
+    /// The output is complete. The last event.
     Finished(FinishReason),
-    /// The engine could not go on with it. The last event.
+    /// The request failed in the engine, for the given reason. The last event.
     Failed(String),
 }
 
 /// A request in the engine's queue.
 pub struct Job {
-    /// Place in the order of arrival.
+    /// Arrival number. It identifies the request, and a lower number has priority.
     pub arrival: u64,
     /// The request.
     pub request: Request,
-    /// Names of the prompt's full blocks, if their producer is known.
+    /// Hashes of the prompt's full blocks; empty if the producer is unknown.
     pub hashes: Vec<BlockHash>,
-    /// To its client; closed when that one has gone.
+    /// Event channel to the client; closed when the client has dropped its receiver.
     pub events: mpsc::Sender<SequenceEvent>,
     pub(crate) waiting: Counted,
 }
 
-/// Has a client gone, or its time? The service watches the time, too, but not while its client does not read.
+/// Whether a request is over: its client is gone or its deadline has passed. The service checks the deadline too, but
+/// not while its client does not read.
 fn is_over(events: &mpsc::Sender<SequenceEvent>, request: &Request) -> bool {
     events.is_closed() || Instant::now() >= request.deadline
 }
 
 impl Job {
-    /// Has its client gone, or its time?
+    /// Whether the request is over: its client is gone or its deadline has passed.
     pub fn is_over(&self) -> bool {
         is_over(&self.events, &self.request)
     }
 
-    /// Sets blocks for the prompt aside; gives the job back if there is no room now.
+    /// Reserves the blocks for the prompt, and uses cached ones where possible. Sends [`SequenceEvent::Reserved`].
+    ///
+    /// # Errors
+    /// There is no room now: returns the job unchanged.
     pub fn reserve(
         self: Box<Self>,
         pool: &BlockPool,
@@ -107,9 +112,9 @@ impl Job {
     }
 }
 
-/// A request whose KV is on its way.
+/// A request with reserved blocks whose KV has not arrived yet.
 pub struct Reserved {
-    /// Place in the order of arrival.
+    /// Arrival number.
     pub arrival: u64,
     request: Request,
     hashes: Vec<BlockHash>,
@@ -120,18 +125,18 @@ pub struct Reserved {
 }
 
 impl Reserved {
-    /// Has its client gone, or its time?
+    /// Whether the request is over: its client is gone or its deadline has passed.
     pub fn is_over(&self) -> bool {
         is_over(&self.events, &self.request)
     }
 
-    /// The request, and the blocks that its KV goes to.
+    /// Returns the request and the blocks that the prefill node must fill.
     pub fn to_fill(&self) -> (&Request, &Arc<BlockLease>) {
         (&self.request, &self.to_fill)
     }
 
-    /// The KV is here and verified: decoding begins. The prompt's full blocks become findable: they are the producer's,
-    /// and what this node's model writes goes behind them.
+    /// Begins decoding, after the KV has arrived and is verified (KV-5). Publishes the full blocks of the prompt in the
+    /// prefix cache. They hold only KV of the full model, because this node's model writes behind them.
     pub fn ready(self, first_token: u32, pool: &BlockPool) -> Sequence {
         let Self { arrival, request, hashes, events, held, to_fill, seat } = self;
         let blocks: Vec<BlockId> = held.blocks().iter().chain(to_fill.blocks()).copied().collect();
@@ -152,32 +157,32 @@ impl Reserved {
     }
 }
 
-/// A request that decodes.
+/// A request in the decode batch.
 pub struct Sequence {
-    /// Place in the order of arrival.
+    /// Arrival number.
     pub arrival: u64,
-    /// As it came.
+    /// The request.
     pub request: Request,
-    /// Prompt and output. The KV of all but the last is in `blocks`.
+    /// Token ids of prompt and output. `blocks` holds the KV of all but the last token.
     pub tokens: Vec<u32>,
-    /// From position 0 on.
+    /// KV blocks, in order of position.
     pub blocks: Vec<BlockId>,
     events: mpsc::Sender<SequenceEvent>,
     last_token_at: Instant,
-    /// The prompt's blocks, as reserved; none once they were swapped out.
+    /// Leases of the prompt's blocks: cached and received. `None` after a preemption.
     _prompt: Option<(BlockLease, Arc<BlockLease>)>,
-    /// All others.
+    /// Lease of all other blocks.
     grown: Option<BlockLease>,
     _seat: Counted,
 }
 
 impl Sequence {
-    /// Has its client gone, or its time?
+    /// Whether the request is over: its client is gone or its deadline has passed.
     pub fn is_over(&self) -> bool {
         is_over(&self.events, &self.request)
     }
 
-    /// For the scheduler.
+    /// State of the sequence, as input of the scheduler.
     pub fn seat(&self) -> Seat {
         Seat {
             lacks_block: self.blocks.len() < blocks_for(self.tokens.len()),
@@ -185,13 +190,13 @@ impl Sequence {
         }
     }
 
-    /// Can its next token be computed now?
+    /// Whether the next token can be computed now.
     pub fn steps(&self) -> bool {
         let Seat { lacks_block, sits_out } = self.seat();
         !lacks_block && !sits_out
     }
 
-    /// Takes over more blocks.
+    /// Appends the blocks of `lease` to the sequence.
     pub fn grow(&mut self, lease: BlockLease) {
         self.blocks.extend_from_slice(lease.blocks());
         match &mut self.grown {
@@ -200,12 +205,12 @@ impl Sequence {
         }
     }
 
-    /// Prompt, and output so far, as penalties count them.
+    /// Splits the tokens into prompt and output for penalties. Earlier output in the request counts as output.
     pub fn prompt_and_output(&self) -> (&[u32], &[u32]) {
         self.tokens.split_at(self.request.tokens.len() - self.request.generated)
     }
 
-    /// The end, if the output has come to it.
+    /// Returns the finish reason if the output is complete.
     pub fn finish(&self) -> Option<FinishReason> {
         let output = &self.tokens[self.request.tokens.len()..];
         match output.last() {
@@ -214,7 +219,7 @@ impl Sequence {
         }
     }
 
-    /// The next token of the output; returns the time since the last one.
+    /// Appends the next output token and sends it to the client. Returns the time since the last token.
     pub fn push(&mut self, token: OutputToken) -> Duration {
         self.tokens.push(token.token);
         self.tell(SequenceEvent::Token(token));
@@ -222,19 +227,22 @@ impl Sequence {
         now - std::mem::replace(&mut self.last_token_at, now)
     }
 
-    /// The engine can't go on with it.
+    /// Ends the request with an error: logs it and sends [`SequenceEvent::Failed`].
     pub fn fail(self, reason: &str) {
-        error!(request = %self.request.id, reason, "the engine gives a request up");
+        error!(request = %self.request.id, reason, "the request failed in the engine");
         self.tell(SequenceEvent::Failed(reason.to_owned()));
     }
 
-    /// Says a last word.
+    /// Sends an event to the client.
     pub fn tell(&self, event: SequenceEvent) {
-        // Room was looked for before the step; closed, nobody wants to hear it.
+        // Never full, because the room was checked before the step. If the channel is closed, the client is gone.
         let _ = self.events.try_send(event);
     }
 
-    /// Copies the KV to host memory and gives the blocks back.
+    /// Preempts the sequence: copies its KV to host memory and frees its blocks.
+    ///
+    /// # Errors
+    /// Reading the KV failed: returns the sequence unchanged.
     pub fn swap_out(self, store: &dyn KvStore, load: &Arc<LoadState>) -> Result<Swapped, (Box<Self>, StoreError)> {
         let size = store.block_bytes();
         let mut layers = Vec::with_capacity(store.num_layers());
@@ -260,13 +268,13 @@ impl Sequence {
     }
 }
 
-/// A request that was taken out of the batch.
+/// A preempted request. Its KV is in host memory.
 pub struct Swapped {
-    /// Place in the order of arrival.
+    /// Arrival number.
     pub arrival: u64,
-    /// Blocks that it had, and needs again.
+    /// Number of blocks that the request had and needs to resume.
     pub blocks: usize,
-    /// For each layer, the bytes of its blocks.
+    /// Bytes of the blocks, for each layer.
     layers: Vec<Vec<u8>>,
     request: Request,
     tokens: Vec<u32>,
@@ -276,12 +284,15 @@ pub struct Swapped {
 }
 
 impl Swapped {
-    /// Has its client gone, or its time?
+    /// Whether the request is over: its client is gone or its deadline has passed.
     pub fn is_over(&self) -> bool {
         is_over(&self.events, &self.request)
     }
 
-    /// Copies the KV back, into the blocks of `lease`.
+    /// Resumes the request: copies its KV into the blocks of `lease`, which must have [`blocks`](Self::blocks) blocks.
+    ///
+    /// # Errors
+    /// Writing the KV failed. The error has been logged and sent to the client.
     pub fn swap_in(
         self,
         lease: BlockLease,
@@ -293,7 +304,7 @@ impl Swapped {
             let mut copy = |i: usize, block: &mut [u8]| block.copy_from_slice(&bytes[i * size..][..size]);
             if let Err(e) = store.write(layer, lease.blocks(), &mut copy) {
                 let reason = format!("copying KV back from host memory: {e}");
-                error!(request = %self.request.id, reason, "the engine gives a request up");
+                error!(request = %self.request.id, reason, "the request failed in the engine");
                 let _ = self.events.try_send(SequenceEvent::Failed(reason));
                 return Err(e);
             }

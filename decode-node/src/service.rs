@@ -13,15 +13,15 @@ use tracing::{debug, warn};
 
 use crate::{engine::EngineHandle, request, sequence::SequenceEvent};
 
-/// The service; what it needs of the node.
+/// Implementation of the gRPC service `overfill.v1.Decode`.
 pub struct DecodeService {
-    /// The way into the engine.
+    /// Handle of the engine.
     pub engine: EngineHandle,
-    /// What requests are checked against.
+    /// Limits for requests.
     pub limits: RequestLimits,
-    /// Where KV comes in.
+    /// Receiver of KV from prefill nodes.
     pub receiver: KvReceiver,
-    /// The node.
+    /// Shared state of the node.
     pub core: NodeCore,
 }
 
@@ -29,16 +29,16 @@ fn event(event: v1::decode_event::Event) -> v1::DecodeEvent {
     v1::DecodeEvent { event: Some(event) }
 }
 
-/// What a request's stream hears next.
+/// The next event of a response stream.
 enum Next {
     Engine(Option<SequenceEvent>),
     Handoff(Result<Committed, HandoffError>),
     Deadline,
-    /// The node drains, and the request has had its time.
+    /// The node is draining and the drain timeout is over. The router moves the request to another node.
     Moved,
 }
 
-/// The next event; a handoff that is awaited may come first.
+/// Waits for the next event. `handoff` is the handoff whose KV has not arrived yet, if any.
 async fn next(
     events: &mut mpsc::Receiver<SequenceEvent>,
     handoff: Option<&mut IncomingHandoff>,
@@ -69,7 +69,8 @@ impl v1::decode_server::Decode for DecodeService {
         let arrived = Instant::now();
         let request = request::check(&self.limits, request.into_inner(), arrived)?;
         let (id, deadline, prompt_tokens) = (request.id.clone(), request.deadline, request.tokens.len() as u32);
-        // Named in the reservation, the producer is checked by the prefill node: what is held fits what will be sent.
+        // The reservation's schema names the producer, and the prefill node checks it. So the blocks held here and the
+        // blocks that it sends come from the same model.
         let kv_schema = KvSchema { full_model: request.producer.clone(), ..self.core.identity.schema.clone() };
         let (arrival, mut events) = self.engine.submit(request)?;
         let (engine, receiver, load) = (self.engine.clone(), self.receiver.clone(), self.core.load.clone());
@@ -77,7 +78,8 @@ impl v1::decode_server::Decode for DecodeService {
         let kv_endpoint = self.core.identity.kv_endpoint.clone();
         let vocab_size = self.core.identity.schema.vocab_size;
         let mut ending = Ending::new(load.clone(), arrived);
-        // The stream owns the request: dropped, it drops `events` and the handoff, and the engine lets go.
+        // The stream owns the request. Dropping the stream drops `events`, which cancels the request in the engine, and
+        // the handoff.
         Ok(Response::new(Box::pin(async_stream::try_stream! {
             let mut handoff: Option<IncomingHandoff> = None;
             let mut is_here = false;
@@ -109,7 +111,7 @@ impl v1::decode_server::Decode for DecodeService {
                         load.metrics().transfer_bytes.inc_by(stats.bytes);
                         load.metrics().transfer_seconds.observe(stats.seconds);
                         load.metrics().transfer_exposed_seconds.observe(stats.exposed_seconds);
-                        debug!(request = %id, bytes = stats.bytes, seconds = stats.seconds, "took over");
+                        debug!(request = %id, bytes = stats.bytes, seconds = stats.seconds, "KV received");
                         engine.ready(arrival, first_token)?;
                         yield event(Wire::Ready(v1::HandoffReady { transfer: Some(stats.into()) }));
                     }
@@ -121,7 +123,7 @@ impl v1::decode_server::Decode for DecodeService {
                         ending.because("error");
                         load.metrics().transfer_failures.inc();
                         warn!(request = %id, error = reason, "handoff failed");
-                        Err(ended_early(deadline, &format!("taking the prompt's KV over: {reason}")))?;
+                        Err(ended_early(deadline, &format!("receiving the prompt's KV: {reason}")))?;
                     }
                     Next::Engine(Some(SequenceEvent::Token(token))) => yield event(Wire::Token(token.into())),
                     Next::Engine(Some(SequenceEvent::Finished(reason))) => {
@@ -139,15 +141,15 @@ impl v1::decode_server::Decode for DecodeService {
                     }
                     Next::Engine(None) => {
                         ending.because("error");
-                        Err(ended_early(deadline, "the engine has let the request go"))?;
+                        Err(ended_early(deadline, "the engine dropped the request"))?;
                     }
                     Next::Moved => {
-                        debug!(request = %id, "given back");
+                        debug!(request = %id, "aborted by the drain");
                         Err(Status::aborted("the node is draining"))?;
                     }
                     Next::Deadline => {
                         ending.because("error");
-                        Err(Status::deadline_exceeded("the request's deadline is over"))?;
+                        Err(Status::deadline_exceeded("the deadline of the request has passed"))?;
                     }
                 }
             }

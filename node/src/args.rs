@@ -1,4 +1,4 @@
-//! The settings that both roles have: as given, and as checked.
+//! Settings that both roles have: the command line arguments and their checked form.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -9,9 +9,9 @@ use overfill_cluster::{
 use overfill_kv::{BLOCK_TOKENS, KvDtype};
 use overfill_model::{DeviceSpec, LoadOptions, Rows, WeightFormat};
 
-/// Longest deadline of a request, in seconds.
+/// Maximum deadline of a request, in seconds.
 pub const MAX_DEADLINE_SECONDS: f64 = 86400.0;
-/// Block ids are 32 bits; this is far below, and far above any memory.
+/// Maximum capacity of the KV cache, in tokens. It keeps block ids far below 32 bits and exceeds any real memory.
 const MAX_POOL_TOKENS: usize = 1 << 30;
 
 /// Settings of a node, whatever its role.
@@ -119,42 +119,42 @@ pub struct NodeArgs {
     pub process: ProcessArgs,
 }
 
-/// Checked settings.
+/// Checked settings of a node.
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
-    /// Folder or file of the model.
+    /// Folder or GGUF file of the model.
     pub model: PathBuf,
     /// Name under which the model is served; `None`: the name of its folder.
     pub served_model_name: Option<String>,
     /// Name of the node; `None`: its role and address.
     pub node_id: Option<String>,
-    /// How the model is loaded.
+    /// Device, weight format and KV type of the model.
     pub load: LoadOptions,
-    /// Blocks of the KV cache.
+    /// Capacity of the KV cache, in blocks.
     pub kv_blocks: usize,
-    /// Where gRPC is served.
+    /// Listen address of the gRPC service.
     pub listen: SocketAddr,
-    /// Where probes and metrics are served.
+    /// Listen address of the admin port.
     pub admin: SocketAddr,
-    /// What routers dial; `None`: the listen address.
+    /// gRPC address (`host:port`) that routers dial; `None`: the listen address.
     pub advertise_grpc: Option<String>,
-    /// Most requests waiting.
+    /// Maximum number of waiting requests.
     pub max_waiting: usize,
-    /// For requests without a deadline of their own.
+    /// Time limit of a request that sets no deadline.
     pub default_deadline: Duration,
-    /// How long requests may go on running when the node shuts down.
+    /// Time that running requests may take to finish at shutdown.
     pub drain_timeout: Duration,
-    /// Longest step of the engine.
+    /// Maximum time of one engine step.
     pub step_timeout: Duration,
-    /// Between services; `None`: nothing is encrypted.
+    /// TLS between services; `None`: no encryption.
     pub tls: Option<Tls>,
-    /// Where the node registers; `None`: nowhere.
+    /// The etcd in which the node registers; `None`: discovery is off.
     pub etcd: Option<EtcdConfig>,
 }
 
 impl NodeArgs {
-    /// Checks everything and adds every fault to `f`. The result is there only if `f` is empty. `rows` is what the role's
-    /// products are made fast for.
+    /// Checks all settings and adds every error to `f`. Returns `None` unless `f` is empty. `rows` is the number of
+    /// rows that the role's matrix products are optimized for.
     pub fn validate(self, rows: Rows, f: &mut Vec<ConfigError>) -> Option<NodeConfig> {
         let Self {
             model,
@@ -205,7 +205,7 @@ impl NodeArgs {
         let tls = tls.validate(f);
         ConfigError::check_exposed(f, "listen", listen, tls.is_some(), "--tls-ca", &process);
         let etcd = etcd.validate(f);
-        // Only etcd is told the advertised address.
+        // The advertised address is used only for the registration in etcd.
         let registered = listen.filter(|_| etcd.is_some());
         ConfigError::check_advertised(f, "advertise-grpc", advertise_grpc.as_deref(), registered);
         if !f.is_empty() {
@@ -230,7 +230,7 @@ impl NodeArgs {
     }
 }
 
-/// A number of seconds above 0.
+/// Checks that `seconds` is in (0, `MAX_DEADLINE_SECONDS`]. Otherwise adds an error to `f` and returns `None`.
 pub(crate) fn positive(f: &mut Vec<ConfigError>, flag: &'static str, seconds: f64) -> Option<Duration> {
     let ok = seconds > 0.0 && seconds <= MAX_DEADLINE_SECONDS;
     ConfigError::check(f, ok, flag, format!("in (0, {MAX_DEADLINE_SECONDS}]"), seconds);

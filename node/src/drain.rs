@@ -1,32 +1,35 @@
-//! How a node empties itself: it takes nothing new, ends what runs, and gives away what runs too long.
+//! Draining a node: it accepts nothing new, finishes the running requests, and aborts those that exceed the drain
+//! timeout, so that their router moves them to other nodes.
 
 use std::{sync::Arc, time::Duration};
 
 use overfill_cluster::Shutdown;
 use tokio::{sync::watch, time::Instant};
 
-/// A node's shutdown with a time for what still runs. Clones are the same drain.
+/// A node's shutdown with a time limit for the running requests. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Drain {
     shutdown: Shutdown,
     timeout: Duration,
-    /// When what still runs has to go, once somebody has said so.
+    /// End of the time limit; `None` until the drain begins.
     end: Arc<watch::Sender<Option<Instant>>>,
 }
 
 impl Drain {
-    /// When `shutdown` begins by itself (a signal), what runs has `timeout`.
+    /// Creates a drain of `shutdown`. `timeout` applies unless [`begin`](Self::begin) sets another one, for example
+    /// when a signal begins the shutdown.
     pub fn new(shutdown: &Shutdown, timeout: Duration) -> Self {
         Self { shutdown: shutdown.clone(), timeout, end: Arc::new(watch::Sender::new(None)) }
     }
 
-    /// Begins the shutdown; what runs has `timeout` from now on, else the usual time. The last call counts.
+    /// Begins the shutdown. Running requests may take `timeout` from now, or the default if it is `None`. A further
+    /// call replaces the time limit.
     pub fn begin(&self, timeout: Option<Duration>) {
         self.end.send_replace(Some(Instant::now() + timeout.unwrap_or(self.timeout)));
         self.shutdown.begin();
     }
 
-    /// Resolves when what still runs has to go elsewhere.
+    /// Resolves when the time limit is over and the remaining requests must be aborted.
     pub async fn is_over(&self) {
         self.shutdown.cancelled().await;
         self.end.send_if_modified(|end| end.is_none() && end.replace(Instant::now() + self.timeout).is_none());
@@ -35,7 +38,7 @@ impl Drain {
             let Some(at) = *end.borrow_and_update() else { return };
             tokio::select! {
                 () = tokio::time::sleep_until(at) => return,
-                // The sender is in `self`.
+                // It can't fail: `self` owns the sender.
                 _ = end.changed() => {}
             }
         }

@@ -1,23 +1,24 @@
-//! How an engine is driven.
+//! The thread of an engine, and the result of one turn.
 
 use std::{io, thread};
 
 use overfill_kv::Role;
 use tokio::sync::oneshot;
 
-/// What a turn of an engine came to.
+/// Result of one turn of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
-    /// It computed a step.
+    /// The engine computed a step.
     Computed,
-    /// There was nothing to compute. What the engine waits for (blocks that a handoff lets go, a client that reads, a
-    /// client that goes away) sends it no message.
+    /// There was nothing to compute. If requests wait, the engine must poll: no message tells it that a handoff has
+    /// freed blocks, or that a client has read its events or disconnected.
     Idle,
-    /// Nothing is left, and nothing can come: the engine is done.
+    /// No work is left, and all handles are dropped, so no request can arrive: the engine ends.
     Over,
 }
 
-/// Runs an engine on a thread of its own. The receiver resolves when the thread has ended, for whatever reason.
+/// Runs an engine on a dedicated thread. The receiver resolves (with an error) when the thread has ended, also after a
+/// panic.
 pub fn spawn_engine(role: Role, run: impl FnOnce() + Send + 'static) -> io::Result<oneshot::Receiver<()>> {
     let (ended, end) = oneshot::channel();
     thread::Builder::new().name(format!("{role}-engine")).spawn(move || {

@@ -16,23 +16,23 @@ use crate::{
     Identity, LoadState, NodeConfig, NodeCore, NodeMetrics, RoleService, Served, load::Receiving, new_incarnation,
 };
 
-/// Why a node could not start or go on.
+/// Why a node failed to start or to keep running.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
-    /// An address is taken or not this machine's.
+    /// Binding a listen address failed.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// The model can't be served.
+    /// Loading the model failed.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// A fault of the program.
+    /// Registering the metrics failed: a bug in this program.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
-    /// The system refused a thread or a socket.
+    /// The operating system refused a thread or a socket.
     #[error("system: {0}")]
     Io(#[from] io::Error),
-    /// gRPC reflection could not be set up: a fault of the program.
-    #[error("reflection: {0}")]
+    /// Setting up gRPC reflection failed: a bug in this program.
+    #[error("setting up gRPC reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
     /// Loading the model panicked.
     #[error("loading the model: {0}")]
@@ -48,13 +48,13 @@ pub enum NodeError {
     EngineEnded,
 }
 
-/// A node's listeners, bound, and its model, loaded.
+/// A node with bound listeners and a loaded model.
 pub struct Host {
-    /// Its settings.
+    /// Settings of the node.
     pub config: NodeConfig,
-    /// Its model.
+    /// The loaded model.
     pub model: Model,
-    /// The blocks of the model's KV.
+    /// Pool of the blocks of the KV cache.
     pub pool: BlockPool,
     role: Role,
     grpc: TcpListener,
@@ -70,7 +70,7 @@ impl Host {
         let grpc = grpc::bind("listen", config.listen).await?;
         let admin_listener = grpc::bind("admin", config.admin).await?;
         let admin_address = admin_listener.local_addr()?;
-        // Before the model is loaded, which may take minutes.
+        // The admin port is served before the model is loaded, which may take minutes.
         let admin = Admin::default();
         let admin_server = AdminServer::start(admin_listener, admin.clone());
         let NodeConfig { model: folder, load: options, kv_blocks, .. } = config.clone();
@@ -80,7 +80,7 @@ impl Host {
         Ok(Self { config, model, pool, role, grpc, grpc_address, admin, admin_server, admin_address })
     }
 
-    /// Where it serves. `kv` is where KV is received.
+    /// Ready line with the listen addresses. `kv` is the KV listen address of a decode node.
     pub fn ready_line(&self, kv: Option<SocketAddr>) -> ReadyLine {
         ReadyLine {
             role: self.role.to_string(),
@@ -91,7 +91,7 @@ impl Host {
         }
     }
 
-    /// Where the node's load is counted.
+    /// Creates the load counters and the metrics of the node. `receiving` counts incoming handoffs on decode nodes.
     pub fn load(&self, receiving: Option<Receiving>) -> Result<Arc<LoadState>, NodeError> {
         let metrics = NodeMetrics::new(&self.served_model_name())?;
         Ok(LoadState::new(self.pool.clone(), metrics, receiving, self.config.step_timeout))
@@ -101,7 +101,8 @@ impl Host {
         self.config.served_model_name.clone().unwrap_or_else(|| self.model.name().to_owned())
     }
 
-    /// What this node is, with its role's `schema`, limit and KV address.
+    /// Creates the node's identity. `schema`, `max_running` and `kv_endpoint` depend on the role. The incarnation is
+    /// drawn at random, so call this once per process.
     pub fn identity(&self, schema: KvSchema, max_running: usize, kv_endpoint: Option<KvEndpoint>) -> Identity {
         let default_id = || format!("{}-{}", self.role, self.grpc_address);
         Identity {
@@ -119,14 +120,14 @@ impl Host {
         }
     }
 
-    /// The parts that serve, and the model for the engine.
+    /// Splits the host into its servers and the model, which the engine takes.
     pub fn into_parts(self) -> (Front, Model) {
         let Self { config, model, pool: _, role: _, grpc, grpc_address, admin, admin_server, admin_address: _ } = self;
         (Front { config, grpc, grpc_address, admin, admin_server }, model)
     }
 }
 
-/// A node's listeners.
+/// The servers of a node: the gRPC listener and the admin port.
 pub struct Front {
     config: NodeConfig,
     grpc: TcpListener,
@@ -136,7 +137,10 @@ pub struct Front {
 }
 
 impl Front {
-    /// Registers the node and serves until the shutdown begins and what runs then has ended.
+    /// Registers the node in etcd and serves until the shutdown begins and the running requests have ended.
+    ///
+    /// # Errors
+    /// The engine ends while the node is serving, or a task of the node panics.
     pub async fn serve(
         self,
         core: &NodeCore,
@@ -149,7 +153,7 @@ impl Front {
             ready: Box::new(move || asked.health()),
             refresh: Box::new(move || refreshed.refresh_metrics()),
         });
-        // The listener takes connections already, so routers that find the node are served.
+        // The listener is bound, so routers that find the registration can connect.
         let grpc = self.config.advertise_grpc.unwrap_or_else(|| self.grpc_address.to_string());
         let registration = core.identity.registration(grpc);
         let shutdown = &core.shutdown;
@@ -169,7 +173,7 @@ impl Front {
     }
 }
 
-/// Connections that a node's gRPC and admin servers may have.
+/// Maximum number of file descriptors for the connections of a node's gRPC and admin servers.
 pub fn connections() -> usize {
     grpc::limits(NODE_CONNECTIONS).files() + http::ConnectionLimits::http(admin::CONNECTIONS).files()
 }

@@ -1,43 +1,43 @@
-//! What a node is.
+//! The identity of a node, and its forms for routers and for etcd.
 
 use overfill_cluster::discovery::Registration;
 use overfill_kv::{KvEndpoint, KvSchema, Role};
 use overfill_proto::v1;
 
-/// What a node is. Fixed for the life of the process.
+/// Identity and capacity of a node. Fixed for the life of the process.
 #[derive(Clone, Debug)]
 pub struct Identity {
-    /// The stage that it runs.
+    /// Role: prefill or decode.
     pub role: Role,
-    /// Its name.
+    /// Name of the node.
     pub node_id: String,
     /// Random per process: a restarted node is another incarnation, even at the same address.
     pub incarnation: String,
     /// Name under which its model is served.
     pub model: String,
-    /// Schema of the KV that it computes, or that its model attends to.
+    /// KV schema. Prefill nodes: the KV that the model computes. Decode nodes: the KV that the model attends to.
     pub schema: KvSchema,
-    /// Longest prompt and output: what the model allows and the KV pool holds.
+    /// Maximum length of prompt and output together, in tokens: the lower of the model's limit and the KV capacity.
     pub max_context_tokens: usize,
-    /// Blocks of its KV cache.
+    /// Capacity of its KV cache, in blocks.
     pub total_blocks: usize,
-    /// Most requests computed at once.
+    /// Maximum number of requests computed at once.
     pub max_running: usize,
-    /// Where prefill nodes send KV; decode nodes only.
+    /// Address that prefill nodes send KV to; decode nodes only.
     pub kv_endpoint: Option<KvEndpoint>,
-    /// Format of its weights.
+    /// Format of its weights in memory.
     pub weights: String,
-    /// Token ids that end a text.
+    /// End-of-sequence token ids of the model.
     pub eos_token_ids: Vec<u32>,
 }
 
-/// A name that no other process has.
+/// Draws a random incarnation: 64 bits, as hex.
 pub fn new_incarnation() -> String {
     format!("{:016x}", rand::random::<u64>())
 }
 
 impl Identity {
-    /// As routers hear it.
+    /// Converts the identity to its wire form, for routers.
     pub fn info(&self) -> v1::NodeInfo {
         v1::NodeInfo {
             node_id: self.node_id.clone(),
@@ -55,7 +55,7 @@ impl Identity {
         }
     }
 
-    /// As etcd has it. `grpc` is what routers dial, `host:port`.
+    /// Converts the identity to the registration in etcd. `grpc` is the address (`host:port`) that routers dial.
     pub fn registration(&self, grpc: String) -> Registration {
         Registration {
             role: self.role,

@@ -1,4 +1,4 @@
-//! The KV plane's connections: over plain TCP, or TLS.
+//! Connections of the KV plane: plain TCP or TLS.
 
 use std::{future::ready, io, net::SocketAddr};
 
@@ -7,14 +7,15 @@ use overfill_net::Listen;
 use overfill_transport::tcp::{Dialer, Link, Opening, plain_dialer};
 use tokio::net::TcpListener;
 
-/// A decode node's listener. Handshakes are the receiver's to wait for: it limits them as it limits hellos.
+/// KV listener of a decode node. `accept` does not wait for the TLS handshake. The receiver awaits the handshake and
+/// applies its limits to it, as it does to hello frames.
 pub struct KvListener {
     listener: TcpListener,
     tls: Option<Tls>,
 }
 
 impl KvListener {
-    /// Over a bound listener.
+    /// Accepts connections from a bound `listener`.
     pub fn new(listener: TcpListener, tls: Option<Tls>) -> Self {
         Self { listener, tls }
     }
@@ -36,7 +37,7 @@ impl Listen for KvListener {
     }
 }
 
-/// How a prefill node reaches decode nodes.
+/// Dialer with which a prefill node connects to the KV listeners of decode nodes.
 pub fn kv_dialer(tls: Option<Tls>) -> Dialer {
     let Some(tls) = tls else { return plain_dialer() };
     let dialer = net::tcp_dialer(Some(tls));

@@ -1,8 +1,8 @@
-//! What prefill and decode nodes share: the process around a model and its engine.
+//! Code shared by prefill and decode nodes: the process around a model and its engine.
 //!
-//! A node binds a [`Host`] (listeners, admin port, the loaded model), says what it is ([`Identity`]), starts its engine, and
-//! has the host serve its role's gRPC service beside the [`NodeService`] until the node has drained. A [`NodeCore`] is what
-//! the parts of a running node have in common. The checks that both roles' requests share are in [`request`].
+//! A node binds a [`Host`] (listeners, admin port, loaded model), creates its [`Identity`] and starts its engine. Then
+//! [`Front::serve`] serves the role's gRPC service and the [`NodeService`] until the node has drained. [`NodeCore`]
+//! holds the state that the parts of a running node share. [`request`] checks the request fields that both roles have.
 
 mod args;
 mod drain;

@@ -1,4 +1,5 @@
-//! What a node is doing now: counted where it happens, watched by routers, shown as gauges.
+//! The current load of a node: counters that the engine, the service and the handoffs update. Routers watch the load,
+//! and metrics export it.
 
 use std::{
     sync::{
@@ -16,41 +17,41 @@ use overfill_cluster::Health;
 
 use crate::NodeMetrics;
 
-/// How old a watched load may be when nothing has told of a change.
+/// Interval at which a watched load is refreshed if no change is published.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A snapshot of the node's load.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Load {
-    /// Blocks that a new request could have.
+    /// KV blocks available to new requests: free and cached blocks.
     pub free_blocks: usize,
     /// Requests that hold blocks.
     pub running: usize,
-    /// Requests accepted that hold none.
+    /// Accepted requests that hold no blocks.
     pub waiting: usize,
-    /// Prompt tokens accepted but not computed.
+    /// Prompt tokens that are accepted but not computed yet.
     pub queued_tokens: u64,
     /// Handoffs whose transfer has not ended.
     pub open_handoffs: usize,
-    /// KV bytes held for handoffs whose request has gone.
+    /// KV bytes held for handoffs whose request has ended.
     pub stranded_bytes: u64,
-    /// Nothing new is taken.
+    /// The node is draining and accepts no requests.
     pub draining: bool,
-    /// The engine has been at one step for longer than it may.
+    /// The current engine step has exceeded the step timeout.
     pub stalled: bool,
 }
 
 impl Load {
-    /// Does nothing run, wait or change hands?
+    /// Whether the node has no running or waiting requests and no open handoffs.
     pub fn is_idle(&self) -> bool {
         self.running + self.waiting + self.open_handoffs == 0
     }
 }
 
-/// Open handoffs and stranded bytes of a receiving side, which counts them itself.
+/// Returns the open handoffs and the stranded bytes of a decode node's KV receiver.
 pub type Receiving = Box<dyn Fn() -> (usize, u64) + Send + Sync>;
 
-/// Counters behind [`Load`], shared by the engine, the service and the handoffs.
+/// The counters from which [`Load`] is computed, shared by the engine, the service and the handoffs.
 pub struct LoadState {
     pool: BlockPool,
     metrics: NodeMetrics,
@@ -63,16 +64,17 @@ pub struct LoadState {
     stranded_bytes: AtomicU64,
     receiving: Option<Receiving>,
     draining: AtomicBool,
-    /// What the engine's steps are measured against.
+    /// Origin of `step_began`.
     start: Instant,
     step_timeout: Duration,
-    /// Nanoseconds after `start` at which the step now under way began; 0 between steps.
+    /// Start of the current engine step, in nanoseconds after `start`; 0 between steps.
     step_began: AtomicU64,
     watch: watch::Sender<Load>,
 }
 
 impl LoadState {
-    /// Of an idle node, whose engine may take `step_timeout` for a step.
+    /// Creates the counters of an idle node. `receiving` counts incoming handoffs; the node counts as stalled when a
+    /// step takes longer than `step_timeout`.
     pub fn new(
         pool: BlockPool,
         metrics: NodeMetrics,
@@ -100,7 +102,7 @@ impl LoadState {
         Arc::new(state)
     }
 
-    /// The load now.
+    /// Computes the current load.
     pub fn load(&self) -> Load {
         let (receiving, stranded) = self.receiving.as_ref().map_or((0, 0), |receiving| receiving());
         Load {
@@ -115,31 +117,31 @@ impl LoadState {
         }
     }
 
-    /// The load, and its changes.
+    /// Subscribes to published loads.
     pub fn watch(&self) -> watch::Receiver<Load> {
         self.watch.subscribe()
     }
 
-    /// Tells the watchers, if anything has changed.
+    /// Computes the current load and publishes it to the watchers if it has changed.
     pub fn publish(&self) {
         let load = self.load();
         self.watch.send_if_modified(|last| std::mem::replace(last, load) != load);
     }
 
-    /// Resolves when the load is another one than `watch` has seen last.
+    /// Resolves when the load differs from the last one that `watch` has seen.
     ///
-    /// Looks by itself now and then: a block that the KV plane lets go of tells nobody.
+    /// Refreshes the load every second, because some changes are not published, such as blocks freed by the KV plane.
     pub async fn changed(&self, watch: &mut watch::Receiver<Load>) {
         loop {
             tokio::select! {
-                // The sender is in `self`, so there is no other outcome than a change.
+                // It can't fail: `self` owns the sender.
                 _ = watch.changed() => return,
                 () = tokio::time::sleep(LOOK_INTERVAL) => self.publish(),
             }
         }
     }
 
-    /// Resolves when nothing runs, waits or changes hands any more.
+    /// Resolves when the node is idle: [`Load::is_idle`].
     pub async fn drained(&self) {
         let mut watch = self.watch();
         loop {
@@ -150,7 +152,7 @@ impl LoadState {
         }
     }
 
-    /// Sets the gauges.
+    /// Sets the gauges to the current load.
     pub fn refresh_metrics(&self) {
         let load = self.load();
         self.metrics.requests_running.set(load.running as i64);
@@ -161,37 +163,37 @@ impl LoadState {
         self.metrics.stranded_bytes.set(load.stranded_bytes as i64);
     }
 
-    /// The metrics that are counted.
+    /// Metrics of the node. Counters and histograms are updated where the events happen.
     pub fn metrics(&self) -> &NodeMetrics {
         &self.metrics
     }
 
-    /// Takes nothing new from now on.
+    /// Marks the node as draining: it accepts no requests from now on.
     pub fn drain(&self) {
         self.draining.store(true, Relaxed);
         self.publish();
     }
 
-    /// Has [`drain`](Self::drain) been called?
+    /// Whether [`drain`](Self::drain) has been called.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Relaxed)
     }
 
-    /// The engine begins a step: everything it does between two looks for new work.
+    /// Records that the engine begins a step: all its work between two polls for new requests.
     pub fn step_began(&self) {
         let now = self.start.elapsed().as_nanos() as u64;
         self.step_began.store(now.max(1), Relaxed);
     }
 
-    /// And ends it.
+    /// Records that the engine has ended its step.
     pub fn step_ended(&self) {
         self.step_began.store(0, Relaxed);
     }
 
-    /// Has the engine been at one step for longer than it may?
+    /// Whether the current engine step has exceeded the step timeout.
     ///
-    /// An engine that hangs can't say so. Whoever asks is the watchdog: the routers' load streams, at least once a
-    /// second, and `/ready`.
+    /// An engine that hangs can't report it, so the readers of the load act as the watchdog: the load streams to
+    /// routers, which call this at least once a second, and `/ready`.
     pub fn is_stalled(&self) -> bool {
         match self.step_began.load(Relaxed) {
             0 => false,
@@ -199,14 +201,14 @@ impl LoadState {
         }
     }
 
-    /// A place among at most `max` waiting requests; `None` if there is none.
+    /// Counts a request as waiting until the guard is dropped. Returns `None` if `max` requests are waiting already.
     pub fn try_wait(self: &Arc<Self>, max: usize) -> Option<Counted> {
         let more = |n| (n < max).then_some(n + 1);
         self.waiting.fetch_update(Relaxed, Relaxed, more).ok()?;
         Some(Counted { state: self.clone(), what: What::Waiting })
     }
 
-    /// Counts a request as waiting, however many do, until the guard is dropped.
+    /// Counts a request as waiting until the guard is dropped, without a limit.
     pub fn count_waiting(self: &Arc<Self>) -> Counted {
         self.waiting.fetch_add(1, Relaxed);
         Counted { state: self.clone(), what: What::Waiting }
@@ -224,7 +226,7 @@ impl LoadState {
         Counted { state: self.clone(), what: What::Handoff }
     }
 
-    /// Counts a router that has joined the node, and watches its load, until the guard is dropped.
+    /// Counts a router that watches the node's load until the guard is dropped.
     pub fn count_router(self: &Arc<Self>) -> Counted {
         let routers = self.routers.fetch_add(1, Relaxed) + 1;
         self.router_has_joined.store(true, Relaxed);
@@ -232,12 +234,12 @@ impl LoadState {
         Counted { state: self.clone(), what: What::Router }
     }
 
-    /// Would the node serve a request now? Not before a router has joined it, for nobody else sends it any. A node that
-    /// its routers leave later stays ready: it can't be at fault for all of them.
+    /// Health of the node for probes. A node is not ready before the first router has joined, because only routers send
+    /// it requests. It stays ready when all routers leave later, because that is hardly the fault of the node.
     pub fn health(&self) -> Health {
         match (self.is_draining(), self.is_stalled(), self.router_has_joined.load(Relaxed)) {
             (true, _, _) => Health::NotServing("draining".into()),
-            (_, true, _) => Health::NotServing("the engine does not get on with its work".into()),
+            (_, true, _) => Health::NotServing("the engine step exceeds the step timeout".into()),
             (_, _, false) => Health::NotServing("no router has joined this node yet".into()),
             (false, false, true) => Health::Serving,
         }
@@ -249,7 +251,7 @@ impl LoadState {
         Counted { state: self.clone(), what: What::Stranded(bytes) }
     }
 
-    /// Counts tokens as queued until they are taken off the guard, or it is dropped.
+    /// Counts the tokens of a prompt as queued until they are computed or the guard is dropped.
     pub fn count_tokens(self: &Arc<Self>, tokens: usize) -> QueuedTokens {
         self.queued_tokens.fetch_add(tokens as u64, Relaxed);
         QueuedTokens { state: self.clone(), left: tokens as u64 }
@@ -264,7 +266,7 @@ enum What {
     Stranded(u64),
 }
 
-/// Something that counts for as long as this lives.
+/// Guard of one counter: dropping it subtracts what it counts.
 pub struct Counted {
     state: Arc<LoadState>,
     what: What,
@@ -286,14 +288,14 @@ impl Drop for Counted {
     }
 }
 
-/// Tokens of one prompt that are still to be computed.
+/// Guard for the tokens of one prompt that are not computed yet.
 pub struct QueuedTokens {
     state: Arc<LoadState>,
     left: u64,
 }
 
 impl QueuedTokens {
-    /// `tokens` more have been computed.
+    /// Records that `tokens` more tokens have been computed.
     pub fn computed(&mut self, tokens: usize) {
         let done = self.left.min(tokens as u64);
         self.left -= done;

@@ -1,4 +1,4 @@
-//! The metrics of a node, under the names that dashboards for vLLM already read where they mean the same.
+//! Metrics of a node. A metric that means the same as one of vLLM has its name, so dashboards for vLLM work.
 
 use overfill_cluster::metrics::{MetricsError, counter, histogram, int_gauge, register};
 use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
@@ -6,50 +6,50 @@ use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, Opts, Re
 /// Metrics that prefill and decode nodes share. Every series has the label `model_name`.
 #[derive(Clone, Debug)]
 pub struct NodeMetrics {
-    /// All of them.
+    /// Registry of all metrics.
     pub registry: Registry,
     /// Requests in the running batch.
     pub requests_running: IntGauge,
     /// Requests accepted but not in the batch.
     pub requests_waiting: IntGauge,
-    /// Part of the KV blocks that requests hold, 0 to 1. Blocks that are merely cached are free to be taken.
+    /// Fraction of the KV blocks that requests hold, 0 to 1. Blocks that are only cached do not count.
     pub kv_cache_usage: Gauge,
-    /// Prompt tokens of the requests taken.
+    /// Prompt tokens of started requests.
     pub prompt_tokens: IntCounter,
-    /// Tokens chosen.
+    /// Tokens sampled.
     pub generation_tokens: IntCounter,
     /// Requests ended, by `finished_reason`: `stop`, `length`, `abort`, `error`.
     pub request_success: IntCounterVec,
-    /// Arrival to first token.
+    /// Seconds from arrival to first token.
     pub time_to_first_token_seconds: Histogram,
-    /// Between two tokens of one request.
+    /// Seconds between two tokens of one request.
     pub inter_token_latency_seconds: Histogram,
-    /// Arrival to end.
+    /// Seconds from arrival to the end of the request.
     pub e2e_request_latency_seconds: Histogram,
-    /// Requests taken out of the batch to make room.
+    /// Requests preempted: removed from the batch to free blocks.
     pub preemptions: IntCounter,
     /// Prompt tokens looked up in the prefix cache.
     pub prefix_cache_queries: IntCounter,
-    /// Prompt tokens found there.
+    /// Prompt tokens found in the prefix cache.
     pub prefix_cache_hits: IntCounter,
     /// Routers that have joined the node.
     pub routers: IntGauge,
     /// Handoffs between reservation and end.
     pub open_handoffs: IntGauge,
-    /// KV bytes held for handoffs whose other side has gone.
+    /// KV bytes held for handoffs whose request has ended.
     pub stranded_bytes: IntGauge,
-    /// KV bytes that changed hands.
+    /// KV bytes transferred in handoffs.
     pub transfer_bytes: IntCounter,
-    /// First frame to confirmed commit.
+    /// Seconds from the first frame of a handoff to the confirmed commit.
     pub transfer_seconds: Histogram,
-    /// The part of it that computing did not hide.
+    /// Seconds of the transfer that did not overlap with computing.
     pub transfer_exposed_seconds: Histogram,
-    /// Handoffs that failed.
+    /// Failed handoffs.
     pub transfer_failures: IntCounter,
 }
 
 impl NodeMetrics {
-    /// Registers all of them for a node that serves `model`.
+    /// Creates and registers all metrics of a node that serves `model`.
     pub fn new(model: &str) -> Result<Self, MetricsError> {
         let labels = [("model_name".to_owned(), model.to_owned())].into();
         let registry = Registry::new_custom(None, Some(labels))?;
@@ -111,7 +111,7 @@ impl NodeMetrics {
         })
     }
 
-    /// Counts an ended request.
+    /// Counts an ended request with its `finished_reason`.
     pub fn finished(&self, reason: &str) {
         self.request_success.with_label_values(&[reason]).inc();
     }

@@ -1,5 +1,5 @@
-//! The checks that requests of both roles share: every refusal names the field, its limit and its value, and nothing is
-//! allocated before it.
+//! Checks of the request fields that both roles have. An error names the field, its limit and its value. Nothing is
+//! allocated for a request before it has passed.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,30 +10,30 @@ use tonic::Status;
 
 use crate::{Identity, MAX_DEADLINE_SECONDS};
 
-/// What a request is checked against.
+/// The limits for requests.
 #[derive(Clone, Debug)]
 pub struct RequestLimits {
-    /// The node.
+    /// Identity of the node: incarnation, context length, schema.
     pub identity: Arc<Identity>,
-    /// For requests without a deadline of their own.
+    /// Time limit of a request that sets no deadline.
     pub default_deadline: Duration,
 }
 
-/// A request that can't be served.
+/// Why a request is invalid for this node.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum RequestError {
-    /// A field with a value it may not have.
+    /// A field has an invalid value.
     #[error(transparent)]
     Field(#[from] InvalidField),
-    /// The KV of the one node is not what the other node's model attends to.
+    /// The KV of the prefill node does not fit the model of the decode node.
     #[error(transparent)]
     Schema(#[from] SchemaMismatch),
-    /// The request was meant for an earlier process at this address.
+    /// The request names another incarnation, usually an earlier process at this address.
     #[error("incarnation {asked} of this node is gone; this is {own}")]
     Restarted {
-        /// The incarnation that was meant.
+        /// Incarnation that the request names.
         asked: String,
-        /// This one.
+        /// Incarnation of this process.
         own: String,
     },
 }
@@ -47,11 +47,11 @@ impl From<RequestError> for Status {
     }
 }
 
-/// A request that an engine does not take.
+/// Why an engine refused a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// Too many wait already.
-    #[error("{0} requests are waiting, which is the most")]
+    /// The maximum number of requests, the field, is waiting already.
+    #[error("{0} requests are waiting, the maximum")]
     QueueFull(usize),
     /// The node is shutting down, or the engine has ended.
     #[error("the node is shutting down")]
@@ -67,40 +67,43 @@ impl From<Refused> for Status {
     }
 }
 
-/// The fields that requests of both roles have, as they arrive.
+/// Request fields that both roles have, unchecked.
 #[derive(Clone, Debug, Default)]
 pub struct CommonFields {
-    /// The request's name.
+    /// Id of the request.
     pub request_id: String,
-    /// The prompt, and earlier output.
+    /// Token ids of the prompt, followed by those of earlier output.
     pub prompt_tokens: Vec<u32>,
-    /// How tokens are chosen.
+    /// Sampling parameters; `None`: the defaults.
     pub sampling: Option<v1::SamplingParams>,
-    /// From the request's arrival on; 0: the node's default.
+    /// Deadline in seconds after the arrival of the request; 0: the node's default.
     pub deadline_seconds: f64,
-    /// The last of `prompt_tokens` that are earlier output.
+    /// Number of tokens at the end of `prompt_tokens` that are earlier output.
     pub generated_tokens: u32,
-    /// The process that is meant; empty: any.
+    /// Incarnation of the node that the request is meant for; empty: any.
     pub incarnation: String,
 }
 
-/// The same fields, checked.
+/// Request fields that both roles have, checked.
 #[derive(Clone, Debug)]
 pub struct Common {
-    /// The request's name.
+    /// Id of the request.
     pub id: RequestId,
-    /// The prompt, and earlier output; at least one token.
+    /// Token ids of the prompt, followed by those of earlier output; at least one token.
     pub tokens: Vec<u32>,
-    /// How tokens are chosen.
+    /// Sampling parameters.
     pub sampling: SamplingParams,
-    /// The last of `tokens` that are earlier output: penalties count them as such.
+    /// Number of tokens at the end of `tokens` that are earlier output. Penalties treat them as output.
     pub generated: usize,
-    /// When the request has failed.
+    /// Time at which the request fails if it has not ended.
     pub deadline: Instant,
 }
 
 impl RequestLimits {
     /// Checks the common fields of a request that arrived at `now`.
+    ///
+    /// # Errors
+    /// The request names another incarnation, or a field has an invalid value.
     pub fn check(&self, fields: CommonFields, now: Instant) -> Result<Common, RequestError> {
         let CommonFields {
             request_id,
@@ -149,7 +152,7 @@ impl RequestLimits {
         Err(InvalidField::new("deadline_seconds", format!("in [0, {MAX_DEADLINE_SECONDS}]"), seconds))
     }
 
-    /// Limits of a node of incarnation `1` and 64 tokens of context, for tests.
+    /// For tests: limits of a node with incarnation `1` and a context of 64 tokens.
     #[doc(hidden)]
     pub fn of_a_small_node(role: overfill_kv::Role) -> Self {
         use overfill_kv::{KvDtype, KvSchema, RopeSpec};

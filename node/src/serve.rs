@@ -1,4 +1,4 @@
-//! A running node, without what is its role's.
+//! The part of a running node that does not depend on its role.
 
 use std::{future::pending, sync::Arc, time::Duration};
 
@@ -17,30 +17,30 @@ use tracing::error;
 
 use crate::{Drain, Identity, LoadState, NodeError, NodeService, RequestLimits};
 
-/// How long a client may take to read the end of its stream once the node has nothing else to do.
+/// Time that clients have to read the end of their streams after a shutdown has finished all other work.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
-/// What the parts of a running node have in common. Clones are the same node.
+/// State that the parts of a running node share. Clones share it.
 #[derive(Clone)]
 pub struct NodeCore {
-    /// What the node is.
+    /// Identity of the node.
     pub identity: Arc<Identity>,
-    /// What it is doing.
+    /// Load of the node.
     pub load: Arc<LoadState>,
-    /// Ends it.
+    /// Shutdown of the node.
     pub shutdown: Shutdown,
-    /// Says when requests that still run must go.
+    /// Time limit for running requests during the shutdown.
     pub drain: Drain,
 }
 
-/// A role's gRPC service, and its name in health checks.
+/// The gRPC service of a role, with its name for health checks.
 pub struct RoleService {
     name: &'static str,
     routes: Routes,
 }
 
 impl RoleService {
-    /// The service of type `S`, with its routes.
+    /// Creates it for the service type `S` with its `routes`.
     pub fn new<S: NamedService>(routes: Routes) -> Self {
         Self { name: S::NAME, routes }
     }
@@ -49,26 +49,26 @@ impl RoleService {
 /// How serving ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
-    /// All streams have ended.
+    /// All streams and the engine have ended.
     Drained,
-    /// Nothing is left but clients that do not read the ends of their streams.
+    /// All work is done, but some clients have not read the end of their streams.
     Abandoned,
 }
 
 impl NodeCore {
-    /// A node of this identity. What still runs when `shutdown` begins has `drain_timeout`.
+    /// Creates the shared state. `drain_timeout` is the time that running requests may take after `shutdown` begins.
     pub fn new(identity: Identity, load: Arc<LoadState>, shutdown: &Shutdown, drain_timeout: Duration) -> Self {
         let drain = Drain::new(shutdown, drain_timeout);
         Self { identity: Arc::new(identity), load, shutdown: shutdown.clone(), drain }
     }
 
-    /// What its requests are checked against. `default_deadline` is for requests without a deadline of their own.
+    /// Limits for requests to this node. `default_deadline` is the time limit of a request that sets no deadline.
     pub fn request_limits(&self, default_deadline: Duration) -> RequestLimits {
         RequestLimits { identity: self.identity.clone(), default_deadline }
     }
 
-    /// Serves the role's service and the node's own until the shutdown begins and what runs then has ended.
-    /// `engine_end` is what [`crate::spawn_engine`] gave.
+    /// Serves the role's service, [`NodeService`], health checks and reflection until the shutdown begins and the
+    /// running requests have ended. `engine_end` is the receiver that [`crate::spawn_engine`] returned.
     ///
     /// # Errors
     /// The engine ends while the node is serving.
@@ -98,12 +98,13 @@ impl NodeCore {
             () = self.abandoned() => return Ok(Served::Abandoned),
             () = ended(engine_end) => return Err(NodeError::EngineEnded),
         }
-        // The services are gone, and with them the last way into the engine.
+        // The services are dropped and with them the last engine handles, so the engine ends.
         ended(engine_end).await;
         Ok(Served::Drained)
     }
 
-    /// Tells health checks when the engine hangs and when it goes on. Resolves when the shutdown begins.
+    /// Updates the status of health checks when the engine stalls and when it recovers. When the shutdown begins, marks
+    /// the node as draining and resolves.
     async fn watch_health(self, health: HealthReporter, names: [&'static str; 2]) {
         let mut watch = self.load.watch();
         let mut stalled = false;
@@ -115,7 +116,7 @@ impl NodeCore {
             let now = watch.borrow_and_update().stalled;
             match (std::mem::replace(&mut stalled, now), now) {
                 (false, true) => {
-                    error!("the engine does not get on with its work");
+                    error!("the engine is stalled: its step exceeds the step timeout");
                     report_health(&health, &names, ServingStatus::NotServing).await;
                 }
                 (true, false) => report_health(&health, &names, ServingStatus::Serving).await,
@@ -127,7 +128,8 @@ impl NodeCore {
         health.set_service_status("", ServingStatus::NotServing).await;
     }
 
-    /// Resolves when a shutdown has nothing left to wait for but clients who do not read their last words.
+    /// Resolves [`LAST_WORDS`] after a shutdown has finished all work: what still holds it up is clients that do not
+    /// read.
     async fn abandoned(&self) {
         self.shutdown.cancelled().await;
         self.load.drained().await;
@@ -141,7 +143,7 @@ async fn report_health(health: &HealthReporter, names: &[&str], status: ServingS
     }
 }
 
-/// Resolves when the engine has ended.
+/// Resolves when the engine thread has dropped its sender, that is, when it has ended.
 async fn ended(end: &mut oneshot::Receiver<()>) {
     match end.await {
         Err(_) => {}

@@ -1,4 +1,4 @@
-//! The gRPC service `overfill.v1.Node`: what the node is, what it is doing, and how it is drained.
+//! The gRPC service `overfill.v1.Node`: describes the node, streams its load, and drains it.
 
 use std::time::Duration;
 
@@ -10,10 +10,10 @@ use tracing::info;
 
 use crate::{EventStream, Load, MAX_DEADLINE_SECONDS, NodeCore};
 
-/// Load is reported at most this often.
+/// Minimum interval between two load reports of a stream.
 const LOAD_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The service.
+/// Implementation of the gRPC service `overfill.v1.Node`.
 pub struct NodeService(pub NodeCore);
 
 impl From<Load> for v1::NodeLoad {
@@ -34,7 +34,7 @@ impl From<Load> for v1::NodeLoad {
 }
 
 impl NodeService {
-    /// The load, whenever it changes; to its end when the node drains.
+    /// Stream of loads: the current one, then every change. It ends when the node has drained.
     fn reports(&self) -> EventStream<v1::NodeLoad> {
         let (state, shutdown) = (self.0.load.clone(), self.0.shutdown.clone());
         let mut watch = state.watch();
@@ -79,7 +79,7 @@ impl v1::node_server::Node for NodeService {
             }
             None => None,
         };
-        info!(timeout_seconds = timeout.map(|timeout| timeout.as_secs_f64()), "asked to drain");
+        info!(timeout_seconds = timeout.map(|timeout| timeout.as_secs_f64()), "drain requested");
         self.0.drain.begin(timeout);
         Ok(Response::new(self.reports()))
     }

@@ -1,4 +1,4 @@
-//! What the response streams of both roles have in common.
+//! Helpers for the response streams of both roles.
 
 use std::{pin::Pin, sync::Arc};
 
@@ -8,10 +8,10 @@ use tonic::Status;
 
 use crate::LoadState;
 
-/// A stream of one response. Its life is the life of the request on the node.
+/// A gRPC response stream. Dropping it cancels the request on the node.
 pub type EventStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// Counts how a request ended, also when its stream is dropped on the way.
+/// Counts how a request ended when it is dropped, also if the response stream was dropped early.
 pub struct Ending {
     load: Arc<LoadState>,
     arrived: Instant,
@@ -19,12 +19,13 @@ pub struct Ending {
 }
 
 impl Ending {
-    /// The request arrived at `arrived`. Until something else is said, it ends as `abort`.
+    /// Creates it for a request that arrived at `arrived`. Unless [`because`](Self::because) is called, the request
+    /// counts as `abort`.
     pub fn new(load: Arc<LoadState>, arrived: Instant) -> Self {
         Self { load, arrived, reason: "abort" }
     }
 
-    /// The request ends for this `finished_reason`.
+    /// Sets the `finished_reason` under which the request is counted.
     pub fn because(&mut self, reason: &'static str) {
         self.reason = reason;
     }
@@ -37,7 +38,7 @@ impl Drop for Ending {
     }
 }
 
-/// The status of a request that ends before its time: UNAVAILABLE, or DEADLINE_EXCEEDED once its deadline is over.
+/// Status of a request that failed: UNAVAILABLE before its deadline, DEADLINE_EXCEEDED after it.
 pub fn ended_early(deadline: Instant, message: &str) -> Status {
     if Instant::now() < deadline { Status::unavailable(message) } else { Status::deadline_exceeded(message) }
 }

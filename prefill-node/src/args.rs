@@ -1,4 +1,4 @@
-//! The node's settings: as given, and as checked.
+//! Settings of a prefill node: the command line arguments and their checked form.
 
 use std::time::Duration;
 
@@ -25,21 +25,24 @@ pub struct Args {
     pub max_running: usize,
 }
 
-/// Checked settings.
+/// Checked settings of a prefill node.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// What both roles have.
+    /// Settings that both roles have.
     pub node: NodeConfig,
-    /// Most prompt tokens in one step.
+    /// Maximum number of prompt tokens in one step.
     pub max_batch_tokens: usize,
-    /// How long a step should take.
+    /// Target time of one step.
     pub step_target: Duration,
-    /// Most prompts computed at once.
+    /// Maximum number of prompts in progress.
     pub max_running: usize,
 }
 
 impl Args {
-    /// Checks everything, and reports every fault.
+    /// Checks all settings.
+    ///
+    /// # Errors
+    /// All invalid settings, not only the first one.
     pub fn validate(self) -> Result<Config, Vec<ConfigError>> {
         let Self { node, max_batch_tokens, step_target_seconds, max_running } = self;
         let f = &mut Vec::new();

@@ -1,5 +1,5 @@
-//! The thread that owns the model: it takes prompts in, computes them together in chunks, and lets their KV leave layer
-//! by layer.
+//! The prefill engine: a thread that owns the model. It computes prompts in batches of chunks. After each layer, the KV
+//! of the chunks is handed to the transfer.
 
 use std::{
     collections::VecDeque,
@@ -27,23 +27,24 @@ use crate::{
     scheduler::{self, Chunk, Pace},
 };
 
-/// How long the engine sleeps when prompts wait but none can run: their room comes from handoffs that end elsewhere.
+/// Polling interval while prompts wait but none can run. The engine must poll, because no message tells it that a
+/// handoff has freed blocks.
 const POLL: Duration = Duration::from_millis(5);
 
-/// What bounds the engine.
+/// Limits of the engine.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineLimits {
-    /// Most prompt tokens in one step.
+    /// Maximum number of prompt tokens in one step.
     pub max_batch_tokens: usize,
-    /// How long a step should take: a prompt that comes waits for the one under way.
+    /// Target time of one step. A new prompt waits for the running step to end.
     pub step_target: Duration,
-    /// Most prompts at once.
+    /// Maximum number of prompts in progress.
     pub max_running: usize,
-    /// Most prompts waiting.
+    /// Maximum number of waiting prompts.
     pub max_waiting: usize,
 }
 
-/// The way into the engine. The engine ends when all handles are gone and its work is done.
+/// Handle for submitting requests to the engine. The engine ends when all handles are dropped and its work is done.
 #[derive(Clone)]
 pub struct EngineHandle {
     jobs: std_mpsc::SyncSender<Job>,
@@ -53,7 +54,10 @@ pub struct EngineHandle {
 }
 
 impl EngineHandle {
-    /// Queues a request. Dropping the receiver cancels it.
+    /// Queues a request and returns the receiver of its events. Dropping the receiver cancels the request.
+    ///
+    /// # Errors
+    /// The queue is full, or the node is draining.
     pub fn submit(&self, request: Request) -> Result<mpsc::Receiver<JobEvent>, Refused> {
         if self.load.is_draining() {
             return Err(Refused::Draining);
@@ -72,33 +76,37 @@ impl EngineHandle {
     }
 }
 
-/// Part of a prompt that a step computes.
+/// The part of a prompt that a step computes.
 pub struct PromptChunk<'a> {
-    /// The prompt, with its blocks.
+    /// The prompt and its blocks.
     pub job: &'a Running,
-    /// Positions of the tokens.
+    /// Token positions in the prompt.
     pub tokens: Range<usize>,
 }
 
 impl PromptChunk<'_> {
-    /// Is the prompt computed after this chunk?
+    /// Whether this is the last chunk of the prompt.
     pub fn is_last(&self) -> bool {
         self.tokens.end == self.job.request.tokens.len()
     }
 }
 
-/// What a chunk brought.
+/// Result of computing a chunk.
 #[derive(Debug, Default)]
 pub struct ChunkOutput {
-    /// Log-probabilities of the prompt's tokens that follow those of the chunk, if the request wants them.
+    /// Log-probabilities of the prompt tokens one position after each chunk token, if the request wants them.
     pub logprobs: Vec<OutputToken>,
-    /// The first token of the output, if this was the prompt's last chunk.
+    /// First token of the output, if this was the last chunk of the prompt.
     pub first_token: Option<OutputToken>,
 }
 
-/// What computes prompts: the model's engine. (Or, where time is simulated, something that needs none.)
+/// The computation of prompts: by the model's engine, or simulated in tests.
 pub trait Compute {
-    /// Computes chunks together; one output each. `layers` hears of each layer, perhaps after this has returned.
+    /// Computes `chunks` in one batch and returns one output per chunk. Announces each computed layer to `layers`,
+    /// possibly after it has returned.
+    ///
+    /// # Errors
+    /// The computation failed. Then all chunks of the batch have failed.
     fn step(&mut self, chunks: &[PromptChunk<'_>], layers: Arc<dyn LayerSink>) -> Result<Vec<ChunkOutput>, ModelError>;
 }
 
@@ -134,7 +142,7 @@ fn slice<'a>(chunk: &'a PromptChunk<'_>) -> SequenceSlice<'a> {
     SequenceSlice { tokens: &request.tokens[tokens.clone()], start: tokens.start, blocks: &chunk.job.blocks, want }
 }
 
-/// Hears of the layers of a step, for all of its prompts.
+/// The [`LayerSink`] of one step: forwards each computed layer to all chunks of the step.
 struct StepLayers {
     chunks: Vec<ChunkLayers>,
     pool: BlockPool,
@@ -152,8 +160,11 @@ impl LayerSink for StepLayers {
     }
 }
 
-/// Starts the engine's thread. The second value resolves when it has ended, for whatever reason. `producer` is the
-/// fingerprint of the model.
+/// Starts the engine thread. The returned receiver resolves when the thread has ended, also after a panic. `producer`
+/// is the fingerprint of the model.
+///
+/// # Errors
+/// The operating system refused to start a thread.
 pub fn start(
     engine: Box<dyn ModelEngine>,
     producer: Arc<str>,
@@ -174,7 +185,7 @@ pub fn start(
     Ok((handle, end))
 }
 
-/// Prompts on their way through the node.
+/// State of the engine: the waiting and the running prompts.
 pub struct Engine<C> {
     compute: C,
     pool: BlockPool,
@@ -182,15 +193,16 @@ pub struct Engine<C> {
     limits: EngineLimits,
     context: HandoffContext,
     jobs: std_mpsc::Receiver<Job>,
-    /// New prompts, in order of arrival.
+    /// Prompts without blocks, in order of arrival.
     waiting: VecDeque<Job>,
-    /// In the batch, in order of arrival.
+    /// Prompts in the batch, in order of arrival.
     running: Vec<Running>,
     pace: Pace,
 }
 
 impl<C: Compute> Engine<C> {
-    /// An engine that nobody drives yet: [`start`] gives it a thread.
+    /// Creates an engine and its handle, without a thread. The caller must call [`turn`](Self::turn) repeatedly;
+    /// [`start`] does so on a thread.
     pub fn new(
         compute: C,
         producer: Arc<str>,
@@ -226,7 +238,8 @@ impl<C: Compute> Engine<C> {
         debug!("the engine has ended");
     }
 
-    /// Takes what has come, lets go of what has gone, and computes a step.
+    /// Runs one turn: takes new requests from the queue, drops requests that are over, admits waiting prompts, and
+    /// computes one step.
     pub fn turn(&mut self) -> Turn {
         let can_come = loop {
             match self.jobs.try_recv() {
@@ -251,7 +264,7 @@ impl<C: Compute> Engine<C> {
         }
     }
 
-    /// Waits for something to do.
+    /// Blocks until a request arrives, or for at most [`POLL`] if prompts are waiting.
     fn wait(&mut self) {
         let received = match self.is_idle() {
             true => self.jobs.recv().ok(),
@@ -264,8 +277,8 @@ impl<C: Compute> Engine<C> {
         self.running.is_empty() && self.waiting.is_empty()
     }
 
-    /// Lets waiting prompts into the batch, first come, first served: one that does not fit holds up those behind it,
-    /// so that it is not overtaken for ever.
+    /// Moves waiting prompts into the batch, first come, first served. A prompt that does not fit blocks those behind
+    /// it; otherwise smaller prompts could overtake it forever.
     fn admit(&mut self) {
         while self.running.len() < self.limits.max_running {
             let Some((lease, cached)) = self.waiting.front().and_then(|job| job.take_blocks(&self.pool)) else {
@@ -276,7 +289,7 @@ impl<C: Compute> Engine<C> {
         }
     }
 
-    /// One forward pass over the next chunks.
+    /// Computes the next chunks in one forward pass. If it fails, all prompts of the batch fail.
     fn step(&mut self) {
         let tokens = self.pace.step_tokens(self.limits.step_target, self.limits.max_batch_tokens);
         let plan = scheduler::plan(self.running.iter().map(Running::progress), tokens);
@@ -303,9 +316,9 @@ impl<C: Compute> Engine<C> {
         }
     }
 
-    /// Takes the results of a step. Prompts are in the plan in order of arrival.
+    /// Applies the results of a step. The plan lists the prompts in order of arrival.
     fn advance(&mut self, plan: &[Chunk], outputs: Vec<ChunkOutput>) {
-        // From the back, so that the places of those in front stay.
+        // In reverse order, because removing a prompt shifts the indices behind it.
         for (chunk, output) in plan.iter().zip(outputs).rev() {
             let job = &mut self.running[chunk.job];
             job.advance(chunk.tokens.end);

@@ -1,4 +1,4 @@
-//! One prompt: as it arrives, while it runs, and what its requester hears.
+//! A prompt in the engine: the queued job, the running prompt, its events, and its handoff.
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
@@ -17,98 +17,101 @@ use tracing::error;
 
 use crate::scheduler::{self, PromptProgress};
 
-/// Most tokens of a chunk whose every logit is wanted: at a vocabulary of 128 k, a row takes half a megabyte.
+/// Maximum chunk length of a prompt with log-probabilities. Each token needs a row of logits, which takes 0.5 MB at a
+/// vocabulary of 128 k.
 const PROMPT_LOGPROBS_CHUNK: usize = 128;
 
-/// Events that a job can have in its channel: started, log-probabilities, first token, and one to spare. The engine
-/// never waits for a requester.
+/// Capacity of a job's event channel: started, log-probabilities, first token, and one spare. It holds all events of a
+/// job, so the engine never waits for a requester.
 pub const JOB_EVENTS: usize = 4;
 
 /// A checked request.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// Its name.
+    /// Id of the request.
     pub id: RequestId,
-    /// The prompt; at least one token.
+    /// Token ids of the prompt; at least one.
     pub tokens: Vec<u32>,
-    /// The last of `tokens` that are earlier output: penalties count them as such.
+    /// Number of tokens at the end of `tokens` that are earlier output. Penalties treat them as output.
     pub generated: usize,
-    /// How the first token is chosen.
+    /// Sampling parameters for the first token.
     pub sampling: SamplingParams,
-    /// Report every prompt token's log-probability.
+    /// Whether to report the log-probabilities of the prompt tokens.
     pub prompt_logprobs: bool,
-    /// Where the KV goes.
+    /// Receiver of the KV; `None`: the KV is not sent.
     pub handoff: Option<Handoff>,
-    /// When it has failed.
+    /// Time at which the request fails if it has not ended.
     pub deadline: Instant,
 }
 
-/// Where a prompt's KV goes.
+/// The receiver of a prompt's KV.
 #[derive(Clone, Debug)]
 pub struct Handoff {
-    /// The right to write there.
+    /// Authorizes this sender to write the KV (KV-4).
     pub ticket: Ticket,
-    /// Where the receiver takes it.
+    /// KV address of the receiver.
     pub endpoint: KvEndpoint,
-    /// The receiver's.
+    /// KV schema of the receiver.
     pub schema: KvSchema,
-    /// Leading blocks that the receiver holds already.
+    /// Number of leading blocks that the receiver holds already. They are not sent.
     pub held_blocks: usize,
 }
 
-/// What a requester hears, in this order.
+/// An event of a job, in the order in which the requester receives them. [`Failed`](Self::Failed) may come at any
+/// point.
 #[derive(Debug)]
 pub enum JobEvent {
-    /// The prompt has its blocks.
+    /// The prompt has its blocks and is in the batch.
     Started {
-        /// Tokens whose KV was here already.
+        /// Number of prompt tokens found in the prefix cache.
         cached_tokens: usize,
-        /// Arrival until now.
+        /// Time from arrival to start.
         queued: Duration,
-        /// The outcome of the handoff, where there is one.
+        /// Outcome of the handoff, if there is one.
         transfer: Option<Transfer>,
     },
-    /// Of prompt tokens 1, 2, ...
+    /// Log-probabilities of the prompt tokens from position 1 on.
     PromptLogprobs(Vec<OutputToken>),
-    /// The first token of the output.
+    /// The prompt is computed.
     FirstToken {
-        /// It.
+        /// First token of the output.
         token: OutputToken,
-        /// Start until now.
+        /// Time from start to first token.
         computed_in: Duration,
     },
-    /// The engine could not go on with it.
+    /// The computation failed, for the given reason. The last event.
     Failed(String),
 }
 
-/// Resolves when a handoff has ended.
+/// Resolves with the outcome when a handoff has ended.
 pub type Transfer = oneshot::Receiver<Result<TransferStats, HandoffError>>;
 
 /// A request in the engine's queue.
 pub struct Job {
     /// The request.
     pub request: Request,
-    /// Names of the prompt's full blocks.
+    /// Hashes of the prompt's full blocks.
     pub hashes: Vec<BlockHash>,
-    /// When it came.
+    /// Time of arrival.
     pub arrived: Instant,
-    /// To its requester; closed when that one has gone.
+    /// Event channel to the requester; closed when the requester has dropped its receiver.
     pub events: mpsc::Sender<JobEvent>,
     pub(crate) waiting: Counted,
     pub(crate) queued_tokens: QueuedTokens,
 }
 
 impl Job {
-    /// Has the requester gone, or its time? The service watches the time, too, but not while its client does not read.
+    /// Whether the request is over: its requester is gone or its deadline has passed. The service checks the deadline
+    /// too, but not while its client does not read.
     pub fn is_over(&self) -> bool {
         self.events.is_closed() || Instant::now() >= self.request.deadline
     }
 
-    /// Blocks for the whole prompt, the leading ones from the prefix cache where they are known; `None` if there is no
-    /// room now.
+    /// Takes the blocks for the whole prompt. Leading blocks come from the prefix cache if they are found there.
+    /// Returns the lease and the number of cached blocks, or `None` if too few blocks are available now.
     pub fn take_blocks(&self, pool: &BlockPool) -> Option<(BlockLease, usize)> {
         let total = blocks_for(self.request.tokens.len());
-        // Log-probabilities need every token's logits, so every token is computed.
+        // Log-probabilities need the logits of every token, so every token must be computed.
         let cacheable = match self.request.prompt_logprobs {
             true => 0,
             false => scheduler::cacheable_blocks(self.request.tokens.len()),
@@ -120,15 +123,15 @@ impl Job {
     }
 }
 
-/// What a job needs of its surroundings to hand KV over.
+/// Resources of the node that handoffs use.
 pub struct HandoffContext {
-    /// Where transfers run.
+    /// Runtime that runs the transfers.
     pub runtime: runtime::Handle,
-    /// The KV.
+    /// KV store of the model.
     pub store: Arc<dyn KvStore>,
-    /// How it is sent.
+    /// Settings of the transfers.
     pub config: TransferConfig,
-    /// Where transfers are counted.
+    /// Load counters and metrics of the node.
     pub load: Arc<LoadState>,
 }
 
@@ -136,13 +139,13 @@ pub struct HandoffContext {
 pub struct Running {
     /// The request.
     pub request: Request,
-    /// Names of the prompt's full blocks.
+    /// Hashes of the prompt's full blocks.
     pub hashes: Vec<BlockHash>,
-    /// The prompt's blocks, in order.
+    /// Blocks of the prompt, in order of position.
     pub blocks: Vec<BlockId>,
-    /// Tokens whose KV is there.
+    /// Number of leading tokens whose KV is computed or cached.
     pub computed: usize,
-    /// Of the prompt, so far.
+    /// Log-probabilities of the prompt tokens, so far.
     pub logprobs: Vec<OutputToken>,
     arrived: Instant,
     started: Instant,
@@ -154,7 +157,8 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts a job that has its blocks, of which `cached` hold their KV already.
+    /// Starts a job with its blocks in `lease`. The KV of the first `cached` blocks is already computed. Starts the
+    /// handoff and sends the cached blocks that the receiver lacks.
     pub fn start(job: Job, lease: BlockLease, cached: usize, context: &HandoffContext) -> Self {
         let Job { request, hashes, arrived, events, waiting, mut queued_tokens } = job;
         drop(waiting);
@@ -195,18 +199,18 @@ impl Running {
         running
     }
 
-    /// Has the requester gone, or its time?
+    /// Whether the request is over: its requester is gone or its deadline has passed.
     pub fn is_over(&self) -> bool {
         self.events.is_closed() || Instant::now() >= self.request.deadline
     }
 
-    /// For the scheduler.
+    /// Progress of the prompt, as input of the scheduler.
     pub fn progress(&self) -> PromptProgress {
         let max_chunk = if self.request.prompt_logprobs { PROMPT_LOGPROBS_CHUNK } else { usize::MAX };
         PromptProgress { computed: self.computed, total: self.request.tokens.len(), max_chunk }
     }
 
-    /// What hears of the layers of a step that computes `tokens` of the prompt.
+    /// Creates the receiver of layer announcements for a step that computes `tokens` of the prompt.
     pub(crate) fn chunk_layers(&self, tokens: &Range<usize>) -> ChunkLayers {
         let last = scheduler::final_blocks(tokens, self.request.tokens.len());
         let full = tokens.start / BLOCK_TOKENS..tokens.end / BLOCK_TOKENS;
@@ -219,13 +223,13 @@ impl Running {
         }
     }
 
-    /// The prompt is computed up to `end`.
+    /// Records that the prompt is computed up to position `end`.
     pub fn advance(&mut self, end: usize) {
         self.queued_tokens.computed(end - self.computed);
         self.computed = end;
     }
 
-    /// The prompt is done: its requester and its receiver get the first token.
+    /// Ends the prompt: sends the first token to the requester and commits the handoff with it.
     pub fn finish(mut self, token: OutputToken, load: &LoadState) {
         if self.request.prompt_logprobs {
             let tokens = std::mem::take(&mut self.logprobs);
@@ -234,54 +238,55 @@ impl Running {
         load.metrics().generation_tokens.inc();
         load.metrics().time_to_first_token_seconds.observe(self.arrived.elapsed().as_secs_f64());
         let first_token = token.token;
-        // Before the commit: the outcome of the handoff is the later event.
+        // Sent before the commit, so that the outcome of the handoff comes after this event.
         self.tell(JobEvent::FirstToken { token, computed_in: self.started.elapsed() });
         if let Some(sender) = &self.sender {
             sender.commit(first_token);
         }
     }
 
-    /// The engine can't go on with it.
+    /// Ends the prompt with an error: logs it and sends [`JobEvent::Failed`].
     pub fn fail(self, reason: &str) {
-        error!(request = %self.request.id, reason, "the engine gives a prompt up");
+        error!(request = %self.request.id, reason, "the prompt failed in the engine");
         self.tell(JobEvent::Failed(reason.to_owned()));
     }
 
     fn tell(&self, event: JobEvent) {
-        // The channel has room for all that a job can say; closed, nobody wants to hear it.
+        // Never full, because the channel has room for all events of a job. If it is closed, the requester is gone.
         let _ = self.events.try_send(event);
     }
 }
 
-/// One prompt's part of a step. It hears of the step's layers from the engine's thread or a device's, perhaps after the
-/// step, and holds the prompt's blocks until the engine lets go of it.
+/// The part of a step that computes one prompt. The engine's thread or a device thread announces the layers to it,
+/// possibly after the step has returned. It holds the prompt's blocks, so they outlive every write of the step (KV-1).
 pub(crate) struct ChunkLayers {
     sender: Option<KvLayers>,
-    /// Blocks of the prompt that are final after the step, by index.
+    /// Indices in the prompt of the blocks that are final after the step.
     announced: Range<u32>,
-    /// Full blocks that the step completes, and their names.
+    /// Full blocks that the step completes.
     blocks: Vec<BlockId>,
+    /// Hashes of `blocks`.
     hashes: Vec<BlockHash>,
     _lease: Arc<BlockLease>,
 }
 
 impl ChunkLayers {
-    /// The KV of `layer` is final: what the receiver lacks of it may leave.
+    /// The KV of `layer` is final: sends the blocks that the receiver lacks.
     pub(crate) fn ready(&self, layer: usize) {
         if let Some(sender) = &self.sender {
             sender.ready(layer, self.announced.clone());
         }
     }
 
-    /// The KV of all layers is final: the prompt's full blocks become findable. Not before: another prompt that finds them
-    /// hands them over at once.
+    /// The KV of all layers is final: publishes the completed blocks in the prefix cache. They must not be published
+    /// earlier, because another prompt that finds them hands them over at once.
     pub(crate) fn publish(&self, pool: &BlockPool) {
         pool.publish(&self.blocks, &self.hashes);
     }
 }
 
 impl HandoffContext {
-    /// Starts the sending side of one handoff.
+    /// Starts the sending side of a handoff, and a task that counts its outcome.
     fn start(
         &self,
         request: &Request,
@@ -299,7 +304,7 @@ impl HandoffContext {
             lease: lease.clone(),
             held_blocks: handoff.held_blocks as u32,
             prompt_tokens: request.tokens.len() as u32,
-            // A chunk has at least a block, and what was cached is one piece more.
+            // Per layer: each chunk completes at least one block, and the cached blocks are one more piece.
             max_pieces: handoff.schema.layers.len() * (to_send + 1),
             deadline: request.deadline,
         };
@@ -313,7 +318,7 @@ impl HandoffContext {
             let outcome = tokio::select! {
                 outcome = &mut ended => outcome,
                 () = tell.closed() => {
-                    // KV-2: the blocks stay the receiver's until it has confirmed or the deadline is over.
+                    // KV-2: the sender keeps the blocks until the receiver has confirmed or the deadline has passed.
                     let _stranded = load.count_stranded(bytes);
                     (&mut ended).await
                 }

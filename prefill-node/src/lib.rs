@@ -1,8 +1,9 @@
-//! A node that runs the full model over prompts.
+//! The prefill node: it runs the full model over prompts.
 //!
-//! The way of a request: [`service`] checks it ([`request`]) and queues it with the [`engine`], whose thread owns the model.
-//! There it waits for blocks, then runs in chunks beside others ([`scheduler`]). As soon as a layer of a chunk is
-//! computed, its KV leaves for the decode node ([`job`]); the last chunk's logits give the first token.
+//! Path of a request: [`service`] checks it ([`request`]) and queues it in the [`engine`], whose thread owns the model.
+//! The request waits for KV blocks. Then its prompt is computed in chunks, batched with those of other prompts
+//! ([`scheduler`]). As soon as a layer of a chunk is computed, its KV is sent to the decode node ([`job`]). The logits
+//! of the last chunk give the first token.
 
 pub mod args;
 pub mod engine;
@@ -18,7 +19,8 @@ pub use args::{Args, Config};
 pub use node::PrefillNode;
 use overfill_cluster::{Shutdown, files, process};
 
-/// Runs a node as a process: checks `args`, prints the ready line, serves until told to stop.
+/// Runs a prefill node as a process: checks `args`, prints the ready line, and serves until the process is stopped.
+/// Returns the exit code.
 pub async fn main(args: Args) -> ExitCode {
     let process = args.node.process.clone();
     process::run(&process, args.validate(), async |config: Config, shutdown: Shutdown| {

@@ -1,4 +1,4 @@
-//! `overfill-prefill`: the prefill node as a program of its own.
+//! The program `overfill-prefill`: a prefill node.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! The node: bound, then run.
+//! A prefill node: binding, loading the model, serving.
 
 use std::sync::Arc;
 
@@ -35,22 +35,25 @@ impl PrefillNode {
         Ok(Self { load: host.load(None)?, host, limits, files })
     }
 
-    /// Where it serves.
+    /// Ready line with the listen addresses.
     pub fn ready_line(&self) -> ReadyLine {
         self.host.ready_line(None)
     }
 
-    /// What it is doing; stays valid while it runs.
+    /// Load of the node. The handle stays valid while the node runs.
     pub fn load(&self) -> Arc<LoadState> {
         self.load.clone()
     }
 
-    /// Its blocks; stays valid while it runs.
+    /// Block pool of the node. The handle stays valid while the node runs.
     pub fn pool(&self) -> BlockPool {
         self.host.pool.clone()
     }
 
-    /// Serves until the shutdown begins and what runs then has ended.
+    /// Starts the engine and serves until the shutdown begins and the running requests have ended.
+    ///
+    /// # Errors
+    /// The operating system refused a thread, or the engine or another task ended unexpectedly.
     pub async fn run(self, shutdown: Shutdown) -> Result<(), NodeError> {
         let Self { host, limits, files, load } = self;
         let identity = host.identity(host.model.producer_schema(), limits.max_running, None);
@@ -68,7 +71,7 @@ impl PrefillNode {
 }
 
 impl PrefillService {
-    /// As a node serves it.
+    /// Wraps the service in a gRPC server with the message size limits of a node.
     pub fn into_role_service(self) -> RoleService {
         let server = PrefillServer::new(self)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)

@@ -1,5 +1,5 @@
-//! From the wire to a checked [`Request`]: every refusal names the field, its limit and its value, and nothing is
-//! allocated before it.
+//! Converts a prefill request from its wire form to a checked [`Request`]. An error names the field, its limit and its
+//! value. Nothing is allocated for a request before it has passed.
 
 use overfill_kv::{BLOCK_TOKENS, KvEndpoint, KvSchema};
 use overfill_node::{
@@ -12,6 +12,9 @@ use tokio::time::Instant;
 use crate::job::{Handoff, Request};
 
 /// Checks a request that arrived at `now`.
+///
+/// # Errors
+/// A field has an invalid value, the request names another incarnation, or the receiver's KV schema does not match.
 pub fn check(limits: &RequestLimits, wire: v1::PrefillRequest, now: Instant) -> Result<Request, RequestError> {
     let v1::PrefillRequest {
         request_id,

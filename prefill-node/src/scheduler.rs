@@ -1,62 +1,65 @@
-//! Which tokens of which prompts are computed next. Pure: no model, no thread, no clock.
+//! The prefill scheduler: it chooses the prompt tokens of the next step. Pure functions, without model, threads or
+//! clock.
 
 use std::{ops::Range, time::Duration};
 
 use overfill_kv::{BLOCK_TOKENS, blocks_for};
 
-/// A running prompt, as the scheduler sees it.
+/// Progress of a running prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PromptProgress {
-    /// Tokens whose KV is there; a multiple of the block size.
+    /// Number of leading tokens whose KV is computed or cached; a multiple of the block size.
     pub computed: usize,
-    /// Tokens of the prompt; more than `computed`.
+    /// Length of the prompt in tokens; more than `computed`.
     pub total: usize,
-    /// Most tokens in one chunk; at least a block.
+    /// Maximum number of tokens in one chunk; at least one block.
     pub max_chunk: usize,
 }
 
-/// Part of a prompt in the next batch.
+/// The part of a prompt that the next step computes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chunk {
     /// Index of the prompt among the running ones.
     pub job: usize,
-    /// Token positions.
+    /// Token positions in the prompt.
     pub tokens: Range<usize>,
 }
 
-/// How fast this node computes prompts, and so how many tokens a step of a given length has.
+/// The measured prefill speed of this node, which determines the number of tokens in a step.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Pace {
     tokens_per_second: Option<f64>,
 }
 
-/// Tokens of a step, at least: with fewer, a step reads all weights for too little. Also those of a first step.
+/// Minimum number of tokens of a step, and the number in the first step. A smaller step would be inefficient, because
+/// every step reads all weights.
 const LEAST_STEP_TOKENS: usize = 64;
 
 impl Pace {
-    /// Takes in a step's time.
+    /// Records the time of a step with `tokens` tokens. Steps below `LEAST_STEP_TOKENS` are ignored.
     pub fn observe(&mut self, tokens: usize, took: Duration) {
-        // The end of a prompt alone says little: it costs nearly what a step costs that is full.
+        // A step with few tokens costs nearly as much as a full one, so its rate would be misleadingly low.
         if tokens >= LEAST_STEP_TOKENS && !took.is_zero() {
             self.tokens_per_second = Some(tokens as f64 / took.as_secs_f64());
         }
     }
 
-    /// Tokens of a step that takes about `target`; whole blocks, and at most `max_batch_tokens`.
+    /// Number of tokens for a step of about `target`: whole blocks, at least `LEAST_STEP_TOKENS`, and at most
+    /// `max_batch_tokens`.
     pub fn step_tokens(&self, target: Duration, max_batch_tokens: usize) -> usize {
         let tokens = self.tokens_per_second.map_or(0, |rate| (rate * target.as_secs_f64()) as usize);
         (tokens / BLOCK_TOKENS * BLOCK_TOKENS).max(LEAST_STEP_TOKENS).min(max_batch_tokens)
     }
 }
 
-/// Fills a batch of at most `max_batch_tokens`. `jobs` are in order of arrival, the oldest first.
+/// Plans a batch of at most `max_batch_tokens` tokens. `jobs` are in order of arrival, the oldest first.
 ///
-/// The oldest prompt has half of the batch for itself, the other half and what is left goes to the prompts with the
-/// least work left, the older first among equals. So a short prompt does not wait for all of a long one before it; and
-/// whatever comes after it, a prompt that has become the oldest takes at most twice the steps that it would take alone.
+/// Half of the batch is reserved for the oldest prompt. The rest goes to the prompts with the fewest tokens left; ties
+/// go to the older prompt. So a short prompt does not wait until a long one before it is done. And a prompt that has
+/// become the oldest needs at most twice the steps that it would need alone, whatever arrives later.
 ///
-/// A chunk ends at a block's border or at the prompt's end, so whatever a batch completes are whole blocks: those may be
-/// announced and cached. With at least a block of room, the oldest prompt always gets on.
+/// A chunk ends at a block boundary or at the end of the prompt. So all blocks that a batch completes are whole, and
+/// may be sent and cached. If the batch has room for at least one block, the oldest prompt always makes progress.
 pub fn plan(jobs: impl IntoIterator<Item = PromptProgress>, max_batch_tokens: usize) -> Vec<Chunk> {
     let jobs: Vec<PromptProgress> = jobs.into_iter().collect();
     let mut shortest_first: Vec<usize> = (0..jobs.len()).collect();
@@ -85,18 +88,19 @@ pub fn plan(jobs: impl IntoIterator<Item = PromptProgress>, max_batch_tokens: us
         .collect()
 }
 
-/// Tokens of a batch that the oldest prompt has for itself: half, and at least a block.
+/// Number of tokens of a batch that are reserved for the oldest prompt: half of the batch, and at least one block.
 fn oldest_share(max_batch_tokens: usize) -> usize {
     (max_batch_tokens / 2).max(BLOCK_TOKENS)
 }
 
-/// Blocks of a prompt of `total` tokens that are final once the chunk `tokens` is computed.
+/// Indices of the blocks of a prompt of `total` tokens that become final when the chunk `tokens` is computed.
 pub fn final_blocks(tokens: &Range<usize>, total: usize) -> Range<usize> {
     let end = if tokens.end == total { blocks_for(total) } else { tokens.end / BLOCK_TOKENS };
     tokens.start / BLOCK_TOKENS..end
 }
 
-/// Leading blocks of a prompt that may come from the prefix cache: never the last token's, whose logits are needed.
+/// Number of leading blocks of a prompt that may come from the prefix cache. The block of the last token is excluded,
+/// because the logits of the last token must be computed.
 pub fn cacheable_blocks(prompt_tokens: usize) -> usize {
     prompt_tokens.saturating_sub(1) / BLOCK_TOKENS
 }
@@ -119,12 +123,12 @@ mod tests {
         // 400 tokens per second.
         pace.observe(64, Duration::from_millis(160));
         assert_eq!(pace.step_tokens(target, 512), 192);
-        // So few say nothing.
+        // A step with so few tokens is ignored.
         pace.observe(5, Duration::from_millis(150));
         assert_eq!(pace.step_tokens(target, 512), 192);
         pace.observe(192, Duration::from_millis(20));
         assert_eq!(pace.step_tokens(target, 512), 512);
-        // However slow a node is.
+        // The minimum applies however slow the node is.
         pace.observe(512, Duration::from_secs(100));
         assert_eq!(pace.step_tokens(target, 512), 64);
     }
@@ -136,7 +140,8 @@ mod tests {
     #[test]
     fn the_oldest_has_half_and_the_shortest_the_rest() {
         assert_eq!(plan([job(0, 500), job(0, 400), job(16, 40)], 64), [chunk(0, 0..32), chunk(2, 16..40)]);
-        // 32 for the oldest, 5 for the short one, 16 more for the oldest: it, too, has less left than the third.
+        // 32 for the oldest, 5 for the short one, and 16 more for the oldest, which has fewer tokens left than the
+        // third.
         assert_eq!(plan([job(0, 100), job(0, 5), job(0, 500)], 64), [chunk(0, 0..48), chunk(1, 0..5)]);
         assert_eq!(plan([job(0, 100)], 64), [chunk(0, 0..64)]);
         assert_eq!(plan([], 64), []);
@@ -149,7 +154,7 @@ mod tests {
 
     #[test]
     fn chunks_end_at_block_borders_or_the_prompts_end() {
-        // 60 left after the first prompt: 9 suffice for the short one, of the other 51 are 48 whole blocks.
+        // 60 tokens are left after the first prompt. The short one needs 9; 48 of the other 51 are whole blocks.
         assert_eq!(plan([job(0, 4), job(0, 500), job(0, 9)], 64), [chunk(0, 0..4), chunk(1, 0..48), chunk(2, 0..9)]);
         assert_eq!(plan([PromptProgress { computed: 32, total: 90, max_chunk: 40 }], 512), [chunk(0, 32..64)]);
     }
@@ -159,7 +164,7 @@ mod tests {
         assert_eq!(plan([job(0, 8000), job(0, 200)], 512), [chunk(0, 0..304), chunk(1, 0..200)]);
     }
 
-    /// A prompt of a simulated node.
+    /// A prompt in the property tests.
     #[derive(Clone, Debug)]
     struct Prompt {
         total: usize,
@@ -170,12 +175,12 @@ mod tests {
 
     fn prompt() -> impl Strategy<Value = Prompt> {
         let max_chunk = prop_oneof![4 => Just(usize::MAX), 1 => Just(128_usize)];
-        // Mostly short ones, now and then a long one.
+        // Mostly short prompts, sometimes a long one.
         let total = prop_oneof![3 => 1..100_usize, 1 => 1..5000_usize];
         (total, max_chunk).prop_map(|(total, max_chunk)| Prompt { total, max_chunk, computed: 0, watched: false })
     }
 
-    /// One step; checks what holds in each. Prompts that are done leave.
+    /// Plans one step, checks its invariants, and removes the prompts that are done.
     fn step(running: &mut Vec<Prompt>, room: usize) {
         let jobs =
             running.iter().map(|p| PromptProgress { computed: p.computed, total: p.total, max_chunk: p.max_chunk });
@@ -196,7 +201,7 @@ mod tests {
         #[test]
         fn every_token_is_computed_once(mut running in vec(prompt(), 1..20), room in BLOCK_TOKENS..1000) {
             let steps: usize = running.iter().map(|p| blocks_for(p.total)).sum();
-            // The oldest gets on by a block in each, or ends.
+            // In each step, the oldest prompt advances by at least one block, or ends.
             for _ in 0..steps {
                 step(&mut running, room);
             }

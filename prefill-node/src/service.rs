@@ -17,15 +17,15 @@ use tracing::{debug, warn};
 
 use crate::{engine::EngineHandle, job::JobEvent, request};
 
-/// The service; what it needs of the node.
+/// Implementation of the gRPC service `overfill.v1.Prefill`.
 pub struct PrefillService {
-    /// The way into the engine.
+    /// Handle of the engine.
     pub engine: EngineHandle,
-    /// What requests are checked against.
+    /// Limits for requests.
     pub limits: RequestLimits,
-    /// The model's text files.
+    /// Tokenizer, chat template and other text files of the model.
     pub files: Arc<TextFiles>,
-    /// The node.
+    /// Shared state of the node.
     pub core: NodeCore,
 }
 
@@ -33,16 +33,16 @@ fn event(event: v1::prefill_event::Event) -> v1::PrefillEvent {
     v1::PrefillEvent { event: Some(event) }
 }
 
-/// What a request's stream hears next.
+/// The next event of a response stream.
 enum Next {
     Engine(Option<JobEvent>),
     Handoff(Result<TransferStats, Status>),
     Deadline,
-    /// The node drains, and the request has had its time.
+    /// The node is draining and the drain timeout is over. The router moves the request to another node.
     Moved,
 }
 
-/// The outcome of a handoff, once there is one; never, while there is no handoff.
+/// Waits for the outcome of the handoff. Pending forever if `transfer` is `None`.
 async fn outcome(
     transfer: &mut Option<oneshot::Receiver<Result<TransferStats, HandoffError>>>,
     deadline: Instant,
@@ -50,11 +50,11 @@ async fn outcome(
     let Some(receiver) = transfer else { return std::future::pending().await };
     match receiver.await {
         Ok(Ok(stats)) => Ok(stats),
-        // The client has gone, and the decode node heard of it first: nobody's fault.
+        // Not an error: the client is gone, and the decode node noticed it first.
         Ok(Err(HandoffError::Failed(Failure::Refused(RefuseReason::Cancelled)))) => {
-            Err(Status::cancelled("the decode node's side of the request was cancelled"))
+            Err(Status::cancelled("the request was cancelled on the decode node"))
         }
-        Ok(Err(e)) => Err(ended_early(deadline, &format!("handing the prompt's KV over: {e}"))),
+        Ok(Err(e)) => Err(ended_early(deadline, &format!("sending the prompt's KV: {e}"))),
         Err(_) => Err(ended_early(deadline, "the handoff ended without an outcome")),
     }
 }
@@ -88,13 +88,14 @@ impl v1::prefill_server::Prefill for PrefillService {
         let mut events = self.engine.submit(request)?;
         let drain = self.core.drain.clone();
         let mut ending = Ending::new(self.core.load.clone(), arrived);
-        // The stream owns the request: dropped, it drops `events`, and the engine lets go.
+        // The stream owns the request. Dropping the stream drops `events`, which cancels the request in the engine.
         Ok(Response::new(Box::pin(async_stream::try_stream! {
             let mut transfer = None;
             let mut computed = false;
             let mut handed_over = None;
             while !computed || has_handoff {
-                // Never before the first token: that was said first, but this thread may have been kept from hearing it.
+                // `Transferred` must follow the first token. The engine sends the first token earlier, but this task
+                // may see the outcome of the handoff first.
                 if let Some(stats) = handed_over.take_if(|_| computed) {
                     ending.because("length");
                     yield event(Wire::Transferred(v1::TransferStats::from(stats)));
@@ -135,11 +136,11 @@ impl v1::prefill_server::Prefill for PrefillService {
                         Err(Status::internal(reason))?;
                     }
                     Next::Handoff(Ok(stats)) => {
-                        debug!(request = %id, bytes = stats.bytes, seconds = stats.seconds, "handed over");
+                        debug!(request = %id, bytes = stats.bytes, seconds = stats.seconds, "KV handed over");
                         (transfer, handed_over) = (None, Some(stats));
                     }
                     Next::Handoff(Err(status)) if status.code() == Code::Cancelled => {
-                        debug!(request = %id, "the decode node's side was cancelled");
+                        debug!(request = %id, "the request was cancelled on the decode node");
                         Err(status)?;
                     }
                     Next::Handoff(Err(status)) => {
@@ -149,15 +150,15 @@ impl v1::prefill_server::Prefill for PrefillService {
                     }
                     Next::Engine(None) => {
                         ending.because("error");
-                        Err(ended_early(deadline, "the engine has let the request go"))?;
+                        Err(ended_early(deadline, "the engine dropped the request"))?;
                     }
                     Next::Moved => {
-                        debug!(request = %id, "given back");
+                        debug!(request = %id, "aborted by the drain");
                         Err(Status::aborted("the node is draining"))?;
                     }
                     Next::Deadline => {
                         ending.because("error");
-                        Err(Status::deadline_exceeded("the request's deadline is over"))?;
+                        Err(Status::deadline_exceeded("the deadline of the request has passed"))?;
                     }
                 }
             }

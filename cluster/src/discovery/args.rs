@@ -1,4 +1,4 @@
-//! Where etcd is, as given and as checked.
+//! Settings of the etcd connection: the command line arguments and their checked form.
 
 use std::{fmt, fs, path::PathBuf, time::Duration};
 
@@ -6,9 +6,9 @@ use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
 
 use crate::ConfigError;
 
-/// Longest wait for a connection to one of etcd's members.
+/// Time limit for connecting to one etcd member.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// Pings to etcd. It takes more than one in 5 s for an attack and ends the connection.
+/// Interval of HTTP/2 pings to etcd. etcd closes connections that ping more often than every 5 s.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(6);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(4);
 
@@ -42,14 +42,14 @@ pub struct EtcdArgs {
     pub etcd_lease_seconds: u32,
 }
 
-/// An etcd that can be used.
+/// Checked settings of the etcd connection.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EtcdConfig {
-    /// Addresses of its members.
+    /// URLs of the etcd members: all `http://` or all `https://`.
     pub urls: Vec<String>,
-    /// What all keys begin with.
+    /// Prefix of all keys, without a trailing slash.
     pub prefix: String,
-    /// How long a registration outlives the last sign of its node.
+    /// Lease of a registration: etcd deletes the key when the node sends no keep-alive for this long.
     pub lease: Duration,
     login: Option<Login>,
     tls: Option<Tls>,
@@ -70,7 +70,7 @@ impl fmt::Debug for Login {
 #[derive(Clone, PartialEq)]
 struct Tls {
     ca: Vec<u8>,
-    /// Certificate and key.
+    /// Client certificate and private key, PEM.
     own: Option<(Vec<u8>, Vec<u8>)>,
 }
 
@@ -81,7 +81,8 @@ impl fmt::Debug for Tls {
 }
 
 impl EtcdArgs {
-    /// Checks everything and adds what is wrong to `faults`. `None`: no etcd, or one that can't be used.
+    /// Checks all settings, reads the files, and adds every error to `faults`. Returns `None` if discovery is off or a
+    /// setting is invalid.
     pub fn validate(self, faults: &mut Vec<ConfigError>) -> Option<EtcdConfig> {
         let Self {
             etcd_url: urls,
@@ -97,13 +98,13 @@ impl EtcdArgs {
         let secure = urls.iter().any(|url| url.starts_with("https://"));
         for url in &urls {
             let scheme = if secure { "https://" } else { "http://" };
-            let like = format!("like {scheme}127.0.0.1:2379, all alike");
+            let like = format!("like {scheme}127.0.0.1:2379, all with the same scheme");
             let usable = url.strip_prefix(scheme).is_some_and(|rest| !rest.is_empty());
             ConfigError::check(faults, usable, "etcd-url", like, url);
         }
         let prefix_ok = !etcd_prefix.is_empty() && !etcd_prefix.ends_with('/');
         ConfigError::check(faults, prefix_ok, "etcd-prefix", "a name that does not end in /", &etcd_prefix);
-        // etcd itself makes shorter leases longer.
+        // etcd extends shorter leases to its own minimum.
         let lease_ok = (2..=3600).contains(&etcd_lease_seconds);
         ConfigError::check(faults, lease_ok, "etcd-lease-seconds", "in [2, 3600]", etcd_lease_seconds);
         let mut read = |flag, path: Option<PathBuf>| {
@@ -130,7 +131,7 @@ impl EtcdArgs {
         let own_pair = cert.is_some() == key.is_some();
         ConfigError::check(faults, own_pair, "etcd-cert", "given together with --etcd-key", "only one of the two");
         let needless = !secure && (ca.is_some() || cert.is_some());
-        ConfigError::check(faults, !needless, "etcd-ca", "left out where --etcd-url is not https://", "given");
+        ConfigError::check(faults, !needless, "etcd-ca", "omitted unless --etcd-url is https://", "given");
         ConfigError::check(faults, !secure || ca.is_some(), "etcd-ca", "given for an https:// etcd", "nothing");
         if urls.is_empty() || faults.len() > before {
             return None;
@@ -146,7 +147,7 @@ impl EtcdArgs {
 }
 
 impl EtcdConfig {
-    /// What the keys of all nodes begin with.
+    /// Prefix of the keys of all nodes.
     pub(super) fn nodes_prefix(&self) -> String {
         format!("{}/nodes/", self.prefix)
     }
@@ -155,7 +156,7 @@ impl EtcdConfig {
         let mut options = ConnectOptions::new()
             .with_connect_timeout(CONNECT_TIMEOUT)
             .with_keep_alive(KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT)
-            // A member that is cut off from the others must say so, rather than show an old state.
+            // A member without a leader must return an error instead of stale data.
             .with_require_leader(true)
             .with_auto_token_refresh(true);
         if let Some(Login { user, password }) = &self.login {

@@ -1,4 +1,4 @@
-//! Calls to etcd, each with a deadline, and how long to wait before the next try.
+//! etcd calls with a time limit, and retries with exponential backoff.
 
 use std::time::Duration;
 
@@ -9,17 +9,17 @@ use tracing::warn;
 
 use super::EtcdConfig;
 
-/// Longest wait for one answer.
+/// Time limit of one etcd call.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(3);
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 
-/// Why etcd can't be used now.
+/// Why an etcd operation failed. All of these are retried.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum EtcdError {
     #[error("{0}")]
     Etcd(#[from] etcd_client::Error),
-    #[error("encoding: {0}")]
+    #[error("encoding the registration: {0}")]
     Encode(#[from] serde_json::Error),
     #[error("{what}: no answer within {} s", CALL_TIMEOUT.as_secs())]
     Timeout { what: &'static str },
@@ -31,7 +31,7 @@ pub(super) enum EtcdError {
     Cancelled(String),
 }
 
-/// Awaits an answer of etcd, not for ever.
+/// Awaits `answer` for at most [`CALL_TIMEOUT`]. `what` names the call in the timeout error.
 pub(super) async fn call<T>(
     what: &'static str,
     answer: impl Future<Output = Result<T, etcd_client::Error>>,
@@ -43,7 +43,7 @@ pub(super) async fn connect(config: &EtcdConfig) -> Result<Client, EtcdError> {
     call("connecting", Client::connect(config.urls.clone(), Some(config.connect_options()))).await
 }
 
-/// Tries and failures, logged once for each series of them.
+/// Retry state: exponential backoff with jitter. Only the first failure of a series is logged.
 #[derive(Debug)]
 pub(super) struct Retry {
     pause: Duration,
@@ -55,15 +55,15 @@ impl Retry {
         Self { pause: BACKOFF_MIN, failing: false }
     }
 
-    /// It works.
+    /// Resets the backoff and ends the series of failures.
     pub(super) fn succeeded(&mut self) {
         *self = Self::new();
     }
 
-    /// It does not. Returns after the time that the next try should wait for.
+    /// Records a failure of `doing`, then sleeps until the next attempt is due.
     pub(super) async fn failed(&mut self, doing: &'static str, error: &EtcdError) {
         if !std::mem::replace(&mut self.failing, true) {
-            warn!(%error, "{doing}; trying again until it works");
+            warn!(%error, "{doing} failed; retrying until it succeeds");
         }
         let jitter: f64 = rand::rng().random_range(0.5..1.0);
         tokio::time::sleep(self.pause.mul_f64(jitter)).await;

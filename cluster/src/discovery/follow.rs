@@ -1,4 +1,4 @@
-//! The router's side: all nodes that are registered, as they come and go.
+//! Router side of discovery: watches the registered nodes.
 
 use std::convert::Infallible;
 
@@ -12,7 +12,8 @@ use super::{
 };
 use crate::Shutdown;
 
-/// Follows the registered nodes until the shutdown begins. While etcd is away, what was known last stays.
+/// Watches the registered nodes until the shutdown begins. While etcd is unreachable, the last known nodes stay in the
+/// channel.
 pub fn follow(config: EtcdConfig, shutdown: &Shutdown) -> watch::Receiver<Members> {
     let (members, receiver) = watch::channel(Members::new());
     let token = shutdown.token();
@@ -29,10 +30,10 @@ pub fn follow(config: EtcdConfig, shutdown: &Shutdown) -> watch::Receiver<Member
     receiver
 }
 
-/// Takes everything that is there, then every change from that moment on.
+/// Lists all nodes, then watches every change after the listed revision. Returns when the watch fails.
 ///
-/// Whatever ends the watch (etcd gone, restarted empty, the next change compacted away), the next call begins with
-/// everything again, so that no change is missed.
+/// The next call lists all nodes again. So no change is missed, whatever ended the watch: etcd stopped, it restarted
+/// empty, or it compacted the next revision.
 async fn follow_once(
     config: &EtcdConfig,
     members: &watch::Sender<Members>,
@@ -54,7 +55,7 @@ async fn follow_once(
     });
     retry.succeeded();
     loop {
-        // No deadline: nothing may happen for days. A connection that has died shows by its pings.
+        // No time limit: there may be no change for days. HTTP/2 pings detect a dead connection.
         let change = changes.message().await?.ok_or(EtcdError::Ended("watching nodes"))?;
         if change.canceled() {
             return Err(EtcdError::Cancelled(change.cancel_reason().to_owned()));
@@ -78,13 +79,13 @@ async fn follow_once(
     }
 }
 
-/// A key and what it says. What is no registration is none of our nodes, and is passed over.
+/// Parses a key and its registration. A value that is no registration is logged and skipped.
 fn parse(kv: &KeyValue) -> Option<(String, Registration)> {
     let key = String::from_utf8_lossy(kv.key()).into_owned();
     match serde_json::from_slice(kv.value()) {
         Ok(registration) => Some((key, registration)),
         Err(error) => {
-            warn!(key, %error, "not a node's registration");
+            warn!(key, %error, "ignoring an etcd key that holds no valid node registration");
             None
         }
     }

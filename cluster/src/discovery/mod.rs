@@ -1,8 +1,9 @@
-//! Who is there: nodes register in etcd under a lease, routers watch.
+//! Discovery: nodes register in etcd under a lease, and routers watch the registrations.
 //!
-//! etcd holds what does not change while a node lives (role, addresses, model, capacity). Load goes from nodes to routers
-//! directly, and whether a node can be reached a router finds out itself: etcd may be away, or come back empty, without
-//! anything that runs noticing. Everything here goes on trying for ever, and says so once.
+//! etcd holds only what is fixed for the life of a node process: role, addresses, model, capacity. Nodes report their
+//! load to routers directly, and routers check by themselves whether a node is reachable. So running nodes and routers
+//! keep working while etcd is down or after it restarts empty. Every operation here retries without limit and logs
+//! only the first failure of a series.
 
 mod args;
 mod client;
@@ -18,50 +19,50 @@ use std::collections::BTreeMap;
 use overfill_kv::Role;
 use serde::{Deserialize, Serialize};
 
-/// What a node says of itself in etcd, as JSON. Fixed for the life of the process.
+/// A node's registration, stored in etcd as JSON. Fixed for the life of the process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registration {
-    /// What it does.
+    /// Role: prefill or decode.
     pub role: Role,
-    /// Its name.
+    /// Name of the node.
     pub node_id: String,
     /// Random per process: a restarted node is another incarnation, even at the same address.
     pub incarnation: String,
-    /// Where routers reach it, `host:port`.
+    /// gRPC address that routers dial, `host:port`.
     pub grpc: String,
-    /// Where prefill nodes send KV, `host:port`; decode nodes only.
+    /// Address that prefill nodes send KV to, `host:port`; decode nodes only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv: Option<String>,
     /// Name under which its model is served.
     pub model: String,
-    /// Fingerprint of the full model that its KV comes from, where it names one.
+    /// Fingerprint of the full model that computes the KV, if the node's KV schema names one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub full_model: Option<String>,
-    /// Of its KV schema ([`overfill_kv::KvSchema::digest`]), lower-case hex.
+    /// Digest of its KV schema ([`overfill_kv::KvSchema::digest`]), lower-case hex.
     pub kv_schema_digest: String,
-    /// Blocks of its KV cache.
+    /// Capacity of its KV cache, in blocks.
     pub total_blocks: u32,
-    /// Most requests computed at once.
+    /// Maximum number of requests computed at once.
     pub max_running_requests: u32,
-    /// Longest prompt and output.
+    /// Maximum length of prompt and output together, in tokens.
     pub max_context_tokens: u32,
-    /// Of the program.
+    /// Version of the Overfill binary.
     pub version: String,
 }
 
 impl Registration {
-    /// Where routers reach it, as a URL.
+    /// URL of the gRPC service.
     pub fn url(&self, scheme: &str) -> String {
         format!("{scheme}://{}", self.grpc)
     }
 
-    /// One key for each role and address: a node that restarts takes the place of what it was.
+    /// Key in etcd: one for each role and address, so a restarted node replaces its earlier registration.
     fn key(&self, config: &EtcdConfig) -> String {
         format!("{}{}/{}", config.nodes_prefix(), self.role, self.grpc)
     }
 }
 
-/// All registered nodes by their keys in etcd.
+/// All registered nodes, by etcd key.
 pub type Members = BTreeMap<String, Registration>;
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! The node's side: a key under a lease, kept alive, put again whenever it may have been lost.
+//! Node side of discovery: puts the node's key under a lease, keeps the lease alive, and registers again after a
+//! failure.
 
 use std::convert::Infallible;
 
@@ -12,10 +13,10 @@ use super::{
     client::{CALL_TIMEOUT, EtcdError, Retry, call, connect},
 };
 
-/// Signs of life per lease: two may get lost.
+/// Keep-alives sent per lease period. The lease survives two lost ones.
 const SIGNS_PER_LEASE: u32 = 3;
 
-/// Keeps the node registered until `stop`, then takes it out at once.
+/// Keeps the node registered until `stop` is cancelled, then revokes the lease, which deletes the registration at once.
 pub async fn register(config: EtcdConfig, registration: Registration, stop: CancellationToken) {
     let mut registrar = Registrar { config, registration, held: None, retry: Retry::new() };
     let kept = async {
@@ -26,27 +27,27 @@ pub async fn register(config: EtcdConfig, registration: Registration, stop: Canc
     };
     let _: Option<Infallible> = stop.run_until_cancelled(kept).await;
     let Some((mut client, lease)) = registrar.held else { return };
-    // Without it the lease would say the same a little later.
+    // If this fails, the lease expires by itself, so the failure is logged at debug level only.
     match timeout(CALL_TIMEOUT, client.lease_revoke(lease)).await {
         Ok(Ok(_)) => info!("no longer registered in etcd"),
-        Ok(Err(error)) => debug!(%error, "revoking the lease"),
-        Err(_) => debug!("revoking the lease: no answer"),
+        Ok(Err(error)) => debug!(%error, "revoking the lease failed"),
+        Err(_) => debug!("revoking the lease failed: no answer"),
     }
 }
 
 struct Registrar {
     config: EtcdConfig,
     registration: Registration,
-    /// The lease last granted, and who to tell that it is not needed any more.
+    /// The last lease granted, and the client to revoke it with.
     held: Option<(Client, i64)>,
     retry: Retry,
 }
 
 impl Registrar {
-    /// Registers, and stays registered for as long as etcd agrees.
+    /// Registers the node and keeps the lease alive. Returns at the first failure.
     ///
-    /// Every try takes a lease of its own. The key goes over to it, so that an older lease that expires takes nothing
-    /// with it.
+    /// Every attempt is granted a new lease, and the key moves to it. So the expiry of an older lease does not delete
+    /// the key.
     async fn keep(&mut self) -> Result<Infallible, EtcdError> {
         let Self { config, registration, held, retry } = self;
         let mut client = connect(config).await?;

@@ -1,4 +1,4 @@
-//! Bodies that know of their limits: a request's must come in time, a response's keeps its request in progress.
+//! Body wrappers: a request body has a time limit, and a response body keeps its request in progress.
 
 use std::{
     pin::Pin,
@@ -13,17 +13,17 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::places::InProgress;
 
-/// A request's body has taken too long.
+/// A request body did not arrive within the time limit, which is the field.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("the body must be here within {} s", .0.as_secs_f64())]
+#[error("the request body must arrive within {} s", .0.as_secs_f64())]
 pub struct SlowBody(pub Duration);
 
-/// The body of a request, which has so long in all.
+/// A request body that must arrive completely within `limit`, else it fails with [`SlowBody`].
 pub(super) struct Upload {
     body: Incoming,
     limit: Duration,
     end: Instant,
-    /// Made when there is something to wait for.
+    /// Created at the first poll that has to wait.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -56,7 +56,7 @@ impl HttpBody for Upload {
     }
 }
 
-/// The body of a response. Until it has been taken, or its client has gone, the request is in progress.
+/// A response body. The request stays in progress until this is dropped: the client has read it all or disconnected.
 pub(super) struct Download {
     body: Body,
     _request: InProgress,

@@ -1,7 +1,7 @@
-//! How HTTP is served, and gRPC with it: so many connections, none of which may waste its place.
+//! The server for HTTP and gRPC, with a limit on the number of connections.
 //!
-//! A connection ends when nothing has been asked on it for a while, when its client does not take what it is sent, or
-//! does not answer a ping. See [`places`] for what happens when there are too many.
+//! A connection is closed when it has been idle for too long, when its client does not read the data sent to it, or
+//! when the client does not answer an HTTP/2 ping. [`places`] describes what happens at the connection limit.
 
 mod body;
 mod places;
@@ -34,47 +34,48 @@ use overfill_net::Listen;
 
 use crate::net::{Connection, Opening};
 
-/// Connections beyond the limit: they are served as long as all others have requests, so that whoever only asks how the
-/// process is gets in, and everybody else is told to come back. See [`Crowded`].
+/// Connections beyond the limit. They let a full server answer probes and refuse other requests with a proper error.
+/// See [`Crowded`].
 pub const SPARE: usize = 64;
-/// Connections that have lost their places, and are about to end.
+/// Allowance for connections that have lost their place but whose tasks have not ended yet.
 const LEAVING: usize = 64;
 
-/// How long a client may take over the TLS handshake.
+/// Time limit of the TLS handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long what is sent may lie there before the client takes any of it.
+/// Time limit of one write: a connection fails if its client reads nothing for this long while data is pending.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
-/// A client that does not answer a ping (of HTTP/2) for this long is gone, and its requests with it.
+/// A client that does not answer an HTTP/2 ping for this long is disconnected, and its requests are cancelled.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// Wait after a connection could not be taken: out of file descriptors, most likely.
+/// Pause after a failed accept. The most likely cause is a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// At least this often the idle are looked through.
+/// Maximum interval between two checks for idle connections.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What a server grants.
+/// Limits of a server and its connections.
 #[derive(Clone, Debug)]
 pub struct ConnectionLimits {
-    /// Connections that may have requests in progress. There may be [`SPARE`] more.
+    /// Maximum number of connections with requests in progress. [`SPARE`] more connections may be open.
     pub connections: usize,
-    /// Requests that one connection may have (over HTTP/2).
+    /// Maximum number of concurrent requests of one HTTP/2 connection.
     pub streams: u32,
-    /// Is HTTP/1 served, too?
+    /// Whether HTTP/1 is served as well as HTTP/2.
     pub http1: bool,
-    /// How long a connection may be there before its first request: with the head of that.
+    /// Time from accepting a connection until the head of its first request has arrived.
     pub first_request: Duration,
-    /// How long it may be idle after one.
+    /// Time that a connection may be idle after a request.
     pub idle: Duration,
-    /// How long a request's body may take.
+    /// Time limit for receiving a request body.
     pub body: Duration,
 }
 
 impl ConnectionLimits {
-    /// Of a server for browsers, probes, and clients of all kinds.
+    /// Limits of an HTTP server for arbitrary clients, with `connections` connections.
     ///
-    /// Load balancers keep connections for reuse, the longest of the common ones (Google's) for 600 seconds. If this
-    /// side ended them before that, a request would now and then meet the end; so it waits a little longer. That costs
-    /// nobody a place.
+    /// The idle limit exceeds the keep-alive time of load balancers; the longest common one is Google's with 600
+    /// seconds. With a shorter limit, this side would sometimes close a connection just as the load balancer sends a
+    /// request on it. A long limit keeps no newcomer out, because the longest idle connection is evicted when all
+    /// places are taken.
     pub fn http(connections: usize) -> Self {
         Self {
             connections,
@@ -86,18 +87,18 @@ impl ConnectionLimits {
         }
     }
 
-    /// File descriptors that the server needs at most.
+    /// Maximum number of file descriptors that the server's connections need.
     pub fn files(&self) -> usize {
         self.connections + SPARE + LEAVING
     }
 }
 
-/// Comes with requests (as an extension) while more connections have some than may: those that cost anything are to be
-/// refused.
+/// Request extension, present while more connections have requests in progress than [`ConnectionLimits::connections`].
+/// Handlers must then refuse the request, unless it costs next to nothing, such as a probe.
 #[derive(Clone, Copy, Debug)]
 pub struct Crowded;
 
-/// Serves `routes` until `stop` resolves and the requests in progress have ended. Dropped, it ends all of them.
+/// Serves `routes` until `stop` resolves and the requests in progress have ended. Dropping the future cancels them.
 pub async fn serve(
     mut listener: impl Listen<Connection = Box<dyn Connection>>,
     routes: Router,
@@ -125,13 +126,13 @@ pub async fn serve(
                     }
                 }
                 Err(error) => {
-                    warn!(%error, "accepting a connection");
+                    warn!(%error, "accepting a connection failed");
                     sleep(ACCEPT_PAUSE).await;
                 }
             },
         }
     }
-    // Whoever connects now is refused by the system, rather than left waiting.
+    // The operating system refuses new connections from here on, instead of leaving them in the accept queue.
     drop(listener);
     stopping.cancel();
     places.close();
@@ -149,14 +150,14 @@ pub async fn serve(
 
 fn note(ended: Result<(), JoinError>) {
     if let Err(error) = ended {
-        error!(%error, "a connection's task");
+        error!(%error, "the task of a connection failed");
     }
 }
 
 fn builder(limits: &ConnectionLimits) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
-    // It would end connections between two requests, too, and none whose first bytes do not say which HTTP they speak:
-    // places end all of them.
+    // hyper's header timeout is off. It would also close idle connections between two requests, and it would not close
+    // connections that never send enough bytes to detect the HTTP version. `places` closes all of these.
     builder.http1().timer(TokioTimer::new()).header_read_timeout(None);
     builder
         .http2()
@@ -167,7 +168,7 @@ fn builder(limits: &ConnectionLimits) -> Builder<TokioExecutor> {
     if limits.http1 { builder } else { builder.http2_only() }
 }
 
-/// What all connections share.
+/// State shared by all connections of a server.
 struct Server {
     builder: Builder<TokioExecutor>,
     routes: Router,
@@ -211,10 +212,11 @@ impl Server {
                     return;
                 }
                 () = place.lost() => {
-                    // Once, so that a client with HTTP/2 is told; then it ends, whatever the client does.
+                    // A single poll sends GOAWAY to an HTTP/2 client. Then the connection closes, whatever the client
+                    // does.
                     connection.as_mut().graceful_shutdown();
                     let _ = futures::poll!(connection.as_mut());
-                    return debug!(%peer, "an idle connection has ended");
+                    return debug!(%peer, "closed an idle connection");
                 }
                 () = self.stopping.cancelled(), if !stopping => {
                     stopping = true;

@@ -1,8 +1,9 @@
-//! How many connections a server has, and who goes when there are too many.
+//! The connection limit of a server, and eviction of idle connections.
 //!
-//! A connection is idle while no request of it is in progress: while its handshake goes on, while a request's head
-//! trickles in, between two requests. Idle ones end after a while, and when there is no place for a newcomer, the one
-//! that has been idle longest gives way: a client that means well asks for something at once.
+//! A connection is idle while it has no request in progress: during its handshake, while the head of a request arrives,
+//! and between two requests. Idle connections are closed after a time limit. If a new connection finds no free place,
+//! it evicts the connection that has been idle longest. A well-behaved client is hardly affected, because it sends its
+//! request right after connecting.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -13,10 +14,10 @@ use tracing::warn;
 
 use super::{ConnectionLimits, SPARE};
 
-/// How long an idle connection has when the server shuts down: time for its last bytes to leave.
+/// Idle limit during shutdown. It leaves time to send the last bytes of a response.
 const CLOSING_GRACE: Duration = Duration::from_secs(2);
 
-/// The connections of one server.
+/// The connection places of one server.
 pub(super) struct ConnectionPlaces {
     connections: usize,
     first_request: Duration,
@@ -26,15 +27,17 @@ pub(super) struct ConnectionPlaces {
 
 #[derive(Default)]
 struct State {
+    /// Connections that hold a place: the busy and the idle ones.
     open: usize,
-    /// Those of them that have requests in progress.
+    /// Connections with requests in progress.
     busy: usize,
-    /// The others, in the order in which they became idle.
+    /// Idle connections, in the order in which they became idle.
     idle: BTreeMap<u64, Idle>,
     next_key: u64,
     closing: bool,
-    /// Since it was last told.
+    /// Connections evicted since the last log message.
     evicted: usize,
+    /// Connections refused since the last log message.
     refused: usize,
 }
 
@@ -44,7 +47,7 @@ struct Idle {
     sent_away: CancellationToken,
 }
 
-/// One connection's place. Dropping it gives the place back.
+/// The place of one connection. Dropping it frees the place.
 pub(super) struct ConnectionPlace {
     all: Arc<ConnectionPlaces>,
     stage: Mutex<Stage>,
@@ -52,16 +55,16 @@ pub(super) struct ConnectionPlace {
 }
 
 enum Stage {
-    /// By this key it is among the idle. If it isn't there any more, it has been sent away, and has lost its place.
+    /// Idle; the key in [`State::idle`]. If the key is absent there, the connection was evicted and has lost its place.
     Idle(u64),
-    /// With so many requests in progress.
+    /// Busy; the number of requests in progress.
     Busy(usize),
 }
 
-/// A request in progress. Dropping it ends it.
+/// A request in progress. It counts as in progress until this is dropped.
 pub(super) struct InProgress {
     place: Arc<ConnectionPlace>,
-    /// More connections have requests than may.
+    /// More connections had requests in progress than the limit when this request began.
     pub crowded: bool,
 }
 
@@ -71,7 +74,8 @@ impl ConnectionPlaces {
         Arc::new(Self { connections, first_request, idle, state: Mutex::default() })
     }
 
-    /// A place for a connection; `None` if there is none, and everybody who has one has a request.
+    /// Takes a place for a new connection. If all are taken, evicts the connection that has been idle longest. Returns
+    /// `None` if all places are taken by busy connections.
     pub fn enter(self: &Arc<Self>) -> Option<Arc<ConnectionPlace>> {
         let sent_away = CancellationToken::new();
         let mut state = self.state.lock();
@@ -90,7 +94,7 @@ impl ConnectionPlaces {
         Some(Arc::new(ConnectionPlace { all: self.clone(), stage: Mutex::new(Stage::Idle(key)), sent_away }))
     }
 
-    /// Sends away those who have been idle for too long, and tells how many have had to give way since the last time.
+    /// Closes connections that have been idle for too long. Logs how many were evicted or refused since the last call.
     pub fn sweep(&self) {
         let now = Instant::now();
         let mut state = self.state.lock();
@@ -108,18 +112,18 @@ impl ConnectionPlaces {
         let (evicted, refused) = (std::mem::take(&mut state.evicted), std::mem::take(&mut state.refused));
         drop(state);
         if evicted + refused > 0 {
-            warn!(limit = self.connections, evicted, refused, "too many connections");
+            warn!(limit = self.connections, evicted, refused, "connection limit reached");
         }
     }
 
-    /// From now on nobody who is idle may stay for long.
+    /// Starts the shutdown: from now on the idle limit is [`CLOSING_GRACE`].
     pub fn close(&self) {
         self.state.lock().closing = true;
     }
 }
 
 impl State {
-    /// Adds one to the idle, and gives its key.
+    /// Adds a connection to `idle` and returns its key.
     fn idles(&mut self, limit: Duration, sent_away: &CancellationToken) -> u64 {
         let key = self.next_key;
         self.next_key += 1;
@@ -129,12 +133,12 @@ impl State {
 }
 
 impl ConnectionPlace {
-    /// Resolves when the place is lost.
+    /// Resolves when the connection has lost its place and must close.
     pub async fn lost(&self) {
         self.sent_away.cancelled().await;
     }
 
-    /// A request begins.
+    /// Begins a request. The connection is busy until all its requests have ended.
     pub fn begin(self: &Arc<Self>) -> InProgress {
         let mut stage = self.stage.lock();
         let mut state = self.all.state.lock();
@@ -162,7 +166,7 @@ impl Drop for InProgress {
                 *stage = Stage::Idle(state.idles(place.all.idle, &place.sent_away));
             }
             Stage::Busy(requests) => *requests -= 1,
-            // It began when the place was lost already.
+            // The place was already lost when the request began, so the request was not counted.
             Stage::Idle(_) => {}
         }
     }
@@ -171,7 +175,7 @@ impl Drop for InProgress {
 impl Drop for ConnectionPlace {
     fn drop(&mut self) {
         let mut state = self.all.state.lock();
-        // Nobody is busy here: requests in progress hold the place.
+        // The stage is never `Busy` here, because every `InProgress` holds a reference to the place.
         let Stage::Idle(key) = self.stage.get_mut() else { return };
         if state.idle.remove(key).is_some() {
             state.open -= 1;
@@ -201,13 +205,13 @@ mod tests {
         let mut rest: Vec<_> = (0..2 + SPARE).map(|_| all.enter().unwrap()).collect();
         let (first, second, third) = (rest.remove(0), rest.remove(0), rest.remove(0));
         let request = first.begin();
-        // It asked for something, and is idle for the shortest time.
+        // The second connection has just ended a request, so it has been idle for the shortest time.
         drop(second.begin());
         let newcomer = all.enter().unwrap();
         assert!(third.sent_away.is_cancelled());
         assert!(![&first, &second, &newcomer].iter().any(|place| place.sent_away.is_cancelled()));
         assert_eq!(counts(&all), (2 + SPARE, 1, 1 + SPARE));
-        // A request that comes just then disturbs no count.
+        // A request that begins on an evicted connection changes no count.
         drop(third.begin());
         drop(third);
         assert_eq!(counts(&all), (2 + SPARE, 1, 1 + SPARE));

@@ -1,4 +1,4 @@
-//! Connections that do nothing, too many of them, and the server's end.
+//! Tests of idle connections, the connection limit, and shutdown.
 
 use std::{io, net::SocketAddr};
 
@@ -19,11 +19,11 @@ use tokio::{
 use super::*;
 use crate::net::Listener;
 
-/// Much longer than anything here takes.
+/// Time limit of every wait, much longer than any step takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 const SHORT: Duration = Duration::from_millis(50);
 
-/// A server, and what its `/held` waits for.
+/// A running server. Requests for `/held` wait until `open` is true.
 struct Rig {
     address: SocketAddr,
     open: watch::Sender<bool>,
@@ -76,7 +76,7 @@ async fn ask(stream: &mut TcpStream, path: &str) {
     stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes()).await.unwrap();
 }
 
-/// Reads until the text ends like this.
+/// Reads until the text read ends with `end`.
 async fn until(stream: &mut TcpStream, end: &str) -> String {
     let read = async {
         let mut text = Vec::new();
@@ -88,7 +88,7 @@ async fn until(stream: &mut TcpStream, end: &str) -> String {
     timeout(PATIENCE, read).await.expect("no answer").expect("the connection ended")
 }
 
-/// What is left until the other side ends the connection.
+/// Reads until the other side closes the connection.
 async fn rest(stream: &mut TcpStream) -> String {
     let mut text = Vec::new();
     match timeout(PATIENCE, stream.read_to_end(&mut text)).await.expect("it is kept open") {
@@ -109,7 +109,7 @@ async fn who_asks_for_nothing_is_ended() {
         let said = rest(&mut stream).await;
         assert!(!said.contains("200 OK"), "{begun:?}: {said:?}");
     }
-    // Not while it waits for an answer, but after it.
+    // A connection is kept while a response is pending, and closed after it.
     let mut patient = rig.ask("/held").await;
     let mut quick = rig.ask("/quick").await;
     until(&mut quick, "quick").await;
@@ -148,7 +148,7 @@ async fn the_silent_keep_nobody_out() {
 async fn who_has_a_request_stays_and_the_rest_are_told() {
     let rig = start(ConnectionLimits::http(2)).await;
     let (mut one, mut two) = (rig.ask("/held").await, rig.ask("/held").await);
-    // Once the other two have come.
+    // The server is crowded once the other two requests have begun.
     let mut three = rig.connect().await;
     loop {
         ask(&mut three, "/quick").await;
@@ -172,7 +172,7 @@ async fn a_shutdown_waits_for_answers_alone() {
     until(&mut idle, "quick").await;
     let mut slow = rig.connect().await;
     slow.write_all(b"GET /quick HTTP/1.1\r\nhost:").await.unwrap();
-    // An answer on a connection that came later: the others have been taken by now.
+    // The server accepts in order, so a response on a later connection shows that the earlier ones are accepted.
     let mut last = rig.ask("/quick").await;
     until(&mut last, "quick").await;
     rig.stop.cancel();
