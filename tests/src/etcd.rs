@@ -127,13 +127,15 @@ impl Etcd {
 
     /// Kills the leader.
     pub fn kill_leader(&mut self) -> Result<()> {
+        // A member that has just started may not answer yet.
         let mut leads = None;
-        for (i, member) in self.members.iter().enumerate() {
-            let status = post(&member.client, "/v3/maintenance/status", &json!({}))?;
-            if status["leader"] == status["header"]["member_id"] {
-                leads = Some(i);
-            }
-        }
+        wait_for("a leader of etcd", || {
+            leads = self.members.iter().position(|member| {
+                let status = post(&member.client, "/v3/maintenance/status", &json!({}));
+                status.is_ok_and(|status| status["leader"] == status["header"]["member_id"])
+            });
+            Ok(leads.is_none().then(|| "no member leads".to_owned()))
+        })?;
         self.kill_member(leads.context("no member leads")?)
     }
 
