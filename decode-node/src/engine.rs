@@ -278,10 +278,9 @@ impl<C: Compute> Engine<C> {
             }
             let Ok(lease) = self.pool.allocate(first.blocks) else { return };
             let Some(first) = self.swapped.pop_front() else { return };
-            match first.swap_in(lease, &*self.store, &self.load) {
-                Ok(sequence) => self.seat(sequence),
-                // `swap_in` has logged the error and sent it to the client.
-                Err(_) => {}
+            // After an error there is nothing to do: `swap_in` has logged it and sent it to the client.
+            if let Ok(sequence) = first.swap_in(lease, &*self.store, &self.load) {
+                self.seat(sequence);
             }
         }
     }
