@@ -252,7 +252,7 @@ mod tests {
     #[test]
     fn every_fault_is_reported_at_once() {
         let line = "x --model /no/such --device gpu --weights f8 --listen nowhere --kv-pool-tokens 1 --max-waiting 0 \
-                    --step-timeout-seconds 0 --drain-timeout-seconds -1";
+                    --step-timeout-seconds 0 --drain-timeout-seconds=-1";
         let mut faults = Vec::new();
         let args = Cli::parse_from(line.split_whitespace()).args;
         assert!(args.validate(Rows::Few, &mut faults).is_none());
