@@ -107,7 +107,7 @@ impl Compute for ModelCompute {
     fn step(&mut self, sequences: &[&Sequence]) -> Result<Vec<OutputToken>, ModelError> {
         let slices: Vec<_> = sequences.iter().map(|sequence| slice(sequence)).collect();
         self.engine.run(&slices, &self.layers, &mut self.outputs)?;
-        Ok((0..slices.len()).filter_map(|i| self.outputs.take_next(i)).collect())
+        (0..slices.len()).map(|i| self.outputs.take_next(i)).collect()
     }
 }
 

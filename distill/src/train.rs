@@ -61,7 +61,7 @@ pub struct TrainConfig {
     pub checkpoint_every: usize,
     /// Continues from the newest checkpoint in `out`.
     pub resume: bool,
-    /// Stops after this step. The schedule remains that of `total_steps`.
+    /// Stops after this step. The learning-rate schedule still covers `total_steps`.
     pub stop_after: Option<usize>,
     /// Whether to draw a progress bar.
     pub progress: bool,

@@ -12,7 +12,7 @@ fn the_demo_pair_answers_held_out_prompts() {
     let dir = tempfile::tempdir().unwrap();
     let sizes = data::DataConfig { seed: 77, conversations: 0, more_conversations: 0, pairs: 0, held_out: 60 };
     data::write(dir.path(), &sizes).unwrap();
-    // The committed text files equal those that the code writes.
+    // The code writes the same text files as the committed ones.
     for file in ["tokenizer.json", "chat_template.jinja", "generation_config.json"] {
         let written = std::fs::read(dir.path().join("full").join(file)).unwrap();
         assert_eq!(written, std::fs::read(full.join(file)).unwrap(), "{file}");

@@ -82,7 +82,7 @@ fn the_full_model_as_its_own_decoder_equals_the_full_model_token_for_token() {
     let outputs = two_stage.generate(&prompts, &steps).unwrap();
     let alone = Arm::alone(&full, DType::F32, &Device::Cpu).unwrap();
     assert_eq!(outputs, alone.generate(&prompts, &steps).unwrap());
-    // The output also equals that of a model that recomputes the whole text for every token, one prompt at a time.
+    // A model that recomputes the whole text for every token, one prompt at a time, gives the same output.
     for (prompt, output) in prompts.iter().zip(&outputs).take(3) {
         let mut text = prompt.to_vec();
         for token in output {

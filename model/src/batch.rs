@@ -1,10 +1,13 @@
 //! Input and output of an engine: a ragged batch of sequences over paged KV, and what each slice requests.
 
-use candle_core::{Result, bail};
+use candle_core::bail;
 use overfill_kv::{BLOCK_TOKENS, BlockId, OutputToken, SamplingParams, blocks_for};
 use rayon::prelude::*;
 
-use crate::sampler::{SamplingContext, report, sample};
+use crate::{
+    ModelError,
+    sampler::{SamplingContext, report, sample},
+};
 
 /// The next tokens of one sequence in a batch.
 #[derive(Clone, Copy, Debug)]
@@ -80,9 +83,13 @@ struct Output {
 }
 
 impl Outputs {
-    /// Takes the token chosen after slice `i` of the batch; `None` if the slice requested none.
-    pub fn take_next(&mut self, i: usize) -> Option<OutputToken> {
-        self.slices.get_mut(i)?.next.take()
+    /// Takes the token chosen after slice `i` of the batch.
+    ///
+    /// # Errors
+    /// There is none: the slice did not request one, or the engine broke its contract. The caller must not go on with
+    /// another slice's token.
+    pub fn take_next(&mut self, i: usize) -> Result<OutputToken, ModelError> {
+        self.slices.get_mut(i).and_then(|output| output.next.take()).ok_or(ModelError::NoToken { slice: i })
     }
 
     /// Takes the log-probabilities that slice `i` requested with [`Want::Scores`]; empty if it requested none.
@@ -165,7 +172,7 @@ impl Slot {
 }
 
 /// Checks the batch: no empty slices, enough blocks, token ids within the vocabulary, no more scores than tokens.
-pub(crate) fn check(batch: &[SequenceSlice<'_>], vocab_size: usize) -> Result<()> {
+pub(crate) fn check(batch: &[SequenceSlice<'_>], vocab_size: usize) -> candle_core::Result<()> {
     if batch.is_empty() {
         bail!("the batch has no slices");
     }

@@ -74,6 +74,12 @@ pub enum ModelError {
     /// The text files (tokenizer, chat template) cannot be read.
     #[error(transparent)]
     Text(#[from] overfill_text::TextError),
+    /// An engine returned no token for a slice of a batch.
+    #[error("the engine returned no token for slice {slice} of the batch")]
+    NoToken {
+        /// Index of the slice.
+        slice: usize,
+    },
     /// A computation failed.
     #[error("computation failed: {0}")]
     Compute(candle_core::Error),

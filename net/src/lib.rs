@@ -1,7 +1,7 @@
 //! Interfaces to open and accept connections between processes, over TCP, TLS or a simulated network.
 //!
-//! gRPC and HTTP run on [`overfill-cluster`'s connections](../overfill_cluster/net/index.html), KV runs on the
-//! transport's links. Both use [`Dialer`] and [`Listen`].
+//! gRPC and HTTP run on the connections of `overfill_cluster::net`, KV runs on the links of `overfill_transport::tcp`. Both
+//! use [`Dialer`] and [`Listen`].
 
 use std::{fmt, future::Future, io, net::SocketAddr, sync::Arc};
 

@@ -192,7 +192,7 @@ impl NodeArgs {
         let pool_ok = (block..=MAX_POOL_TOKENS).contains(&kv_pool_tokens);
         ConfigError::check(f, pool_ok, "kv-pool-tokens", format!("in [{block}, {MAX_POOL_TOKENS}]"), kv_pool_tokens);
         ConfigError::check(f, (1..=65536).contains(&max_waiting), "max-waiting", "in [1, 65536]", max_waiting);
-        let default_deadline = positive(f, "default-deadline-seconds", default_deadline_seconds);
+        let default_deadline = positive_seconds(f, "default-deadline-seconds", default_deadline_seconds);
         let drain_timeout = match (0.0..=MAX_DEADLINE_SECONDS).contains(&drain_timeout_seconds) {
             true => Some(Duration::from_secs_f64(drain_timeout_seconds)),
             false => {
@@ -201,7 +201,7 @@ impl NodeArgs {
                 None
             }
         };
-        let step_timeout = positive(f, "step-timeout-seconds", step_timeout_seconds);
+        let step_timeout = positive_seconds(f, "step-timeout-seconds", step_timeout_seconds);
         let tls = tls.validate(f);
         ConfigError::check_exposed(f, "listen", listen, tls.is_some(), "--tls-ca", &process);
         let etcd = etcd.validate(f);
@@ -231,7 +231,7 @@ impl NodeArgs {
 }
 
 /// Checks that `seconds` is in (0, `MAX_DEADLINE_SECONDS`]. Otherwise adds an error to `f` and returns `None`.
-pub(crate) fn positive(f: &mut Vec<ConfigError>, flag: &'static str, seconds: f64) -> Option<Duration> {
+pub fn positive_seconds(f: &mut Vec<ConfigError>, flag: &'static str, seconds: f64) -> Option<Duration> {
     let ok = seconds > 0.0 && seconds <= MAX_DEADLINE_SECONDS;
     ConfigError::check(f, ok, flag, format!("in (0, {MAX_DEADLINE_SECONDS}]"), seconds);
     ok.then(|| Duration::from_secs_f64(seconds))

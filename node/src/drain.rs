@@ -1,5 +1,5 @@
-//! Draining a node: it accepts nothing new, finishes the running requests, and aborts those that exceed the drain
-//! timeout, so that their router moves them to other nodes.
+//! Draining a node. It accepts no new requests and finishes the running ones. At the drain timeout it aborts the rest, and
+//! their router moves them to other nodes.
 
 use std::{sync::Arc, time::Duration};
 

@@ -17,7 +17,7 @@ mod serve;
 mod service;
 mod stream;
 
-pub use args::{MAX_DEADLINE_SECONDS, NodeArgs, NodeConfig};
+pub use args::{MAX_DEADLINE_SECONDS, NodeArgs, NodeConfig, positive_seconds};
 pub use drain::Drain;
 pub use engine::{Turn, spawn_engine};
 pub use host::{Front, Host, NodeError, connections};

@@ -5,7 +5,7 @@ use std::time::Duration;
 use overfill_cluster::ConfigError;
 use overfill_kv::BLOCK_TOKENS;
 use overfill_model::Rows;
-use overfill_node::{MAX_DEADLINE_SECONDS, NodeArgs, NodeConfig};
+use overfill_node::{NodeArgs, NodeConfig, positive_seconds};
 
 /// A node that computes prompts with the full model and hands over their KV.
 #[derive(Clone, Debug, clap::Args)]
@@ -49,13 +49,10 @@ impl Args {
         let node = node.validate(Rows::Many, f);
         let batch_ok = (BLOCK_TOKENS..=65536).contains(&max_batch_tokens);
         ConfigError::check(f, batch_ok, "max-batch-tokens", format!("in [{BLOCK_TOKENS}, 65536]"), max_batch_tokens);
-        let target_ok = step_target_seconds > 0.0 && step_target_seconds <= MAX_DEADLINE_SECONDS;
-        let limit = format!("in (0, {MAX_DEADLINE_SECONDS}]");
-        ConfigError::check(f, target_ok, "step-target-seconds", limit, step_target_seconds);
+        let step_target = positive_seconds(f, "step-target-seconds", step_target_seconds);
         ConfigError::check(f, (1..=4096).contains(&max_running), "max-running", "in [1, 4096]", max_running);
-        match node {
-            Some(node) if f.is_empty() => {
-                let step_target = Duration::from_secs_f64(step_target_seconds);
+        match (node, step_target) {
+            (Some(node), Some(step_target)) if f.is_empty() => {
                 Ok(Config { node, max_batch_tokens, step_target, max_running })
             }
             _ => Err(std::mem::take(f)),

@@ -119,9 +119,11 @@ impl Compute for ModelCompute {
     fn step(&mut self, chunks: &[PromptChunk<'_>], layers: Arc<dyn LayerSink>) -> Result<Vec<ChunkOutput>, ModelError> {
         let slices: Vec<_> = chunks.iter().map(slice).collect();
         self.engine.run(&slices, &layers, &mut self.outputs)?;
-        let mut output =
-            |i| ChunkOutput { logprobs: self.outputs.take_scores(i), first_token: self.outputs.take_next(i) };
-        Ok((0..chunks.len()).map(&mut output).collect())
+        let outputs = chunks.iter().enumerate().map(|(i, chunk)| {
+            let first_token = chunk.is_last().then(|| self.outputs.take_next(i)).transpose()?;
+            Ok(ChunkOutput { logprobs: self.outputs.take_scores(i), first_token })
+        });
+        outputs.collect()
     }
 }
 

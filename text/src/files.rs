@@ -11,7 +11,7 @@ pub struct TextFiles {
     pub tokenizer_json: Vec<u8>,
     /// `tokenizer_config.json`: special tokens, and the chat template in older folders.
     pub tokenizer_config_json: Option<Vec<u8>>,
-    /// `chat_template.jinja`: the chat template, in preference to that of `tokenizer_config.json`.
+    /// `chat_template.jinja`: the chat template. It takes precedence over the template in `tokenizer_config.json`.
     pub chat_template: Option<Vec<u8>>,
     /// `generation_config.json`: end-of-text token ids and default sampling parameters.
     pub generation_config_json: Option<Vec<u8>>,

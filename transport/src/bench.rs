@@ -1,4 +1,4 @@
-//! Measures the throughput of a handoff over loopback, and that of a memory copy and a bare TCP copy for comparison.
+//! Measures the throughput of a handoff over loopback. For comparison, it also measures a memory copy and a bare TCP copy.
 
 use std::io;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ pub struct LoopbackReport {
 }
 
 impl LoopbackReport {
-    /// Throughput of the handoff divided by that of the bare TCP copy.
+    /// Throughput of the handoff divided by the throughput of the bare TCP copy.
     pub fn handoff_to_tcp(&self) -> f64 {
         self.handoff_bytes_per_second / self.tcp_bytes_per_second
     }

@@ -19,7 +19,7 @@ pub struct SendPlan {
     /// The receiver's schema. `schema.layers` lists the layers of the local store that are sent. On the wire a layer is
     /// numbered by its position in that list.
     pub schema: KvSchema,
-    /// All blocks of the prompt in the local store, in prompt order, including those that the receiver holds.
+    /// All blocks of the prompt in the local store, in prompt order. Blocks that the receiver holds are included.
     pub blocks: Vec<BlockId>,
     /// Lease of the blocks. Dropped when the receiver has confirmed or the handoff has failed (KV-2).
     pub lease: Arc<BlockLease>,

@@ -75,8 +75,7 @@ pub(crate) struct Inner {
 }
 
 impl Entry {
-    /// Passes an event to the state machine and carries out its actions. Returns those that the connection must carry
-    /// out.
+    /// Passes an event to the state machine and carries out its actions. Returns the actions that are left to the connection.
     pub fn on_event(&self, event: ReceiverEvent) -> Vec<ReceiverAction> {
         let now = Instant::now();
         let mut released = None;

@@ -223,7 +223,7 @@ impl Sequences {
                 let slice = SequenceSlice { tokens: chunk, start, blocks, want };
                 engine.run(&[slice], &no_layers(), &mut self.outputs)?;
             }
-            *next = self.outputs.take_next(0).context("no token")?.token;
+            *next = self.outputs.take_next(0)?.token;
         }
         Ok(begin.elapsed().as_secs_f64())
     }
@@ -246,7 +246,7 @@ impl Sequences {
                 .collect();
             engine.run(&slices, &layers, &mut self.outputs)?;
             for (i, next) in self.next[..batch].iter_mut().enumerate() {
-                *next = self.outputs.take_next(i).context("no token")?.token;
+                *next = self.outputs.take_next(i)?.token;
             }
         }
         Ok(begin.elapsed().as_secs_f64())

@@ -119,7 +119,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
 }
 
 /// Converts factors back to Llama 3.x's scaling, if llama.cpp's converter computed them from its parameters. The KV
-/// schema then equals that of the safetensors model, so that the two models of a pair may use different formats.
+/// schema is then the same as for safetensors, so the two models of a pair may use different formats.
 fn as_llama3(config: &ModelConfig) -> Option<ModelConfig> {
     let [Rope { theta, scaling: RopeScaling::Factors(factors) }] = config.ropes.as_slice() else { return None };
     // All published models share the other three parameters. `factor` is the factor of the longest wave.

@@ -10,8 +10,8 @@ use super::{
 };
 use crate::ModelError;
 
-/// Tokens that end a turn or a text, in addition to those that the metadata names. The metadata can name only one of
-/// each kind, while a generation_config.json may list several. llama.cpp also recognises them by their text.
+/// Tokens that end a turn or a text. The metadata can name only one token of each kind, while a generation_config.json may
+/// list several. So these texts count as well, as in llama.cpp.
 const END_TOKENS: [&str; 7] =
     ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>"];
 

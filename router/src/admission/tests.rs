@@ -68,7 +68,7 @@ async fn who_leaves_while_waiting_takes_no_turn() {
 }
 
 #[tokio::test]
-async fn tenants_take_turns_by_weight_whoever_came_first() {
+async fn tenants_take_turns_by_weight_in_any_order_of_arrival() {
     let admission = ModelAdmission::new(1, 100);
     let (a, b) = (tenant("a", 1), tenant("b", 2));
     let gate = admission.enter(&a, &[ask()]).unwrap().remove(0).run().await.unwrap();
@@ -94,7 +94,7 @@ async fn priority_goes_first() {
 }
 
 #[tokio::test]
-async fn whoever_fills_the_queue_gives_way() {
+async fn the_tenant_that_fills_the_queue_gives_way() {
     let (admission, a, b) = (ModelAdmission::new(1, 4), tenant("a", 1), tenant("b", 1));
     let mut of_a = admission.enter(&a, &[ask(); 5]).unwrap();
     assert!(admission.enter(&a, &[ask()]).is_err(), "a tenant evicts none of its own sequences");

@@ -1,6 +1,6 @@
 //! Nodes of the simulated cluster: real services and transport around a simulated engine.
 
-use std::{sync::Arc, time::Duration};
+use std::{error::Error, sync::Arc, time::Duration};
 
 use overfill_cluster::{
     Shutdown,
@@ -9,7 +9,7 @@ use overfill_cluster::{
 use overfill_decode_node::{engine as decode_engine, service::DecodeService};
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvEndpoint, Role};
 use overfill_node::{
-    Identity, LoadState, NodeCore, NodeError, NodeMetrics, RoleService, Served, load::Receiving, new_incarnation,
+    Identity, LoadState, NodeCore, NodeMetrics, RoleService, Served, load::Receiving, new_incarnation,
 };
 use overfill_prefill_node::{engine as prefill_engine, job::HandoffContext, service::PrefillService};
 use overfill_transport::{KvReceiver, TransferConfig, tcp};
@@ -236,13 +236,18 @@ async fn serve(
     listener: TcpListener,
     service: RoleService,
     engine: JoinHandle<()>,
-) -> Result<Served, NodeError> {
+) -> Result<Served, Box<dyn Error>> {
     let (ended, mut end) = oneshot::channel::<()>();
-    tokio::task::spawn_local(async move {
+    let engine = tokio::task::spawn_local(async move {
         let _ended = ended;
-        let _ = engine.await;
+        engine.await
     });
-    core.serve(GrpcListener(listener), service, &mut end).await
+    let served = core.serve(GrpcListener(listener), service, &mut end).await?;
+    if served == Served::Drained {
+        // A panic of the engine fails the simulation, also while the node drains.
+        engine.await??;
+    }
+    Ok(served)
 }
 
 /// Returns the settings of the KV transport.
