@@ -12,6 +12,7 @@ mod engine;
 mod error;
 mod family;
 mod gguf;
+mod hub;
 
 mod loading;
 mod options;
@@ -27,8 +28,9 @@ pub use engine::{Engine, LayerSink, no_layers};
 pub use error::ModelError;
 pub use family::{Axis, Family, Kind, LayerSpec, Module, Parameter, TensorSpec, When};
 pub use gguf::text_files;
+pub use hub::{pull, resolve};
 pub use loading::Model;
-pub use options::{DeviceSpec, LoadOptions, Rows, WeightDtype, WeightFormat, resolve};
+pub use options::{DeviceSpec, LoadOptions, Rows, WeightDtype, WeightFormat};
 pub use provenance::{FullModel, Provenance};
 pub use rope::{Rope, RopeScaling};
 pub use sampler::{SamplingContext, TokenMask, report, sample};

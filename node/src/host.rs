@@ -109,6 +109,8 @@ impl Host {
             role: self.role,
             node_id: self.config.node_id.clone().unwrap_or_else(default_id),
             incarnation: new_incarnation(),
+            pool: self.config.pool.clone().unwrap_or_else(|| self.role.to_string()),
+            cluster: self.config.cluster.clone(),
             model: self.served_model_name(),
             schema,
             max_context_tokens: self.model.max_context_tokens().min(self.config.kv_blocks * BLOCK_TOKENS),
@@ -154,7 +156,7 @@ impl Front {
             refresh: Box::new(move || refreshed.refresh_metrics()),
         });
         // The listener is bound, so routers that find the registration can connect.
-        let grpc = self.config.advertise_grpc.unwrap_or_else(|| self.grpc_address.to_string());
+        let grpc = self.config.dialled(self.config.advertise_grpc.as_deref(), self.grpc_address);
         let registration = core.identity.registration(grpc);
         let shutdown = &core.shutdown;
         let registered = self

@@ -39,6 +39,10 @@ pub struct Load {
     pub draining: bool,
     /// The current engine step has exceeded the step timeout.
     pub stalled: bool,
+    /// Prompt tokens computed per second, a recent mean. 0 before the first prompt; prefill nodes only.
+    pub prefill_tokens_per_second: u32,
+    /// Duration of a decode step, a recent mean. 0 while nothing is decoded; decode nodes only.
+    pub decode_step_microseconds: u32,
 }
 
 impl Load {
@@ -61,6 +65,9 @@ pub struct LoadState {
     open_handoffs: AtomicUsize,
     routers: AtomicUsize,
     router_has_joined: AtomicBool,
+    router_has_sent: AtomicBool,
+    prefill_rate: Mean,
+    decode_step: Mean,
     stranded_bytes: AtomicU64,
     receiving: Option<Receiving>,
     draining: AtomicBool,
@@ -90,6 +97,9 @@ impl LoadState {
             open_handoffs: AtomicUsize::new(0),
             routers: AtomicUsize::new(0),
             router_has_joined: AtomicBool::new(false),
+            router_has_sent: AtomicBool::new(false),
+            prefill_rate: Mean::default(),
+            decode_step: Mean::default(),
             stranded_bytes: AtomicU64::new(0),
             receiving,
             draining: AtomicBool::new(false),
@@ -105,15 +115,19 @@ impl LoadState {
     /// Computes the current load.
     pub fn load(&self) -> Load {
         let (receiving, stranded) = self.receiving.as_ref().map_or((0, 0), |receiving| receiving());
+        let running = self.running.load(Relaxed);
         Load {
             free_blocks: self.pool.available(),
-            running: self.running.load(Relaxed),
+            running,
             waiting: self.waiting.load(Relaxed),
             queued_tokens: self.queued_tokens.load(Relaxed),
             open_handoffs: self.open_handoffs.load(Relaxed) + receiving,
             stranded_bytes: self.stranded_bytes.load(Relaxed) + stranded,
             draining: self.draining.load(Relaxed),
             stalled: self.is_stalled(),
+            prefill_tokens_per_second: self.prefill_rate.get() as u32,
+            // An idle node decodes nothing, whatever its last steps took.
+            decode_step_microseconds: if running > 0 { (self.decode_step.get() * 1e6) as u32 } else { 0 },
         }
     }
 
@@ -190,6 +204,18 @@ impl LoadState {
         self.step_began.store(0, Relaxed);
     }
 
+    /// Records a step of a prefill node that computed `tokens` prompt tokens.
+    pub fn prefilled(&self, tokens: usize, took: Duration) {
+        if !took.is_zero() {
+            self.prefill_rate.add(tokens as f64 / took.as_secs_f64());
+        }
+    }
+
+    /// Records a step of a decode node.
+    pub fn decoded(&self, took: Duration) {
+        self.decode_step.add(took.as_secs_f64());
+    }
+
     /// Whether the current engine step has exceeded the step timeout.
     ///
     /// An engine that hangs can't report it, so the readers of the load act as the watchdog: the load streams to
@@ -234,15 +260,25 @@ impl LoadState {
         Counted { state: self.clone(), what: What::Router }
     }
 
-    /// Health of the node for probes. A node is not ready before the first router has joined, because only routers send
-    /// it requests. It stays ready when all routers leave later, because that is hardly the fault of the node.
-    pub fn health(&self) -> Health {
-        match (self.is_draining(), self.is_stalled(), self.router_has_joined.load(Relaxed)) {
-            (true, _, _) => Health::NotServing("draining".into()),
-            (_, true, _) => Health::NotServing("the engine step exceeds the step timeout".into()),
-            (_, _, false) => Health::NotServing("no router has joined this node yet".into()),
-            (false, false, true) => Health::Serving,
+    /// Records that a router sends requests to this node from now on.
+    pub fn router_sends(&self) {
+        if !self.router_has_sent.swap(true, Relaxed) {
+            info!("a router sends requests to this node from now on");
         }
+    }
+
+    /// Health of the node for probes. A node is not ready before a router would send it requests, which needs a node of
+    /// the other role that may work with it. So a rollout waits until the new nodes can serve. A node stays ready when its
+    /// routers or partners leave later, because that is hardly the fault of the node.
+    pub fn health(&self) -> Health {
+        let why = match (self.router_has_joined.load(Relaxed), self.router_has_sent.load(Relaxed)) {
+            _ if self.is_draining() => "draining",
+            _ if self.is_stalled() => "the engine step exceeds the step timeout",
+            (false, false) => "no router has joined this node yet",
+            (true, false) => "no router knows a node of the other role that may work with this one",
+            (_, true) => return Health::Serving,
+        };
+        Health::NotServing(why.into())
     }
 
     /// Counts bytes as stranded until the guard is dropped.
@@ -255,6 +291,23 @@ impl LoadState {
     pub fn count_tokens(self: &Arc<Self>, tokens: usize) -> QueuedTokens {
         self.queued_tokens.fetch_add(tokens as u64, Relaxed);
         QueuedTokens { state: self.clone(), left: tokens as u64 }
+    }
+}
+
+/// A recent mean of positive values: each new value has a weight of one eighth. 0 before the first value.
+#[derive(Default)]
+struct Mean(AtomicU64);
+
+impl Mean {
+    fn get(&self) -> f64 {
+        f64::from_bits(self.0.load(Relaxed))
+    }
+
+    /// Adds a value. Only one thread adds, the engine's.
+    fn add(&self, value: f64) {
+        let last = self.get();
+        let mean = if last > 0.0 { last + (value - last) / 8.0 } else { value };
+        self.0.store(mean.to_bits(), Relaxed);
     }
 }
 
@@ -331,12 +384,15 @@ mod tests {
     }
 
     #[test]
-    fn a_node_is_ready_from_its_first_router_on() {
+    fn a_node_is_ready_once_a_router_would_send_it_requests() {
         let state = LoadState::new(BlockPool::new(4), NodeMetrics::new("m").unwrap(), None, Duration::MAX);
         assert_eq!(state.health(), Health::NotServing("no router has joined this node yet".into()));
         let routers = (state.count_router(), state.count_router());
         state.refresh_metrics();
-        assert_eq!((state.health(), state.metrics().routers.get()), (Health::Serving, 2));
+        let unpaired = "no router knows a node of the other role that may work with this one";
+        assert_eq!((state.health(), state.metrics().routers.get()), (Health::NotServing(unpaired.into()), 2));
+        state.router_sends();
+        assert_eq!(state.health(), Health::Serving);
         drop(routers);
         state.refresh_metrics();
         assert_eq!((state.health(), state.metrics().routers.get()), (Health::Serving, 0));

@@ -171,6 +171,8 @@ impl RequestLimits {
             role,
             node_id: "n".into(),
             incarnation: "1".into(),
+            pool: "pool".into(),
+            cluster: String::new(),
             model: "m".into(),
             schema,
             max_context_tokens: 64,

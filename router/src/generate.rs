@@ -25,6 +25,7 @@ use crate::{
     retry::{Retries, Retry},
     sequence::Sequence,
     tenants::{self, ApiKeys, Tenant},
+    waiting::Waiting,
 };
 
 /// Prompt blocks whose prefill node is remembered: 64 Ki blocks are a million tokens.
@@ -54,6 +55,8 @@ pub struct Core {
     max_queue: Duration,
     max_attempts: u32,
     progress_timeout: Duration,
+    /// The sequences that wait in this router.
+    pub waiting: Waiting,
     /// Retry budget. It prevents retries from overloading a failing cluster. Retries beyond the budget wait.
     budget: Arc<TpsBudget>,
 }
@@ -61,8 +64,9 @@ pub struct Core {
 impl Core {
     /// The state of a router with these nodes and settings.
     pub fn new(nodes: Nodes, metrics: Arc<Metrics>, config: &crate::Config) -> Self {
+        let waiting = Waiting::default();
         Self {
-            catalog: Catalog::new(nodes.clone(), &config.served_models, config.max_waiting),
+            catalog: Catalog::new(nodes.clone(), &config.served_models, config.max_waiting, waiting.clone()),
             nodes,
             admission: Admission::new(config.max_running, config.max_waiting),
             metrics,
@@ -73,6 +77,7 @@ impl Core {
             max_queue: config.max_queue,
             max_attempts: config.max_attempts,
             progress_timeout: config.progress_timeout,
+            waiting,
             budget: Arc::new(TpsBudget::new(BUDGET_WINDOW, config.min_retries_per_second, BUDGET_PER_REQUEST)),
         }
     }
@@ -166,11 +171,13 @@ impl Core {
     ) -> impl Stream<Item = Result<Output, GenerateError>> + Send {
         let generation = Arc::new(generation);
         try_stream! {
+            let waiter = self.waiting.begin(&generation);
             let mut running = place.run().await?;
             let mut sequence = Sequence::new(generation.clone())?;
             self.budget.deposit();
-            let mut retries =
-                Retries::new(self.nodes.clone(), self.budget.clone(), self.max_attempts, self.queue_end(&generation));
+            let (nodes, budget, wait_end) = (self.nodes.clone(), self.budget.clone(), self.queue_end(&generation));
+            let mut retries = Retries::new(nodes, budget, self.max_attempts, wait_end, waiter);
+            retries.placed();
             loop {
                 legs.enter(Leg::Reserve);
                 let plan = sequence.plan(retries.begin(), self.progress_timeout);
@@ -189,12 +196,14 @@ impl Core {
                             };
                             let end = match event {
                                 AttemptEvent::Reserved { node, held_tokens } => {
+                                    retries.placed();
                                     legs.enter(Leg::PrefillQueue);
                                     sequence.timings.decode_node = node;
                                     sequence.timings.decode_held_tokens = held_tokens;
                                     None
                                 }
                                 AttemptEvent::Started { node, cached_tokens } => {
+                                    retries.placed();
                                     legs.enter(Leg::Prefill);
                                     begun = true;
                                     sequence.timings.prefill_node = node;

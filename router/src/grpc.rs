@@ -179,6 +179,8 @@ impl router_server::Router for RouterService {
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
         self.identify(&request)?;
-        Ok(Response::new(v1::ListNodesResponse { nodes: self.core.nodes.list().into_iter().map(Into::into).collect() }))
+        Ok(Response::new(v1::ListNodesResponse {
+            nodes: self.core.nodes.statuses().into_iter().map(Into::into).collect(),
+        }))
     }
 }

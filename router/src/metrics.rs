@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use overfill_cluster::metrics::{MetricsError, SECONDS_BUCKETS, register};
-use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::{GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 /// Counters, gauges and histograms. Series of requests carry `model_name`.
 #[derive(Clone)]
@@ -14,8 +14,14 @@ pub struct Metrics {
     pub running: IntGauge,
     /// Number of waiting sequences.
     pub waiting: IntGauge,
-    /// Number of nodes by `role` and `state` (`up`, `down`).
+    /// Number of nodes by `role`, `pool` and `state` (`up`, `down`).
     pub nodes: IntGaugeVec,
+    /// Seconds that one node would take for all queued prompt tokens, by `pool` and `source` (`nodes`, `router`).
+    pub prefill_backlog: GaugeVec,
+    /// Number of decode nodes that the load would fill, by `pool` and `source` (`nodes`, `router`).
+    pub decode_load: GaugeVec,
+    /// Number of requests that wait for the first nodes of a model, by `model_name`.
+    pub without_nodes: IntGaugeVec,
     /// Seconds per sequence by `leg`, observed when a sequence ends.
     pub legs: HistogramVec,
     success: IntCounterVec,
@@ -36,13 +42,29 @@ impl Metrics {
             let options = HistogramOpts::new(name, help).buckets(SECONDS_BUCKETS.to_vec());
             register(r, HistogramVec::new(options, labels)?)
         };
+        let gauges = |name, help| register(r, GaugeVec::new(Opts::new(name, help), &["pool", "source"])?);
         let model = &["model_name"];
         Ok(Self {
             running: register(r, IntGauge::new("vllm:num_requests_running", "Sequences on the nodes.")?)?,
             waiting: register(r, IntGauge::new("vllm:num_requests_waiting", "Sequences waiting in the router.")?)?,
             nodes: register(
                 r,
-                IntGaugeVec::new(Opts::new("overfill_nodes", "Known nodes by role and state."), &["role", "state"])?,
+                IntGaugeVec::new(
+                    Opts::new("overfill_nodes", "Known nodes by role, pool and state."),
+                    &["role", "pool", "state"],
+                )?,
+            )?,
+            prefill_backlog: gauges(
+                "overfill_prefill_backlog_seconds",
+                "Seconds that one node of the pool would take for all queued prompt tokens.",
+            )?,
+            decode_load: gauges("overfill_decode_load_nodes", "Decode nodes of the pool that the load would fill.")?,
+            without_nodes: register(
+                r,
+                IntGaugeVec::new(
+                    Opts::new("overfill_requests_without_nodes", "Requests that wait for the first nodes of a model."),
+                    model,
+                )?,
             )?,
             success: counter(
                 "vllm:request_success_total",

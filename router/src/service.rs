@@ -8,13 +8,14 @@ use overfill_cluster::{
     net::Listener,
     process,
 };
+use overfill_kv::Role;
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tracing::{info, warn};
 
-use crate::{Args, Config, generate::Core, grpc::RouterService, metrics::Metrics, nodes::Nodes, openai};
+use crate::{Args, Config, generate::Core, grpc::RouterService, metrics::Metrics, nodes::Nodes, openai, scaling};
 
 /// Maximum time for the tasks that follow nodes to end at shutdown.
 const MEMBERSHIP_END: Duration = Duration::from_secs(5);
@@ -81,6 +82,9 @@ impl Router {
         if let Some(etcd) = config.etcd.clone() {
             nodes.follow_members(discovery::follow(etcd, &membership), &membership);
         }
+        if let Some(dns) = config.dns.clone() {
+            nodes.follow_addresses(discovery::dns::follow(dns, &membership), &membership);
+        }
         let core = Core::new(nodes, metrics.clone(), &config);
 
         membership.spawn("capacity", follow_capacity(core.clone(), membership.token()));
@@ -95,11 +99,13 @@ impl Router {
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let routes = Routes::new(service).add_service(health).add_service(reflection).into_axum_router();
         let listener = Listener::new(grpc_listener, config.serve_tls.clone());
-        let grpc_limits = grpc::limits(config.max_connections);
+        let age = config.max_connection_age;
+        let grpc_limits = ConnectionLimits { age, ..grpc::limits(config.max_connections) };
         let grpc_server = http::serve(listener, routes, grpc_limits, shutdown.token().cancelled_owned());
 
-        let app = openai::routes(core.clone(), config.max_body_bytes).merge(admin(core, metrics, &shutdown).routes());
-        let http_limits = ConnectionLimits::http(config.max_connections);
+        let app = openai::routes(core.clone(), config.max_body_bytes)
+            .merge(admin(core, metrics, config.itl_limit, &shutdown).routes());
+        let http_limits = ConnectionLimits { age, ..ConnectionLimits::http(config.max_connections) };
         let http_server =
             http::serve(Listener::new(http, config.serve_tls), app, http_limits, shutdown.token().cancelled_owned());
         tokio::join!(grpc_server, http_server);
@@ -131,7 +137,7 @@ pub async fn follow_capacity(core: Core, stop: CancellationToken) {
 }
 
 /// The admin routes (health and metrics), based on the router's state.
-fn admin(core: Core, metrics: Arc<Metrics>, shutdown: &Shutdown) -> Admin {
+fn admin(core: Core, metrics: Arc<Metrics>, itl_limit: Option<Duration>, shutdown: &Shutdown) -> Admin {
     let (shutdown, catalog) = (shutdown.clone(), core.catalog.clone());
     let ready = move || {
         if shutdown.has_begun() {
@@ -139,19 +145,44 @@ fn admin(core: Core, metrics: Arc<Metrics>, shutdown: &Shutdown) -> Admin {
         }
         catalog.missing().map_or(Health::Serving, Health::Waiting)
     };
-    let refreshed = metrics.clone();
-    let refresh = move || {
-        refreshed.running.set(core.admission.running() as i64);
-        refreshed.waiting.set((core.admission.waiting() + core.catalog.waiting()) as i64);
-        refreshed.nodes.reset();
-        for status in core.nodes.list() {
-            let state = if status.is_healthy() { "up" } else { "down" };
-            refreshed.nodes.with_label_values(&[status.role.as_str(), state]).inc();
-        }
-    };
+    let registry = metrics.registry.clone();
+    let refresh = move || refresh(&core, &metrics, itl_limit);
     let admin = Admin::default();
-    admin.start(Started { registry: metrics.registry.clone(), ready: Box::new(ready), refresh: Box::new(refresh) });
+    admin.start(Started { registry, ready: Box::new(ready), refresh: Box::new(refresh) });
     admin
+}
+
+/// Sets the gauges to the current state.
+fn refresh(core: &Core, metrics: &Metrics, itl_limit: Option<Duration>) {
+    metrics.running.set(core.admission.running() as i64);
+    metrics.waiting.set((core.admission.waiting() + core.catalog.waiting()) as i64);
+    metrics.nodes.reset();
+    for status in core.nodes.statuses() {
+        let state = if status.is_healthy() { "up" } else { "down" };
+        // The pool of a node that has not joined yet is unknown.
+        let pool = status.node.as_ref().map_or("", |node| &node.info.pool);
+        metrics.nodes.with_label_values(&[status.role.as_str(), pool, state]).inc();
+    }
+    let work = |model: &str, reason| core.waiting.work(model, reason);
+    let limit_seconds = itl_limit.map(|limit| limit.as_secs_f64());
+    metrics.prefill_backlog.reset();
+    metrics.decode_load.reset();
+    for ((role, pool), work) in scaling::pool_work(&core.nodes.view(), &work, limit_seconds) {
+        let gauge = match role {
+            Role::Prefill => &metrics.prefill_backlog,
+            Role::Decode => &metrics.decode_load,
+        };
+        gauge.with_label_values(&[pool.as_str(), "nodes"]).set(work.nodes);
+        gauge.with_label_values(&[pool.as_str(), "router"]).set(work.router);
+    }
+    metrics.without_nodes.reset();
+    for model in core.catalog.list() {
+        // Creates the series, so that it is exported with value 0.
+        metrics.without_nodes.with_label_values(&[&model.name]);
+    }
+    for (model, count) in core.waiting.without_nodes() {
+        metrics.without_nodes.with_label_values(&[&model]).set(count as i64);
+    }
 }
 
 /// Runs the router as a program and returns its exit code.

@@ -4,7 +4,7 @@
 //! fault when the attempt fails.
 
 mod blame;
-mod choose;
+pub(crate) mod choose;
 mod decode;
 mod prefill;
 mod stream;

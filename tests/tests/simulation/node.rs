@@ -133,6 +133,8 @@ impl SimulatedHost {
             role: self.role,
             node_id: self.name.clone(),
             incarnation: new_incarnation(),
+            pool: "pool".into(),
+            cluster: String::new(),
             model: model.into(),
             schema,
             max_context_tokens: self.size.blocks * BLOCK_TOKENS,
