@@ -33,7 +33,7 @@ pub struct Load {
     pub queued_tokens: u64,
     /// Handoffs whose transfer has not ended.
     pub open_handoffs: usize,
-    /// KV bytes held for handoffs whose request has ended.
+    /// KV bytes held for handoffs whose request has ended but whose transfer has not stopped yet.
     pub stranded_bytes: u64,
     /// The node is draining and accepts no requests.
     pub draining: bool,
@@ -235,7 +235,7 @@ impl LoadState {
     }
 
     /// Health of the node for probes. A node is not ready before the first router has joined, because only routers send
-    /// it requests. It stays ready when all routers leave later, because that is hardly the fault of the node.
+    /// it requests. It stays ready when all routers leave later, because the node is usually not the cause.
     pub fn health(&self) -> Health {
         match (self.is_draining(), self.is_stalled(), self.router_has_joined.load(Relaxed)) {
             (true, _, _) => Health::NotServing("draining".into()),

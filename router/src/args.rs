@@ -118,7 +118,8 @@ pub struct Args {
         help_heading = "Timeouts"
     )]
     pub node_timeout_seconds: f64,
-    /// Time without a new token after which a decoding request moves to other nodes.
+    /// Maximum time for a node to accept a request, and between two tokens of a decoding request. Then the request
+    /// moves to other nodes.
     #[arg(
         long,
         env = "OVERFILL_PROGRESS_TIMEOUT_SECONDS",
@@ -192,7 +193,7 @@ pub struct Config {
     pub min_retries_per_second: u32,
     /// Maximum time without an answer to pings before a node is removed.
     pub node_timeout: Duration,
-    /// Maximum time between two tokens of a request that is being decoded.
+    /// Maximum time for a node to accept a request, and between two tokens of a request that is being decoded.
     pub progress_timeout: Duration,
     /// Maximum size of an HTTP request body, in bytes.
     pub max_body_bytes: usize,

@@ -117,7 +117,7 @@ impl Retries {
         warn!(error = %message, attempts, "attempt failed, retrying");
         while !self.budget.withdraw() {
             if Instant::now() >= self.wait_end {
-                let last = format!("{message} (and too many other requests failed, too)");
+                let last = format!("{message} (not retried, because too many other requests failed)");
                 return Err(GenerateError::Failed { attempts, last });
             }
             sleep(RETRY_PAUSE).await;
