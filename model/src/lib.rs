@@ -12,7 +12,6 @@ mod engine;
 mod error;
 mod family;
 mod gguf;
-
 mod loading;
 mod options;
 mod provenance;

@@ -59,7 +59,7 @@ pub fn routes(core: Core, max_body_bytes: usize) -> Router {
         .with_state(core)
 }
 
-/// Unwraps the body. A body that is too long gives status 413, a body that arrives too slowly gives 408.
+/// Unwraps the body. A body that is too long gives status 413. A body that arrives too slowly gives 408.
 fn body(result: Result<Bytes, BytesRejection>) -> Result<Bytes, ApiError> {
     result.map_err(|e| {
         let status = if is_slow(&e) { StatusCode::REQUEST_TIMEOUT } else { e.status() };
