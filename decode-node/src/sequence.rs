@@ -136,7 +136,7 @@ impl Reserved {
     }
 
     /// Begins decoding, after the KV has arrived and is verified (KV-5). Publishes the full blocks of the prompt in the
-    /// prefix cache. They hold only KV of the full model, because this node's model writes behind them.
+    /// prefix cache. They hold only KV of the full model, because this node's model writes only to later positions.
     pub fn ready(self, first_token: u32, pool: &BlockPool) -> Sequence {
         let Self { arrival, request, hashes, events, held, to_fill, seat } = self;
         let blocks: Vec<BlockId> = held.blocks().iter().chain(to_fill.blocks()).copied().collect();

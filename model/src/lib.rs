@@ -13,7 +13,6 @@ mod error;
 mod family;
 mod gguf;
 mod hub;
-
 mod loading;
 mod options;
 mod provenance;

@@ -33,7 +33,7 @@ pub struct Load {
     pub queued_tokens: u64,
     /// Handoffs whose transfer has not ended.
     pub open_handoffs: usize,
-    /// KV bytes held for handoffs whose request has ended.
+    /// KV bytes held for handoffs whose request has ended but whose transfer has not stopped yet.
     pub stranded_bytes: u64,
     /// The node is draining and accepts no requests.
     pub draining: bool,
@@ -269,7 +269,7 @@ impl LoadState {
 
     /// Health of the node for probes. A node is not ready before a router would send it requests, which needs a node of
     /// the other role that may work with it. So a rollout waits until the new nodes can serve. A node stays ready when its
-    /// routers or partners leave later, because that is hardly the fault of the node.
+    /// routers or partners leave later, because the node is usually not the cause.
     pub fn health(&self) -> Health {
         let why = match (self.router_has_joined.load(Relaxed), self.router_has_sent.load(Relaxed)) {
             _ if self.is_draining() => "draining",

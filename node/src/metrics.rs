@@ -32,7 +32,7 @@ pub struct NodeMetrics {
     pub prefix_cache_queries: IntCounter,
     /// Prompt tokens found in the prefix cache.
     pub prefix_cache_hits: IntCounter,
-    /// Routers that have joined the node.
+    /// Routers connected to the node.
     pub routers: IntGauge,
     /// Handoffs between reservation and end.
     pub open_handoffs: IntGauge,
@@ -59,10 +59,10 @@ impl NodeMetrics {
             requests_waiting: int_gauge(r, "vllm:num_requests_waiting", "Requests waiting for room.")?,
             kv_cache_usage: register(
                 r,
-                Gauge::new("vllm:kv_cache_usage_perc", "Part of the KV blocks held by requests, 0 to 1.")?,
+                Gauge::new("vllm:kv_cache_usage_perc", "Fraction of the KV blocks held by requests, 0 to 1.")?,
             )?,
-            prompt_tokens: counter(r, "vllm:prompt_tokens_total", "Prompt tokens taken.")?,
-            generation_tokens: counter(r, "vllm:generation_tokens_total", "Tokens chosen.")?,
+            prompt_tokens: counter(r, "vllm:prompt_tokens_total", "Prompt tokens of started requests.")?,
+            generation_tokens: counter(r, "vllm:generation_tokens_total", "Generated tokens.")?,
             request_success: register(
                 r,
                 IntCounterVec::new(
@@ -85,17 +85,17 @@ impl NodeMetrics {
                 "vllm:e2e_request_latency_seconds",
                 "Seconds from arrival to the end.",
             )?,
-            preemptions: counter(r, "vllm:num_preemptions_total", "Requests taken out of the batch to make room.")?,
+            preemptions: counter(r, "vllm:num_preemptions_total", "Requests removed from the batch to free blocks.")?,
             prefix_cache_queries: counter(r, "vllm:prefix_cache_queries_total", "Prompt tokens looked up.")?,
             prefix_cache_hits: counter(r, "vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")?,
-            routers: int_gauge(r, "overfill_routers", "Routers that have joined the node.")?,
+            routers: int_gauge(r, "overfill_routers", "Routers connected to the node.")?,
             open_handoffs: int_gauge(r, "overfill_open_handoffs", "Handoffs between reservation and end.")?,
             stranded_bytes: int_gauge(
                 r,
                 "overfill_stranded_bytes",
-                "KV bytes held for handoffs whose other side has gone.",
+                "KV bytes held for handoffs whose request has ended.",
             )?,
-            transfer_bytes: counter(r, "overfill_transfer_bytes_total", "KV bytes that changed hands.")?,
+            transfer_bytes: counter(r, "overfill_transfer_bytes_total", "KV bytes transferred in handoffs.")?,
             transfer_seconds: histogram(
                 r,
                 "overfill_transfer_seconds",
@@ -104,7 +104,7 @@ impl NodeMetrics {
             transfer_exposed_seconds: histogram(
                 r,
                 "overfill_transfer_exposed_seconds",
-                "Seconds of a handoff that computing did not hide.",
+                "Seconds of a handoff after the prefill was computed.",
             )?,
             transfer_failures: counter(r, "overfill_transfer_failures_total", "Handoffs that failed.")?,
             registry,

@@ -1,17 +1,14 @@
-//! Command line arguments and validated configuration.
+//! Command line arguments and their validation.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use overfill_cluster::{
     ConfigError, ProcessArgs, Tls, TlsArgs,
-    discovery::{
-        EtcdArgs, EtcdConfig,
-        dns::{DnsArgs, DnsConfig},
-    },
-    net::{self, Dialer},
+    discovery::{EtcdArgs, dns::DnsArgs},
+    net,
 };
 
-use crate::tenants::ApiKeys;
+use crate::{Config, config::scheme, tenants::ApiKeys};
 
 /// Maximum of all time settings: one day.
 const MAX_SECONDS: f64 = 86_400.0;
@@ -131,7 +128,8 @@ pub struct Args {
         help_heading = "Timeouts"
     )]
     pub node_timeout_seconds: f64,
-    /// Time without a new token after which a decoding request moves to other nodes.
+    /// Maximum time for a node to accept a request, and between two tokens of a decoding request. Then the request
+    /// moves to other nodes.
     #[arg(
         long,
         env = "OVERFILL_PROGRESS_TIMEOUT_SECONDS",
@@ -167,6 +165,15 @@ pub struct Args {
         help_heading = "Limits"
     )]
     pub max_connections: usize,
+    /// Time in seconds that running requests may take to finish at shutdown. Then they end with an error.
+    #[arg(
+        long,
+        env = "OVERFILL_DRAIN_TIMEOUT_SECONDS",
+        default_value_t = 600.0,
+        value_name = "SECONDS",
+        help_heading = "Timeouts"
+    )]
+    pub drain_timeout_seconds: f64,
     /// Age at which a client's connection is asked to close, so that clients spread over new routers. Running requests
     /// finish. 0: never.
     #[arg(
@@ -200,102 +207,6 @@ pub struct Args {
     pub process: ProcessArgs,
 }
 
-/// Validated settings.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// URLs of prefill nodes, for example `http://host:port`.
-    pub prefill_urls: Vec<String>,
-    /// URLs of decode nodes, for example `http://host:port`.
-    pub decode_urls: Vec<String>,
-    /// Models that are listed before a node serves them.
-    pub served_models: Vec<String>,
-    /// Listen address of HTTP. Port 0 picks a free port.
-    pub http: SocketAddr,
-    /// Listen address of gRPC. Port 0 picks a free port.
-    pub grpc: SocketAddr,
-    /// Maximum number of running sequences per model.
-    pub max_running: usize,
-    /// Maximum number of waiting sequences per model.
-    pub max_waiting: usize,
-    /// Time limit of a request that sets no deadline.
-    pub default_deadline: Duration,
-    /// Maximum wait for admission or for a node with room.
-    pub max_queue: Duration,
-    /// Maximum number of attempts per request.
-    pub max_attempts: u32,
-    /// Retries per second that are always allowed, in addition to one for every five new requests.
-    pub min_retries_per_second: u32,
-    /// Maximum time without an answer to pings before a node is removed.
-    pub node_timeout: Duration,
-    /// Maximum time between two tokens of a request that is being decoded.
-    pub progress_timeout: Duration,
-    /// Maximum size of an HTTP request body, in bytes.
-    pub max_body_bytes: usize,
-    /// Maximum number of connections with running requests on each port.
-    pub max_connections: usize,
-    /// Age at which a client's connection is asked to close. `None`: never.
-    pub max_connection_age: Option<Duration>,
-    /// Limit of the inter-token latency for scaling decode pools. `None`: latency does not count.
-    pub itl_limit: Option<Duration>,
-    /// TLS for clients. `None`: no encryption.
-    pub serve_tls: Option<Tls>,
-    /// API keys of clients. `None`: requests need no key.
-    pub api_keys: Option<ApiKeys>,
-    /// TLS between router and nodes. `None`: no encryption.
-    pub tls: Option<Tls>,
-    /// Opens connections to nodes.
-    pub dialer: Dialer,
-    /// Name of the cluster; nodes of other clusters are not used. May be empty.
-    pub cluster: String,
-    /// The host names whose addresses are nodes. `None`: discovery through DNS is off.
-    pub dns: Option<DnsConfig>,
-    /// The etcd cluster in which nodes register. `None`: discovery through etcd is off.
-    pub etcd: Option<EtcdConfig>,
-}
-
-impl Config {
-    /// Default settings for these nodes, on free ports of 127.0.0.1. For tests and benchmarks.
-    pub fn local(prefill_urls: Vec<String>, decode_urls: Vec<String>) -> Self {
-        Self {
-            prefill_urls,
-            decode_urls,
-            served_models: Vec::new(),
-            http: SocketAddr::from(([127, 0, 0, 1], 0)),
-            grpc: SocketAddr::from(([127, 0, 0, 1], 0)),
-            max_running: 256,
-            max_waiting: 1024,
-            default_deadline: Duration::from_secs(600),
-            max_queue: Duration::from_secs(60),
-            max_attempts: 4,
-            min_retries_per_second: 10,
-            node_timeout: Duration::from_secs(6),
-            progress_timeout: Duration::from_secs(120),
-            max_body_bytes: 16 << 20,
-            max_connections: 4096,
-            max_connection_age: None,
-            itl_limit: None,
-            serve_tls: None,
-            api_keys: None,
-            tls: None,
-            dialer: net::tcp_dialer(None),
-            cluster: String::new(),
-            dns: None,
-            etcd: None,
-        }
-    }
-}
-
-impl Config {
-    /// The scheme of the nodes' URLs.
-    pub fn node_scheme(&self) -> &'static str {
-        scheme(&self.tls)
-    }
-}
-
-fn scheme(tls: &Option<Tls>) -> &'static str {
-    if tls.is_some() { "https" } else { "http" }
-}
-
 impl Args {
     /// Validates all arguments. Returns all errors at once.
     pub fn validate(self) -> Result<Config, Vec<ConfigError>> {
@@ -316,6 +227,7 @@ impl Args {
             max_body_bytes,
             max_connections,
             cluster,
+            drain_timeout_seconds,
             max_connection_age_seconds,
             itl_limit_seconds,
             serve_tls_cert,
@@ -404,6 +316,7 @@ impl Args {
             ConfigError::check(&mut faults, ok, flag, "in [0, 86400]", seconds);
             (ok && seconds > 0.0).then(|| Duration::from_secs_f64(seconds))
         };
+        let drain_timeout = optional("drain-timeout-seconds", drain_timeout_seconds).unwrap_or_default();
         let max_connection_age = optional("max-connection-age-seconds", max_connection_age_seconds);
         let itl_limit = optional("itl-limit-seconds", itl_limit_seconds);
         let etcd = etcd.validate(&mut faults);
@@ -428,6 +341,7 @@ impl Args {
                 progress_timeout,
                 max_body_bytes,
                 max_connections,
+                drain_timeout,
                 max_connection_age,
                 itl_limit,
                 serve_tls,

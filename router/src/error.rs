@@ -31,7 +31,7 @@ pub enum GenerateError {
         output: u64,
     },
     /// The router has no model of this name.
-    #[error("the model {model:?} does not exist; served are: {served}")]
+    #[error("the model {model:?} does not exist; served models: {served}")]
     UnknownModel {
         /// The name in the request.
         model: String,
@@ -63,7 +63,7 @@ pub enum GenerateError {
         retry_after: Duration,
     },
     /// The tenant has reached one of its limits.
-    #[error("this API key may have {what}")]
+    #[error("this API key is limited to {what}")]
     Limited {
         /// The limit, and how much of it is used.
         what: String,
@@ -87,7 +87,7 @@ pub enum GenerateError {
     /// The request's deadline has passed.
     #[error("the deadline of {} s has passed", .0.as_secs_f64())]
     Deadline(Duration),
-    /// Every attempt failed, each on other nodes.
+    /// The last allowed attempt failed, or the retry budget was used up.
     #[error("gave up after {attempts} attempts: {last}")]
     Failed {
         /// Attempts made.

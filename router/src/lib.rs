@@ -18,6 +18,7 @@ mod args;
 mod attempt;
 mod breaker;
 mod catalog;
+mod config;
 mod error;
 mod generate;
 mod grpc;
@@ -38,7 +39,8 @@ mod tenants;
 mod waiting;
 mod wire;
 
-pub use args::{Args, Config};
+pub use args::Args;
+pub use config::Config;
 pub use error::GenerateError;
 pub use service::{Router, RouterError, main};
 

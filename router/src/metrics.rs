@@ -71,11 +71,11 @@ impl Metrics {
                 "Sequences ended, by reason: stop, length, abort, error.",
                 &["model_name", "finished_reason"],
             )?,
-            prompt_tokens: counter("vllm:prompt_tokens_total", "Prompt tokens taken.", model)?,
-            generation_tokens: counter("vllm:generation_tokens_total", "Tokens given to clients.", model)?,
+            prompt_tokens: counter("vllm:prompt_tokens_total", "Prompt tokens of requests.", model)?,
+            generation_tokens: counter("vllm:generation_tokens_total", "Generated tokens, sent to clients.", model)?,
             migrations: counter(
                 "overfill_migrations_total",
-                "Requests begun anew after a node that computed for them failed, or gave them away.",
+                "Requests moved to other nodes, because a node failed or drained.",
                 model,
             )?,
             first_token: seconds(

@@ -254,7 +254,7 @@ impl Nodes {
                         warn!(%url, error = %why, "decode node has no compatible prefill node");
                     }
                     let error = self.attend(&node, reports, &mut listing).await;
-                    if node.load().draining {
+                    if matches!(error, JoinError::Draining) {
                         info!(%url, "node has drained");
                     } else {
                         warn!(%url, %error, "node left");

@@ -102,7 +102,7 @@ impl Retries {
             AttemptError::Moved { node, message } => {
                 debug!(%message, "draining node returned the request");
                 self.avoid.push(node);
-                Ok(Retry::Migrated)
+                Ok(if begun { Retry::Migrated } else { Retry::Again })
             }
             AttemptError::NoRoom { node, message } => {
                 debug!(%message, "node has no room");
@@ -142,7 +142,7 @@ impl Retries {
         warn!(error = %message, attempts, "attempt failed, retrying");
         while !self.budget.withdraw() {
             if Instant::now() >= self.wait_end {
-                let last = format!("{message} (and too many other requests failed, too)");
+                let last = format!("{message} (not retried, because too many other requests failed)");
                 return Err(GenerateError::Failed { attempts, last });
             }
             sleep(RETRY_PAUSE).await;

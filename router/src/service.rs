@@ -10,15 +10,23 @@ use overfill_cluster::{
 };
 use overfill_kv::Role;
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1};
-use tokio::net::TcpListener;
+use tokio::{
+    net::TcpListener,
+    time::{interval, sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
+use tonic_health::ServingStatus;
 use tracing::{info, warn};
 
 use crate::{Args, Config, generate::Core, grpc::RouterService, metrics::Metrics, nodes::Nodes, openai, scaling};
 
 /// Maximum time for the tasks that follow nodes to end at shutdown.
 const MEMBERSHIP_END: Duration = Duration::from_secs(5);
+/// Time that clients have to read the end of their streams after a shutdown has finished all requests.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+/// Interval at which a shutdown looks whether requests still run.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// An error that keeps the router from starting or running.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +98,12 @@ impl Router {
         membership.spawn("capacity", follow_capacity(core.clone(), membership.token()));
         let (reporter, health) = tonic_health::server::health_reporter();
         reporter.set_serving::<v1::router_server::RouterServer<RouterService>>().await;
+        let token = shutdown.token();
+        membership.spawn("health", async move {
+            token.cancelled().await;
+            reporter.set_not_serving::<v1::router_server::RouterServer<RouterService>>().await;
+            reporter.set_service_status("", ServingStatus::NotServing).await;
+        });
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -104,11 +118,15 @@ impl Router {
         let grpc_server = http::serve(listener, routes, grpc_limits, shutdown.token().cancelled_owned());
 
         let app = openai::routes(core.clone(), config.max_body_bytes)
-            .merge(admin(core, metrics, config.itl_limit, &shutdown).routes());
+            .merge(admin(core.clone(), metrics, config.itl_limit, &shutdown).routes());
         let http_limits = ConnectionLimits { age, ..ConnectionLimits::http(config.max_connections) };
         let http_server =
             http::serve(Listener::new(http, config.serve_tls), app, http_limits, shutdown.token().cancelled_owned());
-        tokio::join!(grpc_server, http_server);
+        let servers = async { tokio::join!(grpc_server, http_server) };
+        tokio::select! {
+            _ = servers => {}
+            () = over(&core, &shutdown, config.drain_timeout) => {}
+        }
         shutdown.begin();
         membership.begin();
         if !membership.wait(MEMBERSHIP_END).await {
@@ -116,6 +134,23 @@ impl Router {
         }
         info!("router has ended");
         Ok(())
+    }
+}
+
+/// Resolves when the shutdown need not wait any longer: no sequence runs or waits, and clients had time to read the end of
+/// their streams; or `drain_timeout` has passed. What still holds the servers up then is streams that only clients end,
+/// such as health checks.
+async fn over(core: &Core, shutdown: &Shutdown, drain_timeout: Duration) {
+    shutdown.cancelled().await;
+    let drained = async {
+        let mut look = interval(LOOK_INTERVAL);
+        while core.admission.running() + core.admission.waiting() + core.catalog.waiting() > 0 {
+            look.tick().await;
+        }
+        sleep(LAST_WORDS).await;
+    };
+    if timeout(drain_timeout, drained).await.is_err() {
+        warn!(seconds = drain_timeout.as_secs(), "requests still run at the end of the drain timeout");
     }
 }
 

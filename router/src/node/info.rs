@@ -48,7 +48,7 @@ pub struct NodeLoad {
     pub waiting_requests: u32,
     /// Number of accepted prompt tokens that are not computed yet. Prefill nodes only.
     pub queued_tokens: u64,
-    /// Bytes of KV held for handoffs whose peer has disappeared.
+    /// Bytes of KV held for handoffs whose request has ended but whose transfer has not stopped yet.
     pub stranded_bytes: u64,
     /// Whether the node is draining: it takes no new requests.
     pub draining: bool,

@@ -23,7 +23,14 @@ use super::{
     logprobs::{ChatLogprobs, Names},
     sse,
 };
-use crate::{GenerateError, generate::Core, legs::Leg, node::ServedModel, prompt::TextPool, request::Output};
+use crate::{
+    GenerateError,
+    generate::Core,
+    legs::Leg,
+    node::ServedModel,
+    prompt::TextPool,
+    request::{Lifetime, Output},
+};
 
 #[derive(Deserialize)]
 struct MessageBody {
@@ -59,6 +66,7 @@ impl MessageBody {
                 for part in parts {
                     match (part.r#type.as_str(), part.text) {
                         ("text", Some(text)) => texts.push(text),
+                        ("text", None) => return invalid("messages: a part of type text must have a text".into()),
                         (other, _) => return invalid(format!("messages: parts must be of type text, got {other}")),
                     }
                 }
@@ -97,7 +105,7 @@ pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: 
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
     let pool = TextPool::default();
-    let intake = Intake::new(String::new(), &pool, limits.time);
+    let intake = Intake::new(String::new(), &pool, Lifetime::now(limits.time));
     let chat = parse(fields, model.clone(), intake, |count| limits.allow(count)).await?;
     Ok(chat.batch.generations(std::slice::from_ref(&chat.prompt))?)
 }

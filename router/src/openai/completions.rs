@@ -29,7 +29,7 @@ use crate::{
     legs::Leg,
     node::ServedModel,
     prompt::TextPool,
-    request::{self, Output},
+    request::{self, Lifetime, Output},
 };
 
 /// Default of `max_tokens`, as in OpenAI's API.
@@ -90,7 +90,7 @@ pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: 
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
     let pool = TextPool::default();
-    let intake = Intake::new(String::new(), &pool, limits.time);
+    let intake = Intake::new(String::new(), &pool, Lifetime::now(limits.time));
     let completion = parse(fields, model.clone(), intake, |count| limits.allow(count)).await?;
     Ok(completion.batch.generations(&completion.prompts)?)
 }

@@ -28,7 +28,6 @@ use caller::Caller;
 use error::ApiError;
 use overfill_cluster::http::SlowBody;
 use serde_json::{Value, json};
-use tokio::time::Instant;
 use tracing::{Instrument as _, Span, info_span};
 
 use crate::{
@@ -59,7 +58,7 @@ pub fn routes(core: Core, max_body_bytes: usize) -> Router {
         .with_state(core)
 }
 
-/// Unwraps the body. A body that is too long gives status 413, a body that arrives too slowly gives 408.
+/// Unwraps the body. A body that is too long gives status 413. A body that arrives too slowly gives 408.
 fn body(result: Result<Bytes, BytesRejection>) -> Result<Bytes, ApiError> {
     result.map_err(|e| {
         let status = if is_slow(&e) { StatusCode::REQUEST_TIMEOUT } else { e.status() };
@@ -120,15 +119,15 @@ struct Intake<'a> {
 }
 
 impl<'a> Intake<'a> {
-    /// A request that arrives now and may take `time`.
-    fn new(id: String, pool: &'a TextPool, time: Duration) -> Self {
-        let lifetime = Lifetime { arrived: Instant::now(), time };
+    /// A request with this lifetime.
+    fn new(id: String, pool: &'a TextPool, lifetime: Lifetime) -> Self {
         Self { id, pool, lifetime, legs: Legs::new(Span::current()) }
     }
 
     /// A request of `caller`. Its time limit is the caller's, else the router's default.
     fn at(core: &'a Core, caller: &Caller, id: String) -> Self {
-        Self::new(id, &core.text_pool, caller.time.unwrap_or(core.default_time))
+        let lifetime = Lifetime { arrived: caller.arrived, time: caller.time.unwrap_or(core.default_time) };
+        Self::new(id, &core.text_pool, lifetime)
     }
 
     /// The model `name`. Waits if no node serves it yet.
