@@ -309,7 +309,7 @@ impl<C: Compute> Engine<C> {
             Ok(outputs) => {
                 let (tokens, took) = (plan.iter().map(|chunk| chunk.tokens.len()).sum(), began.elapsed());
                 self.pace.observe(tokens, took);
-                self.load.prefilled(tokens, took);
+                self.load.prefilled(plan.len(), tokens, took);
                 self.advance(&plan, outputs);
             }
             Err(e) => {

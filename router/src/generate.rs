@@ -21,7 +21,7 @@ use crate::{
     node::ServedModel,
     nodes::Nodes,
     prompt::TextPool,
-    request::{Generation, Output},
+    request::{Generation, Output, Timings},
     retry::{Retries, Retry},
     sequence::Sequence,
     tenants::{self, ApiKeys, Tenant},
@@ -50,6 +50,8 @@ pub struct Core {
     pub default_time: Duration,
     /// Renders chat templates and tokenizes prompts.
     pub text_pool: TextPool,
+    /// Start of the router.
+    pub started: Instant,
     keys: Option<ApiKeys>,
     affinity: Arc<Mutex<Affinity>>,
     max_queue: Duration,
@@ -72,6 +74,7 @@ impl Core {
             metrics,
             default_time: config.default_deadline,
             text_pool: TextPool::default(),
+            started: Instant::now(),
             keys: config.api_keys.clone(),
             affinity: Arc::new(Mutex::new(Affinity::new(AFFINITY_BLOCKS))),
             max_queue: config.max_queue,
@@ -92,6 +95,11 @@ impl Core {
     ) -> Result<Arc<ServedModel>, GenerateError> {
         let time = time.unwrap_or(self.default_time).min(self.max_queue);
         self.catalog.find(name, arrived + time).await
+    }
+
+    /// Whether requests need an API key.
+    pub fn has_keys(&self) -> bool {
+        self.keys.is_some()
     }
 
     /// The tenant of a request with these headers.
@@ -232,6 +240,10 @@ impl Core {
                                 AttemptEvent::Ready(stats) => {
                                     legs.enter(Leg::FirstDecodeStep);
                                     sequence.timings.handoff = stats;
+                                    if let Some(stats) = stats {
+                                        let Timings { prefill_node, decode_node, .. } = &sequence.timings;
+                                        self.metrics.history.handoff(prefill_node, decode_node, stats);
+                                    }
                                     None
                                 }
                                 AttemptEvent::Finished(reason) => Some((reason, None)),
