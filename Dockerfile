@@ -34,8 +34,7 @@ ARG CUDA_COMPUTE_CAP=80
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,id=overfill-target,target=/source/target \
     set -eu; \
-    export PATH="/usr/local/auditable/bin:$PATH" CUDA_COMPUTE_CAP="$CUDA_COMPUTE_CAP"; \
-    export CARGO_TARGET_DIR="target/${FEATURES:-cpu}"; \
+    export PATH="/usr/local/auditable/bin:$PATH" CARGO_TARGET_DIR="target/${FEATURES:-cpu}"; \
     case "$FEATURES" in \
         "") ;; \
         cuda) export RUSTFLAGS="-C link-arg=-Wl,--disable-new-dtags,-rpath,/usr/local/cuda/lib64"; \

@@ -3,6 +3,7 @@
 Started by `cargo xtask images --test`, in namespaces of its own: whatever is left when this process ends ends with it.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -204,12 +205,13 @@ def client_in_a_container_gets_an_answer_over_grpc():
 
 def client_reaches_no_node():
     assert answers("client", address("router", "clients"), 8080)
-    for name in ("etcd", "prefill", "decode"):
-        host = address(name, "nodes")
-        for port in PORTS[name]:
-            # The router shows that it is the network that keeps the client away.
-            assert answers("router", host, port), f"the router can't reach {name} at {host}:{port}"
-            assert not answers("client", host, port), f"a client reaches {name} at {host}:{port}"
+    ports = [(name, address(name, "nodes"), port) for name in ("etcd", "prefill", "decode") for port in PORTS[name]]
+    with concurrent.futures.ThreadPoolExecutor(len(ports)) as pool:
+        reached = list(pool.map(lambda port: answers("client", *port[1:]), ports))
+    for (name, host, port), reached_by_client in zip(ports, reached):
+        # The router shows that it is the network that keeps the client away.
+        assert answers("router", host, port), f"the router can't reach {name} at {host}:{port}"
+        assert not reached_by_client, f"a client reaches {name} at {host}:{port}"
 
 
 def containers_end_when_asked():

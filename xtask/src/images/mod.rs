@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::apt;
-use crate::process::{phase, target};
+use crate::process::{phase, run as sh, target};
 use build::Binaries;
 use store::Store;
 
@@ -66,7 +66,9 @@ fn test_binaries(binaries: &Binaries) -> Result<()> {
     let store = Store::apart(&folder)?;
     phase("building of images", || {
         build::images(&store, &folder, binaries)?;
-        build::etcd(&store, &folder)
+        build::etcd(&store, &folder)?;
+        // The images of the last run have lost their names to the new ones.
+        sh(store.command("buildah").args(["rmi", "--prune", "--force"]))
     })?;
     phase("containers", || containers::run_test(&store))
 }
