@@ -250,8 +250,10 @@ def clean_up():
 
 
 def main():
-    # podman takes an empty folder of state for a restart of the machine, and forgets what ran before it.
-    run("mount", "-t", "tmpfs", "tmpfs", os.environ["OVERFILL_STATE"])
+    # podman notes there what runs, by process ids that only mean something in this namespace. It takes an empty folder of
+    # state for a restart of the machine, and forgets what ran before.
+    for folder in ("/run", "/dev/shm", os.environ["OVERFILL_STATE"]):
+        run("mount", "-t", "tmpfs", "tmpfs", folder)
     run("ip", "link", "set", "lo", "up")
     # What a killed run left in the store.
     clean_up()
