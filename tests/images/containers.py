@@ -31,7 +31,7 @@ CONFINED = [
     "--pull=never",
 ]
 ETCD = {"OVERFILL_ETCD_URL": "http://etcd:2379", "OVERFILL_ALLOW_INSECURE": "true"}
-# The demo pair's formats. bf16, the default, is as good, but its first run on some processors is slow.
+# The formats in which `overfill up` runs the demo pair.
 NODE = ETCD | {
     "OVERFILL_WEIGHTS": "f32",
     "OVERFILL_KV_DTYPE": "f32",

@@ -41,13 +41,13 @@ echo 'hosts: files dns' > etc/nsswitch.conf
 cat usr/share/ca-certificates/mozilla/*.crt > etc/ssl/certs/ca-certificates.crt
 "#;
 
-/// Makes `FOLDER/base.tar` unless it is there already. Its Debian release is the one of this machine, so that binaries built
-/// here find their C library.
-pub fn make(folder: &Path) -> Result<PathBuf> {
+/// Makes `FOLDER/base.tar` unless one may be reused and is there already. Its Debian release is the one of this machine, so
+/// that binaries built here find their C library.
+pub fn make(folder: &Path, reuse: bool) -> Result<PathBuf> {
     let release = release()?;
     let recipe = format!("{release}\n{}\n{AFTER_UNPACKING}", PACKAGES.join(" "));
     let (archive, stamp) = (folder.join("base.tar"), folder.join("base.recipe"));
-    if archive.is_file() && std::fs::read_to_string(&stamp).is_ok_and(|have| have == recipe) {
+    if reuse && archive.is_file() && std::fs::read_to_string(&stamp).is_ok_and(|have| have == recipe) {
         return Ok(archive);
     }
     let hook = folder.join("after-unpacking.sh");

@@ -41,7 +41,8 @@ impl Binaries {
 pub fn images(store: &Store, folder: &Path, binaries: &Binaries) -> Result<()> {
     let syft = python::venv("syft", "xtask/src/images/requirements.txt")?.with_file_name("syft");
     let ready = collect(&binaries.folder()?, matches!(binaries, Binaries::Debug), folder)?;
-    let archive = base::make(folder)?;
+    // Images that someone may use get the packages of today.
+    let archive = base::make(folder, !store.is_own())?;
     build(store, "base", "FROM scratch\nADD base.tar /\n", &archive)?;
     let revision = Command::new("git").args(["rev-parse", "HEAD"]).current_dir(root()).output();
     let revision = match &revision {

@@ -50,6 +50,11 @@ impl Store {
         Ok(Self { state, variables })
     }
 
+    /// Returns whether it is the user's own.
+    pub fn is_own(&self) -> bool {
+        self.variables.is_empty()
+    }
+
     /// Returns a command that uses this place.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);
@@ -77,8 +82,7 @@ fn overlays(folder: &Path) -> Result<bool> {
     }
     // The mount ends with its namespace.
     let mount = "mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work merged";
-    let mounted =
-        succeeds(Command::new("unshare").args(["--mount", "--map-root-user", "sh", "-c", mount]).current_dir(&trial));
+    let mounted = succeeds(Command::new("unshare").args(["--mount", "sh", "-c", mount]).current_dir(&trial));
     std::fs::remove_dir_all(&trial).with_context(|| format!("removing {}", trial.display()))?;
     Ok(mounted)
 }
