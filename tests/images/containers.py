@@ -70,7 +70,7 @@ def start(name, networks, environment, *arguments, options=()):
         *(f"--network={network}" for network in networks),
         *(f"--env={variable}={value}" for variable, value in environment.items()),
         image(name), *arguments,
-    )  # fmt: skip
+    )
 
 
 def fetch(url):
@@ -111,14 +111,14 @@ def start_all():
     start(
         "etcd", ["nodes"], {}, "--data-dir=/data", "--listen-client-urls=http://0.0.0.0:2379",
         "--advertise-client-urls=http://etcd:2379", options=["--tmpfs=/data:mode=1777"],
-    )  # fmt: skip
+    )
     start("prefill", ["nodes"], NODE | {"OVERFILL_MODEL": f"{DEMO}/full", "OVERFILL_ADVERTISE_GRPC": "prefill:50061"})
     start("decode", ["nodes"], NODE | {
         "OVERFILL_MODEL": f"{DEMO}/decode",
         "OVERFILL_SERVED_MODEL_NAME": "demo",
         "OVERFILL_ADVERTISE_GRPC": "decode:50071",
         "OVERFILL_ADVERTISE_KV": "decode:50072",
-    })  # fmt: skip
+    })
     start("router", ["clients", "nodes"], ETCD)
     for node in ("prefill", "decode"):
         wait_for(f"http://{address(node, 'nodes')}:9090/ready", node)
@@ -199,7 +199,7 @@ def client_in_a_container_gets_an_answer_over_grpc():
     said = podman(
         "run", "--rm", "--network=clients", *CONFINED, image("cli"),
         "generate", "--router=http://router:50051", "--max-tokens=8", "--ignore-eos", "list everyone by pet ?",
-    )  # fmt: skip
+    )
     assert said, "no text"
 
 

@@ -108,10 +108,12 @@ pub fn containers() -> Result<()> {
 
 /// Checks that the system has what containers consist of. Fails if the user is not root or the system does not allow it.
 pub fn namespaces() -> Result<()> {
-    let trial = "ip link add bridge0 type bridge && ip link add end0 type veth peer name end1 && iptables -t nat -L -n";
+    let trial = "ip link add bridge0 type bridge && ip link add end0 type veth peer name end1 && iptables -t nat -L -n \
+                 && groups=/sys/fs/cgroup && if [ -d $groups/memory ]; then groups=$groups/memory; fi \
+                 && mkdir -p $groups/overfill-trial && rmdir $groups/overfill-trial";
     let isolated = ["--mount", "--pid", "--fork", "--net", "--uts", "--ipc", "--mount-proc", "sh", "-c", trial];
     if !succeeds(Command::new("unshare").args(isolated)) {
-        bail!("this system does not let this user create namespaces and bridges for containers");
+        bail!("this system does not let this user create namespaces, bridges and cgroups for containers");
     }
     Ok(())
 }

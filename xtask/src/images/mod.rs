@@ -44,7 +44,9 @@ pub fn run(options: &[&str]) -> Result<()> {
     apt::images()?;
     let binaries = binaries.unwrap_or(Binaries::Debug);
     if tested {
+        apt::etcd()?;
         apt::containers()?;
+        apt::namespaces()?;
         return test_binaries(&binaries);
     }
     let folder = folder("")?;
