@@ -1,0 +1,2 @@
+{{- define "overfill.validate" -}}
+{{- end -}}
