@@ -226,12 +226,11 @@ volumes:
   {{- end }}
 {{- end -}}
 
-{{/* The newest version of the resource API that the cluster has. */}}
+{{/* Version of the resource API. What a cluster lists is no help: `helm template` has no cluster. */}}
 {{- define "overfill.dra.version" -}}
-{{- $version := "resource.k8s.io/v1" -}}
-{{- range list "v1beta1" "v1beta2" "v1" -}}
-{{- $candidate := printf "resource.k8s.io/%s" . -}}
-{{- if $.Capabilities.APIVersions.Has $candidate }}{{ $version = $candidate }}{{ end -}}
+{{- $kube := .Capabilities.KubeVersion.Version -}}
+{{- if semverCompare ">=1.34.0-0" $kube }}resource.k8s.io/v1
+{{- else if semverCompare ">=1.33.0-0" $kube }}resource.k8s.io/v1beta2
+{{- else }}resource.k8s.io/v1beta1
 {{- end -}}
-{{- $version -}}
 {{- end -}}

@@ -85,11 +85,12 @@
 {{- $theirs := false -}}
 {{- range dig "metadata" "managedFields" list $live -}}
 {{- $holds := hasKey (dig "fieldsV1" "f:spec" dict .) "f:replicas" -}}
-{{- if eq .manager "helm" -}}
-{{- $applied = or $applied (eq .operation "Apply") -}}
-{{- $ours = or $ours $holds -}}
-{{- else -}}
+{{- if or (eq "scale" (default "" .subresource)) (hasPrefix "kubectl" .manager) -}}
 {{- $theirs = or $theirs $holds -}}
+{{- else -}}
+{{- /* Helm, or a GitOps controller under its own name. */ -}}
+{{- $ours = or $ours $holds -}}
+{{- $applied = or $applied (and (eq .operation "Apply") (hasKey (dig "fieldsV1" "f:spec" dict .) "f:template")) -}}
 {{- end -}}
 {{- end -}}
 {{- if and $live (or (kindIs "string" $wanted) (and $s.keepReplicas $theirs)) -}}

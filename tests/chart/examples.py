@@ -1,5 +1,6 @@
 """The examples of the chart, and their rendered output, which is part of the repository."""
 
+import functools
 import pathlib
 import subprocess
 
@@ -25,6 +26,7 @@ class Helm:
             raise AssertionError(f"helm {' '.join(map(str, arguments))}:\n{result.stderr}")
         return result
 
+    @functools.lru_cache(maxsize=256)
     def text(self, *arguments, release="overfill", namespace="overfill", version=NEWEST, chart=CHART):
         return self.run(
             "template", release, chart, "--namespace", namespace, "--kube-version", version, *arguments
@@ -36,14 +38,16 @@ class Helm:
 
 
 def load(text):
-    objects = [each for each in yaml.safe_load_all(text) if each]
+    objects = [each for each in yaml.load_all(text, Loader=yaml.CSafeLoader) if each]
     return sorted(objects, key=lambda each: (each["kind"], each["metadata"]["name"]))
 
 
 def rendered(helm, example):
     """What is committed for an example. Sorted and written by one library, so that no version of Helm matters."""
     objects = helm.objects("--values", example)
-    return HEAD.format(example.name) + yaml.safe_dump_all(objects, sort_keys=False, width=120, explicit_start=True)
+    return HEAD.format(example.name) + yaml.dump_all(
+        objects, Dumper=yaml.CSafeDumper, sort_keys=False, width=120, explicit_start=True
+    )
 
 
 def write(program):

@@ -96,7 +96,7 @@ MODEL = record(
 CLAIM = record(
     {
         "name": described(NAME, "Name of the claim in the pod."),
-        "spec": described(FREE, "`spec` of a ResourceClaim. The chart makes a template of it."),
+        "spec": described(FREE, "`spec` of a ResourceClaim, in the API version of the cluster (`v1` from Kubernetes 1.34). The chart makes a template of it."),
         "resourceClaimName": described(OBJECT_NAME, "An existing ResourceClaim, shared by all pods."),
         "resourceClaimTemplateName": described(OBJECT_NAME, "An existing ResourceClaimTemplate."),
     },
