@@ -1,11 +1,10 @@
 """Writes helm/values.schema.json, the tables in helm/README.md and helm/examples/rendered/ from the chart.
 
-    python tests/chart/generate.py [--helm HELM]    # without a Helm, the rendered examples stay as they are
+    python tests/chart/generate.py [--rendered]    # `cargo xtask chart generate` does all
 
 The comment above a value in values.yaml is its documentation. A value without one is an error.
 """
 
-import argparse
 import json
 import pathlib
 import re
@@ -160,15 +159,13 @@ def generated():
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--helm", help="a Helm 4, to render the examples with")
-    helm = parser.parse_args().helm
     for path, text in generated().items():
         path.write_text(text)
-    if helm:
+    if "--rendered" in sys.argv[1:]:
         import examples
+        import tools
 
-        examples.write(helm)
+        examples.write(tools.helm("helm4"))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ MEANT = {
     "CKV_K8S_35": "a secret in a variable",
     # A node with RDMA pins memory. Only pools that ask for it get the capability.
     "CKV_K8S_25": "the capability IPC_LOCK",
-    "CKV_K8S_39": "an added capability",
     # The pod of helm test, and the download, need no probes.
     "CKV_K8S_8": "no liveness probe",
     "CKV_K8S_9": "no readiness probe",

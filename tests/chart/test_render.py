@@ -11,7 +11,7 @@ IDS = [example.stem for example in EXAMPLES]
 @pytest.mark.parametrize("example", EXAMPLES, ids=IDS)
 def test_rendered_output_is_up_to_date(helm, example):
     committed = (RENDERED / example.name).read_text()
-    assert committed == rendered(helm, example), "run tests/chart/generate.py --helm HELM and look at the difference"
+    assert committed == rendered(helm, example), "run `cargo xtask chart generate` and look at the difference"
 
 
 def test_every_rendered_file_has_an_example():

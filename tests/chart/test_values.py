@@ -17,7 +17,7 @@ SEEN_ELSEWHERE = {"enabled", "nodes.keepReplicas", "router.keepReplicas", "nodes
 
 @pytest.mark.parametrize("path", list(generate.generated()), ids=lambda path: path.name)
 def test_generated_files_are_up_to_date(path):
-    assert path.read_text() == generate.generated()[path], "run tests/chart/generate.py"
+    assert path.read_text() == generate.generated()[path], "run `cargo xtask chart generate`"
 
 
 def test_a_value_without_a_comment_is_an_error():

@@ -1,4 +1,4 @@
-//! Python environment for the tests that use the OpenAI client, NumPy and safetensors.
+//! Python environments for tests: what they need from PyPI, in folders of Cargo's target folder.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,21 +8,40 @@ use anyhow::{Context, Result, bail};
 use crate::apt;
 use crate::process::{root, run, succeeds, target};
 
-/// Installs `tests/python/requirements.txt` into `target/venv` unless it is up to date. Returns the interpreter.
+/// A file of requirements, and how pip reads it.
+pub struct Requirements {
+    /// Path in the repository.
+    pub file: &'static str,
+    /// Arguments of `pip install`, before the file.
+    pub arguments: &'static [&'static str],
+}
+
+/// Installs what the tests with the OpenAI client, NumPy and safetensors need. Returns the interpreter.
 pub fn prepare() -> Result<PathBuf> {
-    let venv = target().join("venv");
+    environment("venv", &[Requirements { file: "tests/python/requirements.txt", arguments: &[] }])
+}
+
+/// Installs requirements into the folder `name` of the target folder unless it is up to date. Returns the interpreter.
+pub fn environment(name: &str, requirements: &[Requirements]) -> Result<PathBuf> {
+    let venv = target().join(name);
     let python = venv.join("bin/python");
-    let requirements = root().join("tests/python/requirements.txt");
-    let wanted =
-        std::fs::read_to_string(&requirements).with_context(|| format!("reading {}", requirements.display()))?;
+    let mut wanted = String::new();
+    for each in requirements {
+        let file = root().join(each.file);
+        wanted += &std::fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+    }
     let stamp = venv.join("requirements.txt");
     if std::fs::read_to_string(&stamp).is_ok_and(|have| have == wanted) && succeeds(Command::new(&python).arg("-V")) {
         return Ok(python);
     }
     create(&venv)?;
-    run(Command::new(&python)
-        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"])
-        .arg(&requirements))?;
+    for each in requirements {
+        run(Command::new(&python)
+            .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
+            .args(each.arguments)
+            .arg("-r")
+            .arg(root().join(each.file)))?;
+    }
     std::fs::write(&stamp, wanted).with_context(|| format!("writing {}", stamp.display()))?;
     Ok(python)
 }
