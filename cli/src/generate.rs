@@ -34,6 +34,9 @@ pub struct GenerateArgs {
     /// Send the prompt as a user message through the model's chat template.
     #[arg(long, conflicts_with = "token_ids", help_heading = "Prompt")]
     chat: bool,
+    /// Fail unless a prefill node generated the first token, and decode nodes all others. For checks of a cluster.
+    #[arg(long, help_heading = "Output")]
+    check_stages: bool,
     #[command(flatten)]
     options: Options,
     #[command(flatten)]
@@ -111,6 +114,30 @@ pub async fn run(args: GenerateArgs) -> Result<()> {
     let mut client = args.router.connect().await?;
     let answer = stream(&mut client, prompt, &args.options).await?;
     answer.print_timings(args.options.json);
+    if args.check_stages {
+        check_stages(&answer.spans)?;
+    }
+    Ok(())
+}
+
+/// Checks that a prefill node generated the first token, and decode nodes at least one more and all others.
+fn check_stages(spans: &[Span]) -> Result<()> {
+    let right = match spans {
+        [first, rest @ ..] => {
+            first.stage == Some(Role::Prefill)
+                && first.last == 1
+                && !rest.is_empty()
+                && rest.iter().all(|span| span.stage == Some(Role::Decode))
+        }
+        [] => false,
+    };
+    if !right {
+        let spans: Vec<String> = spans.iter().map(Span::describe).collect();
+        bail!(
+            "the first token must come from a prefill node and the others from decode nodes, got {}",
+            spans.join(", ")
+        );
+    }
     Ok(())
 }
 
@@ -287,5 +314,7 @@ mod tests {
         extend(&mut spans, 3, &token("small", Role::Decode));
         let lines: Vec<String> = spans.iter().map(Span::describe).collect();
         assert_eq!(lines, ["token 1: big (prefill)", "2-3: small (decode)"]);
+        check_stages(&spans).unwrap();
+        assert!(check_stages(&spans[..1]).is_err() && check_stages(&spans[1..]).is_err() && check_stages(&[]).is_err());
     }
 }

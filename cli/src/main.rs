@@ -7,6 +7,7 @@ mod drain;
 mod generate;
 #[cfg(feature = "tools")]
 mod models;
+mod pull;
 mod router_client;
 mod shell;
 mod status;
@@ -69,6 +70,8 @@ enum Command {
     Status(status::StatusArgs),
     /// Drain a node: it refuses new requests, finishes its running ones and exits.
     Drain(drain::DrainArgs),
+    /// Download a model from the Hugging Face hub into a folder.
+    Pull(pull::PullArgs),
     #[cfg(feature = "tools")]
     /// Measure the engine, the KV handoff and the router, or put load on a running cluster.
     Bench(Box<bench::BenchArgs>),
@@ -99,6 +102,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => exit_code(runtime.block_on(chat::run(*args))),
         Command::Status(args) => exit_code(runtime.block_on(status::run(args))),
         Command::Drain(args) => exit_code(runtime.block_on(drain::run(args))),
+        Command::Pull(args) => exit_code(pull::run(&args)),
         #[cfg(feature = "tools")]
         Command::Bench(args) => exit_code(bench::run(*args)),
         #[cfg(feature = "tools")]

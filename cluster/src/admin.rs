@@ -14,6 +14,7 @@ use std::{
 };
 
 use axum::{Router, http::StatusCode, http::header, response::IntoResponse, routing::get};
+use parking_lot::Mutex;
 use prometheus::{Encoder, Registry, TextEncoder};
 use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
@@ -52,6 +53,8 @@ pub struct Started {
 #[derive(Clone, Default)]
 pub struct Admin {
     started: Arc<OnceLock<Started>>,
+    /// Held by the scrape of the metrics that is in progress.
+    scrape: Arc<Mutex<()>>,
 }
 
 impl Admin {
@@ -86,6 +89,8 @@ impl Admin {
         let encoder = TextEncoder::new();
         let mut text = Vec::new();
         let families = self.started.get().map(|started| {
+            // `refresh` resets and fills series, so two scrapes must not overlap.
+            let _one = self.scrape.lock();
             (started.refresh)();
             started.registry.gather()
         });

@@ -45,10 +45,12 @@ impl Args {
         let Self { node, kv_listen, advertise_kv, max_running } = self;
         let f = &mut Vec::new();
         let (process, has_tls) = (node.process.clone(), node.tls.tls_ca.is_some());
+        let has_host = node.advertise_host.is_some();
         let node = node.validate(Rows::Few, f);
         let parsed = kv_listen.parse::<SocketAddr>();
         let kv_listen = ConfigError::collect(f, parsed, "kv-listen", "an IP address and port", &kv_listen);
-        ConfigError::check_advertised(f, "advertise-kv", advertise_kv.as_deref(), kv_listen);
+        let dialled = kv_listen.filter(|_| !has_host);
+        ConfigError::check_advertised(f, "advertise-kv", advertise_kv.as_deref(), dialled);
         ConfigError::check_exposed(f, "kv-listen", kv_listen, has_tls, "--tls-ca", &process);
         ConfigError::check(f, (1..=4096).contains(&max_running), "max-running", "in [1, 4096]", max_running);
         match (node, kv_listen) {

@@ -9,7 +9,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
         mpsc as std_mpsc,
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, Role, block_hashes};
@@ -335,6 +335,7 @@ impl<C: Compute> Engine<C> {
             return false;
         }
         let sequences: Vec<&Sequence> = stepping.iter().map(|i| &self.running[*i]).collect();
+        let began = Instant::now();
         let tokens = match self.compute.step(&sequences) {
             Ok(tokens) => tokens,
             Err(e) => {
@@ -344,6 +345,7 @@ impl<C: Compute> Engine<C> {
                 return true;
             }
         };
+        self.load.decoded(stepping.len(), began.elapsed());
         let metrics = self.load.metrics();
         for (i, token) in stepping.iter().zip(tokens) {
             metrics.inter_token_latency_seconds.observe(self.running[*i].push(token).as_secs_f64());

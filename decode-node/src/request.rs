@@ -1,7 +1,7 @@
 //! Converts a decode request from its wire form to a checked [`Request`]. An error names the field, its limit and its
 //! value. Nothing is allocated for a request before it has passed.
 
-use overfill_kv::{KvSchema, SchemaMismatch};
+use overfill_kv::{KvSchema, SchemaMismatch, sampling::MAX_STOP_TOKENS};
 use overfill_node::{
     RequestError, RequestLimits,
     request::{Common, CommonFields},
@@ -10,9 +10,6 @@ use overfill_proto::{InvalidField, v1};
 use tokio::time::Instant;
 
 use crate::sequence::Request;
-
-/// Maximum number of stop token ids.
-const MAX_STOP_TOKENS: usize = 256;
 
 /// Checks a request that arrived at `now`.
 ///

@@ -136,7 +136,7 @@ impl Reserved {
     }
 
     /// Begins decoding, after the KV has arrived and is verified (KV-5). Publishes the full blocks of the prompt in the
-    /// prefix cache. They hold only KV of the full model, because this node's model writes behind them.
+    /// prefix cache. They hold only KV of the full model, because this node's model writes only to later positions.
     pub fn ready(self, first_token: u32, pool: &BlockPool) -> Sequence {
         let Self { arrival, request, hashes, events, held, to_fill, seat } = self;
         let blocks: Vec<BlockId> = held.blocks().iter().chain(to_fill.blocks()).copied().collect();
@@ -338,7 +338,7 @@ mod tests {
 
     fn node(blocks: usize) -> Node {
         let pool = BlockPool::new(blocks);
-        Node { load: LoadState::new(pool.clone(), NodeMetrics::new("m").unwrap(), None, Duration::MAX), pool }
+        Node { load: LoadState::new(pool.clone(), NodeMetrics::new("m", "p").unwrap(), None, Duration::MAX), pool }
     }
 
     fn job(node: &Node, tokens: Vec<u32>) -> (Box<Job>, mpsc::Receiver<SequenceEvent>) {

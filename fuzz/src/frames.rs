@@ -1,4 +1,4 @@
-//! Target for the frames of the KV protocol: `transport/src/frame.rs`.
+//! Target for the frames of the KV protocol: `transport/src/tcp/frame.rs`.
 
 use overfill_transport::tcp::frame::{
     ANSWER_BYTES, COMMIT_BYTES, HEADER_BYTES, HELLO_BYTES, Header, SUM_BYTES, checksum, decode_answer, decode_commit,

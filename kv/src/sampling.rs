@@ -2,6 +2,9 @@
 
 use std::collections::BTreeMap;
 
+/// Maximum number of token ids that end a request's output.
+pub const MAX_STOP_TOKENS: usize = 256;
+
 /// How the next token is chosen. Router and nodes check the values with [`SamplingParams::validate`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {

@@ -119,7 +119,10 @@ impl Outputs {
                     let rows = own.par_chunks_exact(vocab_size).zip(following);
                     rows.map(|(row, token)| report(row, *token, top)).collect_into_vec(&mut output.scores);
                 }
-                Want::LastLogits | Want::AllLogits => self.logits.values.extend_from_slice(own),
+                Want::LastLogits | Want::AllLogits => {
+                    output.scores.clear();
+                    self.logits.values.extend_from_slice(own);
+                }
                 Want::Nothing | Want::Next(_) => output.scores.clear(),
             }
         }

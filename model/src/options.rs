@@ -1,11 +1,11 @@
 //! How a model is loaded: source, device and element types.
 
-use std::{fmt, path::PathBuf, str::FromStr};
+use std::{fmt, str::FromStr};
 
 use candle_core::{DType, Device};
 use overfill_kv::KvDtype;
 
-use crate::{ModelError, error::plain, gguf::Gguf};
+use crate::{ModelError, error::plain};
 
 pub use crate::cpu::kernels::packed::Rows;
 
@@ -176,35 +176,6 @@ impl Default for LoadOptions {
     }
 }
 
-/// Resolves `model` to a folder or .gguf file. An existing path is returned as it is. Otherwise `model` is a hub id
-/// (`owner/name` or `owner/name@revision`), and its files are taken from the Hugging Face cache or downloaded into it.
-pub fn resolve(model: &str) -> Result<PathBuf, ModelError> {
-    let path = PathBuf::from(model);
-    if path.is_dir() || Gguf::find(&path)?.is_some() {
-        return Ok(path);
-    }
-    let fault = |reason: String| ModelError::Hub { id: model.into(), reason };
-    if path.is_file() {
-        return Err(fault("neither a folder nor a .gguf file".into()));
-    }
-    let looks_like_an_id = model.matches('/').count() == 1 && !model.starts_with(['/', '.', '~']);
-    if !looks_like_an_id {
-        return Err(fault("no such folder or .gguf file, and not a hub id of the form owner/name".into()));
-    }
-    let (id, revision) = model.split_once('@').unwrap_or((model, "main"));
-    let hub = |e: hf_hub::api::sync::ApiError| fault(format!("no such folder or .gguf file; hub download: {e}"));
-    let api = hf_hub::api::sync::ApiBuilder::from_env().with_progress(true).build().map_err(hub)?;
-    let repo = api.repo(hf_hub::Repo::with_revision(id.into(), hf_hub::RepoType::Model, revision.into()));
-    let config = repo.get("config.json").map_err(hub)?;
-    for file in repo.info().map_err(hub)?.siblings.iter().map(|s| s.rfilename.as_str()) {
-        let wanted = !file.contains('/') && [".safetensors", ".json", ".jinja"].iter().any(|end| file.ends_with(end));
-        if wanted && file != "config.json" {
-            repo.get(file).map_err(hub)?;
-        }
-    }
-    config.parent().map(PathBuf::from).ok_or_else(|| fault("the Hugging Face cache path has no parent folder".into()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -221,10 +192,5 @@ mod tests {
     #[test]
     fn a_gpu_without_support_is_a_clear_error() {
         assert!(DeviceSpec::Cuda(0).open().unwrap_err().to_string().contains("--features cuda"));
-    }
-
-    #[test]
-    fn a_folder_that_is_not_there_is_named() {
-        assert!(resolve("/no/such/folder").unwrap_err().to_string().starts_with("model /no/such/folder: no such"));
     }
 }

@@ -1,6 +1,10 @@
 //! Settings that both roles have: the command line arguments and their checked form.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use overfill_cluster::{
     ConfigError, ProcessArgs, Tls, TlsArgs,
@@ -51,6 +55,19 @@ pub struct NodeArgs {
     /// Name of this node [default: its role and address]
     #[arg(long, env = "OVERFILL_NODE_ID", value_name = "NAME", help_heading = "Network")]
     pub node_id: Option<String>,
+    /// Name of the pool that the node belongs to. Metrics and status show it [default: its role]
+    #[arg(long, env = "OVERFILL_POOL", value_name = "NAME", help_heading = "Network")]
+    pub pool: Option<String>,
+    /// Name of the cluster that the node belongs to. Routers of other clusters do not use it [default: none]
+    #[arg(
+        long,
+        env = "OVERFILL_CLUSTER",
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true,
+        help_heading = "Network"
+    )]
+    pub cluster: String,
     /// Listen address of the gRPC service. Port 0 picks a free port.
     #[arg(
         long,
@@ -72,6 +89,9 @@ pub struct NodeArgs {
     /// gRPC address (host:port) that the node registers in etcd for routers to dial [default: the listen address]
     #[arg(long, env = "OVERFILL_ADVERTISE_GRPC", value_name = "ADDRESS", help_heading = "Network")]
     pub advertise_grpc: Option<String>,
+    /// Host name or IP address at which others dial this node, with the ports of its listen addresses.
+    #[arg(long, env = "OVERFILL_ADVERTISE_HOST", value_name = "HOST", help_heading = "Network")]
+    pub advertise_host: Option<String>,
     /// Maximum number of waiting requests. Further requests are refused.
     #[arg(
         long,
@@ -128,6 +148,10 @@ pub struct NodeConfig {
     pub served_model_name: Option<String>,
     /// Name of the node; `None`: its role and address.
     pub node_id: Option<String>,
+    /// Name of its pool; `None`: its role.
+    pub pool: Option<String>,
+    /// Name of its cluster; may be empty.
+    pub cluster: String,
     /// Device, weight format and KV type of the model.
     pub load: LoadOptions,
     /// Capacity of the KV cache, in blocks.
@@ -138,6 +162,8 @@ pub struct NodeConfig {
     pub admin: SocketAddr,
     /// gRPC address (`host:port`) that routers dial; `None`: the listen address.
     pub advertise_grpc: Option<String>,
+    /// Host at which others dial the node, an IPv6 address in brackets; `None`: that of the listen address.
+    pub advertise_host: Option<String>,
     /// Maximum number of waiting requests.
     pub max_waiting: usize,
     /// Time limit of a request that sets no deadline.
@@ -160,6 +186,8 @@ impl NodeArgs {
             model,
             served_model_name,
             node_id,
+            pool,
+            cluster,
             device,
             weights,
             kv_dtype,
@@ -167,6 +195,7 @@ impl NodeArgs {
             listen,
             admin,
             advertise_grpc,
+            advertise_host,
             max_waiting,
             default_deadline_seconds,
             drain_timeout_seconds,
@@ -188,6 +217,7 @@ impl NodeArgs {
         let name_ok = |name: &Option<String>| name.as_ref().is_none_or(|n| !n.trim().is_empty());
         ConfigError::check(f, name_ok(&served_model_name), "served-model-name", "a name", "an empty text");
         ConfigError::check(f, name_ok(&node_id), "node-id", "a name", "an empty text");
+        ConfigError::check(f, name_ok(&pool), "pool", "a name", "an empty text");
         let block = BLOCK_TOKENS;
         let pool_ok = (block..=MAX_POOL_TOKENS).contains(&kv_pool_tokens);
         ConfigError::check(f, pool_ok, "kv-pool-tokens", format!("in [{block}, {MAX_POOL_TOKENS}]"), kv_pool_tokens);
@@ -205,8 +235,13 @@ impl NodeArgs {
         let tls = tls.validate(f);
         ConfigError::check_exposed(f, "listen", listen, tls.is_some(), "--tls-ca", &process);
         let etcd = etcd.validate(f);
+        let advertise_host = advertise_host.and_then(|host| {
+            let parsed = advertised_host(&host);
+            ConfigError::check(f, parsed.is_some(), "advertise-host", "a host name or an IP address", &host);
+            parsed
+        });
         // The advertised address is used only for the registration in etcd.
-        let registered = listen.filter(|_| etcd.is_some());
+        let registered = listen.filter(|_| etcd.is_some() && advertise_host.is_none());
         ConfigError::check_advertised(f, "advertise-grpc", advertise_grpc.as_deref(), registered);
         if !f.is_empty() {
             return None;
@@ -215,11 +250,14 @@ impl NodeArgs {
             model: model?,
             served_model_name,
             node_id,
+            pool,
+            cluster,
             load: LoadOptions { device: device?, weights: weights?, kv_dtype: kv?, rows },
             kv_blocks: kv_pool_tokens / block,
             listen: listen?,
             admin: admin?,
             advertise_grpc,
+            advertise_host,
             max_waiting,
             default_deadline: default_deadline?,
             drain_timeout: drain_timeout?,
@@ -227,6 +265,30 @@ impl NodeArgs {
             tls,
             etcd,
         })
+    }
+}
+
+/// `host` as it stands before a port: an IPv6 address gets brackets. `None` if it is neither a name nor an address.
+fn advertised_host(host: &str) -> Option<String> {
+    let bare = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
+    match bare.parse::<IpAddr>() {
+        Ok(IpAddr::V6(address)) => Some(format!("[{address}]")),
+        Ok(IpAddr::V4(address)) => Some(address.to_string()),
+        Err(_) => {
+            let letters = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.' || c == '_';
+            (!host.is_empty() && host.chars().all(letters)).then(|| host.to_owned())
+        }
+    }
+}
+
+impl NodeConfig {
+    /// The address that others dial: `advertised`, else the advertised host with the port of `listen`, else `listen`.
+    pub fn dialled(&self, advertised: Option<&str>, listen: SocketAddr) -> String {
+        match (advertised, &self.advertise_host) {
+            (Some(address), _) => address.to_owned(),
+            (None, Some(host)) => format!("{host}:{}", listen.port()),
+            (None, None) => listen.to_string(),
+        }
     }
 }
 
@@ -247,6 +309,13 @@ mod tests {
     struct Cli {
         #[command(flatten)]
         args: NodeArgs,
+    }
+
+    #[test]
+    fn an_advertised_host_stands_before_a_port() {
+        let hosts = ["10.0.0.1", "fd00::1", "[fd00::1]", "node-1.pool", "a:1", ""].map(advertised_host);
+        let expected = [Some("10.0.0.1"), Some("[fd00::1]"), Some("[fd00::1]"), Some("node-1.pool"), None, None];
+        assert_eq!(hosts.each_ref().map(Option::as_deref), expected);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The identity of a node, and its forms for routers and for etcd.
 
 use overfill_cluster::discovery::Registration;
-use overfill_kv::{KvEndpoint, KvSchema, Role};
+use overfill_kv::{KvEndpoint, KvSchema, PROTOCOL, Role};
 use overfill_proto::v1;
 
 /// Identity and capacity of a node. Fixed for the life of the process.
@@ -13,6 +13,10 @@ pub struct Identity {
     pub node_id: String,
     /// Random per process: a restarted node is another incarnation, even at the same address.
     pub incarnation: String,
+    /// Name of the pool that it belongs to.
+    pub pool: String,
+    /// Name of the cluster that it belongs to; may be empty.
+    pub cluster: String,
     /// Name under which its model is served.
     pub model: String,
     /// KV schema. Prefill nodes: the KV that the model computes. Decode nodes: the KV that the model attends to.
@@ -52,6 +56,9 @@ impl Identity {
             version: env!("CARGO_PKG_VERSION").into(),
             weights: self.weights.clone(),
             eos_token_ids: self.eos_token_ids.clone(),
+            protocol: Some(PROTOCOL.into()),
+            pool: self.pool.clone(),
+            cluster: self.cluster.clone(),
         }
     }
 
@@ -62,6 +69,7 @@ impl Identity {
             node_id: self.node_id.clone(),
             incarnation: self.incarnation.clone(),
             grpc,
+            pool: self.pool.clone(),
             kv: self.kv_endpoint.as_ref().map(|KvEndpoint::Tcp(address)| address.clone()),
             model: self.model.clone(),
             full_model: self.schema.full_model.clone(),

@@ -33,12 +33,16 @@ pub struct Load {
     pub queued_tokens: u64,
     /// Handoffs whose transfer has not ended.
     pub open_handoffs: usize,
-    /// KV bytes held for handoffs whose request has ended.
+    /// KV bytes held for handoffs whose request has ended but whose transfer has not stopped yet.
     pub stranded_bytes: u64,
     /// The node is draining and accepts no requests.
     pub draining: bool,
     /// The current engine step has exceeded the step timeout.
     pub stalled: bool,
+    /// Prompt tokens computed per second, a recent mean. 0 before the first prompt; prefill nodes only.
+    pub prefill_tokens_per_second: u32,
+    /// Duration of a decode step, a recent mean. 0 while nothing is decoded; decode nodes only.
+    pub decode_step_microseconds: u32,
 }
 
 impl Load {
@@ -61,6 +65,9 @@ pub struct LoadState {
     open_handoffs: AtomicUsize,
     routers: AtomicUsize,
     router_has_joined: AtomicBool,
+    router_has_sent: AtomicBool,
+    prefill_rate: Mean,
+    decode_step: Mean,
     stranded_bytes: AtomicU64,
     receiving: Option<Receiving>,
     draining: AtomicBool,
@@ -90,6 +97,9 @@ impl LoadState {
             open_handoffs: AtomicUsize::new(0),
             routers: AtomicUsize::new(0),
             router_has_joined: AtomicBool::new(false),
+            router_has_sent: AtomicBool::new(false),
+            prefill_rate: Mean::default(),
+            decode_step: Mean::default(),
             stranded_bytes: AtomicU64::new(0),
             receiving,
             draining: AtomicBool::new(false),
@@ -105,15 +115,19 @@ impl LoadState {
     /// Computes the current load.
     pub fn load(&self) -> Load {
         let (receiving, stranded) = self.receiving.as_ref().map_or((0, 0), |receiving| receiving());
+        let running = self.running.load(Relaxed);
         Load {
             free_blocks: self.pool.available(),
-            running: self.running.load(Relaxed),
+            running,
             waiting: self.waiting.load(Relaxed),
             queued_tokens: self.queued_tokens.load(Relaxed),
             open_handoffs: self.open_handoffs.load(Relaxed) + receiving,
             stranded_bytes: self.stranded_bytes.load(Relaxed) + stranded,
             draining: self.draining.load(Relaxed),
             stalled: self.is_stalled(),
+            prefill_tokens_per_second: self.prefill_rate.get() as u32,
+            // An idle node decodes nothing, whatever its last steps took.
+            decode_step_microseconds: if running > 0 { (self.decode_step.get() * 1e6) as u32 } else { 0 },
         }
     }
 
@@ -157,6 +171,11 @@ impl LoadState {
         let load = self.load();
         self.metrics.requests_running.set(load.running as i64);
         self.metrics.requests_waiting.set(load.waiting as i64);
+        let (cached, held) = (self.pool.cached(), self.pool.in_use());
+        let free = self.pool.total().saturating_sub(cached + held);
+        for (state, blocks) in [("free", free), ("cached", cached), ("held", held)] {
+            self.metrics.kv_blocks.with_label_values(&[state]).set(blocks as i64);
+        }
         self.metrics.kv_cache_usage.set(self.pool.in_use() as f64 / self.pool.total() as f64);
         self.metrics.open_handoffs.set(load.open_handoffs as i64);
         self.metrics.routers.set(self.routers.load(Relaxed) as i64);
@@ -188,6 +207,20 @@ impl LoadState {
     /// Records that the engine has ended its step.
     pub fn step_ended(&self) {
         self.step_began.store(0, Relaxed);
+    }
+
+    /// Records a step of a prefill node that computed `tokens` tokens of `prompts` prompts.
+    pub fn prefilled(&self, prompts: usize, tokens: usize, took: Duration) {
+        self.metrics.step(prompts, tokens, took);
+        if !took.is_zero() {
+            self.prefill_rate.add(tokens as f64 / took.as_secs_f64());
+        }
+    }
+
+    /// Records a step of a decode node that computed a token of each of `sequences` sequences.
+    pub fn decoded(&self, sequences: usize, took: Duration) {
+        self.metrics.step(sequences, sequences, took);
+        self.decode_step.add(took.as_secs_f64());
     }
 
     /// Whether the current engine step has exceeded the step timeout.
@@ -234,15 +267,25 @@ impl LoadState {
         Counted { state: self.clone(), what: What::Router }
     }
 
-    /// Health of the node for probes. A node is not ready before the first router has joined, because only routers send
-    /// it requests. It stays ready when all routers leave later, because that is hardly the fault of the node.
-    pub fn health(&self) -> Health {
-        match (self.is_draining(), self.is_stalled(), self.router_has_joined.load(Relaxed)) {
-            (true, _, _) => Health::NotServing("draining".into()),
-            (_, true, _) => Health::NotServing("the engine step exceeds the step timeout".into()),
-            (_, _, false) => Health::NotServing("no router has joined this node yet".into()),
-            (false, false, true) => Health::Serving,
+    /// Records that a router sends requests to this node from now on.
+    pub fn router_sends(&self) {
+        if !self.router_has_sent.swap(true, Relaxed) {
+            info!("a router sends requests to this node from now on");
         }
+    }
+
+    /// Health of the node for probes. A node is not ready before a router would send it requests, which needs a node of
+    /// the other role that may work with it. So a rollout waits until the new nodes can serve. A node stays ready when its
+    /// routers or partners leave later, because the node is usually not the cause.
+    pub fn health(&self) -> Health {
+        let why = match (self.router_has_joined.load(Relaxed), self.router_has_sent.load(Relaxed)) {
+            _ if self.is_draining() => "draining",
+            _ if self.is_stalled() => "the engine step exceeds the step timeout",
+            (false, false) => "no router has joined this node yet",
+            (true, false) => "no router knows a node of the other role that may work with this one",
+            (_, true) => return Health::Serving,
+        };
+        Health::NotServing(why.into())
     }
 
     /// Counts bytes as stranded until the guard is dropped.
@@ -255,6 +298,23 @@ impl LoadState {
     pub fn count_tokens(self: &Arc<Self>, tokens: usize) -> QueuedTokens {
         self.queued_tokens.fetch_add(tokens as u64, Relaxed);
         QueuedTokens { state: self.clone(), left: tokens as u64 }
+    }
+}
+
+/// A recent mean of positive values: each new value has a weight of one eighth. 0 before the first value.
+#[derive(Default)]
+struct Mean(AtomicU64);
+
+impl Mean {
+    fn get(&self) -> f64 {
+        f64::from_bits(self.0.load(Relaxed))
+    }
+
+    /// Adds a value. Only one thread adds, the engine's.
+    fn add(&self, value: f64) {
+        let last = self.get();
+        let mean = if last > 0.0 { last + (value - last) / 8.0 } else { value };
+        self.0.store(mean.to_bits(), Relaxed);
     }
 }
 
@@ -316,7 +376,7 @@ mod tests {
 
     #[test]
     fn a_step_that_takes_too_long_is_a_stall_until_it_ends() {
-        let new = |limit| LoadState::new(BlockPool::new(4), NodeMetrics::new("m").unwrap(), None, limit);
+        let new = |limit| LoadState::new(BlockPool::new(4), NodeMetrics::new("m", "p").unwrap(), None, limit);
         let (strict, lenient) = (new(Duration::ZERO), new(Duration::MAX));
         for state in [&strict, &lenient] {
             assert!(!state.load().stalled);
@@ -331,12 +391,15 @@ mod tests {
     }
 
     #[test]
-    fn a_node_is_ready_from_its_first_router_on() {
-        let state = LoadState::new(BlockPool::new(4), NodeMetrics::new("m").unwrap(), None, Duration::MAX);
+    fn a_node_is_ready_once_a_router_would_send_it_requests() {
+        let state = LoadState::new(BlockPool::new(4), NodeMetrics::new("m", "p").unwrap(), None, Duration::MAX);
         assert_eq!(state.health(), Health::NotServing("no router has joined this node yet".into()));
         let routers = (state.count_router(), state.count_router());
         state.refresh_metrics();
-        assert_eq!((state.health(), state.metrics().routers.get()), (Health::Serving, 2));
+        let unpaired = "no router knows a node of the other role that may work with this one";
+        assert_eq!((state.health(), state.metrics().routers.get()), (Health::NotServing(unpaired.into()), 2));
+        state.router_sends();
+        assert_eq!(state.health(), Health::Serving);
         drop(routers);
         state.refresh_metrics();
         assert_eq!((state.health(), state.metrics().routers.get()), (Health::Serving, 0));
@@ -346,7 +409,7 @@ mod tests {
 
     #[test]
     fn what_is_counted_returns_to_zero() {
-        let state = LoadState::new(BlockPool::new(4), NodeMetrics::new("m").unwrap(), None, Duration::MAX);
+        let state = LoadState::new(BlockPool::new(4), NodeMetrics::new("m", "p").unwrap(), None, Duration::MAX);
         let idle = state.load();
         let watch = state.watch();
         {

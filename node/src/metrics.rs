@@ -1,9 +1,14 @@
 //! Metrics of a node. A metric that means the same as one of vLLM has its name, so dashboards for vLLM work.
 
-use overfill_cluster::metrics::{MetricsError, counter, histogram, int_gauge, register};
-use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+use std::time::Duration;
 
-/// Metrics that prefill and decode nodes share. Every series has the label `model_name`.
+use overfill_cluster::metrics::{MetricsError, counter, histogram, int_gauge, register};
+use prometheus::{
+    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    exponential_buckets,
+};
+
+/// Metrics that prefill and decode nodes share. Every series has the labels `model_name` and `pool`.
 #[derive(Clone, Debug)]
 pub struct NodeMetrics {
     /// Registry of all metrics.
@@ -12,6 +17,14 @@ pub struct NodeMetrics {
     pub requests_running: IntGauge,
     /// Requests accepted but not in the batch.
     pub requests_waiting: IntGauge,
+    /// KV blocks by `state`: `held` by requests, `cached` and evictable, `free`.
+    pub kv_blocks: IntGaugeVec,
+    /// Requests in each engine step.
+    pub batch_requests: Histogram,
+    /// Tokens computed in each engine step.
+    pub step_tokens: Histogram,
+    /// Duration of each engine step.
+    pub step_seconds: Histogram,
     /// Fraction of the KV blocks that requests hold, 0 to 1. Blocks that are only cached do not count.
     pub kv_cache_usage: Gauge,
     /// Prompt tokens of started requests.
@@ -32,7 +45,7 @@ pub struct NodeMetrics {
     pub prefix_cache_queries: IntCounter,
     /// Prompt tokens found in the prefix cache.
     pub prefix_cache_hits: IntCounter,
-    /// Routers that have joined the node.
+    /// Routers connected to the node.
     pub routers: IntGauge,
     /// Handoffs between reservation and end.
     pub open_handoffs: IntGauge,
@@ -49,9 +62,10 @@ pub struct NodeMetrics {
 }
 
 impl NodeMetrics {
-    /// Creates and registers all metrics of a node that serves `model`.
-    pub fn new(model: &str) -> Result<Self, MetricsError> {
-        let labels = [("model_name".to_owned(), model.to_owned())].into();
+    /// Creates and registers all metrics of a node of `pool` that serves `model`.
+    pub fn new(model: &str, pool: &str) -> Result<Self, MetricsError> {
+        let labels = [("model_name", model), ("pool", pool)].map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let labels = labels.into();
         let registry = Registry::new_custom(None, Some(labels))?;
         let r = &registry;
         Ok(Self {
@@ -59,10 +73,20 @@ impl NodeMetrics {
             requests_waiting: int_gauge(r, "vllm:num_requests_waiting", "Requests waiting for room.")?,
             kv_cache_usage: register(
                 r,
-                Gauge::new("vllm:kv_cache_usage_perc", "Part of the KV blocks held by requests, 0 to 1.")?,
+                Gauge::new("vllm:kv_cache_usage_perc", "Fraction of the KV blocks held by requests, 0 to 1.")?,
             )?,
-            prompt_tokens: counter(r, "vllm:prompt_tokens_total", "Prompt tokens taken.")?,
-            generation_tokens: counter(r, "vllm:generation_tokens_total", "Tokens chosen.")?,
+            kv_blocks: register(
+                r,
+                IntGaugeVec::new(
+                    Opts::new("overfill_kv_blocks", "KV blocks by state: held by requests, cached, free."),
+                    &["state"],
+                )?,
+            )?,
+            batch_requests: sizes(r, "overfill_batch_requests", "Requests in an engine step.")?,
+            step_tokens: sizes(r, "vllm:iteration_tokens_total", "Tokens computed in an engine step.")?,
+            step_seconds: histogram(r, "overfill_step_seconds", "Seconds that an engine step took.")?,
+            prompt_tokens: counter(r, "vllm:prompt_tokens_total", "Prompt tokens of started requests.")?,
+            generation_tokens: counter(r, "vllm:generation_tokens_total", "Generated tokens.")?,
             request_success: register(
                 r,
                 IntCounterVec::new(
@@ -85,17 +109,17 @@ impl NodeMetrics {
                 "vllm:e2e_request_latency_seconds",
                 "Seconds from arrival to the end.",
             )?,
-            preemptions: counter(r, "vllm:num_preemptions_total", "Requests taken out of the batch to make room.")?,
+            preemptions: counter(r, "vllm:num_preemptions_total", "Requests removed from the batch to free blocks.")?,
             prefix_cache_queries: counter(r, "vllm:prefix_cache_queries_total", "Prompt tokens looked up.")?,
             prefix_cache_hits: counter(r, "vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")?,
-            routers: int_gauge(r, "overfill_routers", "Routers that have joined the node.")?,
+            routers: int_gauge(r, "overfill_routers", "Routers connected to the node.")?,
             open_handoffs: int_gauge(r, "overfill_open_handoffs", "Handoffs between reservation and end.")?,
             stranded_bytes: int_gauge(
                 r,
                 "overfill_stranded_bytes",
-                "KV bytes held for handoffs whose other side has gone.",
+                "KV bytes held for handoffs whose request has ended.",
             )?,
-            transfer_bytes: counter(r, "overfill_transfer_bytes_total", "KV bytes that changed hands.")?,
+            transfer_bytes: counter(r, "overfill_transfer_bytes_total", "KV bytes transferred in handoffs.")?,
             transfer_seconds: histogram(
                 r,
                 "overfill_transfer_seconds",
@@ -104,11 +128,18 @@ impl NodeMetrics {
             transfer_exposed_seconds: histogram(
                 r,
                 "overfill_transfer_exposed_seconds",
-                "Seconds of a handoff that computing did not hide.",
+                "Seconds of a handoff after the prefill was computed.",
             )?,
             transfer_failures: counter(r, "overfill_transfer_failures_total", "Handoffs that failed.")?,
             registry,
         })
+    }
+
+    /// Records an engine step that computed `tokens` tokens of `requests` requests.
+    pub fn step(&self, requests: usize, tokens: usize, took: Duration) {
+        self.batch_requests.observe(requests as f64);
+        self.step_tokens.observe(tokens as f64);
+        self.step_seconds.observe(took.as_secs_f64());
     }
 
     /// Counts an ended request with its `finished_reason`.
@@ -117,16 +148,25 @@ impl NodeMetrics {
     }
 }
 
+/// A histogram of counts: buckets 1, 2, 4, ... 16384.
+fn sizes(registry: &Registry, name: &str, help: &str) -> Result<Histogram, MetricsError> {
+    let buckets = exponential_buckets(1.0, 2.0, 15)?;
+    register(registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets))?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn names_are_valid_and_carry_the_model() {
-        let metrics = NodeMetrics::new("tiny").unwrap();
+        let metrics = NodeMetrics::new("tiny", "small").unwrap();
         metrics.finished("stop");
         let text = prometheus::TextEncoder::new().encode_to_string(&metrics.registry.gather()).unwrap();
-        assert!(text.contains(r#"vllm:request_success_total{finished_reason="stop",model_name="tiny"} 1"#), "{text}");
-        assert!(text.contains(r#"vllm:num_requests_running{model_name="tiny"} 0"#), "{text}");
+        assert!(
+            text.contains(r#"vllm:request_success_total{finished_reason="stop",model_name="tiny",pool="small"} 1"#),
+            "{text}"
+        );
+        assert!(text.contains(r#"vllm:num_requests_running{model_name="tiny",pool="small"} 0"#), "{text}");
     }
 }

@@ -51,7 +51,7 @@ impl From<RequestError> for Status {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
     /// The maximum number of requests, the field, is waiting already.
-    #[error("{0} requests are waiting, the maximum")]
+    #[error("the queue is full: {0} requests are waiting")]
     QueueFull(usize),
     /// The node is shutting down, or the engine has ended.
     #[error("the node is shutting down")]
@@ -171,6 +171,8 @@ impl RequestLimits {
             role,
             node_id: "n".into(),
             incarnation: "1".into(),
+            pool: "pool".into(),
+            cluster: String::new(),
             model: "m".into(),
             schema,
             max_context_tokens: 64,

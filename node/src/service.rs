@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use overfill_proto::{InvalidField, v1};
 use tokio::time::sleep;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 use tracing::info;
 
 use crate::{EventStream, Load, MAX_DEADLINE_SECONDS, NodeCore};
@@ -18,8 +18,18 @@ pub struct NodeService(pub NodeCore);
 
 impl From<Load> for v1::NodeLoad {
     fn from(load: Load) -> Self {
-        let Load { free_blocks, running, waiting, queued_tokens, open_handoffs, stranded_bytes, draining, stalled } =
-            load;
+        let Load {
+            free_blocks,
+            running,
+            waiting,
+            queued_tokens,
+            open_handoffs,
+            stranded_bytes,
+            draining,
+            stalled,
+            prefill_tokens_per_second,
+            decode_step_microseconds,
+        } = load;
         Self {
             free_blocks: free_blocks as u32,
             running_requests: running as u32,
@@ -29,6 +39,8 @@ impl From<Load> for v1::NodeLoad {
             draining,
             open_handoffs: open_handoffs as u32,
             stalled,
+            prefill_tokens_per_second,
+            decode_step_microseconds,
         }
     }
 }
@@ -65,9 +77,30 @@ impl v1::node_server::Node for NodeService {
         Ok(Response::new(v1::DescribeResponse { info: Some(self.0.identity.info()), load }))
     }
 
-    async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {
-        let joined = self.0.load.count_router();
-        Ok(Response::new(Box::pin(self.reports().inspect(move |_| _ = &joined))))
+    async fn watch_load(
+        &self,
+        request: Request<Streaming<v1::WatchLoadRequest>>,
+    ) -> Result<Response<Self::WatchLoadStream>, Status> {
+        let (joined, mut router, mut reports) = (self.0.load.count_router(), request.into_inner(), self.reports());
+        let state = self.0.load.clone();
+        Ok(Response::new(Box::pin(async_stream::stream! {
+            let mut listening = true;
+            loop {
+                tokio::select! {
+                    report = reports.next() => match report {
+                        Some(report) => yield report,
+                        None => break,
+                    },
+                    message = router.message(), if listening => match message {
+                        Ok(Some(message)) if message.paired => state.router_sends(),
+                        Ok(Some(_)) => {}
+                        // The router has left. Then this stream is dropped as well.
+                        Ok(None) | Err(_) => listening = false,
+                    },
+                }
+            }
+            drop(joined);
+        })))
     }
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<Self::DrainStream>, Status> {

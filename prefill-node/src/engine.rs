@@ -307,7 +307,9 @@ impl<C: Compute> Engine<C> {
         };
         match self.compute.step(&chunks, Arc::new(layers)) {
             Ok(outputs) => {
-                self.pace.observe(plan.iter().map(|chunk| chunk.tokens.len()).sum(), began.elapsed());
+                let (tokens, took) = (plan.iter().map(|chunk| chunk.tokens.len()).sum(), began.elapsed());
+                self.pace.observe(tokens, took);
+                self.load.prefilled(plan.len(), tokens, took);
                 self.advance(&plan, outputs);
             }
             Err(e) => {

@@ -2,7 +2,8 @@
 //! type does not allow.
 
 use overfill_kv::{
-    FinishReason, KvDtype, KvEndpoint, KvSchema, OutputToken, Role, RopeSpec, SamplingParams, Ticket, TransferStats,
+    FinishReason, KvDtype, KvEndpoint, KvSchema, OutputToken, ProtocolVersions, Role, RopeSpec, SamplingParams, Ticket,
+    TransferStats,
 };
 
 use crate::v1;
@@ -79,6 +80,18 @@ impl TryFrom<v1::FinishReason> for FinishReason {
             v1::FinishReason::Length => Ok(Self::Length),
             v1::FinishReason::Unspecified => Err(InvalidField::new("reason", "stop or length", wire.as_str_name())),
         }
+    }
+}
+
+impl From<ProtocolVersions> for v1::ProtocolVersions {
+    fn from(ProtocolVersions { oldest, newest }: ProtocolVersions) -> Self {
+        Self { oldest, newest }
+    }
+}
+
+impl From<v1::ProtocolVersions> for ProtocolVersions {
+    fn from(v1::ProtocolVersions { oldest, newest }: v1::ProtocolVersions) -> Self {
+        Self { oldest, newest }
     }
 }
 

@@ -1,14 +1,14 @@
-//! Command line arguments and validated configuration.
+//! Command line arguments and their validation.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use overfill_cluster::{
     ConfigError, ProcessArgs, Tls, TlsArgs,
-    discovery::{EtcdArgs, EtcdConfig},
-    net::{self, Dialer},
+    discovery::{EtcdArgs, dns::DnsArgs},
+    net,
 };
 
-use crate::tenants::ApiKeys;
+use crate::{Config, config::scheme, tenants::ApiKeys};
 
 /// Maximum of all time settings: one day.
 const MAX_SECONDS: f64 = 86_400.0;
@@ -16,7 +16,7 @@ const MAX_SECONDS: f64 = 86_400.0;
 /// Settings as given on the command line or in the environment.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// gRPC URLs of prefill nodes, comma-separated or repeated. Not needed if nodes register in etcd.
+    /// gRPC URLs of prefill nodes, comma-separated or repeated. Not needed with discovery.
     #[arg(
         long = "prefill-url",
         env = "OVERFILL_PREFILL_URL",
@@ -25,7 +25,7 @@ pub struct Args {
         help_heading = "Nodes"
     )]
     pub prefill_url: Vec<String>,
-    /// gRPC URLs of decode nodes, comma-separated or repeated. Not needed if nodes register in etcd.
+    /// gRPC URLs of decode nodes, comma-separated or repeated. Not needed with discovery.
     #[arg(
         long = "decode-url",
         env = "OVERFILL_DECODE_URL",
@@ -43,6 +43,16 @@ pub struct Args {
         help_heading = "Nodes"
     )]
     pub served_model: Vec<String>,
+    /// Name of the cluster. The router uses no nodes of other clusters [default: none]
+    #[arg(
+        long,
+        env = "OVERFILL_CLUSTER",
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true,
+        help_heading = "Nodes"
+    )]
+    pub cluster: String,
     /// Listen address of the OpenAI API, /startup, /live, /ready, /health and /metrics.
     #[arg(
         long,
@@ -118,7 +128,8 @@ pub struct Args {
         help_heading = "Timeouts"
     )]
     pub node_timeout_seconds: f64,
-    /// Time without a new token after which a decoding request moves to other nodes.
+    /// Maximum time for a node to accept a request, and between two tokens of a decoding request. Then the request
+    /// moves to other nodes.
     #[arg(
         long,
         env = "OVERFILL_PROGRESS_TIMEOUT_SECONDS",
@@ -127,6 +138,15 @@ pub struct Args {
         help_heading = "Timeouts"
     )]
     pub progress_timeout_seconds: f64,
+    /// Limit of the inter-token latency that the metric for scaling decode pools counts against. 0: none
+    #[arg(
+        long,
+        env = "OVERFILL_ITL_LIMIT_SECONDS",
+        default_value_t = 0.0,
+        value_name = "SECONDS",
+        help_heading = "Timeouts"
+    )]
+    pub itl_limit_seconds: f64,
     /// Maximum size of an HTTP request body.
     #[arg(
         long,
@@ -145,6 +165,25 @@ pub struct Args {
         help_heading = "Limits"
     )]
     pub max_connections: usize,
+    /// Time in seconds that running requests may take to finish at shutdown. Then they end with an error.
+    #[arg(
+        long,
+        env = "OVERFILL_DRAIN_TIMEOUT_SECONDS",
+        default_value_t = 600.0,
+        value_name = "SECONDS",
+        help_heading = "Timeouts"
+    )]
+    pub drain_timeout_seconds: f64,
+    /// Age at which a client's connection is asked to close, so that clients spread over new routers. Running requests
+    /// finish. 0: never.
+    #[arg(
+        long,
+        env = "OVERFILL_MAX_CONNECTION_AGE_SECONDS",
+        default_value_t = 0.0,
+        value_name = "SECONDS",
+        help_heading = "Timeouts"
+    )]
+    pub max_connection_age_seconds: f64,
     /// Server certificate for clients (PEM file). Turns on TLS for HTTP and gRPC clients. Needs --serve-tls-key.
     #[arg(long, env = "OVERFILL_SERVE_TLS_CERT", value_name = "FILE", help_heading = "Security")]
     pub serve_tls_cert: Option<PathBuf>,
@@ -154,99 +193,28 @@ pub struct Args {
     /// API keys of clients (JSON file). Without it, requests need no key.
     #[arg(long, env = "OVERFILL_API_KEYS", value_name = "FILE", help_heading = "Security")]
     pub api_keys: Option<PathBuf>,
+    /// Whether to serve a web page with an overview of the cluster and a playground, at /page.
+    #[arg(
+        long,
+        env = "OVERFILL_PAGE",
+        default_value_t = true,
+        action = clap::ArgAction::Set,
+        value_name = "BOOL",
+        help_heading = "Network"
+    )]
+    pub page: bool,
     /// TLS between the router and the nodes.
     #[command(flatten)]
     pub tls: TlsArgs,
-    /// Discovery of nodes.
+    /// Discovery of nodes through DNS.
+    #[command(flatten)]
+    pub dns: DnsArgs,
+    /// Discovery of nodes through etcd.
     #[command(flatten)]
     pub etcd: EtcdArgs,
     /// Settings that every service process has.
     #[command(flatten)]
     pub process: ProcessArgs,
-}
-
-/// Validated settings.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// URLs of prefill nodes, for example `http://host:port`.
-    pub prefill_urls: Vec<String>,
-    /// URLs of decode nodes, for example `http://host:port`.
-    pub decode_urls: Vec<String>,
-    /// Models that are listed before a node serves them.
-    pub served_models: Vec<String>,
-    /// Listen address of HTTP. Port 0 picks a free port.
-    pub http: SocketAddr,
-    /// Listen address of gRPC. Port 0 picks a free port.
-    pub grpc: SocketAddr,
-    /// Maximum number of running sequences per model.
-    pub max_running: usize,
-    /// Maximum number of waiting sequences per model.
-    pub max_waiting: usize,
-    /// Time limit of a request that sets no deadline.
-    pub default_deadline: Duration,
-    /// Maximum wait for admission or for a node with room.
-    pub max_queue: Duration,
-    /// Maximum number of attempts per request.
-    pub max_attempts: u32,
-    /// Retries per second that are always allowed, in addition to one for every five new requests.
-    pub min_retries_per_second: u32,
-    /// Maximum time without an answer to pings before a node is removed.
-    pub node_timeout: Duration,
-    /// Maximum time between two tokens of a request that is being decoded.
-    pub progress_timeout: Duration,
-    /// Maximum size of an HTTP request body, in bytes.
-    pub max_body_bytes: usize,
-    /// Maximum number of connections with running requests on each port.
-    pub max_connections: usize,
-    /// TLS for clients. `None`: no encryption.
-    pub serve_tls: Option<Tls>,
-    /// API keys of clients. `None`: requests need no key.
-    pub api_keys: Option<ApiKeys>,
-    /// TLS between router and nodes. `None`: no encryption.
-    pub tls: Option<Tls>,
-    /// Opens connections to nodes.
-    pub dialer: Dialer,
-    /// The etcd cluster in which nodes register. `None`: only the configured URLs are used.
-    pub etcd: Option<EtcdConfig>,
-}
-
-impl Config {
-    /// Default settings for these nodes, on free ports of 127.0.0.1. For tests and benchmarks.
-    pub fn local(prefill_urls: Vec<String>, decode_urls: Vec<String>) -> Self {
-        Self {
-            prefill_urls,
-            decode_urls,
-            served_models: Vec::new(),
-            http: SocketAddr::from(([127, 0, 0, 1], 0)),
-            grpc: SocketAddr::from(([127, 0, 0, 1], 0)),
-            max_running: 256,
-            max_waiting: 1024,
-            default_deadline: Duration::from_secs(600),
-            max_queue: Duration::from_secs(60),
-            max_attempts: 4,
-            min_retries_per_second: 10,
-            node_timeout: Duration::from_secs(6),
-            progress_timeout: Duration::from_secs(120),
-            max_body_bytes: 16 << 20,
-            max_connections: 4096,
-            serve_tls: None,
-            api_keys: None,
-            tls: None,
-            dialer: net::tcp_dialer(None),
-            etcd: None,
-        }
-    }
-}
-
-impl Config {
-    /// The scheme of the nodes' URLs.
-    pub fn node_scheme(&self) -> &'static str {
-        scheme(&self.tls)
-    }
-}
-
-fn scheme(tls: &Option<Tls>) -> &'static str {
-    if tls.is_some() { "https" } else { "http" }
 }
 
 impl Args {
@@ -268,10 +236,16 @@ impl Args {
             progress_timeout_seconds,
             max_body_bytes,
             max_connections,
+            cluster,
+            drain_timeout_seconds,
+            max_connection_age_seconds,
+            itl_limit_seconds,
             serve_tls_cert,
             serve_tls_key,
             api_keys,
+            page,
             tls,
+            dns,
             etcd,
             process,
         } = self;
@@ -279,9 +253,10 @@ impl Args {
         let tls = tls.validate(&mut faults);
         let scheme = scheme(&tls);
         let from_etcd = !etcd.etcd_url.is_empty();
-        let mut urls = |flag, list: Vec<String>| {
-            let enough = from_etcd || !list.is_empty();
-            ConfigError::check(&mut faults, enough, flag, "given at least once, or --etcd-url", "nothing");
+        let from_dns = [!dns.prefill_dns.is_empty(), !dns.decode_dns.is_empty()];
+        let mut urls = |flag, list: Vec<String>, discovered, discovery: &str| {
+            let enough = from_etcd || discovered || !list.is_empty();
+            ConfigError::check(&mut faults, enough, flag, format!("given, or {discovery} or --etcd-url"), "nothing");
             for url in &list {
                 let usable = url.strip_prefix(scheme).is_some_and(|rest| rest.starts_with("://"))
                     && tonic::transport::Endpoint::from_shared(url.clone()).is_ok();
@@ -289,8 +264,11 @@ impl Args {
             }
             list
         };
-        let prefill_urls = urls("prefill-url", prefill_url);
-        let decode_urls = urls("decode-url", decode_url);
+        let prefill_urls = urls("prefill-url", prefill_url, from_dns[0], "--prefill-dns");
+        let decode_urls = urls("decode-url", decode_url, from_dns[1], "--decode-dns");
+        let one = !(from_etcd && from_dns.contains(&true));
+        ConfigError::check(&mut faults, one, "etcd-url", "given without --prefill-dns and --decode-dns", "both");
+        let dns = dns.validate(scheme, &mut faults);
         let mut address = |flag, text: String| {
             ConfigError::collect(&mut faults, text.parse(), flag, "an address like 127.0.0.1:8080", &text)
         };
@@ -344,6 +322,14 @@ impl Args {
         ConfigError::check(&mut faults, connections_ok, "max-connections", "in [1, 1000000]", max_connections);
         let named = served_model.iter().all(|name| !name.is_empty());
         ConfigError::check(&mut faults, named, "served-model", "names, none of them empty", served_model.join(","));
+        let mut optional = |flag, seconds: f64| {
+            let ok = (0.0..=MAX_SECONDS).contains(&seconds);
+            ConfigError::check(&mut faults, ok, flag, "in [0, 86400]", seconds);
+            (ok && seconds > 0.0).then(|| Duration::from_secs_f64(seconds))
+        };
+        let drain_timeout = optional("drain-timeout-seconds", drain_timeout_seconds).unwrap_or_default();
+        let max_connection_age = optional("max-connection-age-seconds", max_connection_age_seconds);
+        let itl_limit = optional("itl-limit-seconds", itl_limit_seconds);
         let etcd = etcd.validate(&mut faults);
         let durations = (default_deadline, max_queue, node_timeout, progress_timeout);
         let (Some(default_deadline), Some(max_queue), Some(node_timeout), Some(progress_timeout)) = durations else {
@@ -366,10 +352,16 @@ impl Args {
                 progress_timeout,
                 max_body_bytes,
                 max_connections,
+                drain_timeout,
+                max_connection_age,
+                itl_limit,
                 serve_tls,
                 api_keys,
+                page,
                 dialer: net::tcp_dialer(tls.clone()),
                 tls,
+                cluster,
+                dns,
                 etcd,
             }),
             _ => Err(faults),
@@ -411,6 +403,15 @@ mod tests {
     fn lists_may_be_empty_with_etcd_alone() {
         assert!(validate(&["--etcd-url", "http://a:2379,http://b:2379"]).unwrap().etcd.is_some());
         assert_eq!(validate(&[]).unwrap_err().len(), 2);
+    }
+
+    #[test]
+    fn names_may_be_resolved_instead() {
+        let config = validate(&["--prefill-dns=http://p:1", "--decode-dns=http://d:1,http://e:1"]).unwrap();
+        assert_eq!(config.dns.unwrap().names.len(), 3);
+        let faults = validate(&["--prefill-dns=http://p:1", "--etcd-url=http://a:2379"]).unwrap_err();
+        assert_eq!(faults[0].flag, "etcd-url");
+        assert_eq!(validate(&["--prefill-dns=http://p:1"]).unwrap_err()[0].flag, "decode-url");
     }
 
     #[test]

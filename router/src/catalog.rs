@@ -15,7 +15,12 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use crate::{GenerateError, node::ServedModel, nodes::Nodes};
+use crate::{
+    GenerateError,
+    node::ServedModel,
+    nodes::Nodes,
+    waiting::{Waiter, Waiting},
+};
 
 /// Retry-after time for clients if the queue is full.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -28,6 +33,7 @@ pub struct Catalog {
     /// One permit for each request that may wait for a model.
     places: Arc<Semaphore>,
     max_waiting: usize,
+    waiting: Waiting,
     /// Start time of the router, in seconds since 1970.
     started: u64,
 }
@@ -44,13 +50,15 @@ pub struct Listed {
 }
 
 impl Catalog {
-    /// Creates a catalog in which at most `max_waiting` requests wait for models that no node serves yet.
-    pub fn new(nodes: Nodes, configured: &[String], max_waiting: usize) -> Self {
+    /// Creates a catalog in which at most `max_waiting` requests wait for models that no node serves yet. `waiting` counts
+    /// them.
+    pub fn new(nodes: Nodes, configured: &[String], max_waiting: usize, waiting: Waiting) -> Self {
         Self {
             nodes,
             configured: Arc::new(configured.iter().cloned().collect()),
             places: Arc::new(Semaphore::new(max_waiting)),
             max_waiting,
+            waiting,
             started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
         }
     }
@@ -72,7 +80,7 @@ impl Catalog {
                 return Err(missing);
             }
             if place.is_none() {
-                place = Some(self.wait()?);
+                place = Some(self.wait(name)?);
             }
             if !matches!(timeout_at(until, changes.changed()).await, Ok(Ok(()))) {
                 return Err(missing);
@@ -98,9 +106,12 @@ impl Catalog {
         }
     }
 
-    fn wait(&self) -> Result<SemaphorePermit<'_>, GenerateError> {
+    fn wait(&self, name: &str) -> Result<(SemaphorePermit<'_>, Waiter), GenerateError> {
         let full = |_| GenerateError::QueueFull { limit: self.max_waiting, retry_after: RETRY_AFTER };
-        self.places.try_acquire().map_err(full)
+        let place = self.places.try_acquire().map_err(full)?;
+        // Clients choose names. Only configured ones are counted by name, so that there are not more and more of them.
+        let counted = if self.configured.contains(name) { name } else { "" };
+        Ok((place, self.waiting.begin_unknown(counted)))
     }
 
     /// Number of requests that wait for a model.

@@ -31,7 +31,7 @@ pub enum GenerateError {
         output: u64,
     },
     /// The router has no model of this name.
-    #[error("the model {model:?} does not exist; served are: {served}")]
+    #[error("the model {model:?} does not exist; served models: {served}")]
     UnknownModel {
         /// The name in the request.
         model: String,
@@ -63,7 +63,7 @@ pub enum GenerateError {
         retry_after: Duration,
     },
     /// The tenant has reached one of its limits.
-    #[error("this API key may have {what}")]
+    #[error("this API key is limited to {what}")]
     Limited {
         /// The limit, and how much of it is used.
         what: String,
@@ -87,7 +87,7 @@ pub enum GenerateError {
     /// The request's deadline has passed.
     #[error("the deadline of {} s has passed", .0.as_secs_f64())]
     Deadline(Duration),
-    /// Every attempt failed, each on other nodes.
+    /// The last allowed attempt failed, or the retry budget was used up.
     #[error("gave up after {attempts} attempts: {last}")]
     Failed {
         /// Attempts made.
@@ -104,6 +104,25 @@ impl GenerateError {
     /// An invalid request, because of `field`.
     pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Invalid { field: Some(field.into()), message: message.into() }
+    }
+
+    /// Name of the variant, for metrics.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Invalid { .. } => "invalid",
+            Self::ContextLength { .. } => "context_length",
+            Self::UnknownModel { .. } => "unknown_model",
+            Self::QueueFull { .. } => "queue_full",
+            Self::Overloaded { .. } => "overloaded",
+            Self::Late { .. } => "late",
+            Self::Limited { .. } => "limited",
+            Self::Unauthenticated => "unauthenticated",
+            Self::NoRoom { .. } => "no_room",
+            Self::Unavailable(_) => "unavailable",
+            Self::Deadline(_) => "deadline",
+            Self::Failed { .. } => "failed",
+            Self::Internal(_) => "internal",
+        }
     }
 
     /// Retry-after time in whole seconds. `None`: a retry would not help.

@@ -21,10 +21,11 @@ use crate::{
     node::ServedModel,
     nodes::Nodes,
     prompt::TextPool,
-    request::{Generation, Output},
+    request::{Generation, Output, Timings},
     retry::{Retries, Retry},
     sequence::Sequence,
     tenants::{self, ApiKeys, Tenant},
+    waiting::Waiting,
 };
 
 /// Prompt blocks whose prefill node is remembered: 64 Ki blocks are a million tokens.
@@ -49,11 +50,15 @@ pub struct Core {
     pub default_time: Duration,
     /// Renders chat templates and tokenizes prompts.
     pub text_pool: TextPool,
+    /// Start of the router.
+    pub started: Instant,
     keys: Option<ApiKeys>,
     affinity: Arc<Mutex<Affinity>>,
     max_queue: Duration,
     max_attempts: u32,
     progress_timeout: Duration,
+    /// The sequences that wait in this router.
+    pub waiting: Waiting,
     /// Retry budget. It prevents retries from overloading a failing cluster. Retries beyond the budget wait.
     budget: Arc<TpsBudget>,
 }
@@ -61,18 +66,21 @@ pub struct Core {
 impl Core {
     /// The state of a router with these nodes and settings.
     pub fn new(nodes: Nodes, metrics: Arc<Metrics>, config: &crate::Config) -> Self {
+        let waiting = Waiting::default();
         Self {
-            catalog: Catalog::new(nodes.clone(), &config.served_models, config.max_waiting),
+            catalog: Catalog::new(nodes.clone(), &config.served_models, config.max_waiting, waiting.clone()),
             nodes,
             admission: Admission::new(config.max_running, config.max_waiting),
             metrics,
             default_time: config.default_deadline,
             text_pool: TextPool::default(),
+            started: Instant::now(),
             keys: config.api_keys.clone(),
             affinity: Arc::new(Mutex::new(Affinity::new(AFFINITY_BLOCKS))),
             max_queue: config.max_queue,
             max_attempts: config.max_attempts,
             progress_timeout: config.progress_timeout,
+            waiting,
             budget: Arc::new(TpsBudget::new(BUDGET_WINDOW, config.min_retries_per_second, BUDGET_PER_REQUEST)),
         }
     }
@@ -87,6 +95,11 @@ impl Core {
     ) -> Result<Arc<ServedModel>, GenerateError> {
         let time = time.unwrap_or(self.default_time).min(self.max_queue);
         self.catalog.find(name, arrived + time).await
+    }
+
+    /// Whether requests need an API key.
+    pub fn has_keys(&self) -> bool {
+        self.keys.is_some()
     }
 
     /// The tenant of a request with these headers.
@@ -166,11 +179,13 @@ impl Core {
     ) -> impl Stream<Item = Result<Output, GenerateError>> + Send {
         let generation = Arc::new(generation);
         try_stream! {
+            let waiter = self.waiting.begin(&generation);
             let mut running = place.run().await?;
             let mut sequence = Sequence::new(generation.clone())?;
             self.budget.deposit();
-            let mut retries =
-                Retries::new(self.nodes.clone(), self.budget.clone(), self.max_attempts, self.queue_end(&generation));
+            let (nodes, budget, wait_end) = (self.nodes.clone(), self.budget.clone(), self.queue_end(&generation));
+            let mut retries = Retries::new(nodes, budget, self.max_attempts, wait_end, waiter);
+            retries.placed();
             loop {
                 legs.enter(Leg::Reserve);
                 let plan = sequence.plan(retries.begin(), self.progress_timeout);
@@ -189,12 +204,14 @@ impl Core {
                             };
                             let end = match event {
                                 AttemptEvent::Reserved { node, held_tokens } => {
+                                    retries.placed();
                                     legs.enter(Leg::PrefillQueue);
                                     sequence.timings.decode_node = node;
                                     sequence.timings.decode_held_tokens = held_tokens;
                                     None
                                 }
                                 AttemptEvent::Started { node, cached_tokens } => {
+                                    retries.placed();
                                     legs.enter(Leg::Prefill);
                                     begun = true;
                                     sequence.timings.prefill_node = node;
@@ -223,6 +240,10 @@ impl Core {
                                 AttemptEvent::Ready(stats) => {
                                     legs.enter(Leg::FirstDecodeStep);
                                     sequence.timings.handoff = stats;
+                                    if let Some(stats) = stats {
+                                        let Timings { prefill_node, decode_node, .. } = &sequence.timings;
+                                        self.metrics.history.handoff(prefill_node, decode_node, stats);
+                                    }
                                     None
                                 }
                                 AttemptEvent::Finished(reason) => Some((reason, None)),

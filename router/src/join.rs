@@ -13,11 +13,12 @@ use overfill_cluster::{
     discovery::Registration,
     net::{self, Dialer},
 };
-use overfill_kv::{KvSchema, Role};
+use overfill_kv::{KvSchema, PROTOCOL, ProtocolMismatch, Role};
 use overfill_proto::{InvalidField, MAX_MESSAGE_BYTES, v1};
 use overfill_text::{TextFiles, TextModel};
 use parking_lot::Mutex;
 use tokio::time::timeout;
+use tokio_stream::StreamExt as _;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::node::{Node, NodeInfo, NodeLoad};
@@ -53,6 +54,9 @@ pub enum JoinError {
         /// The hash of the file.
         file: String,
     },
+    /// The node and this router speak no common version of the protocol.
+    #[error("{0} (this router's, the node's)")]
+    Protocol(#[from] ProtocolMismatch),
     /// The node ended its load reports without a reason.
     #[error("the node ended its load reports")]
     Ended,
@@ -88,15 +92,18 @@ pub struct Joiner {
     /// Time without an answer to pings after which a connection is closed.
     node_timeout: Duration,
     dialer: Dialer,
+    /// The router's cluster. Nodes of other clusters are not used.
+    cluster: String,
     /// Text models in use, by the hash of their files. Nodes with the same files share one.
     texts: Mutex<HashMap<[u8; 32], Weak<TextModel>>>,
     next_key: AtomicU64,
 }
 
 impl Joiner {
-    /// `node_timeout`: time without an answer to pings after which the connection to a node is closed.
-    pub fn new(node_timeout: Duration, dialer: Dialer) -> Self {
-        Self { node_timeout, dialer, texts: Mutex::default(), next_key: AtomicU64::new(0) }
+    /// `node_timeout`: time without an answer to pings after which the connection to a node is closed. `cluster`: name
+    /// of the router's cluster; nodes of other clusters are refused.
+    pub fn new(node_timeout: Duration, dialer: Dialer, cluster: String) -> Self {
+        Self { node_timeout, dialer, cluster, texts: Mutex::default(), next_key: AtomicU64::new(0) }
     }
 
     /// Joins the node at `url`. If `listed` is given, the node must be the registered process.
@@ -130,11 +137,17 @@ impl Joiner {
         let described = client.describe(v1::DescribeRequest {}).await?;
         let v1::DescribeResponse { info, load } = described.into_inner();
         let info = info.ok_or_else(|| InvalidField::new("info", "present", "nothing"))?;
+        // Checked first: nothing else that a node of another protocol version says can be relied on.
+        PROTOCOL.check_peer(info.protocol.unwrap_or_default().into())?;
         let info = NodeInfo::try_from(info)?;
         if info.role != role {
             return Err(InvalidField::new("role", role.as_str(), info.role).into());
         }
         let load = NodeLoad::from(load.unwrap_or_default());
+        if info.cluster != self.cluster {
+            let name = |cluster: &str| if cluster.is_empty() { "none".to_owned() } else { cluster.to_owned() };
+            return Err(InvalidField::new("cluster", name(&self.cluster), name(&info.cluster)).into());
+        }
         if let Some(listed) = listed {
             // The address may now belong to a process of another cluster.
             same("incarnation", &listed.incarnation, &info.incarnation)?;
@@ -155,9 +168,10 @@ impl Joiner {
             }
             Role::Decode => None,
         };
-        let reports = client.watch_load(v1::WatchLoadRequest {}).await?;
         let key = self.next_key.fetch_add(1, Ordering::Relaxed);
         let node = Node::new(key, url.to_owned(), info, text, channel, load);
+        let paired = node.paired().map(|paired| v1::WatchLoadRequest { paired });
+        let reports = client.watch_load(paired).await?;
         Ok((Arc::new(node), Reports(reports.into_inner())))
     }
 

@@ -6,7 +6,8 @@
 //! `generate` runs the attempts of a sequence: `sequence` turns tokens into text, and `retry` decides what follows a failed
 //! attempt. An `attempt` is one pass of a request over one decode and one prefill node. `pick` chooses them from the view
 //! that `nodes` maintains, and a node's `breaker` stops requests to the node after failures. `join` connects to an address
-//! and creates a node. `legs` measures where the time goes.
+//! and creates a node. `legs` measures where the time goes, `waiting` counts who waits, and `scaling` computes how much work each
+//! pool has. `page` is the router's web page, `history` what it shows of the past.
 //!
 //! Generated protobuf types are used only at the edges: in `grpc` and `wire` towards clients, and in `join` and the two
 //! streams of an `attempt` towards nodes.
@@ -17,25 +18,31 @@ mod args;
 mod attempt;
 mod breaker;
 mod catalog;
+mod config;
 mod error;
 mod generate;
 mod grpc;
+mod history;
 mod join;
 mod legs;
 mod metrics;
 mod node;
 mod nodes;
 mod openai;
+mod page;
 mod pick;
 mod prompt;
 mod request;
 mod retry;
+mod scaling;
 mod sequence;
 mod service;
 mod tenants;
+mod waiting;
 mod wire;
 
-pub use args::{Args, Config};
+pub use args::Args;
+pub use config::Config;
 pub use error::GenerateError;
 pub use service::{Router, RouterError, main};
 

@@ -3,7 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use overfill_cluster::metrics::{MetricsError, SECONDS_BUCKETS, register};
-use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::{GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+
+use crate::history::History;
 
 /// Counters, gauges and histograms. Series of requests carry `model_name`.
 #[derive(Clone)]
@@ -14,10 +16,21 @@ pub struct Metrics {
     pub running: IntGauge,
     /// Number of waiting sequences.
     pub waiting: IntGauge,
-    /// Number of nodes by `role` and `state` (`up`, `down`).
+    /// Number of nodes by `role`, `pool` and `state` (`up`, `down`).
     pub nodes: IntGaugeVec,
+    /// Seconds that one node would take for all queued prompt tokens, by `pool` and `source` (`nodes`, `router`).
+    pub prefill_backlog: GaugeVec,
+    /// Number of decode nodes that the load would fill, by `pool` and `source` (`nodes`, `router`).
+    pub decode_load: GaugeVec,
+    /// Number of requests that wait for the first nodes of a model, by `model_name`.
+    pub without_nodes: IntGaugeVec,
     /// Seconds per sequence by `leg`, observed when a sequence ends.
     pub legs: HistogramVec,
+    /// The last quarter of an hour.
+    pub history: Arc<History>,
+    /// Running and waiting sequences by `tenant` and `state`.
+    pub tenants: IntGaugeVec,
+    refused: IntCounterVec,
     success: IntCounterVec,
     prompt_tokens: IntCounterVec,
     generation_tokens: IntCounterVec,
@@ -36,24 +49,52 @@ impl Metrics {
             let options = HistogramOpts::new(name, help).buckets(SECONDS_BUCKETS.to_vec());
             register(r, HistogramVec::new(options, labels)?)
         };
+        let gauges = |name, help| register(r, GaugeVec::new(Opts::new(name, help), &["pool", "source"])?);
         let model = &["model_name"];
         Ok(Self {
             running: register(r, IntGauge::new("vllm:num_requests_running", "Sequences on the nodes.")?)?,
             waiting: register(r, IntGauge::new("vllm:num_requests_waiting", "Sequences waiting in the router.")?)?,
             nodes: register(
                 r,
-                IntGaugeVec::new(Opts::new("overfill_nodes", "Known nodes by role and state."), &["role", "state"])?,
+                IntGaugeVec::new(
+                    Opts::new("overfill_nodes", "Known nodes by role, pool and state."),
+                    &["role", "pool", "state"],
+                )?,
+            )?,
+            prefill_backlog: gauges(
+                "overfill_prefill_backlog_seconds",
+                "Seconds that one node of the pool would take for all queued prompt tokens.",
+            )?,
+            decode_load: gauges("overfill_decode_load_nodes", "Decode nodes of the pool that the load would fill.")?,
+            without_nodes: register(
+                r,
+                IntGaugeVec::new(
+                    Opts::new("overfill_requests_without_nodes", "Requests that wait for the first nodes of a model."),
+                    model,
+                )?,
+            )?,
+            tenants: register(
+                r,
+                IntGaugeVec::new(
+                    Opts::new("overfill_tenant_requests", "Sequences by tenant and state: running, waiting."),
+                    &["tenant", "state"],
+                )?,
+            )?,
+            refused: counter(
+                "overfill_refused_requests_total",
+                "Requests answered with an error before their first token, by reason.",
+                &["reason"],
             )?,
             success: counter(
                 "vllm:request_success_total",
                 "Sequences ended, by reason: stop, length, abort, error.",
                 &["model_name", "finished_reason"],
             )?,
-            prompt_tokens: counter("vllm:prompt_tokens_total", "Prompt tokens taken.", model)?,
-            generation_tokens: counter("vllm:generation_tokens_total", "Tokens given to clients.", model)?,
+            prompt_tokens: counter("vllm:prompt_tokens_total", "Prompt tokens of requests.", model)?,
+            generation_tokens: counter("vllm:generation_tokens_total", "Generated tokens, sent to clients.", model)?,
             migrations: counter(
                 "overfill_migrations_total",
-                "Requests begun anew after a node that computed for them failed, or gave them away.",
+                "Requests moved to other nodes, because a node failed or drained.",
                 model,
             )?,
             first_token: seconds(
@@ -73,7 +114,13 @@ impl Metrics {
                 &["model_name", "leg"],
             )?,
             registry: r.clone(),
+            history: Arc::default(),
         })
+    }
+
+    /// Counts a request that is answered with an error.
+    pub fn refused(&self, reason: &str) {
+        self.refused.with_label_values(&[reason]).inc();
     }
 
     /// Counts a sequence of `model` that is computed again on other nodes.
@@ -112,6 +159,7 @@ impl RequestMetrics {
     pub fn token(&self, first: bool, after: Duration) {
         self.generation_tokens.inc();
         if first { &self.first_token } else { &self.inter_token }.observe(after.as_secs_f64());
+        self.metrics.history.token(first, after);
     }
 
     /// Counts a sequence that ended with `reason`. `after`: time since the request.
@@ -119,6 +167,7 @@ impl RequestMetrics {
         self.ended = true;
         self.metrics.success.with_label_values(&[self.model.as_str(), reason]).inc();
         self.metrics.whole.with_label_values(&[&self.model]).observe(after.as_secs_f64());
+        self.metrics.history.ended();
     }
 }
 

@@ -1,7 +1,7 @@
 //! Membership: the set of usable nodes. One task per address connects to the node and follows its state.
 //!
-//! Addresses come from the command line, from etcd, or from both. etcd determines which addresses the router tries. Whether
-//! a node is *used* depends only on the connection to it: a node that is no longer registered in etcd is used for as long
+//! Addresses come from the command line, and from etcd or DNS. Discovery determines which addresses the router tries. Whether
+//! a node is *used* depends only on the connection to it: a node that is no longer listed by etcd or DNS is used for as long
 //! as it can be reached.
 
 use std::{
@@ -12,7 +12,7 @@ use std::{
 
 use overfill_cluster::{
     Shutdown,
-    discovery::{Members, Registration},
+    discovery::{Members, Registration, dns::Addresses},
 };
 use overfill_kv::Role;
 use parking_lot::{Mutex, RwLock};
@@ -41,7 +41,7 @@ struct Inner {
     /// Incremented on every change of the view or of a node's load. Requests that wait for room then try again.
     changed: watch::Sender<u64>,
     joiner: Joiner,
-    /// URL scheme of nodes that are registered in etcd: http or https.
+    /// URL scheme of nodes that discovery finds: http or https.
     scheme: &'static str,
 }
 
@@ -70,12 +70,32 @@ type Key = (String, Role);
 struct State {
     node: Option<Arc<Node>>,
     error: String,
-    /// The node's current registration in etcd. `None` if the address was given on the command line.
-    listing: Option<watch::Sender<Option<Registration>>>,
+    /// What discovery says about the address now. `None` if the address was given on the command line.
+    listing: Option<watch::Sender<Listed>>,
+}
+
+/// What discovery says about an address.
+#[derive(Clone, Debug, PartialEq)]
+enum Listed {
+    /// It is no longer listed.
+    Gone,
+    /// DNS lists it.
+    Address,
+    /// It is registered in etcd.
+    Registered(Box<Registration>),
+}
+
+impl Listed {
+    fn registration(&self) -> Option<&Registration> {
+        match self {
+            Self::Registered(registration) => Some(registration),
+            Self::Gone | Self::Address => None,
+        }
+    }
 }
 
 /// The receiver of [`State::listing`], for the task that follows the node.
-type Listing = Option<watch::Receiver<Option<Registration>>>;
+type Listing = Option<watch::Receiver<Listed>>;
 
 impl Nodes {
     /// Starts to follow the nodes at the configured addresses, until the shutdown begins.
@@ -85,7 +105,7 @@ impl Nodes {
                 states: Mutex::default(),
                 view: RwLock::default(),
                 changed: watch::Sender::new(0),
-                joiner: Joiner::new(config.node_timeout, config.dialer.clone()),
+                joiner: Joiner::new(config.node_timeout, config.dialer.clone(), config.cluster.clone()),
                 scheme: config.node_scheme(),
             }),
         };
@@ -98,14 +118,39 @@ impl Nodes {
     }
 
     /// Also follows the nodes that are registered in etcd.
-    pub fn follow_members(&self, mut members: watch::Receiver<Members>, shutdown: &Shutdown) {
+    pub fn follow_members(&self, members: watch::Receiver<Members>, shutdown: &Shutdown) {
+        let scheme = self.inner.scheme;
+        let registered = move |registration: &Registration| {
+            ((registration.url(scheme), registration.role), Listed::Registered(Box::new(registration.clone())))
+        };
+        self.follow_listed(members, move |members| members.values().map(registered).collect(), shutdown);
+    }
+
+    /// Also follows the nodes at the addresses that DNS has. Not together with [`follow_members`](Self::follow_members):
+    /// each takes the other's nodes for gone.
+    pub fn follow_addresses(&self, addresses: watch::Receiver<Addresses>, shutdown: &Shutdown) {
+        let scheme = self.inner.scheme;
+        let listed = move |addresses: &Addresses| {
+            let key = |(address, role): &(_, Role)| (format!("{scheme}://{address}"), *role);
+            addresses.iter().map(|address| (key(address), Listed::Address)).collect()
+        };
+        self.follow_listed(addresses, listed, shutdown);
+    }
+
+    /// Follows the nodes that a source of discovery lists. `listing` converts what the source says.
+    fn follow_listed<T: Send + Sync + 'static>(
+        &self,
+        mut source: watch::Receiver<T>,
+        listing: impl Fn(&T) -> BTreeMap<Key, Listed> + Send + Sync + 'static,
+        shutdown: &Shutdown,
+    ) {
         let (nodes, token, tasks) = (self.clone(), shutdown.token(), shutdown.clone());
         shutdown.spawn("members", async move {
             let follow = async {
                 loop {
-                    let listed = members.borrow_and_update().clone();
-                    nodes.list_members(listed, &tasks);
-                    if members.changed().await.is_err() {
+                    let listed = listing(&source.borrow_and_update());
+                    nodes.list(listed, &tasks);
+                    if source.changed().await.is_err() {
                         return;
                     }
                 }
@@ -114,14 +159,10 @@ impl Nodes {
         });
     }
 
-    fn list_members(&self, members: Members, shutdown: &Shutdown) {
-        let mut listed: BTreeMap<Key, Registration> = members
-            .into_values()
-            .map(|registration| ((registration.url(self.inner.scheme), registration.role), registration))
-            .collect();
+    fn list(&self, mut listed: BTreeMap<Key, Listed>, shutdown: &Shutdown) {
         let mut states = self.inner.states.lock();
         for (key, state) in states.iter() {
-            let now = listed.remove(key);
+            let now = listed.remove(key).unwrap_or(Listed::Gone);
             if let Some(listing) = &state.listing {
                 listing.send_if_modified(|last| {
                     *last != now && {
@@ -131,17 +172,17 @@ impl Nodes {
                 });
             }
         }
-        for (key, registration) in listed {
-            let state = self.start(key.clone(), Some(registration), shutdown);
+        for (key, listed) in listed {
+            let state = self.start(key.clone(), Some(listed), shutdown);
             states.insert(key, state);
         }
     }
 
     /// Starts the task that follows one node.
-    fn start(&self, key: Key, listed: Option<Registration>, shutdown: &Shutdown) -> State {
+    fn start(&self, key: Key, listed: Option<Listed>, shutdown: &Shutdown) -> State {
         let (listing, receiver) = match listed {
-            Some(registration) => {
-                let (sender, receiver) = watch::channel(Some(registration));
+            Some(listed) => {
+                let (sender, receiver) = watch::channel(listed);
                 (Some(sender), Some(receiver))
             }
             None => (None, None),
@@ -164,7 +205,7 @@ impl Nodes {
     }
 
     /// The state of every address, for display.
-    pub fn list(&self) -> Vec<NodeStatus> {
+    pub fn statuses(&self) -> Vec<NodeStatus> {
         let view = self.view();
         let states = self.inner.states.lock();
         let list = states.iter().map(|((url, role), state)| {
@@ -181,7 +222,7 @@ impl Nodes {
 
     /// A message that says why no node of `role` takes requests. It lists the errors of up to three nodes.
     pub fn trouble(&self, role: Role) -> String {
-        let list = self.list();
+        let list = self.statuses();
         let mine = list.iter().filter(|status| status.role == role && !status.error.is_empty());
         let detail: Vec<_> = mine.take(3).map(|n| format!("{}: {}", n.url, n.error)).collect();
         if detail.is_empty() {
@@ -196,14 +237,14 @@ impl Nodes {
         let mut last_error = String::new();
         loop {
             let listed = listing.as_mut().map(|listing| listing.borrow_and_update().clone());
-            if listed == Some(None) {
+            if listed == Some(Listed::Gone) {
                 if self.forget(&key) {
-                    info!(%url, %role, "node is no longer registered");
+                    info!(%url, %role, "node is no longer listed");
                     return;
                 }
                 continue;
             }
-            match self.inner.joiner.join(url, role, listed.flatten().as_ref()).await {
+            match self.inner.joiner.join(url, role, listed.as_ref().and_then(Listed::registration)).await {
                 Ok((node, reports)) => {
                     backoff = BACKOFF_MIN;
                     last_error.clear();
@@ -213,7 +254,7 @@ impl Nodes {
                         warn!(%url, error = %why, "decode node has no compatible prefill node");
                     }
                     let error = self.attend(&node, reports, &mut listing).await;
-                    if node.load().draining {
+                    if matches!(error, JoinError::Draining) {
                         info!(%url, "node has drained");
                     } else {
                         warn!(%url, %error, "node left");
@@ -257,8 +298,9 @@ impl Nodes {
                     Err(error) => return error,
                 },
                 () = listing_changed(listing) => {
-                    let listed = listing.as_ref().and_then(|listing| listing.borrow().clone());
-                    if listed.is_some_and(|listed| listed.incarnation != node.info.incarnation) {
+                    let listed = listing.as_ref().map(|listing| listing.borrow().clone());
+                    let registered = listed.as_ref().and_then(Listed::registration);
+                    if registered.is_some_and(|now| now.incarnation != node.info.incarnation) {
                         return JoinError::Restarted;
                     }
                 }
@@ -276,10 +318,11 @@ impl Nodes {
         self.renew_view(&states);
     }
 
-    /// Removes a node that is no longer registered. Returns false if it has been registered again in the meantime.
+    /// Removes a node that is no longer listed. Returns false if it has been listed again in the meantime.
     fn forget(&self, key: &Key) -> bool {
         let mut states = self.inner.states.lock();
-        let gone = states.get(key).and_then(|state| state.listing.as_ref()).is_some_and(|l| l.borrow().is_none());
+        let gone =
+            states.get(key).and_then(|state| state.listing.as_ref()).is_some_and(|l| *l.borrow() == Listed::Gone);
         if gone {
             states.remove(key);
             self.renew_view(&states);
@@ -296,12 +339,13 @@ impl Nodes {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let mut view = self.inner.view.write();
         *view = Arc::new(View::new(up(Role::Prefill), up(Role::Decode), &view.models, now));
+        view.tell_pairs();
         drop(view);
         self.inner.changed.send_modify(|n| *n += 1);
     }
 }
 
-/// Resolves when the node's registration in etcd changes. Never resolves if the address was given on the command line.
+/// Resolves when what discovery says about the node changes. Never resolves if the address was given on the command line.
 async fn listing_changed(listing: &mut Listing) {
     let changed = match listing {
         Some(listing) => listing.changed().await.is_ok(),

@@ -39,7 +39,7 @@ impl TextPool {
         add_generation_prompt: bool,
         lifetime: Lifetime,
     ) -> Result<String, GenerateError> {
-        let bytes: usize = messages.iter().map(|message| message.content.len()).sum();
+        let bytes: usize = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
         if bytes <= LONG_TEXT_BYTES && messages.len() <= MANY_MESSAGES {
             return Ok(model.apply_chat_template(&messages, add_generation_prompt)?);
         }

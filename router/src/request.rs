@@ -54,6 +54,11 @@ pub struct Lifetime {
 }
 
 impl Lifetime {
+    /// Lifetime of a request that arrives now and may take `time`.
+    pub fn now(time: Duration) -> Self {
+        Self { arrived: Instant::now(), time }
+    }
+
     /// Deadline of the request.
     pub fn deadline(self) -> Instant {
         self.arrived + self.time

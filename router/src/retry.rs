@@ -9,7 +9,13 @@ use tokio::{
 use tower::retry::budget::{Budget as _, TpsBudget};
 use tracing::{debug, warn};
 
-use crate::{GenerateError, attempt::AttemptError, nodes::Nodes, request::Generation};
+use crate::{
+    GenerateError,
+    attempt::AttemptError,
+    nodes::Nodes,
+    request::Generation,
+    waiting::{Waiter, WaitsFor},
+};
 
 /// Minimum wait before the same nodes are tried again.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
@@ -40,19 +46,35 @@ pub struct Retries {
     refusal: String,
     /// Latest time until which the sequence waits for nodes.
     wait_end: Instant,
+    waiter: Waiter,
 }
 
 impl Retries {
-    /// Creates the state of a sequence before its first attempt. It waits for nodes until `wait_end` at most.
-    pub fn new(nodes: Nodes, budget: Arc<TpsBudget>, max_attempts: u32, wait_end: Instant) -> Self {
-        let changes = nodes.changes();
-        Self { nodes, changes, budget, max_attempts, failures: 0, avoid: Vec::new(), refusal: String::new(), wait_end }
+    /// Creates the state of a sequence before its first attempt. It waits for nodes until `wait_end` at most, and
+    /// `waiter` counts it meanwhile.
+    pub fn new(nodes: Nodes, budget: Arc<TpsBudget>, max_attempts: u32, wait_end: Instant, waiter: Waiter) -> Self {
+        Self {
+            changes: nodes.changes(),
+            nodes,
+            budget,
+            max_attempts,
+            failures: 0,
+            avoid: Vec::new(),
+            refusal: String::new(),
+            wait_end,
+            waiter,
+        }
     }
 
     /// Begins an attempt. Returns the keys of nodes to avoid.
     pub fn begin(&mut self) -> Vec<u64> {
         self.changes.mark_unchanged();
         self.avoid.clone()
+    }
+
+    /// Records that a node has taken the sequence.
+    pub fn placed(&mut self) {
+        self.waiter.placed();
     }
 
     /// Records that a token was generated. From now on the sequence waits for nodes until `wait_end`, so that the time that
@@ -80,16 +102,19 @@ impl Retries {
             AttemptError::Moved { node, message } => {
                 debug!(%message, "draining node returned the request");
                 self.avoid.push(node);
-                Ok(Retry::Migrated)
+                Ok(if begun { Retry::Migrated } else { Retry::Again })
             }
             AttemptError::NoRoom { node, message } => {
                 debug!(%message, "node has no room");
+                self.waiter.wait(WaitsFor::Room);
                 self.refusal = format!(": {message}");
                 self.avoid.push(node);
                 Ok(Retry::Again)
             }
             AttemptError::NoNode(role) => {
                 if self.avoid.is_empty() {
+                    let served = self.nodes.view().capacity(&generation.model.name).is_some();
+                    self.waiter.wait(if served { WaitsFor::Room } else { WaitsFor::Node(role) });
                     return self.wait(GenerateError::Unavailable(self.nodes.trouble(role))).await;
                 }
                 // An avoided node is better than none. After a failure that involves both nodes, only one of them has
@@ -117,7 +142,7 @@ impl Retries {
         warn!(error = %message, attempts, "attempt failed, retrying");
         while !self.budget.withdraw() {
             if Instant::now() >= self.wait_end {
-                let last = format!("{message} (and too many other requests failed, too)");
+                let last = format!("{message} (not retried, because too many other requests failed)");
                 return Err(GenerateError::Failed { attempts, last });
             }
             sleep(RETRY_PAUSE).await;

@@ -8,16 +8,34 @@ use overfill_cluster::{
     net::Listener,
     process,
 };
+use overfill_kv::Role;
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1};
-use tokio::net::TcpListener;
+use tokio::{
+    net::TcpListener,
+    time::{interval, sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
+use tonic_health::ServingStatus;
 use tracing::{info, warn};
 
-use crate::{Args, Config, generate::Core, grpc::RouterService, metrics::Metrics, nodes::Nodes, openai};
+use crate::{
+    Args, Config,
+    generate::Core,
+    grpc::RouterService,
+    metrics::Metrics,
+    nodes::Nodes,
+    openai,
+    page::{self, PageRights},
+    scaling,
+};
 
 /// Maximum time for the tasks that follow nodes to end at shutdown.
 const MEMBERSHIP_END: Duration = Duration::from_secs(5);
+/// Time that clients have to read the end of their streams after a shutdown has finished all requests.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+/// Interval at which a shutdown looks whether requests still run.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// An error that keeps the router from starting or running.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +90,7 @@ impl Router {
 
     /// Serves until the shutdown has begun and the last request has ended.
     pub async fn run(self, shutdown: Shutdown) -> Result<(), RouterError> {
-        let Self { config, http, grpc: grpc_listener, .. } = self;
+        let Self { config, http, grpc: grpc_listener, http_address, .. } = self;
         let metrics = Arc::new(Metrics::new()?);
         // Running requests still need the nodes after the shutdown has begun. The tasks that follow nodes therefore have
         // their own shutdown, which begins when the servers have ended.
@@ -81,11 +99,20 @@ impl Router {
         if let Some(etcd) = config.etcd.clone() {
             nodes.follow_members(discovery::follow(etcd, &membership), &membership);
         }
+        if let Some(dns) = config.dns.clone() {
+            nodes.follow_addresses(discovery::dns::follow(dns, &membership), &membership);
+        }
         let core = Core::new(nodes, metrics.clone(), &config);
 
         membership.spawn("capacity", follow_capacity(core.clone(), membership.token()));
         let (reporter, health) = tonic_health::server::health_reporter();
         reporter.set_serving::<v1::router_server::RouterServer<RouterService>>().await;
+        let token = shutdown.token();
+        membership.spawn("health", async move {
+            token.cancelled().await;
+            reporter.set_not_serving::<v1::router_server::RouterServer<RouterService>>().await;
+            reporter.set_service_status("", ServingStatus::NotServing).await;
+        });
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -95,14 +122,25 @@ impl Router {
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let routes = Routes::new(service).add_service(health).add_service(reflection).into_axum_router();
         let listener = Listener::new(grpc_listener, config.serve_tls.clone());
-        let grpc_limits = grpc::limits(config.max_connections);
+        let age = config.max_connection_age;
+        let grpc_limits = ConnectionLimits { age, ..grpc::limits(config.max_connections) };
         let grpc_server = http::serve(listener, routes, grpc_limits, shutdown.token().cancelled_owned());
 
-        let app = openai::routes(core.clone(), config.max_body_bytes).merge(admin(core, metrics, &shutdown).routes());
-        let http_limits = ConnectionLimits::http(config.max_connections);
+        membership.spawn("history", follow_queue(core.clone(), membership.token()));
+        let mut app = openai::routes(core.clone(), config.max_body_bytes)
+            .merge(admin(core.clone(), metrics, config.itl_limit, &shutdown).routes());
+        if config.page {
+            let rights = PageRights { drain_without_key: http_address.ip().is_loopback() };
+            app = app.merge(page::routes(core.clone(), rights));
+        }
+        let http_limits = ConnectionLimits { age, ..ConnectionLimits::http(config.max_connections) };
         let http_server =
             http::serve(Listener::new(http, config.serve_tls), app, http_limits, shutdown.token().cancelled_owned());
-        tokio::join!(grpc_server, http_server);
+        let servers = async { tokio::join!(grpc_server, http_server) };
+        tokio::select! {
+            _ = servers => {}
+            () = over(&core, &shutdown, config.drain_timeout) => {}
+        }
         shutdown.begin();
         membership.begin();
         if !membership.wait(MEMBERSHIP_END).await {
@@ -110,6 +148,23 @@ impl Router {
         }
         info!("router has ended");
         Ok(())
+    }
+}
+
+/// Resolves when the shutdown need not wait any longer: no sequence runs or waits, and clients had time to read the end of
+/// their streams; or `drain_timeout` has passed. What still holds the servers up then is streams that only clients end,
+/// such as health checks.
+async fn over(core: &Core, shutdown: &Shutdown, drain_timeout: Duration) {
+    shutdown.cancelled().await;
+    let drained = async {
+        let mut look = interval(LOOK_INTERVAL);
+        while core.admission.running() + core.admission.waiting() + core.catalog.waiting() > 0 {
+            look.tick().await;
+        }
+        sleep(LAST_WORDS).await;
+    };
+    if timeout(drain_timeout, drained).await.is_err() {
+        warn!(seconds = drain_timeout.as_secs(), "requests still run at the end of the drain timeout");
     }
 }
 
@@ -130,8 +185,20 @@ pub async fn follow_capacity(core: Core, stop: CancellationToken) {
     stop.run_until_cancelled(follow).await;
 }
 
+/// Records every second how many sequences wait, for the page.
+async fn follow_queue(core: Core, stop: CancellationToken) {
+    let mut turn = interval(Duration::from_secs(1));
+    let follow = async {
+        loop {
+            turn.tick().await;
+            core.metrics.history.waiting(core.admission.waiting() + core.catalog.waiting());
+        }
+    };
+    stop.run_until_cancelled(follow).await;
+}
+
 /// The admin routes (health and metrics), based on the router's state.
-fn admin(core: Core, metrics: Arc<Metrics>, shutdown: &Shutdown) -> Admin {
+fn admin(core: Core, metrics: Arc<Metrics>, itl_limit: Option<Duration>, shutdown: &Shutdown) -> Admin {
     let (shutdown, catalog) = (shutdown.clone(), core.catalog.clone());
     let ready = move || {
         if shutdown.has_begun() {
@@ -139,19 +206,51 @@ fn admin(core: Core, metrics: Arc<Metrics>, shutdown: &Shutdown) -> Admin {
         }
         catalog.missing().map_or(Health::Serving, Health::Waiting)
     };
-    let refreshed = metrics.clone();
-    let refresh = move || {
-        refreshed.running.set(core.admission.running() as i64);
-        refreshed.waiting.set((core.admission.waiting() + core.catalog.waiting()) as i64);
-        refreshed.nodes.reset();
-        for status in core.nodes.list() {
-            let state = if status.is_healthy() { "up" } else { "down" };
-            refreshed.nodes.with_label_values(&[status.role.as_str(), state]).inc();
-        }
-    };
+    let registry = metrics.registry.clone();
+    let refresh = move || refresh(&core, &metrics, itl_limit);
     let admin = Admin::default();
-    admin.start(Started { registry: metrics.registry.clone(), ready: Box::new(ready), refresh: Box::new(refresh) });
+    admin.start(Started { registry, ready: Box::new(ready), refresh: Box::new(refresh) });
     admin
+}
+
+/// Sets the gauges to the current state.
+fn refresh(core: &Core, metrics: &Metrics, itl_limit: Option<Duration>) {
+    metrics.running.set(core.admission.running() as i64);
+    metrics.waiting.set((core.admission.waiting() + core.catalog.waiting()) as i64);
+    metrics.nodes.reset();
+    for status in core.nodes.statuses() {
+        let state = if status.is_healthy() { "up" } else { "down" };
+        // The pool of a node that has not joined yet is unknown.
+        let pool = status.node.as_ref().map_or("", |node| &node.info.pool);
+        metrics.nodes.with_label_values(&[status.role.as_str(), pool, state]).inc();
+    }
+    metrics.tenants.reset();
+    for (tenant, (running, waiting)) in core.admission.tenants() {
+        // Without a file of keys, clients choose names. They are not counted apart, so that the series stay few.
+        let tenant = if core.has_keys() { tenant.as_ref() } else { "" };
+        metrics.tenants.with_label_values(&[tenant, "running"]).add(running as i64);
+        metrics.tenants.with_label_values(&[tenant, "waiting"]).add(waiting as i64);
+    }
+    let work = |model: &str, reason| core.waiting.work(model, reason);
+    let limit_seconds = itl_limit.map(|limit| limit.as_secs_f64());
+    metrics.prefill_backlog.reset();
+    metrics.decode_load.reset();
+    for ((role, pool), work) in scaling::pool_work(&core.nodes.view(), &work, limit_seconds) {
+        let gauge = match role {
+            Role::Prefill => &metrics.prefill_backlog,
+            Role::Decode => &metrics.decode_load,
+        };
+        gauge.with_label_values(&[pool.as_str(), "nodes"]).set(work.nodes);
+        gauge.with_label_values(&[pool.as_str(), "router"]).set(work.router);
+    }
+    metrics.without_nodes.reset();
+    for model in core.catalog.list() {
+        // Creates the series, so that it is exported with value 0.
+        metrics.without_nodes.with_label_values(&[&model.name]);
+    }
+    for (model, count) in core.waiting.without_nodes() {
+        metrics.without_nodes.with_label_values(&[&model]).set(count as i64);
+    }
 }
 
 /// Runs the router as a program and returns its exit code.

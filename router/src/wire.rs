@@ -48,6 +48,9 @@ impl TryFrom<v1::NodeInfo> for NodeInfo {
             version,
             weights,
             eos_token_ids,
+            protocol,
+            pool,
+            cluster,
         } = wire;
         let schema = kv_schema.ok_or_else(|| InvalidField::new("kv_schema", "present", "nothing"))?;
         Ok(Self {
@@ -64,6 +67,9 @@ impl TryFrom<v1::NodeInfo> for NodeInfo {
             version,
             weights,
             eos_token_ids,
+            protocol: protocol.unwrap_or_default().into(),
+            pool: name("pool", pool)?,
+            cluster,
         })
     }
 }
@@ -83,6 +89,9 @@ impl From<&NodeInfo> for v1::NodeInfo {
             version,
             weights,
             eos_token_ids,
+            protocol,
+            pool,
+            cluster,
         } = info;
         Self {
             node_id: node_id.clone(),
@@ -97,6 +106,9 @@ impl From<&NodeInfo> for v1::NodeInfo {
             version: version.clone(),
             weights: weights.clone(),
             eos_token_ids: eos_token_ids.clone(),
+            protocol: Some((*protocol).into()),
+            pool: pool.clone(),
+            cluster: cluster.clone(),
         }
     }
 }
@@ -112,6 +124,8 @@ impl From<v1::NodeLoad> for NodeLoad {
             draining,
             open_handoffs,
             stalled,
+            prefill_tokens_per_second,
+            decode_step_microseconds,
         } = wire;
         Self {
             free_blocks,
@@ -122,6 +136,8 @@ impl From<v1::NodeLoad> for NodeLoad {
             draining,
             open_handoffs,
             stalled,
+            prefill_tokens_per_second,
+            decode_step_microseconds,
         }
     }
 }
@@ -137,6 +153,8 @@ impl From<NodeLoad> for v1::NodeLoad {
             draining,
             open_handoffs,
             stalled,
+            prefill_tokens_per_second,
+            decode_step_microseconds,
         } = load;
         Self {
             free_blocks,
@@ -147,6 +165,8 @@ impl From<NodeLoad> for v1::NodeLoad {
             draining,
             open_handoffs,
             stalled,
+            prefill_tokens_per_second,
+            decode_step_microseconds,
         }
     }
 }
@@ -211,7 +231,7 @@ impl From<LegTimes> for v1::Legs {
 
 #[cfg(test)]
 mod tests {
-    use overfill_kv::{KvDtype, KvEndpoint, RopeSpec};
+    use overfill_kv::{KvDtype, KvEndpoint, PROTOCOL, RopeSpec};
 
     use super::*;
 
@@ -239,6 +259,9 @@ mod tests {
             version: "1".into(),
             weights: "f32".into(),
             eos_token_ids: vec![1],
+            protocol: PROTOCOL,
+            pool: "p".into(),
+            cluster: "c".into(),
         }
     }
 

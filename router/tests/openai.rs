@@ -207,7 +207,7 @@ async fn chat_whole_and_streamed() {
 async fn what_is_wrong_is_named() {
     let rig = rig_with(&[Options::default()], &[Options::default()], |c| c.max_body_bytes = 20_000).await;
     let cases = [
-        (json!({"prompt": "x", "model": "other"}), 404, "model", "does not exist; served are: simulated"),
+        (json!({"prompt": "x", "model": "other"}), 404, "model", "does not exist; served models: simulated"),
         (json!({"prompt": "x", "temperature": -1}), 400, "temperature", "temperature must be in [0, 100], got -1"),
         (json!({"prompt": "x", "tools": [{}]}), 400, "tools", "tools is not supported"),
         (json!({"prompt": "x", "max_tokens": -5}), 400, "max_tokens", "got -5"),

@@ -2,6 +2,7 @@
 //!
 //! Needs Linux, root, and the programs `ip`, `tc` and `nft` (Debian: iproute2, nftables).
 
+use std::path::{Path, PathBuf};
 use std::process::{Command, id};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
@@ -28,6 +29,11 @@ pub struct Host {
     address: String,
     /// The bridge's end of the host's link.
     far: String,
+}
+
+/// Folder of the files that processes in a network namespace see in /etc.
+fn files(namespace: &str) -> PathBuf {
+    Path::new("/etc/netns").join(namespace)
 }
 
 impl Network {
@@ -84,7 +90,9 @@ impl Network {
 impl Drop for Network {
     fn drop(&mut self) {
         for n in 0..self.hosts.load(Relaxed) {
-            let _ = run("ip", &["netns", "del", &format!("{}-{n}", self.bridge)]);
+            let namespace = format!("{}-{n}", self.bridge);
+            let _ = run("ip", &["netns", "del", &namespace]);
+            let _ = std::fs::remove_dir_all(files(&namespace));
         }
         let _ = run("ip", &["link", "del", &self.bridge]);
     }
@@ -101,6 +109,17 @@ impl Host {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.namespace]).arg(program);
         command
+    }
+
+    /// Sets the names that processes on the host resolve, besides localhost: pairs of address and name. Processes that
+    /// started after the first call see later calls as well.
+    pub fn set_names(&self, names: &[(&str, &str)]) -> Result<()> {
+        let folder = files(&self.namespace);
+        std::fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
+        let lines = names.iter().map(|(address, name)| format!("{address} {name}\n"));
+        let text: String = std::iter::once("127.0.0.1 localhost\n".to_owned()).chain(lines).collect();
+        // `ip netns exec` mounts this file over /etc/hosts. Writing it in place changes it for running processes.
+        std::fs::write(folder.join("hosts"), text).context("writing the names of a host")
     }
 
     fn run(&self, program: &str, args: &[&str]) -> Result<()> {

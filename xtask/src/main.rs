@@ -1,8 +1,9 @@
-//! The project's commands: `cargo xtask demo | test | ci | chart | kubernetes | tidy | neon`.
+//! The project's commands: `cargo xtask demo | test | ci | chart | kubernetes | tidy | images | neon`.
 
 mod apt;
 mod chart;
 mod demo;
+mod images;
 mod memory;
 mod neon;
 mod process;
@@ -25,6 +26,8 @@ usage: cargo xtask COMMAND
   kubernetes     install the chart into the cluster of the current kubeconfig, and scale, update and drain it under load.
                  Further arguments go to pytest
   tidy           check the project's rules about its files
+  images [--release | --binaries DIR] [--test]
+                 container images of the binaries in target/debug, of a release build, or of DIR; or run them as a test
   neon           the kernel tests on an emulated ARM processor (not part of the other commands)";
 
 fn main() -> ExitCode {
@@ -38,6 +41,7 @@ fn main() -> ExitCode {
         ["chart", "generate"] => chart::generate(),
         ["kubernetes", ref arguments @ ..] => chart::kubernetes(arguments),
         ["tidy"] => tidy::run(),
+        ["images", ref options @ ..] => images::run(options),
         ["neon"] => neon::run(),
         _ => {
             eprintln!("{USAGE}");

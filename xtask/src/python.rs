@@ -16,9 +16,14 @@ pub struct Requirements {
     pub arguments: &'static [&'static str],
 }
 
-/// Installs what the tests with the OpenAI client, NumPy and safetensors need. Returns the interpreter.
+/// Prepares the environment of the tests. Returns the interpreter.
 pub fn prepare() -> Result<PathBuf> {
-    environment("venv", &[Requirements { file: "tests/python/requirements.txt", arguments: &[] }])
+    venv("venv", "tests/python/requirements.txt")
+}
+
+/// Installs a file of requirements into the environment `target/NAME` unless it is up to date. Returns the interpreter.
+pub fn venv(name: &str, requirements: &'static str) -> Result<PathBuf> {
+    environment(name, &[Requirements { file: requirements, arguments: &[] }])
 }
 
 /// Installs requirements into the folder `name` of the target folder unless it is up to date. Returns the interpreter.

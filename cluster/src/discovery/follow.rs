@@ -32,8 +32,8 @@ pub fn follow(config: EtcdConfig, shutdown: &Shutdown) -> watch::Receiver<Member
 
 /// Lists all nodes, then watches every change after the listed revision. Returns when the watch fails.
 ///
-/// The next call lists all nodes again. So no change is missed, whatever ended the watch: etcd stopped, it restarted
-/// empty, or it compacted the next revision.
+/// The next call lists all nodes again. So no change is missed if etcd stopped, restarted empty, or compacted the next
+/// revision.
 async fn follow_once(
     config: &EtcdConfig,
     members: &watch::Sender<Members>,

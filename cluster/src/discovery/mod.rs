@@ -1,4 +1,5 @@
-//! Discovery: nodes register in etcd under a lease, and routers watch the registrations.
+//! Discovery of nodes, through etcd or through DNS ([`dns`]). With etcd, nodes register under a lease, and routers watch
+//! the registrations.
 //!
 //! etcd holds only what is fixed for the life of a node process: role, addresses, model, capacity. Nodes report their
 //! load to routers directly, and routers check by themselves whether a node is reachable. So running nodes and routers
@@ -7,6 +8,7 @@
 
 mod args;
 mod client;
+pub mod dns;
 mod follow;
 mod register;
 
@@ -33,6 +35,9 @@ pub struct Registration {
     /// Address that prefill nodes send KV to, `host:port`; decode nodes only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv: Option<String>,
+    /// Name of the pool that the node belongs to.
+    #[serde(default)]
+    pub pool: String,
     /// Name under which its model is served.
     pub model: String,
     /// Fingerprint of the full model that computes the KV, if the node's KV schema names one.

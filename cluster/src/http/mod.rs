@@ -31,6 +31,7 @@ use self::{
     places::{ConnectionPlace, ConnectionPlaces},
 };
 use overfill_net::Listen;
+use rand::Rng as _;
 
 use crate::net::{Connection, Opening};
 
@@ -67,6 +68,9 @@ pub struct ConnectionLimits {
     pub idle: Duration,
     /// Time limit for receiving a request body.
     pub body: Duration,
+    /// Age at which a connection is asked to close, give or take a tenth: HTTP/2 clients get GOAWAY, HTTP/1 clients
+    /// `connection: close`. Requests in progress finish. `None`: never.
+    pub age: Option<Duration>,
 }
 
 impl ConnectionLimits {
@@ -84,6 +88,7 @@ impl ConnectionLimits {
             first_request: Duration::from_secs(30),
             idle: Duration::from_secs(620),
             body: Duration::from_secs(60),
+            age: None,
         }
     }
 
@@ -111,7 +116,8 @@ pub async fn serve(
     let mut sweep = interval((limits.first_request.min(limits.idle) / 8).min(SWEEP_INTERVAL));
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let max_tasks = limits.files();
-    let server = Arc::new(Server { builder: builder(&limits), routes, body: limits.body, stopping: stopping.clone() });
+    let (body, age) = (limits.body, limits.age);
+    let server = Arc::new(Server { builder: builder(&limits), routes, body, age, stopping: stopping.clone() });
     let mut stop = pin!(stop);
     loop {
         tokio::select! {
@@ -173,6 +179,7 @@ struct Server {
     builder: Builder<TokioExecutor>,
     routes: Router,
     body: Duration,
+    age: Option<Duration>,
     stopping: CancellationToken,
 }
 
@@ -202,6 +209,14 @@ impl Server {
             }
         });
         let mut connection = pin!(self.builder.serve_connection(TokioIo::new(Box::pin(io)), service));
+        // Connections that were opened together are not closed together.
+        let age = self.age.map(|age| age.mul_f64(rand::rng().random_range(0.9..1.1)));
+        let mut old = pin!(async {
+            match age {
+                Some(age) => sleep(age).await,
+                None => std::future::pending().await,
+            }
+        });
         let mut stopping = false;
         loop {
             tokio::select! {
@@ -219,6 +234,10 @@ impl Server {
                     return debug!(%peer, "closed an idle connection");
                 }
                 () = self.stopping.cancelled(), if !stopping => {
+                    stopping = true;
+                    connection.as_mut().graceful_shutdown();
+                }
+                () = &mut old, if !stopping => {
                     stopping = true;
                     connection.as_mut().graceful_shutdown();
                 }

@@ -185,3 +185,19 @@ async fn a_shutdown_waits_for_answers_alone() {
     assert!(rest(&mut held).await.ends_with("held"));
     timeout(PATIENCE, &mut rig.serving).await.expect("it does not end").unwrap();
 }
+
+#[tokio::test]
+async fn an_old_connection_is_asked_to_close() {
+    let rig = start(ConnectionLimits { age: Some(SHORT), ..ConnectionLimits::http(8) }).await;
+    let (mut idle, mut held) = (rig.ask("/quick").await, rig.ask("/held").await);
+    until(&mut idle, "quick").await;
+    rest(&mut idle).await;
+    // An HTTP/2 client gets GOAWAY (frame type 7) after the server's settings.
+    let mut http2 = rig.connect().await;
+    http2.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    let frames = rest(&mut http2).await;
+    assert!(frames.contains("\0\0\x08\x07\0\0\0\0\0"), "{frames:?}");
+    // The request in progress gets its answer.
+    rig.open.send_replace(true);
+    assert!(rest(&mut held).await.ends_with("held"));
+}

@@ -9,7 +9,7 @@
 //! Reserved -> Prefilling -> Transferring -> Ready -> Decoding -> Done | Failed | Cancelled
 //! ```
 //!
-//! Both sides keep these invariants. Code and tests refer to them by number:
+//! Both sides keep the invariants of ARCHITECTURE.md. For a handoff they mean:
 //!
 //! - **KV-1** No block is reused while a task may still write to it.
 //! - **KV-2** A sender keeps its blocks until the receiver has confirmed or the lease has expired. (Over TCP only the
@@ -17,7 +17,10 @@
 //! - **KV-3** After any crash, cancel or partition, both sides free every block within one lease.
 //! - **KV-4** Every attempt has its own single-use ticket. Frames of an earlier attempt are refused.
 //! - **KV-5** A request never decodes over KV that is incomplete, unverified or has a different schema.
-//! - **KV-6** Each attempt has exactly one outcome, no later than its deadline.
+//! - **KV-6** Each attempt has exactly one outcome, no later than its deadline. So no request hangs on a handoff.
+//!
+//! The lease of an attempt ends at its deadline, or earlier if the other side is silent for longer than the idle
+//! timeout.
 
 mod receiver;
 mod sender;

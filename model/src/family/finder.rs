@@ -64,7 +64,7 @@ impl<'a> Finder<'a> {
     pub(crate) fn all_used(&self) -> Result<()> {
         let used = self.used.borrow();
         match self.config.tensors().iter().find(|tensor| !used.contains(&tensor.name)) {
-            Some(tensor) => bail!("{:?} has {}, which nothing is computed with", self.config.family, tensor.name),
+            Some(tensor) => bail!("{:?} has {}, which the decoder does not use", self.config.family, tensor.name),
             None => Ok(()),
         }
     }

@@ -289,7 +289,7 @@ fn decoders_refuse_tables_that_they_cannot_compute() {
     };
     let folder = tempfile::tempdir().unwrap();
     for (family, expected) in [
-        (&NORM_BIAS, "norm-bias has model.norm.bias, which nothing is computed with"),
+        (&NORM_BIAS, "norm-bias has model.norm.bias, which the decoder does not use"),
         (&WHOLE_WIDTH, "QueryNorm of whole-width is over QueryHeads, supported: HeadDim"),
         (&NO_NORM, "no-norm has no AttentionNorm"),
     ] {

@@ -156,7 +156,7 @@ fn rope_scaling(gguf: &Gguf, metadata: &Metadata<'_>, architecture: &str) -> Res
         });
     };
     if linear.is_some() {
-        return Err(metadata.bad(&key("type"), &format!("none beside {ROPE_FACTORS}")));
+        return Err(metadata.bad(&key("type"), &format!("none, because the file has {ROPE_FACTORS}")));
     }
     if place.shape.len() != 1 || place.stored != Stored::Plain(Dtype::F32) {
         let found = format!("{:?} of shape {:?}", place.stored, place.shape);

@@ -22,7 +22,7 @@ use overfill_cluster::{
     http,
     net::Listener,
 };
-use overfill_kv::{KvDtype, KvSchema, Role, RopeSpec};
+use overfill_kv::{KvDtype, KvSchema, PROTOCOL, ProtocolVersions, Role, RopeSpec};
 use overfill_proto::v1;
 use overfill_text::TextFiles;
 use parking_lot::Mutex;
@@ -47,6 +47,10 @@ pub struct Options {
     pub files: TextFiles,
     /// Maximum length of prompt and output together, in tokens.
     pub max_context_tokens: u32,
+    /// Versions of the protocol that the node claims to speak.
+    pub protocol: ProtocolVersions,
+    /// Name of the node's cluster.
+    pub cluster: String,
     /// Time to prefill a prompt.
     pub prefill_time: Duration,
     /// Time to decode a token.
@@ -75,6 +79,8 @@ impl Default for Options {
             },
             files,
             max_context_tokens: 4096,
+            protocol: PROTOCOL,
+            cluster: String::new(),
             prefill_time: Duration::ZERO,
             token_time: Duration::ZERO,
             report_delay: Duration::ZERO,
@@ -183,6 +189,9 @@ impl SimulatedNode {
                 version: env!("CARGO_PKG_VERSION").into(),
                 weights: "f32".into(),
                 eos_token_ids: vec![EOS],
+                protocol: Some(options.protocol.into()),
+                pool: role.to_string(),
+                cluster: options.cluster.clone(),
             },
             options,
             load: watch::Sender::new(v1::NodeLoad { free_blocks: 1 << 20, ..Default::default() }),
@@ -191,6 +200,7 @@ impl SimulatedNode {
             fail_after: AtomicI64::new(-1),
             full: watch::Sender::new(false),
             paused: watch::Sender::new(false),
+            paired: watch::Sender::new(false),
             losing: AtomicBool::new(false),
             stop: CancellationToken::new(),
         });
@@ -213,6 +223,11 @@ impl SimulatedNode {
     /// Number of requests that the node has accepted since its start.
     pub fn taken(&self) -> usize {
         self.state.taken.load(Ordering::SeqCst)
+    }
+
+    /// Whether a router sends requests to the node, as it last said.
+    pub fn is_paired(&self) -> bool {
+        *self.state.paired.borrow()
     }
 
     /// Makes the node fail once, after `tokens` more tokens.
@@ -252,6 +267,8 @@ struct State {
     fail_after: AtomicI64,
     full: watch::Sender<bool>,
     paused: watch::Sender<bool>,
+    /// Whether a router sends requests to this node, as it last said.
+    paired: watch::Sender<bool>,
     losing: AtomicBool,
     stop: CancellationToken,
 }

@@ -5,7 +5,7 @@ use std::{pin::Pin, sync::Arc};
 use futures::{Stream, StreamExt as _};
 use overfill_proto::v1;
 use tokio_stream::wrappers::WatchStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::State;
 
@@ -23,9 +23,21 @@ impl v1::node_server::Node for Service {
         Ok(Response::new(v1::DescribeResponse { info, load }))
     }
 
-    async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {
-        let stop = self.0.stop.clone().cancelled_owned();
-        Ok(Response::new(Box::pin(WatchStream::new(self.0.load.subscribe()).map(Ok).take_until(stop))))
+    async fn watch_load(
+        &self,
+        request: Request<Streaming<v1::WatchLoadRequest>>,
+    ) -> Result<Response<Self::WatchLoadStream>, Status> {
+        let (state, stop) = (self.0.clone(), self.0.stop.clone().cancelled_owned());
+        let reports = WatchStream::new(self.0.load.subscribe()).map(Ok).map(Some);
+        // The router's messages are no reports: they only change the state.
+        let messages = request.into_inner().map(move |message| {
+            if let Ok(message) = message {
+                state.paired.send_replace(message.paired);
+            }
+            None
+        });
+        let all = futures::stream::select(reports, messages).filter_map(std::future::ready);
+        Ok(Response::new(Box::pin(all.take_until(stop))))
     }
 
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<Self::DrainStream>, Status> {

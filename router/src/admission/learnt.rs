@@ -18,6 +18,7 @@ pub(super) struct Learnt {
     seconds: Option<f64>,
     /// Tokens that a sequence generates.
     tokens: Option<f64>,
+    /// When the last sequence ended, if others waited then.
     last_end: Option<Instant>,
 }
 
@@ -41,8 +42,9 @@ impl Learnt {
             mean(&mut self.seconds, took.as_secs_f64());
             mean(&mut self.tokens, tokens.into());
         }
-        let last = self.last_end.replace(now);
-        // Without a queue, the interval between ends depends on arrivals and not on the nodes' speed.
+        // Without a queue, the interval between ends depends on arrivals and not on the nodes' speed. So both ends must be
+        // of a time with a queue.
+        let last = std::mem::replace(&mut self.last_end, waiting.then_some(now));
         if let Some(last) = last.filter(|_| waiting) {
             mean(&mut self.interval, (now - last).as_secs_f64());
         }

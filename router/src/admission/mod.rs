@@ -158,6 +158,15 @@ impl ModelAdmission {
         Ok(places)
     }
 
+    /// Adds the numbers of running and waiting sequences to each tenant's.
+    fn count_tenants(&self, all: &mut BTreeMap<Arc<str>, (usize, usize)>) {
+        for (name, account) in &self.queue.lock().accounts {
+            let (running, waiting) = all.entry(name.clone()).or_default();
+            *waiting += account.waiting();
+            *running += account.sequences.saturating_sub(account.waiting());
+        }
+    }
+
     fn running(&self) -> usize {
         self.queue.lock().running
     }
@@ -187,7 +196,10 @@ impl Queue {
             let account = Account { weight: tenant.weight.into(), served: level.unwrap_or(0.0), ..Account::default() };
             self.accounts.insert(tenant.name.clone(), account);
         }
-        self.accounts.entry(tenant.name.clone()).or_default()
+        let account = self.accounts.entry(tenant.name.clone()).or_default();
+        // The file with the keys may have changed.
+        account.weight = tenant.weight.into();
+        account
     }
 
     /// Admits sequences in order of turns while there is capacity.
@@ -244,7 +256,11 @@ impl Queue {
 
     fn check_in_time(&self, name: &str, ask: &Ask, own: usize) -> Result<(), GenerateError> {
         let Some(interval) = self.learnt.interval else { return Ok(()) };
-        let wait = Duration::from_secs_f64(interval * (self.ahead(name, ask.priority, own) + 1) as f64);
+        let wait = match self.waiting + own {
+            // The first in the queue always waits. If nobody did, the estimate would never be corrected.
+            0 => Duration::ZERO,
+            _ => Duration::from_secs_f64(interval * (self.ahead(name, ask.priority, own) + 1) as f64),
+        };
         let begin = Instant::now() + wait;
         if begin > ask.run_by || self.learnt.is_late(begin, ask) {
             return Err(GenerateError::Overloaded { wait, retry_after: wait.min(MAX_RETRY) });

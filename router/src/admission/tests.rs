@@ -163,3 +163,32 @@ async fn models_do_not_wait_for_each_other() {
     drop((busy, gone, other));
     assert_eq!((admission.running(), admission.waiting()), (0, 0));
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_hour_does_not_close_the_queue() {
+    let (admission, a) = (ModelAdmission::new(1, 8), tenant("a", 1));
+    let ask = || {
+        let soon = Instant::now() + Duration::from_secs(60);
+        Ask { run_by: soon, ..ask() }
+    };
+    let run = async |place: Place| {
+        let mut running = place.run().await.unwrap();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        running.token();
+    };
+    for _ in 0..3 {
+        let places = admission.enter(&a, &[ask(), ask(), ask()]).unwrap();
+        for place in places {
+            run(place).await;
+        }
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+    }
+    let interval = admission.queue.lock().learnt.interval.unwrap();
+    assert!((interval - 1.0).abs() < 1e-6, "{interval}");
+    // Even with an estimate that is far too high, one sequence waits, and corrects it.
+    admission.queue.lock().learnt.interval = Some(1e6);
+    let running = admission.enter(&a, &[ask()]).unwrap();
+    let waiting = admission.enter(&a, &[ask()]).unwrap();
+    assert!(matches!(admission.enter(&a, &[ask()]).err(), Some(GenerateError::Overloaded { .. })));
+    drop((running, waiting));
+}

@@ -67,10 +67,9 @@ fn verdict(speaker: Role, phase: Phase, code: Code, broken: bool) -> Verdict {
         (_, Phase::OpeningDecode | Phase::OpeningPrefill, Code::Unavailable) => Verdict::NoRoom,
         (Role::Decode, Phase::Reserving | Phase::Decoding, Code::Unavailable) => Verdict::SpeakerFailed,
         (Role::Prefill, Phase::Scoring, Code::Unavailable) => Verdict::SpeakerFailed,
-        // The prefill node returns `Unavailable` when its handoff fails.
-        (Role::Prefill, Phase::Prefilling | Phase::HandingOver | Phase::Decoding, Code::Unavailable) => {
-            Verdict::BothSuspected
-        }
+        // The prefill node returns `Unavailable` when its handoff fails. Once the decode node has its KV, only the
+        // confirmation was lost.
+        (Role::Prefill, Phase::Prefilling | Phase::HandingOver, Code::Unavailable) => Verdict::BothSuspected,
         // Until its KV is complete, an error of the decode node may just as well be caused by the prefill node.
         (Role::Decode, Phase::Prefilling | Phase::HandingOver, _) => Verdict::BothSuspected,
         (Role::Decode, Phase::OpeningDecode | Phase::Reserving | Phase::Decoding, _) => Verdict::SpeakerSuspected,
@@ -211,7 +210,7 @@ mod tests {
             (Role::Prefill, Phase::Scoring, Verdict::SpeakerFailed),
             (Role::Prefill, Phase::Prefilling, Verdict::BothSuspected),
             (Role::Prefill, Phase::HandingOver, Verdict::BothSuspected),
-            (Role::Prefill, Phase::Decoding, Verdict::BothSuspected),
+            (Role::Prefill, Phase::Decoding, Verdict::SpeakerSuspected),
         ];
         for (speaker, phase, expected) in table {
             assert_eq!(verdict(speaker, phase, Code::Unavailable, false), expected, "{speaker} {phase:?}");

@@ -55,12 +55,12 @@ fn usable(node: &Node, plan: &Plan) -> bool {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     #![allow(clippy::unwrap_used)]
 
     use std::time::Duration;
 
-    use overfill_kv::{KvDtype, KvSchema, RequestId, RopeSpec, SamplingParams};
+    use overfill_kv::{KvDtype, KvSchema, PROTOCOL, RequestId, RopeSpec, SamplingParams};
     use overfill_simulated::text_files;
     use overfill_text::TextModel;
     use tokio::time::Instant;
@@ -96,6 +96,9 @@ pub(super) mod tests {
             version: String::new(),
             weights: String::new(),
             eos_token_ids: Vec::new(),
+            protocol: PROTOCOL,
+            pool: role.to_string(),
+            cluster: String::new(),
         };
         change(&mut info);
         let channel = Endpoint::from_static("http://127.0.0.1:1").connect_lazy();

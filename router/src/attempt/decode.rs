@@ -77,7 +77,7 @@ impl DecodeStream {
                 Reservation::try_from(reserved).map_err(|e| Fault::Unexpected(e.to_string()))
             }
             Some(decode_event::Event::Ready(_) | decode_event::Event::Token(_) | decode_event::Event::Finished(_))
-            | None => Err(Fault::unexpected("no reservation")),
+            | None => Err(Fault::unexpected("the stream did not begin with a reservation")),
         }
     }
 
@@ -109,8 +109,8 @@ impl DecodeStream {
                 let reason = FinishReason::try_from(finished.reason());
                 Ok(DecodeEvent::Finished(reason.map_err(|e| Fault::Unexpected(e.to_string()))?))
             }
-            Some(decode_event::Event::Reserved(_)) => Err(Fault::unexpected("a second reservation")),
-            None => Err(Fault::unexpected("the end of the stream before the end of the text")),
+            Some(decode_event::Event::Reserved(_)) => Err(Fault::unexpected("there was a second reservation")),
+            None => Err(Fault::unexpected("the stream ended before the text")),
         }
     }
 }

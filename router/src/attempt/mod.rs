@@ -4,7 +4,7 @@
 //! fault when the attempt fails.
 
 mod blame;
-mod choose;
+pub(crate) mod choose;
 mod decode;
 mod prefill;
 mod stream;
@@ -367,7 +367,7 @@ fn silent(plan: &Plan) -> Fault {
 
 /// The error of an attempt that is polled after its end.
 fn ended() -> AttemptError {
-    AttemptError::Failed { nodes: Vec::new(), message: "ended early".into() }
+    AttemptError::Failed { nodes: Vec::new(), message: "the attempt has already ended".into() }
 }
 
 /// Calls [`DecodeStream::spoken`]. Pending forever if there is no decode node.

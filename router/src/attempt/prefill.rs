@@ -65,11 +65,11 @@ impl PrefillStream {
             }
             Some(prefill_event::Event::FirstToken(v1::FirstToken { token, prefill_seconds: _ })) => {
                 self.slot.prefilled();
-                let token = token.ok_or_else(|| Fault::unexpected("a first token without id"))?;
+                let token = token.ok_or_else(|| Fault::unexpected("the first token has no id"))?;
                 Ok(PrefillEvent::FirstToken(token.into()))
             }
             Some(prefill_event::Event::Transferred(_)) | None => {
-                Err(Fault::unexpected("the end before the first token"))
+                Err(Fault::unexpected("the stream ended before the first token"))
             }
         }
     }

@@ -1,6 +1,6 @@
 //! A node's validated description and load.
 
-use overfill_kv::{KvEndpoint, KvSchema, Role};
+use overfill_kv::{KvEndpoint, KvSchema, ProtocolVersions, Role};
 
 /// A node's description. It does not change while the node's process runs.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,6 +29,12 @@ pub struct NodeInfo {
     pub weights: String,
     /// End-of-text token ids.
     pub eos_token_ids: Vec<u32>,
+    /// Versions of the protocol that the node speaks.
+    pub protocol: ProtocolVersions,
+    /// Name of the node's pool.
+    pub pool: String,
+    /// Name of the cluster that the node belongs to. Empty if it has none.
+    pub cluster: String,
 }
 
 /// A node's current load.
@@ -42,7 +48,7 @@ pub struct NodeLoad {
     pub waiting_requests: u32,
     /// Number of accepted prompt tokens that are not computed yet. Prefill nodes only.
     pub queued_tokens: u64,
-    /// Bytes of KV held for handoffs whose peer has disappeared.
+    /// Bytes of KV held for handoffs whose request has ended but whose transfer has not stopped yet.
     pub stranded_bytes: u64,
     /// Whether the node is draining: it takes no new requests.
     pub draining: bool,
@@ -50,6 +56,10 @@ pub struct NodeLoad {
     pub open_handoffs: u32,
     /// Whether the node's engine makes no progress.
     pub stalled: bool,
+    /// Prompt tokens that the node computes per second, a recent mean. 0 if unknown. Prefill nodes only.
+    pub prefill_tokens_per_second: u32,
+    /// Duration of the node's decode steps, a recent mean. 0 while it decodes nothing. Decode nodes only.
+    pub decode_step_microseconds: u32,
 }
 
 impl NodeLoad {

@@ -11,7 +11,8 @@ use std::sync::{
 use overfill_proto::{MAX_MESSAGE_BYTES, v1};
 use overfill_text::TextModel;
 use parking_lot::Mutex;
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
+use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 use tonic::transport::Channel;
 
@@ -38,6 +39,8 @@ pub struct Node {
     /// Number of this router's prompt tokens that the node has not computed yet.
     own_tokens: AtomicU64,
     breaker: Mutex<Breaker>,
+    /// Whether the router sends requests to this node: it has a partner of the other role. The node is told.
+    paired: watch::Sender<bool>,
     left: CancellationToken,
 }
 
@@ -61,6 +64,7 @@ impl Node {
             own_requests: AtomicU32::new(0),
             own_tokens: AtomicU64::new(0),
             breaker: Mutex::new(Breaker::default()),
+            paired: watch::Sender::new(false),
             left: CancellationToken::new(),
         }
     }
@@ -73,6 +77,16 @@ impl Node {
     /// Stores a load report.
     pub fn set_load(&self, load: NodeLoad) {
         *self.load.lock() = load;
+    }
+
+    /// Sets whether the node has a partner of the other role.
+    pub fn set_paired(&self, paired: bool) {
+        self.paired.send_if_modified(|last| std::mem::replace(last, paired) != paired);
+    }
+
+    /// Whether the node has a partner of the other role: the current value, then every change.
+    pub fn paired(&self) -> WatchStream<bool> {
+        WatchStream::new(self.paired.subscribe())
     }
 
     /// Whether a request may be sent to the node.
@@ -117,6 +131,11 @@ impl Node {
         v1::decode_client::DecodeClient::new(self.channel.clone())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    /// A gRPC client of the service that nodes of both roles have.
+    pub fn node_client(&self) -> v1::node_client::NodeClient<Channel> {
+        v1::node_client::NodeClient::new(self.channel.clone())
     }
 
     /// Counts a request on the node until the guard is dropped. `tokens`: prompt tokens still to be computed.

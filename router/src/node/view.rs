@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use overfill_kv::{Role, SchemaMismatch};
+use overfill_kv::{ProtocolMismatch, Role, SchemaMismatch};
 use overfill_text::TextModel;
 
 use super::Node;
@@ -29,6 +29,17 @@ pub struct ServedModel {
     pub created: u64,
 }
 
+/// Why a decode node can't use the KV of a prefill node.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum PairMismatch {
+    /// The nodes speak no common version of the protocol.
+    #[error(transparent)]
+    Protocol(#[from] ProtocolMismatch),
+    /// The KV of one is not the KV that the other attends to.
+    #[error(transparent)]
+    Schema(#[from] SchemaMismatch),
+}
+
 /// A snapshot of all nodes that are up.
 #[derive(Default)]
 pub struct View {
@@ -42,8 +53,19 @@ pub struct View {
 
 impl View {
     /// Checks that `decode` can use KV that `prefill` computes.
-    pub fn check_pair(prefill: &Node, decode: &Node) -> Result<(), SchemaMismatch> {
-        prefill.info.schema.check_consumer(&decode.info.schema)
+    pub fn check_pair(prefill: &Node, decode: &Node) -> Result<(), PairMismatch> {
+        prefill.info.protocol.check_peer(decode.info.protocol)?;
+        Ok(prefill.info.schema.check_consumer(&decode.info.schema)?)
+    }
+
+    /// Tells every node whether it has a partner of the other role.
+    pub fn tell_pairs(&self) {
+        for prefill in &self.prefill {
+            prefill.set_paired(self.decode.iter().any(|decode| Self::check_pair(prefill, decode).is_ok()));
+        }
+        for decode in &self.decode {
+            decode.set_paired(self.prefill.iter().any(|prefill| Self::check_pair(prefill, decode).is_ok()));
+        }
     }
 
     /// The nodes of a role.

@@ -6,7 +6,7 @@ use futures::{
     Stream, StreamExt as _,
     stream::{BoxStream, SelectAll},
 };
-use overfill_kv::{OutputToken, SamplingParams};
+use overfill_kv::{OutputToken, SamplingParams, sampling::MAX_STOP_TOKENS};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -64,6 +64,11 @@ impl Batch {
             true => common.stop_token_ids.clone().into(),
             false => model.eos_token_ids.iter().chain(&common.stop_token_ids).copied().collect(),
         };
+        let own = common.stop_token_ids.len();
+        if stop_token_ids.len() > MAX_STOP_TOKENS {
+            let limit = format!("at most {} ids", MAX_STOP_TOKENS.saturating_sub(stop_token_ids.len() - own));
+            return Err(GenerateError::limit("stop_token_ids", limit, own));
+        }
         let mut generations = Vec::with_capacity(prompts.len() * common.n);
         for prompt in prompts {
             request::check_prompt(model, &prompt.tokens)?;

@@ -9,6 +9,8 @@ use axum::{
     response::Response,
 };
 
+use tokio::time::Instant;
+
 use super::error::ApiError;
 use crate::{
     GenerateError,
@@ -27,6 +29,8 @@ pub struct Caller {
     pub tenant: Arc<Tenant>,
     /// Time limit of the request. `None`: the router's default.
     pub time: Option<Duration>,
+    /// When the request's headers arrived. Its time limit begins here.
+    pub arrived: Instant,
 }
 
 impl Caller {
@@ -41,7 +45,7 @@ impl Caller {
                 Some(Duration::from_secs_f64(seconds.ok_or_else(limit)?))
             }
         };
-        Ok(Self { tenant, time })
+        Ok(Self { tenant, time, arrived: Instant::now() })
     }
 }
 

@@ -21,9 +21,16 @@ use super::{
     error::ApiError,
     fields::{Common, Fields},
     logprobs::{ChatLogprobs, Names},
-    sse,
+    producers, sse,
 };
-use crate::{GenerateError, generate::Core, legs::Leg, node::ServedModel, prompt::TextPool, request::Output};
+use crate::{
+    GenerateError,
+    generate::Core,
+    legs::Leg,
+    node::ServedModel,
+    prompt::TextPool,
+    request::{Lifetime, Output},
+};
 
 #[derive(Deserialize)]
 struct MessageBody {
@@ -59,6 +66,7 @@ impl MessageBody {
                 for part in parts {
                     match (part.r#type.as_str(), part.text) {
                         ("text", Some(text)) => texts.push(text),
+                        ("text", None) => return invalid("messages: a part of type text must have a text".into()),
                         (other, _) => return invalid(format!("messages: parts must be of type text, got {other}")),
                     }
                 }
@@ -97,7 +105,7 @@ pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: 
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
     let pool = TextPool::default();
-    let intake = Intake::new(String::new(), &pool, limits.time);
+    let intake = Intake::new(String::new(), &pool, Lifetime::now(limits.time));
     let chat = parse(fields, model.clone(), intake, |count| limits.allow(count)).await?;
     Ok(chat.batch.generations(std::slice::from_ref(&chat.prompt))?)
 }
@@ -208,9 +216,9 @@ impl Chat {
             while let Some((index, output)) = merged.next().await {
                 let chunk = match output? {
                     Output::PromptLogprobs(_) => continue,
-                    Output::Token { token, text, .. } => {
+                    Output::Token { token, text, stage } => {
                         // Empty chunks are not sent.
-                        if text.is_empty() && !self.logprobs && !common.return_token_ids {
+                        if text.is_empty() && !self.logprobs && !common.return_token_ids && !common.include_overfill {
                             continue;
                         }
                         let mut chunk = self.chunk(index, &json!({"content": text}));
@@ -219,6 +227,9 @@ impl Chat {
                         }
                         if self.logprobs {
                             chunk["choices"][0]["logprobs"] = json!(ChatLogprobs::new(&[token], self.names()));
+                        }
+                        if common.include_overfill {
+                            chunk["overfill"] = producers::token(&self.batch.model, stage);
                         }
                         chunk
                     }
@@ -230,6 +241,9 @@ impl Chat {
                         let mut chunk = self.chunk(index, &delta);
                         chunk["choices"][0]["finish_reason"] = json!(finished.reason.as_str());
                         chunk["choices"][0]["stop_reason"] = batch::stop_reason(&finished);
+                        if common.include_overfill {
+                            chunk["overfill"] = producers::timings(&finished);
+                        }
                         usage.add(&finished, index == 0);
                         chunk
                     }

@@ -21,7 +21,7 @@ use super::{
     error::ApiError,
     fields::{Common, Fields},
     logprobs::{CompletionLogprobs, Names},
-    sse,
+    producers, sse,
 };
 use crate::{
     GenerateError,
@@ -29,7 +29,7 @@ use crate::{
     legs::Leg,
     node::ServedModel,
     prompt::TextPool,
-    request::{self, Output},
+    request::{self, Lifetime, Output},
 };
 
 /// Default of `max_tokens`, as in OpenAI's API.
@@ -90,7 +90,7 @@ pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: 
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
     let pool = TextPool::default();
-    let intake = Intake::new(String::new(), &pool, limits.time);
+    let intake = Intake::new(String::new(), &pool, Lifetime::now(limits.time));
     let completion = parse(fields, model.clone(), intake, |count| limits.allow(count)).await?;
     Ok(completion.batch.generations(&completion.prompts)?)
 }
@@ -254,13 +254,16 @@ impl Completion {
                     body.prompt_token_ids = common.return_token_ids.then(|| prompt.tokens.to_vec());
                 }
                 let mut ids = Vec::new();
+                let mut overfill = None;
                 match output {
                     Output::PromptLogprobs(_) => {}
-                    Output::Token { token, text, .. } => {
+                    Output::Token { token, text, stage } => {
                         // Empty chunks are not sent.
-                        if text.is_empty() && !first && self.logprobs.is_none() && !common.return_token_ids {
+                        let wanted = self.logprobs.is_some() || common.return_token_ids || common.include_overfill;
+                        if text.is_empty() && !first && !wanted {
                             continue;
                         }
+                        overfill = common.include_overfill.then(|| producers::token(&self.batch.model, stage));
                         body.text += &text;
                         ids.push(token.token);
                         if let Some(logprobs) = &mut body.logprobs {
@@ -275,6 +278,7 @@ impl Completion {
                         if !(self.echo && first) {
                             body.logprobs = None;
                         }
+                        overfill = common.include_overfill.then(|| producers::timings(&finished));
                         usage.add(&finished, index % common.n == 0);
                     }
                 }
@@ -282,6 +286,9 @@ impl Completion {
                 let mut chunk = self.frame(json!([body]));
                 if common.include_usage {
                     chunk["usage"] = Value::Null;
+                }
+                if let Some(overfill) = overfill {
+                    chunk["overfill"] = overfill;
                 }
                 yield sse::event(&chunk)?;
             }

@@ -7,6 +7,7 @@ mod completions;
 pub mod error;
 mod fields;
 mod logprobs;
+mod producers;
 mod sse;
 
 use std::{
@@ -18,17 +19,16 @@ use std::{
 use axum::{
     Extension, Json, Router,
     body::Bytes,
-    extract::{DefaultBodyLimit, Path, State, rejection::BytesRejection},
+    extract::{DefaultBodyLimit, Path, Request, State, rejection::BytesRejection},
     http::StatusCode,
-    middleware::from_fn_with_state,
+    middleware::{Next, from_fn_with_state},
     response::Response,
     routing::{get, post},
 };
 use caller::Caller;
-use error::ApiError;
+use error::{ApiError, Refusal};
 use overfill_cluster::http::SlowBody;
 use serde_json::{Value, json};
-use tokio::time::Instant;
 use tracing::{Instrument as _, Span, info_span};
 
 use crate::{
@@ -51,6 +51,7 @@ pub fn routes(core: Core, max_body_bytes: usize) -> Router {
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
         .route_layer(from_fn_with_state(core.clone(), caller::identify))
+        .route_layer(from_fn_with_state(core.clone(), count_refusals))
         .fallback(async || ApiError::bad_request("no such path").with_status(StatusCode::NOT_FOUND))
         .method_not_allowed_fallback(async || {
             ApiError::bad_request("no such method for this path").with_status(StatusCode::METHOD_NOT_ALLOWED)
@@ -59,7 +60,7 @@ pub fn routes(core: Core, max_body_bytes: usize) -> Router {
         .with_state(core)
 }
 
-/// Unwraps the body. A body that is too long gives status 413, a body that arrives too slowly gives 408.
+/// Unwraps the body. A body that is too long gives status 413. A body that arrives too slowly gives 408.
 fn body(result: Result<Bytes, BytesRejection>) -> Result<Bytes, ApiError> {
     result.map_err(|e| {
         let status = if is_slow(&e) { StatusCode::REQUEST_TIMEOUT } else { e.status() };
@@ -69,6 +70,15 @@ fn body(result: Result<Bytes, BytesRejection>) -> Result<Bytes, ApiError> {
 
 fn is_slow(e: &(dyn Error + 'static)) -> bool {
     e.is::<SlowBody>() || e.source().is_some_and(is_slow)
+}
+
+/// Middleware that counts the requests that are answered with an error.
+async fn count_refusals(State(core): State<Core>, request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    if let Some(Refusal(reason)) = response.extensions().get() {
+        core.metrics.refused(reason);
+    }
+    response
 }
 
 async fn completions(
@@ -120,15 +130,15 @@ struct Intake<'a> {
 }
 
 impl<'a> Intake<'a> {
-    /// A request that arrives now and may take `time`.
-    fn new(id: String, pool: &'a TextPool, time: Duration) -> Self {
-        let lifetime = Lifetime { arrived: Instant::now(), time };
+    /// A request with this lifetime.
+    fn new(id: String, pool: &'a TextPool, lifetime: Lifetime) -> Self {
         Self { id, pool, lifetime, legs: Legs::new(Span::current()) }
     }
 
     /// A request of `caller`. Its time limit is the caller's, else the router's default.
     fn at(core: &'a Core, caller: &Caller, id: String) -> Self {
-        Self::new(id, &core.text_pool, caller.time.unwrap_or(core.default_time))
+        let lifetime = Lifetime { arrived: caller.arrived, time: caller.time.unwrap_or(core.default_time) };
+        Self::new(id, &core.text_pool, lifetime)
     }
 
     /// The model `name`. Waits if no node serves it yet.

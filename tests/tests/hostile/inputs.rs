@@ -88,7 +88,7 @@ pub fn grpc() -> Vec<Vec<u8>> {
         begun(calls("/overfill.v1.Router/Generate", &generate)),
         begun(calls("/grpc.health.v1.Health/Check", &[])),
         begun(calls("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", b"\x3a\x01*")),
-        begun(calls("/overfill.v1.Decode/WatchLoad", &[])),
+        begun(calls("/overfill.v1.Node/WatchLoad", &[])),
         // Calls that are opened and never finished, or reset immediately.
         begun((0..40).map(|i| open(1 + 2 * i)).collect()),
         begun((0..60).flat_map(|i| [open(1 + 2 * i), frame(RESET, 0, 1 + 2 * i, &[0, 0, 0, 8])]).collect()),

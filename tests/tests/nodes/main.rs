@@ -368,9 +368,19 @@ async fn an_engine_that_does_not_get_on_is_not_ready() -> Result<()> {
     let pair = Pair::start("llama-tied", Sizes { step_timeout: Duration::from_micros(1), ..Sizes::default() }).await?;
     let admin = &pair.decode_admin;
     ensure!(ready(admin).await? == 503, "a node that no router has joined is ready");
-    let joined = pair.decode_node.clone().watch_load(v1::WatchLoadRequest {}).await?;
-    ensure!(ready(admin).await? == 200, "an idle node is not ready");
-    drop(joined);
+    // A router joins, and says that it has a prefill node for this node only after the node has reported its load.
+    let (say, said) = tokio::sync::mpsc::channel(1);
+    let said = tokio_stream::wrappers::ReceiverStream::new(said);
+    let mut joined = pair.decode_node.clone().watch_load(said).await?.into_inner();
+    say.send(v1::WatchLoadRequest { paired: false }).await?;
+    ensure!(joined.message().await?.is_some(), "no load report");
+    ensure!(ready(admin).await? == 503, "a node that no router would send requests is ready");
+    say.send(v1::WatchLoadRequest { paired: true }).await?;
+    let deadline = Instant::now() + PATIENCE;
+    while ready(admin).await? != 200 {
+        ensure!(Instant::now() < deadline, "an idle node is not ready");
+    }
+    drop((joined, say));
     let ask = Ask::greedy(&prompt(1, 40), 900);
     let deadline = Instant::now() + PATIENCE;
     let work = async {

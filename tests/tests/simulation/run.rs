@@ -401,7 +401,7 @@ impl Cluster {
         self.run_until(|this| this.now() > limit || (this.now() > known && usable(this)))?;
         if self.now() > limit {
             let router = self.router.process.lock();
-            let list = router.as_ref().map(|router| router.core.nodes.list()).unwrap_or_default();
+            let list = router.as_ref().map(|router| router.core.nodes.statuses()).unwrap_or_default();
             let list: Vec<_> = list.iter().map(|node| format!("{}: {:?}", node.url, node.error)).collect();
             return Err(format!("nodes are still unusable after the last fault: {}", list.join(", ")));
         }

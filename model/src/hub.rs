@@ -1,0 +1,115 @@
+//! Models on the Hugging Face hub: finding them in the cache, and downloading them.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use hf_hub::{
+    Repo, RepoType,
+    api::sync::{ApiBuilder, ApiError, ApiRepo},
+};
+
+use crate::{ModelError, gguf::Gguf};
+
+/// File that [`pull`] writes last: its folder is complete. It contains the id of the model.
+pub const COMPLETE: &str = ".overfill-complete";
+/// Folder of unfinished downloads in the folder of a model.
+const DOWNLOADS: &str = ".overfill-downloads";
+
+/// Resolves `model` to a folder or .gguf file. An existing path is returned as it is. Otherwise `model` is a hub id
+/// (`owner/name` or `owner/name@revision`), and its files are taken from the Hugging Face cache or downloaded into it.
+pub fn resolve(model: &str) -> Result<PathBuf, ModelError> {
+    let path = PathBuf::from(model);
+    if path.is_dir() || Gguf::find(&path)?.is_some() {
+        return Ok(path);
+    }
+    if path.is_file() {
+        return Err(fault(model, "neither a folder nor a .gguf file"));
+    }
+    let repo = open(model, ApiBuilder::from_env())?;
+    let config = download(model, &repo)?.swap_remove(0);
+    let folder = config.parent().map(PathBuf::from);
+    folder.ok_or_else(|| fault(model, "the Hugging Face cache path has no parent folder"))
+}
+
+/// Downloads a model from the hub into `folder`, unless it is complete there. Unfinished downloads are continued.
+///
+/// # Errors
+/// `folder` has another model, or a file can't be downloaded or written.
+pub fn pull(model: &str, folder: &Path) -> Result<(), ModelError> {
+    let marker = folder.join(COMPLETE);
+    if let Ok(have) = fs::read_to_string(&marker) {
+        if have.trim() == model {
+            return Ok(());
+        }
+        return Err(fault(model, format!("{} has the model {}", folder.display(), have.trim())));
+    }
+    let write = |error: io::Error| fault(model, format!("writing to {}: {error}", folder.display()));
+    let downloads = folder.join(DOWNLOADS);
+    fs::create_dir_all(&downloads).map_err(write)?;
+    let repo = open(model, ApiBuilder::from_env().with_cache_dir(downloads.clone()))?;
+    for file in download(model, &repo)? {
+        let Some(name) = file.file_name() else { continue };
+        // The hub's cache has links to the contents. Moving the contents needs no second copy of the weights.
+        let contents = file.canonicalize().map_err(write)?;
+        fs::rename(contents, folder.join(name)).map_err(write)?;
+    }
+    fs::remove_dir_all(&downloads).map_err(write)?;
+    fs::write(marker, model).map_err(write)
+}
+
+fn fault(model: &str, reason: impl Into<String>) -> ModelError {
+    ModelError::Hub { id: model.into(), reason: reason.into() }
+}
+
+fn unreachable(model: &str, error: ApiError) -> ModelError {
+    fault(model, format!("no such folder or .gguf file; hub download: {error}"))
+}
+
+/// Opens the repository of a model.
+fn open(model: &str, builder: ApiBuilder) -> Result<ApiRepo, ModelError> {
+    let looks_like_an_id = model.matches('/').count() == 1 && !model.starts_with(['/', '.', '~']);
+    if !looks_like_an_id {
+        return Err(fault(model, "no such folder or .gguf file, and not a hub id of the form owner/name"));
+    }
+    let (id, revision) = model.split_once('@').unwrap_or((model, "main"));
+    let builder = match std::env::var("HF_TOKEN") {
+        Ok(token) if !token.is_empty() => builder.with_token(Some(token)),
+        _ => builder,
+    };
+    let api = builder.with_progress(true).build().map_err(|e| unreachable(model, e))?;
+    Ok(api.repo(Repo::with_revision(id.into(), RepoType::Model, revision.into())))
+}
+
+/// Downloads the files that are needed to serve the model. Returns their paths, config.json first.
+fn download(model: &str, repo: &ApiRepo) -> Result<Vec<PathBuf>, ModelError> {
+    let get = |file: &str| repo.get(file).map_err(|e| unreachable(model, e));
+    let mut paths = vec![get("config.json")?];
+    for file in repo.info().map_err(|e| unreachable(model, e))?.siblings.iter().map(|s| s.rfilename.as_str()) {
+        let wanted = !file.contains('/') && [".safetensors", ".json", ".jinja"].iter().any(|end| file.ends_with(end));
+        if wanted && file != "config.json" {
+            paths.push(get(file)?);
+        }
+    }
+    Ok(paths)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_that_is_not_there_is_named() {
+        assert!(resolve("/no/such/folder").unwrap_err().to_string().starts_with("model /no/such/folder: no such"));
+    }
+
+    #[test]
+    fn a_complete_folder_is_not_downloaded_again_and_keeps_its_model() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(COMPLETE), "owner/name").unwrap();
+        pull("owner/name", folder.path()).unwrap();
+        let error = pull("owner/other", folder.path()).unwrap_err().to_string();
+        assert!(error.contains("has the model owner/name"), "{error}");
+    }
+}
