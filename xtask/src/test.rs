@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::process::{cargo, phase, run as sh};
-use crate::{apt, images, memory, python, tidy};
+use crate::{apt, chart, images, memory, python, tidy};
 
 /// What to do if a program that tests need is missing and can't be installed.
 #[derive(Clone, Copy, PartialEq)]
@@ -41,6 +41,7 @@ pub fn run(programs: Programs) -> Result<()> {
         interpreter = Some(python::prepare()?);
         Ok(())
     })?;
+    phase("chart", chart::run)?;
     phase("lints", || sh(&mut cargo(&["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"])))?;
     // The whole-cluster tests start the real binary, which `cargo test` alone would not build. Binaries and tests are
     // built in one call, so that they use the same features and dependencies are compiled once.
