@@ -80,11 +80,11 @@ class Process:
 
 
 class Cluster:
-    """The demo pair. KV pools and queues are small, so that they can be filled."""
+    """The demo pair. The router's queue and the KV of one decode pool are small, so that they can be filled."""
 
     def __init__(self, folder):
         ports = free_ports(14)
-        node = ["--weights", "f32", "--kv-dtype", "f32", "--pool", "main", "--step-timeout-seconds", "20"]
+        node = ["--weights", "f32", "--kv-dtype", "f32"]
         self.processes = []
         urls = {"prefill": [], "decode": []}
         for role in urls:
@@ -95,8 +95,10 @@ class Cluster:
                 more = ["--model", model, "--listen", f"127.0.0.1:{listen}", "--admin", f"127.0.0.1:{admin}"]
                 if role == "decode":
                     more += ["--served-model-name", "demo", "--kv-listen", f"127.0.0.1:{kv}", "--max-running", "24",
-                             "--kv-pool-tokens", "8192"]
-                self.processes.append(Process(f"blue-{role}-main-{number}", role, node + more, admin, folder))
+                             "--kv-pool-tokens", "65536" if number else "8192"]
+                pool = "large" if role == "decode" and number else "main"
+                more += ["--pool", pool]
+                self.processes.append(Process(f"blue-{role}-{pool}-{number}", role, node + more, admin, folder))
         http, grpc = ports
         self.url = f"http://127.0.0.1:{http}"
         router = ["--http", f"127.0.0.1:{http}", "--grpc", f"127.0.0.1:{grpc}", "--max-waiting", "100",

@@ -95,7 +95,8 @@ def test_decode_nodes_that_freeze(cluster, prometheus):
 def test_long_prompts_and_broken_handoffs(cluster, prometheus):
     load = cluster.load("--concurrency", "100", "--prompt-tokens", "1900", "--output-tokens", "2")
     prometheus.wait_for("OverfillPrefillBehind")
-    node = cluster.of("decode")[0]
+    # The node that has room for many handoffs at a time.
+    node = cluster.of("decode")[1]
 
     def pause():
         node.freeze()
