@@ -52,7 +52,7 @@
 - name: OVERFILL_ETCD_URL
   value: {{ include "overfill.etcd.urls" . | quote }}
 - name: OVERFILL_ETCD_PREFIX
-  value: {{ default (printf "%s/%s" .Release.Namespace .Release.Name) .Values.discovery.etcdPrefix | quote }}
+  value: {{ default (include "overfill.cluster" .) .Values.discovery.etcdPrefix | quote }}
 - name: OVERFILL_ETCD_LEASE_SECONDS
   value: {{ .Values.discovery.etcdLeaseSeconds | toString | quote }}
 {{- if and (eq .Values.discovery.mode "externalEtcd") $external.user }}

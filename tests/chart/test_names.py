@@ -100,6 +100,11 @@ def test_etcd_prefix_has_the_namespace(helm4):
     assert "OVERFILL_PREFILL_DNS" not in env
 
 
+def test_routers_use_no_nodes_of_another_release(helm4):
+    for name in ("router", "prefill-default", "decode-default"):
+        assert kube.env(helm4.objects(namespace="n"), "Deployment", f"overfill-{name}")["OVERFILL_CLUSTER"] == "n/overfill"
+
+
 def test_selectors_never_change(helm4):
     """Selectors of Deployments can't be changed: they hold neither version nor anything that values set."""
     for each in kube.of_kind(helm4.objects("--set", "commonLabels.team=a,image.tag=x,nodes.podLabels.b=c"), "Deployment"):

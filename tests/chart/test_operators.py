@@ -110,12 +110,32 @@ def test_queries_are_of_one_pool_of_one_release(helm4):
         metric = {"prefill": "overfill_prefill_backlog_seconds", "decode": "overfill_decode_load_nodes"}[role]
         trigger = each["spec"]["triggers"][0]
         labels = 'namespace="n",release="one",pool="default"'
+        target = {"prefill": "1", "decode": "0.8"}[role]
         assert trigger["metadata"]["query"] == (
-            f'sum({metric}{{{labels},source="router"}}) + max({metric}{{{labels},source="nodes"}})'
+            f'(sum({metric}{{{labels},source="router"}}) or vector(0))'
+            f' + (max({metric}{{{labels},source="nodes"}}) or vector(0))'
+            ' + clamp_max(sum(overfill_requests_without_nodes{namespace="n",release="one",model_name=~"demo"}), ' + target + ")"
         )
-        assert trigger["metadata"]["threshold"] == {"prefill": "1", "decode": "0.8"}[role]
+        assert trigger["metadata"]["threshold"] == target
         assert trigger["metricType"] == "AverageValue"
         assert each["spec"]["scaleTargetRef"]["name"] == each["metadata"]["name"]
+
+
+def test_waiting_requests_wake_their_own_pool(helm4, tmp_path):
+    """A prefill pool is woken for all variants of its model, a decode pool for its own. Names are no patterns."""
+    (tmp_path / "values.yaml").write_text(
+        "nodes: {autoscaling: {enabled: true}}\nmonitoring: {prometheus: {serverAddress: 'http://p'}}\n"
+        "models: [{name: org/m1.5, source: {builtin: demo}}]\nprefill: {pools: [{name: p, model: org/m1.5}]}\n"
+        "decode: {pools: [{name: a, model: org/m1.5}, {name: b, model: org/m1.5, servedName: small}]}\n"
+    )
+    objects = helm4.objects("--values", tmp_path / "values.yaml")
+    names = {
+        each["metadata"]["name"]: each["spec"]["triggers"][0]["metadata"]["query"].split("model_name=~")[1].split("}")[0]
+        for each in kube.of_kind(objects, "ScaledObject")
+    }
+    assert names == {
+        "overfill-prefill-p": '"org/m1\\\\.5|small"', "overfill-decode-a": '"org/m1\\\\.5"', "overfill-decode-b": '"small"',
+    }
 
 
 def test_a_pool_waits_for_its_nodes_before_it_shrinks(helm4):

@@ -1,5 +1,7 @@
 """Pools: overrides, devices, drain, disruption, discovery."""
 
+import hashlib
+
 import pytest
 
 import kube
@@ -82,7 +84,7 @@ def test_every_example_drains(helm4, example):
     for each in kube.of_kind(helm4.objects("--values", example), "Deployment"):
         spec = each["spec"]["template"]["spec"]
         env = {one["name"]: one.get("value") for one in spec["containers"][0]["env"]}
-        drain = int(env.get("OVERFILL_DRAIN_TIMEOUT_SECONDS", env["OVERFILL_DEFAULT_DEADLINE_SECONDS"]))
+        drain = int(env["OVERFILL_DRAIN_TIMEOUT_SECONDS"])
         sleep = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
         assert spec["terminationGracePeriodSeconds"] >= drain + sleep + 1
         # A rollout may not count as failed while a model is still loading.
@@ -201,6 +203,11 @@ def test_image_of_a_numeric_version(helm4):
     assert node(objects, "router")["image"].endswith(":1e3")
 
 
+def folder(model):
+    """Folder of a hub model in its claim: a name with a slash gets a hash."""
+    return f"{model.replace('/', '-')}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+
+
 def test_models(helm4):
     def mount(source, paths='"fullPath":"f","decodePath":"d/m.gguf",'):
         objects = helm4.objects("--set-json", f'models=[{{"name":"demo",{paths}"source":{source}}}]')
@@ -216,8 +223,8 @@ def test_models(helm4):
     _, pod = mount('{"image":{"reference":"r/m:1"}}')
     assert {"name": "models", "image": {"reference": "r/m:1", "pullPolicy": "IfNotPresent"}} in pod["volumes"]
     env, pod = mount('{"hub":{"full":"a/b","decode":"a/c","existingClaim":"x"}}', "")
-    assert env == ["/models/full", "/models/decode"]
-    assert pod["initContainers"][0]["args"][-2:] == ["/models/decode", "a/c"]
+    assert env == [f"/models/{folder('a/b')}", f"/models/{folder('a/c')}"]
+    assert pod["initContainers"][0]["args"][-2:] == [f"/models/{folder('a/c')}", "a/c"]
 
 
 def test_one_download_per_model(helm4):

@@ -30,7 +30,7 @@ FAULTS = [
     ("decode.pools[0] (default).terminationGracePeriodSeconds: 60 is shorter than preStopSleepSeconds + "
      "drainTimeoutSeconds + terminationMarginSeconds = 3 + 60 + 10 = 73",
      ["--set", "decode.defaults.terminationGracePeriodSeconds=60"]),
-    ("router.terminationGracePeriodSeconds: 30 is shorter than preStopSleepSeconds + defaultDeadlineSeconds",
+    ("router.terminationGracePeriodSeconds: 30 is shorter than preStopSleepSeconds + drainTimeoutSeconds",
      ["--set", "router.terminationGracePeriodSeconds=30"]),
     ("prefill.pools[0] (default).strategy: maxSurge and maxUnavailable are both 0",
      ["--set", "nodes.strategy.maxSurge=0%"]),
