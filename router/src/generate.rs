@@ -8,7 +8,7 @@ use overfill_kv::{FinishReason, Role};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use tower::retry::budget::{Budget as _, TpsBudget};
-use tracing::{Instrument as _, debug, info_span, warn};
+use tracing::{Instrument as _, debug, field::Empty, info_span, warn};
 
 use crate::{
     GenerateError,
@@ -143,7 +143,17 @@ impl Core {
         let core = self.clone();
         let mut metrics = core.metrics.request(&generation.model.name, generation.prompt.len());
         let arrived = generation.arrived;
-        let span = info_span!("sequence", request = %generation.request_id);
+        let span = info_span!(
+            "sequence",
+            request = %generation.request_id,
+            model = generation.model.name,
+            prompt_tokens = generation.prompt.len(),
+            generated_tokens = Empty,
+            finish_reason = Empty,
+            prefill_node = Empty,
+            decode_node = Empty,
+            migrations = Empty,
+        );
         let mut legs = Legs::observed(span.clone(), spent, core.metrics.legs.clone(), &generation.model.name);
         legs.enter(Leg::Queue);
         try_stream! {
@@ -158,6 +168,11 @@ impl Core {
                         (first, last) = (false, now);
                     }
                     Ok(Output::Finished(finished)) => {
+                        span.record("generated_tokens", finished.completion_tokens);
+                        span.record("finish_reason", finished.reason.as_str());
+                        span.record("prefill_node", &finished.timings.prefill_node);
+                        span.record("decode_node", &finished.timings.decode_node);
+                        span.record("migrations", finished.timings.migrations);
                         metrics.finished(finished.reason.as_str(), arrived.elapsed());
                     }
                     Ok(Output::PromptLogprobs(_)) => {}

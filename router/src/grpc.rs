@@ -3,7 +3,7 @@
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt as _};
-use overfill_cluster::http::Crowded;
+use overfill_cluster::{http::Crowded, traces};
 use overfill_kv::{RequestId, Role, SamplingParams};
 use overfill_proto::v1::{self, generate_event, generate_request, router_server};
 use overfill_text::ChatMessage;
@@ -41,7 +41,14 @@ impl RouterService {
     ) -> Result<(Place, Generation, LegTimes, Span), GenerateError> {
         let tenant = self.identify(&request)?;
         let request_id = request::new_request_id();
-        let span = info_span!("request", request = %request_id);
+        let span = info_span!(
+            "request",
+            otel.name = "overfill.v1.Router/Generate",
+            otel.kind = "server",
+            request = %request_id,
+            trace_id = tracing::field::Empty
+        );
+        traces::continue_from(&span, &request.metadata().clone().into_headers());
         let (generation, spent) = self.check(request_id, request.into_inner()).instrument(span.clone()).await?;
         let place = self.core.enter(&tenant, std::slice::from_ref(&generation))?.pop();
         let place = place.ok_or_else(|| GenerateError::Internal("admission gave no place".into()))?;

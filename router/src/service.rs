@@ -256,7 +256,7 @@ fn refresh(core: &Core, metrics: &Metrics, itl_limit: Option<Duration>) {
 /// Runs the router as a program and returns its exit code.
 pub async fn main(args: Args) -> ExitCode {
     let process = args.process.clone();
-    process::run(&process, args.validate(), async |config, shutdown| {
+    process::run("overfill-router", &process, args.validate(), async |config, shutdown| {
         let max = config.max_connections;
         files::raise(ConnectionLimits::http(max).files() + grpc::limits(max).files());
         let router = Router::bind(config).await?;

@@ -20,14 +20,14 @@ use axum::{
     Extension, Json, Router,
     body::Bytes,
     extract::{DefaultBodyLimit, Path, Request, State, rejection::BytesRejection},
-    http::StatusCode,
+    http::{HeaderMap, StatusCode},
     middleware::{Next, from_fn_with_state},
     response::Response,
     routing::{get, post},
 };
 use caller::Caller;
 use error::{ApiError, Refusal};
-use overfill_cluster::http::SlowBody;
+use overfill_cluster::{http::SlowBody, traces};
 use serde_json::{Value, json};
 use tracing::{Instrument as _, Span, info_span};
 
@@ -81,23 +81,33 @@ async fn count_refusals(State(core): State<Core>, request: Request, next: Next) 
     response
 }
 
+/// The span of a request. It continues the client's trace.
+fn request_span(name: &str, id: &str, headers: &HeaderMap) -> Span {
+    let span =
+        info_span!("request", otel.name = name, otel.kind = "server", request = id, trace_id = tracing::field::Empty);
+    traces::continue_from(&span, headers);
+    span
+}
+
 async fn completions(
     State(core): State<Core>,
     Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
     bytes: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let id = format!("cmpl-{}", request::new_request_id());
-    let span = info_span!("request", request = id);
+    let span = request_span("POST /v1/completions", &id, &headers);
     Box::pin(completions::create(core, caller, body(bytes)?, id)).instrument(span).await
 }
 
 async fn chat_completions(
     State(core): State<Core>,
     Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
     bytes: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let id = format!("chatcmpl-{}", request::new_request_id());
-    let span = info_span!("request", request = id);
+    let span = request_span("POST /v1/chat/completions", &id, &headers);
     Box::pin(chat::create(core, caller, body(bytes)?, id)).instrument(span).await
 }
 
