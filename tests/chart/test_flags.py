@@ -9,13 +9,20 @@ from examples import CHART, EXAMPLES
 
 ROOT = CHART.parent
 SWITCHES = [
-    "--set", "discovery.mode=externalEtcd,discovery.externalEtcd.urls[0]=https://e,discovery.externalEtcd.user=u",
-    "--set", "discovery.externalEtcd.passwordSecretName=p,discovery.externalEtcd.tlsSecretName=s,discovery.externalEtcd.clientCertificate=true",
-    "--set", "tls.mode=secret,tls.secretName=s,router.serveTls.mode=secret,router.serveTls.secretName=s",
-    "--set", "router.apiKeys.keys[0].name=a,router.apiKeys.keys[0].key=0123456789abcdef0",
-    "--set", "nodes.kvPoolTokens=32,nodes.maxWaiting=1,nodes.maxRunning=1,nodes.maxBatchTokens=64,nodes.stepTargetSeconds=1",
-    "--set", "nodes.stepTimeoutSeconds=1,router.maxQueueSeconds=1,router.maxRunning=1,router.maxWaiting=1,router.maxBodyBytes=2048",
-    "--set", "router.maxConnections=1,router.itlLimitSeconds=1",
+    "--set",
+    "discovery.mode=externalEtcd,discovery.externalEtcd.urls[0]=https://e,discovery.externalEtcd.user=u",
+    "--set",
+    "discovery.externalEtcd.passwordSecretName=p,discovery.externalEtcd.tlsSecretName=s,discovery.externalEtcd.clientCertificate=true",
+    "--set",
+    "tls.mode=secret,tls.secretName=s,router.serveTls.mode=secret,router.serveTls.secretName=s",
+    "--set",
+    "router.apiKeys.keys[0].name=a,router.apiKeys.keys[0].key=0123456789abcdef0",
+    "--set",
+    "nodes.kvPoolTokens=32,nodes.maxWaiting=1,nodes.maxRunning=1,nodes.maxBatchTokens=64,nodes.stepTargetSeconds=1",
+    "--set",
+    "nodes.stepTimeoutSeconds=1,router.maxQueueSeconds=1,router.maxRunning=1,router.maxWaiting=1,router.maxBodyBytes=2048",
+    "--set",
+    "router.maxConnections=1,router.itlLimitSeconds=1",
 ]
 # Folders with the flags of a service: its own and those that services share.
 SOURCES = {
@@ -53,7 +60,9 @@ def test_arguments_of_the_command_line_tool_exist(helm4):
         for each in kube.containers(spec):
             if "overfill-cli" in each["image"]:
                 command = each["args"][0]
-                fields = (ROOT / "cli/src" / f"{command}.rs").read_text() + (ROOT / "cli/src/router_client.rs").read_text()
+                fields = (ROOT / "cli/src" / f"{command}.rs").read_text() + (
+                    ROOT / "cli/src/router_client.rs"
+                ).read_text()
                 for argument in each["args"]:
                     if argument.startswith("--"):
                         assert re.search(rf"\b{argument[2:].replace('-', '_')}:", fields), (command, argument)
