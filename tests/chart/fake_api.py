@@ -5,7 +5,6 @@ import http.server
 import json
 import threading
 
-
 KINDS = {
     "v1": ["Service", "ServiceAccount", "Pod", "ConfigMap", "Secret"],
     "apps/v1": ["Deployment", "StatefulSet"],

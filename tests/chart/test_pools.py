@@ -278,3 +278,5 @@ def test_one_download_per_model(helm4):
     # A Job can't be changed: another image makes another Job, and nothing else does.
     assert job("--set", "image.cli.tag=v2")[0]["metadata"]["name"] != one["metadata"]["name"]
     assert job("--set", "nodes.kvPoolTokens=32,image.router.tag=v2")[0]["metadata"]["name"] == one["metadata"]["name"]
+    # A Job's labels can't be changed either.
+    assert job("--set", "commonLabels.team=a")[0]["metadata"]["name"] != one["metadata"]["name"]

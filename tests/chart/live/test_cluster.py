@@ -15,9 +15,9 @@ import json
 import os
 
 import pytest
+from cluster import CHART, NAMESPACE, RELEASE, Load, Release, deployments, get, kubectl, unreachable, until
 
 import tools
-from cluster import CHART, NAMESPACE, RELEASE, Load, Release, deployments, get, kubectl, until, unreachable
 
 TAG = os.environ.get("OVERFILL_IMAGE_TAG")
 NEXT = os.environ.get("OVERFILL_NEXT_TAG")
