@@ -270,5 +270,10 @@ def test_certificates_have_the_names_that_are_dialled(helm4):
                 assert volume["secret"]["secretName"] in secrets, name
     for role in ("router", "prefill", "decode"):
         assert secrets[f"overfill-{role}-tls"] == ["nodes.overfill.internal"]
+    # No service gets etcd's key.
+    assert kube.env(objects, "Deployment", "overfill-router")["OVERFILL_ETCD_KEY"] == "/etc/overfill/tls/tls.key"
+    for name, _, spec in kube.pods(objects):
+        mounted = [volume["secret"]["secretName"] for volume in spec["volumes"] if "secret" in volume]
+        assert ("overfill-etcd-tls" in mounted) == name.startswith("StatefulSet"), name
     urls = kube.env(objects, "Deployment", "overfill-router")["OVERFILL_ETCD_URL"].split(",")
     assert [url.removeprefix("https://").removesuffix(":2379") for url in urls] == secrets["overfill-etcd-tls"]
