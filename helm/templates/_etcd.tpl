@@ -37,13 +37,22 @@
 {{- end -}}
 {{- end -}}
 
-{{/* The Secret and the files with which services reach etcd over TLS: its name, and "true" after a space if the services
-     identify themselves. */}}
-{{- define "overfill.etcd.client" -}}
+{{/* Secret that services mount to reach etcd over TLS, or nothing. */}}
+{{- define "overfill.etcd.clientSecret" -}}
 {{- if eq .Values.discovery.mode "externalEtcd" -}}
-{{- with .Values.discovery.externalEtcd.tlsSecretName }}{{ . }} {{ $.Values.discovery.externalEtcd.clientCertificate }}{{ end -}}
-{{- else -}}
-{{- with include "overfill.etcd.secret" . }}{{ . }} true{{ end -}}
+{{- .Values.discovery.externalEtcd.tlsSecretName -}}
+{{- else if eq .Values.tls.mode "none" -}}
+{{- include "overfill.etcd.secret" . -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Folder of the files with which services reach etcd over TLS, or nothing. The bundled etcd and the services have the
+     same authority, so services identify themselves by their own certificates, and none of them gets etcd's key. */}}
+{{- define "overfill.etcd.clientFolder" -}}
+{{- if include "overfill.etcd.clientSecret" . -}}
+/etc/overfill/etcd-tls
+{{- else if and (eq .Values.discovery.mode "etcd") (include "overfill.etcd.secret" .) -}}
+/etc/overfill/tls
 {{- end -}}
 {{- end -}}
 
@@ -52,7 +61,7 @@
 - name: OVERFILL_ETCD_URL
   value: {{ include "overfill.etcd.urls" . | quote }}
 - name: OVERFILL_ETCD_PREFIX
-  value: {{ default (printf "%s/%s" .Release.Namespace .Release.Name) .Values.discovery.etcdPrefix | quote }}
+  value: {{ default (include "overfill.cluster" .) .Values.discovery.etcdPrefix | quote }}
 - name: OVERFILL_ETCD_LEASE_SECONDS
   value: {{ .Values.discovery.etcdLeaseSeconds | toString | quote }}
 {{- if and (eq .Values.discovery.mode "externalEtcd") $external.user }}
@@ -61,23 +70,23 @@
 - name: OVERFILL_ETCD_PASSWORD_FILE
   value: /etc/overfill/etcd-password/{{ $external.passwordSecretKey }}
 {{- end }}
-{{- with include "overfill.etcd.client" . }}
+{{- with include "overfill.etcd.clientFolder" . }}
 - name: OVERFILL_ETCD_CA
-  value: /etc/overfill/etcd-tls/ca.crt
-{{- if hasSuffix " true" . }}
+  value: {{ . }}/ca.crt
+{{- if or (eq $.Values.discovery.mode "etcd") $external.clientCertificate }}
 - name: OVERFILL_ETCD_CERT
-  value: /etc/overfill/etcd-tls/tls.crt
+  value: {{ . }}/tls.crt
 - name: OVERFILL_ETCD_KEY
-  value: /etc/overfill/etcd-tls/tls.key
+  value: {{ . }}/tls.key
 {{- end }}
 {{- end }}
 {{- end -}}
 
 {{- define "overfill.etcd.volumes" -}}
-{{- with include "overfill.etcd.client" . }}
+{{- with include "overfill.etcd.clientSecret" . }}
 - name: etcd-tls
   secret:
-    secretName: {{ splitList " " . | first }}
+    secretName: {{ . }}
     defaultMode: 288
 {{- end }}
 {{- if and (eq .Values.discovery.mode "externalEtcd") .Values.discovery.externalEtcd.user }}
@@ -89,7 +98,7 @@
 {{- end -}}
 
 {{- define "overfill.etcd.mounts" -}}
-{{- if include "overfill.etcd.client" . }}
+{{- if include "overfill.etcd.clientSecret" . }}
 - name: etcd-tls
   mountPath: /etc/overfill/etcd-tls
   readOnly: true

@@ -10,8 +10,7 @@
 {{- if $source.builtin -}}
 {{- printf "/usr/share/overfill/demo/%s" (ternary "full" "decode" (eq .role "prefill")) -}}
 {{- else if $source.hub -}}
-{{- $folder := ternary "full" (ternary "decode" "full" (not (empty $source.hub.decode))) (eq .role "prefill") -}}
-{{- printf "/models/%s/%s" $folder $given | trimSuffix "/" -}}
+{{- printf "%s/%s" (include "overfill.model.folder" .) $given | trimSuffix "/" -}}
 {{- else -}}
 {{- printf "/models/%s" $given | trimSuffix "/" -}}
 {{- end -}}
@@ -67,9 +66,9 @@
 {{- end }}
 {{- end -}}
 
-{{/* Folders that a node needs of a hub model. */}}
+{{/* Folder of a hub model that a node needs. It is named after the model: another model never meets the files of this one. */}}
 {{- define "overfill.model.folder" -}}
-{{- if and (eq .role "decode") .pair.source.hub.decode }}/models/decode{{ else }}/models/full{{ end -}}
+{{- printf "/models/%s" (include "overfill.model.id" . | include "overfill.sanitize") -}}
 {{- end -}}
 {{- define "overfill.model.id" -}}
 {{- if and (eq .role "decode") .pair.source.hub.decode }}{{ .pair.source.hub.decode }}{{ else }}{{ .pair.source.hub.full }}{{ end -}}
@@ -82,13 +81,13 @@
 restartPolicy: OnFailure
 {{- if $hub.decode }}
 initContainers:
-  - {{ include "overfill.download.container" (dict "root" .root "hub" $hub "folder" "full" "id" $hub.full) | nindent 4 | trim }}
+  - {{ include "overfill.download.container" (dict "root" .root "hub" $hub "name" "full" "id" $hub.full) | nindent 4 | trim }}
 {{- end }}
 containers:
   {{- if $hub.decode }}
-  - {{ include "overfill.download.container" (dict "root" .root "hub" $hub "folder" "decode" "id" $hub.decode) | nindent 4 | trim }}
+  - {{ include "overfill.download.container" (dict "root" .root "hub" $hub "name" "decode" "id" $hub.decode) | nindent 4 | trim }}
   {{- else }}
-  - {{ include "overfill.download.container" (dict "root" .root "hub" $hub "folder" "full" "id" $hub.full) | nindent 4 | trim }}
+  - {{ include "overfill.download.container" (dict "root" .root "hub" $hub "name" "full" "id" $hub.full) | nindent 4 | trim }}
   {{- end }}
 volumes:
   - name: tmp
@@ -101,21 +100,17 @@ volumes:
 
 {{- define "overfill.download.container" -}}
 {{- $hub := .hub -}}
-name: {{ .folder }}
+name: {{ .name }}
 image: {{ include "overfill.image" (dict "root" .root "component" "cli") }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 args:
   - pull
-  - --if-missing
   - --dir
-  - /models/{{ .folder }}
+  - /models/{{ include "overfill.sanitize" .id }}
   - {{ .id | quote }}
 env:
   - name: HOME
     value: /tmp
-  {{- /* Beside the models, so that no file crosses file systems and no machine's disk fills up. */}}
-  - name: HF_HOME
-    value: /models/.hub
   {{- with $hub.endpoint }}
   - name: HF_ENDPOINT
     value: {{ . | quote }}

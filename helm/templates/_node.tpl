@@ -99,7 +99,8 @@ affinity:
 {{- if and (kindIs "float64" .) (eq (floor .) .) }}{{ int64 . }}{{ else }}{{ . }}{{ end -}}
 {{- end -}}
 
-{{/* Waits until the release's Job has downloaded the model. */}}
+{{/* Lets no node start before the release's Job has downloaded its model. The same command finds the mark of a complete
+     folder, and fails without it, since it may not write there. The kubelet tries again. */}}
 {{- define "overfill.node.initContainers" -}}
 {{- $pool := .pool -}}
 {{- if or $pool.pair.source.hub $pool.initContainers }}
@@ -110,7 +111,6 @@ initContainers:
     imagePullPolicy: {{ .root.Values.image.pullPolicy }}
     args:
       - pull
-      - --wait
       - --dir
       - {{ include "overfill.model.folder" $pool }}
       - {{ include "overfill.model.id" $pool | quote }}

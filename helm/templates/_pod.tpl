@@ -66,6 +66,8 @@ env:
   valueFrom: {fieldRef: {fieldPath: metadata.name}}
 - name: HOME
   value: /tmp
+- name: OVERFILL_CLUSTER
+  value: {{ include "overfill.cluster" .root | quote }}
 - name: OVERFILL_LOG_FORMAT
   value: {{ $v.logs.format }}
 - name: RUST_LOG

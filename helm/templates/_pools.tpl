@@ -103,6 +103,11 @@ replicas: {{ int64 $wanted }}
 {{- end -}}
 {{- end -}}
 
+{{/* Name of the release among all of the cluster. Routers use no nodes with another one, even if an address is reused. */}}
+{{- define "overfill.cluster" -}}
+{{- printf "%s/%s" .Release.Namespace .Release.Name -}}
+{{- end -}}
+
 {{/* URL scheme between services. */}}
 {{- define "overfill.scheme" -}}
 {{- ternary "http" "https" (eq .Values.tls.mode "none") -}}

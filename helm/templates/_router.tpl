@@ -57,7 +57,7 @@
 {{- end }}
 - name: OVERFILL_PAGE
   value: {{ $v.router.page | toString | quote }}
-{{- range list "defaultDeadlineSeconds" "maxQueueSeconds" "maxRunning" "maxWaiting" "maxBodyBytes" "maxConnections" "maxConnectionAgeSeconds" }}
+{{- range list "defaultDeadlineSeconds" "drainTimeoutSeconds" "itlLimitSeconds" "maxQueueSeconds" "maxRunning" "maxWaiting" "maxBodyBytes" "maxConnections" "maxConnectionAgeSeconds" }}
 {{- $value := get $v.router . }}
 {{- if not (or (kindIs "invalid" $value) (eq (toString $value) "")) }}
 - name: OVERFILL_{{ . | snakecase | upper }}

@@ -5,7 +5,6 @@ import http.server
 import json
 import threading
 
-
 KINDS = {
     "v1": ["Service", "ServiceAccount", "Pod", "ConfigMap", "Secret"],
     "apps/v1": ["Deployment", "StatefulSet"],
@@ -35,7 +34,10 @@ def discovery():
             "groupVersion": version,
             "resources": [
                 {
-                    "name": plural(kind), "singularName": kind.lower(), "kind": kind, "namespaced": True,
+                    "name": plural(kind),
+                    "singularName": kind.lower(),
+                    "kind": kind,
+                    "namespaced": True,
                     "verbs": ["get", "list", "create", "patch"],
                 }
                 for kind in kinds
@@ -79,14 +81,18 @@ def serve(deployments, folder):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     kubeconfig = folder / "kubeconfig"
-    kubeconfig.write_text(json.dumps({
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "c",
-        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
-        "users": [{"name": "u", "user": {}}],
-    }))
+    kubeconfig.write_text(
+        json.dumps(
+            {
+                "apiVersion": "v1",
+                "kind": "Config",
+                "current-context": "c",
+                "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+                "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
+                "users": [{"name": "u", "user": {}}],
+            }
+        )
+    )
     try:
         yield kubeconfig
     finally:

@@ -152,6 +152,18 @@ def other(path, schema, default):
         if "secretName" in item.get("properties", {}):
             return [{"secretName": "other"}]
         named = {"name": "other", "value": "x"}
-        return [named if "name" in item.get("required", []) else {"host": "other"} if "host" in item.get("properties", {}) else {"key": "other"}]
+        return [
+            named
+            if "name" in item.get("required", [])
+            else {"host": "other"}
+            if "host" in item.get("properties", {})
+            else {"key": "other"}
+        ]
     # An issuer is a record; all else is free.
-    return {"kind": "ClusterIssuer", "name": "other"} if "group" in schema.get("properties", {}) else {"limits": {"cpu": "7"}} if schema.get("properties") else {"other": "x"}
+    return (
+        {"kind": "ClusterIssuer", "name": "other"}
+        if "group" in schema.get("properties", {})
+        else {"limits": {"cpu": "7"}}
+        if schema.get("properties")
+        else {"other": "x"}
+    )

@@ -16,7 +16,13 @@ def described(schema, description):
 
 def record(properties, required=(), **more):
     """An object with exactly these properties."""
-    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False, **more}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+        "additionalProperties": False,
+        **more,
+    }
 
 
 def list_of(item, **more):
@@ -48,13 +54,16 @@ HUB = record(
         "keep": described({"type": "boolean"}, "Keep the claim when the release is uninstalled. Default: true."),
         "endpoint": described({"type": "string", "pattern": "^https?://.+$"}, "URL of the hub or of a mirror."),
         "tokenSecret": described(
-            record({"name": OBJECT_NAME, "key": STRING}, ["name"]), "Secret with a token of the hub. Default key: token."
+            record({"name": OBJECT_NAME, "key": STRING}, ["name"]),
+            "Secret with a token of the hub. Default key: token.",
         ),
         "backoffLimit": described({"type": "integer", "minimum": 0}, "Attempts of the download. Default: 10."),
         "resources": described(RESOURCES, "Requests and limits of the download."),
         "nodeSelector": described(STRINGS, "Labels of the machines that the download may run on."),
         "tolerations": described(list_of(FREE), "Taints that the download tolerates."),
-        "extraEnv": described(list_of({**FREE, "required": ["name"]}), "Extra environment variables, for example HTTPS_PROXY."),
+        "extraEnv": described(
+            list_of({**FREE, "required": ["name"]}), "Extra environment variables, for example HTTPS_PROXY."
+        ),
     },
     ["full"],
     anyOf=[{"required": ["size"]}, {"required": ["existingClaim"]}],
@@ -71,9 +80,7 @@ SOURCE = record(
             "A folder of each machine. The *restricted* and *baseline* Pod Security Standards forbid it.",
         ),
         "image": described(
-            record(
-                {"reference": STRING, "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]}}, ["reference"]
-            ),
+            record({"reference": STRING, "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]}}, ["reference"]),
             "An OCI image with both models, mounted as a volume. Kubernetes 1.31 or newer with the feature ImageVolume.",
         ),
         "hub": described(HUB, "Models of the hub. One Job downloads them into one claim, and nodes wait for it."),
@@ -87,7 +94,9 @@ MODEL = record(
         "name": described(SERVED, "Name of the pair. Pools refer to it, and clients ask for it."),
         "fullName": described(SERVED, "Name under which the full model appears. Default: the name and `-full`."),
         "source": described(SOURCE, "Where both models are. Exactly one kind."),
-        "fullPath": described(PATH, "Path of the full model in the source: a folder or a .gguf file. Default: the source."),
+        "fullPath": described(
+            PATH, "Path of the full model in the source: a folder or a .gguf file. Default: the source."
+        ),
         "decodePath": described(PATH, "Path of the decode model in the source. Default: the source."),
     },
     ["name", "source"],
@@ -96,7 +105,10 @@ MODEL = record(
 CLAIM = record(
     {
         "name": described(NAME, "Name of the claim in the pod."),
-        "spec": described(FREE, "`spec` of a ResourceClaim, in the API version of the cluster (`v1` from Kubernetes 1.34). The chart makes a template of it."),
+        "spec": described(
+            FREE,
+            "`spec` of a ResourceClaim, in the API version of the cluster (`v1` from Kubernetes 1.34). The chart makes a template of it.",
+        ),
         "resourceClaimName": described(OBJECT_NAME, "An existing ResourceClaim, shared by all pods."),
         "resourceClaimTemplateName": described(OBJECT_NAME, "An existing ResourceClaimTemplate."),
     },
@@ -170,7 +182,9 @@ def pool(settings, role):
     }
     if role == "decode":
         properties["servedName"] = described(SERVED, "Name for clients. Default: the model's. For several variants.")
-        properties["modelPath"] = described(PATH, "Path of the decode model in the source. Default: the model's decodePath.")
+        properties["modelPath"] = described(
+            PATH, "Path of the decode model in the source. Default: the model's decodePath."
+        )
     return record({**properties, **of_role(settings, role)}, ["name", "model"])
 
 

@@ -33,12 +33,17 @@ def test_checkov_finds_nothing_new():
     files = [argument for example in EXAMPLES for argument in ("-f", RENDERED / example.name)]
     result = subprocess.run(
         [CHECKOV, "--framework", "kubernetes", "--output", "json", "--quiet", "--compact", *files],
-        capture_output=True, text=True, env={**os.environ, "LOG_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LOG_LEVEL": "ERROR"},
     )
     report = json.loads(result.stdout)
     summary = report["summary"]
     assert summary["passed"] > 1000 and summary["parsing_errors"] == 0
-    found = {(each["check_id"], each["check_name"], each["file_path"], each["resource"]) for each in report["results"]["failed_checks"]}
+    found = {
+        (each["check_id"], each["check_name"], each["file_path"], each["resource"])
+        for each in report["results"]["failed_checks"]
+    }
     new = sorted(each for each in found if each[0] not in MEANT)
     assert new == []
     assert {each[0] for each in found} == set(MEANT), "a finding that is meant no longer occurs"

@@ -27,12 +27,18 @@ def check(objects):
 
 
 EVERYTHING = [
-    "--set", "discovery.mode=etcd,discovery.etcd.replicas=3,tls.mode=certManager",
-    "--set", "monitoring.podMonitor.enabled=true,monitoring.rules.enabled=true,monitoring.dashboards.enabled=true",
-    "--set", "router.serveTls.mode=certManager,router.serveTls.certManager.issuerRef.name=i",
-    "--set", "models[0].name=Org.Model_v1.5,models[0].source.hub.full=a/b,models[0].source.hub.size=1Gi",
-    "--set", "prefill.pools[0].name=p,prefill.pools[0].model=Org.Model_v1.5",
-    "--set", "decode.pools[0].name=d,decode.pools[0].model=Org.Model_v1.5",
+    "--set",
+    "discovery.mode=etcd,discovery.etcd.replicas=3,tls.mode=certManager",
+    "--set",
+    "monitoring.podMonitor.enabled=true,monitoring.rules.enabled=true,monitoring.dashboards.enabled=true",
+    "--set",
+    "router.serveTls.mode=certManager,router.serveTls.certManager.issuerRef.name=i",
+    "--set",
+    "models[0].name=Org.Model_v1.5,models[0].source.hub.full=a/b,models[0].source.hub.size=1Gi",
+    "--set",
+    "prefill.pools[0].name=p,prefill.pools[0].model=Org.Model_v1.5",
+    "--set",
+    "decode.pools[0].name=d,decode.pools[0].model=Org.Model_v1.5",
 ]
 
 
@@ -46,12 +52,17 @@ def test_long_pool_names(helm4):
     for release in ("x", LONG):
         for pool in ("p" * 63, "p" * 62 + "q", "1"):
             objects = helm4.objects(
-                "--set-json", f'decode.pools=[{{"name":"{pool}","model":"demo"}},{{"name":"other","model":"demo"}}]',
+                "--set-json",
+                f'decode.pools=[{{"name":"{pool}","model":"demo"}},{{"name":"other","model":"demo"}}]',
                 release=release,
             )
             check(objects)
             pools[release, pool] = {name for kind, name in names(objects) if kind == "Deployment"}
-    assert not pools["x", "p" * 63] & pools["x", "p" * 62 + "q"] - {"x-overfill-router", "x-overfill-prefill-default", "x-overfill-decode-other"}
+    assert not pools["x", "p" * 63] & pools["x", "p" * 62 + "q"] - {
+        "x-overfill-router",
+        "x-overfill-prefill-default",
+        "x-overfill-decode-other",
+    }
 
 
 def test_names_with_dots_differ_from_names_with_dashes(helm4):
@@ -85,7 +96,10 @@ def test_two_releases_never_mix(helm4):
                 assert selector, each
                 for name, labels, _ in kube.pods(others):
                     assert not selected(selector, labels), (each["kind"], each["metadata"]["name"], name)
-    prefix = {kube.env(each, "Deployment", f"{name}-overfill-router")["OVERFILL_ETCD_PREFIX"] for each, name in ((one, "one"), (two, "two"))}
+    prefix = {
+        kube.env(each, "Deployment", f"{name}-overfill-router")["OVERFILL_ETCD_PREFIX"]
+        for each, name in ((one, "one"), (two, "two"))
+    }
     assert prefix == {"overfill/one", "overfill/two"}
     rules = str(kube.of_kind(one, "PrometheusRule")[0]["spec"])
     assert 'release="one"' in rules and "$release" not in rules and "$namespace" not in rules
@@ -100,12 +114,24 @@ def test_etcd_prefix_has_the_namespace(helm4):
     assert "OVERFILL_PREFILL_DNS" not in env
 
 
+def test_routers_use_no_nodes_of_another_release(helm4):
+    for name in ("router", "prefill-default", "decode-default"):
+        assert (
+            kube.env(helm4.objects(namespace="n"), "Deployment", f"overfill-{name}")["OVERFILL_CLUSTER"] == "n/overfill"
+        )
+
+
 def test_selectors_never_change(helm4):
     """Selectors of Deployments can't be changed: they hold neither version nor anything that values set."""
-    for each in kube.of_kind(helm4.objects("--set", "commonLabels.team=a,image.tag=x,nodes.podLabels.b=c"), "Deployment"):
+    for each in kube.of_kind(
+        helm4.objects("--set", "commonLabels.team=a,image.tag=x,nodes.podLabels.b=c"), "Deployment"
+    ):
         selector = each["spec"]["selector"]["matchLabels"]
         assert set(selector) <= {
-            "app.kubernetes.io/name", "app.kubernetes.io/instance", "app.kubernetes.io/component", "overfill/pool",
+            "app.kubernetes.io/name",
+            "app.kubernetes.io/instance",
+            "app.kubernetes.io/component",
+            "overfill/pool",
         }
         assert selected(selector, each["spec"]["template"]["metadata"]["labels"])
         assert each["spec"]["template"]["metadata"]["labels"]["team"] == "a"

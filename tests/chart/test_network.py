@@ -131,7 +131,12 @@ def test_only_the_download_reaches_the_hub(helm4):
 
 
 def test_clients_can_be_named(helm4):
-    network = Network(helm4.objects("--set-json", 'networkPolicy.clientsFrom=[{"namespaceSelector":{"matchLabels":{"kubernetes.io/metadata.name":"apps"}}}]'))
+    network = Network(
+        helm4.objects(
+            "--set-json",
+            'networkPolicy.clientsFrom=[{"namespaceSelector":{"matchLabels":{"kubernetes.io/metadata.name":"apps"}}}]',
+        )
+    )
     assert reachable(network, "client") == CLIENT
     assert reachable(network, "neighbour") == set()
     assert reachable(network, "test") == {("router", 50051)}

@@ -50,7 +50,13 @@ def route(rule):
 
 
 ROUTES = {
-    "HTTPRoute": route({"matches": {}, "timeouts": {"properties": {"request": {"pattern": "^([0-9]{1,5}(h|m|s|ms)){1,4}$"}}}, "backendRefs": BACKENDS}),
+    "HTTPRoute": route(
+        {
+            "matches": {},
+            "timeouts": {"properties": {"request": {"pattern": "^([0-9]{1,5}(h|m|s|ms)){1,4}$"}}},
+            "backendRefs": BACKENDS,
+        }
+    ),
     "GRPCRoute": route({"backendRefs": BACKENDS}),
 }
 
@@ -76,10 +82,14 @@ def check(each):
 
 
 SWITCHES = [
-    "--set", "monitoring.rules.enabled=true,monitoring.rules.alertLabels.team=a,monitoring.rules.labels.x=y",
-    "--set", "monitoring.prometheus.serverAddress=http://p:9090,monitoring.prometheus.authenticationRef=a",
-    "--set", "nodes.autoscaling.enabled=true,monitoring.serviceMonitor.enabled=true,router.serveTls.mode=secret",
-    "--set", "router.serveTls.secretName=s,discovery.mode=etcd",
+    "--set",
+    "monitoring.rules.enabled=true,monitoring.rules.alertLabels.team=a,monitoring.rules.labels.x=y",
+    "--set",
+    "monitoring.prometheus.serverAddress=http://p:9090,monitoring.prometheus.authenticationRef=a",
+    "--set",
+    "nodes.autoscaling.enabled=true,monitoring.serviceMonitor.enabled=true,router.serveTls.mode=secret",
+    "--set",
+    "router.serveTls.secretName=s,discovery.mode=etcd",
 ]
 
 
@@ -110,12 +120,38 @@ def test_queries_are_of_one_pool_of_one_release(helm4):
         metric = {"prefill": "overfill_prefill_backlog_seconds", "decode": "overfill_decode_load_nodes"}[role]
         trigger = each["spec"]["triggers"][0]
         labels = 'namespace="n",release="one",pool="default"'
+        target = {"prefill": "1", "decode": "0.8"}[role]
         assert trigger["metadata"]["query"] == (
-            f'sum({metric}{{{labels},source="router"}}) + max({metric}{{{labels},source="nodes"}})'
+            f'(sum({metric}{{{labels},source="router"}}) or vector(0))'
+            f' + (max({metric}{{{labels},source="nodes"}}) or vector(0))'
+            ' + clamp_max(sum(overfill_requests_without_nodes{namespace="n",release="one",model_name=~"demo"}), '
+            + target
+            + ")"
         )
-        assert trigger["metadata"]["threshold"] == {"prefill": "1", "decode": "0.8"}[role]
+        assert trigger["metadata"]["threshold"] == target
         assert trigger["metricType"] == "AverageValue"
         assert each["spec"]["scaleTargetRef"]["name"] == each["metadata"]["name"]
+
+
+def test_waiting_requests_wake_their_own_pool(helm4, tmp_path):
+    """A prefill pool is woken for all variants of its model, a decode pool for its own. Names are no patterns."""
+    (tmp_path / "values.yaml").write_text(
+        "nodes: {autoscaling: {enabled: true}}\nmonitoring: {prometheus: {serverAddress: 'http://p'}}\n"
+        "models: [{name: org/m1.5, source: {builtin: demo}}]\nprefill: {pools: [{name: p, model: org/m1.5}]}\n"
+        "decode: {pools: [{name: a, model: org/m1.5}, {name: b, model: org/m1.5, servedName: small}]}\n"
+    )
+    objects = helm4.objects("--values", tmp_path / "values.yaml")
+    names = {
+        each["metadata"]["name"]: each["spec"]["triggers"][0]["metadata"]["query"]
+        .split("model_name=~")[1]
+        .split("}")[0]
+        for each in kube.of_kind(objects, "ScaledObject")
+    }
+    assert names == {
+        "overfill-prefill-p": '"org/m1\\\\.5|small"',
+        "overfill-decode-a": '"org/m1\\\\.5"',
+        "overfill-decode-b": '"small"',
+    }
 
 
 def test_a_pool_waits_for_its_nodes_before_it_shrinks(helm4):
@@ -126,14 +162,23 @@ def test_a_pool_waits_for_its_nodes_before_it_shrinks(helm4):
 
 
 def test_hpa_reads_a_recorded_metric(helm4):
-    objects = helm4.objects("--set", "nodes.autoscaling.enabled=true,nodes.autoscaling.kind=hpa,monitoring.rules.enabled=true")
+    objects = helm4.objects(
+        "--set", "nodes.autoscaling.enabled=true,nodes.autoscaling.kind=hpa,monitoring.rules.enabled=true"
+    )
     kube.validate(objects, "1.37.0")
     recorded = {rule.get("record") for group in rules(objects)["groups"] for rule in group["rules"]}
     for each in kube.of_kind(objects, "HorizontalPodAutoscaler"):
         metric = each["spec"]["metrics"][0]["external"]
         assert metric["metric"]["name"] in recorded
-        assert metric["metric"]["selector"]["matchLabels"] == {"namespace": "overfill", "release": "overfill", "pool": "default"}
-    targets = [each["spec"]["metrics"][0]["external"]["target"]["averageValue"] for each in kube.of_kind(objects, "HorizontalPodAutoscaler")]
+        assert metric["metric"]["selector"]["matchLabels"] == {
+            "namespace": "overfill",
+            "release": "overfill",
+            "pool": "default",
+        }
+    targets = [
+        each["spec"]["metrics"][0]["external"]["target"]["averageValue"]
+        for each in kube.of_kind(objects, "HorizontalPodAutoscaler")
+    ]
     assert sorted(targets) == ["1", "800m"]
 
 
@@ -152,8 +197,15 @@ def test_rules_are_the_file(helm4):
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed (Debian: apt install prometheus)")
 def test_rules_and_queries_are_promql(helm4, tmp_path):
     subprocess.run(["promtool", "check", "rules", CHART / "files/rules.yaml"], check=True)
-    queries = [each["spec"]["triggers"][0]["metadata"]["query"] for each in kube.of_kind(helm4.objects(*SWITCHES), "ScaledObject")]
-    (tmp_path / "q.yaml").write_text(yaml.safe_dump({"groups": [{"name": "g", "rules": [{"record": f"r{i}", "expr": q} for i, q in enumerate(queries)]}]}))
+    queries = [
+        each["spec"]["triggers"][0]["metadata"]["query"]
+        for each in kube.of_kind(helm4.objects(*SWITCHES), "ScaledObject")
+    ]
+    (tmp_path / "q.yaml").write_text(
+        yaml.safe_dump(
+            {"groups": [{"name": "g", "rules": [{"record": f"r{i}", "expr": q} for i, q in enumerate(queries)]}]}
+        )
+    )
     subprocess.run(["promtool", "check", "rules", tmp_path / "q.yaml"], check=True)
 
 
@@ -185,15 +237,26 @@ def test_scrapes_meet_ports(helm4):
             selector = each["spec"]["selector"]
             labels = selector["matchLabels"].items()
             if kind == "PodMonitor":
-                ports = [{port["name"] for port in spec["containers"][0]["ports"]} for _, found, spec in kube.pods(objects) if labels <= found.items()]
+                ports = [
+                    {port["name"] for port in spec["containers"][0]["ports"]}
+                    for _, found, spec in kube.pods(objects)
+                    if labels <= found.items()
+                ]
                 endpoint = each["spec"]["podMetricsEndpoints"][0]
             else:
                 absent = [one["key"] for one in selector.get("matchExpressions", [])]
-                services = [one for one in kube.of_kind(objects, "Service") if labels <= one["metadata"]["labels"].items() and not set(absent) & set(one["metadata"]["labels"])]
+                services = [
+                    one
+                    for one in kube.of_kind(objects, "Service")
+                    if labels <= one["metadata"]["labels"].items() and not set(absent) & set(one["metadata"]["labels"])
+                ]
                 ports = [{port["name"] for port in one["spec"]["ports"]} for one in services]
                 endpoint = each["spec"]["endpoints"][0]
             assert len(ports) == 1 and endpoint["port"] in ports[0]
-            assert {"sourceLabels": ["__meta_kubernetes_pod_label_app_kubernetes_io_instance"], "targetLabel": "release"} in endpoint["relabelings"]
+            assert {
+                "sourceLabels": ["__meta_kubernetes_pod_label_app_kubernetes_io_instance"],
+                "targetLabel": "release",
+            } in endpoint["relabelings"]
 
 
 def test_certificates_have_the_names_that_are_dialled(helm4):
@@ -207,5 +270,10 @@ def test_certificates_have_the_names_that_are_dialled(helm4):
                 assert volume["secret"]["secretName"] in secrets, name
     for role in ("router", "prefill", "decode"):
         assert secrets[f"overfill-{role}-tls"] == ["nodes.overfill.internal"]
+    # No service gets etcd's key.
+    assert kube.env(objects, "Deployment", "overfill-router")["OVERFILL_ETCD_KEY"] == "/etc/overfill/tls/tls.key"
+    for name, _, spec in kube.pods(objects):
+        mounted = [volume["secret"]["secretName"] for volume in spec["volumes"] if "secret" in volume]
+        assert ("overfill-etcd-tls" in mounted) == name.startswith("StatefulSet"), name
     urls = kube.env(objects, "Deployment", "overfill-router")["OVERFILL_ETCD_URL"].split(",")
     assert [url.removeprefix("https://").removesuffix(":2379") for url in urls] == secrets["overfill-etcd-tls"]

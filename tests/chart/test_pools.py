@@ -1,5 +1,7 @@
 """Pools: overrides, devices, drain, disruption, discovery."""
 
+import hashlib
+
 import pytest
 
 import kube
@@ -63,7 +65,10 @@ def test_overrides(pools):
     assert node(pools, "prefill-b")["image"] == "ghcr.io/other/prefill:2"
     assert node(pools, "prefill-b")["resources"] == {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": 2}}
     assert {each["metadata"]["name"] for each in kube.of_kind(pools, "PodDisruptionBudget")} == {
-        "overfill-router", "overfill-prefill-a", "overfill-decode-a", "overfill-decode-fast",
+        "overfill-router",
+        "overfill-prefill-a",
+        "overfill-decode-a",
+        "overfill-decode-fast",
     }
 
 
@@ -82,7 +87,7 @@ def test_every_example_drains(helm4, example):
     for each in kube.of_kind(helm4.objects("--values", example), "Deployment"):
         spec = each["spec"]["template"]["spec"]
         env = {one["name"]: one.get("value") for one in spec["containers"][0]["env"]}
-        drain = int(env.get("OVERFILL_DRAIN_TIMEOUT_SECONDS", env["OVERFILL_DEFAULT_DEADLINE_SECONDS"]))
+        drain = int(env["OVERFILL_DRAIN_TIMEOUT_SECONDS"])
         sleep = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
         assert spec["terminationGracePeriodSeconds"] >= drain + sleep + 1
         # A rollout may not count as failed while a model is still loading.
@@ -114,8 +119,12 @@ def test_headless_services_publish_nodes_that_are_not_ready(pools):
 
 def test_routers_look_for_all_pools(pools):
     env = kube.env(pools, "Deployment", "overfill-router")
-    assert env["OVERFILL_PREFILL_DNS"] == ",".join(f"http://overfill-prefill-{name}.overfill.svc:50061" for name in "ab")
-    assert env["OVERFILL_DECODE_DNS"] == ",".join(f"http://overfill-decode-{name}.overfill.svc:50071" for name in ("a", "fast"))
+    assert env["OVERFILL_PREFILL_DNS"] == ",".join(
+        f"http://overfill-prefill-{name}.overfill.svc:50061" for name in "ab"
+    )
+    assert env["OVERFILL_DECODE_DNS"] == ",".join(
+        f"http://overfill-decode-{name}.overfill.svc:50071" for name in ("a", "fast")
+    )
     assert env["OVERFILL_SERVED_MODEL"] == "demo,demo-fast"
     services = {each["metadata"]["name"] for each in kube.of_kind(pools, "Service")}
     for url in (env["OVERFILL_PREFILL_DNS"] + "," + env["OVERFILL_DECODE_DNS"]).split(","):
@@ -126,7 +135,9 @@ def test_services_reach_their_containers(helm4):
     for example in EXAMPLES:
         objects = helm4.objects("--values", example)
         for service in kube.of_kind(objects, "Service"):
-            found = [spec for _, labels, spec in kube.pods(objects) if service["spec"]["selector"].items() <= labels.items()]
+            found = [
+                spec for _, labels, spec in kube.pods(objects) if service["spec"]["selector"].items() <= labels.items()
+            ]
             assert len(found) == 1, service["metadata"]["name"]
             names = {port["name"] for port in found[0]["containers"][0]["ports"]}
             assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
@@ -134,8 +145,10 @@ def test_services_reach_their_containers(helm4):
 
 def test_devices(helm4):
     objects = helm4.objects(
-        "--set", "nodes.device=cuda:0,nodes.gpu.count=2,nodes.rdma.count=1",
-        "--set-json", 'nodes.resourceClaims=[{"name":"nic","resourceClaimTemplateName":"nic"}]',
+        "--set",
+        "nodes.device=cuda:0,nodes.gpu.count=2,nodes.rdma.count=1",
+        "--set-json",
+        'nodes.resourceClaims=[{"name":"nic","resourceClaimTemplateName":"nic"}]',
     )
     container = node(objects, "decode-default")
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "2", "rdma/hca": "1"}
@@ -147,21 +160,31 @@ def test_devices(helm4):
     assert node(off, "decode-default")["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
-@pytest.mark.parametrize("version,api", [("1.32.1", "v1beta1"), ("1.33.1", "v1beta2"), ("1.34.0-gke.1", "v1"), ("1.37.0", "v1")])
+@pytest.mark.parametrize(
+    "version,api", [("1.32.1", "v1beta1"), ("1.33.1", "v1beta2"), ("1.34.0-gke.1", "v1"), ("1.37.0", "v1")]
+)
 def test_claims_are_in_the_clusters_api(helm4, version, api):
-    objects = helm4.objects("--set-json", 'nodes.resourceClaims=[{"name":"gpu","spec":{"devices":{}}}]', version=version)
+    objects = helm4.objects(
+        "--set-json", 'nodes.resourceClaims=[{"name":"gpu","spec":{"devices":{}}}]', version=version
+    )
     templates = kube.of_kind(objects, "ResourceClaimTemplate")
     assert {each["apiVersion"] for each in templates} == {f"resource.k8s.io/{api}"} and len(templates) == 2
 
 
-@pytest.mark.parametrize("placement,kind,rule", [
-    ("together", "podAffinity", "preferred"), ("apart", "podAntiAffinity", "preferred"),
-    ("apartRequired", "podAntiAffinity", "required"),
-])
+@pytest.mark.parametrize(
+    "placement,kind,rule",
+    [
+        ("together", "podAffinity", "preferred"),
+        ("apart", "podAntiAffinity", "preferred"),
+        ("apartRequired", "podAntiAffinity", "required"),
+    ],
+)
 def test_placement(helm4, placement, kind, rule):
     objects = helm4.objects(
-        "--set", f"nodes.otherRole.placement={placement}",
-        "--set-json", 'nodes.affinity={"podAffinity":{"preferredDuringSchedulingIgnoredDuringExecution":[{"weight":1,"podAffinityTerm":{"topologyKey":"x"}}]}}',
+        "--set",
+        f"nodes.otherRole.placement={placement}",
+        "--set-json",
+        'nodes.affinity={"podAffinity":{"preferredDuringSchedulingIgnoredDuringExecution":[{"weight":1,"podAffinityTerm":{"topologyKey":"x"}}]}}',
     )
     for role, other in (("prefill", "decode"), ("decode", "prefill")):
         affinity = deployment(objects, f"{role}-default")["spec"]["template"]["spec"]["affinity"]
@@ -172,14 +195,18 @@ def test_placement(helm4, placement, kind, rule):
 
 
 def test_extra_env_replaces(helm4):
-    objects = helm4.objects("--set-json", 'nodes.extraEnv=[{"name":"RUST_LOG","value":"debug"},{"name":"A","value":"b"}]')
+    objects = helm4.objects(
+        "--set-json", 'nodes.extraEnv=[{"name":"RUST_LOG","value":"debug"},{"name":"A","value":"b"}]'
+    )
     env = kube.env(objects, "Deployment", "overfill-decode-default")
     assert env["RUST_LOG"] == "debug" and env["A"] == "b"
     kube.unique(deployment(objects, "decode-default"))
 
 
 def test_extra_pod_spec(helm4):
-    objects = helm4.objects("--set-json", 'nodes.extraPodSpec={"hostAliases":[{"ip":"1.2.3.4"}],"securityContext":{"fsGroup":7}}')
+    objects = helm4.objects(
+        "--set-json", 'nodes.extraPodSpec={"hostAliases":[{"ip":"1.2.3.4"}],"securityContext":{"fsGroup":7}}'
+    )
     pod = deployment(objects, "decode-default")["spec"]["template"]["spec"]
     assert pod["hostAliases"] and pod["securityContext"]["fsGroup"] == 7 and pod["securityContext"]["runAsNonRoot"]
     kube.validate(objects, "1.37.0")
@@ -187,7 +214,9 @@ def test_extra_pod_spec(helm4):
 
 def test_images(helm4):
     digest = "sha256:" + "0" * 64
-    objects = helm4.objects("--set", f"image.registry=r.io,image.tag=v9,image.decode.digest={digest},image.prefill.tag=v8")
+    objects = helm4.objects(
+        "--set", f"image.registry=r.io,image.tag=v9,image.decode.digest={digest},image.prefill.tag=v8"
+    )
     assert node(objects, "router")["image"] == "r.io/overfill/overfill-router:v9"
     assert node(objects, "prefill-default")["image"] == "r.io/overfill/overfill-prefill:v8"
     assert node(objects, "decode-default")["image"] == f"r.io/overfill/overfill-decode@{digest}"
@@ -201,28 +230,45 @@ def test_image_of_a_numeric_version(helm4):
     assert node(objects, "router")["image"].endswith(":1e3")
 
 
+def folder(model):
+    """Folder of a hub model in its claim: a name with a slash gets a hash."""
+    return f"{model.replace('/', '-')}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+
+
 def test_models(helm4):
     def mount(source, paths='"fullPath":"f","decodePath":"d/m.gguf",'):
         objects = helm4.objects("--set-json", f'models=[{{"name":"demo",{paths}"source":{source}}}]')
         kube.validate(objects, "1.37.0")
-        env = [kube.env(objects, "Deployment", f"overfill-{role}-default")["OVERFILL_MODEL"] for role in ("prefill", "decode")]
+        env = [
+            kube.env(objects, "Deployment", f"overfill-{role}-default")["OVERFILL_MODEL"]
+            for role in ("prefill", "decode")
+        ]
         return env, deployment(objects, "decode-default")["spec"]["template"]["spec"]
 
     env, pod = mount('{"pvc":{"claimName":"c","subPath":"s"}}')
     assert env == ["/models/f", "/models/d/m.gguf"]
-    assert {"name": "models", "mountPath": "/models", "readOnly": True, "subPath": "s"} in pod["containers"][0]["volumeMounts"]
+    assert {"name": "models", "mountPath": "/models", "readOnly": True, "subPath": "s"} in pod["containers"][0][
+        "volumeMounts"
+    ]
     env, pod = mount('{"hostPath":{"path":"/m"}}', "")
-    assert env == ["/models", "/models"] and {"name": "models", "hostPath": {"path": "/m", "type": "Directory"}} in pod["volumes"]
+    assert (
+        env == ["/models", "/models"]
+        and {"name": "models", "hostPath": {"path": "/m", "type": "Directory"}} in pod["volumes"]
+    )
     _, pod = mount('{"image":{"reference":"r/m:1"}}')
     assert {"name": "models", "image": {"reference": "r/m:1", "pullPolicy": "IfNotPresent"}} in pod["volumes"]
     env, pod = mount('{"hub":{"full":"a/b","decode":"a/c","existingClaim":"x"}}', "")
-    assert env == ["/models/full", "/models/decode"]
-    assert pod["initContainers"][0]["args"][-2:] == ["/models/decode", "a/c"]
+    assert env == [f"/models/{folder('a/b')}", f"/models/{folder('a/c')}"]
+    assert pod["initContainers"][0]["args"][-2:] == [f"/models/{folder('a/c')}", "a/c"]
 
 
 def test_one_download_per_model(helm4):
     def job(*arguments):
-        objects = helm4.objects("--set-json", 'models=[{"name":"demo","source":{"hub":{"full":"a/b","decode":"a/c","size":"1Gi"}}}]', *arguments)
+        objects = helm4.objects(
+            "--set-json",
+            'models=[{"name":"demo","source":{"hub":{"full":"a/b","decode":"a/c","size":"1Gi"}}}]',
+            *arguments,
+        )
         assert len(kube.of_kind(objects, "PersistentVolumeClaim")) == 1
         return kube.of_kind(objects, "Job")
 
@@ -232,3 +278,5 @@ def test_one_download_per_model(helm4):
     # A Job can't be changed: another image makes another Job, and nothing else does.
     assert job("--set", "image.cli.tag=v2")[0]["metadata"]["name"] != one["metadata"]["name"]
     assert job("--set", "nodes.kvPoolTokens=32,image.router.tag=v2")[0]["metadata"]["name"] == one["metadata"]["name"]
+    # A Job's labels can't be changed either.
+    assert job("--set", "commonLabels.team=a")[0]["metadata"]["name"] != one["metadata"]["name"]

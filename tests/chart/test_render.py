@@ -39,7 +39,9 @@ def test_no_line_is_left_ragged(helm4, example):
 def test_chart_needs_no_values(helm):
     objects = helm.objects()
     kube.validate(objects, NEWEST)
-    assert kube.env(objects, "Deployment", "overfill-prefill-default")["OVERFILL_MODEL"].startswith("/usr/share/overfill")
+    assert kube.env(objects, "Deployment", "overfill-prefill-default")["OVERFILL_MODEL"].startswith(
+        "/usr/share/overfill"
+    )
 
 
 def test_package_holds_no_examples(helm, tmp_path):

