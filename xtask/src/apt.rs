@@ -33,6 +33,18 @@ pub fn etcd() -> Result<()> {
     Ok(())
 }
 
+/// Installs promtool for the tests of the chart's rules, unless it is present.
+pub fn promtool() -> Result<()> {
+    let usable = || succeeds(Command::new("promtool").arg("--version"));
+    if !usable() {
+        install(&["prometheus"], "the tests of the chart's rules need promtool")?;
+    }
+    if !usable() {
+        bail!("promtool does not start after installing prometheus");
+    }
+    Ok(())
+}
+
 /// Installs the programs that create network hosts and disturb their links, unless they are present.
 pub fn network() -> Result<()> {
     let usable = || succeeds(Command::new("nft").arg("--version")) && succeeds(Command::new("tc").arg("-Version"));

@@ -1,6 +1,7 @@
-//! The project's commands: `cargo xtask demo | test | ci | tidy | images | neon`.
+//! The project's commands: `cargo xtask demo | test | ci | chart | kubernetes | tidy | images | neon`.
 
 mod apt;
+mod chart;
 mod demo;
 mod images;
 mod memory;
@@ -20,6 +21,10 @@ usage: cargo xtask COMMAND
   demo [PROMPT]  build, start a local cluster on the demo pair, send a prompt, stream the answer
   test           everything that CI runs: format, lints, tidy checks, all tests, memory check of kernels
   ci             the same, but fails if a needed program is missing and can't be installed
+  chart          the tests of the Helm chart, which need no cluster
+  chart generate write the chart's schema, the tables of its README and its rendered examples
+  kubernetes     install the chart into the cluster of the current kubeconfig, and scale, update and drain it under load.
+                 Further arguments go to pytest
   tidy           check the project's rules about its files
   images [--release | --binaries DIR] [--test]
                  container images of the binaries in target/debug, of a release build, or of DIR; or run them as a test
@@ -32,6 +37,9 @@ fn main() -> ExitCode {
         ["demo", prompt] => demo::run(Some(prompt)),
         ["test"] => test::run(Programs::IfThere),
         ["ci"] => test::run(Programs::Required),
+        ["chart"] => chart::run(),
+        ["chart", "generate"] => chart::generate(),
+        ["kubernetes", ref arguments @ ..] => chart::kubernetes(arguments),
         ["tidy"] => tidy::run(),
         ["images", ref options @ ..] => images::run(options),
         ["neon"] => neon::run(),

@@ -1,4 +1,4 @@
-//! Python environment for the tests that use the OpenAI client, NumPy and safetensors.
+//! Python environments for tests: what they need from PyPI, in folders of Cargo's target folder.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,26 +8,45 @@ use anyhow::{Context, Result, bail};
 use crate::apt;
 use crate::process::{root, run, succeeds, target};
 
+/// A file of requirements, and how pip reads it.
+pub struct Requirements {
+    /// Path in the repository.
+    pub file: &'static str,
+    /// Arguments of `pip install`, before the file.
+    pub arguments: &'static [&'static str],
+}
+
 /// Prepares the environment of the tests. Returns the interpreter.
 pub fn prepare() -> Result<PathBuf> {
     venv("venv", "tests/python/requirements.txt")
 }
 
 /// Installs a file of requirements into the environment `target/NAME` unless it is up to date. Returns the interpreter.
-pub fn venv(name: &str, requirements: &str) -> Result<PathBuf> {
+pub fn venv(name: &str, requirements: &'static str) -> Result<PathBuf> {
+    environment(name, &[Requirements { file: requirements, arguments: &[] }])
+}
+
+/// Installs requirements into the folder `name` of the target folder unless it is up to date. Returns the interpreter.
+pub fn environment(name: &str, requirements: &[Requirements]) -> Result<PathBuf> {
     let venv = target().join(name);
     let python = venv.join("bin/python");
-    let requirements = root().join(requirements);
-    let wanted =
-        std::fs::read_to_string(&requirements).with_context(|| format!("reading {}", requirements.display()))?;
+    let mut wanted = String::new();
+    for each in requirements {
+        let file = root().join(each.file);
+        wanted += &std::fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+    }
     let stamp = venv.join("requirements.txt");
     if std::fs::read_to_string(&stamp).is_ok_and(|have| have == wanted) && succeeds(Command::new(&python).arg("-V")) {
         return Ok(python);
     }
     create(&venv)?;
-    run(Command::new(&python)
-        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"])
-        .arg(&requirements))?;
+    for each in requirements {
+        run(Command::new(&python)
+            .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
+            .args(each.arguments)
+            .arg("-r")
+            .arg(root().join(each.file)))?;
+    }
     std::fs::write(&stamp, wanted).with_context(|| format!("writing {}", stamp.display()))?;
     Ok(python)
 }
