@@ -133,15 +133,16 @@ class Handler(BaseHTTPRequestHandler):
         draw = random.Random(f"{body.get('seed')} {model}")
         timings = invented.timings(len(prompt), total, rate)
         time.sleep(timings["ttft_seconds"])
-        begin, sent = time.monotonic(), 0
+        begin, sent, gap = time.monotonic(), 0, ""
         while sent < total:
             # In bursts, as a fast node's tokens arrive. Each token is still an event of its own.
             due = min(total, 1 + int((time.monotonic() - begin) * rate))
             burst = b""
             for index in range(sent, due):
-                text = " " + draw.choice(WORDS) if index else "Well"
+                text = gap + draw.choice(WORDS) if index else "Well"
                 if draw.random() < 0.02:
                     text = ".\n" if "lines" in prompt else "."
+                gap = "" if text.endswith("\n") else " "
                 made = {"stage": "decode", "model": model} if index else {"stage": "prefill", "model": full}
                 choice = {"index": 0, "finish_reason": None}
                 choice |= {"delta": {"content": text}} if chat else {"text": text}

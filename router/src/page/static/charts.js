@@ -54,7 +54,7 @@ function options(series, width, clockOf, onCursor) {
     },
     axes: [
       { ...axis, space: 64, size: 24, gap: 4, incrs: [60, 180, 300], values: (_, ticks) => ticks.map(clock) },
-      { ...axis, space: 36, size: 58, gap: 6, values: (_, ticks) => ticks.map((tick) => (tick === 0 ? '0' : duration(tick))) },
+      { ...axis, space: 36, size: 58, gap: 6, values: (_, ticks) => ticks.map((tick) => (tick === 0 ? '0' : duration(tick).replace(/\.0+ /, ' '))) },
     ],
     series: [
       {},
@@ -115,6 +115,6 @@ export function Chart({ title, meaning, history, now, series }) {
       </ul>
     </header>
     <div class="plot" ref=${place} role="img" aria-label=${`${title} of the last ${MINUTES} minutes. Latest: ${summary}`}></div>
-    ${empty && html`<p class="nothing">No request in the last ${MINUTES} minutes</p>`}
+    ${empty && html`<p class="nothing"><span>No request in the last ${MINUTES} minutes</span></p>`}
   </section>`;
 }

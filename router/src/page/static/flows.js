@@ -112,6 +112,6 @@ function curve(from, to, box) {
     return `M${x1} ${y1} C${middle} ${y1} ${middle} ${y2} ${x2} ${y2}`;
   }
   const x2 = to.right - box.left;
-  const out = box.width + 6;
+  const out = box.width - 1;
   return `M${x1} ${y1} C${out} ${y1} ${out} ${y1} ${out} ${(y1 + y2) / 2} S${out} ${y2} ${x2} ${y2}`;
 }

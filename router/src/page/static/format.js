@@ -50,7 +50,7 @@ export function bytes(value) {
 /** Tokens per second. Slow models need the fraction. */
 export function rate(value) {
   if (missing(value) || !Number.isFinite(value)) return NONE;
-  return value < 100 ? value.toFixed(1) : short(value);
+  return value > 0 && value < 100 ? value.toFixed(1) : short(value);
 }
 
 export function percent(part, all) {

@@ -27,10 +27,11 @@ export function lanesOf(nodes, role) {
   return lanes.sort((a, b) => (a.pool === '') - (b.pool === '') || natural.compare(a.pool, b.pool));
 }
 
-function Bar({ label, part, all, text, warn }) {
+/** `detail` is left out where there is no room for it. */
+function Bar({ label, part, all, text, detail, warn, title }) {
   const known = all > 0;
   const fraction = known ? Math.min(1, part / all) : 0;
-  return html`<div class="meter">
+  return html`<div class="meter" title=${title}>
     <span class="label">${label}</span>
     <div
       class="track"
@@ -39,11 +40,11 @@ function Bar({ label, part, all, text, warn }) {
       aria-valuemin="0"
       aria-valuemax=${known ? all : 0}
       aria-valuenow=${known ? part : 0}
-      aria-valuetext=${text}
+      aria-valuetext=${[text, detail].filter(Boolean).join(' ')}
     >
       <div class=${`fill ${warn && fraction > NEARLY_FULL ? 'full' : ''}`} style=${{ width: `${fraction * 100}%` }}></div>
     </div>
-    <span class="value">${text}</span>
+    <span class="value">${text}${detail && html`<span class="detail"> ${detail}</span>`}</span>
   </div>`;
 }
 
@@ -78,7 +79,8 @@ function State({ node }) {
 
 function Node({ node, askDrain }) {
   const name = nameOf(node);
-  const reached = node.total_blocks !== undefined;
+  // The numbers of a node that is away are those of the past.
+  const reached = node.state !== 'away' && node.total_blocks !== undefined;
   const used = reached ? node.total_blocks - node.free_blocks : undefined;
   const model = [node.model, node.weights].filter(Boolean).join(' · ');
   const handoffs = node.open_handoffs ?? 0;
@@ -87,21 +89,22 @@ function Node({ node, askDrain }) {
       <span class="name"><i class="dot" aria-hidden="true"></i><b title=${`${node.url} ${node.version ?? ''}`}>${name}</b>
         <${State} node=${node} />
       </span>
-      <span class="model">${reached ? model : node.error || node.url}</span>
+      <span class="model">${model || node.url}</span>
+      ${node.state === 'serving' &&
+      html`<button type="button" class="small" aria-label=${`Drain ${name}`} onClick=${() => askDrain(node)}>Drain</button>`}
     </div>
+    ${node.state === 'away' && html`<p class="reason">${node.error || 'not connected'}</p>`}
     ${reached &&
     html`<${Bar} label="KV cache" part=${used} all=${node.total_blocks} warn
-        text=${`${percent(used, node.total_blocks)} of ${short(node.total_blocks)}`} />
+        text=${percent(used, node.total_blocks)} detail=${`of ${short(node.total_blocks)}`}
+        title=${`${count(used)} of ${count(node.total_blocks)} KV blocks are in use`} />
       <${Bar} label="Batch" part=${node.running_requests} all=${node.max_running_requests}
-        text=${`${count(node.running_requests)} / ${count(node.max_running_requests)}`} />
+        text=${count(node.running_requests)} detail=${`/ ${count(node.max_running_requests)}`}
+        title=${`${plural(node.running_requests, 'running request')}, at most ${count(node.max_running_requests)}`} />
       <${Figure} label="Waiting" value=${short(node.waiting_requests)} title="requests that wait on this node" />
       <${Figure} label="Queued" value=${short(node.queued_tokens ?? 0)} title="prompt tokens that wait on this node" />
       <${Figure} label="Handoffs" value=${short(handoffs)} title="open handoffs" />
       <${Pace} node=${node} />`}
-    <div class="act">
-      ${node.state === 'serving' &&
-      html`<button type="button" class="small" aria-label=${`Drain ${name}`} onClick=${() => askDrain(node)}>Drain</button>`}
-    </div>
     ${node.stranded_bytes > 0 &&
     html`<p class="note">${bytes(node.stranded_bytes)} of KV are stranded: their requests ended, their transfers have not.</p>`}
   </li>`;
@@ -115,7 +118,15 @@ function laneSummary({ nodes }) {
   return parts.join(' · ');
 }
 
-export function Lanes({ role, lanes, askDrain }) {
+/** "prefill", "prefill-h100" and "prefill big": the role is not said twice. */
+function PoolName({ role, pool }) {
+  const said = pool.startsWith(role) ? pool : role;
+  const rest = pool ? (said === pool ? '' : pool) : 'never reached';
+  return html`<span class=${`role ${role}`}>${said}</span>${rest && ` ${rest}`}`;
+}
+
+/** The lanes of a role, with `children` below. */
+export function Lanes({ role, lanes, askDrain, children }) {
   return html`<div class=${`side ${role}`}>
     ${lanes.length === 0 &&
     html`<section class="lane empty" aria-label=${`${role} nodes`}>
@@ -125,11 +136,12 @@ export function Lanes({ role, lanes, askDrain }) {
     ${lanes.map(
       (lane) => html`<section class="lane" key=${lane.pool} aria-label=${`${role} pool ${lane.pool}`}>
         <header>
-          <h3><span class=${`role ${role}`}>${role}</span>${lane.pool ? lane.pool !== role && ` ${lane.pool}` : ' never reached'}</h3>
+          <h3><${PoolName} role=${role} pool=${lane.pool} /></h3>
           <span class="muted">${laneSummary(lane)}</span>
         </header>
         <ul>${lane.nodes.map((node) => html`<${Node} key=${node.url} node=${node} askDrain=${askDrain} />`)}</ul>
       </section>`,
     )}
+    ${children}
   </div>`;
 }

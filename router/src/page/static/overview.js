@@ -9,12 +9,12 @@ import { Lanes, lanesOf } from './nodes.js';
 import { Handoffs, Models, Queue } from './panels.js';
 
 const TTFT = [
-  { field: 'ttft_p95', label: 'p95', color: '--prefill-soft', key: 'prefill soft' },
   { field: 'ttft_p50', label: 'p50', color: '--prefill', key: 'prefill' },
+  { field: 'ttft_p95', label: 'p95', color: '--prefill-soft', key: 'prefill soft' },
 ];
 const ITL = [
-  { field: 'itl_p95', label: 'p95', color: '--decode-soft', key: 'decode soft' },
   { field: 'itl_p50', label: 'p50', color: '--decode', key: 'decode' },
+  { field: 'itl_p95', label: 'p95', color: '--decode-soft', key: 'decode soft' },
 ];
 
 /** Values older than this say nothing about now. */
@@ -67,8 +67,9 @@ function Cluster({ state, askDrain }) {
   }, []);
   useEffect(() => flows.current.update(state.handoffs, fresh(state)), [state]);
   return html`<section class="cluster" ref=${root} aria-label="Pools">
-    <${Lanes} role="prefill" lanes=${lanesOf(state.nodes, 'prefill')} askDrain=${askDrain} />
+    <${Lanes} role="prefill" lanes=${lanesOf(state.nodes, 'prefill')} askDrain=${askDrain}><${Queue} queue=${state.queue} /><//>
     <${Lanes} role="decode" lanes=${lanesOf(state.nodes, 'decode')} askDrain=${askDrain} />
+    <span class="channel" aria-hidden="true">KV cache →</span>
     <svg class="flows" ref=${svg} aria-hidden="true"></svg>
     <div class="dots" ref=${dots} aria-hidden="true"></div>
   </section>`;
@@ -86,7 +87,6 @@ export function Overview({ state, refresh, unauthorized }) {
       <${Chart} title="ITL" meaning="Inter-token latency" series=${ITL} history=${state.history} now=${state.now} />
     </div>
     <div class="panels">
-      <${Queue} queue=${state.queue} />
       <${Handoffs} handoffs=${state.handoffs} now=${state.now} />
       <${Models} models=${state.models} />
     </div>

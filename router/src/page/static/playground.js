@@ -3,6 +3,7 @@
 import { html, useEffect, useRef, useState } from './vendor/htm-preact.js';
 import { api, send } from './api.js';
 import { Column } from './column.js';
+import { makerOf } from './makers.js';
 import { copy, curl, python, request, streamed } from './request.js';
 
 /** A browser opens six connections to a host, and one of them is for the state. */
@@ -93,6 +94,8 @@ export function Playground({ hidden, state, unauthorized }) {
     event?.preventDefault();
     if (!ready || running > 0) return;
     const round = (wishes[0]?.round ?? 0) + 1;
+    // Colours go by the order of the list, not by who answers first.
+    names.filter((name) => chosen.includes(name)).forEach((model) => makerOf({ stage: 'decode', model }));
     setWishes(names.filter((name) => chosen.includes(name)).map((model) => ({ round, request: streamed(request(form, model)) })));
   }
   const shortcut = (event) => {
