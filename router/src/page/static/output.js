@@ -4,15 +4,15 @@
 /** A text node is shaped as a whole, so a run of tokens is cut into pieces of this many characters. */
 const PIECE_CHARS = 1024;
 /** After this many characters, the next line break starts a new block. A block is laid out as a whole. */
-const BLOCK_CHARS = 4096;
+const BLOCK_CHARS = 2048;
+/** After this many characters without a line break, the last line on the screen becomes a new block. */
+const PARAGRAPH_CHARS = 4096;
 /** More text in one frame would make the frame late. The rest follows in the next frame. */
 const FRAME_CHARS = 16_384;
 
 export class Output {
-  /** `painted` is called in each frame that appends text. */
-  constructor(element, painted = () => {}) {
+  constructor(element) {
     this.element = element;
-    this.painted = painted;
     this.pending = [];
     this.frame = 0;
     this.block = null;
@@ -25,6 +25,7 @@ export class Output {
       this.follow = element.scrollTop + element.clientHeight >= element.scrollHeight - 40;
     };
     element.addEventListener('scroll', this.onScroll, { passive: true });
+    element.addEventListener('copy', copyText);
   }
 
   /** Adds the text of some tokens. `maker` is the class of those who made them. */
@@ -45,7 +46,7 @@ export class Output {
     }
     if (this.pending.length > 0) this.frame = requestAnimationFrame(() => this.flush(FRAME_CHARS));
     if (this.follow) this.element.scrollTop = 1e9;
-    this.painted();
+    if (this.blockChars > PARAGRAPH_CHARS) this.cutLine();
   }
 
   append(text, maker) {
@@ -66,6 +67,19 @@ export class Output {
     }
   }
 
+  /** A cut where the browser wraps the line anyway can't be seen. */
+  cutLine() {
+    const begin = lastLine(this.span);
+    // The line began in an earlier piece. It will have ended a few frames later.
+    if (begin === 0) return;
+    const rest = this.span.data.slice(begin);
+    this.span.deleteData(begin, rest.length);
+    this.open();
+    this.piece(this.spanMaker);
+    this.span.appendData(rest);
+    this.blockChars = rest.length;
+  }
+
   open() {
     this.block = document.createElement('div');
     this.blockChars = 0;
@@ -82,12 +96,6 @@ export class Output {
     this.block.append(span);
   }
 
-  /** Shows all that is pending. */
-  finish() {
-    cancelAnimationFrame(this.frame);
-    if (this.pending.length > 0) this.frame = requestAnimationFrame(() => this.flush(FRAME_CHARS));
-  }
-
   clear() {
     cancelAnimationFrame(this.frame);
     this.frame = 0;
@@ -100,7 +108,36 @@ export class Output {
   stop() {
     this.clear();
     this.element.removeEventListener('scroll', this.onScroll);
+    this.element.removeEventListener('copy', copyText);
   }
 }
 
 const isHigh = (unit) => unit >= 0xd800 && unit < 0xdc00;
+
+/** Where the last line of a text node begins. 0 if that is in an earlier node. */
+function lastLine(node) {
+  const range = document.createRange();
+  const top = (index) => {
+    range.setStart(node, index);
+    range.setEnd(node, index + 1);
+    return range.getBoundingClientRect().top;
+  };
+  let high = node.length - 1;
+  if (high < 1) return 0;
+  const last = top(high);
+  let low = 0;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (top(middle) < last) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+/** The browser would add a line break between blocks. */
+function copyText(event) {
+  const selection = getSelection();
+  if (selection.rangeCount === 0) return;
+  event.clipboardData.setData('text/plain', selection.getRangeAt(0).cloneContents().textContent);
+  event.preventDefault();
+}
