@@ -1,13 +1,18 @@
 // A modal dialog of the browser: it keeps the focus inside, and Escape closes it.
 
-import { html, useEffect, useRef } from './vendor/htm-preact.js';
+import { html, useLayoutEffect, useRef } from './vendor/htm-preact.js';
 
 export function Dialog({ title, close, children }) {
   const element = useRef(null);
-  useEffect(() => {
+  useLayoutEffect(() => {
     const before = document.activeElement;
-    element.current.showModal();
-    return () => before?.focus?.();
+    const dialog = element.current;
+    dialog.showModal();
+    return () => {
+      // Without this, the browser may give the focus to what is in the dialog, and that is gone.
+      dialog.close();
+      before?.focus?.();
+    };
   }, []);
   const cancel = (event) => {
     // Without `close`, the page is of no use until the dialog is answered.

@@ -40,7 +40,7 @@ export function DrainDialog({ node, nodes, close, drained, unauthorized }) {
     html`<p class="warning">It is the last serving ${node.role} node of ${node.model}. New requests will wait for another one.</p>`}
     ${error && html`<p class="error" role="alert">${error}</p>`}
     <div class="actions">
-      <button type="button" onClick=${close} autofocus>Cancel</button>
+      <button type="button" onClick=${close}>Cancel</button>
       <button type="button" class="danger" disabled=${busy} onClick=${drain}>${busy ? 'Draining …' : 'Drain node'}</button>
     </div>
   <//>`;

@@ -43,8 +43,7 @@ function useRouterState() {
       } catch (failure) {
         if (ended) return;
         if (failure.status === 401) {
-          setAsking(true);
-          setState(null);
+          ask();
           return;
         }
         setError(failure.message);
@@ -69,8 +68,12 @@ function useRouterState() {
       document.removeEventListener('visibilitychange', wake);
     };
   }, [asking, round]);
+  const ask = () => {
+    setState(null);
+    setAsking(true);
+  };
   const refresh = () => setRound((value) => value + 1);
-  return { state, error, asking, ask: () => setAsking(true), answered: () => setAsking(false), refresh };
+  return { state, error, asking, ask, answered: () => setAsking(false), refresh };
 }
 
 function Tabs({ view }) {

@@ -10,7 +10,8 @@ import { copy, curl, python, request, streamed } from './request.js';
 const MOST_MODELS = 4;
 const SEED_MAX = 2 ** 31;
 
-const FIRST = { chat: true, prompt: '', temperature: 0.7, maxTokens: 256, seed: 1 };
+// Numbers stay text until they are sent: "0." is on the way to "0.5".
+const FIRST = { chat: true, prompt: '', temperature: '0.7', maxTokens: '256', seed: '1' };
 
 /** The models of the state; without a state (an older router, a proxy that hides it) those of the API. */
 function useModels(state, hidden) {
@@ -26,12 +27,10 @@ function useModels(state, hidden) {
   return (names ?? listed).map((name) => ({ name, served: state?.models.find((model) => model.name === name)?.served ?? true }));
 }
 
-function NumberField({ id, label, value, change, help, ...rest }) {
+function NumberField({ id, label, value, change, ...rest }) {
   return html`<div class="field">
     <label for=${id}>${label}</label>
-    <input id=${id} type="number" inputmode="decimal" value=${value ?? ''} ...${rest}
-      onInput=${(event) => change(event.target.value === '' ? null : event.target.valueAsNumber)} />
-    ${help}
+    <input id=${id} type="number" inputmode="decimal" value=${value} ...${rest} onInput=${(event) => change(event.target.value)} />
   </div>`;
 }
 
@@ -49,6 +48,7 @@ function Choice({ models, chosen, toggle }) {
 }
 
 function CopyButtons({ form, chosen, keys }) {
+  const ready = form !== null && chosen.length > 0;
   const [said, setSaid] = useState('');
   const base = api('');
   async function put(kind, text) {
@@ -61,14 +61,18 @@ function CopyButtons({ form, chosen, keys }) {
     setTimeout(() => setSaid(''), 3000);
   }
   return html`<div class="copy">
-    <button type="button" class="small" disabled=${chosen.length === 0} onClick=${() => put('curl', curl(form, chosen, base, keys))}>Copy as curl</button>
-    <button type="button" class="small" disabled=${chosen.length === 0} onClick=${() => put('Python', python(form, chosen, base, keys))}>Copy as Python</button>
+    <button type="button" class="small" disabled=${!ready} onClick=${() => put('curl', curl(form, chosen, base, keys))}>Copy as curl</button>
+    <button type="button" class="small" disabled=${!ready} onClick=${() => put('Python', python(form, chosen, base, keys))}>Copy as Python</button>
     <span class="muted" role="status">${said}</span>
   </div>`;
 }
 
-const valid = (form) =>
-  form.prompt !== '' && Number.isFinite(form.temperature) && form.temperature >= 0 && Number.isInteger(form.maxTokens) && form.maxTokens > 0;
+/** The form with numbers, or null if it can't be sent. Without a seed, the router draws one. */
+function parsed(form) {
+  const [temperature, maxTokens, seed] = [form.temperature, form.maxTokens, form.seed].map((text) => (text.trim() === '' ? null : Number(text)));
+  const valid = form.prompt !== '' && temperature !== null && temperature >= 0 && Number.isInteger(maxTokens) && maxTokens > 0;
+  return valid && (seed === null || Number.isInteger(seed)) ? { ...form, temperature, maxTokens, seed } : null;
+}
 
 export function Playground({ hidden, state, unauthorized }) {
   const [form, setForm] = useState(FIRST);
@@ -82,7 +86,8 @@ export function Playground({ hidden, state, unauthorized }) {
   const chosen = (picked ?? names.slice(0, 1)).filter((name) => names.includes(name));
   const set = (field) => (value) => setForm((old) => ({ ...old, [field]: value }));
   const toggle = (name) => setPicked(chosen.includes(name) ? chosen.filter((other) => other !== name) : [...chosen, name]);
-  const ready = valid(form) && chosen.length > 0;
+  const values = parsed(form);
+  const ready = values !== null && chosen.length > 0;
 
   function report(answer) {
     if (answer.running) answers.current.add(answer);
@@ -96,7 +101,7 @@ export function Playground({ hidden, state, unauthorized }) {
     const round = (wishes[0]?.round ?? 0) + 1;
     // Colours go by the order of the list, not by who answers first.
     names.filter((name) => chosen.includes(name)).forEach((model) => makerOf({ stage: 'decode', model }));
-    setWishes(names.filter((name) => chosen.includes(name)).map((model) => ({ round, request: streamed(request(form, model)) })));
+    setWishes(names.filter((name) => chosen.includes(name)).map((model) => ({ round, request: streamed(request(values, model)) })));
   }
   const shortcut = (event) => {
     if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) submit(event);
@@ -126,10 +131,10 @@ export function Playground({ hidden, state, unauthorized }) {
       <div class="actions">
         <button class="primary" disabled=${!ready || running > 0}>Send</button>
         <button type="button" disabled=${running === 0} onClick=${stop}>Stop</button>
-        <button type="button" onClick=${() => set('seed')(Math.floor(Math.random() * SEED_MAX))}>New seed</button>
+        <button type="button" onClick=${() => set('seed')(String(Math.floor(Math.random() * SEED_MAX)))}>New seed</button>
       </div>
       <p class="muted small">Ctrl + Enter sends. All models get the same prompt and seed.</p>
-      <${CopyButtons} form=${form} chosen=${chosen} keys=${state?.keys_required ?? false} />
+      <${CopyButtons} form=${values} chosen=${chosen} keys=${state?.keys_required ?? false} />
     </form>
     <div class=${`answers of-${wishes.length}`}>
       ${wishes.length === 0 && html`<p class="nothing">The answer appears here: its text coloured by the model that made each token, its speed, and where the time went.</p>`}
