@@ -80,7 +80,7 @@ def test_waterfall(page):
     page.open("playground")
     page.ask("Hello", max_tokens=64)
     page.ended("done")
-    rows = {row.find_element("css selector", "th").text: words(row.text) for row in page.all(".waterfall tbody tr")}
+    rows = {row.find_element("css selector", "th").text.split("\n")[0]: words(row.text) for row in page.all(".waterfall tbody tr")}
     assert rows["queue"] == "queue router 4.00 ms"
     assert rows["prefill"].startswith("prefill prefill-0 90")
     assert rows["handoff"] == "handoff prefill-0 → decode-1 3.80 ms"
@@ -171,6 +171,18 @@ def test_copy_as_python(page, router, chat):
     assert done.stdout.startswith("Well"), done.stderr
     sent = router.requests[0]
     assert (sent["messages"][0]["content"] if chat else sent["prompt"]) == "it's \"quoted\" \\ é\n2nd line"
+
+
+def test_copy_without_the_clipboard_api(page):
+    """A page over plain http from another machine has none."""
+    page.open("playground")
+    page.fill("#prompt", "Hello")
+    page.find(".choice input")
+    page.js("""Object.defineProperty(window, 'isSecureContext', { value: false });
+               document.addEventListener('copy', () => { window.copiedText = document.activeElement.value; });""")
+    page.button("Copy as curl").click()
+    assert page.until(lambda: page.js("return window.copiedText"), "the copy").startswith("curl -N ")
+    page.until(lambda: "Copied as curl" in page.text(".copy"), "the confirmation")
 
 
 @pytest.mark.scenario("keys")

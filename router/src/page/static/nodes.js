@@ -27,8 +27,8 @@ export function lanesOf(nodes, role) {
   return lanes.sort((a, b) => (a.pool === '') - (b.pool === '') || natural.compare(a.pool, b.pool));
 }
 
-/** `detail` is left out where there is no room for it. */
-function Bar({ label, part, all, text, detail, warn, title }) {
+/** An `optional` detail is left out where there is no room for it. */
+function Bar({ label, part, all, text, detail, optional, warn, title }) {
   const known = all > 0;
   const fraction = known ? Math.min(1, part / all) : 0;
   return html`<div class="meter" title=${title}>
@@ -44,7 +44,7 @@ function Bar({ label, part, all, text, detail, warn, title }) {
     >
       <div class=${`fill ${warn && fraction > NEARLY_FULL ? 'full' : ''}`} style=${{ width: `${fraction * 100}%` }}></div>
     </div>
-    <span class="value">${text}${detail && html`<span class="detail"> ${detail}</span>`}</span>
+    <span class="value">${text}${detail && html`<span class=${`detail ${optional ? 'blocks' : ''}`}> ${detail}</span>`}</span>
   </div>`;
 }
 
@@ -96,7 +96,7 @@ function Node({ node, askDrain }) {
     ${node.state === 'away' && html`<p class="reason">${node.error || 'not connected'}</p>`}
     ${reached &&
     html`<${Bar} label="KV cache" part=${used} all=${node.total_blocks} warn
-        text=${percent(used, node.total_blocks)} detail=${`of ${short(node.total_blocks)}`}
+        text=${percent(used, node.total_blocks)} detail=${`of ${short(node.total_blocks)}`} optional
         title=${`${count(used)} of ${count(node.total_blocks)} KV blocks are in use`} />
       <${Bar} label="Batch" part=${node.running_requests} all=${node.max_running_requests}
         text=${count(node.running_requests)} detail=${`/ ${count(node.max_running_requests)}`}

@@ -1,7 +1,7 @@
 // The playground: one prompt for one or several models.
 
-import { html, useEffect, useRef, useState } from './vendor/htm-preact.js';
-import { api, send } from './api.js';
+import { html, useRef, useState } from './vendor/htm-preact.js';
+import { api } from './api.js';
 import { Column } from './column.js';
 import { makerOf } from './makers.js';
 import { copy, curl, python, request, streamed } from './request.js';
@@ -12,20 +12,6 @@ const SEED_MAX = 2 ** 31;
 
 // Numbers stay text until they are sent: "0." is on the way to "0.5".
 const FIRST = { chat: true, prompt: '', temperature: '0.7', maxTokens: '256', seed: '1' };
-
-/** The models of the state; without a state (an older router, a proxy that hides it) those of the API. */
-function useModels(state, hidden) {
-  const [listed, setListed] = useState([]);
-  const names = state?.models.map((model) => model.name);
-  useEffect(() => {
-    if (hidden || names) return;
-    send('v1/models')
-      .then((response) => response.json())
-      .then((models) => setListed(models.data.map((model) => model.id)))
-      .catch(() => setListed([]));
-  }, [hidden, Boolean(names)]);
-  return (names ?? listed).map((name) => ({ name, served: state?.models.find((model) => model.name === name)?.served ?? true }));
-}
 
 function NumberField({ id, label, value, change, ...rest }) {
   return html`<div class="field">
@@ -80,7 +66,7 @@ export function Playground({ hidden, state, unauthorized }) {
   const [wishes, setWishes] = useState([]);
   const [running, setRunning] = useState(0);
   const answers = useRef(new Set());
-  const models = useModels(state, hidden);
+  const models = state?.models ?? [];
   const names = models.map((model) => model.name);
   // Until the user chooses, the first model is chosen. Models that went away are not sent.
   const chosen = (picked ?? names.slice(0, 1)).filter((name) => names.includes(name));

@@ -31,8 +31,8 @@ const share = (part, all) => `${(100 * part) / all}%`;
 function Row({ row, all, overlap }) {
   const bar = { left: share(row.begin, all), width: share(row.seconds, all) };
   return html`<tr>
-    <th scope="row">${row.label}</th>
-    <td class="place">${row.place}</td>
+    <th scope="row">${row.label}<small class="under" aria-hidden="true">${row.place}</small></th>
+    <td class="place" title=${row.place}>${row.place}</td>
     <td class="bars" aria-hidden="true">
       <div>
         ${overlap && html`<i class="bar overlap" style=${{ left: share(overlap.begin, all), width: share(overlap.seconds, all) }}></i>`}
