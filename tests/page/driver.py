@@ -59,7 +59,10 @@ class Page:
         self.driver.get(f"{self.base}/page/#{view}")
         if self.key:
             self.expected.append("401")
-            self.find("#key").send_keys(self.key + Keys.ENTER)
+            self.until(lambda: self.all("#key") or self.all(".status.good"), "the key dialog or the state")
+            if self.all("#key"):
+                self.find("#key").send_keys(self.key + Keys.ENTER)
+                self.find(".status.good")
         return self
 
     def resize(self, width, height):
