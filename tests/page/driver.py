@@ -27,7 +27,7 @@ def browser(traced=False):
     logs = {"browser": "ALL"}
     if traced:
         logs["performance"] = "ALL"
-        kinds = "toplevel,disabled-by-default-devtools.timeline"
+        kinds = "devtools.timeline,disabled-by-default-devtools.timeline"
         options.add_experimental_option("perfLoggingPrefs", {"enableNetwork": False, "enablePage": False, "traceCategories": kinds})
     options.set_capability("goog:loggingPrefs", logs)
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))

@@ -1,6 +1,7 @@
 """20,000 tokens in one answer."""
 
 import json
+from collections import Counter, defaultdict
 
 import pytest
 
@@ -19,20 +20,22 @@ window.longTasks.length = 0;
 TASK_LIMIT_US = 50_000
 
 
-def longest_task(driver):
-    """Processor time of the longest task of the page's main thread, in microseconds. Other programs do not count."""
-    threads, longest = {}, {}
+def tasks(driver):
+    """Processor times in microseconds of the tasks on the page's main thread, longest first. Other programs do not count.
+
+    The page's thread is the one that runs animation frames: the browser has pages of its own."""
+    times, frames = defaultdict(list), Counter()
     for entry in driver.get_log("performance"):
         message = json.loads(entry["message"])["message"]
         event = message.get("params", {})
         if message["method"] != "Tracing.dataCollected":
             continue
         thread = (event.get("pid"), event.get("tid"))
-        if event.get("name") == "thread_name":
-            threads[thread] = event["args"]["name"]
-        elif event.get("name") == "RunTask":
-            longest[thread] = max(longest.get(thread, 0), event.get("tdur", 0))
-    return max((time for thread, time in longest.items() if threads.get(thread) == "CrRendererMain"), default=None)
+        if event.get("name") == "RunTask":
+            times[thread].append(event.get("tdur", 0))
+        elif event.get("name") == "FireAnimationFrame":
+            frames[thread] += 1
+    return sorted(times[max(frames, key=frames.get)], reverse=True) if frames else []
 
 
 @pytest.mark.parametrize("prompt", ["in lines", "one paragraph"])
@@ -42,7 +45,6 @@ def test_it_stays_smooth(traced_page, prompt):
     page.open("playground")
     page.find(".choice input")
     page.js(COUNT)
-    page.driver.get_log("performance")
     page.ask(prompt, max_tokens=TOKENS)
     page.until(lambda: page.statuses() == ["done"], "the end")
     text, blocks, spans, longest = page.js("""
@@ -58,9 +60,11 @@ def test_it_stays_smooth(traced_page, prompt):
     # A frame appends to a few nodes, however many tokens have come.
     frames = page.js("return window.perFrame")
     assert sum(frames) > 0 and max(frames) <= 64
-    task = longest_task(page.driver)
-    print(f"{prompt}: longest task {task} us of processor time, tasks above 50 ms: {page.js('return window.longTasks')}")
-    assert task is None or task <= TASK_LIMIT_US
+    times = tasks(page.driver)
+    print(f"{prompt}: {len(times)} tasks, longest {times[:3]} us of processor time, above 50 ms of wall time: {page.js('return longTasks')}")
+    # Fewer tasks than this would mean that the trace missed the stream.
+    assert len(times) > 100
+    assert times[0] <= TASK_LIMIT_US
 
 
 @pytest.mark.scenario("busy", 4000.0)
