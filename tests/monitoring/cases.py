@@ -1,0 +1,198 @@
+"""For each alert: series with which it fires, and series with which it must not. promtool evaluates the rules over them.
+
+Each case changes some series of a cluster that is well. Values are promtool's notation, one sample per minute.
+"""
+
+from dataclasses import dataclass, field
+
+from rules import NAMESPACE, RELEASE
+
+MINUTES = 900
+# The change of a case, and the time at which alerts are looked at.
+CHANGE, LOOK = 440, 480
+
+ROUTER = 'component="router",pod="r"'
+PREFILL = 'component="prefill",pod="p",pool="main",model_name="demo-full"'
+DECODE = 'component="decode",pod="d",pool="main",model_name="demo"'
+MODEL = ROUTER + ',model_name="demo"'
+
+
+def gauge(value, then=None, change=CHANGE):
+    """A gauge, which has another value after `change` minutes. `_` is a missing sample."""
+    if then is None:
+        return f"{value}x{MINUTES}"
+    return f"{value}x{change - 1} {then}x{MINUTES - change}"
+
+
+def counter(per_minute, then=None, change=CHANGE):
+    """A counter that grows at a pace, and at another pace after `change` minutes."""
+    if then is None:
+        return f"0+{per_minute}x{MINUTES}"
+    return f"0+{per_minute}x{change} {per_minute * change + then}+{then}x{MINUTES - change}"
+
+
+def well():
+    """The series of a cluster that is well and has work."""
+    series = {
+        f"up{{{ROUTER}}}": gauge(1),
+        'up{component="prefill",pod="p"}': gauge(1),
+        'up{component="decode",pod="d"}': gauge(1),
+        'up{component="etcd",pod="e"}': gauge(1),
+        f'overfill_nodes{{{ROUTER},role="prefill",pool="main",state="up"}}': gauge(2),
+        f'overfill_nodes{{{ROUTER},role="decode",pool="main",state="up"}}': gauge(2),
+        f"vllm:num_requests_running{{{ROUTER}}}": gauge(8),
+        f"vllm:num_requests_waiting{{{ROUTER}}}": gauge(1),
+        f"vllm:generation_tokens_total{{{MODEL}}}": counter(10000),
+        f"vllm:prompt_tokens_total{{{MODEL}}}": counter(10000),
+        f"overfill_requests_without_nodes{{{MODEL}}}": gauge(0),
+        f"overfill_migrations_total{{{MODEL}}}": counter(0),
+        f'vllm:request_success_total{{{MODEL},finished_reason="length"}}': counter(100),
+        f'vllm:request_success_total{{{MODEL},finished_reason="abort"}}': counter(5),
+        f'overfill_refused_requests_total{{{ROUTER},reason="queue_full"}}': counter(0),
+        f'overfill_request_leg_seconds_bucket{{{MODEL},leg="queue",le="0.1"}}': counter(100),
+        f'overfill_request_leg_seconds_bucket{{{MODEL},leg="queue",le="10"}}': counter(100),
+        f'overfill_request_leg_seconds_bucket{{{MODEL},leg="queue",le="+Inf"}}': counter(100),
+        f'vllm:time_to_first_token_seconds_bucket{{{MODEL},le="2.5"}}': counter(98),
+        f"vllm:time_to_first_token_seconds_count{{{MODEL}}}": counter(100),
+        f'vllm:inter_token_latency_seconds_bucket{{{MODEL},le="0.1"}}': counter(9950),
+        f"vllm:inter_token_latency_seconds_count{{{MODEL}}}": counter(10000),
+        f'overfill_prefill_backlog_seconds{{{ROUTER},pool="main",source="nodes"}}': gauge(0.5),
+        f'overfill_prefill_backlog_seconds{{{ROUTER},pool="main",source="router"}}': gauge(0.1),
+        f'overfill_decode_load_nodes{{{ROUTER},pool="main",source="nodes"}}': gauge(1.2),
+        f'overfill_decode_load_nodes{{{ROUTER},pool="main",source="router"}}': gauge(0),
+    }
+    for node in (PREFILL, DECODE):
+        series |= {
+            f"overfill_routers{{{node}}}": gauge(1),
+            f"vllm:num_requests_running{{{node}}}": gauge(4),
+            f"vllm:prompt_tokens_total{{{node}}}": counter(10000),
+            f"overfill_step_seconds_count{{{node}}}": counter(600),
+            f'overfill_kv_blocks{{{node},state="held"}}': gauge(50),
+            f'overfill_kv_blocks{{{node},state="cached"}}': gauge(30),
+            f'overfill_kv_blocks{{{node},state="free"}}': gauge(20),
+            f"vllm:num_preemptions_total{{{node}}}": counter(0),
+            f"overfill_transfer_failures_total{{{node}}}": counter(0),
+            f"overfill_transfer_seconds_count{{{node}}}": counter(100),
+            f'overfill_transfer_exposed_seconds_bucket{{{node},le="0.1"}}': counter(100),
+            f'overfill_transfer_exposed_seconds_bucket{{{node},le="2.5"}}': counter(100),
+            f'overfill_transfer_exposed_seconds_bucket{{{node},le="+Inf"}}': counter(100),
+            f"overfill_stranded_bytes{{{node}}}": gauge(0),
+        }
+    return series
+
+
+@dataclass
+class Case:
+    """`fires` and `quiet` change series. `labels` are those of the alert that fires, beside namespace and release."""
+
+    alert: str
+    severity: str
+    fires: dict
+    quiet: dict
+    labels: dict = field(default_factory=dict)
+
+
+def down(role, count):
+    return {f'overfill_nodes{{{ROUTER},role="{role}",pool="main",state="down"}}': count}
+
+
+def refused(reason, then):
+    return {f'overfill_refused_requests_total{{{ROUTER},reason="{reason}"}}': counter(0, then)}
+
+
+def ended(reason, then):
+    return {f'vllm:request_success_total{{{MODEL},finished_reason="{reason}"}}': counter(0, then)}
+
+
+def late(metric, limit, total, within):
+    """`within` of `total` per minute are within the limit, during seven hours."""
+    name = f"vllm:{metric}_seconds"
+    return {f'{name}_bucket{{{MODEL},le="{limit}"}}': counter(within), f"{name}_count{{{MODEL}}}": counter(total)}
+
+
+MAIN = {"pool": "main"}
+NO_DECODE_UP = {f'overfill_nodes{{{ROUTER},role="decode",pool="main",state="up"}}': gauge(2, "_")}
+
+CASES = [
+    Case("OverfillNoRouter", "critical",
+         fires={f"vllm:num_requests_running{{{ROUTER}}}": gauge(8, "_")},
+         quiet={f"vllm:num_requests_running{{{ROUTER}}}": gauge(8, 0)}, labels={"component": "router"}),
+    Case("OverfillProcessSilent", "warning",
+         fires={'up{component="decode",pod="d"}': gauge(1, 0)},
+         quiet={'up{component="decode",pod="d"}': gauge(1, "_")}, labels={"component": "decode", "pod": "d"}),
+    Case("OverfillProcessRestarts", "warning",
+         fires={f"vllm:prompt_tokens_total{{{MODEL}}}": f"0+10000x460 0+10x5 0+10x{MINUTES}"},
+         quiet={f"vllm:prompt_tokens_total{{{MODEL}}}": f"0+10000x460 0+10x{MINUTES}"},
+         labels={"component": "router", "pod": "r"}),
+    Case("OverfillNoNodes", "critical", fires=down("decode", gauge(0, 2)) | NO_DECODE_UP, quiet=down("decode", gauge(0, 1)),
+         labels={"role": "decode"}),
+    Case("OverfillNodesDown", "warning", fires=down("prefill", gauge("_", 1)), quiet=down("prefill", gauge(0)),
+         labels={"role": "prefill", **MAIN}),
+    Case("OverfillNodeWithoutRouter", "warning", fires={f"overfill_routers{{{DECODE}}}": gauge(1, 0)},
+         quiet={f"overfill_routers{{{DECODE}}}": gauge(1, 3)},
+         labels={"component": "decode", "pod": "d", "model_name": "demo", **MAIN}),
+    Case("OverfillRequestsWithoutNodes", "critical", fires={f"overfill_requests_without_nodes{{{MODEL}}}": gauge(0, 3)},
+         quiet={f"overfill_requests_without_nodes{{{MODEL}}}": gauge(0, "3 3 3 0")}, labels={"model_name": "demo"}),
+    Case("OverfillNoProgress", "critical", fires={f"vllm:generation_tokens_total{{{MODEL}}}": counter(10000, 0)},
+         quiet={f"vllm:generation_tokens_total{{{MODEL}}}": counter(10000, 0), f"vllm:num_requests_running{{{ROUTER}}}": gauge(8, 0)}),
+    Case("OverfillEngineStalled", "critical", fires={f"overfill_step_seconds_count{{{PREFILL}}}": counter(600, 0)},
+         quiet={f"overfill_step_seconds_count{{{PREFILL}}}": counter(600, 0), f"vllm:num_requests_running{{{PREFILL}}}": gauge(4, 0)},
+         labels={"component": "prefill", "pod": "p", "model_name": "demo-full", **MAIN}),
+    Case("OverfillEtcdDown", "warning", fires={'up{component="etcd",pod="e"}': gauge(1, 0)},
+         quiet={'up{component="etcd",pod="e"}': gauge(1, "_")}, labels={"component": "etcd", "pod": "e"}),
+    Case("OverfillQueueWait", "warning",
+         fires={f'overfill_request_leg_seconds_bucket{{{MODEL},leg="queue",le="0.1"}}': counter(100, 10)},
+         quiet={f'overfill_request_leg_seconds_bucket{{{MODEL},leg="queue",le="0.1"}}': counter(100, 95)},
+         labels={"model_name": "demo"}),
+    Case("OverfillQueueGrows", "warning", fires={f"vllm:num_requests_waiting{{{ROUTER}}}": gauge(1, 9)},
+         quiet={f"vllm:num_requests_waiting{{{ROUTER}}}": gauge(1, 8)}),
+    Case("OverfillRefusals", "warning", fires=refused("queue_full", 10), quiet=refused("queue_full", 4)),
+    Case("OverfillErrors", "critical", fires=ended("error", 2), quiet=refused("queue_full", 50)),
+    Case("OverfillErrors", "critical", fires=refused("internal", 2), quiet=refused("unknown_model", 50)),
+    Case("OverfillClientErrors", "info", fires=refused("unknown_model", 40), quiet=refused("unknown_model", 20),
+         labels={"reason": "unknown_model"}),
+    Case("OverfillClientsLeave", "info", fires=ended("abort", 60), quiet=ended("abort", 20)),
+    Case("OverfillFirstTokensLate", "critical",
+         fires={f'vllm:time_to_first_token_seconds_bucket{{{MODEL},le="2.5"}}': counter(98, 10, change=400)},
+         # An hour ago it was bad. Now it is well.
+         quiet={f'vllm:time_to_first_token_seconds_bucket{{{MODEL},le="2.5"}}': "0+98x400 39200x60 39300+100x400"},
+         labels={"model_name": "demo"}),
+    Case("OverfillFirstTokensLate", "warning", fires=late("time_to_first_token", "2.5", 100, 60),
+         # As bad, but fewer than 100 requests in six hours.
+         quiet=late("time_to_first_token", "2.5", 0.2, 0.1), labels={"model_name": "demo"}),
+    Case("OverfillTokensLate", "critical",
+         fires={f'vllm:inter_token_latency_seconds_bucket{{{MODEL},le="0.1"}}': counter(9950, 8000, change=400)},
+         quiet={f'vllm:inter_token_latency_seconds_bucket{{{MODEL},le="0.1"}}': counter(9950, 9000, change=400)},
+         labels={"model_name": "demo"}),
+    Case("OverfillTokensLate", "warning", fires=late("inter_token_latency", "0.1", 10000, 9300),
+         quiet=late("inter_token_latency", "0.1", 10000, 9500), labels={"model_name": "demo"}),
+    Case("OverfillMigrations", "warning", fires={f"overfill_migrations_total{{{MODEL}}}": counter(0, 6)},
+         quiet={f"overfill_migrations_total{{{MODEL}}}": counter(0, 3)}),
+    Case("OverfillPrefillBehind", "warning",
+         fires={f'overfill_prefill_backlog_seconds{{{ROUTER},pool="main",source="nodes"}}': gauge(0.5, 5)},
+         quiet={f'overfill_prefill_backlog_seconds{{{ROUTER},pool="main",source="nodes"}}': gauge(0.5, 3)}, labels=MAIN),
+    Case("OverfillDecodeFull", "warning",
+         fires={f'overfill_decode_load_nodes{{{ROUTER},pool="main",source="router"}}': gauge(0, 1)},
+         quiet={f'overfill_decode_load_nodes{{{ROUTER},pool="main",source="router"}}': gauge(0, 0.5)}, labels=MAIN),
+    Case("OverfillKvNearlyFull", "warning", fires={f'overfill_kv_blocks{{{DECODE},state="held"}}': gauge(50, 950)},
+         quiet={f'overfill_kv_blocks{{{DECODE},state="cached"}}': gauge(30, 950)}, labels={"component": "decode", **MAIN}),
+    Case("OverfillPreemptions", "warning", fires={f"vllm:num_preemptions_total{{{DECODE}}}": counter(0, 10)},
+         quiet={f"vllm:num_preemptions_total{{{DECODE}}}": counter(0, 3)}, labels={"component": "decode", **MAIN}),
+    Case("OverfillHandoffsFail", "warning", fires={f"overfill_transfer_failures_total{{{DECODE}}}": counter(0, 5)},
+         quiet={f"overfill_transfer_failures_total{{{DECODE}}}": counter(0, 1)}, labels={"component": "decode", **MAIN}),
+    Case("OverfillHandoffsSlow", "warning",
+         fires={f'overfill_transfer_exposed_seconds_bucket{{{DECODE},le="0.1"}}': counter(100, 80)},
+         quiet={f'overfill_transfer_exposed_seconds_bucket{{{DECODE},le="0.1"}}': counter(100, 98)},
+         labels={"component": "decode", **MAIN}),
+    Case("OverfillStrandedBytes", "warning", fires={f"overfill_stranded_bytes{{{PREFILL}}}": gauge(0, 4096)},
+         quiet={f"overfill_stranded_bytes{{{PREFILL}}}": gauge(0, f"4096x4 0x25 4096x4 0")},
+         labels={"component": "prefill", "pod": "p", "model_name": "demo-full", **MAIN}),
+]
+
+
+def series(changes):
+    """Series of a case for promtool, each with the labels of the release."""
+    return [
+        {"series": name.replace("{", f'{{namespace="{NAMESPACE}",release="{RELEASE}",'), "values": values}
+        for name, values in (well() | changes).items()
+    ]

@@ -1,0 +1,131 @@
+"""A real Prometheus scrapes a running cluster. Queries must return data, and alerts must become active when their cause
+happens. The tests run in this order, with one cluster."""
+
+import http.client
+import time
+import urllib.parse
+
+import pytest
+
+import rules
+from cluster import Clients, Cluster, get, until
+from prometheus import WINDOW, Prometheus
+
+# Alerts that these tests don't cause.
+NOT_CAUSED = {
+    "OverfillEngineStalled": "a signal stops a whole process, and never its engine alone",
+}
+# Panels that are empty while all is well.
+EMPTY_WHEN_WELL = {
+    "Refusals by reason": "no request has been refused",
+}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory, cluster):
+    prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), cluster.processes)
+    yield prometheus
+    prometheus.stop()
+
+
+def empty_panels(prometheus):
+    return [(title, panel, query) for title, panel, query in rules.queries(WINDOW) if not prometheus.query(query)]
+
+
+def test_panels_show_data_and_no_alert_is_active_while_all_is_well(cluster, prometheus):
+    load = cluster.load("--concurrency", "2", "--prompt-tokens", "100", "--output-tokens", "60")
+    empty = lambda: [each for each in empty_panels(prometheus) if each[1] not in EMPTY_WHEN_WELL]
+    until(lambda: f"no data: {empty()}", lambda: not empty())
+    for name in rules.recorded():
+        until(f"{name} is recorded", lambda: prometheus.query(name))
+    prometheus.wait_for("OverfillEtcdDown")
+    # Alerts of the time before the first scrape end.
+    until(lambda: f"only etcd is down, but {prometheus.active()}", lambda: prometheus.active() == {"OverfillEtcdDown"})
+    for each in rules.queries(WINDOW, release="green"):
+        assert not prometheus.query(each[2]), f"data of another release: {each}"
+    cluster.stop_load(load)
+
+
+def test_clients_that_leave_or_ask_for_what_is_not_there(cluster, prometheus):
+    address = urllib.parse.urlsplit(cluster.url).netloc
+
+    def leave():
+        client = http.client.HTTPConnection(address, timeout=10)
+        body = '{"model": "demo", "prompt": "kim : molde ,", "max_tokens": 1500, "ignore_eos": true, "stream": true}'
+        client.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        client.getresponse().read(100)
+        client.close()
+
+    with Clients(lambda: get(f"{cluster.url}/v1/completions", {"model": "other", "prompt": "a"})):
+        prometheus.wait_for("OverfillClientErrors")
+    with Clients(leave):
+        prometheus.wait_for("OverfillClientsLeave")
+    assert not {panel for _, panel, _ in empty_panels(prometheus)} & set(EMPTY_WHEN_WELL)
+
+
+def test_overload(cluster, prometheus):
+    load = cluster.load("--concurrency", "220", "--prompt-tokens", "100", "--output-tokens", "500")
+    prometheus.wait_for("OverfillQueueGrows", "OverfillQueueWait", "OverfillRefusals", "OverfillDecodeFull", "OverfillKvNearlyFull",
+                        "OverfillPreemptions", "OverfillFirstTokensLate", "OverfillTokensLate")
+    cluster.stop_load(load)
+
+
+def test_decode_nodes_that_freeze(cluster, prometheus):
+    load = cluster.load("--concurrency", "80", "--prompt-tokens", "100", "--output-tokens", "500")
+    first, second = cluster.of("decode")
+    until("both nodes decode", lambda: len(prometheus.query('vllm:num_requests_running{component="decode"} > 5')) == 2)
+    first.freeze()
+    prometheus.wait_for("OverfillProcessSilent", "OverfillNodesDown")
+    second.freeze()
+    prometheus.wait_for("OverfillMigrations", "OverfillNoNodes", "OverfillRequestsWithoutNodes", "OverfillNoProgress",
+                        "OverfillErrors")
+    first.thaw()
+    second.thaw()
+    cluster.stop_load(load)
+    until(lambda: f"the nodes are back, but {prometheus.active()}", lambda: "OverfillNodesDown" not in prometheus.active())
+
+
+def test_long_prompts_and_broken_handoffs(cluster, prometheus):
+    load = cluster.load("--concurrency", "100", "--prompt-tokens", "1900", "--output-tokens", "2")
+    prometheus.wait_for("OverfillPrefillBehind")
+    # The node that has room for many handoffs at a time.
+    node = cluster.of("decode")[1]
+
+    def pause():
+        node.freeze()
+        time.sleep(1.5)
+        node.thaw()
+        return "OverfillHandoffsSlow" in prometheus.active()
+
+    until("a decode node that pauses makes handoffs slow", pause)
+    prometheus.wait_for("OverfillHandoffsSlow")
+    node.freeze()
+    prometheus.wait_for("OverfillHandoffsFail", "OverfillStrandedBytes")
+    node.thaw()
+    cluster.stop_load(load)
+
+
+def test_a_router_that_restarts(cluster, prometheus):
+    for _ in range(2):
+        before = prometheus.query('vllm:prompt_tokens_total{component="router"}')
+        cluster.router.kill()
+        prometheus.wait_for("OverfillNoRouter", "OverfillNodeWithoutRouter")
+        cluster.router.start()
+        until("the router serves", lambda: cluster.router.answers("/health"))
+        get(f"{cluster.url}/v1/completions", {"model": "demo", "prompt": "kim : molde ,", "max_tokens": 4})
+        until("the new router is scraped", lambda: prometheus.query('vllm:prompt_tokens_total{component="router"}') < before)
+    prometheus.wait_for("OverfillProcessRestarts")
+
+
+def test_each_alert_was_caused_and_each_selector_had_data(prometheus):
+    assert prometheus.seen == rules.alerts() - set(NOT_CAUSED)
+    for rule in rules.rules():
+        for selector in rules.selectors(rule["expr"]):
+            assert prometheus.query(f"last_over_time({selector}[10m])"), f"{rule}: no data for {selector}"
