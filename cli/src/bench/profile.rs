@@ -1,0 +1,337 @@
+//! `overfill bench profile`: measures what `overfill plan` needs to know about a machine and a pair of models.
+//!
+//! Steps are those of the real engine, one at a time. What serving adds to them is measured between a client and a real
+//! router with a real node of each role, all on this machine: the difference between what the client sees and what the
+//! engine's steps take.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use futures::future::join_all;
+use overfill_cluster::Shutdown;
+use overfill_kv::{BLOCK_TOKENS, BlockId, SamplingParams, blocks_for};
+use overfill_model::{Choice, LoadOptions, Model, Outputs, Rows, SamplingContext, SequenceSlice, Want, no_layers};
+use overfill_router::{Config, Router};
+
+use super::models::{ModelArgs, Models};
+use super::nodes::RunningPair;
+use super::report::median;
+use super::serve::{client::Api, load::Request};
+use crate::plan::curve::{Point, StepCurve};
+use crate::plan::profile::{FORMAT, ModelProfile, Overhead, Profile};
+
+/// Length of the requests through the router.
+const PROMPT: usize = 64;
+const ANSWER: usize = 96;
+/// Size of the handoff whose speed is measured.
+const HANDOFF_BYTES: usize = 64 << 20;
+/// Quantiles of the spread of steps.
+const QUANTILES: usize = 21;
+/// Time that the steps of one size are repeated for, and the fewest and most repetitions.
+const STEP_TIME: Duration = Duration::from_millis(300);
+const STEPS: (usize, usize) = (5, 60);
+
+const AFTER_HELP: &str = "\
+A profile is one JSON file. Measure on the machines that will serve, with the models that they will run.
+
+Examples:
+  overfill bench profile --full DIR --decode DIR --out profile.json
+  overfill bench profile --full demo/full --decode demo/decode --weights f32 --kv-dtype f32 --out demo.json
+  overfill bench profile --geometry llama-3.2-3b,llama-3.2-3b-overfill --models-dir ~/random-models --out 3b.json";
+
+/// What to measure, and where the profile goes.
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct ProfileArgs {
+    #[command(flatten)]
+    models: ModelArgs,
+    /// Numbers of prompt tokens in a step, comma-separated.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "16,64,128,256,512",
+        value_parser = super::count,
+        value_name = "TOKENS",
+        help_heading = "Sizes"
+    )]
+    step_tokens: Vec<usize>,
+    /// Lengths of the context before a step, comma-separated. Longer ones than the model's are cut.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "128,1024",
+        value_parser = super::count,
+        value_name = "TOKENS",
+        help_heading = "Sizes"
+    )]
+    context_tokens: Vec<usize>,
+    /// Batch sizes of a decode step, comma-separated.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "1,2,4,8,16,32",
+        value_parser = super::count,
+        value_name = "SEQUENCES",
+        help_heading = "Sizes"
+    )]
+    batch: Vec<usize>,
+    /// Capacity of the KV cache of a node, in tokens. It is written down, not measured.
+    #[arg(long, default_value_t = 65536, value_parser = super::count, value_name = "TOKENS", help_heading = "Sizes")]
+    kv_pool_tokens: usize,
+    /// Description of the machine [default: its processor and number of cores]
+    #[arg(long, value_name = "TEXT", help_heading = "Output")]
+    machine: Option<String>,
+    /// File to write. Without it, the profile goes to standard output.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    out: Option<PathBuf>,
+}
+
+/// Runs the subcommand.
+pub fn run(args: &ProfileArgs) -> Result<()> {
+    ensure!(args.kv_pool_tokens >= BLOCK_TOKENS, "--kv-pool-tokens must be at least {BLOCK_TOKENS}");
+    let models = args.models.prepare()?;
+    let mut spread = Vec::new();
+    let [full, pruned] = [0, 1].map(|i| models.list.get(i));
+    let mut measured = Vec::new();
+    let mut kv_bytes_per_token = 0.0;
+    for (name, folder) in [full, pruned].into_iter().flatten() {
+        let (model, block_bytes) = args.model(name, folder, &mut spread)?;
+        measured.push(model);
+        kv_bytes_per_token = block_bytes as f64 / BLOCK_TOKENS as f64;
+    }
+    let mut measured = measured.into_iter();
+    let (full, pruned) = (measured.next().context("no model")?, measured.next());
+    let runtime = super::runtime()?;
+    let handoff = runtime.block_on(overfill_transport::bench::loopback(HANDOFF_BYTES))?;
+    let mut profile = Profile {
+        format: FORMAT,
+        machine: args.machine.clone().unwrap_or_else(machine),
+        software: format!("overfill {}", env!("CARGO_PKG_VERSION")),
+        device: args.models.device.to_string(),
+        weights: args.models.weights.to_string(),
+        kv_dtype: args.models.kv_dtype.to_string(),
+        kv_pool_tokens: args.kv_pool_tokens,
+        kv_bytes_per_token,
+        transfer_bytes_per_second: handoff.handoff_bytes_per_second,
+        full,
+        pruned,
+        overhead: Overhead::default(),
+        step_spread: quantiles(spread),
+    };
+    profile.overhead = runtime.block_on(serving(&models, &args.models, &profile))?;
+    profile.check()?;
+    let text = serde_json::to_string_pretty(&profile)?;
+    match &args.out {
+        Some(file) => std::fs::write(file, text + "\n").with_context(|| format!("writing {}", file.display())),
+        None => {
+            println!("{text}");
+            Ok(())
+        }
+    }
+}
+
+impl ProfileArgs {
+    /// Measures one model. Also returns the bytes of a KV block.
+    fn model(&self, name: &str, folder: &Path, spread: &mut Vec<f64>) -> Result<(ModelProfile, usize)> {
+        let most_rows = self.step_tokens.iter().copied().max().unwrap_or(1);
+        let most_context = self.context_tokens.iter().copied().max().unwrap_or(1);
+        let batch = self.batch.iter().copied().max().unwrap_or(1);
+        let each = blocks_for(most_context + STEPS.1 + 1);
+        let blocks = (batch * each).max(blocks_for(most_rows + most_context));
+        let options = LoadOptions { rows: Rows::Many, ..self.models.options() };
+        let began = Instant::now();
+        let mut model = Model::load(folder, &options, blocks)?;
+        let start_seconds = began.elapsed().as_secs_f64();
+        let longest = model.config().max_position_embeddings;
+        let mut prefill = Vec::new();
+        for &rows in &self.step_tokens {
+            let contexts = std::iter::once(&0).chain(&self.context_tokens);
+            let mut contexts: Vec<usize> = contexts.map(|c| (*c).min(longest.saturating_sub(rows))).collect();
+            contexts.dedup();
+            for context_tokens in contexts {
+                let batch = Batch { sequences: 1, rows, context: context_tokens / BLOCK_TOKENS * BLOCK_TOKENS, each };
+                let seconds = batch.measure(&mut model, blocks, spread)?;
+                tracing::info!(model = name, rows, context_tokens = batch.context, seconds, "measured a prefill step");
+                prefill.push(Point { rows, context_tokens: batch.context, seconds });
+            }
+        }
+        model.engine().set_rows(Rows::Few);
+        let mut decode = Vec::new();
+        for &sequences in &self.batch {
+            let mut contexts: Vec<usize> = self.context_tokens.iter().map(|c| (*c).min(longest - 1)).collect();
+            contexts.dedup();
+            for context in contexts {
+                let seconds = Batch { sequences, rows: 1, context, each }.measure(&mut model, blocks, spread)?;
+                tracing::info!(model = name, sequences, context_tokens = context, seconds, "measured a decode step");
+                decode.push(Point { rows: sequences, context_tokens: context, seconds });
+            }
+        }
+        Ok((ModelProfile { name: name.into(), start_seconds, prefill, decode }, model.block_bytes()))
+    }
+}
+
+/// A step to measure: `rows` tokens of each of `sequences` sequences, after `context` tokens.
+#[derive(Clone, Copy)]
+struct Batch {
+    sequences: usize,
+    rows: usize,
+    context: usize,
+    /// Blocks of a sequence, if there are several.
+    each: usize,
+}
+
+impl Batch {
+    /// Repeats the step. Returns the median in seconds, and adds the steps' durations divided by it to `spread`.
+    fn measure(&self, model: &mut Model, blocks: usize, spread: &mut Vec<f64>) -> Result<f64> {
+        let vocabulary = model.config().vocab_size;
+        let each = if self.sequences == 1 { blocks } else { self.each };
+        let owned: Vec<Vec<BlockId>> = (0..self.sequences)
+            .map(|i| (i * each..(i + 1) * each).map(|block| BlockId(block as u32)).collect())
+            .collect();
+        let tokens: Vec<u32> = (0..self.rows).map(|i| (i * 7919 % vocabulary) as u32).collect();
+        let (greedy, layers, mut outputs) = (SamplingParams::greedy(), no_layers(), Outputs::default());
+        let choice = Choice { params: &greedy, context: SamplingContext::following(&tokens, &[]) };
+        let needed = blocks_for(self.context + self.rows);
+        let slices: Vec<SequenceSlice<'_>> = owned
+            .iter()
+            .map(|blocks| SequenceSlice {
+                tokens: &tokens,
+                start: self.context,
+                blocks: &blocks[..needed],
+                want: Want::Next(choice),
+            })
+            .collect();
+        let (mut seconds, begin) = (Vec::new(), Instant::now());
+        // The first step is not counted: it warms the caches up.
+        while seconds.len() <= STEPS.0 || (begin.elapsed() < STEP_TIME && seconds.len() <= STEPS.1) {
+            let step = Instant::now();
+            model.engine().run(&slices, &layers, &mut outputs)?;
+            seconds.push(step.elapsed().as_secs_f64());
+        }
+        let seconds = seconds.split_off(1);
+        let middle = median(seconds.clone());
+        spread.extend(seconds.iter().map(|seconds| seconds / middle));
+        Ok(middle)
+    }
+}
+
+/// Equally spaced quantiles.
+fn quantiles(mut values: Vec<f64>) -> Vec<f64> {
+    values.sort_by(f64::total_cmp);
+    let at = |i: usize| values.get(i * (values.len() - 1) / (QUANTILES - 1)).copied();
+    if values.is_empty() { Vec::new() } else { (0..QUANTILES).filter_map(at).collect() }
+}
+
+/// Measures what serving adds to the engines' steps.
+async fn serving(models: &Models, args: &ModelArgs, profile: &Profile) -> Result<Overhead> {
+    let pair = RunningPair::start(models, args, profile.kv_pool_tokens.max(64 * (PROMPT + ANSWER))).await?;
+    let router = Router::bind(Config::local(vec![pair.urls[0].clone()], vec![pair.urls[1].clone()])).await?;
+    let api = Api::new(&format!("http://{}", router.http_address()), None, None, "", Duration::from_secs(600))?;
+    let shutdown = Shutdown::new();
+    let running = tokio::spawn(router.run(shutdown.clone()));
+    let measured = measure_serving(&api, profile).await;
+    shutdown.begin();
+    running.await.context("the router panicked")??;
+    pair.stop().await?;
+    measured
+}
+
+async fn measure_serving(api: &Api, profile: &Profile) -> Result<Overhead> {
+    let curves = |curves: Option<(StepCurve, StepCurve)>| curves.context("no steps");
+    let (prefill, _) = curves(profile.full.curves())?;
+    let (_, decode) = curves(profile.decoder().curves())?;
+    let (mut ttft, mut first_gap, mut added) = (Vec::new(), Vec::new(), Vec::new());
+    let mut seed = 0;
+    for together in [1, 2, 4, 8, 16] {
+        let mut gaps = Vec::new();
+        for round in 0..(48 / together).clamp(3, 12) {
+            let requests = (0..together).map(|_| {
+                seed += 1;
+                let prompt = (0..PROMPT).map(|i| 3 + ((i * 13 + seed * 101) % 199) as u32).collect();
+                api.complete(Request { prompt, output_tokens: ANSWER })
+            });
+            let outcomes = join_all(requests.collect::<Vec<_>>()).await;
+            for outcome in outcomes {
+                let tokens = match outcome.result {
+                    Ok(tokens) => tokens,
+                    // The router has not found its nodes yet.
+                    Err(failure) if together == 1 && round < 2 => {
+                        tracing::debug!(failure.kind, failure.message, "not served yet");
+                        tokio::time::sleep(Duration::from_millis(500)).await;
+                        continue;
+                    }
+                    Err(failure) => bail!("a request through the router failed: {}: {}", failure.kind, failure.message),
+                };
+                let since = |from, to: tokio::time::Instant| to.duration_since(from).as_secs_f64();
+                // The first requests warm connections up.
+                if together == 1 && round > 2 {
+                    ttft.push(since(outcome.sent, tokens[0]));
+                    first_gap.push(since(tokens[0], tokens[1]));
+                }
+                // At the beginning and at the end, fewer sequences decode.
+                let steady = &tokens[ANSWER / 4..3 * ANSWER / 4];
+                gaps.extend(steady.windows(2).map(|pair| since(pair[0], pair[1])));
+            }
+        }
+        // The mean over time counts: steps overlap with what the router does for the tokens before.
+        let mean = gaps.iter().sum::<f64>() / gaps.len().max(1) as f64;
+        let sequences = together as f64;
+        let step = decode.seconds(sequences, sequences * (PROMPT + ANSWER / 2) as f64);
+        added.push((sequences, mean - step));
+        tracing::info!(sequences = together, step, mean, "measured decode steps through the router");
+    }
+    let (step_seconds, sequence_seconds) = line(&added);
+    let one = decode.seconds(1.0, PROMPT as f64) + step_seconds + sequence_seconds;
+    Ok(Overhead {
+        request_seconds: (median(ttft) - prefill.seconds(PROMPT as f64, 0.0)).max(0.0),
+        handoff_seconds: (median(first_gap) - one).max(0.0),
+        step_seconds,
+        sequence_seconds,
+    })
+}
+
+/// The line through points by least squares, as value at 0 and slope. Both are at least 0.
+fn line(points: &[(f64, f64)]) -> (f64, f64) {
+    let count = points.len().max(1) as f64;
+    let mean = |value: fn(&(f64, f64)) -> f64| points.iter().map(value).sum::<f64>() / count;
+    let (x, y) = (mean(|p| p.0), mean(|p| p.1));
+    let (product, square) = points.iter().fold((0.0, 0.0), |(product, square), point| {
+        (product + (point.0 - x) * (point.1 - y), square + (point.0 - x) * (point.0 - x))
+    });
+    let slope = if square > 0.0 { (product / square).max(0.0) } else { 0.0 };
+    match y - slope * x {
+        start if start >= 0.0 => (start, slope),
+        // Through the origin.
+        _ => (0.0, (y / x).max(0.0)),
+    }
+}
+
+/// Processor and number of cores.
+fn machine() -> String {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    format!("{}, {cores} cores", name.map_or(std::env::consts::ARCH, |(_, name)| name.trim()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_has_no_negative_part() {
+        let (start, slope) = line(&[(1.0, 3.0), (2.0, 5.0), (4.0, 9.0)]);
+        assert!((start - 1.0).abs() < 1e-12 && (slope - 2.0).abs() < 1e-12);
+        assert_eq!(line(&[(1.0, 3.0), (2.0, 2.0)]), (2.5, 0.0));
+        assert_eq!(line(&[(1.0, 0.0), (3.0, 4.0)]), (0.0, 1.0));
+    }
+
+    #[test]
+    fn quantiles_go_from_the_least_to_the_most() {
+        let all = quantiles((0..=40).rev().map(f64::from).collect());
+        assert_eq!((all.len(), all[0], all[10], all[20]), (21, 0.0, 20.0, 40.0));
+        assert!(quantiles(Vec::new()).is_empty());
+    }
+}
