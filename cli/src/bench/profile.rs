@@ -27,8 +27,8 @@ const PROMPT: usize = 64;
 const ANSWER: usize = 96;
 /// Size of the handoff whose speed is measured.
 const HANDOFF_BYTES: usize = 64 << 20;
-/// Quantiles of the spread of steps.
-const QUANTILES: usize = 21;
+/// Factors of the spread of steps.
+const FACTORS: usize = 40;
 /// Time that the steps of one size are repeated for, and the fewest and most repetitions.
 const STEP_TIME: Duration = Duration::from_millis(300);
 const STEPS: (usize, usize) = (5, 60);
@@ -118,7 +118,7 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
         full,
         pruned,
         overhead: Overhead::default(),
-        step_spread: quantiles(spread),
+        step_spread: factors(spread),
     };
     profile.overhead = runtime.block_on(serving(&models, &args.models, &profile))?;
     profile.check()?;
@@ -217,11 +217,12 @@ impl Batch {
     }
 }
 
-/// Equally spaced quantiles.
-fn quantiles(mut values: Vec<f64>) -> Vec<f64> {
+/// Equally likely factors: the median of each of as many equally large parts of the sorted values. So a single step that
+/// the operating system stopped for long does not count.
+fn factors(mut values: Vec<f64>) -> Vec<f64> {
     values.sort_by(f64::total_cmp);
-    let at = |i: usize| values.get(i * (values.len() - 1) / (QUANTILES - 1)).copied();
-    if values.is_empty() { Vec::new() } else { (0..QUANTILES).filter_map(at).collect() }
+    let at = |i: usize| values.get((2 * i + 1) * values.len() / (2 * FACTORS)).copied();
+    (0..FACTORS).filter_map(at).collect()
 }
 
 /// Measures what serving adds to the engines' steps.
@@ -329,9 +330,9 @@ mod tests {
     }
 
     #[test]
-    fn quantiles_go_from_the_least_to_the_most() {
-        let all = quantiles((0..=40).rev().map(f64::from).collect());
-        assert_eq!((all.len(), all[0], all[10], all[20]), (21, 0.0, 20.0, 40.0));
-        assert!(quantiles(Vec::new()).is_empty());
+    fn factors_are_equally_likely_and_leave_outliers_out() {
+        let all = factors((0..400).rev().map(|i| if i == 399 { 1e6 } else { f64::from(i) }).collect());
+        assert_eq!((all.len(), all[0], all[20], all[39]), (40, 5.0, 205.0, 395.0));
+        assert!(factors(Vec::new()).is_empty());
     }
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use overfill_kv::BLOCK_TOKENS;
 
-use super::cluster::{EngineLimits, NodeModel};
+use super::cluster::{EngineLimits, Layout, NodeModel};
 use super::goals::{Goals, Limit};
 use super::mix::{Mix, Source};
 use super::profile::Profile;
@@ -29,7 +29,8 @@ Examples:
   overfill bench profile --full DIR --decode DIR --out profile.json
   overfill plan --profile profile.json --rate 4 --ttft-p95-seconds 1 --itl-p95-seconds 0.1
   overfill plan --profile h100.json --decode-profile l40s.json --prefill-node-price 4 --decode-node-price 1.2 --trace mooncake.jsonl --ttft-p95-seconds 2 --itl-p99-seconds 0.05 --values values.yaml
-  overfill plan --profile profile.json --rate 10 --prompt-tokens lognormal:400,2000,8000 --output-tokens uniform:16,512 --prefix-hit-rate 0.3 --ttft-p99-seconds 3 --itl-p95-seconds 0.1 --json";
+  overfill plan --profile profile.json --rate 10 --prompt-tokens lognormal:400,2000,8000 --output-tokens uniform:16,512 --prefix-hit-rate 0.3 --ttft-p99-seconds 3 --itl-p95-seconds 0.1 --json
+  overfill plan --profile demo.json --rate 20 --prefill-nodes 1 --decode-nodes 1 --one-machine --prompt-tokens 64 --ttft-p95-seconds 1 --itl-p95-seconds 0.1";
 
 /// The load, the limits and the machines.
 #[derive(Args)]
@@ -64,6 +65,15 @@ pub struct PlanArgs {
     hardware: HardwareArgs,
     #[command(flatten)]
     settings: SettingArgs,
+    /// Number of prefill nodes. With it, nothing is searched: the plan says what these nodes do.
+    #[arg(long, requires = "decode_nodes", value_parser = count, value_name = "COUNT", help_heading = "A given cluster")]
+    prefill_nodes: Option<usize>,
+    /// Number of decode nodes.
+    #[arg(long, requires = "prefill_nodes", value_parser = count, value_name = "COUNT", help_heading = "A given cluster")]
+    decode_nodes: Option<usize>,
+    /// All nodes share one machine, as with `overfill up`. To compare a plan with a measurement.
+    #[arg(long, requires = "prefill_nodes", help_heading = "A given cluster")]
+    one_machine: bool,
     /// Measured requests of each simulated run, at least. More requests make high percentiles more exact.
     #[arg(long, default_value_t = 2000, value_parser = count, value_name = "COUNT", help_heading = "Simulation")]
     requests: usize,
@@ -219,6 +229,8 @@ pub struct Task {
     pub kv_pool_tokens: (usize, usize),
     /// Settings of the nodes.
     pub settings: SettingArgs,
+    /// The nodes of a given cluster.
+    pub given: Option<Layout>,
 }
 
 impl PlanArgs {
@@ -281,6 +293,7 @@ impl PlanArgs {
                 prices: prices.unwrap_or((1.0, 1.0)),
                 requests: self.requests,
                 seed: self.seed,
+                one_machine: self.one_machine,
             })
         };
         let alternatives = self.hardware.alternative.iter().map(|(name, file)| {
@@ -297,6 +310,10 @@ impl PlanArgs {
             machines: (prefill.machine.clone(), decode.machine.clone()),
             kv_pool_tokens: (prefill.kv_pool_tokens, decode.kv_pool_tokens),
             settings: self.settings,
+            given: self
+                .prefill_nodes
+                .zip(self.decode_nodes)
+                .map(|(prefill, decode)| Layout::TwoStage { prefill, decode }),
         })
     }
 }

@@ -50,6 +50,15 @@ pub fn run(args: PlanArgs) -> Result<()> {
     let (as_json, values_file, model, fixed) =
         (args.json, args.values.clone(), args.values_model.clone(), args.fixed_replicas);
     let task = args.task()?;
+    if let Some(layout) = task.given {
+        let given = report::judge(&task, layout);
+        if as_json {
+            println!("{}", serde_json::to_string(&given)?);
+        } else {
+            print!("{}", print::print_judgement(&given, &task.planner.goals));
+        }
+        return Ok(());
+    }
     let plan = match report::plan(&task) {
         Ok(plan) => plan,
         Err(Infeasible(reason)) => {

@@ -1,8 +1,45 @@
 //! The plan as text.
 
-use super::goals::{Limit, percentile};
-use super::report::{Cost, Latency, Plan, Pool, Row};
+use super::goals::{Goals, Limit, percentile};
+use super::report::{Cost, Judgement, Latency, Plan, Pool, Row};
 use crate::text;
+
+/// What a given cluster does, as a table.
+pub fn print_judgement(given: &Judgement, limits: &Goals) -> String {
+    let rows = latency_rows(&given.latency, limits);
+    let mut out = text::table(LATENCY, &rows);
+    out += &format!(
+        "\nTTFT {} by leg: {}. Between the first two tokens: {} on average.\n{:.2} sequences per decode step.\n",
+        percentile(limits.ttft_share()),
+        legs(&given.ttft_legs),
+        text::seconds(given.first_gap_seconds),
+        given.decode_batch,
+    );
+    match given.misses.as_slice() {
+        [] => out += "All limits are met.\n",
+        misses => out += &format!("Limits are missed: {}.\n", misses.join("; ")),
+    }
+    out
+}
+
+const LATENCY: [&str; 6] = ["LATENCY", "P50", "P90", "P95", "P99", "LIMIT"];
+
+fn latency_rows(latency: &Latency, limits: &Goals) -> [[String; 6]; 2] {
+    let limit = |limits: &[Limit]| {
+        let limits = limits.iter().map(|limit| format!("{} {}", percentile(limit.share), text::seconds(limit.seconds)));
+        limits.collect::<Vec<_>>().join(", ")
+    };
+    let row = |name: &str, values: &[f64; 4], limits: &[Limit]| {
+        let [a, b, c, d] = values.map(text::seconds);
+        [format!("{name} at {}/s", number(latency.rate)), a, b, c, d, limit(limits)]
+    };
+    [row("TTFT", &latency.ttft_seconds, &limits.ttft), row("ITL", &latency.itl_seconds, &limits.itl)]
+}
+
+fn legs(legs: &[(&str, f64)]) -> String {
+    let legs = legs.iter().map(|(name, seconds)| format!("{name} {}", text::seconds(*seconds)));
+    legs.collect::<Vec<_>>().join(", ")
+}
 
 /// The plan as tables.
 pub fn print(plan: &Plan) -> String {
@@ -36,27 +73,13 @@ pub fn print(plan: &Plan) -> String {
         ["POOL", "NODES", "WITHOUT HEADROOM", "NODES THAT EACH RESOURCE NEEDS", "BOUND BY"],
         &plan.pools.each_ref().map(pool),
     );
-    let limit = |limits: &[Limit]| {
-        let limits = limits.iter().map(|limit| format!("{} {}", percentile(limit.share), text::seconds(limit.seconds)));
-        limits.collect::<Vec<_>>().join(", ")
-    };
-    let row = |name: &str, latency: &Latency, values: &[f64; 4], limits: &[Limit]| {
-        let [a, b, c, d] = values.map(text::seconds);
-        [format!("{name} at {}/s", number(latency.rate)), a, b, c, d, limit(limits)]
-    };
-    let limits = &plan.limits;
-    let mut rows = Vec::new();
-    for latency in &plan.latency {
-        rows.push(row("TTFT", latency, &latency.ttft_seconds, &limits.ttft));
-        rows.push(row("ITL", latency, &latency.itl_seconds, &limits.itl));
-    }
+    let rows: Vec<[String; 6]> = plan.latency.iter().flat_map(|latency| latency_rows(latency, &plan.limits)).collect();
     out += "\n";
-    out += &text::table(["LATENCY", "P50", "P90", "P95", "P99", "LIMIT"], &rows);
-    let legs = plan.ttft_legs.iter().map(|(name, seconds)| format!("{name} {}", text::seconds(*seconds)));
+    out += &text::table(LATENCY, &rows);
     out += &format!(
         "\nTTFT {} by leg: {}. Between the first two tokens: {} on average.\n",
         percentile(plan.ttft_share),
-        legs.collect::<Vec<_>>().join(", "),
+        legs(&plan.ttft_legs),
         text::seconds(plan.first_gap_seconds),
     );
     out += &format!(

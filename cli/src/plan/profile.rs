@@ -51,8 +51,7 @@ pub struct Profile {
     /// What serving adds to the engines' steps.
     #[serde(default)]
     pub overhead: Overhead,
-    /// Quantiles of a step's duration divided by its median, at equal distances from 0 to 1. Empty: all steps of a size
-    /// take equally long.
+    /// Equally likely factors on the duration of a step, sorted. Empty: all steps of a size take equally long.
     #[serde(default)]
     pub step_spread: Vec<f64>,
 }
@@ -123,7 +122,7 @@ impl Profile {
         for (i, value) in self.step_spread.iter().enumerate() {
             ensure!((0.01..=1000.0).contains(value), "step_spread[{i}] must be in [0.01, 1000], got {value}");
         }
-        ensure!(self.step_spread.is_sorted(), "step_spread must be sorted, since it lists quantiles");
+        ensure!(self.step_spread.is_sorted(), "step_spread must be sorted");
         for (name, model) in [("full", Some(&self.full)), ("pruned", self.pruned.as_ref())] {
             let Some(model) = model else { continue };
             time(&format!("{name}.start_seconds"), model.start_seconds, true)?;

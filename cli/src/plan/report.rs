@@ -180,6 +180,39 @@ pub fn plan(task: &Task) -> Result<Plan, Infeasible> {
     })
 }
 
+/// What a given cluster does at the rate.
+#[derive(Clone, Debug, Serialize)]
+pub struct Judgement {
+    /// Latencies.
+    pub latency: Latency,
+    /// Mean time between the first and the second token, in seconds.
+    pub first_gap_seconds: f64,
+    /// Name and seconds of each leg of TTFT, near the explained percentile.
+    pub ttft_legs: Vec<(&'static str, f64)>,
+    /// Mean number of sequences in a decode step.
+    pub decode_batch: f64,
+    /// Means over time.
+    pub means: Shares,
+    /// What it misses.
+    pub misses: Vec<String>,
+}
+
+/// Says what the nodes of `layout` do at the task's rate, without headroom.
+pub fn judge(task: &Task, layout: Layout) -> Judgement {
+    let planner = &task.planner;
+    // Only the length of the run depends on it.
+    let life = planner.alone(Kind::TwoStage).map_or(1.0, |(_, life)| life);
+    let outcome = planner.run(Kind::TwoStage, layout, task.rate, life);
+    Judgement {
+        latency: latency(task.rate, &outcome),
+        first_gap_seconds: outcome.first_gap.mean(),
+        ttft_legs: LEGS.into_iter().zip(outcome.legs(planner.goals.ttft_share())).collect(),
+        decode_batch: outcome.decode_rows / outcome.decode_steps.max(1.0),
+        means: outcome.means,
+        misses: planner.misses(layout, &outcome).iter().map(Miss::explain).collect(),
+    }
+}
+
 fn nodes(layout: Layout) -> (usize, usize) {
     match layout {
         Layout::TwoStage { prefill, decode } => (prefill, decode),

@@ -11,6 +11,8 @@ use super::mix::{Mix, Sizes};
 
 /// Most nodes of a pool.
 pub const MOST_NODES: usize = 4096;
+/// A pool is given up if this many times the nodes that its arithmetic needs, and this many more, miss a limit.
+const GIVE_UP: (usize, usize) = (8, 32);
 /// Most requests of a run.
 const MOST_REQUESTS: f64 = 200_000.0;
 /// Requests of the run in which each is alone.
@@ -46,6 +48,8 @@ pub struct Planner {
     pub requests: usize,
     /// Random seed.
     pub seed: u64,
+    /// All nodes share one machine.
+    pub one_machine: bool,
 }
 
 /// Which models run where.
@@ -88,6 +92,7 @@ impl Planner {
             transfer_bytes_per_second: self.transfer_bytes_per_second,
             kv_bytes_per_token: self.kv_bytes_per_token,
             limits: self.limits,
+            one_machine: self.one_machine,
         }
     }
 
@@ -163,14 +168,18 @@ impl Planner {
         let sizes = self.mix.sizes(self.seed);
         let (prefill_least, decode_least) = self.least(rate, &sizes);
         let ample = (4 * decode_least + 8).max((rate * life * 2.0 / self.limits.decode_running as f64) as usize);
-        let meets = |prefill, decode| {
+        let missed = |prefill, decode| {
             let layout = Layout::TwoStage { prefill, decode };
-            self.misses(layout, &self.run(Kind::TwoStage, layout, rate, life)).is_empty()
+            self.misses(layout, &self.run(Kind::TwoStage, layout, rate, life)).into_iter().next()
         };
-        let too_many = || Infeasible(format!("a pool would need more than {MOST_NODES} nodes"));
-        let prefill = least(prefill_least, |n| meets(n, ample)).ok_or_else(too_many)?;
-        let decode_of = |prefill| least(decode_least, |n| meets(prefill, n));
-        let mut best = (prefill, decode_of(prefill).ok_or_else(too_many)?);
+        let prefill = least(prefill_least, |n| missed(n, ample)).map_err(|(n, miss)| {
+            Infeasible(format!("even with {n} prefill nodes and {ample} decode nodes, {}", miss.explain()))
+        })?;
+        let decode_of = |prefill| least(decode_least, |n| missed(prefill, n));
+        let decode = decode_of(prefill).map_err(|(n, miss)| {
+            Infeasible(format!("even with {prefill} prefill nodes and {n} decode nodes, {}", miss.explain()))
+        })?;
+        let mut best = (prefill, decode);
         let cost = |(prefill, decode): (usize, usize)| {
             prefill as f64 * self.prices.0.max(1e-9) + decode as f64 * self.prices.1.max(1e-9)
         };
@@ -180,7 +189,7 @@ impl Planner {
                 break;
             }
             match decode_of(prefill) {
-                Some(decode) if cost((prefill, decode)) < cost(best) => best = (prefill, decode),
+                Ok(decode) if cost((prefill, decode)) < cost(best) => best = (prefill, decode),
                 _ => break,
             }
         }
@@ -194,13 +203,14 @@ impl Planner {
     /// No number of nodes meets the limits.
     pub fn colocated(&self, kind: Kind, rate: f64) -> Result<Sized, Infeasible> {
         let (_, life) = self.alone(kind)?;
-        let meets = |nodes| {
+        let missed = |nodes| {
             let layout = Layout::Colocated { nodes };
-            self.misses(layout, &self.run(kind, layout, rate, life)).is_empty()
+            self.misses(layout, &self.run(kind, layout, rate, life)).into_iter().next()
         };
         let (prefill, _) = self.least(rate, &self.mix.sizes(self.seed));
         let from = if kind == Kind::ColocatedFull { prefill } else { 1 };
-        let nodes = least(from, meets).ok_or(Infeasible(format!("it would need more than {MOST_NODES} nodes")))?;
+        let nodes =
+            least(from, missed).map_err(|(n, miss)| Infeasible(format!("even with {n} nodes, {}", miss.explain())))?;
         let layout = Layout::Colocated { nodes };
         Ok(Sized { layout, outcome: self.run(kind, layout, rate, life), rate })
     }
@@ -227,24 +237,31 @@ impl Planner {
     }
 }
 
-/// The smallest number from `from` on that is enough, if more is never worse. `None` if even [`MOST_NODES`] is not.
-pub fn least(from: usize, mut enough: impl FnMut(usize) -> bool) -> Option<usize> {
+/// The smallest number from `from` on that misses nothing, if more is never worse.
+///
+/// # Errors
+/// A number far above `from`, and what it misses.
+pub fn least<M>(from: usize, mut missed: impl FnMut(usize) -> Option<M>) -> Result<usize, (usize, M)> {
     let (mut low, mut high) = (from.max(1), from.max(1));
-    // `low` itself may be enough: the search is for the smallest number in [low, high] after this loop.
+    let most = (high * GIVE_UP.0 + GIVE_UP.1).min(MOST_NODES.max(high));
     let mut step = 1;
-    while !enough(high) {
-        if high >= MOST_NODES {
-            return None;
+    while let Some(miss) = missed(high) {
+        if high >= most {
+            return Err((high, miss));
         }
         low = high + 1;
-        high = (high + step).min(MOST_NODES);
+        high = (high + step).min(most);
         step *= 2;
     }
+    // `high` is enough, and everything below `low` is not.
     while low < high {
         let middle = low + (high - low) / 2;
-        if enough(middle) { high = middle } else { low = middle + 1 }
+        match missed(middle) {
+            None => high = middle,
+            Some(_) => low = middle + 1,
+        }
     }
-    Some(low)
+    Ok(low)
 }
 
 #[cfg(test)]
@@ -280,6 +297,7 @@ pub mod tests {
             prices: (1.0, 1.0),
             requests: 600,
             seed: 0,
+            one_machine: false,
         }
     }
 
@@ -336,16 +354,16 @@ pub mod tests {
 
     proptest! {
         #[test]
-        fn the_search_finds_the_smallest_number(from in 1_usize..50, needed in 1_usize..MOST_NODES) {
-            let mut asked = 0;
-            let found = least(from, |n| { asked += 1; n >= needed });
-            prop_assert_eq!(found, Some(needed.max(from)));
+        fn the_search_finds_the_smallest_number(from in 1_usize..50, more in 0_usize..350) {
+            let (mut asked, needed) = (0, from + more.min(7 * from + 32));
+            let found = least(from, |n| { asked += 1; (n < needed).then_some(()) });
+            prop_assert_eq!(found, Ok(needed));
             prop_assert!(asked < 40, "{} questions", asked);
         }
     }
 
     #[test]
-    fn a_search_ends() {
-        assert_eq!(least(3, |_| false), None);
+    fn a_search_ends_and_says_what_is_missing() {
+        assert_eq!(least(3, |n| Some(n + 1)), Err((56, 57)));
     }
 }

@@ -137,6 +137,20 @@ fn what_a_request_alone_misses_is_infeasible() {
 }
 
 #[test]
+fn a_given_cluster_is_judged() {
+    let case = Case::new();
+    let judged = |nodes: &str| {
+        let task =
+            case.args(&format!("--rate 20 --prompt-tokens 400 --output-tokens 100 {LIMITS} {nodes}")).task().unwrap();
+        report::judge(&task, task.given.unwrap())
+    };
+    let ample = judged("--prefill-nodes 3 --decode-nodes 3");
+    assert_eq!(ample.misses, Vec::<String>::new());
+    let scarce = judged("--prefill-nodes 1 --decode-nodes 1 --one-machine");
+    assert!(!scarce.misses.is_empty() && scarce.decode_batch > ample.decode_batch, "{scarce:?}");
+}
+
+#[test]
 fn values_are_those_of_the_chart() {
     let case = Case::new();
     let line = format!("--rate 40 --prompt-tokens 400 --output-tokens 100 {LIMITS}");

@@ -80,7 +80,7 @@ impl ColocatedNode {
         };
         let seconds = seconds * model.factor(&mut world.rng);
         self.step = Some(Step { began: world.now, chunks });
-        world.after(seconds, Event::ColocatedStep(id));
+        world.step(seconds, Event::ColocatedStep(id));
     }
 }
 

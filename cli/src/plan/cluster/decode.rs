@@ -49,7 +49,7 @@ impl Cluster<'_> {
             let seconds = model.decode_seconds(sequences, node.seats.context(&world.jobs));
             let seconds = seconds * model.factor(&mut world.rng);
             node.computes = true;
-            world.after(seconds, Event::DecodeStep(id));
+            world.step(seconds, Event::DecodeStep(id));
         }
         for job in reserved {
             self.prefill_submit(job);

@@ -85,7 +85,7 @@ pub struct NodeModel {
     pub decode: StepCurve,
     /// Capacity of the KV cache, in blocks.
     pub kv_blocks: usize,
-    /// Quantiles of a step's duration divided by its median.
+    /// Equally likely factors on the duration of a step.
     pub spread: Vec<f64>,
     /// What serving adds to steps.
     pub overhead: Overhead,
@@ -114,11 +114,9 @@ impl NodeModel {
 
     /// Draws the factor by which a step is slower than its median.
     fn factor(&self, rng: &mut StdRng) -> f64 {
-        let at = rng.random::<f64>() * self.spread.len().saturating_sub(1) as f64;
-        let (below, above) = (at.floor() as usize, at.ceil() as usize);
-        match (self.spread.get(below), self.spread.get(above)) {
-            (Some(low), Some(high)) => low + (high - low) * at.fract(),
-            _ => 1.0,
+        match self.spread.len() {
+            0 => 1.0,
+            count => self.spread[rng.random_range(0..count)],
         }
     }
 }
@@ -138,6 +136,8 @@ pub struct Setup {
     pub kv_bytes_per_token: f64,
     /// Limits of the engines and the router.
     pub limits: EngineLimits,
+    /// All nodes share one machine: a step takes longer by the number of nodes that compute when it begins.
+    pub one_machine: bool,
 }
 
 /// The load and how much of it is measured.
@@ -220,6 +220,8 @@ struct World<'a> {
     /// By time, then in the order in which they were scheduled.
     events: BinaryHeap<Reverse<(Time, u64, Event)>>,
     scheduled: u64,
+    /// Nodes that compute.
+    computing: usize,
     record: Recorder,
 }
 
@@ -227,6 +229,13 @@ impl World<'_> {
     fn after(&mut self, seconds: f64, event: Event) {
         self.scheduled += 1;
         self.events.push(Reverse((Time(self.now + seconds), self.scheduled, event)));
+    }
+
+    /// Begins a step of a node, which takes `seconds` on a machine of its own.
+    fn step(&mut self, seconds: f64, event: Event) {
+        self.computing += 1;
+        let share = if self.setup.one_machine { self.computing as f64 } else { 1.0 };
+        self.after(seconds * share, event);
     }
 
     /// The first token of a job reaches the client.
@@ -293,6 +302,7 @@ pub fn run(setup: &Setup, mix: &Mix, load: &Load) -> Outcome {
             jobs: Vec::new(),
             events: BinaryHeap::new(),
             scheduled: 0,
+            computing: 0,
             record: Recorder::default(),
         },
         prefill: (0..prefill).map(|_| PrefillNode::new(setup.prefill.kv_blocks)).collect(),
@@ -335,9 +345,18 @@ impl Cluster<'_> {
                         self.world.after(gap / load.rate, Event::Arrival);
                     }
                 }
-                Event::PrefillStep(node) => self.prefill_step_ended(node),
-                Event::DecodeStep(node) => self.decode_step_ended(node),
-                Event::ColocatedStep(node) => self.colocated_step_ended(node),
+                Event::PrefillStep(node) => {
+                    self.world.computing -= 1;
+                    self.prefill_step_ended(node);
+                }
+                Event::DecodeStep(node) => {
+                    self.world.computing -= 1;
+                    self.decode_step_ended(node);
+                }
+                Event::ColocatedStep(node) => {
+                    self.world.computing -= 1;
+                    self.colocated_step_ended(node);
+                }
                 Event::Handoff(job) => self.handoff_ended(job),
             }
         }

@@ -89,7 +89,7 @@ impl PrefillNode {
         let (rows, context) = size(&chunks);
         let seconds = model.prefill.seconds(rows as f64, context) * model.factor(&mut world.rng);
         self.step = Some(Step { began: world.now, chunks });
-        world.after(seconds, Event::PrefillStep(id));
+        world.step(seconds, Event::PrefillStep(id));
     }
 }
 
