@@ -6,12 +6,10 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Parser};
 use overfill_cluster::Shutdown;
 use overfill_decode_node::DecodeNode;
-use overfill_node::NodeError;
 use overfill_prefill_node::PrefillNode;
 use overfill_proto::v1::{
     self, decode_client::DecodeClient, decode_event, prefill_client::PrefillClient, prefill_event,
 };
-use tokio::task::JoinHandle;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
@@ -139,47 +137,6 @@ async fn next(events: &mut Streaming<v1::DecodeEvent>) -> Result<Option<decode_e
     Ok(events.message().await?.and_then(|event| event.event))
 }
 
-/// A node of each role in this process.
-pub struct RunningPair {
-    /// gRPC URLs of the prefill node and of the decode node.
-    pub urls: [String; 2],
-    shutdown: Shutdown,
-    prefill: JoinHandle<Result<(), NodeError>>,
-    decode: JoinHandle<Result<(), NodeError>>,
-}
-
-impl RunningPair {
-    /// Starts the first two of `models`; a single model runs on both nodes. Each has a KV cache of `pool_tokens` tokens.
-    pub async fn start(models: &Models, args: &ModelArgs, pool_tokens: usize) -> Result<Self> {
-        let (_, full) = models.list.first().context("no model")?;
-        let (_, decode) = models.list.get(1).or(models.list.first()).context("no model")?;
-        let line = |model: &Path| -> Result<Vec<String>> {
-            let model = model.to_str().context("the model's path is not UTF-8")?;
-            let (device, weights, kv) = (args.device.to_string(), args.weights.to_string(), args.kv_dtype.to_string());
-            let pool = pool_tokens.to_string();
-            let line = ["node", "--model", model, "--device", &device, "--weights", &weights, "--kv-dtype", &kv];
-            Ok(line.into_iter().chain(["--kv-pool-tokens", &pool]).map(str::to_owned).collect())
-        };
-        let config = PrefillLine::try_parse_from(line(full)?)?.args.validate().map_err(first_fault)?;
-        let prefill = PrefillNode::bind(config).await?;
-        let config = DecodeLine::try_parse_from(line(decode)?)?.args.validate().map_err(first_fault)?;
-        let decode = DecodeNode::bind(config).await?;
-        let urls = [prefill.ready_line().grpc, decode.ready_line().grpc].map(|address| format!("http://{address}"));
-        let shutdown = Shutdown::new();
-        let prefill = tokio::spawn(prefill.run(shutdown.clone()));
-        let decode = tokio::spawn(decode.run(shutdown.clone()));
-        Ok(Self { urls, shutdown, prefill, decode })
-    }
-
-    /// Stops both nodes.
-    pub async fn stop(self) -> Result<()> {
-        self.shutdown.begin();
-        self.prefill.await.context("the prefill node panicked")??;
-        self.decode.await.context("the decode node panicked")??;
-        Ok(())
-    }
-}
-
 /// Measures the time that a handoff adds to the prefill of a long prompt, between two nodes in this process. The nodes run
 /// the first two of `models`; a single model runs on both.
 pub async fn measure(
@@ -189,8 +146,25 @@ pub async fn measure(
     runs: usize,
     report: &mut Report,
 ) -> Result<()> {
-    let pair = RunningPair::start(models, args, 4 * (size.prompt_tokens + 64)).await?;
-    let mut direct = Direct::connect(&pair.urls[0], &pair.urls[1]).await?;
+    let (_, full) = models.list.first().context("no model")?;
+    let (_, decode) = models.list.get(1).or(models.list.first()).context("no model")?;
+    let line = |model: &Path| -> Result<Vec<String>> {
+        let model = model.to_str().context("the model's path is not UTF-8")?;
+        let (device, weights, kv) = (args.device.to_string(), args.weights.to_string(), args.kv_dtype.to_string());
+        let pool = (4 * (size.prompt_tokens + 64)).to_string();
+        let line = ["node", "--model", model, "--device", &device, "--weights", &weights, "--kv-dtype", &kv];
+        Ok(line.into_iter().chain(["--kv-pool-tokens", &pool]).map(str::to_owned).collect())
+    };
+    let config = PrefillLine::try_parse_from(line(full)?)?.args.validate().map_err(first_fault)?;
+    let prefill = PrefillNode::bind(config).await?;
+    let config = DecodeLine::try_parse_from(line(decode)?)?.args.validate().map_err(first_fault)?;
+    let decode = DecodeNode::bind(config).await?;
+    let urls = [prefill.ready_line().grpc, decode.ready_line().grpc].map(|address| format!("http://{address}"));
+    let shutdown = Shutdown::new();
+    let prefill = tokio::spawn(prefill.run(shutdown.clone()));
+    let decode = tokio::spawn(decode.run(shutdown.clone()));
+
+    let mut direct = Direct::connect(&urls[0], &urls[1]).await?;
     let mut outcomes = Vec::new();
     for run in 0..=runs {
         // Each run has a different prompt, so that nothing comes from a prefix cache.
@@ -209,7 +183,10 @@ pub async fn measure(
     report.add("KV handed over", bytes / f64::from(1 << 20), "MiB", "");
     report.add("handoff, not hidden", exposed * 1e3, "ms", "time after the last layer was computed");
     report.add("handoff, share of prefill", 100.0 * exposed / prefill_seconds, "%", "");
-    pair.stop().await
+    shutdown.begin();
+    prefill.await.context("the prefill node panicked")??;
+    decode.await.context("the decode node panicked")??;
+    Ok(())
 }
 
 /// Measures a handoff over loopback, a memory copy, and a plain TCP copy of the same size.

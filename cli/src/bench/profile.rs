@@ -1,30 +1,33 @@
 //! `overfill bench profile`: measures what `overfill plan` needs to know about a machine and a pair of models.
 //!
-//! Steps are those of the real engine, one at a time. What serving adds to them is measured between a client and a real
-//! router with a real node of each role, all on this machine: the difference between what the client sees and what the
-//! engine's steps take.
+//! Steps are those of the real engine, one at a time. What serving adds to them is measured with a cluster of real
+//! processes on this machine, as `overfill up` starts it: the difference between what a client sees and what the engine's
+//! steps take.
 
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use futures::future::join_all;
-use overfill_cluster::Shutdown;
 use overfill_kv::{BLOCK_TOKENS, BlockId, SamplingParams, blocks_for};
 use overfill_model::{Choice, LoadOptions, Model, Outputs, Rows, SamplingContext, SequenceSlice, Want, no_layers};
-use overfill_router::{Config, Router};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 
 use super::models::{ModelArgs, Models};
-use super::nodes::RunningPair;
 use super::report::median;
-use super::serve::{client::Api, load::Request};
-use crate::plan::curve::{Point, StepCurve};
+use super::serve::client::{Api, Failure};
+use super::serve::load::Request;
+use crate::plan::curve::Point;
 use crate::plan::profile::{FORMAT, ModelProfile, Overhead, Profile};
 
 /// Length of the requests through the router.
 const PROMPT: usize = 64;
 const ANSWER: usize = 96;
+/// Time between requests through the router, and the longest time until it has found its nodes.
+const PAUSE: Duration = Duration::from_millis(50);
+const FOUND_WITHIN: Duration = Duration::from_secs(20);
 /// Size of the handoff whose speed is measured.
 const HANDOFF_BYTES: usize = 64 << 20;
 /// Factors of the spread of steps.
@@ -118,9 +121,10 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
         full,
         pruned,
         overhead: Overhead::default(),
-        step_spread: factors(spread),
+        prefill_spread: factors(spread),
+        decode_spread: Vec::new(),
     };
-    profile.overhead = runtime.block_on(serving(&models, &args.models, &profile))?;
+    (profile.overhead, profile.decode_spread) = runtime.block_on(serving(&models, &args.models, &profile))?;
     profile.check()?;
     let text = serde_json::to_string_pretty(&profile)?;
     match &args.out {
@@ -163,7 +167,9 @@ impl ProfileArgs {
             let mut contexts: Vec<usize> = self.context_tokens.iter().map(|c| (*c).min(longest - 1)).collect();
             contexts.dedup();
             for context in contexts {
-                let seconds = Batch { sequences, rows: 1, context, each }.measure(&mut model, blocks, spread)?;
+                let batch = Batch { sequences, rows: 1, context, each };
+                // The spread of decode steps is measured where clients see it.
+                let seconds = batch.measure(&mut model, blocks, &mut Vec::new())?;
                 tracing::info!(model = name, sequences, context_tokens = context, seconds, "measured a decode step");
                 decode.push(Point { rows: sequences, context_tokens: context, seconds });
             }
@@ -225,88 +231,109 @@ fn factors(mut values: Vec<f64>) -> Vec<f64> {
     (0..FACTORS).filter_map(at).collect()
 }
 
-/// Measures what serving adds to the engines' steps.
-async fn serving(models: &Models, args: &ModelArgs, profile: &Profile) -> Result<Overhead> {
-    let pair = RunningPair::start(models, args, profile.kv_pool_tokens.max(64 * (PROMPT + ANSWER))).await?;
-    let router = Router::bind(Config::local(vec![pair.urls[0].clone()], vec![pair.urls[1].clone()])).await?;
-    let api = Api::new(&format!("http://{}", router.http_address()), None, None, "", Duration::from_secs(600))?;
-    let shutdown = Shutdown::new();
-    let running = tokio::spawn(router.run(shutdown.clone()));
+/// Measures what serving adds to the engines' steps, with a cluster of this program's own processes.
+async fn serving(models: &Models, args: &ModelArgs, profile: &Profile) -> Result<(Overhead, Vec<f64>)> {
+    let (_, full) = models.list.first().context("no model")?;
+    let (_, decode) = models.list.get(1).or(models.list.first()).context("no model")?;
+    let program = std::env::current_exe().context("finding this program's file")?;
+    let mut command = tokio::process::Command::new(program);
+    command.args(["up", "--print", "json", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]);
+    command.arg("--full").arg(full).arg("--decode").arg(decode);
+    for (flag, value) in [
+        ("--device", args.device.to_string()),
+        ("--weights", args.weights.to_string()),
+        ("--kv-dtype", args.kv_dtype.to_string()),
+        ("--kv-pool-tokens", profile.kv_pool_tokens.max(64 * (PROMPT + ANSWER)).to_string()),
+    ] {
+        command.args([flag, &value]);
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
+    let mut cluster = command.spawn().context("starting a cluster")?;
+    let out = cluster.stdout.take().context("the cluster has no output")?;
+    let line = BufReader::new(out).lines().next_line().await?.context("the cluster ended before it was ready")?;
+    let ready: serde_json::Value = serde_json::from_str(&line).context("the cluster's first line is not JSON")?;
+    let http = ready["http"].as_str().context("the cluster's first line has no \"http\"")?;
+    let url = if http.contains("://") { http.to_owned() } else { format!("http://{http}") };
+    let api = Api::new(&url, None, None, "", Duration::from_secs(600))?;
     let measured = measure_serving(&api, profile).await;
-    shutdown.begin();
-    running.await.context("the router panicked")??;
-    pair.stop().await?;
+    // The processes of the cluster end with it.
+    cluster.kill().await.context("stopping the cluster")?;
     measured
 }
 
-async fn measure_serving(api: &Api, profile: &Profile) -> Result<Overhead> {
-    let curves = |curves: Option<(StepCurve, StepCurve)>| curves.context("no steps");
-    let (prefill, _) = curves(profile.full.curves())?;
-    let (_, decode) = curves(profile.decoder().curves())?;
-    let (mut ttft, mut first_gap, mut added) = (Vec::new(), Vec::new(), Vec::new());
-    let mut seed = 0;
+/// Requests of a client, one or several at a time.
+struct Client<'a> {
+    api: &'a Api,
+    sent: usize,
+}
+
+impl Client<'_> {
+    /// Sends requests together and returns when each was sent and when its tokens came.
+    async fn send(&mut self, together: usize) -> Result<Vec<(tokio::time::Instant, Vec<tokio::time::Instant>)>> {
+        let requests = (0..together).map(|_| {
+            self.sent += 1;
+            // Each request has a different prompt, so that nothing comes from a prefix cache.
+            let prompt = (0..PROMPT).map(|i| 3 + ((i * 13 + self.sent * 101) % 199) as u32).collect();
+            self.api.complete(Request { prompt, output_tokens: ANSWER })
+        });
+        let outcomes = join_all(requests.collect::<Vec<_>>()).await;
+        let answered = outcomes.into_iter().map(|outcome| match outcome.result {
+            Ok(tokens) => Ok((outcome.sent, tokens)),
+            Err(Failure { kind, message }) => bail!("a request through the router failed: {kind}: {message}"),
+        });
+        answered.collect()
+    }
+}
+
+fn between(earlier: tokio::time::Instant, later: tokio::time::Instant) -> f64 {
+    later.duration_since(earlier).as_secs_f64()
+}
+
+async fn measure_serving(api: &Api, profile: &Profile) -> Result<(Overhead, Vec<f64>)> {
+    let (prefill, _) = profile.full.curves().context("no steps")?;
+    let (_, decode) = profile.decoder().curves().context("no steps")?;
+    let mut client = Client { api, sent: 0 };
+    let deadline = Instant::now() + FOUND_WITHIN;
+    // The router needs a moment to find its nodes.
+    while let Err(error) = client.send(1).await {
+        if Instant::now() > deadline {
+            return Err(error);
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+    let (mut ttft, mut first_gap, mut jitter, mut steps) = (Vec::new(), Vec::new(), Vec::new(), Vec::<Point>::new());
     for together in [1, 2, 4, 8, 16] {
-        let mut gaps = Vec::new();
-        for round in 0..(48 / together).clamp(3, 12) {
-            let requests = (0..together).map(|_| {
-                seed += 1;
-                let prompt = (0..PROMPT).map(|i| 3 + ((i * 13 + seed * 101) % 199) as u32).collect();
-                api.complete(Request { prompt, output_tokens: ANSWER })
-            });
-            let outcomes = join_all(requests.collect::<Vec<_>>()).await;
-            for outcome in outcomes {
-                let tokens = match outcome.result {
-                    Ok(tokens) => tokens,
-                    // The router has not found its nodes yet.
-                    Err(failure) if together == 1 && round < 2 => {
-                        tracing::debug!(failure.kind, failure.message, "not served yet");
-                        tokio::time::sleep(Duration::from_millis(500)).await;
-                        continue;
-                    }
-                    Err(failure) => bail!("a request through the router failed: {}: {}", failure.kind, failure.message),
-                };
-                let since = |from, to: tokio::time::Instant| to.duration_since(from).as_secs_f64();
-                // The first requests warm connections up.
-                if together == 1 && round > 2 {
-                    ttft.push(since(outcome.sent, tokens[0]));
-                    first_gap.push(since(tokens[0], tokens[1]));
+        let mut paces = Vec::new();
+        for _ in 0..(48 / together).max(4) {
+            // Between requests, services fall asleep as they do under a moderate load.
+            tokio::time::sleep(PAUSE).await;
+            for (sent, tokens) in client.send(together).await? {
+                if together == 1 {
+                    ttft.push(between(sent, tokens[0]));
+                    first_gap.push(between(tokens[0], tokens[1]));
                 }
                 // At the beginning and at the end, fewer sequences decode.
                 let steady = &tokens[ANSWER / 4..3 * ANSWER / 4];
-                gaps.extend(steady.windows(2).map(|pair| since(pair[0], pair[1])));
+                let pace = between(steady[0], steady[steady.len() - 1]) / (steady.len() - 1) as f64;
+                jitter.extend(steady.windows(2).map(|pair| (between(pair[0], pair[1]) / pace).max(1e-6)));
+                paces.push(pace);
             }
         }
-        // The mean over time counts: steps overlap with what the router does for the tokens before.
-        let mean = gaps.iter().sum::<f64>() / gaps.len().max(1) as f64;
-        let sequences = together as f64;
-        let step = decode.seconds(sequences, sequences * (PROMPT + ANSWER / 2) as f64);
-        added.push((sequences, mean - step));
-        tracing::info!(sequences = together, step, mean, "measured decode steps through the router");
+        let rows = together as f64;
+        let (step, pace) = (decode.seconds(rows, rows * (PROMPT + ANSWER / 2) as f64), median(paces));
+        // More sequences are never less work. What seems so is noise.
+        let before = steps.last().map_or(0.0, |point| point.seconds);
+        steps.push(Point { rows: together, context_tokens: 0, seconds: (pace - step).max(before) });
+        tracing::info!(sequences = together, step, pace, "measured decode steps through the router");
     }
-    let (step_seconds, sequence_seconds) = line(&added);
-    let one = decode.seconds(1.0, PROMPT as f64) + step_seconds + sequence_seconds;
-    Ok(Overhead {
-        request_seconds: (median(ttft) - prefill.seconds(PROMPT as f64, 0.0)).max(0.0),
-        handoff_seconds: (median(first_gap) - one).max(0.0),
-        step_seconds,
-        sequence_seconds,
-    })
-}
-
-/// The line through points by least squares, as value at 0 and slope. Both are at least 0.
-fn line(points: &[(f64, f64)]) -> (f64, f64) {
-    let count = points.len().max(1) as f64;
-    let mean = |value: fn(&(f64, f64)) -> f64| points.iter().map(value).sum::<f64>() / count;
-    let (x, y) = (mean(|p| p.0), mean(|p| p.1));
-    let (product, square) = points.iter().fold((0.0, 0.0), |(product, square), point| {
-        (product + (point.0 - x) * (point.1 - y), square + (point.0 - x) * (point.0 - x))
-    });
-    let slope = if square > 0.0 { (product / square).max(0.0) } else { 0.0 };
-    match y - slope * x {
-        start if start >= 0.0 => (start, slope),
-        // Through the origin.
-        _ => (0.0, (y / x).max(0.0)),
-    }
+    let one = decode.seconds(1.0, PROMPT as f64) + steps[0].seconds;
+    let above = |values: Vec<f64>, part: f64| factors(values.into_iter().map(|v| (v - part).max(0.0)).collect());
+    let overhead = Overhead {
+        request_seconds: above(ttft, prefill.seconds(PROMPT as f64, 0.0)),
+        handoff_seconds: above(first_gap, one),
+        steps,
+    };
+    Ok((overhead, factors(jitter)))
 }
 
 /// Processor and number of cores.
@@ -320,14 +347,6 @@ fn machine() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_line_has_no_negative_part() {
-        let (start, slope) = line(&[(1.0, 3.0), (2.0, 5.0), (4.0, 9.0)]);
-        assert!((start - 1.0).abs() < 1e-12 && (slope - 2.0).abs() < 1e-12);
-        assert_eq!(line(&[(1.0, 3.0), (2.0, 2.0)]), (2.5, 0.0));
-        assert_eq!(line(&[(1.0, 0.0), (3.0, 4.0)]), (0.0, 1.0));
-    }
 
     #[test]
     fn factors_are_equally_likely_and_leave_outliers_out() {

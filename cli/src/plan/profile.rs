@@ -51,9 +51,12 @@ pub struct Profile {
     /// What serving adds to the engines' steps.
     #[serde(default)]
     pub overhead: Overhead,
-    /// Equally likely factors on the duration of a step, sorted. Empty: all steps of a size take equally long.
+    /// Equally likely factors on the duration of a prefill step, sorted. Empty: all steps of a size take equally long.
     #[serde(default)]
-    pub step_spread: Vec<f64>,
+    pub prefill_spread: Vec<f64>,
+    /// The same for decode steps, with what happens on the way to the client.
+    #[serde(default)]
+    pub decode_spread: Vec<f64>,
 }
 
 /// One model on the machine.
@@ -71,17 +74,19 @@ pub struct ModelProfile {
 }
 
 /// What serving adds to the engines' steps.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Overhead {
-    /// Added to the time to the first token: client, router, reservation, and the calls between services.
-    pub request_seconds: f64,
-    /// Added between the first token and the second one, beside the transfer of the bytes.
-    pub handoff_seconds: f64,
-    /// Added to each decode step.
-    pub step_seconds: f64,
-    /// Added to each decode step for each sequence.
-    pub sequence_seconds: f64,
+    /// Added to the time to the first token: client, router, reservation, and the calls between services. Equally likely
+    /// values in seconds; empty: nothing.
+    #[serde(default)]
+    pub request_seconds: Vec<f64>,
+    /// Added between the first token and the second one, beside the transfer of the bytes. Equally likely values.
+    #[serde(default)]
+    pub handoff_seconds: Vec<f64>,
+    /// Added to a decode step, by the number of its sequences (`rows`).
+    #[serde(default)]
+    pub steps: Vec<Point>,
 }
 
 impl Profile {
@@ -114,15 +119,21 @@ impl Profile {
         ] {
             ensure!(value > 0.0 && value.is_finite(), "{field} must be above 0, got {value}");
         }
-        let Overhead { request_seconds, handoff_seconds, step_seconds, sequence_seconds } = self.overhead;
-        time("overhead.request_seconds", request_seconds, true)?;
-        time("overhead.handoff_seconds", handoff_seconds, true)?;
-        time("overhead.step_seconds", step_seconds, true)?;
-        time("overhead.sequence_seconds", sequence_seconds, true)?;
-        for (i, value) in self.step_spread.iter().enumerate() {
-            ensure!((0.01..=1000.0).contains(value), "step_spread[{i}] must be in [0.01, 1000], got {value}");
+        let Overhead { request_seconds, handoff_seconds, steps } = &self.overhead;
+        for (name, list) in [("request_seconds", request_seconds), ("handoff_seconds", handoff_seconds)] {
+            for (i, seconds) in list.iter().enumerate() {
+                time(&format!("overhead.{name}[{i}]"), *seconds, true)?;
+            }
         }
-        ensure!(self.step_spread.is_sorted(), "step_spread must be sorted");
+        for (i, step) in steps.iter().enumerate() {
+            time(&format!("overhead.steps[{i}].seconds"), step.seconds, true)?;
+            ensure!(step.rows >= 1, "overhead.steps[{i}].rows must be at least 1, got {}", step.rows);
+        }
+        for (name, list) in [("prefill_spread", &self.prefill_spread), ("decode_spread", &self.decode_spread)] {
+            for (i, value) in list.iter().enumerate() {
+                ensure!((1e-6..=1e6).contains(value), "{name}[{i}] must be in [1e-6, 1e6], got {value}");
+            }
+        }
         for (name, model) in [("full", Some(&self.full)), ("pruned", self.pruned.as_ref())] {
             let Some(model) = model else { continue };
             time(&format!("{name}.start_seconds"), model.start_seconds, true)?;
@@ -202,7 +213,8 @@ pub mod tests {
             full: model("full", 1.0),
             pruned: Some(model("pruned", 0.5)),
             overhead: Overhead::default(),
-            step_spread: Vec::new(),
+            prefill_spread: Vec::new(),
+            decode_spread: Vec::new(),
         }
     }
 
@@ -220,7 +232,6 @@ pub mod tests {
         let slow = fault(|p| p.full.decode[1].seconds = -1.0);
         assert_eq!(slow, "full.decode[1].seconds must be in (0, 3600], got -1");
         assert_eq!(fault(|p| p.full.prefill.clear()), "full.prefill must list at least one step");
-        assert_eq!(fault(|p| p.step_spread = vec![0.0]), "step_spread[0] must be in [0.01, 1000], got 0");
         assert!(
             fault(|p| p.overhead.step_seconds = f64::NAN).starts_with("overhead.step_seconds must be in [0, 3600]")
         );

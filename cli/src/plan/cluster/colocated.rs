@@ -9,7 +9,7 @@ use overfill_kv::{BLOCK_TOKENS, blocks_for};
 use overfill_prefill_node::scheduler::{self, Chunk, Pace, PromptProgress};
 use overfill_router::parts::{DecodeCandidate, pick_decode};
 
-use super::{Cluster, Event, Shares, World, prefill::size, seats::Seats};
+use super::{Cluster, Event, Shares, World, draw, prefill::size, seats::Seats};
 
 /// A node for prompts and answers.
 pub(super) struct ColocatedNode {
@@ -78,7 +78,8 @@ impl ColocatedNode {
         } else {
             decode
         };
-        let seconds = seconds * model.factor(&mut world.rng);
+        let spread = if rows > 0 { &model.prefill_spread } else { &model.decode_spread };
+        let seconds = seconds * draw(spread, 1.0, &mut world.rng);
         self.step = Some(Step { began: world.now, chunks });
         world.step(seconds, Event::ColocatedStep(id));
     }

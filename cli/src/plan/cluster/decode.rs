@@ -1,6 +1,6 @@
 //! Decode nodes.
 
-use super::{Cluster, Event, Shares, seats::Seats};
+use super::{Cluster, Event, Shares, draw, seats::Seats};
 
 /// A decode node.
 pub(super) struct DecodeNode {
@@ -47,7 +47,7 @@ impl Cluster<'_> {
         if sequences > 0 {
             let model = &world.setup.decode;
             let seconds = model.decode_seconds(sequences, node.seats.context(&world.jobs));
-            let seconds = seconds * model.factor(&mut world.rng);
+            let seconds = seconds * draw(&model.decode_spread, 1.0, &mut world.rng);
             node.computes = true;
             world.step(seconds, Event::DecodeStep(id));
         }

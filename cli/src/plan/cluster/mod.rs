@@ -85,39 +85,49 @@ pub struct NodeModel {
     pub decode: StepCurve,
     /// Capacity of the KV cache, in blocks.
     pub kv_blocks: usize,
-    /// Equally likely factors on the duration of a step.
-    pub spread: Vec<f64>,
-    /// What serving adds to steps.
-    pub overhead: Overhead,
+    /// Equally likely factors on the duration of a prefill step.
+    pub prefill_spread: Vec<f64>,
+    /// The same for decode steps.
+    pub decode_spread: Vec<f64>,
+    /// Added to a decode step by its number of sequences.
+    pub step_overhead: Option<StepCurve>,
+    /// Equally likely values of what serving adds to the first token, and between the first two, in seconds.
+    pub request_seconds: Vec<f64>,
+    /// See [`request_seconds`](Self::request_seconds).
+    pub handoff_seconds: Vec<f64>,
 }
 
 impl NodeModel {
     /// The model on the profile's machine. `None` if the profile lists no steps.
     pub fn new(profile: &Profile, model: &ModelProfile) -> Option<Self> {
         let (prefill, decode) = model.curves()?;
+        let Overhead { request_seconds, handoff_seconds, steps } = profile.overhead.clone();
         Some(Self {
             prefill,
             decode,
             kv_blocks: profile.kv_blocks(),
-            spread: profile.step_spread.clone(),
-            overhead: profile.overhead,
+            prefill_spread: profile.prefill_spread.clone(),
+            decode_spread: profile.decode_spread.clone(),
+            step_overhead: StepCurve::fit(&steps),
+            request_seconds,
+            handoff_seconds,
         })
     }
 
     /// Duration in seconds of a decode step of `sequences` that read `context` tokens of KV in total, with the work
     /// between steps.
     pub fn decode_seconds(&self, sequences: usize, context: usize) -> f64 {
-        let Overhead { step_seconds, sequence_seconds, .. } = self.overhead;
-        let sequences = sequences as f64;
-        self.decode.seconds(sequences, context as f64) + step_seconds + sequence_seconds * sequences
+        let rows = sequences as f64;
+        let overhead = self.step_overhead.as_ref().map_or(0.0, |curve| curve.base(rows));
+        self.decode.seconds(rows, context as f64) + overhead
     }
+}
 
-    /// Draws the factor by which a step is slower than its median.
-    fn factor(&self, rng: &mut StdRng) -> f64 {
-        match self.spread.len() {
-            0 => 1.0,
-            count => self.spread[rng.random_range(0..count)],
-        }
+/// Draws one of equally likely values; `none` if there are none.
+fn draw(values: &[f64], none: f64, rng: &mut StdRng) -> f64 {
+    match values.len() {
+        0 => none,
+        count => values[rng.random_range(0..count)],
     }
 }
 
@@ -240,7 +250,7 @@ impl World<'_> {
 
     /// The first token of a job reaches the client.
     fn first_token(&mut self, job: usize) {
-        let overhead = self.setup.prefill.overhead.request_seconds;
+        let overhead = draw(&self.setup.prefill.request_seconds, 0.0, &mut self.rng);
         let j = &mut self.jobs[job];
         (j.generated, j.token) = (1, self.now);
         if j.measured {

@@ -7,7 +7,7 @@ use overfill_kv::blocks_for;
 use overfill_prefill_node::scheduler::{self, Chunk, Pace, PromptProgress};
 use overfill_router::parts::{DecodeCandidate, PrefillCandidate, pick_decode, pick_prefill};
 
-use super::{Cluster, Event, Shares, World};
+use super::{Cluster, Event, Shares, World, draw};
 
 /// A prefill node.
 pub(super) struct PrefillNode {
@@ -87,7 +87,7 @@ impl PrefillNode {
         let chunks = scheduler::plan(self.running.iter().map(progress), tokens);
         let model = &world.setup.prefill;
         let (rows, context) = size(&chunks);
-        let seconds = model.prefill.seconds(rows as f64, context) * model.factor(&mut world.rng);
+        let seconds = model.prefill.seconds(rows as f64, context) * draw(&model.prefill_spread, 1.0, &mut world.rng);
         self.step = Some(Step { began: world.now, chunks });
         world.step(seconds, Event::PrefillStep(id));
     }
@@ -158,7 +158,7 @@ impl Cluster<'_> {
                 // Cached blocks are sent as well.
                 node.sent += cached;
                 node.sending += 1;
-                let seconds = node.sent - world.now + world.setup.prefill.overhead.handoff_seconds;
+                let seconds = node.sent - world.now + draw(&world.setup.prefill.handoff_seconds, 0.0, &mut world.rng);
                 world.after(seconds, Event::Handoff(job));
             } else {
                 node.free_blocks += blocks_for(world.jobs[job].ask.prompt_tokens);

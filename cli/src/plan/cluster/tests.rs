@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::super::{mix::tests::drawn, profile::tests::round};
+use super::super::{curve::Point, mix::tests::drawn, profile::tests::round};
 use super::*;
 
 fn limits() -> EngineLimits {
@@ -109,12 +109,26 @@ fn answers_of_a_colocated_node_wait_for_prompts() {
 
 #[test]
 fn the_spread_of_steps_is_the_spread_of_tokens() {
-    let spread = setup(Layout::TwoStage { prefill: 1, decode: 1 }, |p| p.step_spread = vec![0.5, 1.0, 3.0]);
+    let spread = setup(Layout::TwoStage { prefill: 1, decode: 1 }, |p| p.decode_spread = vec![0.5, 1.0, 3.0]);
     let outcome = run(&spread, &drawn("16", "100"), &load(1e-3, 50));
     for (share, factor) in [(0.2, 0.5), (0.5, 1.0), (0.9, 3.0)] {
         let itl = outcome.itl.quantile(share);
         assert!((itl / (factor * 5.5e-3) - 1.0).abs() < 0.01, "{share}: {itl}");
     }
+}
+
+#[test]
+fn what_serving_adds_is_added() {
+    let added = setup(Layout::TwoStage { prefill: 1, decode: 1 }, |p| {
+        p.overhead.request_seconds = vec![1.0, 3.0];
+        p.overhead.handoff_seconds = vec![0.5];
+        p.overhead.steps = vec![Point { rows: 1, context_tokens: 0, seconds: 1e-3 }];
+    });
+    let outcome = run(&added, &drawn("100", "3"), &load(1e-3, 50));
+    let [ttft, late] = [0.1, 0.9].map(|share| outcome.ttft(share));
+    assert!((ttft - 1.011).abs() < 1e-9 && (late - 3.011).abs() < 1e-9, "{ttft} {late}");
+    assert!((outcome.first_gap.mean() - 0.5065).abs() < 1e-4, "{}", outcome.first_gap.mean());
+    assert!((outcome.itl.quantile(0.1) / 6.5e-3 - 1.0).abs() < 0.01, "{}", outcome.itl.quantile(0.1));
 }
 
 #[test]
