@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""A plan against a measurement on this machine: docs/planning/compare.py [--overfill BINARY] [--rounds N]
+"""A plan against a measurement on this machine: docs/planning/compare.py [--overfill BINARY] [--pair demo|small]
 
-Profiles the demo pair, starts it with `overfill up`, puts load on it, and prints what `overfill plan` expects of the same
-cluster and load. Profile and measurement take turns, since the speed of a shared machine changes.
+Profiles a pair, starts it with `overfill up`, puts load on it, and prints what `overfill plan` expects of the same cluster
+and load. Profile and measurement take turns, since the speed of a shared machine changes.
 """
 
 import argparse
@@ -15,12 +15,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Requests per second, prompt tokens, answer tokens.
-LOADS = [
-    (5, "64", "64"),
-    (20, "64", "64"),
-    (20, "lognormal:64,256,600", "uniform:16,128"),
-    (60, "uniform:16,128", "uniform:16,128"),
-]
+LOADS = {
+    "demo": [
+        (5, "64", "64"),
+        (20, "64", "64"),
+        (20, "lognormal:64,256,600", "uniform:16,128"),
+        (60, "uniform:16,128", "uniform:16,128"),
+    ],
+    "small": [(0.5, "256", "64"), (1, "256", "64"), (1, "lognormal:200,800,1500", "uniform:16,128"), (2, "256", "64")],
+}
 LIMITS = ["--ttft-p95-seconds", "10", "--itl-p95-seconds", "10"]
 
 
@@ -30,6 +33,15 @@ def output(*command):
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
     return done.stdout
+
+
+def models(overfill, pair, folder):
+    """The full model, the pruned one, and the flags that load them."""
+    if pair == "demo":
+        return ROOT / "demo/full", ROOT / "demo/decode", ["--weights", "f32", "--kv-dtype", "f32"]
+    # Written by the first measurement that needs them.
+    output(overfill, "bench", "engine", "--models-dir", folder, "--runs", 1, "--decode-tokens", 1, "--batch", 1, "--json")
+    return folder / "small", folder / "small-overfill", []
 
 
 def measured(overfill, http, seed, load, seconds):
@@ -56,26 +68,28 @@ def planned(overfill, profile, seed, load):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--overfill", type=Path, default=ROOT / "target/release/overfill")
+    parser.add_argument("--pair", choices=LOADS, default="demo")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8)
     args = parser.parse_args()
     errors = {}
     with tempfile.TemporaryDirectory() as folder:
         profile = Path(folder) / "profile.json"
+        full, decode, flags = models(args.overfill, args.pair, Path(folder))
         for round_ in range(args.rounds):
-            output(
-                args.overfill, "bench", "profile", "--full", ROOT / "demo/full", "--decode", ROOT / "demo/decode", "--weights",
-                "f32", "--kv-dtype", "f32", "--out", profile,
-            )
+            output(args.overfill, "bench", "profile", "--full", full, "--decode", decode, *flags, "--out", profile)
+            up = [args.overfill, "up", "--full", full, "--decode", decode, *flags, "--print", "json"]
             cluster = subprocess.Popen(
-                [args.overfill, "up", "--print", "json", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"],
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=False,
+                [*up, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"],
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             )
             try:
                 http = "http://" + json.loads(cluster.stdout.readline())["http"].removeprefix("http://")
-                for i, load in enumerate(LOADS):
-                    real = measured(args.overfill, http, round_, load, args.seconds)
-                    plan = planned(args.overfill, profile, round_, load)
+                for i, load in enumerate(LOADS[args.pair]):
+                    # Another seed each time: repeated prompts would come from the prefix cache.
+                    seed = len(LOADS[args.pair]) * round_ + i
+                    real = measured(args.overfill, http, seed, load, args.seconds)
+                    plan = planned(args.overfill, profile, seed, load)
                     for name in ("ttft", "itl"):
                         for j, share in enumerate(("p50", "p95")):
                             errors.setdefault((i, name, share), []).append((real[name][j], plan[name][j]))
@@ -87,7 +101,7 @@ def main():
     print("|---|---|---|---|---|---|---|")
     for (i, name, share), pairs in errors.items():
         listed = lambda values, digits: ", ".join(f"{value:.{digits}f}" for value in values)
-        rate, prompt, answer = LOADS[i]
+        rate, prompt, answer = LOADS[args.pair][i]
         print(
             f"| {rate} | {prompt} | {answer} | {name.upper()} {share} | {listed([1e3 * r for r, _ in pairs], 2)} |"
             f" {listed([1e3 * p for _, p in pairs], 2)} | {listed([p / r for r, p in pairs], 2)} |"

@@ -86,9 +86,11 @@ impl Mix {
             let scaled = |tokens: usize, factor: f64| ((tokens as f64 * factor).round() as usize).max(1);
             let prompt_tokens = scaled(prompt, self.prompt_factor);
             let cacheable = cacheable_blocks(prompt_tokens);
+            // Rounded at random, so that short prompts have the same rate on average. Drawn in any case, so that the rate
+            // does not change the other draws.
+            let rounding: f64 = rng.random();
             let blocks = match self.hit_rate {
-                // Rounded at random, so that short prompts have the same rate on average.
-                Some(rate) => (rate * prompt_tokens as f64 / BLOCK_TOKENS as f64 + rng.random::<f64>()) as usize,
+                Some(rate) => (rate * prompt_tokens as f64 / BLOCK_TOKENS as f64 + rounding) as usize,
                 None => (cached as f64 * self.prompt_factor) as usize / BLOCK_TOKENS,
             };
             let cached_tokens = blocks.min(cacheable) * BLOCK_TOKENS;

@@ -131,7 +131,7 @@ impl Profile {
         }
         for (name, list) in [("prefill_spread", &self.prefill_spread), ("decode_spread", &self.decode_spread)] {
             for (i, value) in list.iter().enumerate() {
-                ensure!((1e-6..=1e6).contains(value), "{name}[{i}] must be in [1e-6, 1e6], got {value}");
+                ensure!((1e-6..=1e6).contains(value), "{name}[{i}] must be in [0.000001, 1000000], got {value}");
             }
         }
         for (name, model) in [("full", Some(&self.full)), ("pruned", self.pruned.as_ref())] {
@@ -232,9 +232,11 @@ pub mod tests {
         let slow = fault(|p| p.full.decode[1].seconds = -1.0);
         assert_eq!(slow, "full.decode[1].seconds must be in (0, 3600], got -1");
         assert_eq!(fault(|p| p.full.prefill.clear()), "full.prefill must list at least one step");
-        assert!(
-            fault(|p| p.overhead.step_seconds = f64::NAN).starts_with("overhead.step_seconds must be in [0, 3600]")
-        );
+        assert_eq!(fault(|p| p.decode_spread = vec![0.0]), "decode_spread[0] must be in [0.000001, 1000000], got 0");
+        let late = fault(|p| p.overhead.request_seconds = vec![0.0, f64::NAN]);
+        assert!(late.starts_with("overhead.request_seconds[1] must be in [0, 3600]"), "{late}");
+        let step = Point { rows: 0, context_tokens: 0, seconds: 0.0 };
+        assert_eq!(fault(|p| p.overhead.steps = vec![step]), "overhead.steps[0].rows must be at least 1, got 0");
     }
 
     #[test]

@@ -184,7 +184,6 @@ impl Planner {
             prefill as f64 * self.prices.0.max(1e-9) + decode as f64 * self.prices.1.max(1e-9)
         };
         for prefill in prefill + 1..=prefill + 3 {
-            // More than one decode node must be saved for each, or it is no gain at equal prices.
             if best.1 == decode_least {
                 break;
             }
@@ -215,9 +214,10 @@ impl Planner {
         Ok(Sized { layout, outcome: self.run(kind, layout, rate, life), rate })
     }
 
-    /// Fewest nodes of both pools whose arithmetic could do the work at all.
+    /// Fewest nodes of both pools whose arithmetic could do the work at all. With fewer, queues grow without end, but so
+    /// slowly near the limit that a run of finite length may not show it.
     fn least(&self, rate: f64, sizes: &Sizes) -> (usize, usize) {
-        let nodes = |needed: f64, node: f64| ((needed / node).floor() as usize).clamp(1, MOST_NODES);
+        let nodes = |needed: f64, node: f64| ((needed / node).ceil() as usize).clamp(1, MOST_NODES);
         let prefill = self.full.prefill.best_rate(self.limits.max_batch_tokens as f64, 0.0);
         let decode = self.decode.decode.best_rate(self.limits.decode_running as f64, 0.0);
         let tokens = (sizes.mean_output_tokens - 1.0).max(0.0);

@@ -10,6 +10,8 @@ use super::report::{Plan, Pool};
 const ROUTER_RUNNING: usize = 256;
 /// A pool shrinks at the earliest after this time without load, in seconds.
 const LEAST_STABILIZATION_SECONDS: u64 = 300;
+/// The longest time that Kubernetes accepts, in seconds.
+const MOST_STABILIZATION_SECONDS: u64 = 3600;
 
 /// What the values need beside the plan.
 pub struct Names<'a> {
@@ -71,7 +73,7 @@ fn autoscaling(pool: &Pool) -> String {
         twice.unwrap_or(2 * pool.nodes).max(pool.nodes),
         if pool.role == "prefill" { "Seconds of backlog" } else { "Used share" },
         number(pool.scaling_target),
-        load.max(LEAST_STABILIZATION_SECONDS).min(3600),
+        load.clamp(LEAST_STABILIZATION_SECONDS, MOST_STABILIZATION_SECONDS),
         pool.nodes,
     )
 }
