@@ -13,6 +13,8 @@ use super::mix::{Mix, Sizes};
 pub const MOST_NODES: usize = 4096;
 /// A pool is given up if this many times the nodes that its arithmetic needs, and this many more, miss a limit.
 const GIVE_UP: (usize, usize) = (8, 32);
+/// Smallest step size of a colocated node that is tried, in tokens.
+const LEAST_STEP_TOKENS: usize = 64;
 /// Most requests of a run.
 const MOST_REQUESTS: f64 = 200_000.0;
 /// Requests of the run in which each is alone.
@@ -106,6 +108,7 @@ impl Planner {
             warm_up: requests(WARM_UP_LIVES, least / 5.0),
             measured: requests(MEASURED_LIVES, least),
             seed: self.seed,
+            even: false,
         };
         run(&self.setup(kind, layout), &self.mix, &load)
     }
@@ -134,7 +137,9 @@ impl Planner {
             Kind::TwoStage => Layout::TwoStage { prefill: 1, decode: 1 },
             _ => Layout::Colocated { nodes: 1 },
         };
-        let load = Load { rate: ALONE_RATE, warm_up: 1, measured: self.requests.min(ALONE_REQUESTS), seed: self.seed };
+        // A trace may have several requests at one moment.
+        let measured = self.requests.min(ALONE_REQUESTS);
+        let load = Load { rate: ALONE_RATE, warm_up: 1, measured, seed: self.seed, even: true };
         let outcome = run(&self.setup(kind, layout), &self.mix, &load);
         if let Some(miss) = self.misses(layout, &outcome).first() {
             let cause = match miss {
@@ -196,11 +201,32 @@ impl Planner {
         Ok(Sized { layout, outcome: self.run(Kind::TwoStage, layout, rate, life), rate })
     }
 
-    /// The smallest colocated cluster that meets the limits at `rate` requests per second.
+    /// The smallest colocated cluster that meets the limits at `rate` requests per second, with the step size that suits
+    /// it best: large steps delay the tokens of answers, small ones read the weights more often.
     ///
     /// # Errors
     /// No number of nodes meets the limits.
     pub fn colocated(&self, kind: Kind, rate: f64) -> Result<Sized, Infeasible> {
+        let most = self.limits.max_batch_tokens;
+        let sizes = [1, 2, 4, 8].map(|part| (most / part).max(LEAST_STEP_TOKENS.min(most)));
+        let sized = sizes.map(|max_batch_tokens| {
+            let limits = EngineLimits { max_batch_tokens, ..self.limits };
+            Self { limits, ..self.clone() }.colocated_with_steps(kind, rate)
+        });
+        let nodes = |sized: &Sized| match sized.layout {
+            Layout::Colocated { nodes } => nodes,
+            Layout::TwoStage { prefill, decode } => prefill + decode,
+        };
+        // Without any, the largest steps say why.
+        let better = |best: Result<Sized, Infeasible>, other| match (&best, &other) {
+            (Ok(a), Ok(b)) if nodes(b) < nodes(a) => other,
+            (Err(_), Ok(_)) => other,
+            _ => best,
+        };
+        sized.into_iter().reduce(better).unwrap_or(Err(Infeasible("there is no step size".into())))
+    }
+
+    fn colocated_with_steps(&self, kind: Kind, rate: f64) -> Result<Sized, Infeasible> {
         let (_, life) = self.alone(kind)?;
         let missed = |nodes| {
             let layout = Layout::Colocated { nodes };
@@ -271,8 +297,9 @@ pub mod tests {
     use proptest::prelude::*;
 
     use super::super::goals::Limit;
-    use super::super::mix::tests::drawn;
+    use super::super::mix::{Source, tests::drawn};
     use super::super::profile::tests::round;
+    use super::super::trace::Trace;
     use super::*;
 
     pub fn planner(prompt: &str, output: &str, ttft: f64, itl: f64) -> Planner {
@@ -328,6 +355,19 @@ pub mod tests {
         assert!(slow.contains("ITL p95 is 5.5 ms, limit 1.0 ms: a decode step with one"), "{slow}");
         let long = why("70000", "10", 100.0, 0.1);
         assert!(long.contains("100.0 % of the requests do not fit"), "{long}");
+    }
+
+    #[test]
+    fn requests_of_one_moment_are_not_alone() {
+        let text = "{\"timestamp\":0,\"input_length\":500,\"output_length\":9}\n".repeat(20)
+            + "{\"timestamp\":9000,\"input_length\":500,\"output_length\":9}";
+        let trace = Trace::parse(&text, 0).unwrap();
+        let mut planner = planner("1", "1", 0.1, 0.1);
+        planner.mix.source = Source::Trace(trace);
+        // A prompt alone takes 51 ms. Twenty together take a second, unless there are many nodes.
+        let (outcome, _) = planner.alone(Kind::TwoStage).unwrap();
+        assert!((outcome.ttft(0.95) - 0.051).abs() < 1e-6, "{}", outcome.ttft(0.95));
+        assert!(nodes(&planner, 2.0).0 >= 8);
     }
 
     #[test]

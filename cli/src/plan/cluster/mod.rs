@@ -161,6 +161,8 @@ pub struct Load {
     pub measured: usize,
     /// Random seed.
     pub seed: u64,
+    /// Requests come at equal distances, whatever the mix says.
+    pub even: bool,
 }
 
 /// A request on its way.
@@ -334,7 +336,7 @@ pub fn run(setup: &Setup, mix: &Mix, load: &Load) -> Outcome {
 
 impl Cluster<'_> {
     fn run(mut self, mix: &Mix, load: &Load) -> Outcome {
-        let mut asks = mix.asks(load.seed);
+        let mut asks = mix.asks(load.seed).map(|(gap, ask)| (if load.even { 1.0 } else { gap }, ask));
         let mut coming = asks.next();
         let interval = load.measured as f64 / load.rate / SAMPLES;
         if let Some((gap, _)) = coming {

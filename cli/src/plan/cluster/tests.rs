@@ -34,7 +34,7 @@ fn two_stage(prefill: usize, decode: usize) -> Setup {
 }
 
 fn load(rate: f64, measured: usize) -> Load {
-    Load { rate, warm_up: measured / 5, measured, seed: 1 }
+    Load { rate, warm_up: measured / 5, measured, seed: 1, even: false }
 }
 
 /// Prompts of 32 tokens take 4.2 ms, and one at a time is computed.
@@ -156,7 +156,7 @@ proptest! {
         let setup = setup(layout, |p| p.kv_pool_tokens = pool);
         let mut mix = drawn(&format!("uniform:{low},{}", low + more), &output.to_string());
         mix.hit_rate = Some(hits);
-        let outcome = run(&setup, &mix, &Load { rate, warm_up: 20, measured: 100, seed: 9 });
+        let outcome = run(&setup, &mix, &Load { rate, warm_up: 20, measured: 100, seed: 9, even: false });
         prop_assert_eq!(outcome.first_tokens.len(), 100);
         prop_assert_eq!(outcome.itl.count(), 100 * (output as u64 - 1));
         prop_assert!(outcome.first_tokens.iter().flatten().all(|leg| *leg >= 0.0));
@@ -167,7 +167,7 @@ proptest! {
         let nodes = prefill as f64;
         prop_assert!(outcome.means.prefill_busy_nodes <= nodes && outcome.means.sending_nodes <= nodes);
         // The same seed gives the same run.
-        let again = run(&setup, &mix, &Load { rate, warm_up: 20, measured: 100, seed: 9 });
+        let again = run(&setup, &mix, &Load { rate, warm_up: 20, measured: 100, seed: 9, even: false });
         prop_assert_eq!(again.first_tokens, outcome.first_tokens);
     }
 }
