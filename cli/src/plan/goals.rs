@@ -75,10 +75,10 @@ impl Goals {
         if capacity.sends && means.sending_nodes > SATURATED * capacity.prefill_nodes {
             misses.push(Miss::Transfer);
         }
-        if means.used_blocks > SATURATED * capacity.blocks {
+        if means.wanted_blocks() > SATURATED * capacity.blocks {
             misses.push(Miss::Kv);
         }
-        if means.seated_requests > SATURATED * capacity.places {
+        if means.wanted_places() > SATURATED * capacity.places {
             misses.push(Miss::Places);
         }
         let over = |limits: &[Limit], value: &dyn Fn(f64) -> f64, miss: fn(Limit, f64) -> Miss| -> Vec<Miss> {

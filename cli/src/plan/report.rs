@@ -152,7 +152,7 @@ pub fn plan(task: &Task) -> Result<Plan, Infeasible> {
             nodes: [prefill, decode][role],
             nodes_without_headroom: [prefill_bare, decode_bare][role].min([prefill, decode][role]),
             range: range(role),
-            bound_by: bound_by([prefill, decode][role], &needs, one_less),
+            bound_by: bound_by([prefill, decode][role], &needs, one_less, role == 0),
             needs,
             scaling_target: [targets.0, targets.1][role],
             start_seconds: [task.start_seconds.0, task.start_seconds.1][role],
@@ -245,12 +245,10 @@ fn cost(task: &Task, sizes: &Sizes, layout: Layout, rate: f64) -> Cost {
 
 /// Nodes that each resource of both pools would need if it could be used in full.
 fn needs(planner: &Planner, sizes: &Sizes, sized: &Sized) -> [Vec<(&'static str, f64)>; 2] {
-    let Shares { prefill_busy_nodes, sending_nodes, seated_requests, waiting_requests, used_blocks, .. } =
-        sized.outcome.means;
+    let Shares { prefill_busy_nodes, sending_nodes, seated_requests, used_blocks, .. } = sized.outcome.means;
     let outcome = &sized.outcome;
     let tokens = sized.rate * (sizes.mean_output_tokens - 1.0).max(0.0);
     // The context of a batch is that of its sequences in the run.
-    let batch = (outcome.decode_rows / outcome.decode_steps.max(1.0)).max(1.0);
     let context = used_blocks * overfill_kv::BLOCK_TOKENS as f64 / seated_requests.max(1e-9);
     let within = |limit: f64| {
         let fits = |rows: &usize| planner.decode.decode_seconds(*rows, (*rows as f64 * context) as usize) <= limit;
@@ -258,16 +256,12 @@ fn needs(planner: &Planner, sizes: &Sizes, sized: &Sized) -> [Vec<(&'static str,
         rows as f64 / planner.decode.decode_seconds(rows, (rows as f64 * context) as usize)
     };
     let mut decode = vec![
-        ("batch places", (seated_requests + waiting_requests) / planner.limits.decode_running as f64),
-        (
-            "KV capacity",
-            used_blocks * (1.0 + waiting_requests / seated_requests.max(1e-9)) / planner.decode.kv_blocks as f64,
-        ),
+        ("batch places", outcome.means.wanted_places() / planner.limits.decode_running as f64),
+        ("KV capacity", outcome.means.wanted_blocks() / planner.decode.kv_blocks as f64),
     ];
     if let Some(limit) = planner.goals.itl_seconds() {
         decode.push(("ITL", tokens / within(limit)));
     }
-    tracing::debug!(batch, context, "decode");
     [vec![("arithmetic", prefill_busy_nodes), ("transfer", sending_nodes)], decode]
 }
 
@@ -282,17 +276,22 @@ fn one_less(planner: &Planner, sized: &Sized, role: usize, life: f64) -> Option<
     planner.misses(layout, &planner.run(Kind::TwoStage, layout, sized.rate, life)).into_iter().next()
 }
 
-fn bound_by(nodes: usize, needs: &[(&'static str, f64)], one_less: Option<Miss>) -> String {
+/// The resource that determines the number of nodes. `queues` says whether requests wait at the pool itself: then it may
+/// miss a limit of TTFT although no resource is used up.
+fn bound_by(nodes: usize, needs: &[(&'static str, f64)], one_less: Option<Miss>, queues: bool) -> String {
     let (resource, needed) = needs.iter().copied().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or(("nothing", 0.0));
-    match one_less {
-        None => format!("nothing: one node is enough ({resource} {:.0} % used)", 100.0 * needed),
-        Some(miss @ Miss::Ttft(..)) => {
-            // A pool whose resource is nearly used up queues because of it.
-            let cause = if needed > 0.9 * (nodes - 1) as f64 { resource } else { "queueing" };
-            format!("{cause}: with {} nodes, {}", nodes - 1, miss.explain())
-        }
-        Some(miss) => format!("{}: with {} nodes, {}", miss.binds(), nodes - 1, miss.explain()),
-    }
+    let Some(miss) = one_less else {
+        return match nodes {
+            1 => format!("nothing: one node is enough ({resource} {:.0} % used)", 100.0 * needed),
+            _ => format!("{resource}: a run with one node less is near its limit"),
+        };
+    };
+    let cause = match miss {
+        Miss::Ttft(..) if queues && needed < 0.9 * (nodes - 1) as f64 => "queueing",
+        Miss::Ttft(..) => resource,
+        _ => miss.binds(),
+    };
+    format!("{cause}: with one node less, {}", miss.explain())
 }
 
 /// Load per node at which the pools must grow, from a run at the highest rate that the nodes bear.
@@ -301,8 +300,7 @@ fn scaling_targets(planner: &Planner, limit: &Outcome, prefill: usize, decode: u
     let pace = limit.prefill_tokens / (means.prefill_busy_nodes * limit.window_seconds).max(1e-9);
     let backlog = means.prefill_queued_tokens / pace.max(1e-9) / prefill as f64;
     let nodes = decode as f64;
-    let places = means.seated_requests + means.waiting_requests;
-    let places = places / (nodes * planner.limits.decode_running as f64);
+    let places = means.wanted_places() / (nodes * planner.limits.decode_running as f64);
     let blocks = means.used_blocks / (nodes * planner.decode.kv_blocks as f64);
     let itl = planner.goals.itl_seconds().map_or(0.0, |limit_seconds| limit.itl.mean() / limit_seconds);
     let two_digits = |value: f64| {

@@ -24,11 +24,19 @@ pub struct Shares {
     pub waiting_requests: f64,
     /// Blocks in use on decode nodes (or colocated nodes).
     pub used_blocks: f64,
-    /// Blocks that the requests waiting on decode nodes need.
-    pub waiting_blocks: f64,
 }
 
 impl Shares {
+    /// Places in use on nodes that decode, and those that waiting requests want.
+    pub fn wanted_places(&self) -> f64 {
+        self.seated_requests + self.waiting_requests
+    }
+
+    /// Blocks in use on nodes that decode, and those that waiting requests want if they are like the others.
+    pub fn wanted_blocks(&self) -> f64 {
+        self.used_blocks * self.wanted_places() / self.seated_requests.max(1e-9)
+    }
+
     fn add(&mut self, other: &Self, factor: f64) {
         let fields = [
             (&mut self.prefill_busy_nodes, other.prefill_busy_nodes),
@@ -38,7 +46,6 @@ impl Shares {
             (&mut self.seated_requests, other.seated_requests),
             (&mut self.waiting_requests, other.waiting_requests),
             (&mut self.used_blocks, other.used_blocks),
-            (&mut self.waiting_blocks, other.waiting_blocks),
         ];
         for (field, value) in fields {
             *field += value * factor;

@@ -16,6 +16,10 @@ pub(super) struct PrefillNode {
     running: Vec<usize>,
     free_blocks: usize,
     queued_tokens: usize,
+    /// Requests, and their tokens to compute, that the router has chosen this node for and that have no first token yet.
+    /// The router counts them itself, so that requests that come at once do not all choose the same node.
+    own_requests: usize,
+    own_tokens: usize,
     pace: Pace,
     step: Option<Step>,
     /// When everything is sent that was computed so far.
@@ -35,6 +39,8 @@ impl PrefillNode {
             running: Vec::new(),
             free_blocks: kv_blocks,
             queued_tokens: 0,
+            own_requests: 0,
+            own_tokens: 0,
             pace: Pace::default(),
             step: None,
             sent: 0.0,
@@ -50,9 +56,9 @@ impl PrefillNode {
 
     fn candidate(&self, cached: usize) -> PrefillCandidate {
         PrefillCandidate {
-            queued_tokens: self.queued_tokens as u64,
+            queued_tokens: self.queued_tokens.max(self.own_tokens) as u64,
             matched_tokens: cached as u64,
-            requests: (self.waiting.len() + self.running.len()) as u32,
+            requests: (self.waiting.len() + self.running.len()).max(self.own_requests) as u32,
         }
     }
 
@@ -113,6 +119,8 @@ impl Cluster<'_> {
         };
         let j = &mut self.world.jobs[job];
         (j.prefill_node, j.decode_node) = (p, d);
+        self.prefill[p].own_requests += 1;
+        self.prefill[p].own_tokens += ask.prompt_tokens - ask.cached_tokens;
         if ask.output_tokens == 1 {
             // The full model alone answers.
             return self.prefill_submit(job);
@@ -151,6 +159,8 @@ impl Cluster<'_> {
                 continue;
             }
             node.running.remove(chunk.job);
+            node.own_requests -= 1;
+            node.own_tokens -= j.ask.prompt_tokens - j.ask.cached_tokens;
             let sends = j.ask.output_tokens > 1;
             let cached = j.ask.cached_tokens as f64 * byte;
             world.first_token(job);
