@@ -9,6 +9,7 @@ mod generate;
 mod models;
 #[cfg(feature = "tools")]
 mod plan;
+#[cfg(feature = "tools")]
 mod pull;
 mod router_client;
 mod shell;
@@ -72,6 +73,7 @@ enum Command {
     Status(status::StatusArgs),
     /// Drain a node: it refuses new requests, finishes its running ones and exits.
     Drain(drain::DrainArgs),
+    #[cfg(feature = "tools")]
     /// Download a model from the Hugging Face hub into a folder.
     Pull(pull::PullArgs),
     #[cfg(feature = "tools")]
@@ -107,6 +109,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => exit_code(runtime.block_on(chat::run(*args))),
         Command::Status(args) => exit_code(runtime.block_on(status::run(args))),
         Command::Drain(args) => exit_code(runtime.block_on(drain::run(args))),
+        #[cfg(feature = "tools")]
         Command::Pull(args) => exit_code(pull::run(&args)),
         #[cfg(feature = "tools")]
         Command::Bench(args) => exit_code(bench::run(*args)),

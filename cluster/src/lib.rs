@@ -17,6 +17,7 @@ pub mod reloaded;
 pub mod shutdown;
 pub mod telemetry;
 pub mod tls;
+pub mod traces;
 
 pub use admin::{Admin, AdminServer, Health, Started};
 pub use config::ConfigError;

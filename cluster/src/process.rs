@@ -4,7 +4,7 @@ use std::{error::Error, process::ExitCode};
 
 use clap::Args;
 
-use crate::{ConfigError, LogFormat, Shutdown, init_telemetry};
+use crate::{ConfigError, LogFormat, Shutdown, telemetry::init_with_traces, traces::Exporter};
 
 /// Exit code for an invalid configuration (`EX_USAGE`).
 pub const EXIT_CONFIG: u8 = 64;
@@ -18,6 +18,10 @@ pub struct ProcessArgs {
     /// Format of log lines on standard error: text or json. RUST_LOG sets the log levels.
     #[arg(long, env = "OVERFILL_LOG_FORMAT", default_value_t, value_name = "FORMAT")]
     pub log_format: LogFormat,
+    /// URL of an OpenTelemetry collector that gets traces over OTLP (gRPC), for example http://collector:4317. The
+    /// variables OTEL_TRACES_SAMPLER, OTEL_TRACES_SAMPLER_ARG and OTEL_RESOURCE_ATTRIBUTES apply.
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL")]
+    pub otlp_url: Option<String>,
     /// Shut down when standard input closes, so that a child process never outlives its parent.
     #[arg(long)]
     pub exit_with_stdin: bool,
@@ -37,16 +41,29 @@ pub fn parse_args<A: clap::Parser>() -> Result<A, ExitCode> {
     })
 }
 
-/// Runs a service: sets up logs and signals, calls `serve`, and returns the exit code. Prints every configuration error
+/// Runs the service of this name: sets up logs, traces and signals, calls `serve`, and returns the exit code. Prints every configuration error
 /// on a separate line.
 ///
 /// `serve` binds, then serves until the shutdown begins and the running requests have ended.
 pub async fn run<C, E: Into<Box<dyn Error>>>(
+    service: &'static str,
     process: &ProcessArgs,
     config: Result<C, Vec<ConfigError>>,
     serve: impl AsyncFnOnce(C, Shutdown) -> Result<(), E>,
 ) -> ExitCode {
-    init_telemetry(process.log_format);
+    let exporter = process.otlp_url.as_deref().map(|url| Exporter::new(service, url)).transpose();
+    let (exporter, unusable) = match exporter {
+        Ok(exporter) => (exporter, None),
+        Err(e) => (None, Some(e)),
+    };
+    init_with_traces(process.log_format, exporter.as_ref());
+    let config = match (config, unusable) {
+        (config, None) => config,
+        (config, Some(why)) => {
+            let fault = ConfigError::new("otlp-url", "usable", format!("an error: {why}"));
+            Err(config.err().into_iter().flatten().chain([fault]).collect())
+        }
+    };
     let config = match config {
         Ok(config) => config,
         Err(faults) => {
@@ -65,7 +82,11 @@ pub async fn run<C, E: Into<Box<dyn Error>>>(
         eprintln!("error: setting up shutdown: {e}");
         return ExitCode::from(EXIT_FAILURE);
     }
-    match serve(config, shutdown).await {
+    let served = serve(config, shutdown).await;
+    if let Some(exporter) = exporter {
+        exporter.end().await;
+    }
+    match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("error: {}", one_line(&*e.into()));

@@ -1,12 +1,13 @@
 //! Logging to standard error. Standard output is reserved for the output of a command.
 
 use std::{
-    fmt,
     io::{self, Write},
     str::FromStr,
 };
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, Layer as _, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+
+use crate::traces::Exporter;
 
 /// Format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,8 +30,8 @@ impl FromStr for LogFormat {
     }
 }
 
-impl fmt::Display for LogFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl std::fmt::Display for LogFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Text => "text",
             Self::Json => "json",
@@ -40,13 +41,24 @@ impl fmt::Display for LogFormat {
 
 /// Starts logging. `RUST_LOG` sets the levels; the default is `info`. Further calls in a process have no effect.
 pub fn init_telemetry(format: LogFormat) {
+    init_with_traces(format, None);
+}
+
+/// Starts logging, and the export of traces if there is an exporter.
+pub(crate) fn init_with_traces(format: LogFormat, exporter: Option<&Exporter>) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter);
-    // Ignored: an error means that logging is already set up.
-    let _ = match format {
-        LogFormat::Text => builder.with_target(false).with_ansi(false).with_writer(|| OneLine(io::stderr())).try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).with_writer(io::stderr).try_init(),
+    let logs = match format {
+        LogFormat::Text => {
+            fmt::layer().with_target(false).with_ansi(false).with_writer(|| OneLine(io::stderr())).boxed()
+        }
+        LogFormat::Json => fmt::layer().json().flatten_event(true).with_writer(io::stderr).boxed(),
     };
+    #[cfg(feature = "traces")]
+    let traces = exporter.map(Exporter::layer);
+    #[cfg(not(feature = "traces"))]
+    let traces = exporter.map(|_| tracing_subscriber::layer::Identity::new());
+    // Ignored: an error means that logging is already set up.
+    let _ = tracing_subscriber::registry().with(logs.with_filter(filter)).with(traces).try_init();
 }
 
 /// Writes every event as one line and escapes control characters, so that data from a client can neither start a new

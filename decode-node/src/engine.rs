@@ -345,7 +345,7 @@ impl<C: Compute> Engine<C> {
                 return true;
             }
         };
-        self.load.decoded(began.elapsed());
+        self.load.decoded(stepping.len(), began.elapsed());
         let metrics = self.load.metrics();
         for (i, token) in stepping.iter().zip(tokens) {
             metrics.inter_token_latency_seconds.observe(self.running[*i].push(token).as_secs_f64());

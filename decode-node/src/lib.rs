@@ -24,7 +24,7 @@ use overfill_transport::TransferConfig;
 /// Returns the exit code.
 pub async fn main(args: Args) -> ExitCode {
     let process = args.node.process.clone();
-    process::run(&process, args.validate(), async |config: Config, shutdown: Shutdown| {
+    process::run("overfill-decode", &process, args.validate(), async |config: Config, shutdown: Shutdown| {
         files::raise(overfill_node::connections() + TransferConfig::default().max_connections);
         let node = DecodeNode::bind(config).await?;
         node.ready_line().print();

@@ -338,7 +338,7 @@ mod tests {
 
     fn node(blocks: usize) -> Node {
         let pool = BlockPool::new(blocks);
-        Node { load: LoadState::new(pool.clone(), NodeMetrics::new("m").unwrap(), None, Duration::MAX), pool }
+        Node { load: LoadState::new(pool.clone(), NodeMetrics::new("m", "p").unwrap(), None, Duration::MAX), pool }
     }
 
     fn job(node: &Node, tokens: Vec<u32>) -> (Box<Job>, mpsc::Receiver<SequenceEvent>) {

@@ -1,7 +1,7 @@
 //! The gRPC service `overfill.v1.Decode`.
 
-use overfill_kv::{BLOCK_TOKENS, KvSchema, Ticket};
-use overfill_node::{Drain, Ending, EventStream, NodeCore, RequestLimits, ended_early};
+use overfill_kv::{BLOCK_TOKENS, KvSchema, Role, Ticket};
+use overfill_node::{Drain, Ending, EventStream, NodeCore, RequestLimits, ended_early, request_span};
 use overfill_proto::v1;
 use overfill_transport::{Committed, HandoffError, IncomingHandoff, KvReceiver, Reservation};
 use tokio::{
@@ -9,7 +9,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 use tonic::{Request, Response, Status};
-use tracing::{debug, warn};
+use tracing::{Span, debug, info_span, warn};
 
 use crate::{engine::EngineHandle, request, sequence::SequenceEvent};
 
@@ -67,7 +67,10 @@ impl v1::decode_server::Decode for DecodeService {
     async fn decode(&self, request: Request<v1::DecodeRequest>) -> Result<Response<Self::DecodeStream>, Status> {
         use v1::decode_event::Event as Wire;
         let arrived = Instant::now();
+        let span = request_span(Role::Decode, &request);
         let request = request::check(&self.limits, request.into_inner(), arrived)?;
+        span.record("request", tracing::field::display(&request.id));
+        span.record("prompt_tokens", request.tokens.len());
         let (id, deadline, prompt_tokens) = (request.id.clone(), request.deadline, request.tokens.len() as u32);
         // The reservation's schema names the producer, and the prefill node checks it. So the blocks held here and the
         // blocks that it sends come from the same model.
@@ -77,24 +80,27 @@ impl v1::decode_server::Decode for DecodeService {
         let drain = self.core.drain.clone();
         let kv_endpoint = self.core.identity.kv_endpoint.clone();
         let vocab_size = self.core.identity.schema.vocab_size;
-        let mut ending = Ending::new(load.clone(), arrived);
+        let mut ending = Ending::new(load.clone(), arrived, span.clone());
         // The stream owns the request. Dropping the stream drops `events`, which cancels the request in the engine, and
         // the handoff.
         Ok(Response::new(Box::pin(async_stream::try_stream! {
+            let mut phase = info_span!(parent: &span, "reserve");
             let mut handoff: Option<IncomingHandoff> = None;
             let mut is_here = false;
             loop {
                 match next(&mut events, handoff.as_mut().filter(|_| !is_here), deadline, &drain).await {
                     Next::Engine(Some(SequenceEvent::Reserved { to_fill, held_blocks })) => {
                         let ticket = Ticket(rand::random());
-                        handoff = Some(receiver.reserve(Reservation {
+                        phase = Span::none();
+                        span.record("cached_tokens", held_blocks * BLOCK_TOKENS);
+                        handoff = Some(span.in_scope(|| receiver.reserve(Reservation {
                             ticket,
                             request_id: id.clone(),
                             lease: to_fill,
                             held_blocks: held_blocks as u32,
                             prompt_tokens,
                             deadline,
-                        }));
+                        })));
                         load.publish();
                         yield event(Wire::Reserved(v1::Reserved {
                             ticket: ticket.0.to_vec(),
@@ -113,6 +119,7 @@ impl v1::decode_server::Decode for DecodeService {
                         load.metrics().transfer_exposed_seconds.observe(stats.exposed_seconds);
                         debug!(request = %id, bytes = stats.bytes, seconds = stats.seconds, "KV received");
                         engine.ready(arrival, first_token)?;
+                        phase = info_span!(parent: &span, "decode steps");
                         yield event(Wire::Ready(v1::HandoffReady { transfer: Some(stats.into()) }));
                     }
                     Next::Handoff(outcome) => {
@@ -130,6 +137,7 @@ impl v1::decode_server::Decode for DecodeService {
                         if let Some(handoff) = &handoff {
                             handoff.finished();
                         }
+                        drop(std::mem::replace(&mut phase, Span::none()));
                         ending.because(reason.as_str());
                         let reason = v1::FinishReason::from(reason).into();
                         yield event(Wire::Finished(v1::DecodeFinished { reason }));

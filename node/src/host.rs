@@ -93,12 +93,16 @@ impl Host {
 
     /// Creates the load counters and the metrics of the node. `receiving` counts incoming handoffs on decode nodes.
     pub fn load(&self, receiving: Option<Receiving>) -> Result<Arc<LoadState>, NodeError> {
-        let metrics = NodeMetrics::new(&self.served_model_name())?;
+        let metrics = NodeMetrics::new(&self.served_model_name(), &self.pool_name())?;
         Ok(LoadState::new(self.pool.clone(), metrics, receiving, self.config.step_timeout))
     }
 
     fn served_model_name(&self) -> String {
         self.config.served_model_name.clone().unwrap_or_else(|| self.model.name().to_owned())
+    }
+
+    fn pool_name(&self) -> String {
+        self.config.pool.clone().unwrap_or_else(|| self.role.to_string())
     }
 
     /// Creates the node's identity. `schema`, `max_running` and `kv_endpoint` depend on the role. The incarnation is
@@ -109,7 +113,7 @@ impl Host {
             role: self.role,
             node_id: self.config.node_id.clone().unwrap_or_else(default_id),
             incarnation: new_incarnation(),
-            pool: self.config.pool.clone().unwrap_or_else(|| self.role.to_string()),
+            pool: self.pool_name(),
             cluster: self.config.cluster.clone(),
             model: self.served_model_name(),
             schema,

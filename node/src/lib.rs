@@ -28,4 +28,4 @@ pub use metrics::NodeMetrics;
 pub use request::{Refused, RequestError, RequestLimits};
 pub use serve::{NodeCore, RoleService, Served};
 pub use service::NodeService;
-pub use stream::{Ending, EventStream, ended_early};
+pub use stream::{Ending, EventStream, ended_early, request_span};

@@ -171,6 +171,11 @@ impl LoadState {
         let load = self.load();
         self.metrics.requests_running.set(load.running as i64);
         self.metrics.requests_waiting.set(load.waiting as i64);
+        let (cached, held) = (self.pool.cached(), self.pool.in_use());
+        let free = self.pool.total().saturating_sub(cached + held);
+        for (state, blocks) in [("free", free), ("cached", cached), ("held", held)] {
+            self.metrics.kv_blocks.with_label_values(&[state]).set(blocks as i64);
+        }
         self.metrics.kv_cache_usage.set(self.pool.in_use() as f64 / self.pool.total() as f64);
         self.metrics.open_handoffs.set(load.open_handoffs as i64);
         self.metrics.routers.set(self.routers.load(Relaxed) as i64);
@@ -204,15 +209,17 @@ impl LoadState {
         self.step_began.store(0, Relaxed);
     }
 
-    /// Records a step of a prefill node that computed `tokens` prompt tokens.
-    pub fn prefilled(&self, tokens: usize, took: Duration) {
+    /// Records a step of a prefill node that computed `tokens` tokens of `prompts` prompts.
+    pub fn prefilled(&self, prompts: usize, tokens: usize, took: Duration) {
+        self.metrics.step(prompts, tokens, took);
         if !took.is_zero() {
             self.prefill_rate.add(tokens as f64 / took.as_secs_f64());
         }
     }
 
-    /// Records a step of a decode node.
-    pub fn decoded(&self, took: Duration) {
+    /// Records a step of a decode node that computed a token of each of `sequences` sequences.
+    pub fn decoded(&self, sequences: usize, took: Duration) {
+        self.metrics.step(sequences, sequences, took);
         self.decode_step.add(took.as_secs_f64());
     }
 
@@ -369,7 +376,7 @@ mod tests {
 
     #[test]
     fn a_step_that_takes_too_long_is_a_stall_until_it_ends() {
-        let new = |limit| LoadState::new(BlockPool::new(4), NodeMetrics::new("m").unwrap(), None, limit);
+        let new = |limit| LoadState::new(BlockPool::new(4), NodeMetrics::new("m", "p").unwrap(), None, limit);
         let (strict, lenient) = (new(Duration::ZERO), new(Duration::MAX));
         for state in [&strict, &lenient] {
             assert!(!state.load().stalled);
@@ -385,7 +392,7 @@ mod tests {
 
     #[test]
     fn a_node_is_ready_once_a_router_would_send_it_requests() {
-        let state = LoadState::new(BlockPool::new(4), NodeMetrics::new("m").unwrap(), None, Duration::MAX);
+        let state = LoadState::new(BlockPool::new(4), NodeMetrics::new("m", "p").unwrap(), None, Duration::MAX);
         assert_eq!(state.health(), Health::NotServing("no router has joined this node yet".into()));
         let routers = (state.count_router(), state.count_router());
         state.refresh_metrics();
@@ -402,7 +409,7 @@ mod tests {
 
     #[test]
     fn what_is_counted_returns_to_zero() {
-        let state = LoadState::new(BlockPool::new(4), NodeMetrics::new("m").unwrap(), None, Duration::MAX);
+        let state = LoadState::new(BlockPool::new(4), NodeMetrics::new("m", "p").unwrap(), None, Duration::MAX);
         let idle = state.load();
         let watch = state.watch();
         {

@@ -1,9 +1,14 @@
 //! Metrics of a node. A metric that means the same as one of vLLM has its name, so dashboards for vLLM work.
 
-use overfill_cluster::metrics::{MetricsError, counter, histogram, int_gauge, register};
-use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+use std::time::Duration;
 
-/// Metrics that prefill and decode nodes share. Every series has the label `model_name`.
+use overfill_cluster::metrics::{MetricsError, counter, histogram, int_gauge, register};
+use prometheus::{
+    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    exponential_buckets,
+};
+
+/// Metrics that prefill and decode nodes share. Every series has the labels `model_name` and `pool`.
 #[derive(Clone, Debug)]
 pub struct NodeMetrics {
     /// Registry of all metrics.
@@ -12,6 +17,14 @@ pub struct NodeMetrics {
     pub requests_running: IntGauge,
     /// Requests accepted but not in the batch.
     pub requests_waiting: IntGauge,
+    /// KV blocks by `state`: `held` by requests, `cached` and evictable, `free`.
+    pub kv_blocks: IntGaugeVec,
+    /// Requests in each engine step.
+    pub batch_requests: Histogram,
+    /// Tokens computed in each engine step.
+    pub step_tokens: Histogram,
+    /// Duration of each engine step.
+    pub step_seconds: Histogram,
     /// Fraction of the KV blocks that requests hold, 0 to 1. Blocks that are only cached do not count.
     pub kv_cache_usage: Gauge,
     /// Prompt tokens of started requests.
@@ -49,9 +62,10 @@ pub struct NodeMetrics {
 }
 
 impl NodeMetrics {
-    /// Creates and registers all metrics of a node that serves `model`.
-    pub fn new(model: &str) -> Result<Self, MetricsError> {
-        let labels = [("model_name".to_owned(), model.to_owned())].into();
+    /// Creates and registers all metrics of a node of `pool` that serves `model`.
+    pub fn new(model: &str, pool: &str) -> Result<Self, MetricsError> {
+        let labels = [("model_name", model), ("pool", pool)].map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let labels = labels.into();
         let registry = Registry::new_custom(None, Some(labels))?;
         let r = &registry;
         Ok(Self {
@@ -61,6 +75,16 @@ impl NodeMetrics {
                 r,
                 Gauge::new("vllm:kv_cache_usage_perc", "Fraction of the KV blocks held by requests, 0 to 1.")?,
             )?,
+            kv_blocks: register(
+                r,
+                IntGaugeVec::new(
+                    Opts::new("overfill_kv_blocks", "KV blocks by state: held by requests, cached, free."),
+                    &["state"],
+                )?,
+            )?,
+            batch_requests: sizes(r, "overfill_batch_requests", "Requests in an engine step.")?,
+            step_tokens: sizes(r, "vllm:iteration_tokens_total", "Tokens computed in an engine step.")?,
+            step_seconds: histogram(r, "overfill_step_seconds", "Seconds that an engine step took.")?,
             prompt_tokens: counter(r, "vllm:prompt_tokens_total", "Prompt tokens of started requests.")?,
             generation_tokens: counter(r, "vllm:generation_tokens_total", "Generated tokens.")?,
             request_success: register(
@@ -111,10 +135,23 @@ impl NodeMetrics {
         })
     }
 
+    /// Records an engine step that computed `tokens` tokens of `requests` requests.
+    pub fn step(&self, requests: usize, tokens: usize, took: Duration) {
+        self.batch_requests.observe(requests as f64);
+        self.step_tokens.observe(tokens as f64);
+        self.step_seconds.observe(took.as_secs_f64());
+    }
+
     /// Counts an ended request with its `finished_reason`.
     pub fn finished(&self, reason: &str) {
         self.request_success.with_label_values(&[reason]).inc();
     }
+}
+
+/// A histogram of counts: buckets 1, 2, 4, ... 16384.
+fn sizes(registry: &Registry, name: &str, help: &str) -> Result<Histogram, MetricsError> {
+    let buckets = exponential_buckets(1.0, 2.0, 15)?;
+    register(registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets))?)
 }
 
 #[cfg(test)]
@@ -123,10 +160,13 @@ mod tests {
 
     #[test]
     fn names_are_valid_and_carry_the_model() {
-        let metrics = NodeMetrics::new("tiny").unwrap();
+        let metrics = NodeMetrics::new("tiny", "small").unwrap();
         metrics.finished("stop");
         let text = prometheus::TextEncoder::new().encode_to_string(&metrics.registry.gather()).unwrap();
-        assert!(text.contains(r#"vllm:request_success_total{finished_reason="stop",model_name="tiny"} 1"#), "{text}");
-        assert!(text.contains(r#"vllm:num_requests_running{model_name="tiny"} 0"#), "{text}");
+        assert!(
+            text.contains(r#"vllm:request_success_total{finished_reason="stop",model_name="tiny",pool="small"} 1"#),
+            "{text}"
+        );
+        assert!(text.contains(r#"vllm:num_requests_running{model_name="tiny",pool="small"} 0"#), "{text}");
     }
 }

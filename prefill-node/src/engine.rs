@@ -20,7 +20,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
 };
-use tracing::debug;
+use tracing::{debug, info_span};
 
 use crate::{
     job::{ChunkLayers, HandoffContext, JOB_EVENTS, Job, JobEvent, Request, Running},
@@ -66,7 +66,8 @@ impl EngineHandle {
         let queued_tokens = self.load.count_tokens(request.tokens.len());
         let (events, receiver) = mpsc::channel(JOB_EVENTS);
         let hashes = block_hashes(&request.tokens, &self.producer);
-        let job = Job { request, hashes, arrived: Instant::now(), events, waiting, queued_tokens };
+        let queued = info_span!(parent: &request.span, "queue");
+        let job = Job { request, hashes, arrived: Instant::now(), events, waiting, queued_tokens, queued };
         self.jobs.try_send(job).map_err(|e| match e {
             std_mpsc::TrySendError::Full(_) => Refused::QueueFull(self.max_waiting),
             std_mpsc::TrySendError::Disconnected(_) => Refused::Draining,
@@ -309,7 +310,7 @@ impl<C: Compute> Engine<C> {
             Ok(outputs) => {
                 let (tokens, took) = (plan.iter().map(|chunk| chunk.tokens.len()).sum(), began.elapsed());
                 self.pace.observe(tokens, took);
-                self.load.prefilled(tokens, took);
+                self.load.prefilled(plan.len(), tokens, took);
                 self.advance(&plan, outputs);
             }
             Err(e) => {

@@ -13,7 +13,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
 };
-use tracing::error;
+use tracing::{Span, error, info_span};
 
 use crate::scheduler::{self, PromptProgress};
 
@@ -42,6 +42,8 @@ pub struct Request {
     pub handoff: Option<Handoff>,
     /// Time at which the request fails if it has not ended.
     pub deadline: Instant,
+    /// Span of the request.
+    pub span: Span,
 }
 
 /// The receiver of a prompt's KV.
@@ -98,6 +100,8 @@ pub struct Job {
     pub events: mpsc::Sender<JobEvent>,
     pub(crate) waiting: Counted,
     pub(crate) queued_tokens: QueuedTokens,
+    /// Span of the wait.
+    pub(crate) queued: Span,
 }
 
 impl Job {
@@ -154,14 +158,17 @@ pub struct Running {
     queued_tokens: QueuedTokens,
     lease: Arc<BlockLease>,
     _running: Counted,
+    /// Span of the computation.
+    _computing: Span,
 }
 
 impl Running {
     /// Starts a job with its blocks in `lease`. The KV of the first `cached` blocks is already computed. Starts the
     /// handoff and sends the cached blocks that the receiver lacks.
     pub fn start(job: Job, lease: BlockLease, cached: usize, context: &HandoffContext) -> Self {
-        let Job { request, hashes, arrived, events, waiting, mut queued_tokens } = job;
-        drop(waiting);
+        let Job { request, hashes, arrived, events, waiting, mut queued_tokens, queued } = job;
+        drop((waiting, queued));
+        let _in_span = request.span.clone().entered();
         let started = Instant::now();
         let blocks = lease.blocks().to_vec();
         let lease = Arc::new(lease);
@@ -193,6 +200,7 @@ impl Running {
             queued_tokens,
             lease,
             _running: context.load.count_running(),
+            _computing: info_span!("compute", cached_tokens = cached * BLOCK_TOKENS),
         };
         let cached_tokens = running.computed;
         running.tell(JobEvent::Started { cached_tokens, queued: started - arrived, transfer });

@@ -23,7 +23,7 @@ use overfill_cluster::{Shutdown, files, process};
 /// Returns the exit code.
 pub async fn main(args: Args) -> ExitCode {
     let process = args.node.process.clone();
-    process::run(&process, args.validate(), async |config: Config, shutdown: Shutdown| {
+    process::run("overfill-prefill", &process, args.validate(), async |config: Config, shutdown: Shutdown| {
         files::raise(overfill_node::connections());
         let node = PrefillNode::bind(config).await?;
         node.ready_line().print();

@@ -8,6 +8,7 @@ use overfill_node::{
 };
 use overfill_proto::{InvalidField, ticket_from_wire, v1};
 use tokio::time::Instant;
+use tracing::Span;
 
 use crate::job::{Handoff, Request};
 
@@ -29,7 +30,8 @@ pub fn check(limits: &RequestLimits, wire: v1::PrefillRequest, now: Instant) -> 
     let fields = CommonFields { request_id, prompt_tokens, sampling, deadline_seconds, generated_tokens, incarnation };
     let Common { id, tokens, sampling, generated, deadline } = limits.check(fields, now)?;
     let handoff = handoff.map(|handoff| check_handoff(limits, handoff, tokens.len())).transpose()?;
-    Ok(Request { id, tokens, generated, sampling, prompt_logprobs, handoff, deadline })
+    let span = Span::current();
+    Ok(Request { id, tokens, generated, sampling, prompt_logprobs, handoff, deadline, span })
 }
 
 fn check_handoff(

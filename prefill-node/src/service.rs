@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use overfill_kv::TransferStats;
 use overfill_kv::handoff::{Failure, RefuseReason};
-use overfill_node::{Ending, EventStream, NodeCore, RequestLimits, ended_early};
+use overfill_kv::{Role, TransferStats};
+use overfill_node::{Ending, EventStream, NodeCore, RequestLimits, ended_early, request_span};
 use overfill_proto::v1;
 use overfill_text::TextFiles;
 use overfill_transport::HandoffError;
@@ -83,11 +83,14 @@ impl v1::prefill_server::Prefill for PrefillService {
     async fn prefill(&self, request: Request<v1::PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
         use v1::prefill_event::Event as Wire;
         let arrived = Instant::now();
-        let request = request::check(&self.limits, request.into_inner(), arrived)?;
+        let span = request_span(Role::Prefill, &request);
+        let request = span.in_scope(|| request::check(&self.limits, request.into_inner(), arrived))?;
+        span.record("request", tracing::field::display(&request.id));
+        span.record("prompt_tokens", request.tokens.len());
         let (id, deadline, has_handoff) = (request.id.clone(), request.deadline, request.handoff.is_some());
         let mut events = self.engine.submit(request)?;
         let drain = self.core.drain.clone();
-        let mut ending = Ending::new(self.core.load.clone(), arrived);
+        let mut ending = Ending::new(self.core.load.clone(), arrived, span.clone());
         // The stream owns the request. Dropping the stream drops `events`, which cancels the request in the engine.
         Ok(Response::new(Box::pin(async_stream::try_stream! {
             let mut transfer = None;
@@ -111,6 +114,7 @@ impl v1::prefill_server::Prefill for PrefillService {
                 match next {
                     Next::Engine(Some(JobEvent::Started { cached_tokens, queued, transfer: started })) => {
                         transfer = started;
+                        span.record("cached_tokens", cached_tokens);
                         let queue_seconds = queued.as_secs_f64();
                         yield event(Wire::Started(v1::PrefillStarted {
                             cached_tokens: cached_tokens as u32,

@@ -193,6 +193,16 @@ pub struct Args {
     /// API keys of clients (JSON file). Without it, requests need no key.
     #[arg(long, env = "OVERFILL_API_KEYS", value_name = "FILE", help_heading = "Security")]
     pub api_keys: Option<PathBuf>,
+    /// Whether to serve a web page with an overview of the cluster and a playground, at /page.
+    #[arg(
+        long,
+        env = "OVERFILL_PAGE",
+        default_value_t = true,
+        action = clap::ArgAction::Set,
+        value_name = "BOOL",
+        help_heading = "Network"
+    )]
+    pub page: bool,
     /// TLS between the router and the nodes.
     #[command(flatten)]
     pub tls: TlsArgs,
@@ -233,6 +243,7 @@ impl Args {
             serve_tls_cert,
             serve_tls_key,
             api_keys,
+            page,
             tls,
             dns,
             etcd,
@@ -346,6 +357,7 @@ impl Args {
                 itl_limit,
                 serve_tls,
                 api_keys,
+                page,
                 dialer: net::tcp_dialer(tls.clone()),
                 tls,
                 cluster,

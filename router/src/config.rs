@@ -53,6 +53,8 @@ pub struct Config {
     pub serve_tls: Option<Tls>,
     /// API keys of clients. `None`: requests need no key.
     pub api_keys: Option<ApiKeys>,
+    /// Whether the web page is served.
+    pub page: bool,
     /// TLS between router and nodes. `None`: no encryption.
     pub tls: Option<Tls>,
     /// Opens connections to nodes.
@@ -89,6 +91,7 @@ impl Config {
             itl_limit: None,
             serve_tls: None,
             api_keys: None,
+            page: true,
             tls: None,
             dialer: net::tcp_dialer(None),
             cluster: String::new(),

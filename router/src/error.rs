@@ -106,6 +106,25 @@ impl GenerateError {
         Self::Invalid { field: Some(field.into()), message: message.into() }
     }
 
+    /// Name of the variant, for metrics.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Invalid { .. } => "invalid",
+            Self::ContextLength { .. } => "context_length",
+            Self::UnknownModel { .. } => "unknown_model",
+            Self::QueueFull { .. } => "queue_full",
+            Self::Overloaded { .. } => "overloaded",
+            Self::Late { .. } => "late",
+            Self::Limited { .. } => "limited",
+            Self::Unauthenticated => "unauthenticated",
+            Self::NoRoom { .. } => "no_room",
+            Self::Unavailable(_) => "unavailable",
+            Self::Deadline(_) => "deadline",
+            Self::Failed { .. } => "failed",
+            Self::Internal(_) => "internal",
+        }
+    }
+
     /// Retry-after time in whole seconds. `None`: a retry would not help.
     pub fn retry_after_seconds(&self) -> Option<u64> {
         match self {

@@ -8,7 +8,7 @@ use overfill_kv::{FinishReason, Role};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use tower::retry::budget::{Budget as _, TpsBudget};
-use tracing::{Instrument as _, debug, info_span, warn};
+use tracing::{Instrument as _, debug, field::Empty, info_span, warn};
 
 use crate::{
     GenerateError,
@@ -21,7 +21,7 @@ use crate::{
     node::ServedModel,
     nodes::Nodes,
     prompt::TextPool,
-    request::{Generation, Output},
+    request::{Generation, Output, Timings},
     retry::{Retries, Retry},
     sequence::Sequence,
     tenants::{self, ApiKeys, Tenant},
@@ -50,6 +50,8 @@ pub struct Core {
     pub default_time: Duration,
     /// Renders chat templates and tokenizes prompts.
     pub text_pool: TextPool,
+    /// Start of the router.
+    pub started: Instant,
     keys: Option<ApiKeys>,
     affinity: Arc<Mutex<Affinity>>,
     max_queue: Duration,
@@ -72,6 +74,7 @@ impl Core {
             metrics,
             default_time: config.default_deadline,
             text_pool: TextPool::default(),
+            started: Instant::now(),
             keys: config.api_keys.clone(),
             affinity: Arc::new(Mutex::new(Affinity::new(AFFINITY_BLOCKS))),
             max_queue: config.max_queue,
@@ -92,6 +95,11 @@ impl Core {
     ) -> Result<Arc<ServedModel>, GenerateError> {
         let time = time.unwrap_or(self.default_time).min(self.max_queue);
         self.catalog.find(name, arrived + time).await
+    }
+
+    /// Whether requests need an API key.
+    pub fn has_keys(&self) -> bool {
+        self.keys.is_some()
     }
 
     /// The tenant of a request with these headers.
@@ -135,7 +143,17 @@ impl Core {
         let core = self.clone();
         let mut metrics = core.metrics.request(&generation.model.name, generation.prompt.len());
         let arrived = generation.arrived;
-        let span = info_span!("sequence", request = %generation.request_id);
+        let span = info_span!(
+            "sequence",
+            request = %generation.request_id,
+            model = generation.model.name,
+            prompt_tokens = generation.prompt.len(),
+            generated_tokens = Empty,
+            finish_reason = Empty,
+            prefill_node = Empty,
+            decode_node = Empty,
+            migrations = Empty,
+        );
         let mut legs = Legs::observed(span.clone(), spent, core.metrics.legs.clone(), &generation.model.name);
         legs.enter(Leg::Queue);
         try_stream! {
@@ -150,6 +168,11 @@ impl Core {
                         (first, last) = (false, now);
                     }
                     Ok(Output::Finished(finished)) => {
+                        span.record("generated_tokens", finished.completion_tokens);
+                        span.record("finish_reason", finished.reason.as_str());
+                        span.record("prefill_node", &finished.timings.prefill_node);
+                        span.record("decode_node", &finished.timings.decode_node);
+                        span.record("migrations", finished.timings.migrations);
                         metrics.finished(finished.reason.as_str(), arrived.elapsed());
                     }
                     Ok(Output::PromptLogprobs(_)) => {}
@@ -232,6 +255,10 @@ impl Core {
                                 AttemptEvent::Ready(stats) => {
                                     legs.enter(Leg::FirstDecodeStep);
                                     sequence.timings.handoff = stats;
+                                    if let Some(stats) = stats {
+                                        let Timings { prefill_node, decode_node, .. } = &sequence.timings;
+                                        self.metrics.history.handoff(prefill_node, decode_node, stats);
+                                    }
                                     None
                                 }
                                 AttemptEvent::Finished(reason) => Some((reason, None)),

@@ -3,7 +3,7 @@
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt as _};
-use overfill_cluster::http::Crowded;
+use overfill_cluster::{http::Crowded, traces};
 use overfill_kv::{RequestId, Role, SamplingParams};
 use overfill_proto::v1::{self, generate_event, generate_request, router_server};
 use overfill_text::ChatMessage;
@@ -13,6 +13,7 @@ use tracing::{Instrument as _, Span, info_span};
 
 use crate::{
     GenerateError,
+    admission::Place,
     generate::Core,
     legs::{Leg, LegTimes, Legs},
     request::{self, Generation, Lifetime, Output},
@@ -31,6 +32,27 @@ impl RouterService {
     /// The service over this core.
     pub fn new(core: Core) -> Self {
         Self { core }
+    }
+
+    /// Checks a request and puts it into the queue.
+    async fn admit(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<(Place, Generation, LegTimes, Span), GenerateError> {
+        let tenant = self.identify(&request)?;
+        let request_id = request::new_request_id();
+        let span = info_span!(
+            "request",
+            otel.name = "overfill.v1.Router/Generate",
+            otel.kind = "server",
+            request = %request_id,
+            trace_id = tracing::field::Empty
+        );
+        traces::continue_from(&span, &request.metadata().clone().into_headers());
+        let (generation, spent) = self.check(request_id, request.into_inner()).instrument(span.clone()).await?;
+        let place = self.core.enter(&tenant, std::slice::from_ref(&generation))?.pop();
+        let place = place.ok_or_else(|| GenerateError::Internal("admission gave no place".into()))?;
+        Ok((place, generation, spent, span))
     }
 
     fn identify<T>(&self, request: &Request<T>) -> Result<Arc<Tenant>, GenerateError> {
@@ -144,12 +166,8 @@ impl router_server::Router for RouterService {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::GenerateEvent, Status>> + Send>>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let tenant = self.identify(&request)?;
-        let request_id = request::new_request_id();
-        let span = info_span!("request", request = %request_id);
-        let (generation, spent) = self.check(request_id, request.into_inner()).instrument(span.clone()).await?;
-        let place = self.core.enter(&tenant, std::slice::from_ref(&generation))?.pop();
-        let place = place.ok_or_else(|| Status::internal("admission gave no place"))?;
+        let count = |e: &GenerateError| self.core.metrics.refused(e.reason());
+        let (place, generation, spent, span) = self.admit(request).await.inspect_err(count)?;
         let (model, full_model) = (generation.model.name.clone(), generation.model.full_model.clone());
         let outputs = span.in_scope(|| self.core.generate_after(spent, place, generation));
         let events = outputs.filter_map(move |output| {

@@ -115,7 +115,7 @@ impl Legs {
             return;
         }
         self.leave();
-        let span = info_span!(parent: &self.parent, "leg", leg = leg.as_str());
+        let span = info_span!(parent: &self.parent, "leg", otel.name = leg.as_str(), leg = leg.as_str());
         self.current = Some(Current { leg, since: Instant::now(), _span: span });
     }
 

@@ -7,7 +7,7 @@
 //! attempt. An `attempt` is one pass of a request over one decode and one prefill node. `pick` chooses them from the view
 //! that `nodes` maintains, and a node's `breaker` stops requests to the node after failures. `join` connects to an address
 //! and creates a node. `legs` measures where the time goes, `waiting` counts who waits, and `scaling` computes how much work each
-//! pool has.
+//! pool has. `page` is the router's web page, `history` what it shows of the past.
 //!
 //! Generated protobuf types are used only at the edges: in `grpc` and `wire` towards clients, and in `join` and the two
 //! streams of an `attempt` towards nodes.
@@ -22,12 +22,14 @@ mod config;
 mod error;
 mod generate;
 mod grpc;
+mod history;
 mod join;
 mod legs;
 mod metrics;
 mod node;
 mod nodes;
 mod openai;
+mod page;
 mod pick;
 mod prompt;
 mod request;

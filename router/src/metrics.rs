@@ -5,6 +5,8 @@ use std::{sync::Arc, time::Duration};
 use overfill_cluster::metrics::{MetricsError, SECONDS_BUCKETS, register};
 use prometheus::{GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
+use crate::history::History;
+
 /// Counters, gauges and histograms. Series of requests carry `model_name`.
 #[derive(Clone)]
 pub struct Metrics {
@@ -24,6 +26,11 @@ pub struct Metrics {
     pub without_nodes: IntGaugeVec,
     /// Seconds per sequence by `leg`, observed when a sequence ends.
     pub legs: HistogramVec,
+    /// The last quarter of an hour.
+    pub history: Arc<History>,
+    /// Running and waiting sequences by `tenant` and `state`.
+    pub tenants: IntGaugeVec,
+    refused: IntCounterVec,
     success: IntCounterVec,
     prompt_tokens: IntCounterVec,
     generation_tokens: IntCounterVec,
@@ -66,6 +73,18 @@ impl Metrics {
                     model,
                 )?,
             )?,
+            tenants: register(
+                r,
+                IntGaugeVec::new(
+                    Opts::new("overfill_tenant_requests", "Sequences by tenant and state: running, waiting."),
+                    &["tenant", "state"],
+                )?,
+            )?,
+            refused: counter(
+                "overfill_refused_requests_total",
+                "Requests answered with an error before their first token, by reason.",
+                &["reason"],
+            )?,
             success: counter(
                 "vllm:request_success_total",
                 "Sequences ended, by reason: stop, length, abort, error.",
@@ -95,7 +114,13 @@ impl Metrics {
                 &["model_name", "leg"],
             )?,
             registry: r.clone(),
+            history: Arc::default(),
         })
+    }
+
+    /// Counts a request that is answered with an error.
+    pub fn refused(&self, reason: &str) {
+        self.refused.with_label_values(&[reason]).inc();
     }
 
     /// Counts a sequence of `model` that is computed again on other nodes.
@@ -134,6 +159,7 @@ impl RequestMetrics {
     pub fn token(&self, first: bool, after: Duration) {
         self.generation_tokens.inc();
         if first { &self.first_token } else { &self.inter_token }.observe(after.as_secs_f64());
+        self.metrics.history.token(first, after);
     }
 
     /// Counts a sequence that ended with `reason`. `after`: time since the request.
@@ -141,6 +167,7 @@ impl RequestMetrics {
         self.ended = true;
         self.metrics.success.with_label_values(&[self.model.as_str(), reason]).inc();
         self.metrics.whole.with_label_values(&[&self.model]).observe(after.as_secs_f64());
+        self.metrics.history.ended();
     }
 }
 

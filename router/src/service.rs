@@ -19,7 +19,16 @@ use tonic::service::Routes;
 use tonic_health::ServingStatus;
 use tracing::{info, warn};
 
-use crate::{Args, Config, generate::Core, grpc::RouterService, metrics::Metrics, nodes::Nodes, openai, scaling};
+use crate::{
+    Args, Config,
+    generate::Core,
+    grpc::RouterService,
+    metrics::Metrics,
+    nodes::Nodes,
+    openai,
+    page::{self, PageRights},
+    scaling,
+};
 
 /// Maximum time for the tasks that follow nodes to end at shutdown.
 const MEMBERSHIP_END: Duration = Duration::from_secs(5);
@@ -81,7 +90,7 @@ impl Router {
 
     /// Serves until the shutdown has begun and the last request has ended.
     pub async fn run(self, shutdown: Shutdown) -> Result<(), RouterError> {
-        let Self { config, http, grpc: grpc_listener, .. } = self;
+        let Self { config, http, grpc: grpc_listener, http_address, .. } = self;
         let metrics = Arc::new(Metrics::new()?);
         // Running requests still need the nodes after the shutdown has begun. The tasks that follow nodes therefore have
         // their own shutdown, which begins when the servers have ended.
@@ -117,8 +126,13 @@ impl Router {
         let grpc_limits = ConnectionLimits { age, ..grpc::limits(config.max_connections) };
         let grpc_server = http::serve(listener, routes, grpc_limits, shutdown.token().cancelled_owned());
 
-        let app = openai::routes(core.clone(), config.max_body_bytes)
+        membership.spawn("history", follow_queue(core.clone(), membership.token()));
+        let mut app = openai::routes(core.clone(), config.max_body_bytes)
             .merge(admin(core.clone(), metrics, config.itl_limit, &shutdown).routes());
+        if config.page {
+            let rights = PageRights { drain_without_key: http_address.ip().is_loopback() };
+            app = app.merge(page::routes(core.clone(), rights));
+        }
         let http_limits = ConnectionLimits { age, ..ConnectionLimits::http(config.max_connections) };
         let http_server =
             http::serve(Listener::new(http, config.serve_tls), app, http_limits, shutdown.token().cancelled_owned());
@@ -171,6 +185,18 @@ pub async fn follow_capacity(core: Core, stop: CancellationToken) {
     stop.run_until_cancelled(follow).await;
 }
 
+/// Records every second how many sequences wait, for the page.
+async fn follow_queue(core: Core, stop: CancellationToken) {
+    let mut turn = interval(Duration::from_secs(1));
+    let follow = async {
+        loop {
+            turn.tick().await;
+            core.metrics.history.waiting(core.admission.waiting() + core.catalog.waiting());
+        }
+    };
+    stop.run_until_cancelled(follow).await;
+}
+
 /// The admin routes (health and metrics), based on the router's state.
 fn admin(core: Core, metrics: Arc<Metrics>, itl_limit: Option<Duration>, shutdown: &Shutdown) -> Admin {
     let (shutdown, catalog) = (shutdown.clone(), core.catalog.clone());
@@ -198,6 +224,13 @@ fn refresh(core: &Core, metrics: &Metrics, itl_limit: Option<Duration>) {
         let pool = status.node.as_ref().map_or("", |node| &node.info.pool);
         metrics.nodes.with_label_values(&[status.role.as_str(), pool, state]).inc();
     }
+    metrics.tenants.reset();
+    for (tenant, (running, waiting)) in core.admission.tenants() {
+        // Without a file of keys, clients choose names. They are not counted apart, so that the series stay few.
+        let tenant = if core.has_keys() { tenant.as_ref() } else { "" };
+        metrics.tenants.with_label_values(&[tenant, "running"]).add(running as i64);
+        metrics.tenants.with_label_values(&[tenant, "waiting"]).add(waiting as i64);
+    }
     let work = |model: &str, reason| core.waiting.work(model, reason);
     let limit_seconds = itl_limit.map(|limit| limit.as_secs_f64());
     metrics.prefill_backlog.reset();
@@ -223,7 +256,7 @@ fn refresh(core: &Core, metrics: &Metrics, itl_limit: Option<Duration>) {
 /// Runs the router as a program and returns its exit code.
 pub async fn main(args: Args) -> ExitCode {
     let process = args.process.clone();
-    process::run(&process, args.validate(), async |config, shutdown| {
+    process::run("overfill-router", &process, args.validate(), async |config, shutdown| {
         let max = config.max_connections;
         files::raise(ConnectionLimits::http(max).files() + grpc::limits(max).files());
         let router = Router::bind(config).await?;

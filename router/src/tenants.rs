@@ -45,6 +45,8 @@ struct Entry {
     max_requests: Option<usize>,
     #[serde(default)]
     requests_per_minute: Option<NonZeroU32>,
+    #[serde(default)]
+    admin: bool,
 }
 
 fn one() -> u32 {
@@ -59,6 +61,8 @@ pub struct Tenant {
     pub name: Arc<str>,
     /// The tenant's share of the nodes under load, relative to other tenants' weights.
     pub weight: u32,
+    /// Whether the tenant may drain nodes on the router's page.
+    pub admin: bool,
     max_requests: Option<usize>,
     requests: AtomicUsize,
     rate: Option<Rate>,
@@ -74,13 +78,14 @@ impl Tenant {
     /// Creates a tenant without limits.
     pub fn named(name: &str) -> Self {
         let name = name.into();
-        Self { name, weight: 1, max_requests: None, requests: AtomicUsize::new(0), rate: None }
+        Self { name, weight: 1, admin: false, max_requests: None, requests: AtomicUsize::new(0), rate: None }
     }
 
     fn new(entry: &Entry) -> Self {
         Self {
             name: entry.name.as_str().into(),
             weight: entry.weight,
+            admin: entry.admin,
             max_requests: entry.max_requests,
             requests: AtomicUsize::new(0),
             rate: entry
@@ -146,8 +151,8 @@ impl std::fmt::Debug for ApiKeys {
 }
 
 impl ApiKeys {
-    /// Reads a JSON list of `{"name", "key", "weight", "max_requests", "requests_per_minute"}`. The last three fields are
-    /// optional.
+    /// Reads a JSON list of `{"name", "key", "weight", "max_requests", "requests_per_minute", "admin"}`. Only the first
+    /// two fields are required.
     pub fn load(path: PathBuf) -> Result<Self, KeysError> {
         let keys = read(&path, &[])?;
         Ok(Self { keys: Arc::new(Reloaded::new("API keys", vec![path.clone()], keys)), path })

@@ -13,6 +13,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::info_span;
 
 use crate::reservations::{Entry, Inner, Registry, Shared};
 use crate::{Committed, HandoffError, Reservation, TransferConfig, tcp};
@@ -48,7 +49,7 @@ impl KvReceiver {
         (Self { shared }, task)
     }
 
-    /// Registers a reservation for one attempt. From now on a sender with the ticket may fill its blocks.
+    /// Registers a reservation for one attempt. The span of its handoff is a child of the current one. From now on a sender with the ticket may fill its blocks.
     ///
     /// An invalid reservation fails at once; [`IncomingHandoff::ready`] returns the error.
     pub fn reserve(&self, reservation: Reservation) -> IncomingHandoff {
@@ -74,6 +75,7 @@ impl KvReceiver {
         let (tell, outcome) = oneshot::channel();
         let entry = Arc::new(Entry {
             shared: shared.clone(),
+            span: info_span!("handoff", otel.kind = "consumer", request = %request_id),
             request_id,
             blocks: lease.blocks().to_vec(),
             stop: CancellationToken::new(),

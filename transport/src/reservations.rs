@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::Span;
 
 use crate::{Committed, HandoffError, TransferConfig};
 
@@ -56,6 +57,8 @@ pub(crate) struct Registry {
 pub(crate) struct Entry {
     pub shared: Arc<Shared>,
     pub request_id: RequestId,
+    /// Span of the handoff.
+    pub span: Span,
     pub spec: HandoffSpec,
     /// The blocks to fill, in prompt order.
     pub blocks: Vec<BlockId>,

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument as _, info_span};
 
 use crate::{HandoffError, SendPlan, TransferConfig, tcp};
 
@@ -48,7 +49,7 @@ pub struct KvLayers {
 }
 
 impl KvSender {
-    /// Starts a task that connects and sends. The join handle returns the outcome, by the plan's deadline at the
+    /// Starts a task that connects and sends. Its span is a child of the current one. The join handle returns the outcome, by the plan's deadline at the
     /// latest.
     pub fn start(
         plan: SendPlan,
@@ -76,13 +77,14 @@ impl KvSender {
             held_blocks: plan.held_blocks,
             request_id: plan.request_id.clone(),
         };
-        let task = tokio::spawn(async move {
+        let span = info_span!("handoff", otel.kind = "producer", request = %plan.request_id);
+        let task = async move {
             plan.check(&*store)?;
             match plan.endpoint.clone() {
                 KvEndpoint::Tcp(address) => tcp::send(address, plan, store, config, queue, control).await,
             }
-        });
-        (Self { layers }, task)
+        };
+        (Self { layers }, tokio::spawn(task.instrument(span)))
     }
 
     /// Handle to announce layers.

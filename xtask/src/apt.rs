@@ -1,5 +1,6 @@
 //! Programs that the tests need. Missing ones are installed if possible.
 
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, bail};
@@ -61,6 +62,58 @@ pub fn valgrind() -> Result<()> {
     // valgrind does not start without the C library's symbols.
     if !succeeds(Command::new("valgrind").args(["--quiet", "true"])) {
         install(&["valgrind", "libc6-dbg"], "the memory check of kernels needs valgrind")?;
+    }
+    Ok(())
+}
+
+/// Installs the programs that build images, unless they are present.
+pub fn images() -> Result<()> {
+    let usable =
+        || ["buildah", "mmdebstrap", "strip"].iter().all(|program| succeeds(Command::new(program).arg("--version")));
+    if !usable() {
+        install(
+            &["buildah", "mmdebstrap", "binutils"],
+            "building container images needs buildah, mmdebstrap and strip",
+        )?;
+    }
+    if !usable() {
+        bail!("buildah, mmdebstrap or strip does not start after its installation");
+    }
+    Ok(())
+}
+
+/// Installs the programs that run containers, unless they are present.
+pub fn containers() -> Result<()> {
+    // podman finds its own programs in one of these folders.
+    let has = |program: &str| {
+        ["/usr/lib/podman", "/usr/libexec/podman"].iter().any(|folder| Path::new(folder).join(program).is_file())
+    };
+    let usable = || {
+        ["podman", "runc", "iptables"].iter().all(|program| succeeds(Command::new(program).arg("--version")))
+            && succeeds(Command::new("ip").arg("-Version"))
+            && has("netavark")
+            && has("aardvark-dns")
+    };
+    if !usable() {
+        install(
+            &["podman", "runc", "netavark", "aardvark-dns", "iptables", "iproute2"],
+            "the test of container images needs podman with runc, netavark and aardvark-dns, iptables and ip",
+        )?;
+    }
+    if !usable() {
+        bail!("podman, runc, netavark, aardvark-dns, iptables or ip is still missing after the installation");
+    }
+    Ok(())
+}
+
+/// Checks that the system has what containers consist of. Fails if the user is not root or the system does not allow it.
+pub fn namespaces() -> Result<()> {
+    let trial = "ip link add bridge0 type bridge && ip link add end0 type veth peer name end1 && iptables -t nat -L -n \
+                 && groups=/sys/fs/cgroup && if [ -d $groups/memory ]; then groups=$groups/memory; fi \
+                 && mkdir -p $groups/overfill-trial && rmdir $groups/overfill-trial";
+    let isolated = ["--mount", "--pid", "--fork", "--net", "--uts", "--ipc", "--mount-proc", "sh", "-c", trial];
+    if !succeeds(Command::new("unshare").args(isolated)) {
+        bail!("this system does not let this user create namespaces, bridges and cgroups for containers");
     }
     Ok(())
 }

@@ -1,7 +1,8 @@
-//! The project's commands: `cargo xtask demo | test | ci | tidy | neon`.
+//! The project's commands: `cargo xtask demo | test | ci | tidy | images | neon`.
 
 mod apt;
 mod demo;
+mod images;
 mod memory;
 mod neon;
 mod process;
@@ -20,6 +21,8 @@ usage: cargo xtask COMMAND
   test           everything that CI runs: format, lints, tidy checks, all tests, memory check of kernels
   ci             the same, but fails if a needed program is missing and can't be installed
   tidy           check the project's rules about its files
+  images [--release | --binaries DIR] [--test]
+                 container images of the binaries in target/debug, of a release build, or of DIR; or run them as a test
   neon           the kernel tests on an emulated ARM processor (not part of the other commands)";
 
 fn main() -> ExitCode {
@@ -30,6 +33,7 @@ fn main() -> ExitCode {
         ["test"] => test::run(Programs::IfThere),
         ["ci"] => test::run(Programs::Required),
         ["tidy"] => tidy::run(),
+        ["images", ref options @ ..] => images::run(options),
         ["neon"] => neon::run(),
         _ => {
             eprintln!("{USAGE}");

@@ -8,11 +8,16 @@ use anyhow::{Context, Result, bail};
 use crate::apt;
 use crate::process::{root, run, succeeds, target};
 
-/// Installs `tests/python/requirements.txt` into `target/venv` unless it is up to date. Returns the interpreter.
+/// Prepares the environment of the tests. Returns the interpreter.
 pub fn prepare() -> Result<PathBuf> {
-    let venv = target().join("venv");
+    venv("venv", "tests/python/requirements.txt")
+}
+
+/// Installs a file of requirements into the environment `target/NAME` unless it is up to date. Returns the interpreter.
+pub fn venv(name: &str, requirements: &str) -> Result<PathBuf> {
+    let venv = target().join(name);
     let python = venv.join("bin/python");
-    let requirements = root().join("tests/python/requirements.txt");
+    let requirements = root().join(requirements);
     let wanted =
         std::fs::read_to_string(&requirements).with_context(|| format!("reading {}", requirements.display()))?;
     let stamp = venv.join("requirements.txt");

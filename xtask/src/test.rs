@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::process::{cargo, phase, run as sh};
-use crate::{apt, memory, python, tidy};
+use crate::{apt, images, memory, python, tidy};
 
 /// What to do if a program that tests need is missing and can't be installed.
 #[derive(Clone, Copy, PartialEq)]
@@ -33,6 +33,9 @@ pub fn run(programs: Programs) -> Result<()> {
     let network = have("tests of faulty links", apt::network(), required)?;
     // Network namespaces depend on the system and can't be installed, so these tests are never required.
     let hosts = network && have("tests of faulty links", apt::hosts(), false)?;
+    let containers = etcd
+        && have("test of container images", apt::images().and_then(|()| apt::containers()), required)?
+        && have("test of container images", apt::namespaces(), false)?;
     let mut interpreter = None;
     phase("python environment", || {
         interpreter = Some(python::prepare()?);
@@ -42,6 +45,9 @@ pub fn run(programs: Programs) -> Result<()> {
     // The whole-cluster tests start the real binary, which `cargo test` alone would not build. Binaries and tests are
     // built in one call, so that they use the same features and dependencies are compiled once.
     phase("binaries", || sh(&mut cargo(&["build", "--locked", "--workspace", "--bins", "--tests"])))?;
+    if containers {
+        phase("container images", images::test)?;
+    }
     phase("tests", || {
         let mut command = cargo(&["test", "--locked", "--workspace", "--no-fail-fast"]);
         if let Some(python) = &interpreter {

@@ -35,6 +35,10 @@ pub use sender::{SenderAction, SenderEvent, SenderHandoff, SenderState};
 
 use crate::Ticket;
 
+/// Target of the trace events of a handoff, such as "layer sent". They are exported with traces, but not logged at the
+/// default level.
+pub const TRACE_TARGET: &str = "overfill::handoff";
+
 /// Parameters and time limits of one attempt. Both sides must agree on the parameters.
 ///
 /// Times are durations since an origin that the driver chooses. All calls of one state machine use the same origin.

@@ -158,6 +158,15 @@ impl ModelAdmission {
         Ok(places)
     }
 
+    /// Adds the numbers of running and waiting sequences to each tenant's.
+    fn count_tenants(&self, all: &mut BTreeMap<Arc<str>, (usize, usize)>) {
+        for (name, account) in &self.queue.lock().accounts {
+            let (running, waiting) = all.entry(name.clone()).or_default();
+            *waiting += account.waiting();
+            *running += account.sequences.saturating_sub(account.waiting());
+        }
+    }
+
     fn running(&self) -> usize {
         self.queue.lock().running
     }

@@ -1,6 +1,9 @@
 //! Admission control of all models.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use parking_lot::Mutex;
 
@@ -48,6 +51,15 @@ impl Admission {
     /// Number of waiting sequences.
     pub fn waiting(&self) -> usize {
         self.models.lock().values().map(ModelAdmission::waiting).sum()
+    }
+
+    /// Numbers of running and waiting sequences by tenant, over all models.
+    pub fn tenants(&self) -> BTreeMap<Arc<str>, (usize, usize)> {
+        let mut all = BTreeMap::new();
+        for admission in self.models.lock().values() {
+            admission.count_tenants(&mut all);
+        }
+        all
     }
 
     fn with<T>(&self, model: &str, act: impl FnOnce(&ModelAdmission) -> T) -> T {

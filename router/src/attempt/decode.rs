@@ -9,7 +9,11 @@ use overfill_proto::{
 };
 use tonic::Status;
 
-use super::{Plan, blame::Fault, stream::NodeStream};
+use super::{
+    Plan,
+    blame::Fault,
+    stream::{NodeStream, traced},
+};
 use crate::node::{Node, Slot};
 
 /// Reserved room on a decode node, and what the prefill node needs to write into it.
@@ -57,7 +61,7 @@ impl DecodeStream {
             producer: prefiller.info.schema.full_model.clone().unwrap_or_default(),
             incarnation: node.info.incarnation.clone(),
         };
-        let mut client = node.decode_client();
+        let (mut client, request) = (node.decode_client(), traced(request));
         Self {
             stream: NodeStream::new(async move { client.decode(request).await }),
             early: None,

@@ -6,7 +6,12 @@ use overfill_kv::OutputToken;
 use overfill_proto::v1::{self, prefill_event};
 use tonic::Status;
 
-use super::{Plan, blame::Fault, decode::Reservation, stream::NodeStream};
+use super::{
+    Plan,
+    blame::Fault,
+    decode::Reservation,
+    stream::{NodeStream, traced},
+};
 use crate::node::{Node, Slot};
 
 /// An event of a prefill node, up to its first token.
@@ -42,7 +47,7 @@ impl PrefillStream {
             generated_tokens: plan.generated,
             incarnation: node.info.incarnation.clone(),
         };
-        let mut client = node.prefill_client();
+        let (mut client, request) = (node.prefill_client(), traced(request));
         Self {
             stream: NodeStream::new(async move { client.prefill(request).await }),
             slot: node.occupy((plan.tokens.len() as u64).saturating_sub(matched)),

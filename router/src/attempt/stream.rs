@@ -1,7 +1,20 @@
 //! A request's stream from a node, including the call that opens it.
 
 use futures::future::BoxFuture;
-use tonic::{Response, Status, Streaming};
+use overfill_cluster::traces;
+use tonic::{Request, Response, Status, Streaming, metadata::AsciiMetadataKey};
+use tracing::Span;
+
+/// A call to a node with this message. It carries the trace of the current span.
+pub(super) fn traced<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    for (name, value) in traces::carry(&Span::current()) {
+        if let (Ok(name), Ok(value)) = (AsciiMetadataKey::from_bytes(name.as_bytes()), value.parse()) {
+            request.metadata_mut().insert(name, value);
+        }
+    }
+    request
+}
 
 /// A stream that is open or being opened. Dropping it ends the request on the node.
 pub(super) struct NodeStream<T> {

@@ -133,6 +133,11 @@ impl Node {
             .max_encoding_message_size(MAX_MESSAGE_BYTES)
     }
 
+    /// A gRPC client of the service that nodes of both roles have.
+    pub fn node_client(&self) -> v1::node_client::NodeClient<Channel> {
+        v1::node_client::NodeClient::new(self.channel.clone())
+    }
+
     /// Counts a request on the node until the guard is dropped. `tokens`: prompt tokens still to be computed.
     pub fn occupy(self: &Arc<Self>, tokens: u64) -> Slot {
         self.own_requests.fetch_add(1, Ordering::Relaxed);

@@ -21,7 +21,7 @@ use super::{
     error::ApiError,
     fields::{Common, Fields},
     logprobs::{ChatLogprobs, Names},
-    sse,
+    producers, sse,
 };
 use crate::{
     GenerateError,
@@ -216,9 +216,9 @@ impl Chat {
             while let Some((index, output)) = merged.next().await {
                 let chunk = match output? {
                     Output::PromptLogprobs(_) => continue,
-                    Output::Token { token, text, .. } => {
+                    Output::Token { token, text, stage } => {
                         // Empty chunks are not sent.
-                        if text.is_empty() && !self.logprobs && !common.return_token_ids {
+                        if text.is_empty() && !self.logprobs && !common.return_token_ids && !common.include_overfill {
                             continue;
                         }
                         let mut chunk = self.chunk(index, &json!({"content": text}));
@@ -227,6 +227,9 @@ impl Chat {
                         }
                         if self.logprobs {
                             chunk["choices"][0]["logprobs"] = json!(ChatLogprobs::new(&[token], self.names()));
+                        }
+                        if common.include_overfill {
+                            chunk["overfill"] = producers::token(&self.batch.model, stage);
                         }
                         chunk
                     }
@@ -238,6 +241,9 @@ impl Chat {
                         let mut chunk = self.chunk(index, &delta);
                         chunk["choices"][0]["finish_reason"] = json!(finished.reason.as_str());
                         chunk["choices"][0]["stop_reason"] = batch::stop_reason(&finished);
+                        if common.include_overfill {
+                            chunk["overfill"] = producers::timings(&finished);
+                        }
                         usage.add(&finished, index == 0);
                         chunk
                     }

@@ -21,7 +21,7 @@ use super::{
     error::ApiError,
     fields::{Common, Fields},
     logprobs::{CompletionLogprobs, Names},
-    sse,
+    producers, sse,
 };
 use crate::{
     GenerateError,
@@ -254,13 +254,16 @@ impl Completion {
                     body.prompt_token_ids = common.return_token_ids.then(|| prompt.tokens.to_vec());
                 }
                 let mut ids = Vec::new();
+                let mut overfill = None;
                 match output {
                     Output::PromptLogprobs(_) => {}
-                    Output::Token { token, text, .. } => {
+                    Output::Token { token, text, stage } => {
                         // Empty chunks are not sent.
-                        if text.is_empty() && !first && self.logprobs.is_none() && !common.return_token_ids {
+                        let wanted = self.logprobs.is_some() || common.return_token_ids || common.include_overfill;
+                        if text.is_empty() && !first && !wanted {
                             continue;
                         }
+                        overfill = common.include_overfill.then(|| producers::token(&self.batch.model, stage));
                         body.text += &text;
                         ids.push(token.token);
                         if let Some(logprobs) = &mut body.logprobs {
@@ -275,6 +278,7 @@ impl Completion {
                         if !(self.echo && first) {
                             body.logprobs = None;
                         }
+                        overfill = common.include_overfill.then(|| producers::timings(&finished));
                         usage.add(&finished, index % common.n == 0);
                     }
                 }
@@ -282,6 +286,9 @@ impl Completion {
                 let mut chunk = self.frame(json!([body]));
                 if common.include_usage {
                     chunk["usage"] = Value::Null;
+                }
+                if let Some(overfill) = overfill {
+                    chunk["overfill"] = overfill;
                 }
                 yield sse::event(&chunk)?;
             }

@@ -18,11 +18,17 @@ pub struct ApiError {
     param: Option<String>,
     message: String,
     retry_after_seconds: Option<u64>,
+    /// Why the request was refused, for metrics.
+    reason: &'static str,
 }
+
+/// Response extension of an [`ApiError`]: why the request was refused.
+#[derive(Clone, Copy, Debug)]
+pub struct Refusal(pub &'static str);
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: String) -> Self {
-        Self { status, kind, code, param: None, message, retry_after_seconds: None }
+        Self { status, kind, code, param: None, message, retry_after_seconds: None, reason: "invalid" }
     }
 
     /// An error with status 400: the request is invalid.
@@ -37,7 +43,7 @@ impl ApiError {
 
     /// The JSON form `{"error": {...}}`, for a response body or an event of a stream.
     pub fn body(&self) -> Value {
-        let Self { status: _, kind, code, param, message, retry_after_seconds: _ } = self;
+        let Self { status: _, kind, code, param, message, retry_after_seconds: _, reason: _ } = self;
         json!({"error": {"message": message, "type": kind, "param": param, "code": code}})
     }
 }
@@ -45,7 +51,7 @@ impl ApiError {
 impl From<GenerateError> for ApiError {
     fn from(e: GenerateError) -> Self {
         let message = e.to_string();
-        let retry_after_seconds = e.retry_after_seconds();
+        let (retry_after_seconds, reason) = (e.retry_after_seconds(), e.reason());
         let invalid = "invalid_request_error";
         let error = match e {
             GenerateError::Invalid { field, .. } => Self { param: field, ..Self::bad_request(message) },
@@ -76,7 +82,7 @@ impl From<GenerateError> for ApiError {
             }
             GenerateError::Internal(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message),
         };
-        Self { retry_after_seconds, ..error }
+        Self { retry_after_seconds, reason, ..error }
     }
 }
 
@@ -84,6 +90,7 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = Response::new(Body::from(self.body().to_string()));
         *response.status_mut() = self.status;
+        response.extensions_mut().insert(Refusal(self.reason));
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(seconds) = self.retry_after_seconds {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));

@@ -112,6 +112,8 @@ pub struct Common {
     pub stream: bool,
     /// Whether the stream ends with a usage chunk.
     pub include_usage: bool,
+    /// Whether a stream says which stage made each token, and ends with timings.
+    pub include_overfill: bool,
     /// Number of choices per prompt.
     pub n: usize,
     /// Seed of the first choice. `None`: every choice gets a random seed.
@@ -144,6 +146,7 @@ enum OneOrMany {
 #[derive(Deserialize)]
 struct StreamOptions {
     include_usage: Option<bool>,
+    include_overfill: Option<bool>,
 }
 
 impl Common {
@@ -199,7 +202,8 @@ impl Common {
         Ok(Self {
             priority,
             stream,
-            include_usage: options.and_then(|o| o.include_usage).unwrap_or(false),
+            include_usage: options.as_ref().and_then(|o| o.include_usage).unwrap_or(false),
+            include_overfill: options.and_then(|o| o.include_overfill).unwrap_or(false),
             n,
             seed: seed.map(|seed| seed as u64),
             sampling,

@@ -7,6 +7,7 @@ mod completions;
 pub mod error;
 mod fields;
 mod logprobs;
+mod producers;
 mod sse;
 
 use std::{
@@ -18,15 +19,15 @@ use std::{
 use axum::{
     Extension, Json, Router,
     body::Bytes,
-    extract::{DefaultBodyLimit, Path, State, rejection::BytesRejection},
-    http::StatusCode,
-    middleware::from_fn_with_state,
+    extract::{DefaultBodyLimit, Path, Request, State, rejection::BytesRejection},
+    http::{HeaderMap, StatusCode},
+    middleware::{Next, from_fn_with_state},
     response::Response,
     routing::{get, post},
 };
 use caller::Caller;
-use error::ApiError;
-use overfill_cluster::http::SlowBody;
+use error::{ApiError, Refusal};
+use overfill_cluster::{http::SlowBody, traces};
 use serde_json::{Value, json};
 use tracing::{Instrument as _, Span, info_span};
 
@@ -50,6 +51,7 @@ pub fn routes(core: Core, max_body_bytes: usize) -> Router {
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
         .route_layer(from_fn_with_state(core.clone(), caller::identify))
+        .route_layer(from_fn_with_state(core.clone(), count_refusals))
         .fallback(async || ApiError::bad_request("no such path").with_status(StatusCode::NOT_FOUND))
         .method_not_allowed_fallback(async || {
             ApiError::bad_request("no such method for this path").with_status(StatusCode::METHOD_NOT_ALLOWED)
@@ -70,23 +72,42 @@ fn is_slow(e: &(dyn Error + 'static)) -> bool {
     e.is::<SlowBody>() || e.source().is_some_and(is_slow)
 }
 
+/// Middleware that counts the requests that are answered with an error.
+async fn count_refusals(State(core): State<Core>, request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    if let Some(Refusal(reason)) = response.extensions().get() {
+        core.metrics.refused(reason);
+    }
+    response
+}
+
+/// The span of a request. It continues the client's trace.
+fn request_span(name: &str, id: &str, headers: &HeaderMap) -> Span {
+    let span =
+        info_span!("request", otel.name = name, otel.kind = "server", request = id, trace_id = tracing::field::Empty);
+    traces::continue_from(&span, headers);
+    span
+}
+
 async fn completions(
     State(core): State<Core>,
     Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
     bytes: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let id = format!("cmpl-{}", request::new_request_id());
-    let span = info_span!("request", request = id);
+    let span = request_span("POST /v1/completions", &id, &headers);
     Box::pin(completions::create(core, caller, body(bytes)?, id)).instrument(span).await
 }
 
 async fn chat_completions(
     State(core): State<Core>,
     Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
     bytes: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let id = format!("chatcmpl-{}", request::new_request_id());
-    let span = info_span!("request", request = id);
+    let span = request_span("POST /v1/chat/completions", &id, &headers);
     Box::pin(chat::create(core, caller, body(bytes)?, id)).instrument(span).await
 }
 

@@ -128,7 +128,7 @@ impl SimulatedHost {
         let counted = receiver
             .cloned()
             .map(|receiver| -> Receiving { Box::new(move || (receiver.open_handoffs(), receiver.stranded_bytes())) });
-        let load = LoadState::new(pool.clone(), NodeMetrics::new(model)?, counted, Duration::MAX);
+        let load = LoadState::new(pool.clone(), NodeMetrics::new(model, "pool")?, counted, Duration::MAX);
         let identity = Identity {
             role: self.role,
             node_id: self.name.clone(),

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use overfill_kv::handoff::{Hello, ReceiverAction, ReceiverEvent, RefuseReason};
+use overfill_kv::handoff::{Hello, Piece, ReceiverAction, ReceiverEvent, RefuseReason, TRACE_TARGET};
 use tokio::time::timeout;
 
 use super::frame::{self, Answer, COMMIT_BYTES, HEADER_BYTES, HELLO_BYTES, Header, SUM_BYTES};
@@ -127,6 +127,9 @@ async fn frames(shared: &Shared, entry: &Entry, stream: &Link) -> bool {
                         let blocks = entry.blocks_of(piece.first_block, piece.blocks);
                         let layer = piece.layer as usize;
                         let checksum_ok = incoming.frame(&header, &*shared.store, layer, blocks).await?;
+                        let Piece { layer, first_block, blocks } = piece;
+                        let span = &entry.span;
+                        tracing::debug!(target: TRACE_TARGET, parent: span, layer, first_block, blocks, checksum_ok, "layer received");
                         entry.on_event(ReceiverEvent::Landed { checksum_ok })
                     } else {
                         Vec::new()

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use overfill_kv::handoff::{Failure, HandoffSpec, Piece, SenderAction, SenderEvent, SenderHandoff};
+use overfill_kv::handoff::{Failure, HandoffSpec, Piece, SenderAction, SenderEvent, SenderHandoff, TRACE_TARGET};
 use overfill_kv::{BlockId, BlockLease, KvStore, RequestId, TransferStats};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -205,6 +205,8 @@ impl Shell {
                     SenderAction::SendLayer(piece) => {
                         self.first_frame.get_or_insert_with(Instant::now);
                         if self.send_layer(stream, &mut out, piece).await {
+                            let Piece { layer, first_block, blocks } = piece;
+                            tracing::debug!(target: TRACE_TARGET, layer, first_block, blocks, "layer sent");
                             self.on_event(SenderEvent::Sent);
                         }
                         // If the socket never blocks, no await above is ever pending. Let other tasks run.
