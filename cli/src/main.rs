@@ -8,6 +8,8 @@ mod generate;
 #[cfg(feature = "tools")]
 mod models;
 #[cfg(feature = "tools")]
+mod plan;
+#[cfg(feature = "tools")]
 mod pull;
 mod router_client;
 mod shell;
@@ -78,6 +80,9 @@ enum Command {
     /// Measure the engine, the KV handoff and the router, or put load on a running cluster.
     Bench(Box<bench::BenchArgs>),
     #[cfg(feature = "tools")]
+    /// Find out how many nodes a load needs, from the measurements of a machine.
+    Plan(Box<plan::PlanArgs>),
+    #[cfg(feature = "tools")]
     #[command(flatten)]
     Models(models::ModelCommand),
     /// Print shell completions.
@@ -108,6 +113,8 @@ fn main() -> ExitCode {
         Command::Pull(args) => exit_code(pull::run(&args)),
         #[cfg(feature = "tools")]
         Command::Bench(args) => exit_code(bench::run(*args)),
+        #[cfg(feature = "tools")]
+        Command::Plan(args) => exit_code(plan::run(*args)),
         #[cfg(feature = "tools")]
         Command::Models(command) => command.run(),
         Command::Completions(args) => exit_code(shell::completions(&args)),

@@ -87,9 +87,9 @@ mod tests {
         walk(&Cli::command(), "", visit);
     }
 
-    /// The words of a command line: comments, pipes and redirections end it; double quotes group words.
+    /// The words of a command line: comments, pipes, redirections and && end it; double quotes group words.
     fn words(line: &str) -> Vec<String> {
-        let line = line.split(['#', '|', '>']).next().unwrap_or_default();
+        let line = line.split(['#', '|', '>', '&']).next().unwrap_or_default();
         let mut words = Vec::new();
         for (i, part) in line.split('"').enumerate() {
             match i % 2 {

@@ -50,8 +50,9 @@ mod imp {
             let targets =
                 Targets::new().with_target("overfill", LevelFilter::INFO).with_target(TRACE_TARGET, LevelFilter::DEBUG);
             let layer = tracing_opentelemetry::layer().with_tracer(self.0.tracer("overfill"));
-            // Threads and source lines say nothing about a request.
-            layer.with_threads(false).with_location(false).with_filter(targets)
+            // Threads, source lines and the executor's times say nothing about a request.
+            let layer = layer.with_threads(false).with_location(false).with_target(false);
+            layer.with_tracked_inactivity(false).with_filter(targets)
         }
 
         /// Exports what is left. Takes a few seconds at most, also if there is no collector.

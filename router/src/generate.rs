@@ -241,6 +241,7 @@ impl Core {
                                 // Only the prompt's log-probabilities were requested. The token is discarded.
                                 AttemptEvent::Token(..) if generation.max_tokens == 0 => Some((FinishReason::Length, None)),
                                 AttemptEvent::Token(token, stage) => {
+                                    sequence.producer.get_or_insert_with(|| attempt.producer().to_owned());
                                     let (text, end) = sequence.push(token.token)?;
                                     match (stage, &end) {
                                         (Role::Prefill, None) => legs.enter(Leg::Handoff),

@@ -54,6 +54,7 @@ pub mod parts {
         node::{NodeInfo, ServedModel},
         nodes::Nodes,
         openai::{BodyLimits, check_body},
+        pick::{DecodeCandidate, PrefillCandidate, decode as pick_decode, prefill as pick_prefill},
         request::{Generation, MAX_STOPS, Output, check_length, check_prompt, check_stops, new_request_id},
         service::follow_capacity,
     };

@@ -25,6 +25,8 @@ pub struct Sequence {
     prompt_logprobs: bool,
     first_token: Option<Instant>,
     last_token: Instant,
+    /// Fingerprint of the full model that computed the first token.
+    pub producer: Option<String>,
     /// Nodes, migrations and times of the sequence. Times are filled in at the end.
     pub timings: Timings,
 }
@@ -36,6 +38,7 @@ impl Sequence {
             detokenizer: generation.model.text.detokenizer(&generation.prompt, generation.skip_special)?,
             stops: StopMatcher::new(generation.stop.clone(), generation.include_stop),
             output: Vec::new(),
+            producer: None,
             prompt_logprobs: generation.prompt_logprobs,
             first_token: None,
             last_token: generation.arrived,
@@ -58,6 +61,7 @@ impl Sequence {
             // Scoring a prompt without output also generates one token, which is discarded.
             remaining: (generation.max_tokens - self.output.len() as u32).max(1),
             prompt_logprobs: self.prompt_logprobs,
+            producer: self.producer.clone(),
             avoid,
             progress_timeout,
         }

@@ -6,9 +6,10 @@ mod geometry;
 mod kernels;
 mod models;
 mod nodes;
+mod profile;
 mod report;
 mod router;
-mod serve;
+pub mod serve;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
@@ -114,6 +115,8 @@ enum Part {
     Kernels(kernels::KernelsArgs),
     /// Measure exact match and cross-entropy of a pair in each weight format.
     Formats(formats::FormatsArgs),
+    /// Measure what `overfill plan` needs to know about this machine and a pair of models.
+    Profile(Box<profile::ProfileArgs>),
     /// Put load on a running router over its OpenAI API, and report latency and throughput.
     Serve(Box<serve::ServeArgs>),
 }
@@ -139,18 +142,30 @@ const MOST_COUNT: usize = 10_000_000;
 /// Longest time accepted on the command line: a week.
 const MOST_SECONDS: f64 = 604_800.0;
 
-fn count(text: &str) -> Result<usize, String> {
+/// Parses a number of at least 1.
+///
+/// # Errors
+/// The text is no such number.
+pub fn count(text: &str) -> Result<usize, String> {
     let value: usize = text.parse().map_err(|e| format!("{e}"))?;
     let ok = (1..=MOST_COUNT).contains(&value);
     if ok { Ok(value) } else { Err(format!("must be in [1, {MOST_COUNT}], got {value}")) }
 }
 
-fn seconds(text: &str) -> Result<f64, String> {
+/// Parses a time in seconds, above 0 and at most a week.
+///
+/// # Errors
+/// The text is no such number.
+pub fn seconds(text: &str) -> Result<f64, String> {
     let value = positive(text)?;
     if value <= MOST_SECONDS { Ok(value) } else { Err(format!("must be at most {MOST_SECONDS}, got {value}")) }
 }
 
-fn positive(text: &str) -> Result<f64, String> {
+/// Parses a number above 0.
+///
+/// # Errors
+/// The text is no such number.
+pub fn positive(text: &str) -> Result<f64, String> {
     let value: f64 = text.parse().map_err(|e| format!("{e}"))?;
     if value > 0.0 && value.is_finite() { Ok(value) } else { Err(format!("must be above 0, got {value}")) }
 }
@@ -188,6 +203,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
         }
         Some(Part::Kernels(args)) => return kernels::run(&args),
         Some(Part::Formats(args)) => return formats::run(&args),
+        Some(Part::Profile(args)) => return profile::run(&args),
         Some(Part::Serve(args)) => return runtime()?.block_on(serve::run(*args)),
     };
     if json {

@@ -15,14 +15,32 @@ use crate::{
 /// Chooses the pair for `plan`. Also returns the number of tokens that its prefill node has probably cached. The error is
 /// the role for which no node can be used.
 pub(super) fn pair(view: &View, plan: &Plan, affinity: &Mutex<Affinity>) -> Result<(Pair, u64), Role> {
-    let decode = decode_node(view, plan).ok_or(Role::Decode)?;
-    let (prefill, matched) = prefill_node(view, plan, decode, affinity).ok_or(Role::Prefill)?;
+    let same =
+        |prefill: &Node| plan.producer.as_deref() == Some(prefill.info.schema.full_model.as_deref().unwrap_or(""));
+    if plan.producer.is_some()
+        && let Ok(found) = pair_with(view, plan, affinity, &same)
+    {
+        return Ok(found);
+    }
+    pair_with(view, plan, affinity, &|_| true)
+}
+
+/// Chooses among the pairs whose prefill node is `eligible`.
+fn pair_with(
+    view: &View,
+    plan: &Plan,
+    affinity: &Mutex<Affinity>,
+    eligible: &dyn Fn(&Node) -> bool,
+) -> Result<(Pair, u64), Role> {
+    let decode = decode_node(view, plan, eligible).ok_or(Role::Decode)?;
+    let (prefill, matched) = prefill_node(view, plan, decode, affinity, eligible).ok_or(Role::Prefill)?;
     Ok((Pair { prefill: prefill.clone(), decode: decode.clone() }, matched))
 }
 
 /// The least occupied decode node of the model that has a compatible prefill node.
-fn decode_node<'a>(view: &'a View, plan: &Plan) -> Option<&'a Arc<Node>> {
-    let paired = |decode: &&Arc<Node>| view.prefill.iter().any(|prefill| View::check_pair(prefill, decode).is_ok());
+fn decode_node<'a>(view: &'a View, plan: &Plan, eligible: &dyn Fn(&Node) -> bool) -> Option<&'a Arc<Node>> {
+    let prefill: Vec<_> = view.prefill.iter().filter(|prefill| eligible(prefill)).collect();
+    let paired = |decode: &&Arc<Node>| prefill.iter().any(|prefill| View::check_pair(prefill, decode).is_ok());
     let nodes = view.decode.iter().filter(|node| node.info.model == plan.generation.model.name);
     let nodes: Vec<_> = nodes.filter(paired).filter(|node| usable(node, plan)).collect();
     let candidates: Vec<_> = nodes.iter().map(|node| node.decode_candidate()).collect();
@@ -36,8 +54,9 @@ fn prefill_node<'a>(
     plan: &Plan,
     decode: &Node,
     affinity: &Mutex<Affinity>,
+    eligible: &dyn Fn(&Node) -> bool,
 ) -> Option<(&'a Arc<Node>, u64)> {
-    let nodes = view.prefill.iter().filter(|prefill| View::check_pair(prefill, decode).is_ok());
+    let nodes = view.prefill.iter().filter(|prefill| eligible(prefill) && View::check_pair(prefill, decode).is_ok());
     let nodes: Vec<_> = nodes.filter(|node| usable(node, plan)).collect();
     let producer = nodes.first()?.info.schema.full_model.clone().unwrap_or_default();
     let hashes = block_hashes(&plan.tokens, &producer);
@@ -138,6 +157,7 @@ pub(crate) mod tests {
             generated: 0,
             remaining,
             prompt_logprobs: false,
+            producer: None,
             avoid: avoid.to_vec(),
             progress_timeout: Duration::from_secs(9),
         }
@@ -169,6 +189,22 @@ pub(crate) mod tests {
         assert_eq!(chosen(&view, &plan(10, 10, &[5]), &affinity), Ok((1, 6, 0)));
         assert_eq!(chosen(&view, &plan(10, 10, &[5, 6]), &affinity), Err(Role::Decode));
         assert_eq!(chosen(&view, &plan(10, 10, &[1, 2]), &affinity), Err(Role::Prefill));
+    }
+
+    #[tokio::test]
+    async fn a_sequence_stays_with_its_full_model_while_there_is_a_node_of_it() {
+        let of = |name: &'static str| move |info: &mut NodeInfo| info.schema.full_model = Some(name.into());
+        let prefill = vec![node(1, Role::Prefill, of("old")), node(2, Role::Prefill, of("new"))];
+        let decode = vec![node(3, Role::Decode, of("old")), node(4, Role::Decode, of("new"))];
+        let view = View { prefill, decode, ..View::default() };
+        let affinity = Mutex::new(Affinity::new(64));
+        for (producer, expected) in [("old", (1, 3)), ("new", (2, 4))] {
+            let plan = Plan { producer: Some(producer.into()), ..plan(10, 10, &[]) };
+            let (prefill, decode, _) = chosen(&view, &plan, &affinity).unwrap();
+            assert_eq!((prefill, decode), expected);
+        }
+        let gone = Plan { producer: Some("old".into()), ..plan(10, 10, &[3]) };
+        assert_eq!(chosen(&view, &gone, &affinity), Ok((2, 4, 0)));
     }
 
     #[tokio::test]

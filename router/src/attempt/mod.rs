@@ -99,6 +99,9 @@ pub struct Plan {
     pub remaining: u32,
     /// Whether to report the prompt's log-probabilities.
     pub prompt_logprobs: bool,
+    /// Full model that computed the prompt for the earlier output, if there is any. Its nodes are preferred, so that a
+    /// sequence does not change its model during a rollout.
+    pub producer: Option<String>,
     /// Keys of nodes to avoid.
     pub avoid: Vec<u64>,
     /// Maximum time for a node to accept the request, and between two tokens of a decode node.
@@ -180,6 +183,11 @@ impl Attempt {
     /// Whether the attempt needs a decode node, which is the case if more than one token is to be generated.
     pub fn hands_over(&self) -> bool {
         self.decode.is_some()
+    }
+
+    /// Fingerprint of the full model that computes the prompt. Empty if it is unknown.
+    pub fn producer(&self) -> &str {
+        self.pair.prefill.info.schema.full_model.as_deref().unwrap_or_default()
     }
 
     /// The next event. Cancel safe. After an error or the last event, both streams are dropped.

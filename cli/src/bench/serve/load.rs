@@ -65,7 +65,8 @@ impl fmt::Display for Lengths {
 }
 
 impl Lengths {
-    fn draw(self, rng: &mut StdRng) -> usize {
+    /// Draws a length.
+    pub fn draw(self, rng: &mut StdRng) -> usize {
         match self {
             Self::Fixed(n) => n,
             Self::Uniform { low, high } => rng.random_range(low..=high),

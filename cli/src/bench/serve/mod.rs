@@ -1,8 +1,9 @@
 //! `overfill bench serve`: puts load on a running router over its OpenAI API, and reports latency and throughput.
 
-mod client;
-mod load;
+pub mod client;
+pub mod load;
 mod plot;
+mod record;
 mod summary;
 
 use std::path::PathBuf;
@@ -27,7 +28,8 @@ TTFT is the time to the first token, ITL the time between tokens. A good request
 Examples, while a cluster runs (overfill up):
   overfill bench serve --requests 50 --concurrency 4
   overfill bench serve --rate 4 --duration-seconds 30 --prompt-tokens lognormal:200,500,1500 --output-tokens uniform:16,256
-  overfill bench serve --rate 4 --ttft-limit-seconds 1 --itl-limit-seconds 0.1 --plot run.svg";
+  overfill bench serve --rate 4 --ttft-limit-seconds 1 --itl-limit-seconds 0.1 --plot run.svg
+  overfill bench serve --rate 4 --requests 500 --record run.jsonl";
 
 /// The target and the kind of load.
 #[derive(Args)]
@@ -114,6 +116,9 @@ pub struct ServeArgs {
     /// Also plot TTFT, ITL and throughput into this SVG file.
     #[arg(long, value_name = "FILE.svg", help_heading = "Output")]
     plot: Option<PathBuf>,
+    /// Also write arrival, lengths and latencies of each request to this file, as a trace for `overfill plan`.
+    #[arg(long, value_name = "FILE.jsonl", help_heading = "Output")]
+    record: Option<PathBuf>,
 }
 
 /// Runs the subcommand. Returns an error if no request succeeded.
@@ -148,6 +153,10 @@ pub async fn run(args: ServeArgs) -> Result<()> {
     if let Some(file) = &args.plot {
         plot::write(file, &summary, &outcomes, start)
             .map_err(|e| anyhow::anyhow!("drawing {}: {e}", file.display()))?;
+    }
+    if let Some(file) = &args.record {
+        let text = record::lines(&outcomes, start);
+        std::fs::write(file, text).with_context(|| format!("writing {}", file.display()))?;
     }
     if summary.succeeded == 0 {
         bail!("none of {} requests succeeded", summary.requests);
