@@ -1,10 +1,11 @@
-//! The project's commands: `cargo xtask demo | test | ci | chart | kubernetes | tidy | images | neon`.
+//! The project's commands: `cargo xtask demo | test | ci | chart | kubernetes | monitoring | tidy | images | neon`.
 
 mod apt;
 mod chart;
 mod demo;
 mod images;
 mod memory;
+mod monitoring;
 mod neon;
 mod process;
 mod python;
@@ -25,6 +26,7 @@ usage: cargo xtask COMMAND
   chart generate write the chart's schema, the tables of its README and its rendered examples
   kubernetes     install the chart into the cluster of the current kubeconfig, and scale, update and drain it under load.
                  Further arguments go to pytest
+  monitoring     the tests of dashboards and alert rules, with a real Prometheus and the binaries in target/debug
   tidy           check the project's rules about its files
   images [--release | --binaries DIR] [--test]
                  container images of the binaries in target/debug, of a release build, or of DIR; or run them as a test
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
         ["chart"] => chart::run(),
         ["chart", "generate"] => chart::generate(),
         ["kubernetes", ref arguments @ ..] => chart::kubernetes(arguments),
+        ["monitoring"] => monitoring::run(),
         ["tidy"] => tidy::run(),
         ["images", ref options @ ..] => images::run(options),
         ["neon"] => neon::run(),
