@@ -2,10 +2,12 @@
 
 mod apt;
 mod chart;
+mod cluster;
 mod demo;
 mod images;
 mod memory;
 mod neon;
+mod page;
 mod process;
 mod python;
 mod test;
@@ -25,6 +27,7 @@ usage: cargo xtask COMMAND
   chart generate write the chart's schema, the tables of its README and its rendered examples
   kubernetes     install the chart into the cluster of the current kubeconfig, and scale, update and drain it under load.
                  Further arguments go to pytest
+  page           the tests of the router's page, in headless Chromium
   tidy           check the project's rules about its files
   images [--release | --binaries DIR] [--test]
                  container images of the binaries in target/debug, of a release build, or of DIR; or run them as a test
@@ -40,6 +43,7 @@ fn main() -> ExitCode {
         ["chart"] => chart::run(),
         ["chart", "generate"] => chart::generate(),
         ["kubernetes", ref arguments @ ..] => chart::kubernetes(arguments),
+        ["page"] => page::run(),
         ["tidy"] => tidy::run(),
         ["images", ref options @ ..] => images::run(options),
         ["neon"] => neon::run(),
