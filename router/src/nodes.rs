@@ -339,7 +339,8 @@ impl Nodes {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let mut view = self.inner.view.write();
         *view = Arc::new(View::new(up(Role::Prefill), up(Role::Decode), &view.models, now));
-        view.tell_pairs();
+        // An address that is listed, but not up, is a node that starts or has failed.
+        view.tell_pairs(|role| states.keys().any(|(_, listed)| *listed == role));
         drop(view);
         self.inner.changed.send_modify(|n| *n += 1);
     }

@@ -53,10 +53,11 @@ fn nodes_are_found_by_name_and_ready_only_with_a_partner() -> Result<()> {
     args.extend(["--allow-insecure".into(), "--http".into(), format!("{}:0", host.address())]);
     let router = Service::start_on(Some(host.clone()), args)?;
 
-    // A router without nodes is ready. A prefill node without a decode node is not.
+    // A router without nodes is ready. A prefill node without a decode node is not, if one is expected.
     let mut first = prefill(&network)?;
     wait_ready(&first, 503)?;
-    host.set_names(&[(address(&first), "prefill.test")])?;
+    let starting = network.host()?;
+    host.set_names(&[(address(&first), "prefill.test"), (starting.address(), "decode.test")])?;
     router.wait_nodes(1, 0)?;
     first.wait_metric("overfill_routers", "", 1.0)?;
     wait_ready(&first, 503)?;
@@ -86,8 +87,13 @@ fn nodes_are_found_by_name_and_ready_only_with_a_partner() -> Result<()> {
     // The router removes the address of the first one.
     router.wait_metric("overfill_nodes", "role=\"prefill\"", 1.0)?;
 
+    host.set_names(&[(address(&second), "prefill.test")])?;
     // A node that has served stays ready when its partners leave.
     drop((one, two));
     router.wait_nodes(1, 0)?;
-    wait_ready(&second, 200)
+    wait_ready(&second, 200)?;
+    // A new prefill node is ready without a partner if the decode pool has no nodes at all.
+    let third = prefill(&network)?;
+    host.set_names(&[(address(&second), "prefill.test"), (address(&third), "prefill.test")])?;
+    wait_ready(&third, 200)
 }

@@ -34,7 +34,8 @@ fn a_measured_profile_makes_a_plan() -> Result<()> {
     let measured: Value = serde_json::from_str(&std::fs::read_to_string(profile)?)?;
     // Three layers with keys and values of two heads with 16 numbers of four bytes.
     ensure!(measured["kv_bytes_per_token"] == 768.0, "{measured}");
-    for list in [&measured["full"]["prefill"], &measured["pruned"]["decode"], &measured["overhead"]["request_seconds"]] {
+    for list in [&measured["full"]["prefill"], &measured["pruned"]["decode"], &measured["overhead"]["request_seconds"]]
+    {
         ensure!(list.as_array().is_some_and(|list| !list.is_empty()), "{measured}");
     }
 

@@ -33,6 +33,18 @@ pub fn etcd() -> Result<()> {
     Ok(())
 }
 
+/// Installs the browser for the tests of the router's page, unless it is present.
+pub fn chromium() -> Result<()> {
+    let usable = || ["chromium", "chromedriver"].iter().all(|program| succeeds(Command::new(program).arg("--version")));
+    if !usable() {
+        install(&["chromium", "chromium-driver", "fonts-dejavu-core"], "the tests of the page need chromium")?;
+    }
+    if !usable() {
+        bail!("chromium does not start after installing it");
+    }
+    Ok(())
+}
+
 /// Installs promtool for the tests of the chart's rules, unless it is present.
 pub fn promtool() -> Result<()> {
     let usable = || succeeds(Command::new("promtool").arg("--version"));

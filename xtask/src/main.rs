@@ -2,11 +2,13 @@
 
 mod apt;
 mod chart;
+mod cluster;
 mod demo;
 mod images;
 mod memory;
 mod monitoring;
 mod neon;
+mod page;
 mod process;
 mod python;
 mod test;
@@ -27,6 +29,7 @@ usage: cargo xtask COMMAND
   kubernetes     install the chart into the cluster of the current kubeconfig, and scale, update and drain it under load.
                  Further arguments go to pytest
   monitoring     the tests of dashboards and alert rules, with a real Prometheus and the binaries in target/debug
+  page           the tests of the router's page, in headless Chromium
   tidy           check the project's rules about its files
   images [--release | --binaries DIR] [--test]
                  container images of the binaries in target/debug, of a release build, or of DIR; or run them as a test
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         ["chart", "generate"] => chart::generate(),
         ["kubernetes", ref arguments @ ..] => chart::kubernetes(arguments),
         ["monitoring"] => monitoring::run(),
+        ["page"] => page::run(),
         ["tidy"] => tidy::run(),
         ["images", ref options @ ..] => images::run(options),
         ["neon"] => neon::run(),

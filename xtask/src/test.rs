@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::process::{cargo, phase, run as sh};
-use crate::{apt, chart, images, memory, monitoring, python, tidy};
+use crate::{apt, chart, images, memory, monitoring, page, python, tidy};
 
 /// What to do if a program that tests need is missing and can't be installed.
 #[derive(Clone, Copy, PartialEq)]
@@ -37,6 +37,7 @@ pub fn run(programs: Programs) -> Result<()> {
         && have("test of container images", apt::images().and_then(|()| apt::containers()), required)?
         && have("test of container images", apt::namespaces(), false)?;
     let prometheus = have("tests of dashboards and rules", apt::promtool(), required)?;
+    let chromium = have("tests of the page", apt::chromium(), required)?;
     let mut interpreter = None;
     phase("python environment", || {
         interpreter = Some(python::prepare()?);
@@ -50,6 +51,9 @@ pub fn run(programs: Programs) -> Result<()> {
     phase("chart", chart::run)?;
     if prometheus {
         phase("monitoring", monitoring::test)?;
+    }
+    if chromium {
+        phase("page", page::run)?;
     }
     if containers {
         phase("container images", images::test)?;

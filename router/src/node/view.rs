@@ -58,13 +58,17 @@ impl View {
         Ok(prefill.info.schema.check_consumer(&decode.info.schema)?)
     }
 
-    /// Tells every node whether it has a partner of the other role.
-    pub fn tell_pairs(&self) {
+    /// Tells every node whether it gets requests: it has a partner of the other role, or none is `expected`. In the latter
+    /// case that pool is scaled to zero, and requests wait for it.
+    pub fn tell_pairs(&self, expected: impl Fn(Role) -> bool) {
+        let (no_decode, no_prefill) = (!expected(Role::Decode), !expected(Role::Prefill));
         for prefill in &self.prefill {
-            prefill.set_paired(self.decode.iter().any(|decode| Self::check_pair(prefill, decode).is_ok()));
+            let paired = self.decode.iter().any(|decode| Self::check_pair(prefill, decode).is_ok());
+            prefill.set_paired(paired || no_decode);
         }
         for decode in &self.decode {
-            decode.set_paired(self.prefill.iter().any(|prefill| Self::check_pair(prefill, decode).is_ok()));
+            let paired = self.prefill.iter().any(|prefill| Self::check_pair(prefill, decode).is_ok());
+            decode.set_paired(paired || no_prefill);
         }
     }
 
