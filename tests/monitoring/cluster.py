@@ -114,21 +114,22 @@ class Cluster:
         return [process for process in self.processes if process.component == role]
 
     def load(self, *options):
-        """Starts load that ends with [`stop_load`]."""
+        """Starts load. It ends with `calm`."""
         command = [BINARY, "bench", "serve", "--http-url", self.url, "--model", "demo", "--duration-seconds", "600",
                    "--warm-up-requests", "0", *options]
-        load = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.loads.append(load)
-        return load
+        self.loads.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
-    def stop_load(self, load):
-        load.kill()
-        load.wait()
-        self.loads.remove(load)
+    def calm(self):
+        """Ends all load, and thaws what is frozen."""
+        while self.loads:
+            load = self.loads.pop()
+            load.kill()
+            load.wait()
+        for process in self.processes:
+            process.thaw()
 
     def stop(self):
-        for load in list(self.loads):
-            self.stop_load(load)
+        self.calm()
         for process in self.processes:
             if process.child.poll() is None:
                 process.kill()

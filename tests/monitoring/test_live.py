@@ -36,12 +36,19 @@ def prometheus(tmp_path_factory, cluster):
     prometheus.stop()
 
 
+@pytest.fixture(autouse=True)
+def calm(cluster):
+    """After a test, nothing that it did goes on."""
+    yield
+    cluster.calm()
+
+
 def empty_panels(prometheus):
     return [(title, panel, query) for title, panel, query in rules.queries(WINDOW) if not prometheus.query(query)]
 
 
 def test_panels_show_data_and_no_alert_is_active_while_all_is_well(cluster, prometheus):
-    load = cluster.load("--concurrency", "2", "--prompt-tokens", "100", "--output-tokens", "60")
+    cluster.load("--concurrency", "2", "--prompt-tokens", "100", "--output-tokens", "60")
     empty = lambda: [each for each in empty_panels(prometheus) if each[1] not in EMPTY_WHEN_WELL]
     until(lambda: f"no data: {empty()}", lambda: not empty())
     for name in rules.recorded():
@@ -53,7 +60,6 @@ def test_panels_show_data_and_no_alert_is_active_while_all_is_well(cluster, prom
     until(lambda: f"only etcd is down, but {prometheus.active()}", lambda: prometheus.active() == {"OverfillEtcdDown"})
     for each in rules.queries(WINDOW, release="green"):
         assert not prometheus.query(each[2]), f"data of another release: {each}"
-    cluster.stop_load(load)
 
 
 def test_clients_that_leave_or_ask_for_what_is_not_there(cluster, prometheus):
@@ -74,14 +80,13 @@ def test_clients_that_leave_or_ask_for_what_is_not_there(cluster, prometheus):
 
 
 def test_overload(cluster, prometheus):
-    load = cluster.load("--concurrency", "220", "--prompt-tokens", "100", "--output-tokens", "500")
+    cluster.load("--concurrency", "220", "--prompt-tokens", "100", "--output-tokens", "500")
     prometheus.wait_for("OverfillQueueGrows", "OverfillQueueWait", "OverfillRefusals", "OverfillDecodeFull", "OverfillKvNearlyFull",
                         "OverfillPreemptions", "OverfillFirstTokensLate", "OverfillTokensLate")
-    cluster.stop_load(load)
 
 
 def test_decode_nodes_that_freeze(cluster, prometheus):
-    load = cluster.load("--concurrency", "80", "--prompt-tokens", "100", "--output-tokens", "500")
+    cluster.load("--concurrency", "80", "--prompt-tokens", "100", "--output-tokens", "500")
     first, second = cluster.of("decode")
     until("both nodes decode", lambda: len(prometheus.query('vllm:num_requests_running{component="decode"} > 5')) == 2)
     first.freeze()
@@ -91,12 +96,12 @@ def test_decode_nodes_that_freeze(cluster, prometheus):
                         "OverfillErrors")
     first.thaw()
     second.thaw()
-    cluster.stop_load(load)
+    cluster.calm()
     until(lambda: f"the nodes are back, but {prometheus.active()}", lambda: "OverfillNodesDown" not in prometheus.active())
 
 
 def test_long_prompts_and_broken_handoffs(cluster, prometheus):
-    load = cluster.load("--concurrency", "100", "--prompt-tokens", "1900", "--output-tokens", "2")
+    cluster.load("--concurrency", "100", "--prompt-tokens", "1900", "--output-tokens", "2")
     prometheus.wait_for("OverfillPrefillBehind")
     # The node that has room for many handoffs at a time.
     node = cluster.of("decode")[1]
@@ -112,7 +117,6 @@ def test_long_prompts_and_broken_handoffs(cluster, prometheus):
     node.freeze()
     prometheus.wait_for("OverfillHandoffsFail", "OverfillStrandedBytes")
     node.thaw()
-    cluster.stop_load(load)
 
 
 def test_a_router_that_restarts(cluster, prometheus):
