@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from rules import NAMESPACE, RELEASE
 
-MINUTES = 900
+MINUTES = 120
 # The change of a case, and the time at which alerts are looked at.
-CHANGE, LOOK = 440, 480
+CHANGE, LOOK = 60, 100
 
 ROUTER = 'component="router",pod="r"'
 PREFILL = 'component="prefill",pod="p",pool="main",model_name="demo-full"'
@@ -105,7 +105,7 @@ def ended(reason, then):
 
 
 def late(metric, limit, total, within):
-    """`within` of `total` per minute are within the limit, during seven hours."""
+    """`within` of `total` per minute are within the limit, all the time."""
     name = f"vllm:{metric}_seconds"
     return {f'{name}_bucket{{{MODEL},le="{limit}"}}': counter(within), f"{name}_count{{{MODEL}}}": counter(total)}
 
@@ -121,8 +121,8 @@ CASES = [
          fires={'up{component="decode",pod="d"}': gauge(1, 0)},
          quiet={'up{component="decode",pod="d"}': gauge(1, "_")}, labels={"component": "decode", "pod": "d"}),
     Case("OverfillProcessRestarts", "warning",
-         fires={f"vllm:prompt_tokens_total{{{MODEL}}}": f"0+10000x460 0+10x5 0+10x{MINUTES}"},
-         quiet={f"vllm:prompt_tokens_total{{{MODEL}}}": f"0+10000x460 0+10x{MINUTES}"},
+         fires={f"vllm:prompt_tokens_total{{{MODEL}}}": f"0+10000x80 0+10x5 0+10x{MINUTES}"},
+         quiet={f"vllm:prompt_tokens_total{{{MODEL}}}": f"0+10000x80 0+10x{MINUTES}"},
          labels={"component": "router", "pod": "r"}),
     Case("OverfillNoNodes", "critical", fires=down("decode", gauge(0, 2)) | NO_DECODE_UP, quiet=down("decode", gauge(0, 1)),
          labels={"role": "decode"}),
@@ -153,16 +153,16 @@ CASES = [
          labels={"reason": "unknown_model"}),
     Case("OverfillClientsLeave", "info", fires=ended("abort", 60), quiet=ended("abort", 20)),
     Case("OverfillFirstTokensLate", "critical",
-         fires={f'vllm:time_to_first_token_seconds_bucket{{{MODEL},le="2.5"}}': counter(98, 10, change=400)},
+         fires={f'vllm:time_to_first_token_seconds_bucket{{{MODEL},le="2.5"}}': counter(98, 10, change=20)},
          # An hour ago it was bad. Now it is well.
-         quiet={f'vllm:time_to_first_token_seconds_bucket{{{MODEL},le="2.5"}}': "0+98x400 39200x60 39300+100x400"},
+         quiet={f'vllm:time_to_first_token_seconds_bucket{{{MODEL},le="2.5"}}': "0+98x20 1960x60 2060+100x40"},
          labels={"model_name": "demo"}),
     Case("OverfillFirstTokensLate", "warning", fires=late("time_to_first_token", "2.5", 100, 60),
          # As bad, but fewer than 100 requests in six hours.
          quiet=late("time_to_first_token", "2.5", 0.2, 0.1), labels={"model_name": "demo"}),
     Case("OverfillTokensLate", "critical",
-         fires={f'vllm:inter_token_latency_seconds_bucket{{{MODEL},le="0.1"}}': counter(9950, 8000, change=400)},
-         quiet={f'vllm:inter_token_latency_seconds_bucket{{{MODEL},le="0.1"}}': counter(9950, 9000, change=400)},
+         fires={f'vllm:inter_token_latency_seconds_bucket{{{MODEL},le="0.1"}}': counter(9950, 8000, change=20)},
+         quiet={f'vllm:inter_token_latency_seconds_bucket{{{MODEL},le="0.1"}}': counter(9950, 9000, change=20)},
          labels={"model_name": "demo"}),
     Case("OverfillTokensLate", "warning", fires=late("inter_token_latency", "0.1", 10000, 9300),
          quiet=late("inter_token_latency", "0.1", 10000, 9500), labels={"model_name": "demo"}),
@@ -185,7 +185,7 @@ CASES = [
          quiet={f'overfill_transfer_exposed_seconds_bucket{{{DECODE},le="0.1"}}': counter(100, 98)},
          labels={"component": "decode", **MAIN}),
     Case("OverfillStrandedBytes", "warning", fires={f"overfill_stranded_bytes{{{PREFILL}}}": gauge(0, 4096)},
-         quiet={f"overfill_stranded_bytes{{{PREFILL}}}": gauge(0, f"4096x4 0x25 4096x4 0")},
+         quiet={f"overfill_stranded_bytes{{{PREFILL}}}": gauge(0, "4096x4 0x25 4096x4 0")},
          labels={"component": "prefill", "pod": "p", "model_name": "demo-full", **MAIN}),
 ]
 

@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 
 ROOT = pathlib.Path(__file__).parents[2]
-BINARY = pathlib.Path(os.environ.get("OVERFILL_BINARY", ROOT / "target/debug/overfill"))
+BINARY = pathlib.Path(os.environ.get("OVERFILL_BINARIES", ROOT / "target/debug")) / "overfill"
 DEADLINE_SECONDS = 60
 
 

@@ -16,7 +16,8 @@ HEIGHTS = {"stat": 4, "timeseries": 8}
 
 def text(dashboard):
     """The JSON file of a dashboard."""
-    return json.dumps(document(dashboard), indent=1, ensure_ascii=False) + "\n"
+    # No newline at the end: the chart would render an empty line of blanks.
+    return json.dumps(document(dashboard), indent=1, ensure_ascii=False)
 
 
 def document(dashboard):

@@ -15,10 +15,25 @@ WINDOW = "15s"
 LATE_SECONDS = 'le="0.0025"'
 
 
+def rendered(kind):
+    """Objects of the chart's example with KEDA."""
+    objects = yaml.safe_load_all((ROOT / "helm/examples/rendered/autoscaled-keda.yaml").read_text())
+    return [each for each in objects if each and each["kind"] == kind]
+
+
+def autoscaler_queries():
+    """What KEDA asks, with the names of this cluster in place of the example's."""
+    for scaled in rendered("ScaledObject"):
+        query = scaled["spec"]["triggers"][0]["metadata"]["query"]
+        for old, new in (('namespace="overfill",release="overfill"', f'namespace="{NAMESPACE}",release="{RELEASE}"'),
+                         ('model_name=~"chat', 'model_name=~"demo|chat'), ('pool="rare"', 'pool="large"')):
+            query = query.replace(old, new)
+        yield query
+
+
 def relabelings():
     """How the chart's PodMonitors make labels, in Prometheus's own spelling."""
-    objects = yaml.safe_load_all((ROOT / "helm/examples/rendered/autoscaled-keda.yaml").read_text())
-    monitor = next(each for each in objects if each and each["kind"] == "PodMonitor")
+    monitor = rendered("PodMonitor")[0]
     spelling = lambda name: re.sub("[A-Z]", lambda letter: "_" + letter[0].lower(), name)
     given = monitor["spec"]["podMetricsEndpoints"][0]["relabelings"]
     return [{spelling(name): value for name, value in each.items()} for each in given]
@@ -66,6 +81,7 @@ class Prometheus:
         until("Prometheus scrapes the cluster", lambda: self.is_up(len(processes)))
 
     def is_up(self, count):
+        assert self.child.poll() is None, "Prometheus has ended; its log says why"
         try:
             return len(self.query("up == 1")) == count
         except OSError:

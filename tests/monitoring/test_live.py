@@ -2,6 +2,7 @@
 happens. The tests run in this order, with one cluster."""
 
 import http.client
+import re
 import time
 import urllib.parse
 
@@ -9,7 +10,7 @@ import pytest
 
 import rules
 from cluster import Clients, Cluster, get, until
-from prometheus import WINDOW, Prometheus
+from prometheus import WINDOW, Prometheus, autoscaler_queries
 
 # Alerts that these tests don't cause.
 NOT_CAUSED = {
@@ -45,6 +46,8 @@ def test_panels_show_data_and_no_alert_is_active_while_all_is_well(cluster, prom
     until(lambda: f"no data: {empty()}", lambda: not empty())
     for name in rules.recorded():
         until(f"{name} is recorded", lambda: prometheus.query(name))
+    for query in autoscaler_queries():
+        until(f"no data for an autoscaler: {query}", lambda: prometheus.query(query))
     prometheus.wait_for("OverfillEtcdDown")
     # Alerts of the time before the first scrape end.
     until(lambda: f"only etcd is down, but {prometheus.active()}", lambda: prometheus.active() == {"OverfillEtcdDown"})
@@ -113,15 +116,24 @@ def test_long_prompts_and_broken_handoffs(cluster, prometheus):
 
 
 def test_a_router_that_restarts(cluster, prometheus):
-    for _ in range(2):
-        before = prometheus.query('vllm:prompt_tokens_total{component="router"}')
+    read = lambda: [value for _, value in prometheus.query('vllm:prompt_tokens_total{component="router"}')]
+    # Prometheus sees that a counter began again if it is lower than before.
+    for requests in (2, 1):
+        before = read()
         cluster.router.kill()
         prometheus.wait_for("OverfillNoRouter", "OverfillNodeWithoutRouter")
         cluster.router.start()
         until("the router serves", lambda: cluster.router.answers("/health"))
-        get(f"{cluster.url}/v1/completions", {"model": "demo", "prompt": "kim : molde ,", "max_tokens": 4})
-        until("the new router is scraped", lambda: prometheus.query('vllm:prompt_tokens_total{component="router"}') < before)
+        for _ in range(requests):
+            get(f"{cluster.url}/v1/completions", {"model": "demo", "prompt": "kim : molde ,", "max_tokens": 4})
+        until("the new router is scraped", lambda: read() and read() < before)
     prometheus.wait_for("OverfillProcessRestarts")
+
+
+def test_texts_of_alerts_are_complete(prometheus):
+    for alert in prometheus.ask("alerts")["alerts"]:
+        for text in alert["annotations"].values():
+            assert text and not re.search("<no value>|<error|{{|[$]", text), alert
 
 
 def test_each_alert_was_caused_and_each_selector_had_data(prometheus):

@@ -1,4 +1,4 @@
-//! The project's commands: `cargo xtask demo | test | ci | chart | kubernetes | tidy | images | neon`.
+//! The project's commands: `cargo xtask demo | test | ci | chart | kubernetes | monitoring | tidy | images | neon`.
 
 mod apt;
 mod chart;
@@ -6,6 +6,7 @@ mod cluster;
 mod demo;
 mod images;
 mod memory;
+mod monitoring;
 mod neon;
 mod page;
 mod process;
@@ -27,6 +28,7 @@ usage: cargo xtask COMMAND
   chart generate write the chart's schema, the tables of its README and its rendered examples
   kubernetes     install the chart into the cluster of the current kubeconfig, and scale, update and drain it under load.
                  Further arguments go to pytest
+  monitoring     the tests of dashboards and alert rules, with a real Prometheus and the binaries in target/debug
   page           the tests of the router's page, in headless Chromium
   tidy           check the project's rules about its files
   images [--release | --binaries DIR] [--test]
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
         ["chart"] => chart::run(),
         ["chart", "generate"] => chart::generate(),
         ["kubernetes", ref arguments @ ..] => chart::kubernetes(arguments),
+        ["monitoring"] => monitoring::run(),
         ["page"] => page::run(),
         ["tidy"] => tidy::run(),
         ["images", ref options @ ..] => images::run(options),

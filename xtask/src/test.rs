@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::process::{cargo, phase, run as sh};
-use crate::{apt, chart, images, memory, page, python, tidy};
+use crate::{apt, chart, images, memory, monitoring, page, python, tidy};
 
 /// What to do if a program that tests need is missing and can't be installed.
 #[derive(Clone, Copy, PartialEq)]
@@ -36,7 +36,7 @@ pub fn run(programs: Programs) -> Result<()> {
     let containers = etcd
         && have("test of container images", apt::images().and_then(|()| apt::containers()), required)?
         && have("test of container images", apt::namespaces(), false)?;
-    have("tests of the chart's rules", apt::promtool(), required)?;
+    let prometheus = have("tests of dashboards and rules", apt::promtool(), required)?;
     let chromium = have("tests of the page", apt::chromium(), required)?;
     let mut interpreter = None;
     phase("python environment", || {
@@ -49,6 +49,9 @@ pub fn run(programs: Programs) -> Result<()> {
     phase("binaries", || sh(&mut cargo(&["build", "--locked", "--workspace", "--bins", "--tests"])))?;
     // Starts the binaries with the chart's environment as well.
     phase("chart", chart::run)?;
+    if prometheus {
+        phase("monitoring", monitoring::test)?;
+    }
     if chromium {
         phase("page", page::run)?;
     }
