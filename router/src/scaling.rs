@@ -167,8 +167,8 @@ mod tests {
         load(&d, |load| (load.running_requests, load.waiting_requests) = (4, 4));
         assert_eq!(work(&view, turn, None), [(6.0, 0.0), (2.0, 1.5)]);
         // Slow steps count as well, but only against a limit.
-        load(&d, |load| load.decode_step_microseconds = 300_000);
-        assert_eq!(work(&view, turn, Some(0.1))[1], (3.0, 1.5));
+        load(&d, |load| load.decode_step_microseconds = 500_000);
+        assert_eq!(work(&view, turn, Some(0.125))[1], (4.0, 1.5));
     }
 
     #[tokio::test]

@@ -409,10 +409,10 @@ async fn a_node_whose_engine_hangs_is_left_and_taken_back() {
         }
     };
     assert_eq!((same, migrations), (ids, 1));
-    assert_eq!(rig.metric("overfill_nodes{role=\"decode\",state=\"up\"}").await, 1.0);
+    assert_eq!(rig.metric("overfill_nodes{pool=\"decode\",role=\"decode\",state=\"up\"}").await, 1.0);
     hung.set_paused(false);
     hung.set_stalled(false);
-    wait_for(async || rig.metric("overfill_nodes{role=\"decode\",state=\"up\"}").await == 2.0).await;
+    wait_for(async || rig.metric("overfill_nodes{pool=\"decode\",role=\"decode\",state=\"up\"}").await == 2.0).await;
 }
 
 #[tokio::test]

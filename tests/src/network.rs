@@ -118,7 +118,9 @@ impl Host {
         std::fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
         let lines = names.iter().map(|(address, name)| format!("{address} {name}\n"));
         let text: String = std::iter::once("127.0.0.1 localhost\n".to_owned()).chain(lines).collect();
-        // `ip netns exec` mounts this file over /etc/hosts. Writing it in place changes it for running processes.
+        // No name server: a name that is not in the file does not exist.
+        std::fs::write(folder.join("nsswitch.conf"), "hosts: files\n").context("writing where a host finds names")?;
+        // `ip netns exec` mounts these files over those in /etc. Writing it in place changes it for running processes.
         std::fs::write(folder.join("hosts"), text).context("writing the names of a host")
     }
 

@@ -15,7 +15,7 @@ pub(super) struct Learnt {
     /// Seconds between the ends of two sequences while others wait.
     pub interval: Option<f64>,
     /// Seconds that a sequence runs on the nodes.
-    seconds: Option<f64>,
+    pub seconds: Option<f64>,
     /// Tokens that a sequence generates.
     tokens: Option<f64>,
     /// When the last sequence ended, if others waited then.

@@ -257,10 +257,12 @@ impl Queue {
     fn check_in_time(&self, name: &str, ask: &Ask, own: usize) -> Result<(), GenerateError> {
         let Some(interval) = self.learnt.interval else { return Ok(()) };
         let wait = match self.waiting + own {
-            // The first in the queue always waits. If nobody did, the estimate would never be corrected.
-            0 => Duration::ZERO,
-            _ => Duration::from_secs_f64(interval * (self.ahead(name, ask.priority, own) + 1) as f64),
+            // The first in the queue waits for one running sequence at most. Without this bound, an estimate that is far
+            // too high would refuse everybody, and then it would never be corrected.
+            0 => interval.min(self.learnt.seconds.unwrap_or(0.0)),
+            _ => interval * (self.ahead(name, ask.priority, own) + 1) as f64,
         };
+        let wait = Duration::from_secs_f64(wait);
         let begin = Instant::now() + wait;
         if begin > ask.run_by || self.learnt.is_late(begin, ask) {
             return Err(GenerateError::Overloaded { wait, retry_after: wait.min(MAX_RETRY) });
