@@ -85,7 +85,9 @@ class Prometheus:
     def is_up(self, count):
         assert self.child.poll() is None, "Prometheus has ended; its log says why"
         try:
-            return len(self.query("up == 1")) == count
+            # While it starts, every other path is answered with 503 and a plain text.
+            ready, _ = get(f"{self.url}/-/ready")
+            return ready == 200 and len(self.query("up == 1")) == count
         except OSError:
             return False
 
