@@ -41,8 +41,8 @@ pub fn parse_args<A: clap::Parser>() -> Result<A, ExitCode> {
     })
 }
 
-/// Runs the service of this name: sets up logs, traces and signals, calls `serve`, and returns the exit code. Prints every configuration error
-/// on a separate line.
+/// Runs the service of this name: sets up logs, traces and signals, calls `serve`, and returns the exit code. Prints
+/// every configuration error on a separate line.
 ///
 /// `serve` binds, then serves until the shutdown begins and the running requests have ended.
 pub async fn run<C, E: Into<Box<dyn Error>>>(

@@ -47,8 +47,11 @@ mod imp {
 
         /// The layer that turns this program's spans into exported ones.
         pub(crate) fn layer<S: Subscriber + for<'a> LookupSpan<'a>>(&self) -> impl Layer<S> + use<S> {
-            let targets =
-                Targets::new().with_target("overfill", LevelFilter::INFO).with_target(TRACE_TARGET, LevelFilter::DEBUG);
+            let targets = Targets::new()
+                .with_target("overfill", LevelFilter::INFO)
+                .with_target(TRACE_TARGET, LevelFilter::DEBUG)
+                // The spans of background tasks last as long as the process.
+                .with_target("overfill_cluster::shutdown", LevelFilter::OFF);
             let layer = tracing_opentelemetry::layer().with_tracer(self.0.tracer("overfill"));
             // Threads, source lines and the executor's times say nothing about a request.
             let layer = layer.with_threads(false).with_location(false).with_target(false);

@@ -208,6 +208,7 @@ impl Core {
                 let failure = match Attempt::new(&self.nodes.view(), &self.affinity, plan) {
                     Err(failure) => failure,
                     Ok(attempt) => {
+                        retries.found_nodes();
                         let mut attempt = Box::new(attempt);
                         if !attempt.hands_over() {
                             legs.enter(Leg::PrefillQueue);

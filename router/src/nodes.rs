@@ -71,12 +71,12 @@ struct State {
     node: Option<Arc<Node>>,
     error: String,
     /// What discovery says about the address now. `None` if the address was given on the command line.
-    listing: Option<watch::Sender<Listed>>,
+    listing: Option<watch::Sender<Discovered>>,
 }
 
 /// What discovery says about an address.
 #[derive(Clone, Debug, PartialEq)]
-enum Listed {
+enum Discovered {
     /// It is no longer listed.
     Gone,
     /// DNS lists it.
@@ -85,7 +85,7 @@ enum Listed {
     Registered(Box<Registration>),
 }
 
-impl Listed {
+impl Discovered {
     fn registration(&self) -> Option<&Registration> {
         match self {
             Self::Registered(registration) => Some(registration),
@@ -95,7 +95,7 @@ impl Listed {
 }
 
 /// The receiver of [`State::listing`], for the task that follows the node.
-type Listing = Option<watch::Receiver<Listed>>;
+type Listing = Option<watch::Receiver<Discovered>>;
 
 impl Nodes {
     /// Starts to follow the nodes at the configured addresses, until the shutdown begins.
@@ -121,7 +121,7 @@ impl Nodes {
     pub fn follow_members(&self, members: watch::Receiver<Members>, shutdown: &Shutdown) {
         let scheme = self.inner.scheme;
         let registered = move |registration: &Registration| {
-            ((registration.url(scheme), registration.role), Listed::Registered(Box::new(registration.clone())))
+            ((registration.url(scheme), registration.role), Discovered::Registered(Box::new(registration.clone())))
         };
         self.follow_listed(members, move |members| members.values().map(registered).collect(), shutdown);
     }
@@ -132,7 +132,7 @@ impl Nodes {
         let scheme = self.inner.scheme;
         let listed = move |addresses: &Addresses| {
             let key = |(address, role): &(_, Role)| (format!("{scheme}://{address}"), *role);
-            addresses.iter().map(|address| (key(address), Listed::Address)).collect()
+            addresses.iter().map(|address| (key(address), Discovered::Address)).collect()
         };
         self.follow_listed(addresses, listed, shutdown);
     }
@@ -141,7 +141,7 @@ impl Nodes {
     fn follow_listed<T: Send + Sync + 'static>(
         &self,
         mut source: watch::Receiver<T>,
-        listing: impl Fn(&T) -> BTreeMap<Key, Listed> + Send + Sync + 'static,
+        listing: impl Fn(&T) -> BTreeMap<Key, Discovered> + Send + Sync + 'static,
         shutdown: &Shutdown,
     ) {
         let (nodes, token, tasks) = (self.clone(), shutdown.token(), shutdown.clone());
@@ -159,10 +159,10 @@ impl Nodes {
         });
     }
 
-    fn list(&self, mut listed: BTreeMap<Key, Listed>, shutdown: &Shutdown) {
+    fn list(&self, mut listed: BTreeMap<Key, Discovered>, shutdown: &Shutdown) {
         let mut states = self.inner.states.lock();
         for (key, state) in states.iter() {
-            let now = listed.remove(key).unwrap_or(Listed::Gone);
+            let now = listed.remove(key).unwrap_or(Discovered::Gone);
             if let Some(listing) = &state.listing {
                 listing.send_if_modified(|last| {
                     *last != now && {
@@ -179,7 +179,7 @@ impl Nodes {
     }
 
     /// Starts the task that follows one node.
-    fn start(&self, key: Key, listed: Option<Listed>, shutdown: &Shutdown) -> State {
+    fn start(&self, key: Key, listed: Option<Discovered>, shutdown: &Shutdown) -> State {
         let (listing, receiver) = match listed {
             Some(listed) => {
                 let (sender, receiver) = watch::channel(listed);
@@ -237,14 +237,14 @@ impl Nodes {
         let mut last_error = String::new();
         loop {
             let listed = listing.as_mut().map(|listing| listing.borrow_and_update().clone());
-            if listed == Some(Listed::Gone) {
+            if listed == Some(Discovered::Gone) {
                 if self.forget(&key) {
                     info!(%url, %role, "node is no longer listed");
                     return;
                 }
                 continue;
             }
-            match self.inner.joiner.join(url, role, listed.as_ref().and_then(Listed::registration)).await {
+            match self.inner.joiner.join(url, role, listed.as_ref().and_then(Discovered::registration)).await {
                 Ok((node, reports)) => {
                     backoff = BACKOFF_MIN;
                     last_error.clear();
@@ -299,7 +299,7 @@ impl Nodes {
                 },
                 () = listing_changed(listing) => {
                     let listed = listing.as_ref().map(|listing| listing.borrow().clone());
-                    let registered = listed.as_ref().and_then(Listed::registration);
+                    let registered = listed.as_ref().and_then(Discovered::registration);
                     if registered.is_some_and(|now| now.incarnation != node.info.incarnation) {
                         return JoinError::Restarted;
                     }
@@ -322,7 +322,7 @@ impl Nodes {
     fn forget(&self, key: &Key) -> bool {
         let mut states = self.inner.states.lock();
         let gone =
-            states.get(key).and_then(|state| state.listing.as_ref()).is_some_and(|l| *l.borrow() == Listed::Gone);
+            states.get(key).and_then(|state| state.listing.as_ref()).is_some_and(|l| *l.borrow() == Discovered::Gone);
         if gone {
             states.remove(key);
             self.renew_view(&states);

@@ -72,6 +72,11 @@ impl Retries {
         self.avoid.clone()
     }
 
+    /// Records that an attempt has found nodes of both roles.
+    pub fn found_nodes(&mut self) {
+        self.waiter.found_nodes();
+    }
+
     /// Records that a node has taken the sequence.
     pub fn placed(&mut self) {
         self.waiter.placed();

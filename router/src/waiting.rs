@@ -109,6 +109,13 @@ impl Waiter {
         self.set(Some(reason));
     }
 
+    /// There are nodes of both roles now. If the sequence waited for the first one, it waits for room from here on.
+    pub fn found_nodes(&mut self) {
+        if matches!(self.reason, Some(WaitsFor::Node(_))) {
+            self.wait(WaitsFor::Room);
+        }
+    }
+
     /// The sequence no longer waits.
     pub fn placed(&mut self) {
         self.set(None);
@@ -159,6 +166,10 @@ mod tests {
         let unknown = (waiting.begin_unknown("m"), waiting.begin_unknown(""));
         assert_eq!(waiting.without_nodes(), [(String::new(), 1), ("m".to_owned(), 2)].into());
         drop(unknown);
+        waiters[0].found_nodes();
+        waiters[1].found_nodes();
+        assert_eq!((of(WaitsFor::Turn).sequences, of(WaitsFor::Room).sequences), (1, 1));
+        assert_eq!(waiting.without_nodes(), BTreeMap::new());
         waiters[0].placed();
         drop(waiters);
         assert!(waiting.0.lock().is_empty());

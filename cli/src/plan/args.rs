@@ -53,7 +53,7 @@ pub struct PlanArgs {
         help_heading = "Load"
     )]
     trace: Option<PathBuf>,
-    /// Share of prompt tokens found in the prefix cache, in [0, 1] [default: that of the trace; 0 without one]
+    /// Share of prompt tokens found in the prefix cache, in [0, 1] [default: the trace's share; 0 without a trace]
     #[arg(long, value_parser = share, value_name = "SHARE", help_heading = "Load")]
     prefix_hit_rate: Option<f64>,
     /// Share of additional load that the nodes must bear within the limits.
@@ -161,7 +161,7 @@ pub struct SettingArgs {
     /// Maximum number of requests that hold blocks on a decode node.
     #[arg(long, default_value_t = 32, value_parser = count, value_name = "REQUESTS")]
     pub decode_max_running: usize,
-    /// Capacity of the KV cache of a node, in tokens [default: that of the profile]
+    /// Capacity of the KV cache of a node, in tokens [default: the profile's capacity]
     #[arg(long, value_parser = count, value_name = "TOKENS")]
     pub kv_pool_tokens: Option<usize>,
 }

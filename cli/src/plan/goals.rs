@@ -95,7 +95,7 @@ impl Goals {
         self.itl.iter().map(|limit| limit.seconds).min_by(f64::total_cmp)
     }
 
-    /// The percentile of TTFT that is explained: that of the strictest limit, or the 95th.
+    /// The percentile of TTFT that is explained: the percentile of the strictest limit, or the 95th.
     pub fn ttft_share(&self) -> f64 {
         let strictest = self.ttft.iter().min_by(|a, b| (a.seconds / a.share).total_cmp(&(b.seconds / b.share)));
         strictest.map_or(0.95, |limit| limit.share)

@@ -248,7 +248,7 @@ fn needs(planner: &Planner, sizes: &Sizes, sized: &Sized) -> [Vec<(&'static str,
     let Shares { prefill_busy_nodes, sending_nodes, seated_requests, used_blocks, .. } = sized.outcome.means;
     let outcome = &sized.outcome;
     let tokens = sized.rate * (sizes.mean_output_tokens - 1.0).max(0.0);
-    // The context of a batch is that of its sequences in the run.
+    // The context of a batch is the context of its sequences in the run.
     let context = used_blocks * overfill_kv::BLOCK_TOKENS as f64 / seated_requests.max(1e-9);
     let within = |limit: f64| {
         let fits = |rows: &usize| planner.decode.decode_seconds(*rows, (*rows as f64 * context) as usize) <= limit;

@@ -27,12 +27,12 @@ pub struct Shares {
 }
 
 impl Shares {
-    /// Places in use on nodes that decode, and those that waiting requests want.
+    /// Places in use on nodes that decode, plus places that waiting requests want.
     pub fn wanted_places(&self) -> f64 {
         self.seated_requests + self.waiting_requests
     }
 
-    /// Blocks in use on nodes that decode, and those that waiting requests want if they are like the others.
+    /// Blocks in use on nodes that decode, plus blocks that waiting requests want if they are like the others.
     pub fn wanted_blocks(&self) -> f64 {
         self.used_blocks * self.wanted_places() / self.seated_requests.max(1e-9)
     }
