@@ -11,27 +11,18 @@ use crate::python::venv;
 /// Where the tests are.
 const TESTS: &str = "tests/monitoring";
 
-/// Installs Prometheus unless it is present, and runs all tests with the binaries in target/debug.
+/// Installs Prometheus unless it is present, and runs the tests with the binaries in target/debug.
 pub fn run() -> Result<()> {
     apt::promtool()?;
-    test(&[])
+    test()
 }
 
-/// Runs the tests that need no running cluster. The others depend on the pace of the machine: they cause faults and wait
-/// for alerts. Prometheus must be present.
-pub fn test_files() -> Result<()> {
-    test(&["--ignore=test_live.py"])
-}
-
-fn test(arguments: &[&str]) -> Result<()> {
+/// Runs the tests. Prometheus must be present.
+pub fn test() -> Result<()> {
     let binaries = target().join("debug");
     if !binaries.join("overfill").exists() {
         bail!("{} has no overfill; build it: cargo build --workspace --bins", binaries.display());
     }
     let python = venv("monitoring-venv", "tests/monitoring/requirements.txt")?;
-    sh(Command::new(python)
-        .args(["-m", "pytest"])
-        .args(arguments)
-        .current_dir(root().join(TESTS))
-        .env("OVERFILL_BINARIES", binaries))
+    sh(Command::new(python).args(["-m", "pytest"]).current_dir(root().join(TESTS)).env("OVERFILL_BINARIES", binaries))
 }

@@ -50,7 +50,7 @@ pub fn run(programs: Programs) -> Result<()> {
     // Starts the binaries with the chart's environment as well.
     phase("chart", chart::run)?;
     if prometheus {
-        phase("monitoring", monitoring::test_files)?;
+        phase("monitoring", monitoring::test)?;
     }
     if chromium {
         phase("page", page::run)?;
