@@ -58,7 +58,9 @@ impl Network {
     fn set_up(&self) -> Result<()> {
         run("nft", &["--version"])?;
         run("tc", &["-Version"])?;
-        run("ip", &["link", "add", &self.bridge, "type", "bridge"])?;
+        // Without a fixed address the bridge takes the lowest one of its ports. When a new host changed it, older hosts would
+        // send to the old one until their neighbour entries expire, for minutes.
+        run("ip", &["link", "add", &self.bridge, "address", "02:00:00:00:00:01", "type", "bridge"])?;
         run("ip", &["addr", "add", &format!("{}.1/24", self.prefix), "dev", &self.bridge])?;
         run("ip", &["link", "set", &self.bridge, "up"])?;
         // Tries everything that tests need: a host, and disturbances of its link.
@@ -77,6 +79,7 @@ impl Network {
         let host =
             Host { address: format!("{}.{}", self.prefix, 10 + n), far: format!("{}v{n}", self.bridge), namespace };
         let _ = run("ip", &["netns", "del", &host.namespace]);
+        let _ = run("ip", &["link", "del", &host.far]);
         run("ip", &["netns", "add", &host.namespace])?;
         run("ip", &["link", "add", &host.far, "type", "veth", "peer", "name", "eth0", "netns", &host.namespace])?;
         run("ip", &["link", "set", &host.far, "master", &self.bridge, "up"])?;
@@ -92,6 +95,8 @@ impl Drop for Network {
         for n in 0..self.hosts.load(Relaxed) {
             let namespace = format!("{}-{n}", self.bridge);
             let _ = run("ip", &["netns", "del", &namespace]);
+            // Sockets of ended processes keep a namespace, and so its link, for minutes.
+            let _ = run("ip", &["link", "del", &format!("{}v{n}", self.bridge)]);
             let _ = std::fs::remove_dir_all(files(&namespace));
         }
         let _ = run("ip", &["link", "del", &self.bridge]);
