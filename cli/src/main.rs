@@ -13,6 +13,8 @@ mod plan;
 mod pull;
 mod router_client;
 mod shell;
+#[cfg(feature = "tools")]
+mod simulate;
 mod status;
 mod text;
 mod up;
@@ -83,6 +85,9 @@ enum Command {
     /// Find out how many nodes a load needs, from the measurements of a machine.
     Plan(Box<plan::PlanArgs>),
     #[cfg(feature = "tools")]
+    /// Simulate a cluster over time: load that changes, autoscaling, rollouts and failures.
+    Simulate(Box<simulate::SimulateArgs>),
+    #[cfg(feature = "tools")]
     #[command(flatten)]
     Models(models::ModelCommand),
     /// Print shell completions.
@@ -115,6 +120,8 @@ fn main() -> ExitCode {
         Command::Bench(args) => exit_code(bench::run(*args)),
         #[cfg(feature = "tools")]
         Command::Plan(args) => exit_code(plan::run(*args)),
+        #[cfg(feature = "tools")]
+        Command::Simulate(args) => exit_code(simulate::run(*args)),
         #[cfg(feature = "tools")]
         Command::Models(command) => command.run(),
         Command::Completions(args) => exit_code(shell::completions(&args)),

@@ -9,7 +9,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
         mpsc as std_mpsc,
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, Role, block_hashes};
@@ -17,7 +17,10 @@ use overfill_model::{
     Choice, Engine as ModelEngine, LayerSink, ModelError, Outputs, SamplingContext, SequenceSlice, Want, no_layers,
 };
 use overfill_node::{LoadState, Refused, Turn, spawn_engine};
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{Notify, mpsc, oneshot},
+    time::Instant,
+};
 use tracing::debug;
 
 use crate::{
@@ -46,6 +49,7 @@ enum Command {
 #[derive(Clone)]
 pub struct EngineHandle {
     commands: std_mpsc::SyncSender<Command>,
+    commanded: Arc<Notify>,
     load: Arc<LoadState>,
     arrivals: Arc<AtomicU64>,
     max_waiting: usize,
@@ -84,7 +88,9 @@ impl EngineHandle {
         self.commands.try_send(command).map_err(|e| match e {
             std_mpsc::TrySendError::Full(_) => Refused::QueueFull(self.max_waiting),
             std_mpsc::TrySendError::Disconnected(_) => Refused::Draining,
-        })
+        })?;
+        self.commanded.notify_one();
+        Ok(())
     }
 }
 
@@ -144,6 +150,7 @@ pub struct Engine<C> {
     load: Arc<LoadState>,
     limits: EngineLimits,
     commands: std_mpsc::Receiver<Command>,
+    commanded: Arc<Notify>,
     /// New requests without blocks, in order of arrival.
     waiting: VecDeque<Box<Job>>,
     /// Preempted requests, in order of arrival.
@@ -152,6 +159,16 @@ pub struct Engine<C> {
     reserved: HashMap<u64, Reserved>,
     /// Requests in the batch, in order of arrival.
     running: Vec<Sequence>,
+    /// The step whose results have not been applied yet.
+    computed: Option<Step>,
+}
+
+/// A computed step.
+struct Step {
+    /// Indices of its sequences in the batch, in ascending order.
+    stepping: Vec<usize>,
+    began: Instant,
+    result: Result<Vec<OutputToken>, ModelError>,
 }
 
 impl<C: Compute> Engine<C> {
@@ -166,8 +183,10 @@ impl<C: Compute> Engine<C> {
     ) -> (EngineHandle, Self) {
         // Enough for every message: `Submit` of each waiting request, and `Ready` of each request that holds blocks.
         let (sender, commands) = std_mpsc::sync_channel(limits.max_waiting + limits.max_running);
+        let commanded = Arc::new(Notify::new());
         let handle = EngineHandle {
             commands: sender,
+            commanded: commanded.clone(),
             load: load.clone(),
             arrivals: Arc::default(),
             max_waiting: limits.max_waiting,
@@ -179,10 +198,12 @@ impl<C: Compute> Engine<C> {
             load,
             limits,
             commands,
+            commanded,
             waiting: VecDeque::new(),
             swapped: VecDeque::new(),
             reserved: HashMap::new(),
             running: Vec::new(),
+            computed: None,
         };
         (handle, engine)
     }
@@ -199,8 +220,16 @@ impl<C: Compute> Engine<C> {
     }
 
     /// Runs one turn: takes commands from the queue, drops requests that are over, resumes preempted requests, reserves
-    /// blocks for new ones, and computes one step.
+    /// blocks for new ones, computes one step, and applies its results.
     pub fn turn(&mut self) -> Turn {
+        let turn = self.begin();
+        self.finish();
+        turn
+    }
+
+    /// The part of a turn up to the end of the computation. The caller must call [`finish`](Self::finish) next. A
+    /// simulation lets the time of the step pass in between.
+    pub fn begin(&mut self) -> Turn {
         let can_come = loop {
             match self.commands.try_recv() {
                 Ok(command) => self.take(command),
@@ -215,13 +244,16 @@ impl<C: Compute> Engine<C> {
         self.resume();
         self.reserve();
         let computed = self.step();
-        self.load.step_ended();
-        self.load.publish();
         match (computed, can_come || !self.is_idle()) {
             (true, _) => Turn::Computed,
             (false, true) => Turn::Idle,
             (false, false) => Turn::Over,
         }
+    }
+
+    /// Is notified of every command, for a caller of [`turn`](Self::turn) that has nothing to compute.
+    pub fn commanded(&self) -> Arc<Notify> {
+        self.commanded.clone()
     }
 
     /// Requests whose KV has not arrived yet, and the blocks reserved for it.
@@ -336,16 +368,30 @@ impl<C: Compute> Engine<C> {
         }
         let sequences: Vec<&Sequence> = stepping.iter().map(|i| &self.running[*i]).collect();
         let began = Instant::now();
-        let tokens = match self.compute.step(&sequences) {
-            Ok(tokens) => tokens,
-            Err(e) => {
+        let result = self.compute.step(&sequences);
+        self.computed = Some(Step { stepping, began, result });
+        true
+    }
+
+    /// The rest of a turn: applies the results of the step. If it failed, all its sequences fail.
+    pub fn finish(&mut self) {
+        match self.computed.take() {
+            None => {}
+            Some(Step { stepping, began, result: Ok(tokens) }) => {
+                self.load.decoded(stepping.len(), began.elapsed());
+                self.advance(&stepping, tokens);
+            }
+            Some(Step { stepping, result: Err(e), .. }) => {
                 for i in stepping.into_iter().rev() {
                     self.running.remove(i).fail(&format!("computing a token: {e}"));
                 }
-                return true;
             }
-        };
-        self.load.decoded(stepping.len(), began.elapsed());
+        }
+        self.load.step_ended();
+        self.load.publish();
+    }
+
+    fn advance(&mut self, stepping: &[usize], tokens: Vec<OutputToken>) {
         let metrics = self.load.metrics();
         for (i, token) in stepping.iter().zip(tokens) {
             metrics.inter_token_latency_seconds.observe(self.running[*i].push(token).as_secs_f64());
@@ -358,6 +404,5 @@ impl<C: Compute> Engine<C> {
             }
             None => true,
         });
-        true
     }
 }

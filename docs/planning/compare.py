@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""A plan against a measurement on this machine: docs/planning/compare.py [--overfill BINARY] [--pair demo|small]
+"""A plan and a simulation against a measurement on this machine: docs/planning/compare.py [--overfill BINARY] [--pair demo|small]
 
-Profiles a pair, starts it with `overfill up`, puts load on it, and prints what `overfill plan` expects of the same cluster
-and load. Profile and measurement take turns, since the speed of a shared machine changes.
+Profiles a pair, starts it with `overfill up`, puts load on it, and prints what `overfill plan` and `overfill simulate` expect
+of the same cluster and load. Profile and measurement take turns, since the speed of a shared machine changes.
 """
 
 import argparse
@@ -65,6 +65,15 @@ def planned(overfill, profile, seed, load):
     return {name: [plan[f"{name}_seconds"][i] for i in (0, 2)] for name in ("ttft", "itl")}
 
 
+def simulated(overfill, profile, seed, load):
+    rate, prompt, answer = load
+    run = json.loads(output(
+        overfill, "simulate", "--profile", profile, "--rate", rate, "--prompt-tokens", prompt, "--output-tokens", answer,
+        "--duration-seconds", max(60, 1000 / rate), "--one-machine", "--seed", seed, "--json",
+    ))
+    return {name: [run[f"{name}_seconds"][p] for p in ("p50", "p95")] for name in ("ttft", "itl")}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--overfill", type=Path, default=ROOT / "target/release/overfill")
@@ -90,22 +99,26 @@ def main():
                     seed = len(LOADS[args.pair]) * round_ + i
                     real = measured(args.overfill, http, seed, load, args.seconds)
                     plan = planned(args.overfill, profile, seed, load)
+                    simulation = simulated(args.overfill, profile, seed, load)
                     for name in ("ttft", "itl"):
                         for j, share in enumerate(("p50", "p95")):
-                            errors.setdefault((i, name, share), []).append((real[name][j], plan[name][j]))
+                            errors.setdefault((i, name, share), []).append((real[name][j], plan[name][j], simulation[name][j]))
             finally:
                 cluster.terminate()
                 cluster.wait()
     print(f"{os.cpu_count()} cores; {args.rounds} rounds of {args.seconds} s; all times in milliseconds")
-    print("| requests/s | prompt | answer | | measured | planned | planned / measured |")
+    print("| requests/s | prompt | answer | | measured | planned / measured | simulated / measured |")
     print("|---|---|---|---|---|---|---|")
-    for (i, name, share), pairs in errors.items():
+    for (i, name, share), values in errors.items():
         listed = lambda values, digits: ", ".join(f"{value:.{digits}f}" for value in values)
         rate, prompt, answer = LOADS[args.pair][i]
         print(
-            f"| {rate} | {prompt} | {answer} | {name.upper()} {share} | {listed([1e3 * r for r, _ in pairs], 2)} |"
-            f" {listed([1e3 * p for _, p in pairs], 2)} | {listed([p / r for r, p in pairs], 2)} |"
+            f"| {rate} | {prompt} | {answer} | {name.upper()} {share} | {listed([1e3 * r for r, _, _ in values], 2)} |"
+            f" {listed([p / r for r, p, _ in values], 2)} | {listed([s / r for r, _, s in values], 2)} |"
         )
+    for name, j in (("planned", 1), ("simulated", 2)):
+        ratios = [value[j] / value[0] for values in errors.values() for value in values]
+        print(f"{name}: {sum(0.8 <= ratio <= 1.2 for ratio in ratios)} of {len(ratios)} within 20 %")
 
 
 if __name__ == "__main__":

@@ -201,6 +201,15 @@ pub struct Engine<C> {
     /// Prompts in the batch, in order of arrival.
     running: Vec<Running>,
     pace: Pace,
+    /// The step whose results have not been applied yet.
+    computed: Option<Step>,
+}
+
+/// A computed step.
+struct Step {
+    plan: Vec<Chunk>,
+    began: Instant,
+    result: Result<Vec<ChunkOutput>, ModelError>,
 }
 
 impl<C: Compute> Engine<C> {
@@ -226,6 +235,7 @@ impl<C: Compute> Engine<C> {
             waiting: VecDeque::new(),
             running: Vec::new(),
             pace: Pace::default(),
+            computed: None,
         };
         (handle, engine)
     }
@@ -241,9 +251,17 @@ impl<C: Compute> Engine<C> {
         debug!("the engine has ended");
     }
 
-    /// Runs one turn: takes new requests from the queue, drops requests that are over, admits waiting prompts, and
-    /// computes one step.
+    /// Runs one turn: takes new requests from the queue, drops requests that are over, admits waiting prompts, computes
+    /// one step, and applies its results.
     pub fn turn(&mut self) -> Turn {
+        let turn = self.begin();
+        self.finish();
+        turn
+    }
+
+    /// The part of a turn up to the end of the computation. The caller must call [`finish`](Self::finish) next. A
+    /// simulation lets the time of the step pass in between.
+    pub fn begin(&mut self) -> Turn {
         let can_come = loop {
             match self.jobs.try_recv() {
                 Ok(job) => self.waiting.push_back(job),
@@ -258,8 +276,6 @@ impl<C: Compute> Engine<C> {
         if computes {
             self.step();
         }
-        self.load.step_ended();
-        self.load.publish();
         match (computes, can_come || !self.is_idle()) {
             (true, _) => Turn::Computed,
             (false, true) => Turn::Idle,
@@ -292,7 +308,7 @@ impl<C: Compute> Engine<C> {
         }
     }
 
-    /// Computes the next chunks in one forward pass. If it fails, all prompts of the batch fail.
+    /// Computes the next chunks in one forward pass.
     fn step(&mut self) {
         let tokens = self.pace.step_tokens(self.limits.step_target, self.limits.max_batch_tokens);
         let plan = scheduler::plan(self.running.iter().map(Running::progress), tokens);
@@ -306,19 +322,29 @@ impl<C: Compute> Engine<C> {
             pool: self.pool.clone(),
             last_layer: self.context.store.num_layers() - 1,
         };
-        match self.compute.step(&chunks, Arc::new(layers)) {
-            Ok(outputs) => {
+        let result = self.compute.step(&chunks, Arc::new(layers));
+        drop(chunks);
+        self.computed = Some(Step { plan, began, result });
+    }
+
+    /// The rest of a turn: applies the results of the step. If it failed, all prompts of the batch fail.
+    pub fn finish(&mut self) {
+        match self.computed.take() {
+            None => {}
+            Some(Step { plan, began, result: Ok(outputs) }) => {
                 let (tokens, took) = (plan.iter().map(|chunk| chunk.tokens.len()).sum(), began.elapsed());
                 self.pace.observe(tokens, took);
                 self.load.prefilled(plan.len(), tokens, took);
                 self.advance(&plan, outputs);
             }
-            Err(e) => {
+            Some(Step { plan, result: Err(e), .. }) => {
                 for chunk in plan.iter().rev() {
                     self.running.remove(chunk.job).fail(&format!("computing the prompt: {e}"));
                 }
             }
         }
+        self.load.step_ended();
+        self.load.publish();
     }
 
     /// Applies the results of a step. The plan lists the prompts in order of arrival.

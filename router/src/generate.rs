@@ -1,6 +1,6 @@
 //! Runs one sequence: attempts and retries until it ends.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, pin::pin, sync::Arc, time::Duration};
 
 use async_stream::try_stream;
 use futures::{Stream, StreamExt as _};
@@ -23,6 +23,7 @@ use crate::{
     prompt::TextPool,
     request::{Generation, Output, Timings},
     retry::{Retries, Retry},
+    scaling::{PoolWork, pool_work},
     sequence::Sequence,
     tenants::{self, ApiKeys, Tenant},
     waiting::Waiting,
@@ -95,6 +96,13 @@ impl Core {
     ) -> Result<Arc<ServedModel>, GenerateError> {
         let time = time.unwrap_or(self.default_time).min(self.max_queue);
         self.catalog.find(name, arrived + time).await
+    }
+
+    /// Work of every pool, by role and name of the pool. `itl_limit_seconds` is the limit of the inter-token latency, if
+    /// there is one.
+    pub fn pool_work(&self, itl_limit_seconds: Option<f64>) -> BTreeMap<(Role, String), PoolWork> {
+        let waiting = |model: &str, reason| self.waiting.work(model, reason);
+        pool_work(&self.nodes.view(), &waiting, itl_limit_seconds)
     }
 
     /// Whether requests need an API key.

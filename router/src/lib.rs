@@ -55,7 +55,8 @@ pub mod parts {
         nodes::Nodes,
         openai::{BodyLimits, check_body},
         pick::{DecodeCandidate, PrefillCandidate, decode as pick_decode, prefill as pick_prefill},
-        request::{Generation, MAX_STOPS, Output, check_length, check_prompt, check_stops, new_request_id},
+        request::{Finished, Generation, MAX_STOPS, Output, check_length, check_prompt, check_stops, new_request_id},
+        scaling::PoolWork,
         service::follow_capacity,
     };
 }

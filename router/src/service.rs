@@ -27,7 +27,6 @@ use crate::{
     nodes::Nodes,
     openai,
     page::{self, PageRights},
-    scaling,
 };
 
 /// Maximum time for the tasks that follow nodes to end at shutdown.
@@ -231,11 +230,10 @@ fn refresh(core: &Core, metrics: &Metrics, itl_limit: Option<Duration>) {
         metrics.tenants.with_label_values(&[tenant, "running"]).add(running as i64);
         metrics.tenants.with_label_values(&[tenant, "waiting"]).add(waiting as i64);
     }
-    let work = |model: &str, reason| core.waiting.work(model, reason);
     let limit_seconds = itl_limit.map(|limit| limit.as_secs_f64());
     metrics.prefill_backlog.reset();
     metrics.decode_load.reset();
-    for ((role, pool), work) in scaling::pool_work(&core.nodes.view(), &work, limit_seconds) {
+    for ((role, pool), work) in core.pool_work(limit_seconds) {
         let gauge = match role {
             Role::Prefill => &metrics.prefill_backlog,
             Role::Decode => &metrics.decode_load,

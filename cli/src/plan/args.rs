@@ -1,9 +1,9 @@
 //! The command line of `overfill plan`, and the planner that it describes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use overfill_kv::BLOCK_TOKENS;
 
@@ -36,26 +36,8 @@ Examples:
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct PlanArgs {
-    /// Requests per second [default: those of the trace]
-    #[arg(long, value_parser = positive, help_heading = "Load")]
-    rate: Option<f64>,
-    /// Prompt length in tokens: N, uniform:LOW,HIGH or lognormal:MEDIAN,P95[,MAX].
-    #[arg(long, default_value_t = Lengths::Fixed(512), value_name = "LENGTH", help_heading = "Load")]
-    prompt_tokens: Lengths,
-    /// Answer length in tokens, in the same forms.
-    #[arg(long, default_value_t = Lengths::Fixed(128), value_name = "LENGTH", help_heading = "Load")]
-    output_tokens: Lengths,
-    /// Recorded requests in place of random ones: JSON lines (Mooncake, bench serve --record) or CSV (Azure).
-    #[arg(
-        long,
-        conflicts_with_all = ["prompt_tokens", "output_tokens"],
-        value_name = "FILE",
-        help_heading = "Load"
-    )]
-    trace: Option<PathBuf>,
-    /// Share of prompt tokens found in the prefix cache, in [0, 1] [default: the trace's share; 0 without a trace]
-    #[arg(long, value_parser = share, value_name = "SHARE", help_heading = "Load")]
-    prefix_hit_rate: Option<f64>,
+    #[command(flatten)]
+    load: LoadArgs,
     /// Share of additional load that the nodes must bear within the limits.
     #[arg(long, default_value_t = 0.2, value_parser = headroom, value_name = "SHARE", help_heading = "Load")]
     headroom: f64,
@@ -92,6 +74,45 @@ pub struct PlanArgs {
     /// Write fixed numbers of nodes to the values, and no autoscaling.
     #[arg(long, requires = "values", help_heading = "Output")]
     pub fixed_replicas: bool,
+}
+
+/// The requests.
+#[derive(Args)]
+#[command(next_help_heading = "Load")]
+pub struct LoadArgs {
+    /// Requests per second [default: those of the trace]
+    #[arg(long, value_parser = positive)]
+    rate: Option<f64>,
+    /// Prompt length in tokens: N, uniform:LOW,HIGH or lognormal:MEDIAN,P95[,MAX].
+    #[arg(long, default_value_t = Lengths::Fixed(512), value_name = "LENGTH")]
+    prompt_tokens: Lengths,
+    /// Answer length in tokens, in the same forms.
+    #[arg(long, default_value_t = Lengths::Fixed(128), value_name = "LENGTH")]
+    output_tokens: Lengths,
+    /// Recorded requests in place of random ones: JSON lines (Mooncake, bench serve --record) or CSV (Azure).
+    #[arg(long, conflicts_with_all = ["prompt_tokens", "output_tokens"], value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Share of prompt tokens found in the prefix cache, in [0, 1] [default: the trace's share; 0 without a trace]
+    #[arg(long, value_parser = share, value_name = "SHARE")]
+    prefix_hit_rate: Option<f64>,
+}
+
+impl LoadArgs {
+    /// Reads the trace, if there is one. Returns the requests, and how many come per second. `cached_tokens`: capacity
+    /// of a prefix cache, from which the hits of a trace follow.
+    ///
+    /// # Errors
+    /// The trace can't be read, or the rate is missing or too high.
+    pub fn mix(&self, cached_tokens: usize) -> Result<(Mix, f64)> {
+        let source = match &self.trace {
+            Some(file) => Source::Trace(Trace::read(file, cached_tokens)?),
+            None => Source::Drawn { prompt: self.prompt_tokens, output: self.output_tokens },
+        };
+        let mix = Mix { source, hit_rate: self.prefix_hit_rate, prompt_factor: 1.0, output_factor: 1.0 };
+        let rate = self.rate.or(mix.own_rate()).context("--rate is needed, unless --trace has times")?;
+        ensure!(rate <= MOST_RATE, "--rate must be at most {MOST_RATE}, got {rate}");
+        Ok((mix, rate))
+    }
 }
 
 /// Limits of latencies.
@@ -164,6 +185,56 @@ pub struct SettingArgs {
     /// Capacity of the KV cache of a node, in tokens [default: the profile's capacity]
     #[arg(long, value_parser = count, value_name = "TOKENS")]
     pub kv_pool_tokens: Option<usize>,
+}
+
+impl SettingArgs {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// The first setting that is out of range.
+    pub fn check(&self) -> Result<()> {
+        let least = |flag: &str, tokens: usize| {
+            ensure!(tokens >= BLOCK_TOKENS, "{flag} must be at least {BLOCK_TOKENS}, got {tokens}");
+            Ok(())
+        };
+        least("--max-batch-tokens", self.max_batch_tokens)?;
+        self.kv_pool_tokens.map_or(Ok(()), |tokens| least("--kv-pool-tokens", tokens))
+    }
+
+    /// Limits of the engines, with this limit of the router.
+    pub fn limits(&self, router_running: usize) -> EngineLimits {
+        EngineLimits {
+            max_batch_tokens: self.max_batch_tokens,
+            step_target: Duration::from_secs_f64(self.step_target_seconds),
+            prefill_running: self.prefill_max_running,
+            decode_running: self.decode_max_running,
+            router_running,
+        }
+    }
+
+    /// Reads a profile and applies the settings to it.
+    ///
+    /// # Errors
+    /// The profile can't be read.
+    pub fn profile(&self, file: &Path) -> Result<Profile> {
+        let profile = Profile::read(file)?;
+        Ok(Profile { kv_pool_tokens: self.kv_pool_tokens.unwrap_or(profile.kv_pool_tokens), ..profile })
+    }
+
+    /// Reads the profiles of the prefill nodes' and of the decode nodes' machine, which may be the same.
+    ///
+    /// # Errors
+    /// A profile can't be read, or they are not of the same pair.
+    pub fn profiles(&self, file: &Path, decode_file: Option<&Path>) -> Result<(Profile, Profile)> {
+        let prefill = self.profile(file)?;
+        let decode = decode_file.map_or_else(|| Ok(prefill.clone()), |file| self.profile(file))?;
+        let (a, b) = (prefill.kv_bytes_per_token, decode.kv_bytes_per_token);
+        ensure!(
+            a == b,
+            "kv_bytes_per_token must be the same in both profiles, got {a} and {b}: they are of other models or KV types"
+        );
+        Ok((prefill, decode))
+    }
 }
 
 fn share(text: &str) -> Result<f64, String> {
@@ -240,44 +311,11 @@ impl PlanArgs {
     /// A file can't be read, or settings are missing or contradict each other.
     pub fn task(self) -> Result<Task> {
         let goals = self.limits.goals()?;
-        let change = |mut profile: Profile| -> Result<Profile> {
-            if let Some(tokens) = self.settings.kv_pool_tokens {
-                ensure!(tokens >= BLOCK_TOKENS, "--kv-pool-tokens must be at least {BLOCK_TOKENS}, got {tokens}");
-                profile.kv_pool_tokens = tokens;
-            }
-            Ok(profile)
-        };
-        let prefill = change(Profile::read(&self.hardware.profile)?)?;
-        let decode = match &self.hardware.decode_profile {
-            Some(file) => change(Profile::read(file)?)?,
-            None => prefill.clone(),
-        };
-        if prefill.kv_bytes_per_token != decode.kv_bytes_per_token {
-            let (a, b) = (prefill.kv_bytes_per_token, decode.kv_bytes_per_token);
-            bail!(
-                "kv_bytes_per_token must be the same in both profiles, got {a} and {b}: they are of other models or KV types"
-            );
-        }
         let settings = &self.settings;
-        ensure!(
-            settings.max_batch_tokens >= BLOCK_TOKENS,
-            "--max-batch-tokens must be at least {BLOCK_TOKENS}, got {}",
-            settings.max_batch_tokens
-        );
-        let source = match &self.trace {
-            Some(file) => Source::Trace(Trace::read(file, prefill.kv_pool_tokens)?),
-            None => Source::Drawn { prompt: self.prompt_tokens, output: self.output_tokens },
-        };
-        let mix = Mix { source, hit_rate: self.prefix_hit_rate, prompt_factor: 1.0, output_factor: 1.0 };
-        let rate = self.rate.or(mix.own_rate()).context("--rate is needed, unless --trace has times")?;
-        ensure!(rate <= MOST_RATE, "--rate must be at most {MOST_RATE}, got {rate}");
-        let limits = EngineLimits {
-            max_batch_tokens: settings.max_batch_tokens,
-            step_target: Duration::from_secs_f64(settings.step_target_seconds),
-            prefill_running: settings.prefill_max_running,
-            decode_running: settings.decode_max_running,
-            router_running: UNLIMITED,
-        };
+        settings.check()?;
+        let (prefill, decode) = settings.profiles(&self.hardware.profile, self.hardware.decode_profile.as_deref())?;
+        let (mix, rate) = self.load.mix(prefill.kv_pool_tokens)?;
+        let limits = settings.limits(UNLIMITED);
         let prices = self.hardware.prefill_node_price.zip(self.hardware.decode_node_price);
         let planner = |prefill: &Profile, decode: &Profile| -> Result<Planner> {
             let none = "the profile lists no steps";
@@ -297,7 +335,7 @@ impl PlanArgs {
             })
         };
         let alternatives = self.hardware.alternative.iter().map(|(name, file)| {
-            let profile = change(Profile::read(file)?)?;
+            let profile = settings.profile(file)?;
             Ok((name.clone(), planner(&profile, &profile)?))
         });
         Ok(Task {

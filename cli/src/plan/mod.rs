@@ -22,11 +22,11 @@
 //! The parts: `args` (command line), `profile` and `curve` (what a machine can do), `mix` and `trace` (requests), `goals`
 //! (limits), `cluster` (simulation), `size` (search), `report` (what the plan says), `print` and `values` (how it says it).
 
-mod args;
-mod cluster;
+pub mod args;
+pub mod cluster;
 pub mod curve;
 mod goals;
-mod mix;
+pub mod mix;
 mod print;
 pub mod profile;
 mod report;

@@ -4,7 +4,7 @@ pub mod client;
 pub mod load;
 mod plot;
 mod record;
-mod summary;
+pub mod summary;
 
 use std::path::PathBuf;
 use std::sync::Arc;

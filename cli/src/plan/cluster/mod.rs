@@ -124,7 +124,7 @@ impl NodeModel {
 }
 
 /// Draws one of equally likely values; `none` if there are none.
-fn draw(values: &[f64], none: f64, rng: &mut StdRng) -> f64 {
+pub fn draw(values: &[f64], none: f64, rng: &mut StdRng) -> f64 {
     match values.len() {
         0 => none,
         count => values[rng.random_range(0..count)],
