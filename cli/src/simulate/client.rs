@@ -69,7 +69,7 @@ impl Client {
         let handoff = draw(&self.overheads.handoff_seconds, 0.0, &mut self.rng.lock());
         sleep(self.clock.real(overhead)).await;
         let arrived = Instant::now();
-        let time = self.clock.real(self.deadline_seconds);
+        let time = self.clock.limit(self.deadline_seconds);
         let generation = Generation {
             request_id: new_request_id(),
             model: self.core.model(MODEL, arrived, Some(time)).await?,

@@ -6,11 +6,12 @@
 
 use std::time::Duration;
 
+use overfill_node::MAX_DEADLINE_SECONDS;
 use tokio::time::Instant;
 
 /// The shortest step lasts at least this long on the clock.
 const RESOLUTION_SECONDS: f64 = 0.02;
-/// Largest factor. A limit of a minute becomes a day.
+/// Largest factor. A limit of 86 s becomes the longest time that nodes take, a day.
 const MOST_FACTOR: f64 = 1000.0;
 
 /// Converts simulated time and the time of the clock.
@@ -29,6 +30,11 @@ impl Clock {
     /// The time on the clock of `seconds` of simulated time.
     pub fn real(&self, seconds: f64) -> Duration {
         Duration::from_secs_f64(seconds * self.factor)
+    }
+
+    /// The time on the clock of a time limit. Nodes take at most a day, so a longer limit is cut there.
+    pub fn limit(&self, seconds: f64) -> Duration {
+        self.real(seconds).min(Duration::from_secs_f64(MAX_DEADLINE_SECONDS))
     }
 
     /// Simulated seconds since the start.

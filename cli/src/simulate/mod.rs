@@ -147,7 +147,7 @@ impl Simulation {
             max_waiting: cluster.node_max_waiting,
             kv_bytes_per_second: clock.rate(bytes_per_second / prefill.kv_bytes_per_token * TOKEN_BYTES as f64),
             idle_timeout: clock.real(PROGRESS_TIMEOUT_SECONDS),
-            deadline: clock.real(args.router.deadline_seconds),
+            deadline: clock.limit(args.router.deadline_seconds),
             network: network.clone(),
             files: files.clone(),
         };
@@ -303,7 +303,7 @@ fn router(args: &SimulateArgs, clock: &Clock, network: &Network) -> Config {
         max_running: args.router.max_running,
         max_waiting: args.router.max_waiting,
         max_queue: clock.real(args.router.max_queue_seconds),
-        default_deadline: clock.real(args.router.deadline_seconds),
+        default_deadline: clock.limit(args.router.deadline_seconds),
         node_timeout: clock.real(NODE_TIMEOUT_SECONDS),
         progress_timeout: clock.real(PROGRESS_TIMEOUT_SECONDS),
         drain_timeout: Duration::ZERO,
