@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use overfill_cluster::metrics::{MetricsError, counter, histogram, int_gauge, register};
+use overfill_transport::FailureReason;
 use prometheus::{
     Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     exponential_buckets,
@@ -57,8 +58,8 @@ pub struct NodeMetrics {
     pub transfer_seconds: Histogram,
     /// Seconds of the transfer that did not overlap with computing.
     pub transfer_exposed_seconds: Histogram,
-    /// Failed handoffs.
-    pub transfer_failures: IntCounter,
+    /// Failed handoffs, by `reason`.
+    transfer_failures: IntCounterVec,
 }
 
 impl NodeMetrics {
@@ -68,7 +69,7 @@ impl NodeMetrics {
         let labels = labels.into();
         let registry = Registry::new_custom(None, Some(labels))?;
         let r = &registry;
-        Ok(Self {
+        let metrics = Self {
             requests_running: int_gauge(r, "vllm:num_requests_running", "Requests in the running batch.")?,
             requests_waiting: int_gauge(r, "vllm:num_requests_waiting", "Requests waiting for room.")?,
             kv_cache_usage: register(
@@ -130,9 +131,20 @@ impl NodeMetrics {
                 "overfill_transfer_exposed_seconds",
                 "Seconds of a handoff after the prefill was computed.",
             )?,
-            transfer_failures: counter(r, "overfill_transfer_failures_total", "Handoffs that failed.")?,
+            transfer_failures: register(
+                r,
+                IntCounterVec::new(
+                    Opts::new("overfill_transfer_failures_total", "Handoffs that failed, by reason."),
+                    &["reason"],
+                )?,
+            )?,
             registry,
-        })
+        };
+        // Exported with value 0, so that `rate` sees the first event.
+        for reason in FailureReason::ALL {
+            metrics.transfer_failures.with_label_values(&[reason.as_str()]);
+        }
+        Ok(metrics)
     }
 
     /// Records an engine step that computed `tokens` tokens of `requests` requests.
@@ -140,6 +152,11 @@ impl NodeMetrics {
         self.batch_requests.observe(requests as f64);
         self.step_tokens.observe(tokens as f64);
         self.step_seconds.observe(took.as_secs_f64());
+    }
+
+    /// Counts a failed handoff.
+    pub fn transfer_failed(&self, reason: FailureReason) {
+        self.transfer_failures.with_label_values(&[reason.as_str()]).inc();
     }
 
     /// Counts an ended request with its `finished_reason`.
