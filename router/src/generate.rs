@@ -102,6 +102,11 @@ impl Core {
         self.keys.is_some()
     }
 
+    /// The tenants that metrics tell apart: those of the API keys. Without keys, clients choose names, and all count as one.
+    pub fn counted_tenants(&self) -> Vec<Arc<str>> {
+        self.keys.as_ref().map_or_else(|| vec!["".into()], ApiKeys::names)
+    }
+
     /// The tenant of a request with these headers.
     pub fn identify(&self, authorization: Option<&str>, tenant: Option<&str>) -> Result<Arc<Tenant>, GenerateError> {
         tenants::identify(self.keys.as_ref(), authorization, tenant)
@@ -178,7 +183,10 @@ impl Core {
                     Ok(Output::PromptLogprobs(_)) => {}
                     Err(e) => {
                         span.in_scope(|| log(e));
-                        metrics.finished("error", arrived.elapsed());
+                        match first {
+                            true => metrics.refused(e.reason()),
+                            false => metrics.finished("error", arrived.elapsed()),
+                        }
                     }
                 }
                 yield output?;

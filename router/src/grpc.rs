@@ -166,7 +166,8 @@ impl router_server::Router for RouterService {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::GenerateEvent, Status>> + Send>>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let count = |e: &GenerateError| self.core.metrics.refused(e.reason());
+        let asked = request.get_ref().model.clone();
+        let count = |e: &GenerateError| self.core.metrics.refused(&self.core.catalog.label(&asked), e.reason());
         let (place, generation, spent, span) = self.admit(request).await.inspect_err(count)?;
         let (model, full_model) = (generation.model.name.clone(), generation.model.full_model.clone());
         let outputs = span.in_scope(|| self.core.generate_after(spent, place, generation));
