@@ -19,7 +19,7 @@ pub struct ApiError {
     message: String,
     retry_after_seconds: Option<u64>,
     /// What metrics count. `None`: the sequence that failed is counted already.
-    refusal: Option<Refusal>,
+    refusal: Option<Box<Refusal>>,
 }
 
 /// Response extension of an [`ApiError`]: a request that was refused, for metrics.
@@ -32,8 +32,8 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    fn new(reason: &'static str) -> Self {
-        Self { reason, model: String::new() }
+    fn new(reason: &'static str) -> Box<Self> {
+        Box::new(Self { reason, model: String::new() })
     }
 }
 
@@ -116,7 +116,7 @@ impl IntoResponse for ApiError {
         let mut response = Response::new(Body::from(self.body().to_string()));
         *response.status_mut() = self.status;
         if let Some(refusal) = self.refusal {
-            response.extensions_mut().insert(refusal);
+            response.extensions_mut().insert(*refusal);
         }
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(seconds) = self.retry_after_seconds {
