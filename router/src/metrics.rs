@@ -1,6 +1,12 @@
 //! The router's metrics.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use overfill_cluster::metrics::{MetricsError, SECONDS_BUCKETS, discovery_success, new_registry, register};
 use prometheus::{GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
@@ -156,7 +162,8 @@ impl Metrics {
     }
 
     /// Metrics of one new sequence. Dropping them before [`RequestMetrics::finished`] means that the client disconnected.
-    pub fn request(self: &Arc<Self>, model: &str, prompt_tokens: usize) -> RequestMetrics {
+    /// `failure`: shared by the sequences of the request.
+    pub fn request(self: &Arc<Self>, model: &str, prompt_tokens: usize, failure: RequestFailure) -> RequestMetrics {
         self.prompt_tokens.with_label_values(&[model]).inc_by(prompt_tokens as u64);
         RequestMetrics {
             first_token: self.first_token.with_label_values(&[model]),
@@ -164,10 +171,16 @@ impl Metrics {
             generation_tokens: self.generation_tokens.with_label_values(&[model]),
             metrics: self.clone(),
             model: model.to_owned(),
+            failure,
+            begun: false,
             ended: false,
         }
     }
 }
+
+/// Whether a sequence of a request has failed. Its other sequences then end with it, and no client has left.
+#[derive(Clone, Default)]
+pub struct RequestFailure(Arc<AtomicBool>);
 
 /// Metrics of one sequence. Series are looked up once, so that counting a token is cheap.
 pub struct RequestMetrics {
@@ -176,19 +189,27 @@ pub struct RequestMetrics {
     first_token: prometheus::Histogram,
     inter_token: prometheus::Histogram,
     generation_tokens: prometheus::IntCounter,
+    failure: RequestFailure,
+    /// Whether the sequence has tokens.
+    begun: bool,
     ended: bool,
 }
 
 impl RequestMetrics {
     /// Counts a token. `after`: time since the previous token, or since the request for the first token.
-    pub fn token(&self, first: bool, after: Duration) {
+    pub fn token(&mut self, after: Duration) {
+        let first = !std::mem::replace(&mut self.begun, true);
         self.generation_tokens.inc();
         if first { &self.first_token } else { &self.inter_token }.observe(after.as_secs_f64());
         self.metrics.history.token(first, after);
     }
 
-    /// Counts a sequence that failed before its first token. It counts as refused only.
-    pub fn refused(&mut self, reason: &str) {
+    /// Counts a sequence that failed with this reason. Before its first token it counts as refused only.
+    pub fn failed(&mut self, reason: &str, after: Duration) {
+        self.failure.0.store(true, Ordering::Relaxed);
+        if self.begun {
+            return self.finished("error", after);
+        }
         self.ended = true;
         self.metrics.refused(&self.model, reason);
     }
@@ -205,8 +226,13 @@ impl RequestMetrics {
 
 impl Drop for RequestMetrics {
     fn drop(&mut self) {
-        if !self.ended {
-            self.metrics.success.with_label_values(&[self.model.as_str(), "abort"]).inc();
-        }
+        let end = match (self.failure.0.load(Ordering::Relaxed), self.begun) {
+            _ if self.ended => return,
+            (false, _) => "abort",
+            (true, true) => "error",
+            // The request counts as refused.
+            (true, false) => return,
+        };
+        self.metrics.success.with_label_values(&[self.model.as_str(), end]).inc();
     }
 }

@@ -78,13 +78,13 @@ async fn refused_requests_count_as_refused_only() {
     }
     assert_eq!(rig.complete(json!({"prompt": "x", "temperature": -1})).await.status, 400);
     rig.decode[0].set_full(true);
-    for stream in [false, true] {
-        assert_eq!(rig.complete(json!({"prompt": "x", "stream": stream})).await.status, 429);
+    for (stream, n) in [(false, 1), (true, 1), (false, 3)] {
+        assert_eq!(rig.complete(json!({"prompt": "x", "stream": stream, "n": n})).await.status, 429);
     }
     assert_eq!(refused(&rig, "", "unknown_model").await, Some(2.0));
     assert_eq!(refused(&rig, "simulated", "invalid").await, Some(1.0));
-    assert_eq!(refused(&rig, "simulated", "no_room").await, Some(2.0));
-    assert_eq!(rig.metric("overfill_refused_requests_total").await, 5.0);
+    assert_eq!(refused(&rig, "simulated", "no_room").await, Some(3.0));
+    assert_eq!(rig.metric("overfill_refused_requests_total").await, 6.0);
     assert_eq!(rig.metric("vllm:request_success_total").await, 0.0);
 }
 

@@ -15,6 +15,7 @@ use crate::{
     GenerateError,
     generate::Core,
     legs::LegTimes,
+    metrics::RequestFailure,
     node::ServedModel,
     request::{self, Finished, Generation, Lifetime, Output, StopCause},
     tenants::Tenant,
@@ -103,8 +104,11 @@ impl Batch {
     pub async fn start(&self, core: &Core, tenant: &Arc<Tenant>, prompts: &[Prompt]) -> Result<Merged, ApiError> {
         let generations = self.generations(prompts)?;
         let places = core.enter(tenant, &generations)?;
+        let failure = RequestFailure::default();
         let streams = places.into_iter().zip(generations).enumerate().map(|(index, (place, generation))| {
-            core.generate_after(self.spent, place, generation).map(move |output| (index, output)).boxed()
+            core.generate_after(self.spent, failure.clone(), place, generation)
+                .map(move |output| (index, output))
+                .boxed()
         });
         let mut merged: SelectAll<BoxStream<'static, Indexed>> = streams.collect();
         match merged.next().await {
