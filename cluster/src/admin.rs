@@ -21,7 +21,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 use crate::{
-    http::{self, ConnectionLimits},
+    http::{self, ConnectionLimits, OpenConnections},
     net::Listener,
 };
 
@@ -122,7 +122,8 @@ impl AdminServer {
     /// Starts a task that serves `admin` on `listener`.
     pub fn start(listener: TcpListener, admin: Admin) -> Self {
         let listener = Listener::new(listener, None);
-        let serving = http::serve(listener, admin.routes(), ConnectionLimits::http(CONNECTIONS), pending());
+        let (limits, open) = (ConnectionLimits::http(CONNECTIONS), OpenConnections::default());
+        let serving = http::serve(listener, admin.routes(), limits, open, pending());
         Self(AbortOnDropHandle::new(tokio::spawn(serving)))
     }
 

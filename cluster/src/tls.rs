@@ -122,6 +122,8 @@ struct Inner {
 struct Configs {
     server: Option<Arc<ServerConfig>>,
     client: Option<Arc<ClientConfig>>,
+    /// When the first certificate of each file expires, in seconds since 1970.
+    expiries: Vec<(PathBuf, i64)>,
 }
 
 impl PartialEq for Tls {
@@ -158,6 +160,11 @@ impl Tls {
         self.0.configs.get(|_| self.0.files.read())
     }
 
+    /// When the first certificate of each file in use expires, in seconds since 1970.
+    pub fn expiries(&self) -> Vec<(PathBuf, i64)> {
+        self.configs().expiries.clone()
+    }
+
     /// Performs the server side of the TLS handshake on an accepted connection.
     pub async fn accept(&self, stream: TcpStream) -> io::Result<server::TlsStream<TcpStream>> {
         let config = self.configs().server.clone().ok_or_else(|| io::Error::other("TLS has no server certificate"))?;
@@ -184,11 +191,15 @@ impl Files {
 
     fn read(&self) -> Result<Configs, TlsError> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let roots = self.ca.as_ref().map(|path| roots(path)).transpose()?;
+        let authorities = self.ca.as_ref().map(|path| certificates(path, "tls-ca")).transpose()?;
         let own = self.own.as_ref().map(|(cert, key)| own(cert, key)).transpose()?;
+        let certs = self.own.iter().map(|(cert, _)| cert).zip(own.iter().map(|(certs, _)| certs));
+        let expiries = self.ca.iter().zip(&authorities).chain(certs);
+        let expiries = expiries.filter_map(|(path, certs)| Some((path.clone(), expiry(certs)?))).collect();
+        let roots = authorities.zip(self.ca.as_ref()).map(|(certs, path)| roots(certs, path)).transpose()?;
         let server = own.as_ref().map(|own| server_config(&provider, roots.clone(), own)).transpose()?;
         let client = roots.map(|roots| client_config(provider, roots, own)).transpose()?;
-        Ok(Configs { server: server.map(Arc::new), client: client.map(Arc::new) })
+        Ok(Configs { server: server.map(Arc::new), client: client.map(Arc::new), expiries })
     }
 }
 
@@ -239,9 +250,21 @@ fn certificates(path: &Path, flag: &'static str) -> Result<Vec<CertificateDer<'s
     Ok(certs)
 }
 
-fn roots(path: &Path) -> Result<Arc<RootCertStore>, TlsError> {
+/// When the first of these certificates expires, in seconds since 1970. rustls has accepted them, so all can be parsed.
+fn expiry(certs: &[CertificateDer<'_>]) -> Option<i64> {
+    let parsed = certs.iter().filter_map(|cert| x509_parser::parse_x509_certificate(cert).ok());
+    parsed.map(|(_, cert)| cert.validity().not_after.timestamp()).min()
+}
+
+/// When the first certificate of a PEM file expires, in seconds since 1970. `None` if the file holds none.
+pub(crate) fn pem_expiry(pem: &[u8]) -> Option<i64> {
+    let certs: Vec<_> = CertificateDer::pem_slice_iter(pem).filter_map(Result::ok).collect();
+    expiry(&certs)
+}
+
+fn roots(certs: Vec<CertificateDer<'static>>, path: &Path) -> Result<Arc<RootCertStore>, TlsError> {
     let mut roots = RootCertStore::empty();
-    for cert in certificates(path, "tls-ca")? {
+    for cert in certs {
         roots.add(cert).map_err(|e| file_error(path, "tls-ca", e))?;
     }
     Ok(Arc::new(roots))
@@ -355,6 +378,24 @@ mod tests {
         // Longer than the interval between two checks of the files.
         tokio::time::sleep(Duration::from_millis(1100)).await;
         exchange(&server, &client).await.unwrap();
+    }
+
+    #[test]
+    fn the_first_certificate_of_a_file_to_expire_counts() {
+        let ours = Authority::new();
+        let until = |year| {
+            let mut params = CertificateParams::new(vec!["a".to_owned()]).unwrap();
+            params.not_after = rcgen::date_time_ymd(year, 1, 1);
+            params
+        };
+        let key = KeyPair::generate().unwrap();
+        fs::write(ours.file("key"), key.serialize_pem()).unwrap();
+        let [late, early] = [2040, 2030].map(|year| until(year).signed_by(&key, &ours.1).unwrap().pem());
+        fs::write(ours.file("cert"), format!("{late}{early}")).unwrap();
+        let [(ca, at), (cert, first)] = ours.tls(None).expiries().try_into().unwrap();
+        assert_eq!((ca, cert, first), (ours.file("ca"), ours.file("cert"), 1_893_456_000));
+        assert_eq!(pem_expiry(&fs::read(ours.file("ca")).unwrap()), Some(at));
+        assert_eq!(pem_expiry(b"nothing"), None);
     }
 
     #[test]

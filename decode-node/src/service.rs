@@ -3,7 +3,7 @@
 use overfill_kv::{BLOCK_TOKENS, KvSchema, Role, Ticket};
 use overfill_node::{Drain, Ending, EventStream, NodeCore, RequestLimits, ended_early, request_span};
 use overfill_proto::v1;
-use overfill_transport::{Committed, HandoffError, IncomingHandoff, KvReceiver, Reservation};
+use overfill_transport::{Committed, FailureReason, HandoffError, IncomingHandoff, KvReceiver, Reservation};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until},
@@ -123,14 +123,16 @@ impl v1::decode_server::Decode for DecodeService {
                         yield event(Wire::Ready(v1::HandoffReady { transfer: Some(stats.into()) }));
                     }
                     Next::Handoff(outcome) => {
-                        let reason = match outcome {
-                            Ok(committed) => format!("first token {} is not in the vocabulary", committed.first_token),
-                            Err(e) => e.to_string(),
+                        let (reason, error) = match outcome {
+                            Ok(Committed { first_token, .. }) => {
+                                (FailureReason::Damaged, format!("first token {first_token} is not in the vocabulary"))
+                            }
+                            Err(e) => (e.reason(), e.to_string()),
                         };
                         ending.because("error");
-                        load.metrics().transfer_failures.inc();
-                        warn!(request = %id, error = reason, "handoff failed");
-                        Err(ended_early(deadline, &format!("receiving the prompt's KV: {reason}")))?;
+                        load.metrics().transfer_failed(reason);
+                        warn!(request = %id, error, "handoff failed");
+                        Err(ended_early(deadline, &format!("receiving the prompt's KV: {error}")))?;
                     }
                     Next::Engine(Some(SequenceEvent::Token(token))) => yield event(Wire::Token(token.into())),
                     Next::Engine(Some(SequenceEvent::Finished(reason))) => {

@@ -6,6 +6,7 @@ use overfill_cluster::{
     Admin, AdminServer, MetricsError, ReadyLine, Started, admin, discovery,
     grpc::{self, BindError, NODE_CONNECTIONS},
     http,
+    metrics::CertificateExpiry,
     net::Listener,
 };
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvEndpoint, KvSchema, Role};
@@ -154,19 +155,26 @@ impl Front {
         mut engine_end: oneshot::Receiver<()>,
     ) -> Result<Served, NodeError> {
         let (asked, refreshed) = (core.load.clone(), core.load.clone());
+        let metrics = core.load.metrics();
+        let used = self.config.tls.iter().cloned().collect();
+        let expiry = CertificateExpiry::new(&metrics.registry, used, self.config.etcd.as_ref())?;
         self.admin.start(Started {
-            registry: core.load.metrics().registry.clone(),
+            registry: metrics.registry.clone(),
             ready: Box::new(move || asked.health()),
-            refresh: Box::new(move || refreshed.refresh_metrics()),
+            refresh: Box::new(move || {
+                refreshed.refresh_metrics();
+                expiry.refresh();
+            }),
         });
         // The listener is bound, so routers that find the registration can connect.
         let grpc = self.config.dialled(self.config.advertise_grpc.as_deref(), self.grpc_address);
         let registration = core.identity.registration(grpc);
         let shutdown = &core.shutdown;
-        let registered = self
-            .config
-            .etcd
-            .map(|etcd| shutdown.spawn("registration", discovery::register(etcd, registration, shutdown.token())));
+        let registered = self.config.etcd.map(|etcd| {
+            let last_success = metrics.discovery_success.with_label_values(&["etcd"]);
+            let register = discovery::register(etcd, registration, shutdown.token(), last_success);
+            shutdown.spawn("registration", register)
+        });
         let listener = Listener::new(self.grpc, self.config.tls);
         let served = core.serve(listener, service, &mut engine_end).await?;
         if served == Served::Drained {

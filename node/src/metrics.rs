@@ -2,11 +2,17 @@
 
 use std::time::Duration;
 
-use overfill_cluster::metrics::{MetricsError, counter, histogram, int_gauge, register};
+use overfill_cluster::metrics::{
+    MetricsError, counter, discovery_success, histogram, int_gauge, new_registry, register,
+};
+use overfill_transport::FailureReason;
 use prometheus::{
     Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     exponential_buckets,
 };
+
+/// Values of `finished_reason`.
+const ENDS: [&str; 4] = ["stop", "length", "abort", "error"];
 
 /// Metrics that prefill and decode nodes share. Every series has the labels `model_name` and `pool`.
 #[derive(Clone, Debug)]
@@ -57,18 +63,18 @@ pub struct NodeMetrics {
     pub transfer_seconds: Histogram,
     /// Seconds of the transfer that did not overlap with computing.
     pub transfer_exposed_seconds: Histogram,
-    /// Failed handoffs.
-    pub transfer_failures: IntCounter,
+    /// Failed handoffs, by `reason`.
+    transfer_failures: IntCounterVec,
+    /// When discovery last succeeded, by `source`, in seconds since 1970.
+    pub discovery_success: IntGaugeVec,
 }
 
 impl NodeMetrics {
     /// Creates and registers all metrics of a node of `pool` that serves `model`.
     pub fn new(model: &str, pool: &str) -> Result<Self, MetricsError> {
-        let labels = [("model_name", model), ("pool", pool)].map(|(name, value)| (name.to_owned(), value.to_owned()));
-        let labels = labels.into();
-        let registry = Registry::new_custom(None, Some(labels))?;
+        let registry = new_registry(&[("model_name", model), ("pool", pool)])?;
         let r = &registry;
-        Ok(Self {
+        let metrics = Self {
             requests_running: int_gauge(r, "vllm:num_requests_running", "Requests in the running batch.")?,
             requests_waiting: int_gauge(r, "vllm:num_requests_waiting", "Requests waiting for room.")?,
             kv_cache_usage: register(
@@ -130,9 +136,24 @@ impl NodeMetrics {
                 "overfill_transfer_exposed_seconds",
                 "Seconds of a handoff after the prefill was computed.",
             )?,
-            transfer_failures: counter(r, "overfill_transfer_failures_total", "Handoffs that failed.")?,
+            transfer_failures: register(
+                r,
+                IntCounterVec::new(
+                    Opts::new("overfill_transfer_failures_total", "Handoffs that failed, by reason."),
+                    &["reason"],
+                )?,
+            )?,
+            discovery_success: discovery_success(r)?,
             registry,
-        })
+        };
+        // Exported with value 0, so that `rate` sees the first event.
+        for reason in FailureReason::ALL {
+            metrics.transfer_failures.with_label_values(&[reason.as_str()]);
+        }
+        for reason in ENDS {
+            metrics.request_success.with_label_values(&[reason]);
+        }
+        Ok(metrics)
     }
 
     /// Records an engine step that computed `tokens` tokens of `requests` requests.
@@ -142,8 +163,14 @@ impl NodeMetrics {
         self.step_seconds.observe(took.as_secs_f64());
     }
 
+    /// Counts a failed handoff.
+    pub fn transfer_failed(&self, reason: FailureReason) {
+        self.transfer_failures.with_label_values(&[reason.as_str()]).inc();
+    }
+
     /// Counts an ended request with its `finished_reason`.
     pub fn finished(&self, reason: &str) {
+        debug_assert!(ENDS.contains(&reason), "{reason}");
         self.request_success.with_label_values(&[reason]).inc();
     }
 }
@@ -174,5 +201,11 @@ mod tests {
         assert!(has("vllm:num_requests_running", "} 0", &common), "{text}");
         let labels = [r#"finished_reason="stop""#, common[0], common[1]];
         assert!(has("vllm:request_success_total", "} 1", &labels), "{text}");
+        let labels = [r#"finished_reason="error""#, common[0], common[1]];
+        assert!(has("vllm:request_success_total", "} 0", &labels), "{text}");
+        for reason in FailureReason::ALL {
+            let label = format!("reason=\"{}\"", reason.as_str());
+            assert!(has("overfill_transfer_failures_total", "} 0", &[&label]), "{text}");
+        }
     }
 }

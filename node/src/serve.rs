@@ -5,7 +5,7 @@ use std::{future::pending, sync::Arc, time::Duration};
 use overfill_cluster::{
     Shutdown,
     grpc::{self, NODE_CONNECTIONS},
-    http,
+    http::{self, OpenConnections},
     net::Connection,
 };
 use overfill_net::Listen;
@@ -92,7 +92,7 @@ impl NodeCore {
             .add_service(reflection)
             .into_axum_router();
         let stop = self.clone().watch_health(health, names);
-        let server = http::serve(listener, routes, grpc::limits(NODE_CONNECTIONS), stop);
+        let server = http::serve(listener, routes, grpc::limits(NODE_CONNECTIONS), OpenConnections::default(), stop);
         tokio::select! {
             () = server => {}
             () = self.abandoned() => return Ok(Served::Abandoned),

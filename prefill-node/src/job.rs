@@ -5,9 +5,10 @@ use std::{ops::Range, sync::Arc, time::Duration};
 use overfill_kv::{
     BLOCK_TOKENS, BlockHash, BlockId, BlockLease, BlockPool, KvEndpoint, KvSchema, KvStore, OutputToken, RequestId,
     SamplingParams, Ticket, TransferStats, blocks_for,
+    handoff::{Failure, RefuseReason},
 };
 use overfill_node::load::{Counted, LoadState, QueuedTokens};
-use overfill_transport::{HandoffError, KvLayers, KvSender, SendPlan, TransferConfig};
+use overfill_transport::{FailureReason, HandoffError, KvLayers, KvSender, SendPlan, TransferConfig};
 use tokio::{
     runtime,
     sync::{mpsc, oneshot},
@@ -338,7 +339,13 @@ impl HandoffContext {
                     load.metrics().transfer_seconds.observe(stats.seconds);
                     load.metrics().transfer_exposed_seconds.observe(stats.exposed_seconds);
                 }
-                _ => load.metrics().transfer_failures.inc(),
+                Ok(Err(e)) => {
+                    // A ticket ends with its request on the receiver.
+                    let is_void = *e == HandoffError::Failed(Failure::Refused(RefuseReason::Ticket));
+                    let is_over = tell.is_closed() && is_void;
+                    load.metrics().transfer_failed(if is_over { FailureReason::Cancelled } else { e.reason() });
+                }
+                Err(_) => load.metrics().transfer_failed(FailureReason::Internal),
             }
             if let Ok(outcome) = outcome {
                 let _ = tell.send(outcome);

@@ -109,9 +109,21 @@ impl Catalog {
     fn wait(&self, name: &str) -> Result<(SemaphorePermit<'_>, Waiter), GenerateError> {
         let full = |_| GenerateError::QueueFull { limit: self.max_waiting, retry_after: RETRY_AFTER };
         let place = self.places.try_acquire().map_err(full)?;
-        // Clients choose names. Only configured ones are counted by name, so that there are not more and more of them.
-        let counted = if self.configured.contains(name) { name } else { "" };
-        Ok((place, self.waiting.begin_unknown(counted)))
+        Ok((place, self.waiting.begin_unknown(&self.label(name))))
+    }
+
+    /// The label of a requested model in metrics: its name if it is served or configured, else empty. Clients choose
+    /// names, so others are not counted apart. An empty name stands for the only model.
+    pub fn label(&self, name: &str) -> String {
+        let known = &self.nodes.view().models;
+        match name {
+            "" => {
+                let names: BTreeSet<&String> = known.keys().chain(self.configured.iter()).collect();
+                names.first().filter(|_| names.len() == 1).map_or_else(String::new, |only| (*only).clone())
+            }
+            name if known.contains_key(name) || self.configured.contains(name) => name.to_owned(),
+            _ => String::new(),
+        }
     }
 
     /// Number of requests that wait for a model.

@@ -106,6 +106,23 @@ impl GenerateError {
         Self::Invalid { field: Some(field.into()), message: message.into() }
     }
 
+    /// Every [`reason`](Self::reason).
+    pub const REASONS: [&str; 13] = [
+        "invalid",
+        "context_length",
+        "unknown_model",
+        "queue_full",
+        "overloaded",
+        "late",
+        "limited",
+        "unauthenticated",
+        "no_room",
+        "unavailable",
+        "deadline",
+        "failed",
+        "internal",
+    ];
+
     /// Name of the variant, for metrics.
     pub fn reason(&self) -> &'static str {
         match self {

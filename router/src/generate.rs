@@ -17,7 +17,7 @@ use crate::{
     attempt::{Attempt, AttemptEvent},
     catalog::Catalog,
     legs::{Leg, LegTimes, Legs},
-    metrics::Metrics,
+    metrics::{Metrics, RequestFailure},
     node::ServedModel,
     nodes::Nodes,
     prompt::TextPool,
@@ -110,6 +110,11 @@ impl Core {
         self.keys.is_some()
     }
 
+    /// The tenants that metrics tell apart: those of the API keys. Without keys, clients choose names, and all count as one.
+    pub fn counted_tenants(&self) -> Vec<Arc<str>> {
+        self.keys.as_ref().map_or_else(|| vec!["".into()], ApiKeys::names)
+    }
+
     /// The tenant of a request with these headers.
     pub fn identify(&self, authorization: Option<&str>, tenant: Option<&str>) -> Result<Arc<Tenant>, GenerateError> {
         tenants::identify(self.keys.as_ref(), authorization, tenant)
@@ -138,18 +143,20 @@ impl Core {
         place: Place,
         generation: Generation,
     ) -> impl Stream<Item = Result<Output, GenerateError>> + Send + use<> {
-        self.generate_after(LegTimes::default(), place, generation)
+        self.generate_after(LegTimes::default(), RequestFailure::default(), place, generation)
     }
 
-    /// Generates a sequence. `spent`: time that the request has already spent in earlier legs.
+    /// Generates a sequence. `spent`: time that the request has already spent in earlier legs. `failure`: shared by the
+    /// sequences of the request.
     pub fn generate_after(
         &self,
         spent: LegTimes,
+        failure: RequestFailure,
         place: Place,
         generation: Generation,
     ) -> impl Stream<Item = Result<Output, GenerateError>> + Send + use<> {
         let core = self.clone();
-        let mut metrics = core.metrics.request(&generation.model.name, generation.prompt.len());
+        let mut metrics = core.metrics.request(&generation.model.name, generation.prompt.len(), failure);
         let arrived = generation.arrived;
         let span = info_span!(
             "sequence",
@@ -167,13 +174,12 @@ impl Core {
         try_stream! {
             let mut outputs = pin!(core.outputs(place, generation, legs));
             let mut last = arrived;
-            let mut first = true;
             while let Some(output) = outputs.next().instrument(span.clone()).await {
                 match &output {
                     Ok(Output::Token { .. }) => {
                         let now = Instant::now();
-                        metrics.token(first, now - last);
-                        (first, last) = (false, now);
+                        metrics.token(now - last);
+                        last = now;
                     }
                     Ok(Output::Finished(finished)) => {
                         span.record("generated_tokens", finished.completion_tokens);
@@ -186,7 +192,7 @@ impl Core {
                     Ok(Output::PromptLogprobs(_)) => {}
                     Err(e) => {
                         span.in_scope(|| log(e));
-                        metrics.finished("error", arrived.elapsed());
+                        metrics.failed(e.reason(), arrived.elapsed());
                     }
                 }
                 yield output?;

@@ -16,6 +16,7 @@ use crate::{
     admission::Place,
     generate::Core,
     legs::{Leg, LegTimes, Legs},
+    metrics::RequestFailure,
     request::{self, Generation, Lifetime, Output},
     tenants::{TENANT_HEADER, Tenant},
 };
@@ -166,10 +167,11 @@ impl router_server::Router for RouterService {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::GenerateEvent, Status>> + Send>>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let count = |e: &GenerateError| self.core.metrics.refused(e.reason());
+        let asked = request.get_ref().model.clone();
+        let count = |e: &GenerateError| self.core.metrics.refused(&self.core.catalog.label(&asked), e.reason());
         let (place, generation, spent, span) = self.admit(request).await.inspect_err(count)?;
         let (model, full_model) = (generation.model.name.clone(), generation.model.full_model.clone());
-        let outputs = span.in_scope(|| self.core.generate_after(spent, place, generation));
+        let outputs = span.in_scope(|| self.core.generate_after(spent, RequestFailure::default(), place, generation));
         let events = outputs.filter_map(move |output| {
             let event = output.map(|output| event(output, &model, &full_model)).map_err(Status::from).transpose();
             std::future::ready(event)

@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use tokio_stream::StreamExt as _;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::node::{Node, NodeInfo, NodeLoad};
+use crate::node::{Node, NodeInfo, NodeLoad, NodeState};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -69,6 +69,18 @@ pub enum JoinError {
     /// Another process is registered at the node's address.
     #[error("the node has restarted")]
     Restarted,
+}
+
+impl JoinError {
+    /// The state of a node that is not used for this reason.
+    pub fn state(&self) -> NodeState {
+        match self {
+            Self::Transport(_) | Self::Status(_) | Self::Timeout(_) | Self::Ended | Self::Restarted => NodeState::Down,
+            Self::Field(_) | Self::Text(_) | Self::Tokenizer { .. } | Self::Protocol(_) => NodeState::Incompatible,
+            Self::Draining => NodeState::Draining,
+            Self::Stalled => NodeState::Stalled,
+        }
+    }
 }
 
 impl From<tonic::Status> for JoinError {

@@ -7,7 +7,7 @@
 //! attempt. An `attempt` is one pass of a request over one decode and one prefill node. `pick` chooses them from the view
 //! that `nodes` maintains, and a node's `breaker` stops requests to the node after failures. `join` connects to an address
 //! and creates a node. `legs` measures where the time goes, `waiting` counts who waits, and `scaling` computes how much work each
-//! pool has. `page` is the router's web page, `history` what it shows of the past.
+//! pool has. `refresh` sets the gauges of `metrics`. `page` is the router's web page, `history` what it shows of the past.
 //!
 //! Generated protobuf types are used only at the edges: in `grpc` and `wire` towards clients, and in `join` and the two
 //! streams of an `attempt` towards nodes.
@@ -32,6 +32,7 @@ mod openai;
 mod page;
 mod pick;
 mod prompt;
+mod refresh;
 mod request;
 mod retry;
 mod scaling;

@@ -1,22 +1,35 @@
 //! The router's metrics.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
-use overfill_cluster::metrics::{MetricsError, SECONDS_BUCKETS, register};
-use prometheus::{GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use overfill_cluster::metrics::{MetricsError, SECONDS_BUCKETS, discovery_success, new_registry, register};
+use prometheus::{GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
 
-use crate::history::History;
+use crate::{GenerateError, history::History, legs::Leg};
+
+/// Values of `finished_reason`.
+const ENDS: [&str; 4] = ["stop", "length", "abort", "error"];
 
 /// Counters, gauges and histograms. Series of requests carry `model_name`.
 #[derive(Clone)]
 pub struct Metrics {
     /// The registry of all metrics.
     pub registry: Registry,
-    /// Number of running sequences.
-    pub running: IntGauge,
-    /// Number of waiting sequences.
-    pub waiting: IntGauge,
-    /// Number of nodes by `role`, `pool` and `state` (`up`, `down`).
+    /// Number of running sequences by `model_name`.
+    pub running: IntGaugeVec,
+    /// Number of waiting sequences by `model_name`.
+    pub waiting: IntGaugeVec,
+    /// Number of open connections by `port` (`http`, `grpc`).
+    pub connections: IntGaugeVec,
+    /// When discovery last succeeded by `source` (`etcd`, `dns`), in seconds since 1970.
+    pub discovery_success: IntGaugeVec,
+    /// Number of nodes by `role`, `pool` and `state` ([`NodeState`](crate::node::NodeState)).
     pub nodes: IntGaugeVec,
     /// Seconds that one node would take for all queued prompt tokens, by `pool` and `source` (`nodes`, `router`).
     pub prefill_backlog: GaugeVec,
@@ -43,51 +56,44 @@ pub struct Metrics {
 impl Metrics {
     /// Creates and registers the metrics.
     pub fn new() -> Result<Self, MetricsError> {
-        let r = &Registry::new();
+        let r = &new_registry(&[])?;
         let counter = |name, help, labels: &[&str]| register(r, IntCounterVec::new(Opts::new(name, help), labels)?);
         let seconds = |name, help, labels: &[&str]| {
             let options = HistogramOpts::new(name, help).buckets(SECONDS_BUCKETS.to_vec());
             register(r, HistogramVec::new(options, labels)?)
         };
         let gauges = |name, help| register(r, GaugeVec::new(Opts::new(name, help), &["pool", "source"])?);
+        let counts = |name, help, labels: &[&str]| register(r, IntGaugeVec::new(Opts::new(name, help), labels)?);
         let model = &["model_name"];
-        Ok(Self {
-            running: register(r, IntGauge::new("vllm:num_requests_running", "Sequences on the nodes.")?)?,
-            waiting: register(r, IntGauge::new("vllm:num_requests_waiting", "Sequences waiting in the router.")?)?,
-            nodes: register(
-                r,
-                IntGaugeVec::new(
-                    Opts::new("overfill_nodes", "Known nodes by role, pool and state."),
-                    &["role", "pool", "state"],
-                )?,
-            )?,
+        let metrics = Self {
+            running: counts("vllm:num_requests_running", "Sequences on the nodes.", model)?,
+            waiting: counts("vllm:num_requests_waiting", "Sequences waiting in the router.", model)?,
+            connections: counts("overfill_open_connections", "Open connections of clients by port.", &["port"])?,
+            discovery_success: discovery_success(r)?,
+            nodes: counts("overfill_nodes", "Known nodes by role, pool and state.", &["role", "pool", "state"])?,
             prefill_backlog: gauges(
                 "overfill_prefill_backlog_seconds",
                 "Seconds that one node of the pool would take for all queued prompt tokens.",
             )?,
             decode_load: gauges("overfill_decode_load_nodes", "Decode nodes of the pool that the load would fill.")?,
-            without_nodes: register(
-                r,
-                IntGaugeVec::new(
-                    Opts::new("overfill_requests_without_nodes", "Requests that wait for the first nodes of a model."),
-                    model,
-                )?,
+            without_nodes: counts(
+                "overfill_requests_without_nodes",
+                "Requests that wait for the first nodes of a model.",
+                model,
             )?,
-            tenants: register(
-                r,
-                IntGaugeVec::new(
-                    Opts::new("overfill_tenant_requests", "Sequences by tenant and state: running, waiting."),
-                    &["tenant", "state"],
-                )?,
+            tenants: counts(
+                "overfill_tenant_requests",
+                "Sequences by tenant and state: running, waiting.",
+                &["tenant", "state"],
             )?,
             refused: counter(
                 "overfill_refused_requests_total",
                 "Requests answered with an error before their first token, by reason.",
-                &["reason"],
+                &["model_name", "reason"],
             )?,
             success: counter(
                 "vllm:request_success_total",
-                "Sequences ended, by reason: stop, length, abort, error.",
+                "Sequences ended, by reason: stop, length, abort, error. Refused ones do not count.",
                 &["model_name", "finished_reason"],
             )?,
             prompt_tokens: counter("vllm:prompt_tokens_total", "Prompt tokens of requests.", model)?,
@@ -115,12 +121,39 @@ impl Metrics {
             )?,
             registry: r.clone(),
             history: Arc::default(),
-        })
+        };
+        metrics.refusals_of("");
+        Ok(metrics)
     }
 
-    /// Counts a request that is answered with an error.
-    pub fn refused(&self, reason: &str) {
-        self.refused.with_label_values(&[reason]).inc();
+    /// Creates the series of a model, so that they are exported with value 0 before the first event.
+    pub fn model_known(&self, model: &str) {
+        self.refusals_of(model);
+        for end in ENDS {
+            self.success.with_label_values(&[model, end]);
+        }
+        for counter in [&self.prompt_tokens, &self.generation_tokens, &self.migrations] {
+            counter.with_label_values(&[model]);
+        }
+        for histogram in [&self.first_token, &self.inter_token, &self.whole] {
+            histogram.with_label_values(&[model]);
+        }
+        for leg in Leg::ALL {
+            self.legs.with_label_values(&[model, leg.as_str()]);
+        }
+    }
+
+    fn refusals_of(&self, model: &str) {
+        for reason in GenerateError::REASONS {
+            self.refused.with_label_values(&[model, reason]);
+        }
+    }
+
+    /// Counts a request, or a sequence of one, that is answered with an error before its first token. `model` is empty if
+    /// the router does not know the model.
+    pub fn refused(&self, model: &str, reason: &str) {
+        debug_assert!(GenerateError::REASONS.contains(&reason), "{reason}");
+        self.refused.with_label_values(&[model, reason]).inc();
     }
 
     /// Counts a sequence of `model` that is computed again on other nodes.
@@ -129,20 +162,25 @@ impl Metrics {
     }
 
     /// Metrics of one new sequence. Dropping them before [`RequestMetrics::finished`] means that the client disconnected.
-    pub fn request(self: &Arc<Self>, model: &str, prompt_tokens: usize) -> RequestMetrics {
+    /// `failure`: shared by the sequences of the request.
+    pub fn request(self: &Arc<Self>, model: &str, prompt_tokens: usize, failure: RequestFailure) -> RequestMetrics {
         self.prompt_tokens.with_label_values(&[model]).inc_by(prompt_tokens as u64);
-        // Creates the series, so that it is exported with value 0.
-        self.migrations.with_label_values(&[model]);
         RequestMetrics {
             first_token: self.first_token.with_label_values(&[model]),
             inter_token: self.inter_token.with_label_values(&[model]),
             generation_tokens: self.generation_tokens.with_label_values(&[model]),
             metrics: self.clone(),
             model: model.to_owned(),
+            failure,
+            begun: false,
             ended: false,
         }
     }
 }
+
+/// Whether a sequence of a request has failed. Its other sequences then end with it, and no client has left.
+#[derive(Clone, Default)]
+pub struct RequestFailure(Arc<AtomicBool>);
 
 /// Metrics of one sequence. Series are looked up once, so that counting a token is cheap.
 pub struct RequestMetrics {
@@ -151,19 +189,34 @@ pub struct RequestMetrics {
     first_token: prometheus::Histogram,
     inter_token: prometheus::Histogram,
     generation_tokens: prometheus::IntCounter,
+    failure: RequestFailure,
+    /// Whether the sequence has tokens.
+    begun: bool,
     ended: bool,
 }
 
 impl RequestMetrics {
     /// Counts a token. `after`: time since the previous token, or since the request for the first token.
-    pub fn token(&self, first: bool, after: Duration) {
+    pub fn token(&mut self, after: Duration) {
+        let first = !std::mem::replace(&mut self.begun, true);
         self.generation_tokens.inc();
         if first { &self.first_token } else { &self.inter_token }.observe(after.as_secs_f64());
         self.metrics.history.token(first, after);
     }
 
+    /// Counts a sequence that failed with this reason. Before its first token it counts as refused only.
+    pub fn failed(&mut self, reason: &str, after: Duration) {
+        self.failure.0.store(true, Ordering::Relaxed);
+        if self.begun {
+            return self.finished("error", after);
+        }
+        self.ended = true;
+        self.metrics.refused(&self.model, reason);
+    }
+
     /// Counts a sequence that ended with `reason`. `after`: time since the request.
     pub fn finished(&mut self, reason: &str, after: Duration) {
+        debug_assert!(ENDS.contains(&reason), "{reason}");
         self.ended = true;
         self.metrics.success.with_label_values(&[self.model.as_str(), reason]).inc();
         self.metrics.whole.with_label_values(&[&self.model]).observe(after.as_secs_f64());
@@ -173,8 +226,13 @@ impl RequestMetrics {
 
 impl Drop for RequestMetrics {
     fn drop(&mut self) {
-        if !self.ended {
-            self.metrics.success.with_label_values(&[self.model.as_str(), "abort"]).inc();
-        }
+        let end = match (self.failure.0.load(Ordering::Relaxed), self.begun) {
+            _ if self.ended => return,
+            (false, _) => "abort",
+            (true, true) => "error",
+            // The request counts as refused.
+            (true, false) => return,
+        };
+        self.metrics.success.with_label_values(&[self.model.as_str(), end]).inc();
     }
 }

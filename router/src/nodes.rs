@@ -23,7 +23,7 @@ use tracing::{info, warn};
 use crate::{
     Config,
     join::{JoinError, Joiner, Reports},
-    node::{Node, View},
+    node::{Node, NodeState, View},
 };
 
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
@@ -53,6 +53,10 @@ pub struct NodeStatus {
     pub role: Role,
     /// The node, while it is connected.
     pub node: Option<Arc<Node>>,
+    /// Name of the node's pool. Empty if the router has never learnt it.
+    pub pool: String,
+    /// Whether the node gets requests, or the kind of reason why not.
+    pub state: NodeState,
     /// Why the node gets no requests. Empty if it gets requests.
     pub error: String,
 }
@@ -60,7 +64,7 @@ pub struct NodeStatus {
 impl NodeStatus {
     /// Whether the node gets requests.
     pub fn is_healthy(&self) -> bool {
-        self.node.is_some() && self.error.is_empty()
+        self.state == NodeState::Up
     }
 }
 
@@ -69,9 +73,21 @@ type Key = (String, Role);
 
 struct State {
     node: Option<Arc<Node>>,
+    /// Name of the pool that the node had when it was last connected.
+    pool: String,
+    /// Why there is no node.
+    away: NodeState,
     error: String,
     /// What discovery says about the address now. `None` if the address was given on the command line.
     listing: Option<watch::Sender<Discovered>>,
+}
+
+impl State {
+    /// Name of the node's pool: from the node, else from etcd, else from the node that was connected last.
+    fn pool(&self) -> String {
+        let registered = || self.listing.as_ref()?.borrow().registration().map(|listed| listed.pool.clone());
+        self.node.as_ref().map(|node| node.info.pool.clone()).or_else(registered).unwrap_or_else(|| self.pool.clone())
+    }
 }
 
 /// What discovery says about an address.
@@ -191,7 +207,7 @@ impl Nodes {
         shutdown.spawn("node", async move {
             token.run_until_cancelled(nodes.follow_one(key, receiver)).await;
         });
-        State { node: None, error: "not yet reached".into(), listing }
+        State { node: None, pool: String::new(), away: NodeState::Down, error: "not yet reached".into(), listing }
     }
 
     /// The nodes that are up at the moment.
@@ -209,13 +225,19 @@ impl Nodes {
         let view = self.view();
         let states = self.inner.states.lock();
         let list = states.iter().map(|((url, role), state)| {
-            let error = match &state.node {
-                Some(node) if node.load().draining => JoinError::Draining.to_string(),
-                Some(node) if !node.admits() => "it failed requests and is paused before the next try".into(),
-                Some(node) => unpaired(node, &view).unwrap_or_default(),
-                None => state.error.clone(),
+            let (now, error) = match &state.node {
+                Some(node) if node.load().draining => (NodeState::Draining, JoinError::Draining.to_string()),
+                Some(node) if !node.admits() => {
+                    (NodeState::Paused, "it failed requests and is paused before the next try".into())
+                }
+                Some(node) => match unpaired(node, &view) {
+                    Some(why) => (NodeState::Incompatible, why),
+                    None => (NodeState::Up, String::new()),
+                },
+                None => (state.away, state.error.clone()),
             };
-            NodeStatus { url: url.clone(), role: *role, node: state.node.clone(), error }
+            let (url, node, pool) = (url.clone(), state.node.clone(), state.pool());
+            NodeStatus { url, role: *role, node, pool, state: now, error }
         });
         list.collect()
     }
@@ -251,7 +273,7 @@ impl Nodes {
                     info!(%url, %role, model = %node.info.model, incarnation = %node.info.incarnation, "node joined");
                     self.set(&key, Ok(node.clone()));
                     if let Some(why) = unpaired(&node, &self.view()) {
-                        warn!(%url, error = %why, "decode node has no compatible prefill node");
+                        warn!(%url, %role, error = %why, "node has no compatible node of the other role");
                     }
                     let error = self.attend(&node, reports, &mut listing).await;
                     if matches!(error, JoinError::Draining) {
@@ -260,15 +282,15 @@ impl Nodes {
                         warn!(%url, %error, "node left");
                         node.leave();
                     }
-                    self.set(&key, Err(error.to_string()));
+                    self.set(&key, Err((error.state(), error.to_string())));
                 }
                 Err(error) => {
-                    let error = overfill_cluster::process::one_line(&error);
+                    let (state, error) = (error.state(), overfill_cluster::process::one_line(&error));
                     if error != last_error {
                         warn!(%url, %error, "node cannot join");
                         last_error.clone_from(&error);
                     }
-                    self.set(&key, Err(error));
+                    self.set(&key, Err((state, error)));
                 }
             }
             let jitter: f64 = rand::rng().random_range(0.5..1.0);
@@ -308,13 +330,16 @@ impl Nodes {
         }
     }
 
-    fn set(&self, key: &Key, result: Result<Arc<Node>, String>) {
+    fn set(&self, key: &Key, result: Result<Arc<Node>, (NodeState, String)>) {
         let mut states = self.inner.states.lock();
         let Some(state) = states.get_mut(key) else { return };
-        (state.node, state.error) = match result {
-            Ok(node) => (Some(node), String::new()),
-            Err(error) => (None, error),
-        };
+        match result {
+            Ok(node) => {
+                state.pool.clone_from(&node.info.pool);
+                (state.node, state.error) = (Some(node), String::new());
+            }
+            Err((away, error)) => (state.node, state.away, state.error) = (None, away, error),
+        }
         self.renew_view(&states);
     }
 
@@ -357,17 +382,17 @@ async fn listing_changed(listing: &mut Listing) {
     }
 }
 
-/// The schema mismatch that keeps a decode node from being used: prefill nodes are up, but none is compatible.
+/// The mismatch that keeps a node from being used: nodes of the other role are up, but none is compatible.
 fn unpaired(node: &Node, view: &View) -> Option<String> {
-    match node.info.role {
-        Role::Prefill => return None,
-        Role::Decode => {}
-    }
+    let (others, check): (_, fn(&Node, &Node) -> _) = match node.info.role {
+        Role::Prefill => (&view.decode, View::check_pair),
+        Role::Decode => (&view.prefill, |decode, prefill| View::check_pair(prefill, decode)),
+    };
     let mut mismatch = None;
-    for prefill in &view.prefill {
-        match View::check_pair(prefill, node) {
+    for other in others {
+        match check(node, other) {
             Ok(()) => return None,
-            Err(e) => mismatch = Some(format!("{e} ({})", prefill.url)),
+            Err(e) => mismatch = Some(format!("{e} ({})", other.url)),
         }
     }
     mismatch

@@ -5,10 +5,10 @@ use std::{io, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 use overfill_cluster::{
     Admin, Health, MetricsError, ReadyLine, Shutdown, Started, discovery, files, grpc,
     http::{self, ConnectionLimits},
+    metrics::CertificateExpiry,
     net::Listener,
     process,
 };
-use overfill_kv::Role;
 use overfill_proto::{FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES, v1};
 use tokio::{
     net::TcpListener,
@@ -27,6 +27,7 @@ use crate::{
     nodes::Nodes,
     openai,
     page::{self, PageRights},
+    refresh::{Open, Refresher},
 };
 
 /// Maximum time for the tasks that follow nodes to end at shutdown.
@@ -96,10 +97,12 @@ impl Router {
         let membership = Shutdown::new();
         let nodes = Nodes::follow(&config, &membership);
         if let Some(etcd) = config.etcd.clone() {
-            nodes.follow_members(discovery::follow(etcd, &membership), &membership);
+            let last_success = metrics.discovery_success.with_label_values(&["etcd"]);
+            nodes.follow_members(discovery::follow(etcd, &membership, last_success), &membership);
         }
         if let Some(dns) = config.dns.clone() {
-            nodes.follow_addresses(discovery::dns::follow(dns, &membership), &membership);
+            let last_success = metrics.discovery_success.with_label_values(&["dns"]);
+            nodes.follow_addresses(discovery::dns::follow(dns, &membership, last_success), &membership);
         }
         let core = Core::new(nodes, metrics.clone(), &config);
 
@@ -123,18 +126,22 @@ impl Router {
         let listener = Listener::new(grpc_listener, config.serve_tls.clone());
         let age = config.max_connection_age;
         let grpc_limits = ConnectionLimits { age, ..grpc::limits(config.max_connections) };
-        let grpc_server = http::serve(listener, routes, grpc_limits, shutdown.token().cancelled_owned());
+        let open = Open::default();
+        let stop = shutdown.token().cancelled_owned();
+        let grpc_server = http::serve(listener, routes, grpc_limits, open.grpc.clone(), stop);
 
         membership.spawn("history", follow_queue(core.clone(), membership.token()));
-        let mut app = openai::routes(core.clone(), config.max_body_bytes)
-            .merge(admin(core.clone(), metrics, config.itl_limit, &shutdown).routes());
+        let used = config.tls.iter().chain(&config.serve_tls).cloned().collect();
+        let expiry = CertificateExpiry::new(&metrics.registry, used, config.etcd.as_ref())?;
+        let refresher = Refresher { core: core.clone(), itl_limit: config.itl_limit, open: open.clone(), expiry };
+        let mut app = openai::routes(core.clone(), config.max_body_bytes).merge(admin(refresher, &shutdown).routes());
         if config.page {
             let rights = PageRights { drain_without_key: http_address.ip().is_loopback() };
             app = app.merge(page::routes(core.clone(), rights));
         }
         let http_limits = ConnectionLimits { age, ..ConnectionLimits::http(config.max_connections) };
-        let http_server =
-            http::serve(Listener::new(http, config.serve_tls), app, http_limits, shutdown.token().cancelled_owned());
+        let (listener, stop) = (Listener::new(http, config.serve_tls), shutdown.token().cancelled_owned());
+        let http_server = http::serve(listener, app, http_limits, open.http, stop);
         let servers = async { tokio::join!(grpc_server, http_server) };
         tokio::select! {
             _ = servers => {}
@@ -197,58 +204,18 @@ async fn follow_queue(core: Core, stop: CancellationToken) {
 }
 
 /// The admin routes (health and metrics), based on the router's state.
-fn admin(core: Core, metrics: Arc<Metrics>, itl_limit: Option<Duration>, shutdown: &Shutdown) -> Admin {
-    let (shutdown, catalog) = (shutdown.clone(), core.catalog.clone());
+fn admin(refresher: Refresher, shutdown: &Shutdown) -> Admin {
+    let (shutdown, catalog) = (shutdown.clone(), refresher.core.catalog.clone());
     let ready = move || {
         if shutdown.has_begun() {
             return Health::NotServing("shutting down".into());
         }
         catalog.missing().map_or(Health::Serving, Health::Waiting)
     };
-    let registry = metrics.registry.clone();
-    let refresh = move || refresh(&core, &metrics, itl_limit);
+    let registry = refresher.core.metrics.registry.clone();
     let admin = Admin::default();
-    admin.start(Started { registry, ready: Box::new(ready), refresh: Box::new(refresh) });
+    admin.start(Started { registry, ready: Box::new(ready), refresh: Box::new(move || refresher.refresh()) });
     admin
-}
-
-/// Sets the gauges to the current state.
-fn refresh(core: &Core, metrics: &Metrics, itl_limit: Option<Duration>) {
-    metrics.running.set(core.admission.running() as i64);
-    metrics.waiting.set((core.admission.waiting() + core.catalog.waiting()) as i64);
-    metrics.nodes.reset();
-    for status in core.nodes.statuses() {
-        let state = if status.is_healthy() { "up" } else { "down" };
-        // The pool of a node that has not joined yet is unknown.
-        let pool = status.node.as_ref().map_or("", |node| &node.info.pool);
-        metrics.nodes.with_label_values(&[status.role.as_str(), pool, state]).inc();
-    }
-    metrics.tenants.reset();
-    for (tenant, (running, waiting)) in core.admission.tenants() {
-        // Without a file of keys, clients choose names. They are not counted apart, so that the series stay few.
-        let tenant = if core.has_keys() { tenant.as_ref() } else { "" };
-        metrics.tenants.with_label_values(&[tenant, "running"]).add(running as i64);
-        metrics.tenants.with_label_values(&[tenant, "waiting"]).add(waiting as i64);
-    }
-    let limit_seconds = itl_limit.map(|limit| limit.as_secs_f64());
-    metrics.prefill_backlog.reset();
-    metrics.decode_load.reset();
-    for ((role, pool), work) in core.pool_work(limit_seconds) {
-        let gauge = match role {
-            Role::Prefill => &metrics.prefill_backlog,
-            Role::Decode => &metrics.decode_load,
-        };
-        gauge.with_label_values(&[pool.as_str(), "nodes"]).set(work.nodes);
-        gauge.with_label_values(&[pool.as_str(), "router"]).set(work.router);
-    }
-    metrics.without_nodes.reset();
-    for model in core.catalog.list() {
-        // Creates the series, so that it is exported with value 0.
-        metrics.without_nodes.with_label_values(&[&model.name]);
-    }
-    for (model, count) in core.waiting.without_nodes() {
-        metrics.without_nodes.with_label_values(&[&model]).set(count as i64);
-    }
 }
 
 /// Runs the router as a program and returns its exit code.

@@ -158,6 +158,11 @@ impl ApiKeys {
         Ok(Self { keys: Arc::new(Reloaded::new("API keys", vec![path.clone()], keys)), path })
     }
 
+    /// The names of all tenants.
+    pub fn names(&self) -> Vec<Arc<str>> {
+        self.keys.get(|before| read(&self.path, before)).iter().map(|known| known.tenant.name.clone()).collect()
+    }
+
     /// The tenant with this key. All keys are compared in constant time, so timing reveals nothing about them.
     pub fn tenant(&self, key: &str) -> Option<Arc<Tenant>> {
         let keys = self.keys.get(|before| read(&self.path, before));

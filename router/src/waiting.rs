@@ -13,6 +13,8 @@ use crate::request::Generation;
 /// What a sequence waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum WaitsFor {
+    /// The first nodes of its model, which is not known yet.
+    Model,
     /// Its turn: as many sequences of the model run as its nodes compute at once.
     Turn,
     /// Room on a node.
@@ -69,7 +71,7 @@ impl Waiting {
     /// Counts a request from now on that waits for the first nodes of a model. Its tokens are not known yet.
     pub fn begin_unknown(&self, model: &str) -> Waiter {
         let work = Work { sequences: 1, ..Work::default() };
-        self.count(model, work, WaitsFor::Node(Role::Prefill))
+        self.count(model, work, WaitsFor::Model)
     }
 
     fn count(&self, model: &str, work: Work, reason: WaitsFor) -> Waiter {
@@ -82,11 +84,18 @@ impl Waiting {
     pub fn without_nodes(&self) -> BTreeMap<String, u64> {
         let mut models = BTreeMap::new();
         for ((model, reason), work) in self.0.lock().iter() {
-            if matches!(reason, WaitsFor::Node(_)) {
+            if matches!(reason, WaitsFor::Model | WaitsFor::Node(_)) {
                 *models.entry(model.clone()).or_default() += work.sequences;
             }
         }
         models
+    }
+
+    /// Number of requests that wait for the first nodes of a model, by model.
+    pub fn without_model(&self) -> BTreeMap<String, u64> {
+        let counts = self.0.lock();
+        let waiting = counts.iter().filter(|((_, reason), _)| *reason == WaitsFor::Model);
+        waiting.map(|((model, _), work)| (model.clone(), work.sequences)).collect()
     }
 
     /// The work of a model's sequences that wait for `reason`.
@@ -165,6 +174,7 @@ mod tests {
         assert_eq!((of(WaitsFor::Turn).sequences, of(WaitsFor::Node(Role::Decode)).sequences), (1, 1));
         let unknown = (waiting.begin_unknown("m"), waiting.begin_unknown(""));
         assert_eq!(waiting.without_nodes(), [(String::new(), 1), ("m".to_owned(), 2)].into());
+        assert_eq!(waiting.without_model(), [(String::new(), 1), ("m".to_owned(), 1)].into());
         drop(unknown);
         waiters[0].found_nodes();
         waiters[1].found_nodes();

@@ -174,7 +174,7 @@ impl From<NodeLoad> for v1::NodeLoad {
 impl From<NodeStatus> for v1::ListedNode {
     fn from(status: NodeStatus) -> Self {
         let healthy = status.is_healthy();
-        let NodeStatus { url, role, node, error } = status;
+        let NodeStatus { url, role, node, error, pool: _, state: _ } = status;
         let info = match &node {
             Some(node) => (&node.info).into(),
             None => v1::NodeInfo { role: v1::Role::from(role).into(), ..Default::default() },

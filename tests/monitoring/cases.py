@@ -10,6 +10,8 @@ from rules import NAMESPACE, RELEASE
 MINUTES = 120
 # The change of a case, and the time at which alerts are looked at.
 CHANGE, LOOK = 60, 100
+# In seconds.
+MONTH = 30 * 86400
 
 ROUTER = 'component="router",pod="r"'
 PREFILL = 'component="prefill",pod="p",pool="main",model_name="demo-full"'
@@ -33,22 +35,30 @@ def counter(per_minute, then=None, change=CHANGE):
 
 def well():
     """The series of a cluster that is well and has work."""
-    series = {
+    states = [f'{ROUTER},role="{role}",pool="main",state="{state}"' for role in ("prefill", "decode")
+              for state in ("paused", "draining", "incompatible", "stalled", "down")]
+    series = {f"overfill_nodes{{{state}}}": gauge(0) for state in states}
+    series |= {f"process_start_time_seconds{{{process}}}": gauge(1) for process in (ROUTER, PREFILL, DECODE)}
+    series |= {
         f"up{{{ROUTER}}}": gauge(1),
         'up{component="prefill",pod="p"}': gauge(1),
         'up{component="decode",pod="d"}': gauge(1),
         'up{component="etcd",pod="e"}': gauge(1),
         f'overfill_nodes{{{ROUTER},role="prefill",pool="main",state="up"}}': gauge(2),
         f'overfill_nodes{{{ROUTER},role="decode",pool="main",state="up"}}': gauge(2),
-        f"vllm:num_requests_running{{{ROUTER}}}": gauge(8),
-        f"vllm:num_requests_waiting{{{ROUTER}}}": gauge(1),
+        f"vllm:num_requests_running{{{MODEL}}}": gauge(8),
+        f"vllm:num_requests_waiting{{{MODEL}}}": gauge(1),
+        f'vllm:num_requests_running{{{ROUTER},model_name=""}}': gauge(0),
+        f'vllm:num_requests_waiting{{{ROUTER},model_name=""}}': gauge(2),
+        f'overfill_discovery_last_success_timestamp_seconds{{{ROUTER},source="dns"}}': counter(60),
+        f'overfill_certificate_expiry_timestamp_seconds{{{ROUTER},file="tls.crt"}}': gauge(MONTH),
         f"vllm:generation_tokens_total{{{MODEL}}}": counter(10000),
         f"vllm:prompt_tokens_total{{{MODEL}}}": counter(10000),
         f"overfill_requests_without_nodes{{{MODEL}}}": gauge(0),
         f"overfill_migrations_total{{{MODEL}}}": counter(0),
         f'vllm:request_success_total{{{MODEL},finished_reason="length"}}': counter(100),
         f'vllm:request_success_total{{{MODEL},finished_reason="abort"}}': counter(5),
-        f'overfill_refused_requests_total{{{ROUTER},reason="queue_full"}}': counter(0),
+        f'overfill_refused_requests_total{{{MODEL},reason="queue_full"}}': counter(0),
         f'overfill_request_leg_seconds_bucket{{{MODEL},leg="queue",le="0.1"}}': counter(100),
         f'overfill_request_leg_seconds_bucket{{{MODEL},leg="queue",le="10"}}': counter(100),
         f'overfill_request_leg_seconds_bucket{{{MODEL},leg="queue",le="+Inf"}}': counter(100),
@@ -71,7 +81,8 @@ def well():
             f'overfill_kv_blocks{{{node},state="cached"}}': gauge(30),
             f'overfill_kv_blocks{{{node},state="free"}}': gauge(20),
             f"vllm:num_preemptions_total{{{node}}}": counter(0),
-            f"overfill_transfer_failures_total{{{node}}}": counter(0),
+            f'overfill_transfer_failures_total{{{node},reason="cancelled"}}': counter(20),
+            f'overfill_transfer_failures_total{{{node},reason="lost"}}': counter(0),
             f"overfill_transfer_seconds_count{{{node}}}": counter(100),
             f'overfill_transfer_exposed_seconds_bucket{{{node},le="0.1"}}': counter(100),
             f'overfill_transfer_exposed_seconds_bucket{{{node},le="2.5"}}': counter(100),
@@ -92,12 +103,12 @@ class Case:
     labels: dict = field(default_factory=dict)
 
 
-def down(role, count):
-    return {f'overfill_nodes{{{ROUTER},role="{role}",pool="main",state="down"}}': count}
+def nodes(role, state, count):
+    return {f'overfill_nodes{{{ROUTER},role="{role}",pool="main",state="{state}"}}': count}
 
 
 def refused(reason, then):
-    return {f'overfill_refused_requests_total{{{ROUTER},reason="{reason}"}}': counter(0, then)}
+    return {f'overfill_refused_requests_total{{{MODEL},reason="{reason}"}}': counter(0, then)}
 
 
 def ended(reason, then):
@@ -111,41 +122,55 @@ def late(metric, limit, total, within):
 
 
 MAIN = {"pool": "main"}
-NO_DECODE_UP = {f'overfill_nodes{{{ROUTER},role="decode",pool="main",state="up"}}': gauge(2, "_")}
+NO_DECODE_UP = nodes("decode", "up", gauge(2, 0))
+DISCOVERY = f'overfill_discovery_last_success_timestamp_seconds{{{ROUTER},source="dns"}}'
+EXPIRY = f'overfill_certificate_expiry_timestamp_seconds{{{ROUTER},file="tls.crt"}}'
 
 CASES = [
     Case("OverfillNoRouter", "critical",
-         fires={f"vllm:num_requests_running{{{ROUTER}}}": gauge(8, "_")},
-         quiet={f"vllm:num_requests_running{{{ROUTER}}}": gauge(8, 0)}, labels={"component": "router"}),
+         fires={f"vllm:num_requests_running{{{MODEL}}}": gauge(8, "_"),
+                f'vllm:num_requests_running{{{ROUTER},model_name=""}}': gauge(0, "_")},
+         quiet={f"vllm:num_requests_running{{{MODEL}}}": gauge(8, "_")}, labels={"component": "router"}),
     Case("OverfillProcessSilent", "warning",
          fires={'up{component="decode",pod="d"}': gauge(1, 0)},
          quiet={'up{component="decode",pod="d"}': gauge(1, "_")}, labels={"component": "decode", "pod": "d"}),
     Case("OverfillProcessRestarts", "warning",
-         fires={f"vllm:prompt_tokens_total{{{MODEL}}}": f"0+10000x80 0+10x5 0+10x{MINUTES}"},
-         quiet={f"vllm:prompt_tokens_total{{{MODEL}}}": f"0+10000x80 0+10x{MINUTES}"},
+         fires={f"process_start_time_seconds{{{ROUTER}}}": f"1x80 2x5 3x{MINUTES}"},
+         quiet={f"process_start_time_seconds{{{ROUTER}}}": f"1x80 2x{MINUTES}"},
          labels={"component": "router", "pod": "r"}),
-    Case("OverfillNoNodes", "critical", fires=down("decode", gauge(0, 2)) | NO_DECODE_UP, quiet=down("decode", gauge(0, 1)),
-         labels={"role": "decode"}),
-    Case("OverfillNodesDown", "warning", fires=down("prefill", gauge("_", 1)), quiet=down("prefill", gauge(0)),
+    Case("OverfillNoNodes", "critical", fires=nodes("decode", "down", gauge(0, 2)) | NO_DECODE_UP,
+         quiet=nodes("decode", "down", gauge(0, 1)), labels={"role": "decode"}),
+    # A pool that was scaled to zero has drained.
+    Case("OverfillNoNodes", "critical", fires=nodes("decode", "stalled", gauge(0, 2)) | NO_DECODE_UP,
+         quiet=nodes("decode", "draining", gauge(0, 2)) | NO_DECODE_UP, labels={"role": "decode"}),
+    Case("OverfillNodesDown", "warning", fires=nodes("prefill", "down", gauge("_", 1)), quiet=nodes("prefill", "draining", gauge(0, 1)),
          labels={"role": "prefill", **MAIN}),
+    Case("OverfillNodesIncompatible", "warning", fires=nodes("prefill", "incompatible", gauge(0, 1)),
+         quiet=nodes("prefill", "down", gauge(0, 1)), labels={"role": "prefill", **MAIN}),
     Case("OverfillNodeWithoutRouter", "warning", fires={f"overfill_routers{{{DECODE}}}": gauge(1, 0)},
          quiet={f"overfill_routers{{{DECODE}}}": gauge(1, 3)},
          labels={"component": "decode", "pod": "d", "model_name": "demo", **MAIN}),
     Case("OverfillRequestsWithoutNodes", "critical", fires={f"overfill_requests_without_nodes{{{MODEL}}}": gauge(0, 3)},
          quiet={f"overfill_requests_without_nodes{{{MODEL}}}": gauge(0, "3 3 3 0")}, labels={"model_name": "demo"}),
     Case("OverfillNoProgress", "critical", fires={f"vllm:generation_tokens_total{{{MODEL}}}": counter(10000, 0)},
-         quiet={f"vllm:generation_tokens_total{{{MODEL}}}": counter(10000, 0), f"vllm:num_requests_running{{{ROUTER}}}": gauge(8, 0)}),
+         quiet={f"vllm:generation_tokens_total{{{MODEL}}}": counter(10000, 0), f"vllm:num_requests_running{{{MODEL}}}": gauge(8, 0)},
+         labels={"model_name": "demo"}),
     Case("OverfillEngineStalled", "critical", fires={f"overfill_step_seconds_count{{{PREFILL}}}": counter(600, 0)},
          quiet={f"overfill_step_seconds_count{{{PREFILL}}}": counter(600, 0), f"vllm:num_requests_running{{{PREFILL}}}": gauge(4, 0)},
          labels={"component": "prefill", "pod": "p", "model_name": "demo-full", **MAIN}),
     Case("OverfillEtcdDown", "warning", fires={'up{component="etcd",pod="e"}': gauge(1, 0)},
          quiet={'up{component="etcd",pod="e"}': gauge(1, "_")}, labels={"component": "etcd", "pod": "e"}),
+    Case("OverfillDiscoveryFails", "warning", fires={DISCOVERY: counter(60, 0)}, quiet={DISCOVERY: "0+60x80 4800x3 5040+60x40"},
+         labels={"component": "router", "pod": "r", "source": "dns"}),
+    # 7 days are 604800 s.
+    Case("OverfillCertificateExpires", "warning", fires={EXPIRY: gauge(MONTH, 600_000)}, quiet={EXPIRY: gauge(MONTH, 700_000)},
+         labels={"component": "router", "file": "tls.crt"}),
     Case("OverfillQueueWait", "warning",
          fires={f'overfill_request_leg_seconds_bucket{{{MODEL},leg="queue",le="0.1"}}': counter(100, 10)},
          quiet={f'overfill_request_leg_seconds_bucket{{{MODEL},leg="queue",le="0.1"}}': counter(100, 95)},
          labels={"model_name": "demo"}),
-    Case("OverfillQueueGrows", "warning", fires={f"vllm:num_requests_waiting{{{ROUTER}}}": gauge(1, 9)},
-         quiet={f"vllm:num_requests_waiting{{{ROUTER}}}": gauge(1, 8)}),
+    Case("OverfillQueueGrows", "warning", fires={f"vllm:num_requests_waiting{{{MODEL}}}": gauge(1, 9)},
+         quiet={f"vllm:num_requests_waiting{{{MODEL}}}": gauge(1, 8)}, labels={"model_name": "demo"}),
     Case("OverfillRefusals", "warning", fires=refused("queue_full", 10), quiet=refused("queue_full", 4)),
     Case("OverfillErrors", "critical", fires=ended("error", 2), quiet=refused("queue_full", 50)),
     Case("OverfillErrors", "critical", fires=refused("internal", 2), quiet=refused("unknown_model", 50)),
@@ -178,8 +203,8 @@ CASES = [
          quiet={f'overfill_kv_blocks{{{DECODE},state="cached"}}': gauge(30, 950)}, labels={"component": "decode", **MAIN}),
     Case("OverfillPreemptions", "warning", fires={f"vllm:num_preemptions_total{{{DECODE}}}": counter(0, 10)},
          quiet={f"vllm:num_preemptions_total{{{DECODE}}}": counter(0, 3)}, labels={"component": "decode", **MAIN}),
-    Case("OverfillHandoffsFail", "warning", fires={f"overfill_transfer_failures_total{{{DECODE}}}": counter(0, 5)},
-         quiet={f"overfill_transfer_failures_total{{{DECODE}}}": counter(0, 1)}, labels={"component": "decode", **MAIN}),
+    Case("OverfillHandoffsFail", "warning", fires={f'overfill_transfer_failures_total{{{DECODE},reason="lost"}}': counter(0, 5)},
+         quiet={f'overfill_transfer_failures_total{{{DECODE},reason="lost"}}': counter(0, 1)}, labels={"component": "decode", **MAIN}),
     Case("OverfillHandoffsSlow", "warning",
          fires={f'overfill_transfer_exposed_seconds_bucket{{{DECODE},le="0.1"}}': counter(100, 80)},
          quiet={f'overfill_transfer_exposed_seconds_bucket{{{DECODE},le="0.1"}}': counter(100, 98)},

@@ -83,7 +83,7 @@ class Cluster:
     """The demo pair. The router's queue and the KV of one decode pool are small, so that they can be filled."""
 
     def __init__(self, folder):
-        ports = free_ports(14)
+        ports = free_ports(15)
         node = ["--weights", "f32", "--kv-dtype", "f32"]
         self.processes = []
         urls = {"prefill": [], "decode": []}
@@ -99,10 +99,12 @@ class Cluster:
                 pool = "large" if role == "decode" and number else "main"
                 more += ["--pool", pool]
                 self.processes.append(Process(f"blue-{role}-{pool}-{number}", role, node + more, admin, folder))
-        http, grpc = ports
+        http, grpc, etcd = ports
         self.url = f"http://127.0.0.1:{http}"
         router = ["--http", f"127.0.0.1:{http}", "--grpc", f"127.0.0.1:{grpc}", "--max-waiting", "100",
-                  "--max-queue-seconds", "20", "--node-timeout-seconds", "3"]
+                  "--max-queue-seconds", "20", "--node-timeout-seconds", "3",
+                  # Nobody listens there.
+                  "--etcd-url", f"https://127.0.0.1:{etcd}", "--etcd-ca", pathlib.Path(__file__).parent / "expired.pem"]
         for role, addresses in urls.items():
             router += [f"--{role}-url", ",".join(addresses)]
         self.router = Process("blue-router-0", "router", router, http, folder)

@@ -73,7 +73,7 @@ def work(metric):
 
 
 def nodes_up(role):
-    return f'max by (pool) (overfill_nodes{{{S},role="{role}",state="up"}})'
+    return f'(max by (pool) (overfill_nodes{{{S},role="{role}",state="up"}}) > 0)'
 
 
 CLUSTER = Dashboard(
@@ -88,9 +88,9 @@ CLUSTER = Dashboard(
                   "Prefill nodes that get requests.", kind="stat", width=3),
             Panel("Decode nodes", {"": f'sum(max by (pool) (overfill_nodes{{{S},role="decode",state="up"}}))'},
                   "Decode nodes that get requests.", kind="stat", width=3),
-            Panel("Running", {"": f'sum(vllm:num_requests_running{{{S},component="router"}})'},
+            Panel("Running", {"": f"sum(vllm:num_requests_running{{{ROUTER}}})"},
                   "Sequences on the nodes.", kind="stat", width=3),
-            Panel("Waiting", {"": f'sum(vllm:num_requests_waiting{{{S},component="router"}})'},
+            Panel("Waiting", {"": f"sum(vllm:num_requests_waiting{{{ROUTER}}})"},
                   "Sequences that wait in the routers.", kind="stat", width=3),
             Panel("TTFT p95", percentiles("vllm:time_to_first_token_seconds", ROUTER, quantiles=(0.95,)),
                   "Time from arrival to the first token.", unit="s", kind="stat", width=3),
@@ -104,8 +104,8 @@ CLUSTER = Dashboard(
                   "Sequences that ended per second. abort: the client left.", unit="reqps", stacked=True),
             Panel("Tokens", {"prompt": rate("vllm:prompt_tokens_total", ROUTER),
                              "generated": rate("vllm:generation_tokens_total", ROUTER)}, "Tokens per second."),
-            Panel("Running and waiting", {"running": f'sum(vllm:num_requests_running{{{S},component="router"}})',
-                                          "waiting": f'sum(vllm:num_requests_waiting{{{S},component="router"}})'},
+            Panel("Running and waiting", {"running": f"sum(vllm:num_requests_running{{{ROUTER}}})",
+                                          "waiting": f"sum(vllm:num_requests_waiting{{{ROUTER}}})"},
                   "Sequences on the nodes, and sequences that wait in the routers."),
         ]),
         Row("Latency", [
@@ -129,12 +129,13 @@ CLUSTER = Dashboard(
             Panel("Without nodes", {"{{model_name}}": f"sum by (model_name) (overfill_requests_without_nodes{{{S}}})"},
                   "Requests that wait because no node serves their model. The empty name stands for all unknown models.",
                   width=6),
-            Panel("Refusals by reason", {"{{reason}}": rate("overfill_refused_requests_total", S, "reason")},
-                  "Requests answered with an error before their first token.", unit="reqps", width=6, stacked=True),
+            Panel("Refusals by reason", {"{{reason}}": rate("overfill_refused_requests_total", ROUTER, "reason")},
+                  "Requests answered with an error before their first token. Those of unknown models have no model.", unit="reqps",
+                  width=6, stacked=True),
         ]),
         Row("Nodes and work", [
-            Panel("Nodes by state", {"{{role}} {{pool}} {{state}}": f"max by (role, pool, state) (overfill_nodes{{{S}}})"},
-                  "Nodes that the routers know. down: it gets no requests.", width=6),
+            Panel("Nodes by state", {"{{role}} {{pool}} {{state}}": f"max by (role, pool, state) (overfill_nodes{{{S}}}) > 0"},
+                  "Nodes that the routers know. up: it gets requests. docs/metrics.md explains the other states.", width=6),
             Panel("Prefill backlog per node", {"{{pool}}": f"({work('overfill_prefill_backlog_seconds')}) / {nodes_up('prefill')}"},
                   "Seconds that the pool needs for all queued prompts. An autoscaler holds this at its target.", unit="s",
                   width=6),
@@ -149,6 +150,19 @@ CLUSTER = Dashboard(
             Panel("Alerts", {"{{alertname}} {{severity}}":
                              f'count by (alertname, severity) (ALERTS{{{S},alertstate="firing"}})'},
                   "Alerts that fire, if this Prometheus evaluates the rules of the chart.", width=12),
+        ]),
+        Row("Processes", [
+            Panel("Versions", {"{{component}} {{version}}": f"count by (component, version) (overfill_build_info{{{S}}})"},
+                  "Processes of each version."),
+            Panel("CPU", {"{{pod}}": rate("process_cpu_seconds_total", S, "pod")}, "Cores that each process uses."),
+            Panel("Memory", {"{{pod}}": f"sum by (pod) (process_resident_memory_bytes{{{S}}})"},
+                  "Resident memory of each process. Mapped model files count while they are in memory.", unit="bytes"),
+            Panel("Connections", {"{{pod}} {{port}}": f"sum by (pod, port) (overfill_open_connections{{{S}}})"},
+                  "Open connections of clients to each router.", width=8),
+            Panel("Since discovery", {"{{pod}} {{source}}": f"time() - max by (pod, source) (overfill_discovery_last_success_timestamp_seconds{{{S}}})"},
+                  "Time since etcd or DNS last answered.", unit="s", width=8),
+            Panel("Until certificates expire", {"{{component}} {{file}}": f"min by (component, file) (overfill_certificate_expiry_timestamp_seconds{{{S}}}) - time()"},
+                  "Time until the first certificate of each file expires.", unit="s", width=8),
         ]),
     ],
 )
@@ -203,7 +217,10 @@ def pool_dashboard(role, extra):
             Panel("Rate of a transfer", {"{{pool}}": f"{rate('overfill_transfer_bytes_total', here, 'pool')} / {rate('overfill_transfer_seconds_sum', here, 'pool')}"},
                   "KV bytes per second of transfer time. It includes waiting for layers that are being computed.", unit="Bps", width=6),
             Panel("Open", {"{{pod}}": f"sum by (pod) (overfill_open_handoffs{{{here}}})"}, "Handoffs between reservation and end.", width=6),
-            Panel("Failed", {"{{pod}}": rate("overfill_transfer_failures_total", here, "pod")}, "Failed handoffs per second.", unit="reqps", width=6),
+            Panel("Failed", {"{{pod}}": rate("overfill_transfer_failures_total", here + ',reason!="cancelled"', "pod")},
+                  "Failed handoffs per second, without those whose request ended first.", unit="reqps", width=6),
+            Panel("Failed by reason", {"{{reason}}": rate("overfill_transfer_failures_total", here, "reason")},
+                  "Failed handoffs per second. cancelled: the request ended first.", unit="reqps", width=6),
             Panel("Stranded", {"{{pod}}": f"sum by (pod) (overfill_stranded_bytes{{{here}}})"},
                   "KV held for handoffs whose request has ended. It must fall to 0 within seconds.", unit="bytes", width=6),
             Panel("Routers", {"{{pod}}": f"min by (pod) (overfill_routers{{{here}}})"}, "Routers connected to each node.", width=6),

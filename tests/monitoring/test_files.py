@@ -16,8 +16,8 @@ import rules
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 LABELS = 'namespace="$namespace",release="$release"'
 # Words in PromQL that are no metrics.
-WORDS = {"sum", "max", "min", "avg", "count", "by", "on", "unless", "and", "or", "rate", "increase", "resets", "absent", "group_left",
-         "histogram_quantile"}
+WORDS = {"sum", "max", "min", "avg", "count", "by", "on", "unless", "and", "or", "rate", "increase", "changes", "absent", "group_left",
+         "histogram_quantile", "time"}
 
 
 def test_dashboards_are_up_to_date():

@@ -15,11 +15,10 @@ from prometheus import WINDOW, Prometheus, autoscaler_queries
 # Alerts that these tests don't cause.
 NOT_CAUSED = {
     "OverfillEngineStalled": "a signal stops a whole process, and never its engine alone",
+    "OverfillNodesIncompatible": "all nodes serve the demo pair",
 }
-# Panels that are empty while all is well.
-EMPTY_WHEN_WELL = {
-    "Refusals by reason": "no request has been refused",
-}
+# The router's etcd never answers, and the certificate of its CA has expired.
+ALWAYS = {"OverfillEtcdDown", "OverfillDiscoveryFails", "OverfillCertificateExpires"}
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +48,14 @@ def empty_panels(prometheus):
 
 def test_panels_show_data_and_no_alert_is_active_while_all_is_well(cluster, prometheus):
     cluster.load("--concurrency", "2", "--prompt-tokens", "100", "--output-tokens", "60")
-    empty = lambda: [each for each in empty_panels(prometheus) if each[1] not in EMPTY_WHEN_WELL]
-    until(lambda: f"no data: {empty()}", lambda: not empty())
+    until(lambda: f"no data: {empty_panels(prometheus)}", lambda: not empty_panels(prometheus))
     for name in rules.recorded():
         until(f"{name} is recorded", lambda: prometheus.query(name))
     for query in autoscaler_queries():
         until(f"no data for an autoscaler: {query}", lambda: prometheus.query(query))
-    prometheus.wait_for("OverfillEtcdDown")
+    prometheus.wait_for(*ALWAYS)
     # Alerts of the time before the first scrape end.
-    until(lambda: f"only etcd is down, but {prometheus.active()}", lambda: prometheus.active() == {"OverfillEtcdDown"})
+    until(lambda: f"only etcd is down, but {prometheus.active()}", lambda: prometheus.active() == ALWAYS)
     for each in rules.queries(WINDOW, release="green"):
         assert not prometheus.query(each[2]), f"data of another release: {each}"
 
@@ -76,7 +74,6 @@ def test_clients_that_leave_or_ask_for_what_is_not_there(cluster, prometheus):
         prometheus.wait_for("OverfillClientErrors")
     with Clients(leave):
         prometheus.wait_for("OverfillClientsLeave")
-    assert not {panel for _, panel, _ in empty_panels(prometheus)} & set(EMPTY_WHEN_WELL)
 
 
 def test_overload(cluster, prometheus):
@@ -120,17 +117,14 @@ def test_long_prompts_and_broken_handoffs(cluster, prometheus):
 
 
 def test_a_router_that_restarts(cluster, prometheus):
-    read = lambda: [value for _, value in prometheus.query('vllm:prompt_tokens_total{component="router"}')]
-    # Prometheus sees that a counter began again if it is lower than before.
-    for requests in (2, 1):
+    read = lambda: [value for _, value in prometheus.query('process_start_time_seconds{component="router"}')]
+    for _ in range(2):
         before = read()
         cluster.router.kill()
         prometheus.wait_for("OverfillNoRouter", "OverfillNodeWithoutRouter")
         cluster.router.start()
         until("the router serves", lambda: cluster.router.answers("/health"))
-        for _ in range(requests):
-            get(f"{cluster.url}/v1/completions", {"model": "demo", "prompt": "kim : molde ,", "max_tokens": 4})
-        until("the new router is scraped", lambda: read() and read() < before)
+        until("the new router is scraped", lambda: read() and read() > before)
     prometheus.wait_for("OverfillProcessRestarts")
 
 

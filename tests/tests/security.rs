@@ -111,6 +111,12 @@ async fn with_tls_and_keys_only_those_who_may_are_served() -> Result<()> {
     }
     let live = secured.https("GET /live HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n").await?;
     ensure!(live.starts_with("HTTP/1.1 200"), "{live}");
+    let metrics = secured.https("GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n").await?;
+    for name in ["ca.pem", "cert.pem"] {
+        let path = secured.file(name);
+        let series = format!("overfill_certificate_expiry_timestamp_seconds{{file=\"{}\"}} ", path.display());
+        ensure!(metrics.contains(&series), "{series}: {metrics}");
+    }
 
     let output = secured.overfill(&["generate", "--max-tokens", "3", "hello"], true)?;
     ensure!(output.status.success(), "{output:?}");

@@ -22,7 +22,10 @@ pub mod tcp;
 use std::time::Duration;
 
 pub use memory::MemoryStore;
-use overfill_kv::{TransferStats, handoff::Failure};
+use overfill_kv::{
+    TransferStats,
+    handoff::{Failure, RefuseReason},
+};
 pub use plan::SendPlan;
 pub use receiver::{IncomingHandoff, KvReceiver};
 pub use reservations::Reservation;
@@ -73,6 +76,41 @@ pub struct Committed {
     pub stats: TransferStats,
 }
 
+/// Why a handoff failed, for metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureReason {
+    /// The request ended first.
+    Cancelled,
+    /// The connection could not be opened or broke, or the other process ended.
+    Lost,
+    /// The other side was silent for too long, or the deadline passed.
+    Timeout,
+    /// The receiver did not take the handoff.
+    Refused,
+    /// KV or frames arrived damaged or incomplete.
+    Damaged,
+    /// A fault of this program.
+    Internal,
+}
+
+impl FailureReason {
+    /// Every reason.
+    pub const ALL: [Self; 6] =
+        [Self::Cancelled, Self::Lost, Self::Timeout, Self::Refused, Self::Damaged, Self::Internal];
+
+    /// Name of the reason in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Cancelled => "cancelled",
+            Self::Lost => "lost",
+            Self::Timeout => "timeout",
+            Self::Refused => "refused",
+            Self::Damaged => "damaged",
+            Self::Internal => "internal",
+        }
+    }
+}
+
 /// Why a handoff failed.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum HandoffError {
@@ -97,4 +135,26 @@ pub enum HandoffError {
         /// The value given.
         value: String,
     },
+}
+
+impl HandoffError {
+    /// The reason for metrics.
+    pub fn reason(&self) -> FailureReason {
+        match self {
+            Self::Failed(Failure::Cancelled) => FailureReason::Cancelled,
+            Self::Failed(Failure::Lost) | Self::Connection { .. } => FailureReason::Lost,
+            Self::Failed(Failure::Deadline | Failure::Idle) => FailureReason::Timeout,
+            Self::Failed(Failure::Rejected(reason) | Failure::Refused(reason)) => match reason {
+                RefuseReason::Cancelled => FailureReason::Cancelled,
+                RefuseReason::Deadline => FailureReason::Timeout,
+                RefuseReason::Checksum | RefuseReason::Incomplete | RefuseReason::Protocol => FailureReason::Damaged,
+                RefuseReason::Ticket
+                | RefuseReason::Schema
+                | RefuseReason::Range
+                | RefuseReason::Busy
+                | RefuseReason::Store => FailureReason::Refused,
+            },
+            Self::Failed(Failure::Plan(_)) | Self::Plan { .. } => FailureReason::Internal,
+        }
+    }
 }

@@ -4,7 +4,7 @@ use std::{fmt, fs, path::PathBuf, time::Duration};
 
 use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
 
-use crate::ConfigError;
+use crate::{ConfigError, tls};
 
 /// Time limit for connecting to one etcd member.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -72,6 +72,8 @@ struct Tls {
     ca: Vec<u8>,
     /// Client certificate and private key, PEM.
     own: Option<(Vec<u8>, Vec<u8>)>,
+    /// When the first certificate of each file expires, in seconds since 1970.
+    expiries: Vec<(PathBuf, i64)>,
 }
 
 impl fmt::Debug for Tls {
@@ -114,6 +116,7 @@ impl EtcdArgs {
                 .inspect_err(|e| faults.push(ConfigError::new(flag, limit, format!("{}: {e}", path.display()))))
                 .ok()
         };
+        let paths = [etcd_ca.clone(), etcd_cert.clone()];
         let password = read("etcd-password-file", etcd_password_file);
         let (ca, cert, key) = (read("etcd-ca", etcd_ca), read("etcd-cert", etcd_cert), read("etcd-key", etcd_key));
         let login = match (etcd_user, password) {
@@ -136,12 +139,14 @@ impl EtcdArgs {
         if urls.is_empty() || faults.len() > before {
             return None;
         }
+        let certs = paths.into_iter().zip([&ca, &cert]);
+        let expiries = certs.filter_map(|(path, pem)| Some((path?, tls::pem_expiry(pem.as_ref()?)?))).collect();
         Some(EtcdConfig {
             urls,
             prefix: etcd_prefix,
             lease: Duration::from_secs(etcd_lease_seconds.into()),
             login,
-            tls: ca.map(|ca| Tls { ca, own: cert.zip(key) }),
+            tls: ca.map(|ca| Tls { ca, own: cert.zip(key), expiries }),
         })
     }
 }
@@ -150,6 +155,11 @@ impl EtcdConfig {
     /// Prefix of the keys of all nodes.
     pub(super) fn nodes_prefix(&self) -> String {
         format!("{}/nodes/", self.prefix)
+    }
+
+    /// When the first certificate of each file expires, in seconds since 1970.
+    pub fn expiries(&self) -> &[(PathBuf, i64)] {
+        self.tls.as_ref().map_or(&[], |tls| &tls.expiries)
     }
 
     pub(super) fn connect_options(&self) -> ConnectOptions {
@@ -162,7 +172,7 @@ impl EtcdConfig {
         if let Some(Login { user, password }) = &self.login {
             options = options.with_user(user, password);
         }
-        if let Some(Tls { ca, own }) = &self.tls {
+        if let Some(Tls { ca, own, expiries: _ }) = &self.tls {
             let mut tls = TlsOptions::new().ca_certificate(Certificate::from_pem(ca));
             if let Some((cert, key)) = own {
                 tls = tls.identity(Identity::from_pem(cert, key));

@@ -9,13 +9,14 @@ use std::{
 
 use dns_lookup::{AddrInfoHints, LookupErrorKind, SockType};
 use overfill_kv::Role;
+use prometheus::IntGauge;
 use tokio::{
     sync::watch,
     time::{MissedTickBehavior, interval, timeout},
 };
 use tracing::{info, warn};
 
-use crate::{ConfigError, Shutdown};
+use crate::{ConfigError, Shutdown, metrics::unix_seconds};
 
 /// Time limit of one lookup. The system's resolver usually gives up earlier.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -107,13 +108,19 @@ pub enum LookupError {
 /// Looks up the names at every interval, until the shutdown begins.
 ///
 /// A name without addresses has no nodes. While its lookup fails, its last known addresses stay in the channel.
-pub fn follow(config: DnsConfig, shutdown: &Shutdown) -> watch::Receiver<Addresses> {
-    follow_with(config, shutdown, Arc::new(system_lookup))
+/// `last_success` is set to the current time when all names were looked up.
+pub fn follow(config: DnsConfig, shutdown: &Shutdown, last_success: IntGauge) -> watch::Receiver<Addresses> {
+    follow_with(config, shutdown, Arc::new(system_lookup), last_success)
 }
 
 type Lookup = Arc<dyn Fn(&DnsName) -> Result<BTreeSet<SocketAddr>, LookupError> + Send + Sync>;
 
-fn follow_with(config: DnsConfig, shutdown: &Shutdown, lookup: Lookup) -> watch::Receiver<Addresses> {
+fn follow_with(
+    config: DnsConfig,
+    shutdown: &Shutdown,
+    lookup: Lookup,
+    last_success: IntGauge,
+) -> watch::Receiver<Addresses> {
     let (sender, receiver) = watch::channel(Addresses::new());
     let token = shutdown.token();
     let following = async move {
@@ -129,6 +136,9 @@ fn follow_with(config: DnsConfig, shutdown: &Shutdown, lookup: Lookup) -> watch:
                 if let Some(known) = known.get_mut(&name) {
                     known.update(&name, result);
                 }
+            }
+            if known.values().all(|known| !known.failing) {
+                last_success.set(unix_seconds());
             }
             let of = |(name, known): (&DnsName, &Known)| -> Vec<_> {
                 known.addresses.iter().map(|address| (*address, name.role)).collect()
@@ -241,14 +251,19 @@ mod tests {
         });
         let config = args("http://p:1", "").validate("http", &mut Vec::new()).unwrap();
         let shutdown = Shutdown::new();
-        let mut addresses = follow_with(config, &shutdown, lookup);
+        let last_success = IntGauge::new("last", "last").unwrap();
+        let mut addresses = follow_with(config, &shutdown, lookup, last_success.clone());
         addresses.changed().await.unwrap();
+        assert!(last_success.get() > 0);
         assert_eq!(addresses.borrow_and_update().len(), 2);
         *answer.lock() = Err(false);
+        last_success.set(0);
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert!(!addresses.has_changed().unwrap());
+        assert_eq!(last_success.get(), 0);
         *answer.lock() = Err(true);
         addresses.changed().await.unwrap();
+        assert!(last_success.get() > 0);
         assert!(addresses.borrow_and_update().is_empty());
         *answer.lock() = Ok(vec!["10.0.0.3:1"]);
         addresses.changed().await.unwrap();

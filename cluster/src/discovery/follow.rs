@@ -1,26 +1,30 @@
 //! Router side of discovery: watches the registered nodes.
 
-use std::convert::Infallible;
+use std::{convert::Infallible, time::Duration};
 
 use etcd_client::{EventType, GetOptions, KeyValue, WatchOptions};
-use tokio::sync::watch;
+use prometheus::IntGauge;
+use tokio::{sync::watch, time::interval};
 use tracing::{info, warn};
 
 use super::{
     EtcdConfig, Members, Registration,
     client::{EtcdError, Retry, call, connect},
 };
-use crate::Shutdown;
+use crate::{Shutdown, metrics::unix_seconds};
+
+/// Interval at which a watch that stands counts as a success.
+const SIGN_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Watches the registered nodes until the shutdown begins. While etcd is unreachable, the last known nodes stay in the
-/// channel.
-pub fn follow(config: EtcdConfig, shutdown: &Shutdown) -> watch::Receiver<Members> {
+/// channel. `last_success` is set to the current time while the watch stands.
+pub fn follow(config: EtcdConfig, shutdown: &Shutdown, last_success: IntGauge) -> watch::Receiver<Members> {
     let (members, receiver) = watch::channel(Members::new());
     let token = shutdown.token();
     let followed = async move {
         let mut retry = Retry::new();
         loop {
-            let Err(error) = Box::pin(follow_once(&config, &members, &mut retry)).await;
+            let Err(error) = Box::pin(follow_once(&config, &members, &mut retry, &last_success)).await;
             retry.failed("following the nodes in etcd", &error).await;
         }
     };
@@ -38,6 +42,7 @@ async fn follow_once(
     config: &EtcdConfig,
     members: &watch::Sender<Members>,
     retry: &mut Retry,
+    last_success: &IntGauge,
 ) -> Result<Infallible, EtcdError> {
     let mut client = connect(config).await?;
     let prefix = config.nodes_prefix();
@@ -54,9 +59,16 @@ async fn follow_once(
         }
     });
     retry.succeeded();
+    let mut turn = interval(SIGN_INTERVAL);
     loop {
         // No time limit: there may be no change for days. HTTP/2 pings detect a dead connection.
-        let change = changes.message().await?.ok_or(EtcdError::Ended("watching nodes"))?;
+        let change = tokio::select! {
+            change = changes.message() => change?.ok_or(EtcdError::Ended("watching nodes"))?,
+            _ = turn.tick() => {
+                last_success.set(unix_seconds());
+                continue;
+            }
+        };
         if change.canceled() {
             return Err(EtcdError::Cancelled(change.cancel_reason().to_owned()));
         }

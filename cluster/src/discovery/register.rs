@@ -4,6 +4,7 @@
 use std::convert::Infallible;
 
 use etcd_client::{Client, PutOptions};
+use prometheus::IntGauge;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
@@ -12,13 +13,15 @@ use super::{
     EtcdConfig, Registration,
     client::{CALL_TIMEOUT, EtcdError, Retry, call, connect},
 };
+use crate::metrics::unix_seconds;
 
 /// Keep-alives sent per lease period. The lease survives two lost ones.
 const SIGNS_PER_LEASE: u32 = 3;
 
 /// Keeps the node registered until `stop` is cancelled, then revokes the lease, which deletes the registration at once.
-pub async fn register(config: EtcdConfig, registration: Registration, stop: CancellationToken) {
-    let mut registrar = Registrar { config, registration, held: None, retry: Retry::new() };
+/// Sets `last_success` to the current time whenever etcd has confirmed the registration.
+pub async fn register(config: EtcdConfig, registration: Registration, stop: CancellationToken, last_success: IntGauge) {
+    let mut registrar = Registrar { config, registration, held: None, retry: Retry::new(), last_success };
     let kept = async {
         loop {
             let Err(error) = Box::pin(registrar.keep()).await;
@@ -41,6 +44,7 @@ struct Registrar {
     /// The last lease granted, and the client to revoke it with.
     held: Option<(Client, i64)>,
     retry: Retry,
+    last_success: IntGauge,
 }
 
 impl Registrar {
@@ -49,7 +53,7 @@ impl Registrar {
     /// Every attempt is granted a new lease, and the key moves to it. So the expiry of an older lease does not delete
     /// the key.
     async fn keep(&mut self) -> Result<Infallible, EtcdError> {
-        let Self { config, registration, held, retry } = self;
+        let Self { config, registration, held, retry, last_success } = self;
         let mut client = connect(config).await?;
         let lease = call("asking for a lease", client.lease_grant(config.lease.as_secs() as i64, None)).await?.id();
         *held = Some((client.clone(), lease));
@@ -60,6 +64,7 @@ impl Registrar {
         info!(key = registration.key(config), "registered in etcd");
         retry.succeeded();
         loop {
+            last_success.set(unix_seconds());
             sleep(config.lease / SIGNS_PER_LEASE).await;
             call("keeping the lease", keeper.keep_alive()).await?;
             let answer = call("keeping the lease", answers.message()).await?;

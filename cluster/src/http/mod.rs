@@ -8,7 +8,17 @@ mod places;
 #[cfg(test)]
 mod tests;
 
-use std::{convert::Infallible, future::Future, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    future::Future,
+    net::SocketAddr,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use axum::{Router, body::Body};
 use hyper::{Request, body::Incoming, service::service_fn};
@@ -98,16 +108,43 @@ impl ConnectionLimits {
     }
 }
 
+/// Number of a server's open connections. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct OpenConnections(Arc<AtomicUsize>);
+
+impl OpenConnections {
+    /// Connections that are open now, also those that are in their handshake.
+    pub fn get(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Counts a connection until the guard is dropped.
+    fn count(&self) -> OpenConnection {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        OpenConnection(self.clone())
+    }
+}
+
+struct OpenConnection(OpenConnections);
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Request extension, present while more connections have requests in progress than [`ConnectionLimits::connections`].
 /// Handlers must then refuse the request, unless it costs next to nothing, such as a probe.
 #[derive(Clone, Copy, Debug)]
 pub struct Crowded;
 
-/// Serves `routes` until `stop` resolves and the requests in progress have ended. Dropping the future cancels them.
+/// Serves `routes` until `stop` resolves and the requests in progress have ended. Dropping the future cancels them. `open`
+/// counts the connections.
 pub async fn serve(
     mut listener: impl Listen<Connection = Box<dyn Connection>>,
     routes: Router,
     limits: ConnectionLimits,
+    open: OpenConnections,
     stop: impl Future<Output = ()>,
 ) {
     let stopping = CancellationToken::new();
@@ -128,7 +165,11 @@ pub async fn serve(
             accepted = listener.accept(), if connections.len() < max_tasks => match accepted {
                 Ok((opening, peer)) => {
                     if let Some(place) = places.enter() {
-                        connections.spawn(server.clone().connection(opening, peer, place));
+                        let (counted, connection) = (open.count(), server.clone().connection(opening, peer, place));
+                        connections.spawn(async move {
+                            let _counted = counted;
+                            connection.await;
+                        });
                     }
                 }
                 Err(error) => {

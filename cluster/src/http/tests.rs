@@ -29,6 +29,7 @@ struct Rig {
     open: watch::Sender<bool>,
     stop: CancellationToken,
     serving: JoinHandle<()>,
+    connections: OpenConnections,
 }
 
 async fn start(limits: ConnectionLimits) -> Rig {
@@ -56,8 +57,10 @@ async fn start(limits: ConnectionLimits) -> Rig {
             }),
         );
     let stop = CancellationToken::new();
-    let serving = serve(Listener::new(listener, None), routes, limits, stop.clone().cancelled_owned());
-    Rig { address, open, stop, serving: tokio::spawn(serving) }
+    let connections = OpenConnections::default();
+    let stopped = stop.clone().cancelled_owned();
+    let serving = serve(Listener::new(listener, None), routes, limits, connections.clone(), stopped);
+    Rig { address, open, stop, serving: tokio::spawn(serving), connections }
 }
 
 impl Rig {
@@ -159,6 +162,7 @@ async fn who_has_a_request_stays_and_the_rest_are_told() {
             break;
         }
     }
+    assert_eq!(rig.connections.get(), 3);
     rig.open.send_replace(true);
     until(&mut one, "held").await;
     until(&mut two, "held").await;
@@ -184,6 +188,7 @@ async fn a_shutdown_waits_for_answers_alone() {
     rig.open.send_replace(true);
     assert!(rest(&mut held).await.ends_with("held"));
     timeout(PATIENCE, &mut rig.serving).await.expect("it does not end").unwrap();
+    assert_eq!(rig.connections.get(), 0);
 }
 
 #[tokio::test]

@@ -211,7 +211,7 @@ impl SimulatedNode {
         let routes = routes.add_service(v1::node_server::NodeServer::new(node::Service(state.clone())));
         let stop = state.stop.clone().cancelled_owned();
         let (listener, limits) = (Listener::new(listener, None), grpc::limits(NODE_CONNECTIONS));
-        tokio::spawn(http::serve(listener, routes.into_axum_router(), limits, stop));
+        tokio::spawn(http::serve(listener, routes.into_axum_router(), limits, http::OpenConnections::default(), stop));
         Ok(Self { url, state })
     }
 

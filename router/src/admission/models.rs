@@ -53,6 +53,12 @@ impl Admission {
         self.models.lock().values().map(ModelAdmission::waiting).sum()
     }
 
+    /// Numbers of running and waiting sequences by model.
+    pub fn by_model(&self) -> BTreeMap<String, (usize, usize)> {
+        let models = self.models.lock();
+        models.iter().map(|(name, model)| (name.clone(), (model.running(), model.waiting()))).collect()
+    }
+
     /// Numbers of running and waiting sequences by tenant, over all models.
     pub fn tenants(&self) -> BTreeMap<Arc<str>, (usize, usize)> {
         let mut all = BTreeMap::new();

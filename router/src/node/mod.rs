@@ -1,6 +1,7 @@
 //! The router's state of one node ([`Node`]) and of all nodes ([`View`]).
 
 mod info;
+mod state;
 mod view;
 
 use std::sync::{
@@ -18,6 +19,7 @@ use tonic::transport::Channel;
 
 pub use self::{
     info::{NodeInfo, NodeLoad},
+    state::NodeState,
     view::{ServedModel, View},
 };
 use crate::{breaker::Breaker, pick};

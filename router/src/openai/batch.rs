@@ -10,11 +10,12 @@ use overfill_kv::{OutputToken, SamplingParams, sampling::MAX_STOP_TOKENS};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::fields::Common;
+use super::{error::ApiError, fields::Common};
 use crate::{
     GenerateError,
     generate::Core,
     legs::LegTimes,
+    metrics::RequestFailure,
     node::ServedModel,
     request::{self, Finished, Generation, Lifetime, Output, StopCause},
     tenants::Tenant,
@@ -100,17 +101,20 @@ impl Batch {
 
     /// Starts every sequence in its place in the queue, and waits for the first output. A request that fails at once can
     /// then be answered with an error status instead of a stream.
-    pub async fn start(&self, core: &Core, tenant: &Arc<Tenant>, prompts: &[Prompt]) -> Result<Merged, GenerateError> {
+    pub async fn start(&self, core: &Core, tenant: &Arc<Tenant>, prompts: &[Prompt]) -> Result<Merged, ApiError> {
         let generations = self.generations(prompts)?;
         let places = core.enter(tenant, &generations)?;
+        let failure = RequestFailure::default();
         let streams = places.into_iter().zip(generations).enumerate().map(|(index, (place, generation))| {
-            core.generate_after(self.spent, place, generation).map(move |output| (index, output)).boxed()
+            core.generate_after(self.spent, failure.clone(), place, generation)
+                .map(move |output| (index, output))
+                .boxed()
         });
         let mut merged: SelectAll<BoxStream<'static, Indexed>> = streams.collect();
         match merged.next().await {
-            Some((_, Err(e))) => Err(e),
+            Some((_, Err(e))) => Err(ApiError::of_sequence(e)),
             Some(first) => Ok(Box::pin(futures::stream::iter([first]).chain(merged))),
-            None => Err(GenerateError::Internal("all sequences ended without output".into())),
+            None => Err(GenerateError::Internal("all sequences ended without output".into()).into()),
         }
     }
 }
@@ -151,10 +155,10 @@ impl Choice {
 }
 
 /// Waits for all choices to end. The first error ends the request.
-pub async fn collect(mut merged: Merged, choices: usize) -> Result<Vec<Choice>, GenerateError> {
+pub async fn collect(mut merged: Merged, choices: usize) -> Result<Vec<Choice>, ApiError> {
     let mut all: Vec<Choice> = (0..choices).map(|_| Choice::default()).collect();
     while let Some((index, output)) = merged.next().await {
-        all[index].take(output?);
+        all[index].take(output.map_err(ApiError::of_sequence)?);
     }
     Ok(all)
 }

@@ -86,13 +86,24 @@ struct Chat {
 
 /// Handles a request.
 pub async fn create(core: Core, caller: Caller, body: Bytes, id: String) -> Result<Response, ApiError> {
-    let mut intake = Intake::at(&core, &caller, id);
+    let intake = Intake::at(&core, &caller, id);
     let mut fields = Fields::parse(&body)?;
     drop(body);
     let name = fields.take::<String>("model")?.unwrap_or_default();
-    let model = intake.model(&core, &caller, &name).await?;
+    let answered = answer(&core, &caller, intake, &name, fields).await;
+    answered.map_err(|e| e.of_model(core.catalog.label(&name)))
+}
+
+async fn answer(
+    core: &Core,
+    caller: &Caller,
+    mut intake: Intake<'_>,
+    name: &str,
+    fields: Fields,
+) -> Result<Response, ApiError> {
+    let model = intake.model(core, caller, name).await?;
     let chat = parse(fields, model, intake, |count| core.admission.check_count(count)).await?;
-    let merged = chat.batch.start(&core, &caller.tenant, std::slice::from_ref(&chat.prompt)).await?;
+    let merged = chat.batch.start(core, &caller.tenant, std::slice::from_ref(&chat.prompt)).await?;
     if chat.batch.common.stream {
         return Ok(chat.stream(merged));
     }

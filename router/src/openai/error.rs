@@ -18,17 +18,29 @@ pub struct ApiError {
     param: Option<String>,
     message: String,
     retry_after_seconds: Option<u64>,
-    /// Why the request was refused, for metrics.
-    reason: &'static str,
+    /// What metrics count. `None`: the sequence that failed is counted already.
+    refusal: Option<Box<Refusal>>,
 }
 
-/// Response extension of an [`ApiError`]: why the request was refused.
-#[derive(Clone, Copy, Debug)]
-pub struct Refusal(pub &'static str);
+/// Response extension of an [`ApiError`]: a request that was refused, for metrics.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    /// Why it was refused.
+    pub reason: &'static str,
+    /// The model's label. Empty if the router does not know the model.
+    pub model: String,
+}
+
+impl Refusal {
+    fn new(reason: &'static str) -> Box<Self> {
+        Box::new(Self { reason, model: String::new() })
+    }
+}
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: String) -> Self {
-        Self { status, kind, code, param: None, message, retry_after_seconds: None, reason: "invalid" }
+        let refusal = Some(Refusal::new("invalid"));
+        Self { status, kind, code, param: None, message, retry_after_seconds: None, refusal }
     }
 
     /// An error with status 400: the request is invalid.
@@ -41,9 +53,22 @@ impl ApiError {
         Self { status, ..self }
     }
 
+    /// The same error of a request for a model. `label`: the model's label in metrics.
+    pub fn of_model(mut self, label: String) -> Self {
+        if let Some(refusal) = &mut self.refusal {
+            refusal.model = label;
+        }
+        self
+    }
+
+    /// An error that ended a sequence. Metrics have counted the sequence.
+    pub fn of_sequence(e: GenerateError) -> Self {
+        Self { refusal: None, ..e.into() }
+    }
+
     /// The JSON form `{"error": {...}}`, for a response body or an event of a stream.
     pub fn body(&self) -> Value {
-        let Self { status: _, kind, code, param, message, retry_after_seconds: _, reason: _ } = self;
+        let Self { status: _, kind, code, param, message, retry_after_seconds: _, refusal: _ } = self;
         json!({"error": {"message": message, "type": kind, "param": param, "code": code}})
     }
 }
@@ -51,7 +76,7 @@ impl ApiError {
 impl From<GenerateError> for ApiError {
     fn from(e: GenerateError) -> Self {
         let message = e.to_string();
-        let (retry_after_seconds, reason) = (e.retry_after_seconds(), e.reason());
+        let (retry_after_seconds, refusal) = (e.retry_after_seconds(), Some(Refusal::new(e.reason())));
         let invalid = "invalid_request_error";
         let error = match e {
             GenerateError::Invalid { field, .. } => Self { param: field, ..Self::bad_request(message) },
@@ -82,7 +107,7 @@ impl From<GenerateError> for ApiError {
             }
             GenerateError::Internal(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, message),
         };
-        Self { retry_after_seconds, reason, ..error }
+        Self { retry_after_seconds, refusal, ..error }
     }
 }
 
@@ -90,7 +115,9 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = Response::new(Body::from(self.body().to_string()));
         *response.status_mut() = self.status;
-        response.extensions_mut().insert(Refusal(self.reason));
+        if let Some(refusal) = self.refusal {
+            response.extensions_mut().insert(*refusal);
+        }
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(seconds) = self.retry_after_seconds {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));

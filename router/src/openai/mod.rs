@@ -75,8 +75,8 @@ fn is_slow(e: &(dyn Error + 'static)) -> bool {
 /// Middleware that counts the requests that are answered with an error.
 async fn count_refusals(State(core): State<Core>, request: Request, next: Next) -> Response {
     let response = next.run(request).await;
-    if let Some(Refusal(reason)) = response.extensions().get() {
-        core.metrics.refused(reason);
+    if let Some(Refusal { reason, model }) = response.extensions().get() {
+        core.metrics.refused(model, reason);
     }
     response
 }

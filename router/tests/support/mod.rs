@@ -128,10 +128,19 @@ impl Rig {
         self.prefill.iter().chain(&self.decode).map(SimulatedNode::active).sum()
     }
 
-    /// The value of one series of /metrics, or 0 if the series does not exist.
+    /// The value of one series of /metrics, or the sum of all series with this name. 0 if there is none.
     pub async fn metric(&self, series: &str) -> f64 {
+        self.find_metric(series).await.unwrap_or(0.0)
+    }
+
+    /// As [`metric`](Self::metric). `None` if there is no such series.
+    pub async fn find_metric(&self, series: &str) -> Option<f64> {
         let text = self.get("/metrics").await.body;
-        text.lines().find_map(|l| l.strip_prefix(series)).map_or(0.0, |v| v.trim().parse().unwrap())
+        let values = text.lines().filter_map(|line| {
+            let rest = line.strip_prefix(series)?;
+            rest.starts_with([' ', '{']).then(|| rest.rsplit(' ').next().unwrap().parse::<f64>().unwrap())
+        });
+        values.reduce(|sum, value| sum + value)
     }
 }
 
