@@ -10,6 +10,8 @@ use super::{
     record::{Record, Summary},
     simulate,
 };
+use crate::plan::cluster::{self, tests};
+use crate::plan::mix::tests::drawn;
 use crate::plan::profile::{Profile, tests::round};
 
 #[derive(Parser)]
@@ -48,6 +50,26 @@ fn requests_that_are_alone_take_what_the_profile_says() {
     // 1 ms + 100 tokens of 0.1 ms, beside the overhead.
     assert!((ttft.p50 / 0.511 - 1.0).abs() < 0.01, "{ttft:?}");
     assert!((summary.itl_seconds.p50 / 0.0055 - 1.0).abs() < 0.03, "{:?}", summary.itl_seconds);
+}
+
+/// `overfill plan` judges nodes with a model of its own: other code, apart from the schedulers.
+#[test]
+fn two_simulations_agree() {
+    let (prompt, output) = ("lognormal:200,800,2000", "uniform:8,64");
+    let flags = format!(
+        "--rate 12 --duration-seconds 200 --prompt-tokens {prompt} --output-tokens {output} --prefill-nodes 1 --decode-nodes 1"
+    );
+    let (_, summary) = run(|_| {}, &flags);
+    let planned = cluster::run(&tests::two_stage(1, 1), &drawn(prompt, output), &tests::load(12.0, 2000));
+    let ttft = summary.ttft_seconds.as_ref().unwrap();
+    for (name, simulated, planned) in [
+        ("TTFT p50", ttft.p50, planned.ttft(0.5)),
+        ("TTFT p95", ttft.p95, planned.ttft(0.95)),
+        ("ITL p50", summary.itl_seconds.p50, planned.itl.quantile(0.5)),
+        ("ITL p95", summary.itl_seconds.p95, planned.itl.quantile(0.95)),
+    ] {
+        assert!((simulated / planned - 1.0).abs() < 0.2, "{name}: {simulated} simulated, {planned} planned");
+    }
 }
 
 #[test]

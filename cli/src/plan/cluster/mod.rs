@@ -21,7 +21,7 @@ mod outcome;
 mod prefill;
 mod seats;
 #[cfg(test)]
-mod tests;
+pub mod tests;
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};

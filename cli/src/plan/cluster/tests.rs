@@ -29,11 +29,11 @@ fn setup(layout: Layout, change: impl FnOnce(&mut Profile)) -> Setup {
     }
 }
 
-fn two_stage(prefill: usize, decode: usize) -> Setup {
+pub fn two_stage(prefill: usize, decode: usize) -> Setup {
     setup(Layout::TwoStage { prefill, decode }, |_| {})
 }
 
-fn load(rate: f64, measured: usize) -> Load {
+pub fn load(rate: f64, measured: usize) -> Load {
     Load { rate, warm_up: measured / 5, measured, seed: 1, even: false }
 }
 
