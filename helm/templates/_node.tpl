@@ -99,8 +99,7 @@ affinity:
 {{- if and (kindIs "float64" .) (eq (floor .) .) }}{{ int64 . }}{{ else }}{{ . }}{{ end -}}
 {{- end -}}
 
-{{/* Lets no node start before the release's Job has downloaded its model. The same command finds the mark of a complete
-     folder, and fails without it, since it may not write there. The kubelet tries again. */}}
+{{/* Lets no node start before the release's Job has downloaded its model. */}}
 {{- define "overfill.node.initContainers" -}}
 {{- $pool := .pool -}}
 {{- if or $pool.pair.source.hub $pool.initContainers }}
@@ -113,6 +112,7 @@ initContainers:
       - pull
       - --dir
       - {{ include "overfill.model.folder" $pool }}
+      - --wait-seconds=86400
       - {{ include "overfill.model.id" $pool | quote }}
     {{- with $pool.securityContext }}
     securityContext:

@@ -3,6 +3,8 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use hf_hub::{
@@ -16,6 +18,8 @@ use crate::{ModelError, gguf::Gguf};
 pub const COMPLETE: &str = ".overfill-complete";
 /// Folder of unfinished downloads in the folder of a model.
 const DOWNLOADS: &str = ".overfill-downloads";
+/// Interval at which a folder is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Resolves `model` to a folder or .gguf file. An existing path is returned as it is. Otherwise `model` is a hub id
 /// (`owner/name` or `owner/name@revision`), and its files are taken from the Hugging Face cache or downloaded into it.
@@ -38,12 +42,8 @@ pub fn resolve(model: &str) -> Result<PathBuf, ModelError> {
 /// # Errors
 /// `folder` has another model, or a file can't be downloaded or written.
 pub fn pull(model: &str, folder: &Path) -> Result<(), ModelError> {
-    let marker = folder.join(COMPLETE);
-    if let Ok(have) = fs::read_to_string(&marker) {
-        if have.trim() == model {
-            return Ok(());
-        }
-        return Err(fault(model, format!("{} has the model {}", folder.display(), have.trim())));
+    if is_complete(model, folder)? {
+        return Ok(());
     }
     let write = |error: io::Error| fault(model, format!("writing to {}: {error}", folder.display()));
     let downloads = folder.join(DOWNLOADS);
@@ -56,7 +56,31 @@ pub fn pull(model: &str, folder: &Path) -> Result<(), ModelError> {
         fs::rename(contents, folder.join(name)).map_err(write)?;
     }
     fs::remove_dir_all(&downloads).map_err(write)?;
-    fs::write(marker, model).map_err(write)
+    fs::write(folder.join(COMPLETE), model).map_err(write)
+}
+
+/// Waits until another process has downloaded a model into `folder`, for at most `time`.
+///
+/// # Errors
+/// `folder` has another model, or the model is still not complete.
+pub fn wait_until_complete(model: &str, folder: &Path, time: Duration) -> Result<(), ModelError> {
+    let began = Instant::now();
+    while !is_complete(model, folder)? {
+        if began.elapsed() >= time {
+            return Err(fault(model, format!("not complete in {} after {} s", folder.display(), time.as_secs_f64())));
+        }
+        thread::sleep(LOOK_INTERVAL);
+    }
+    Ok(())
+}
+
+/// Whether `folder` has all files of the model. It is an error if it has another model.
+fn is_complete(model: &str, folder: &Path) -> Result<bool, ModelError> {
+    let Ok(have) = fs::read_to_string(folder.join(COMPLETE)) else { return Ok(false) };
+    match have.trim() {
+        have if have == model => Ok(true),
+        have => Err(fault(model, format!("{} has the model {have}", folder.display()))),
+    }
 }
 
 fn fault(model: &str, reason: impl Into<String>) -> ModelError {
@@ -109,7 +133,25 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(COMPLETE), "owner/name").unwrap();
         pull("owner/name", folder.path()).unwrap();
-        let error = pull("owner/other", folder.path()).unwrap_err().to_string();
-        assert!(error.contains("has the model owner/name"), "{error}");
+        wait_until_complete("owner/name", folder.path(), Duration::ZERO).unwrap();
+        for result in [
+            pull("owner/other", folder.path()),
+            wait_until_complete("owner/other", folder.path(), Duration::from_secs(9)),
+        ] {
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains("has the model owner/name"), "{error}");
+        }
+    }
+
+    #[test]
+    fn another_process_completes_a_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let wait = |time| wait_until_complete("owner/name", folder.path(), time);
+        let error = wait(Duration::ZERO).unwrap_err().to_string();
+        assert!(error.contains("not complete in") && error.ends_with("after 0 s"), "{error}");
+        thread::scope(|scope| {
+            scope.spawn(|| fs::write(folder.path().join(COMPLETE), "owner/name").unwrap());
+            wait(Duration::from_secs(60)).unwrap();
+        });
     }
 }

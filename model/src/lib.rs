@@ -27,7 +27,7 @@ pub use engine::{Engine, LayerSink, no_layers};
 pub use error::ModelError;
 pub use family::{Axis, Family, Kind, LayerSpec, Module, Parameter, TensorSpec, When};
 pub use gguf::text_files;
-pub use hub::{pull, resolve};
+pub use hub::{pull, resolve, wait_until_complete};
 pub use loading::Model;
 pub use options::{DeviceSpec, LoadOptions, Rows, WeightDtype, WeightFormat};
 pub use provenance::{FullModel, Provenance};

@@ -291,6 +291,7 @@ fn sample(pool: &Pool, load: f64) -> PoolSample {
         starting,
         draining,
         load,
+        idle: loads.iter().filter(|load| load.running + load.waiting == 0).count(),
         running: loads.iter().map(|load| load.running).sum(),
         waiting: loads.iter().map(|load| load.waiting).sum(),
         used_kv_share: 1.0 - free as f64 / blocks.max(1) as f64,

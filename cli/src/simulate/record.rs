@@ -63,6 +63,8 @@ pub struct PoolSample {
     pub draining: usize,
     /// What the autoscaler sees: seconds of backlog, or full nodes.
     pub load: f64,
+    /// Nodes that serve and have no request.
+    pub idle: usize,
     /// Requests that hold blocks.
     pub running: usize,
     /// Requests that wait on nodes.
