@@ -234,6 +234,7 @@ impl Core {
                             };
                             let end = match event {
                                 AttemptEvent::Reserved { node, held_tokens } => {
+                                    attempt.choose_prefill_again(&self.nodes.view(), &self.affinity);
                                     retries.placed();
                                     legs.enter(Leg::PrefillQueue);
                                     sequence.timings.decode_node = node;

@@ -25,6 +25,19 @@ pub(super) fn pair(view: &View, plan: &Plan, affinity: &Mutex<Affinity>) -> Resu
     pair_with(view, plan, affinity, &|_| true)
 }
 
+/// Chooses the prefill node of a chosen pair again, among nodes with the same full model. Also returns the number of tokens
+/// that it has probably cached. `None` if no node can be used.
+pub(super) fn prefill_again(
+    view: &View,
+    plan: &Plan,
+    pair: &Pair,
+    affinity: &Mutex<Affinity>,
+) -> Option<(Arc<Node>, u64)> {
+    let same = |prefill: &Node| prefill.info.schema.full_model == pair.prefill.info.schema.full_model;
+    let (prefill, matched) = prefill_node(view, plan, &pair.decode, affinity, &same)?;
+    Some((prefill.clone(), matched))
+}
+
 /// Chooses among the pairs whose prefill node is `eligible`.
 fn pair_with(
     view: &View,
@@ -189,6 +202,30 @@ pub(crate) mod tests {
         assert_eq!(chosen(&view, &plan(10, 10, &[5]), &affinity), Ok((1, 6, 0)));
         assert_eq!(chosen(&view, &plan(10, 10, &[5, 6]), &affinity), Err(Role::Decode));
         assert_eq!(chosen(&view, &plan(10, 10, &[1, 2]), &affinity), Err(Role::Prefill));
+    }
+
+    #[tokio::test]
+    async fn a_prefill_node_is_chosen_again_by_its_present_load() {
+        let view = View {
+            prefill: vec![
+                node(1, Role::Prefill, |_| {}),
+                node(2, Role::Prefill, |_| {}),
+                node(3, Role::Prefill, |info| info.schema.full_model = Some("other".into())),
+            ],
+            decode: vec![node(4, Role::Decode, |_| {})],
+            ..View::default()
+        };
+        let (affinity, plan) = (Mutex::new(Affinity::new(64)), plan(10, 10, &[]));
+        let (mut chosen, _) = pair(&view, &plan, &affinity).unwrap();
+        assert_eq!(chosen.prefill.key, 1);
+        let busy = [view.prefill[0].occupy(500), view.prefill[1].occupy(20)];
+        chosen.prefill = prefill_again(&view, &plan, &chosen, &affinity).unwrap().0;
+        assert_eq!(chosen.prefill.key, 2);
+        drop(busy);
+        view.prefill[1].set_load(NodeLoad { draining: true, ..view.prefill[1].load() });
+        assert_eq!(prefill_again(&view, &plan, &chosen, &affinity).unwrap().0.key, 1);
+        view.prefill[0].failed();
+        assert!(prefill_again(&view, &plan, &chosen, &affinity).is_none());
     }
 
     #[tokio::test]

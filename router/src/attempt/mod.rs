@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep_until};
 
 use self::{
     blame::{Fault, Pair},
-    decode::{DecodeEvent, DecodeStream},
+    decode::{DecodeEvent, DecodeStream, Reservation},
     prefill::{PrefillEvent, PrefillStream},
 };
 use crate::{affinity::Affinity, node::View, request::Generation};
@@ -127,7 +127,7 @@ enum Phase {
     OpeningDecode,
     /// The decode node reserves room for the request.
     Reserving,
-    /// The request has been sent to the prefill node.
+    /// The request is sent to the prefill node.
     OpeningPrefill,
     /// The prefill node computes the only token of the attempt. There is no decode node.
     Scoring,
@@ -151,6 +151,8 @@ pub struct Attempt {
     /// Time when `phase` began, or of the decode node's last message if that is later.
     last_progress: Instant,
     decode: Option<DecodeStream>,
+    /// The decode node's room, from its reservation until the stream to the prefill node is opened.
+    reservation: Option<Reservation>,
     prefill: Option<PrefillStream>,
     /// Set when the prefill node fails after its first token. If the KV is not complete at the given time, the attempt fails
     /// with this error.
@@ -167,6 +169,7 @@ impl Attempt {
             phase: Phase::Over,
             last_progress: Instant::now(),
             decode: None,
+            reservation: None,
             prefill: None,
             trouble: None,
             plan,
@@ -175,9 +178,18 @@ impl Attempt {
             attempt.decode = Some(DecodeStream::open(&attempt.pair.decode, &attempt.pair.prefill, &attempt.plan));
             attempt.enter(Phase::OpeningDecode);
         } else {
-            attempt.open_prefill(None);
+            attempt.enter(Phase::OpeningPrefill);
         }
         Ok(attempt)
+    }
+
+    /// Chooses the prefill node again, among those with the same full model. To be called after
+    /// [`AttemptEvent::Reserved`]: the request may have waited long for room on the decode node, and did not count as work
+    /// of any prefill node meanwhile. If no node can be chosen, the first choice stands.
+    pub fn choose_prefill_again(&mut self, view: &View, affinity: &Mutex<Affinity>) {
+        if let Some((prefill, matched)) = choose::prefill_again(view, &self.plan, &self.pair, affinity) {
+            (self.pair.prefill, self.matched) = (prefill, matched);
+        }
     }
 
     /// Whether the attempt needs a decode node, which is the case if more than one token is to be generated.
@@ -218,11 +230,6 @@ impl Attempt {
         self.last_progress = Instant::now();
     }
 
-    fn open_prefill(&mut self, reservation: Option<decode::Reservation>) {
-        self.prefill = Some(PrefillStream::open(&self.pair.prefill, self.matched, &self.plan, reservation));
-        self.enter(Phase::OpeningPrefill);
-    }
-
     async fn opening_decode(&mut self) -> Result<(), AttemptError> {
         let Some(stream) = &mut self.decode else { return Err(ended()) };
         let until = self.last_progress + self.plan.progress_timeout;
@@ -235,12 +242,15 @@ impl Attempt {
         let Some(stream) = &mut self.decode else { return Err(ended()) };
         let reservation = heard(&self.plan, &self.pair, Role::Decode, self.phase, None, stream.reserved()).await?;
         let held_tokens = reservation.held_tokens;
-        self.open_prefill(Some(reservation));
+        self.reservation = Some(reservation);
+        self.enter(Phase::OpeningPrefill);
         Ok(AttemptEvent::Reserved { node: self.pair.decode.info.node_id.clone(), held_tokens })
     }
 
     async fn opening_prefill(&mut self) -> Result<(), AttemptError> {
-        let Some(stream) = &mut self.prefill else { return Err(ended()) };
+        let reservation = self.reservation.take();
+        let open = || PrefillStream::open(&self.pair.prefill, self.matched, &self.plan, reservation);
+        let stream = self.prefill.get_or_insert_with(open);
         let until = self.last_progress + self.plan.progress_timeout;
         heard(&self.plan, &self.pair, Role::Prefill, self.phase, Some(until), stream.opened()).await?;
         self.enter(if self.decode.is_some() { Phase::Prefilling } else { Phase::Scoring });

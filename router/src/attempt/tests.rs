@@ -91,3 +91,26 @@ async fn an_attempt_that_is_dropped_ends_on_both_nodes() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
+
+#[tokio::test]
+async fn prompts_that_waited_for_room_spread_over_the_prefill_nodes() {
+    let nodes = [
+        SimulatedNode::prefill(Options::default()).await.unwrap(),
+        SimulatedNode::prefill(Options::default()).await.unwrap(),
+    ];
+    let decode = SimulatedNode::decode(Options::default()).await.unwrap();
+    let view = View {
+        prefill: vec![at(&nodes[0], 1, Role::Prefill), at(&nodes[1], 2, Role::Prefill)],
+        decode: vec![at(&decode, 3, Role::Decode)],
+        ..View::default()
+    };
+    let affinity = Mutex::new(Affinity::new(64));
+    // Both are chosen while no prefill node has work.
+    let mut attempts = [(); 2].map(|()| Attempt::new(&view, &affinity, plan(10, 30, &[])).unwrap());
+    for attempt in &mut attempts {
+        assert!(matches!(attempt.next().await.unwrap(), AttemptEvent::Reserved { .. }));
+        attempt.choose_prefill_again(&view, &affinity);
+        while !matches!(attempt.next().await.unwrap(), AttemptEvent::Started { .. }) {}
+    }
+    assert_eq!(nodes.each_ref().map(SimulatedNode::taken), [1, 1]);
+}
