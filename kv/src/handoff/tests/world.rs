@@ -224,10 +224,13 @@ impl World {
                 self.send(i, SenderEvent::Stopped);
             }
             Op::Blunder(pick) => {
-                let event = if pick & 0x100 == 0 {
-                    SenderEvent::Commit { first_token: (pick as usize % n) as u32 }
-                } else {
-                    SenderEvent::LayerReady(Piece { layer: 0, first_block: u32::from(pick >> 9 & 3), blocks: 1 })
+                let piece = Piece { layer: 0, first_block: u32::from(pick >> 9 & 3), blocks: 1 };
+                let a = &self.attempts[pick as usize % n];
+                let event = match pick & 0x100 {
+                    0 => SenderEvent::Commit { first_token: (pick as usize % n) as u32 },
+                    // Nobody can detect that a whole piece is announced before it is computed.
+                    _ if a.to_announce.contains(&piece) => return false,
+                    _ => SenderEvent::LayerReady(piece),
                 };
                 self.send(pick as usize % n, event);
             }
