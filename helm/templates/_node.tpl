@@ -110,9 +110,10 @@ initContainers:
     imagePullPolicy: {{ .root.Values.image.pullPolicy }}
     args:
       - pull
+      - --wait-seconds
+      - "86400"
       - --dir
       - {{ include "overfill.model.folder" $pool }}
-      - --wait-seconds=86400
       - {{ include "overfill.model.id" $pool | quote }}
     {{- with $pool.securityContext }}
     securityContext:
