@@ -67,9 +67,7 @@ impl Steps {
             computing.fetch_sub(1, Relaxed);
         }
     }
-}
 
-impl Steps {
     /// Waits until the load changes. No message says that blocks are free, so an engine that has requests polls.
     async fn wait(&self, load: &LoadState) {
         let mut watch = load.watch();
@@ -91,6 +89,7 @@ fn token() -> OutputToken {
 type Taken<T> = Arc<Mutex<Option<T>>>;
 
 /// The model of a prefill node.
+#[derive(Clone)]
 pub struct Prefiller {
     steps: Steps,
     taken: Taken<(f64, Arc<dyn LayerSink>)>,
@@ -121,12 +120,6 @@ impl Prefiller {
                 }
             }
         }
-    }
-}
-
-impl Clone for Prefiller {
-    fn clone(&self) -> Self {
-        Self { steps: self.steps.clone(), taken: self.taken.clone() }
     }
 }
 

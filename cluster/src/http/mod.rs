@@ -113,7 +113,7 @@ impl ConnectionLimits {
 pub struct OpenConnections(Arc<AtomicUsize>);
 
 impl OpenConnections {
-    /// Connections that are open now, also those that are in their handshake.
+    /// Connections that are open now, including those in their handshake.
     pub fn get(&self) -> usize {
         self.0.load(Ordering::Relaxed)
     }
