@@ -54,7 +54,10 @@ impl Args {
         ConfigError::check_exposed(f, "kv-listen", kv_listen, has_tls, "--tls-ca", &process);
         ConfigError::check(f, (1..=4096).contains(&max_running), "max-running", "in [1, 4096]", max_running);
         match (node, kv_listen) {
-            (Some(node), Some(kv_listen)) if f.is_empty() => Ok(Config { node, kv_listen, advertise_kv, max_running }),
+            (Some(mut node), Some(kv_listen)) if f.is_empty() => {
+                (node.load.max_rows, node.load.max_sequences) = (max_running, max_running);
+                Ok(Config { node, kv_listen, advertise_kv, max_running })
+            }
             _ => Err(std::mem::take(f)),
         }
     }

@@ -161,6 +161,8 @@ pub struct Engine<C> {
     running: Vec<Sequence>,
     /// The step whose results have not been applied yet.
     computed: Option<Step>,
+    /// The device has failed. Then the engine ends, and with it the process.
+    lost: bool,
 }
 
 /// A computed step.
@@ -204,6 +206,7 @@ impl<C: Compute> Engine<C> {
             reserved: HashMap::new(),
             running: Vec::new(),
             computed: None,
+            lost: false,
         };
         (handle, engine)
     }
@@ -224,7 +227,7 @@ impl<C: Compute> Engine<C> {
     pub fn turn(&mut self) -> Turn {
         let turn = self.begin();
         self.finish();
-        turn
+        if self.lost { Turn::Over } else { turn }
     }
 
     /// The part of a turn up to the end of the computation. The caller must call [`finish`](Self::finish) next. A
@@ -382,6 +385,7 @@ impl<C: Compute> Engine<C> {
                 self.advance(&stepping, tokens);
             }
             Some(Step { stepping, result: Err(e), .. }) => {
+                self.lost = e.is_lost_device();
                 for i in stepping.into_iter().rev() {
                     self.running.remove(i).fail(&format!("computing a token: {e}"));
                 }

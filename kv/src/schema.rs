@@ -15,14 +15,20 @@ pub enum KvDtype {
     Bf16,
     /// 16-bit float, 2 bytes.
     F16,
+    /// 8-bit float (e4m3), 1 byte. On GPUs only.
+    Fp8,
 }
 
 impl KvDtype {
+    /// The names of all types, for messages.
+    pub const SUPPORTED: &str = "f32, bf16, f16 or fp8";
+
     /// Bytes per element.
     pub const fn size_bytes(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::Bf16 | Self::F16 => 2,
+            Self::Fp8 => 1,
         }
     }
 }
@@ -33,6 +39,7 @@ impl fmt::Display for KvDtype {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
             Self::F16 => "f16",
+            Self::Fp8 => "fp8",
         })
     }
 }
@@ -44,7 +51,8 @@ impl std::str::FromStr for KvDtype {
             "f32" => Ok(Self::F32),
             "bf16" => Ok(Self::Bf16),
             "f16" => Ok(Self::F16),
-            other => Err(format!("dtype must be f32, bf16 or f16, got {other:?}")),
+            "fp8" => Ok(Self::Fp8),
+            other => Err(format!("dtype must be {}, got {other:?}", Self::SUPPORTED)),
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The interface between a node and the device that computes. An engine owns a model's weights and KV cache on one
 //! device.
 //!
-//! [`crate::cpu`] implements it with this crate's own kernels, [`crate::tensor`] with candle's tensor operations.
+//! [`crate::cpu`] and `crate::cuda` implement it with kernels of this crate. For tests, [`crate::tensor`] implements it
+//! with candle's tensor operations.
 
 use std::sync::Arc;
 

@@ -63,6 +63,14 @@ pub enum ModelError {
         /// The cause.
         reason: String,
     },
+    /// A device that served has failed and does not recover. The process must end.
+    #[error("device {device} is lost: {reason}")]
+    DeviceLost {
+        /// The device.
+        device: String,
+        /// The cause.
+        reason: String,
+    },
     /// A model can't be found locally or downloaded from the hub.
     #[error("model {id}: {reason}")]
     Hub {
@@ -108,6 +116,11 @@ pub(crate) fn plain(error: candle_core::Error) -> candle_core::Error {
 }
 
 impl ModelError {
+    /// Whether the device that served has failed. It computes nothing any more; only a new process can open it again.
+    pub fn is_lost_device(&self) -> bool {
+        matches!(self, Self::DeviceLost { .. })
+    }
+
     pub(crate) fn io(file: &Path, source: std::io::Error) -> Self {
         Self::Io { file: file.into(), source }
     }

@@ -8,6 +8,8 @@ mod batch;
 pub mod bench;
 mod config;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod engine;
 mod error;
 mod family;
@@ -18,6 +20,7 @@ mod options;
 mod provenance;
 mod rope;
 mod sampler;
+mod source;
 mod tensor;
 mod weights;
 

@@ -6,14 +6,13 @@ use std::{
     time::Instant,
 };
 
-use candle_core::Device;
 use overfill_kv::{BLOCK_TOKENS, KvDtype, KvSchema, KvStore};
 use overfill_text::{TextError, TextFiles, TextModel, token_ids};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    Engine, LoadOptions, ModelConfig, ModelError, Provenance, Weights, cpu::CpuEngine, gguf::folder_of,
-    tensor::TensorEngine, text_files,
+    DeviceSpec, Engine, LoadOptions, ModelConfig, ModelError, Provenance, Weights, cpu::CpuEngine, gguf::folder_of,
+    text_files,
 };
 
 /// A model's metadata, and the engine that runs it.
@@ -35,30 +34,13 @@ impl Model {
     pub fn load(folder: &Path, options: &LoadOptions, kv_blocks: usize) -> Result<Self, ModelError> {
         let started = Instant::now();
         let (folder, name) = absolute(folder)?;
-        let device = options.device.open()?;
         let config = ModelConfig::from_folder(&folder)?;
         let provenance = Provenance::from_folder(&folder)?;
         check_kept_layers(&folder, &config, provenance.as_ref())?;
         let text = text_files(&folder)?;
         let eos_token_ids = eos_token_ids(&folder, &text, &config)?;
         let weights = Weights::open(&folder)?;
-        let engine: Box<dyn Engine> = match &device {
-            Device::Cpu => Box::new(CpuEngine::load(
-                &config,
-                &weights,
-                options.weights,
-                options.rows,
-                options.kv_dtype,
-                kv_blocks,
-            )?),
-            device => {
-                let dtype = options.weights.dtype().ok_or_else(|| ModelError::Device {
-                    device: options.device.to_string(),
-                    reason: format!("weights are {}, supported here: f32, bf16, f16", options.weights),
-                })?;
-                Box::new(TensorEngine::load(&config, &weights, dtype, device, options.kv_dtype, kv_blocks)?)
-            }
-        };
+        let engine = load_engine(&config, &weights, options, kv_blocks)?;
         tracing::info!(
             model = %folder.display(), weights = %options.weights, kv = %options.kv_dtype, device = %options.device,
             seconds = started.elapsed().as_secs_f64(), "loaded the model"
@@ -167,6 +149,31 @@ impl Model {
     pub fn block_bytes(&self) -> usize {
         let layers = self.config.num_hidden_layers;
         layers * self.kv_schema().block_bytes()
+    }
+}
+
+/// The engine of the requested device.
+fn load_engine(
+    config: &ModelConfig,
+    weights: &Weights,
+    options: &LoadOptions,
+    kv_blocks: usize,
+) -> Result<Box<dyn Engine>, ModelError> {
+    match options.device {
+        DeviceSpec::Cpu => {
+            let LoadOptions { weights: format, rows, kv_dtype, .. } = *options;
+            Ok(Box::new(CpuEngine::load(config, weights, format, rows, kv_dtype, kv_blocks)?))
+        }
+        #[cfg(feature = "cuda")]
+        DeviceSpec::Cuda(index) => {
+            Ok(Box::new(crate::cuda::CudaEngine::load(index, config, weights, options, kv_blocks)?))
+        }
+        #[cfg(not(feature = "cuda"))]
+        DeviceSpec::Cuda(_) => Err(ModelError::Device {
+            device: options.device.to_string(),
+            reason: "this binary was built without GPU support; build it with `--features cuda`, or use --device cpu"
+                .into(),
+        }),
     }
 }
 

@@ -68,30 +68,23 @@ pub enum WeightFormat {
     Int8Channel,
     /// 4 bits, with one scale per 32 weights of an output, as in GGUF's Q4_0. The head uses `int8`.
     Int4,
+    /// 8-bit floats (e4m3), with one scale per 32 weights of an output. On GPUs only.
+    Fp8,
 }
 
 impl WeightFormat {
-    const NAMES: [(Self, &str); 6] = [
+    const NAMES: [(Self, &str); 7] = [
         (Self::F32, "f32"),
         (Self::Bf16, "bf16"),
         (Self::F16, "f16"),
         (Self::Int8, "int8"),
         (Self::Int8Channel, "int8-channel"),
         (Self::Int4, "int4"),
+        (Self::Fp8, "fp8"),
     ];
 
     /// The names of all formats, for messages.
-    pub const SUPPORTED: &str = "f32, bf16, f16, int8, int8-channel or int4";
-
-    /// The corresponding tensor type; `None` for the integer formats.
-    pub(crate) fn dtype(self) -> Option<WeightDtype> {
-        match self {
-            Self::F32 => Some(WeightDtype::F32),
-            Self::Bf16 => Some(WeightDtype::Bf16),
-            Self::F16 => Some(WeightDtype::F16),
-            Self::Int8 | Self::Int8Channel | Self::Int4 => None,
-        }
-    }
+    pub const SUPPORTED: &str = "f32, bf16, f16, int8, int8-channel, int4 or fp8";
 }
 
 impl fmt::Display for WeightFormat {
@@ -139,14 +132,13 @@ impl FromStr for DeviceSpec {
 }
 
 impl DeviceSpec {
-    /// Opens the device. The error says what is missing.
+    /// Opens the device for training and pruning. The error says what is missing.
     pub fn open(self) -> Result<Device, ModelError> {
         let fault = |reason: String| ModelError::Device { device: self.to_string(), reason };
         match self {
             Self::Cpu => Ok(Device::Cpu),
-            Self::Cuda(_) if !cfg!(feature = "cuda") => Err(fault(
-                "this binary was built without GPU support; build it with `--features cuda`, or use --device cpu"
-                    .into(),
+            Self::Cuda(_) if !cfg!(feature = "train-cuda") => Err(fault(
+                "this binary can't train on GPUs; build it with `--features train-cuda`, or use --device cpu".into(),
             )),
             // candle panics, rather than returning an error, if the driver's library is not installed.
             Self::Cuda(n) => match std::panic::catch_unwind(|| Device::new_cuda(n)) {
@@ -168,11 +160,22 @@ pub struct LoadOptions {
     pub kv_dtype: KvDtype,
     /// Number of rows per matrix product to optimise for.
     pub rows: Rows,
+    /// Largest batch in tokens. GPU engines allocate memory for it, and refuse larger ones.
+    pub max_rows: usize,
+    /// Most sequences of one token each in a batch. As `max_rows`.
+    pub max_sequences: usize,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { device: DeviceSpec::Cpu, weights: WeightFormat::F32, kv_dtype: KvDtype::F32, rows: Rows::Few }
+        Self {
+            device: DeviceSpec::Cpu,
+            weights: WeightFormat::F32,
+            kv_dtype: KvDtype::F32,
+            rows: Rows::Few,
+            max_rows: 2048,
+            max_sequences: 64,
+        }
     }
 }
 
@@ -188,9 +191,9 @@ mod tests {
         assert!("gpu".parse::<DeviceSpec>().is_err());
     }
 
-    #[cfg(not(feature = "cuda"))]
+    #[cfg(not(feature = "train-cuda"))]
     #[test]
     fn a_gpu_without_support_is_a_clear_error() {
-        assert!(DeviceSpec::Cuda(0).open().unwrap_err().to_string().contains("--features cuda"));
+        assert!(DeviceSpec::Cuda(0).open().unwrap_err().to_string().contains("--features train-cuda"));
     }
 }

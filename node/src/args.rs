@@ -211,7 +211,7 @@ impl NodeArgs {
         let device = ConfigError::collect(f, device.parse::<DeviceSpec>(), "device", "cpu or cuda:N", &device);
         let parsed = weights.parse::<WeightFormat>();
         let weights = ConfigError::collect(f, parsed, "weights", WeightFormat::SUPPORTED, &weights);
-        let kv = ConfigError::collect(f, kv_dtype.parse::<KvDtype>(), "kv-dtype", "f32, bf16 or f16", &kv_dtype);
+        let kv = ConfigError::collect(f, kv_dtype.parse::<KvDtype>(), "kv-dtype", KvDtype::SUPPORTED, &kv_dtype);
         let listen = ConfigError::collect(f, listen.parse::<SocketAddr>(), "listen", address, &listen);
         let admin = ConfigError::collect(f, admin.parse(), "admin", address, &admin);
         let name_ok = |name: &Option<String>| name.as_ref().is_none_or(|n| !n.trim().is_empty());
@@ -252,7 +252,7 @@ impl NodeArgs {
             node_id,
             pool,
             cluster,
-            load: LoadOptions { device: device?, weights: weights?, kv_dtype: kv?, rows },
+            load: LoadOptions { device: device?, weights: weights?, kv_dtype: kv?, rows, ..LoadOptions::default() },
             kv_blocks: kv_pool_tokens / block,
             listen: listen?,
             admin: admin?,

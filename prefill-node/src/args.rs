@@ -52,7 +52,8 @@ impl Args {
         let step_target = positive_seconds(f, "step-target-seconds", step_target_seconds);
         ConfigError::check(f, (1..=4096).contains(&max_running), "max-running", "in [1, 4096]", max_running);
         match (node, step_target) {
-            (Some(node), Some(step_target)) if f.is_empty() => {
+            (Some(mut node), Some(step_target)) if f.is_empty() => {
+                (node.load.max_rows, node.load.max_sequences) = (max_batch_tokens, max_running);
                 Ok(Config { node, max_batch_tokens, step_target, max_running })
             }
             _ => Err(std::mem::take(f)),

@@ -203,6 +203,8 @@ pub struct Engine<C> {
     pace: Pace,
     /// The step whose results have not been applied yet.
     computed: Option<Step>,
+    /// The device has failed. Then the engine ends, and with it the process.
+    lost: bool,
 }
 
 /// A computed step.
@@ -236,6 +238,7 @@ impl<C: Compute> Engine<C> {
             running: Vec::new(),
             pace: Pace::default(),
             computed: None,
+            lost: false,
         };
         (handle, engine)
     }
@@ -256,7 +259,7 @@ impl<C: Compute> Engine<C> {
     pub fn turn(&mut self) -> Turn {
         let turn = self.begin();
         self.finish();
-        turn
+        if self.lost { Turn::Over } else { turn }
     }
 
     /// The part of a turn up to the end of the computation. The caller must call [`finish`](Self::finish) next. A
@@ -338,6 +341,7 @@ impl<C: Compute> Engine<C> {
                 self.advance(&plan, outputs);
             }
             Some(Step { plan, result: Err(e), .. }) => {
+                self.lost = e.is_lost_device();
                 for chunk in plan.iter().rev() {
                     self.running.remove(chunk.job).fail(&format!("computing the prompt: {e}"));
                 }

@@ -140,6 +140,7 @@ impl From<KvDtype> for v1::KvDtype {
             KvDtype::F32 => Self::F32,
             KvDtype::Bf16 => Self::Bf16,
             KvDtype::F16 => Self::F16,
+            KvDtype::Fp8 => Self::Fp8,
         }
     }
 }
@@ -180,6 +181,7 @@ impl TryFrom<v1::KvSchema> for KvSchema {
             v1::KvDtype::F32 => KvDtype::F32,
             v1::KvDtype::Bf16 => KvDtype::Bf16,
             v1::KvDtype::F16 => KvDtype::F16,
+            v1::KvDtype::Fp8 => KvDtype::Fp8,
             v1::KvDtype::Unspecified => {
                 return Err(InvalidField::new("kv_schema.dtype", "one of the KvDtype values", wire.dtype));
             }

@@ -32,7 +32,8 @@ pub struct Compared {
 impl Engine {
     /// Loads a model for sequences of up to `tokens` tokens.
     pub fn load(path: &Path, weights: WeightFormat, kv_dtype: KvDtype, tokens: usize) -> Result<Self, ModelError> {
-        let options = LoadOptions { device: DeviceSpec::Cpu, weights, kv_dtype, rows: Rows::Many };
+        let options =
+            LoadOptions { device: DeviceSpec::Cpu, weights, kv_dtype, rows: Rows::Many, ..LoadOptions::default() };
         let count = blocks_for(tokens);
         let engine = Model::load(path, &options, count)?.into_engine();
         // Reversed, since the order of a block table must not matter.

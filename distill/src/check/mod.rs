@@ -218,7 +218,7 @@ fn engine_bytes(config: &ModelConfig, weights: WeightFormat) -> usize {
     let half_bits = match weights {
         WeightFormat::F32 => 64,
         WeightFormat::Bf16 | WeightFormat::F16 => 32,
-        WeightFormat::Int8 => 17,
+        WeightFormat::Int8 | WeightFormat::Fp8 => 17,
         WeightFormat::Int8Channel => 16,
         WeightFormat::Int4 => 9,
     };

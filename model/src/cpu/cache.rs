@@ -53,6 +53,7 @@ impl CpuKv {
             KvDtype::F32 => put::<f32>(cast_slice_mut(cache), slots, qkv, self.sizes),
             KvDtype::Bf16 => put::<bf16>(cast_slice_mut(cache), slots, qkv, self.sizes),
             KvDtype::F16 => put::<f16>(cast_slice_mut(cache), slots, qkv, self.sizes),
+            KvDtype::Fp8 => unreachable!("the CPU engine refuses fp8"),
         }
     }
 
@@ -75,6 +76,7 @@ impl CpuKv {
             }
             KvDtype::Bf16 => attend::<bf16, f32>(how, q, cast_slice(cache), batch, self.sizes, out, scratch),
             KvDtype::F16 => attend::<f16, f32>(how, q, cast_slice(cache), batch, self.sizes, out, scratch),
+            KvDtype::Fp8 => unreachable!("the CPU engine refuses fp8"),
         }
     }
 }

@@ -8,7 +8,6 @@ use rayon::prelude::*;
 use super::{
     cache::CpuKv,
     linear::{GatedLinear, Linear},
-    source::Sources,
     workspace::{Widths, Workspace},
 };
 use crate::{
@@ -19,6 +18,7 @@ use crate::{
         rows::{rms_norm, rms_norm_in_place, rope},
         simd::Isa,
     },
+    source::Sources,
 };
 
 /// Minimum number of activation elements for which rows are processed in parallel.
@@ -69,10 +69,10 @@ impl CpuDecoder {
         let find = Sources::new(config, weights);
         // 4 bits are too coarse for logits. A tied embedding is the head.
         let head_format = if format == WeightFormat::Int4 { WeightFormat::Int8 } else { format };
-        let embedding = find.linear(head_format, &[Parameter::Embedding], None)?;
+        let embedding = Linear::load(&find, head_format, &[Parameter::Embedding], None)?;
         let (embedding, head) = match config.tie_word_embeddings {
             true => (None, embedding),
-            false => (Some(embedding), find.linear(head_format, &[Parameter::Head], None)?),
+            false => (Some(embedding), Linear::load(&find, head_format, &[Parameter::Head], None)?),
         };
         let mut reported = Instant::now();
         let mut blocks = Vec::with_capacity(config.num_hidden_layers);
@@ -82,12 +82,12 @@ impl CpuDecoder {
                 rope: spec.rope,
                 query_factor: spec.query_factor(config.head_dim),
                 input_norm: find.norm(Parameter::AttentionNorm, at)?,
-                qkv: find.linear(format, &[Parameter::Query, Parameter::Key, Parameter::Value], at)?,
+                qkv: Linear::load(&find, format, &[Parameter::Query, Parameter::Key, Parameter::Value], at)?,
                 qk_norm: [find.head_norm(Parameter::QueryNorm, at)?, find.head_norm(Parameter::KeyNorm, at)?],
-                o: find.linear(format, &[Parameter::AttentionOutput], at)?,
+                o: Linear::load(&find, format, &[Parameter::AttentionOutput], at)?,
                 post_attention_norm: find.norm(Parameter::MlpNorm, at)?,
-                gate_up: find.gate_up(format, at)?,
-                down: find.linear(format, &[Parameter::Down], at)?,
+                gate_up: GatedLinear::load(&find, format, at)?,
+                down: Linear::load(&find, format, &[Parameter::Down], at)?,
             });
             if reported.elapsed().as_secs_f64() > REPORT_SECONDS {
                 reported = Instant::now();

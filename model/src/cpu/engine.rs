@@ -5,7 +5,7 @@ use std::sync::Arc;
 use overfill_kv::{KvDtype, KvStore};
 
 use super::{cache::CpuKv, decoder::CpuDecoder, kernels::packed::WeightFormat, team, workspace::Workspace};
-use crate::{Engine, LayerSink, ModelConfig, ModelError, Outputs, Rows, SequenceSlice, Weights, batch};
+use crate::{DeviceSpec, Engine, LayerSink, ModelConfig, ModelError, Outputs, Rows, SequenceSlice, Weights, batch};
 
 /// Reading this many bytes of weights takes about a millisecond, which makes waking all threads worthwhile.
 const WORTH_WAKING_BYTES: usize = 32 << 20;
@@ -30,6 +30,10 @@ impl CpuEngine {
         kv_dtype: KvDtype,
         kv_blocks: usize,
     ) -> Result<Self, ModelError> {
+        if format == WeightFormat::Fp8 || kv_dtype == KvDtype::Fp8 {
+            let reason = format!("weights are {format} and kv is {kv_dtype}; fp8 is supported on GPUs only");
+            return Err(ModelError::Device { device: DeviceSpec::Cpu.to_string(), reason });
+        }
         let decoder = CpuDecoder::load(config, weights, format, rows)?;
         let kv = CpuKv::new(config.num_hidden_layers, kv_blocks, config.heads(), kv_dtype)?;
         Ok(Self { decoder, kv: Arc::new(kv), workspace: Workspace::default(), logits: Vec::new() })

@@ -1,14 +1,14 @@
 //! A linear layer: packed weights and a bias. Hides the weights' layout and type.
 
-use super::source::Source;
 use crate::{
-    ModelError,
+    ModelError, Parameter,
     cpu::kernels::{
         inputs::InputBuffer,
         matmul::multiply,
         packed::{Arithmetic, PANEL, Packed, WeightFormat},
         rows::SiluMul,
     },
+    source::{Source, Sources},
 };
 
 /// `y = x W^T + b`.
@@ -19,18 +19,21 @@ pub(crate) struct Linear {
 }
 
 impl Linear {
-    /// One layer from the concatenated rows of `sources`.
-    pub(crate) fn stacked(
+    /// One layer from the concatenated rows of several parameters.
+    pub(crate) fn load(
+        find: &Sources<'_>,
         format: WeightFormat,
-        sources: &[Source<'_>],
-        bias: Option<Vec<f32>>,
+        parameters: &[Parameter],
+        layer: Option<usize>,
     ) -> Result<Self, ModelError> {
+        let sources = find.weights_of(parameters, layer)?;
+        let bias = find.biases(parameters, &sources, layer)?.map(|biases| biases.concat());
         let columns = sources[0].inputs();
         let rows = sources.iter().map(Source::outputs).sum();
         let matrix = Packed::pack(format, rows, columns, |panel, out| {
             let wanted = panel * PANEL..(panel + 1) * PANEL;
             let mut first = 0;
-            for source in sources {
+            for source in &sources {
                 let of = |row: usize| row.saturating_sub(first).min(source.outputs());
                 let part = of(wanted.start)..of(wanted.end);
                 if !part.is_empty() {
@@ -93,12 +96,11 @@ pub(crate) struct GatedLinear {
 }
 
 impl GatedLinear {
-    pub(crate) fn new(
-        format: WeightFormat,
-        gate: &Source<'_>,
-        up: &Source<'_>,
-        bias: Option<[Vec<f32>; 2]>,
-    ) -> Result<Self, ModelError> {
+    pub(crate) fn load(find: &Sources<'_>, format: WeightFormat, layer: Option<usize>) -> Result<Self, ModelError> {
+        let parameters = [Parameter::Gate, Parameter::Up];
+        let sources = find.weights_of(&parameters, layer)?;
+        let bias = find.biases(&parameters, &sources, layer)?.and_then(|biases| biases.try_into().ok());
+        let (gate, up) = (&sources[0], &sources[1]);
         let (outputs, columns) = (gate.outputs(), gate.inputs());
         let matrix = Packed::pack(format, 2 * outputs.next_multiple_of(PANEL), columns, |panel, out| {
             let first = panel / 2 * PANEL;

@@ -6,7 +6,6 @@ mod decoder;
 mod engine;
 pub(crate) mod kernels;
 mod linear;
-mod source;
 mod team;
 mod workspace;
 

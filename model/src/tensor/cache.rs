@@ -22,6 +22,7 @@ impl TensorKv {
             KvDtype::F32 => DType::F32,
             KvDtype::Bf16 => DType::BF16,
             KvDtype::F16 => DType::F16,
+            KvDtype::Fp8 => DType::F8E4M3,
         };
         let layers = (0..layers).map(|_| Tensor::zeros(shape, element, device)).collect::<Result<_>>()?;
         Ok(Self { layers, num_blocks, sizes, dtype })

@@ -1,4 +1,4 @@
-//! An engine built on tensor operations over paged KV.
+//! An engine built on tensor operations over paged KV: the reference that tests compare other engines with.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::{
     batch::{self, Slot},
 };
 
-/// The reference engine. It also serves devices that this crate has no kernels for, slowly.
+/// The reference engine.
 pub(crate) struct TensorEngine {
     decoder: Decoder,
     kv: Arc<TensorKv>,

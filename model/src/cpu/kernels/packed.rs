@@ -40,6 +40,7 @@ impl WeightFormat {
             Self::Int8 => groups * self.group_bytes(),
             Self::Int8Channel => 4 * PANEL + groups * self.group_bytes(),
             Self::Int4 => groups * self.group_bytes(),
+            Self::Fp8 => unreachable!("the CPU engine refuses fp8"),
         }
     }
 
@@ -62,6 +63,7 @@ impl WeightFormat {
             Self::F32 | Self::F16 | Self::Bf16 => InputType::F32,
             Self::Int8 | Self::Int8Channel if rows == Rows::Many && !isa.traits().fast_int8 => InputType::F32,
             Self::Int8 | Self::Int8Channel | Self::Int4 => InputType::Int8,
+            Self::Fp8 => unreachable!("the CPU engine refuses fp8"),
         }
     }
 }
@@ -172,6 +174,7 @@ impl Packed {
                     let (at, shift) = int4_at(within, lane);
                     (f32::from(panel[start + SCALES_BYTES + at] >> shift & 15) - 8.0) * scale()
                 }
+                WeightFormat::Fp8 => unreachable!("the CPU engine refuses fp8"),
             };
         }
     }
@@ -239,6 +242,7 @@ fn pack_panel(format: WeightFormat, values: &[f32], columns: usize, panel: &mut 
                     }
                 }
             }
+            WeightFormat::Fp8 => unreachable!("the CPU engine refuses fp8"),
         }
     }
 }

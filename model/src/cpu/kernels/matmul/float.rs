@@ -56,6 +56,7 @@ pub(super) unsafe fn panel<S: Simd>(
                     widened.as_ptr()
                 }
                 WeightFormat::Int4 => unreachable!("int4 weights meet inputs of bytes"),
+                WeightFormat::Fp8 => unreachable!("the CPU engine refuses fp8"),
                 WeightFormat::Int8 | WeightFormat::Int8Channel => {
                     int8_chunk::<S>(format, panel, first, count, widened.as_mut_ptr());
                     widened.as_ptr()

@@ -1,11 +1,9 @@
-//! Reads parameters from a model's files.
+//! Reads parameters from a model's files, as f32. Engines pack them in their own layouts.
 
 use std::ops::Range;
 
-use super::linear::{GatedLinear, Linear};
 use crate::{
     ModelConfig, ModelError, Parameter, Weights,
-    cpu::kernels::packed::WeightFormat,
     family::{Finder, TensorRows},
 };
 
@@ -69,38 +67,23 @@ impl<'a> Sources<'a> {
         self.find.head_norm(parameter, layer)?.map(|place| self.at(place).values()).transpose()
     }
 
-    /// One linear layer from the concatenated rows of several parameters.
-    pub(crate) fn linear(
-        &self,
-        format: WeightFormat,
-        parameters: &[Parameter],
-        layer: Option<usize>,
-    ) -> Result<Linear, ModelError> {
-        let sources = self.weights_of(parameters, layer)?;
-        let biases = self.biases(parameters, &sources, layer)?;
-        Linear::stacked(format, &sources, biases.map(|biases| biases.concat()))
-    }
-
-    /// The first half of a gated MLP.
-    pub(crate) fn gate_up(&self, format: WeightFormat, layer: Option<usize>) -> Result<GatedLinear, ModelError> {
-        let parameters = [Parameter::Gate, Parameter::Up];
-        let sources = self.weights_of(&parameters, layer)?;
-        let biases = self.biases(&parameters, &sources, layer)?;
-        GatedLinear::new(format, &sources[0], &sources[1], biases.and_then(|biases| biases.try_into().ok()))
-    }
-
     /// Fails if the model has a tensor that was not used.
     pub(crate) fn all_used(&self) -> Result<(), ModelError> {
         Ok(self.find.all_used()?)
     }
 
-    fn weights_of(&self, parameters: &[Parameter], layer: Option<usize>) -> Result<Vec<Source<'a>>, ModelError> {
+    /// The weights of parameters that are computed as one product.
+    pub(crate) fn weights_of(
+        &self,
+        parameters: &[Parameter],
+        layer: Option<usize>,
+    ) -> Result<Vec<Source<'a>>, ModelError> {
         parameters.iter().map(|parameter| Ok(self.at(self.find.weight(*parameter, layer)?))).collect()
     }
 
     /// Biases of parameters that are computed as one product. A parameter without a bias gets zeros; `None` if none has
     /// one.
-    fn biases(
+    pub(crate) fn biases(
         &self,
         parameters: &[Parameter],
         sources: &[Source<'_>],

@@ -1,0 +1,124 @@
+//! The paged KV cache in device memory, `[layers][blocks][K|V][kv_heads][16][head_dim]`.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaStream, DriverError};
+use overfill_kv::{BlockId, KvMemory, KvStore, StoreError, store::check_range};
+use parking_lot::Mutex;
+
+use super::{
+    device::{Fault, Gpu},
+    memory::{Buffer, Pinned, Pointer},
+};
+
+/// Pinned memory for copies, at least one block.
+const STAGING_BYTES: usize = 4 << 20;
+
+/// The KV of all layers. The engine's stream writes it; handoffs copy from and to it on a stream of their own, so that
+/// they do not wait for the step that is running. They read a layer only after the engine has announced it, and write
+/// only blocks that no step uses.
+pub(super) struct CudaKv {
+    memory: Buffer,
+    num_layers: usize,
+    num_blocks: usize,
+    block_bytes: usize,
+    staging: Mutex<Staging>,
+}
+
+struct Staging {
+    stream: Arc<CudaStream>,
+    pinned: Pinned<u8>,
+    /// Blocks that fit.
+    blocks: usize,
+}
+
+impl CudaKv {
+    pub(super) fn new(gpu: &Gpu, num_layers: usize, num_blocks: usize, block_bytes: usize) -> Result<Self, Fault> {
+        let blocks = (STAGING_BYTES / block_bytes).max(1);
+        let pinned = Pinned::zeroed(&gpu.context, blocks * block_bytes)?;
+        let staging = Staging { stream: gpu.context.new_stream()?, pinned, blocks };
+        let memory = Buffer::zeroed(gpu.launcher.stream(), num_layers * num_blocks * block_bytes)?;
+        Ok(Self { memory, num_layers, num_blocks, block_bytes, staging: Mutex::new(staging) })
+    }
+
+    /// Address of a layer's blocks.
+    pub(super) fn layer(&self, layer: usize) -> Pointer {
+        self.memory.pointer().offset(self.offset(layer, 0))
+    }
+
+    fn offset(&self, layer: usize, block: usize) -> usize {
+        (layer * self.num_blocks + block) * self.block_bytes
+    }
+}
+
+/// Calls `f` with each run of consecutive ids: its position in `blocks`, and the blocks.
+fn for_each_run(
+    blocks: &[BlockId],
+    mut f: impl FnMut(usize, &[BlockId]) -> Result<(), DriverError>,
+) -> Result<(), DriverError> {
+    let mut at = 0;
+    for run in blocks.chunk_by(|a, b| b.0 == a.0.wrapping_add(1)) {
+        f(at, run)?;
+        at += run.len();
+    }
+    Ok(())
+}
+
+fn fault(error: DriverError) -> StoreError {
+    StoreError::Device(error.to_string())
+}
+
+impl KvStore for CudaKv {
+    fn num_layers(&self) -> usize {
+        self.num_layers
+    }
+
+    fn num_blocks(&self) -> usize {
+        self.num_blocks
+    }
+
+    fn block_bytes(&self) -> usize {
+        self.block_bytes
+    }
+
+    fn memory(&self) -> KvMemory {
+        KvMemory::Device
+    }
+
+    fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError> {
+        check_range(self, layer, blocks)?;
+        let mut guard = self.staging.lock();
+        let Staging { stream, pinned, blocks: room } = &mut *guard;
+        for (piece, blocks) in blocks.chunks(*room).enumerate() {
+            for_each_run(blocks, |at, run| {
+                let (from, bytes) = (self.offset(layer, run[0].0 as usize), run.len() * self.block_bytes);
+                self.memory.queue_download(stream, from, pinned, at * self.block_bytes, bytes)
+            })
+            .and_then(|()| stream.synchronize())
+            .map_err(fault)?;
+            for (i, bytes) in pinned.as_slice().chunks_exact(self.block_bytes).take(blocks.len()).enumerate() {
+                f(piece * *room + i, bytes);
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), StoreError> {
+        check_range(self, layer, blocks)?;
+        let mut guard = self.staging.lock();
+        let Staging { stream, pinned, blocks: room } = &mut *guard;
+        for (piece, blocks) in blocks.chunks(*room).enumerate() {
+            let places = pinned.as_mut_slice().chunks_exact_mut(self.block_bytes).take(blocks.len());
+            places.enumerate().for_each(|(i, bytes)| f(piece * *room + i, bytes));
+            for_each_run(blocks, |at, run| {
+                let to = self.offset(layer, run[0].0 as usize);
+                let from = at * self.block_bytes..(at + run.len()) * self.block_bytes;
+                self.memory.queue_upload(stream, to, pinned, from)
+            })
+            // The pinned memory is used again, and the caller takes the blocks for written.
+            .and_then(|()| stream.synchronize())
+            .map_err(fault)?;
+        }
+        Ok(())
+    }
+}

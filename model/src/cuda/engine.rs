@@ -1,0 +1,228 @@
+//! A model on a GPU: weights, KV, activations, and graphs of decode steps.
+
+use std::{collections::HashMap, sync::Arc};
+
+use cudarc::driver::{CudaEvent, sys};
+use overfill_kv::{KvDtype, KvStore};
+
+use super::{
+    cache::CudaKv,
+    decoder::Decoder,
+    device::{Fault, Gpu},
+    launch::Graph,
+    memory::Pinned,
+    pack::{Format, Half},
+    step::{Sizes, StepArrays, table_blocks},
+    workspace::{Limits, Workspace},
+};
+use crate::{
+    DeviceSpec, Engine, LayerSink, LoadOptions, ModelConfig, ModelError, Outputs, Rows, SequenceSlice, WeightFormat,
+    Weights, batch,
+};
+
+/// Largest step in tokens. More would not fit in one dimension of a grid.
+const MOST_ROWS: usize = 32768;
+
+/// The engine of `--device cuda:N`.
+pub(crate) struct CudaEngine {
+    index: usize,
+    config: ModelConfig,
+    limits: Limits,
+    /// `[wanted rows, vocab]` of the last batch.
+    logits: Vec<f32>,
+    downloaded: Pinned<f32>,
+    /// An event for each layer: its keys and values are in the cache.
+    events: Vec<CudaEvent>,
+    /// Captured decode steps, by number of sequences. Dropped before what they use.
+    graphs: HashMap<usize, Graph>,
+    arrays: StepArrays,
+    workspace: Workspace,
+    kv: Arc<CudaKv>,
+    decoder: Decoder,
+    gpu: Gpu,
+}
+
+impl CudaEngine {
+    /// Copies a model's weights to device `index` and creates a cache of `kv_blocks` blocks there.
+    pub(crate) fn load(
+        index: usize,
+        config: &ModelConfig,
+        weights: &Weights,
+        options: &LoadOptions,
+        kv_blocks: usize,
+    ) -> Result<Self, ModelError> {
+        let unsupported = |reason: String| ModelError::Device { device: DeviceSpec::Cuda(index).to_string(), reason };
+        let half = activations(options).map_err(unsupported)?;
+        let (format, head_format) = Format::of(options.weights, half, index)?;
+        if !(1..=MOST_ROWS).contains(&options.max_rows) {
+            let reason = format!("steps of {} tokens, supported on GPUs: 1 to {MOST_ROWS}", options.max_rows);
+            return Err(unsupported(reason));
+        }
+        let limits =
+            Limits { rows: options.max_rows.max(options.max_sequences), sequences: options.max_sequences.max(1) };
+        let fault = |fault: Fault| fault.while_loading(index);
+        let gpu = Gpu::open(index, half).map_err(fault)?;
+        let decoder = Decoder::load(&gpu, index, config, weights, [format, head_format], half, options.kv_dtype)?;
+        let block_bytes = config.heads().block_elements() * options.kv_dtype.size_bytes();
+        let workspace = Workspace::new(&gpu, config, limits, decoder.scratch_bytes()).map_err(fault)?;
+        let table_blocks = limits.sequences * overfill_kv::blocks_for(config.max_position_embeddings);
+        let arrays = StepArrays::new(&gpu, limits.rows, table_blocks).map_err(fault)?;
+        let free_bytes = gpu.free_bytes().map_err(fault)?;
+        let needed_bytes = config.num_hidden_layers * kv_blocks * block_bytes;
+        if needed_bytes > free_bytes {
+            let fits = free_bytes / (config.num_hidden_layers * block_bytes) * overfill_kv::BLOCK_TOKENS;
+            return Err(unsupported(format!(
+                "the KV cache needs {needed_bytes} bytes, and {free_bytes} are free: --kv-pool-tokens up to {fits} would fit"
+            )));
+        }
+        let kv = CudaKv::new(&gpu, config.num_hidden_layers, kv_blocks, block_bytes).map_err(fault)?;
+        let event = |_| Ok::<_, Fault>(gpu.context.new_event(Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC))?);
+        let events = (0..config.num_hidden_layers).map(event).collect::<Result<_, _>>().map_err(fault)?;
+        let downloaded =
+            Pinned::zeroed(&gpu.context, limits.sequences * decoder.logits_stride()).map_err(|e| fault(e.into()))?;
+        Ok(Self {
+            index,
+            config: config.clone(),
+            limits,
+            logits: Vec::new(),
+            downloaded,
+            events,
+            graphs: HashMap::new(),
+            arrays,
+            workspace,
+            kv: Arc::new(kv),
+            decoder,
+            gpu,
+        })
+    }
+
+    /// Checks a batch against the room that was allocated for it.
+    fn check_limits(&self, batch: &[SequenceSlice<'_>], sizes: &Sizes) -> Result<(), ModelError> {
+        let (blocks, room) = (table_blocks(batch), self.arrays.table_blocks(sizes));
+        let checks = [
+            ("tokens", sizes.rows, self.limits.rows),
+            ("slices of one token", sizes.single, self.limits.sequences),
+            ("blocks in tables", blocks, room),
+        ];
+        match checks.into_iter().find(|(_, count, limit)| count > limit) {
+            None => Ok(()),
+            Some((what, count, limit)) => Err(ModelError::Device {
+                device: DeviceSpec::Cuda(self.index).to_string(),
+                reason: format!("a batch has {count} {what}, at most {limit} were allocated"),
+            }),
+        }
+    }
+
+    /// Runs a batch; leaves the wanted logits in `self.logits`.
+    fn step(&mut self, batch: &[SequenceSlice<'_>], layers: &dyn LayerSink) -> Result<(), Fault> {
+        self.gpu.context.bind_to_thread()?;
+        let sizes = Sizes::of(batch);
+        self.logits.clear();
+        match sizes.is_decode() && sizes.rows <= self.limits.sequences {
+            true => self.decode(batch, sizes.rows, layers)?,
+            false => self.prefill(batch, &sizes, layers)?,
+        }
+        Ok(())
+    }
+
+    /// A step of several tokens per sequence. Layers are announced while later ones are computed.
+    fn prefill(&mut self, batch: &[SequenceSlice<'_>], sizes: &Sizes, layers: &dyn LayerSink) -> Result<(), Fault> {
+        self.arrays.queue(&self.gpu, batch, sizes)?;
+        let at = self.arrays.arrays(sizes);
+        self.decoder.queue_layers(&self.gpu, &self.kv, &self.workspace, sizes, &at, |layer| {
+            Ok(self.events[layer].record(self.gpu.launcher.stream())?)
+        })?;
+        for (layer, event) in self.events.iter().enumerate() {
+            event.synchronize()?;
+            layers.layer_ready(layer);
+        }
+        for first in (0..sizes.wanted).step_by(self.limits.sequences) {
+            let count = (sizes.wanted - first).min(self.limits.sequences);
+            let wanted = at.wanted.offset(first * size_of::<i32>());
+            self.decoder.queue_logits(&self.gpu, &self.workspace, wanted, count)?;
+            self.download_logits(count)?;
+        }
+        Ok(self.gpu.launcher.stream().synchronize()?)
+    }
+
+    /// A step of one token per sequence, as one graph: its kernels are short, and launching each would take as long.
+    fn decode(&mut self, batch: &[SequenceSlice<'_>], sequences: usize, layers: &dyn LayerSink) -> Result<(), Fault> {
+        let rounded = sequences.next_power_of_two().min(self.limits.sequences);
+        let sizes = Sizes::decode(rounded);
+        self.arrays.queue(&self.gpu, batch, &sizes)?;
+        if !self.graphs.contains_key(&rounded) {
+            let graph = self.capture(&sizes)?;
+            self.graphs.insert(rounded, graph);
+        }
+        if let Some(graph) = self.graphs.get(&rounded) {
+            graph.launch()?;
+        }
+        self.download_logits(sequences)?;
+        (0..self.config.num_hidden_layers).for_each(|layer| layers.layer_ready(layer));
+        Ok(())
+    }
+
+    /// Captures a decode step. All of its addresses depend on the number of sequences only.
+    fn capture(&self, sizes: &Sizes) -> Result<Graph, Fault> {
+        let (gpu, at) = (&self.gpu, self.arrays.arrays(sizes));
+        gpu.launcher.capture(|| {
+            self.decoder.queue_layers(gpu, &self.kv, &self.workspace, sizes, &at, |_| Ok(()))?;
+            self.decoder.queue_logits(gpu, &self.workspace, at.wanted, sizes.wanted)
+        })
+    }
+
+    /// Waits for the logits of `count` rows and appends them to `self.logits`.
+    fn download_logits(&mut self, count: usize) -> Result<(), Fault> {
+        let (stride, vocab_size) = (self.decoder.logits_stride(), self.config.vocab_size);
+        let stream = self.gpu.launcher.stream();
+        self.workspace.logits.queue_download(stream, 0, &mut self.downloaded, 0, count * stride)?;
+        stream.synchronize()?;
+        for row in self.downloaded.as_slice().chunks_exact(stride).take(count) {
+            self.logits.extend_from_slice(&row[..vocab_size]);
+        }
+        Ok(())
+    }
+}
+
+/// Type of activations: that of the cache if it has 16 bits, else that of the weights.
+fn activations(options: &LoadOptions) -> Result<Half, String> {
+    match (options.kv_dtype, options.weights) {
+        (KvDtype::F32, _) => Err("kv is f32, supported on GPUs: bf16, f16 or fp8".into()),
+        (KvDtype::Bf16, WeightFormat::F16) => Err("kv is bf16 and weights are f16; use one type for both".into()),
+        (KvDtype::F16, WeightFormat::Bf16) => Err("kv is f16 and weights are bf16; use one type for both".into()),
+        (KvDtype::F16, _) | (KvDtype::Fp8, WeightFormat::F16) => Ok(Half::F16),
+        (KvDtype::Bf16 | KvDtype::Fp8, _) => Ok(Half::Bf16),
+    }
+}
+
+impl Engine for CudaEngine {
+    fn run(
+        &mut self,
+        batch: &[SequenceSlice<'_>],
+        layers: &Arc<dyn LayerSink>,
+        out: &mut Outputs,
+    ) -> Result<(), ModelError> {
+        let vocab_size = self.config.vocab_size;
+        batch::check(batch, vocab_size)?;
+        self.check_limits(batch, &Sizes::of(batch))?;
+        self.step(batch, &**layers).map_err(|fault| fault.while_serving(self.index))?;
+        out.fill(batch, &self.logits, vocab_size);
+        Ok(())
+    }
+
+    fn kv(&self) -> Arc<dyn KvStore> {
+        self.kv.clone()
+    }
+
+    fn set_rows(&mut self, _: Rows) {
+        // The number of rows decides at each product.
+    }
+
+    fn weight_bytes(&self) -> Option<usize> {
+        Some(self.decoder.weight_bytes())
+    }
+
+    fn step_weight_bytes(&self) -> Option<usize> {
+        Some(self.decoder.step_weight_bytes())
+    }
+}
