@@ -85,7 +85,12 @@ pub fn binary() -> Result<PathBuf> {
 impl Cluster {
     /// Starts `overfill up` with `args` on free ports and waits until it serves.
     pub fn start<S: AsRef<str>>(args: &[S]) -> Result<Self> {
-        let (mut up, stdin, stderr) = spawn(args)?;
+        Self::start_with(args, &[])
+    }
+
+    /// Starts `overfill up` like [`Self::start`], with environment variables for all processes.
+    pub fn start_with<S: AsRef<str>>(args: &[S], variables: &[(&str, String)]) -> Result<Self> {
+        let (mut up, stdin, stderr) = spawn(args, variables)?;
         let mut stdout = BufReader::new(up.stdout.take().context("no standard output")?);
         let (sender, receiver) = sync_channel(1);
         std::thread::spawn(move || {
@@ -109,7 +114,12 @@ impl Cluster {
 
     /// Starts `overfill up` with `args` and waits until it ends by itself.
     pub fn refused<S: AsRef<str>>(args: &[S]) -> Result<Refused> {
-        let (mut up, stdin, stderr) = spawn(args)?;
+        Self::refused_with(args, &[])
+    }
+
+    /// Like [`Self::refused`], with environment variables for all processes.
+    pub fn refused_with<S: AsRef<str>>(args: &[S], variables: &[(&str, String)]) -> Result<Refused> {
+        let (mut up, stdin, stderr) = spawn(args, variables)?;
         let status = wait_end(&mut up, START_TIMEOUT);
         drop(stdin);
         Ok(Refused { status: status?, stderr: text(stderr) })
@@ -200,10 +210,11 @@ impl Drop for Cluster {
     }
 }
 
-fn spawn<S: AsRef<str>>(args: &[S]) -> Result<(Child, ChildStdin, JoinHandle<String>)> {
+fn spawn<S: AsRef<str>>(args: &[S], variables: &[(&str, String)]) -> Result<(Child, ChildStdin, JoinHandle<String>)> {
     let mut up = Command::new(binary()?)
         .args(["up", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--print", "json", "--exit-with-stdin"])
         .args(args.iter().map(AsRef::as_ref))
+        .envs(variables.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -11,11 +11,20 @@ use crate::Completion;
 /// All pairs in `golden/`.
 pub const PAIRS: [&str; 5] = ["llama-tied", "llama-untied", "qwen2", "qwen3", "llama-depth"];
 
-/// Largest allowed difference of a log-probability, in nats, with f32 weights, arithmetic and KV.
-pub const TOLERANCE: f32 = 1e-3;
+/// How far an answer may be from the reference, in nats.
+#[derive(Clone, Copy, Debug)]
+pub struct Tolerance {
+    /// Largest difference of a log-probability.
+    pub logprob: f32,
+    /// If the two most likely tokens are closer than this, another token is accepted from this step on.
+    pub close_call: f32,
+}
 
-/// If the two most likely tokens are closer than this, in nats, another token is accepted from this step on.
-const CLOSE_CALL: f32 = 0.02;
+/// With f32 weights, arithmetic and KV.
+pub const EXACT: Tolerance = Tolerance { logprob: 1e-3, close_call: 0.02 };
+
+/// With f16 weights, activations and KV.
+pub const HALF: Tolerance = Tolerance { logprob: 0.2, close_call: 0.4 };
 
 /// Content of `expected.json` of a pair.
 #[derive(Debug, Deserialize)]
@@ -95,16 +104,26 @@ impl Golden {
 
     /// Arguments of `overfill up` that serve the pair as `small`, and its full model alone as `big`.
     pub fn up_args(pair: &str) -> Vec<String> {
+        Self::up_args_in(pair, "f32")
+    }
+
+    /// As [`Self::up_args`], with weights and KV of one type.
+    pub fn up_args_in(pair: &str, dtype: &str) -> Vec<String> {
         let (full, decode) = (folder(pair, "full"), folder(pair, "decode"));
         let args = ["--full", &full, "--decode", &format!("small={decode}"), "--decode", &format!("big={full}")];
         // The references are computed in f32. Small pools let many clusters fit in the memory of a small machine.
-        let settings = ["--weights", "f32", "--kv-dtype", "f32", "--kv-pool-tokens", "16384"];
+        let settings = ["--weights", dtype, "--kv-dtype", dtype, "--kv-pool-tokens", "16384"];
         args.into_iter().chain(settings).map(str::to_owned).collect()
     }
 }
 
-/// Checks that an answer matches the reference within the tolerance.
+/// Checks that an answer matches the reference within [`EXACT`].
 pub fn check(expected: &[Step], actual: &Completion) -> Result<()> {
+    check_within(EXACT, expected, actual)
+}
+
+/// Checks that an answer matches the reference within `tolerance`.
+pub fn check_within(tolerance: Tolerance, expected: &[Step], actual: &Completion) -> Result<()> {
     ensure!(actual.tokens.len() == expected.len(), "{} tokens, not {}", actual.tokens.len(), expected.len());
     ensure!(actual.top.len() == expected.len(), "{} log-probabilities, not {}", actual.top.len(), expected.len());
     for (i, step) in expected.iter().enumerate() {
@@ -116,15 +135,22 @@ pub fn check(expected: &[Step], actual: &Completion) -> Result<()> {
                 Some(reported) => (reported - logprob).abs(),
                 None => (worst_reported - logprob).abs(),
             };
-            ensure!(distance <= TOLERANCE, "step {i}: token {token} is {distance} from the reference {logprob}");
+            ensure!(
+                distance <= tolerance.logprob,
+                "step {i}: token {token} is {distance} from the reference {logprob}"
+            );
         }
         if actual.tokens[i] != step.token {
-            let close = step.top.len() > 1 && step.top[0].1 - step.top[1].1 < CLOSE_CALL;
+            let close = step.top.len() > 1 && step.top[0].1 - step.top[1].1 < tolerance.close_call;
             ensure!(close, "step {i}: token {} instead of {}", actual.tokens[i], step.token);
             return Ok(());
         }
         let own = actual.logprobs.get(i).copied().unwrap_or(f32::NAN);
-        ensure!((own - step.top[0].1).abs() <= TOLERANCE, "step {i}: reported {own}, reference {}", step.top[0].1);
+        ensure!(
+            (own - step.top[0].1).abs() <= tolerance.logprob,
+            "step {i}: reported {own}, reference {}",
+            step.top[0].1
+        );
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ pub mod completion;
 pub mod etcd;
 pub mod gguf;
 pub mod golden;
+pub mod gpu;
 pub mod metrics;
 pub mod network;
 pub mod rig;

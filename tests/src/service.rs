@@ -65,6 +65,11 @@ impl Service {
 
     /// Starts `overfill` with `args`, and waits until it is ready. With `host`, it runs and listens there.
     pub fn start_on(host: Option<Host>, args: Vec<String>) -> Result<Self> {
+        Self::start_with(host, args, &[])
+    }
+
+    /// Starts `overfill` like [`Self::start_on`], with environment variables.
+    pub fn start_with(host: Option<Host>, args: Vec<String>, variables: &[(&str, String)]) -> Result<Self> {
         let mut command = match &host {
             Some(host) => host.command(binary()?),
             None => Command::new(binary()?),
@@ -72,6 +77,7 @@ impl Service {
         let mut child = command
             .args(&args)
             .arg("--exit-with-stdin")
+            .envs(variables.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -81,6 +81,18 @@ pub fn hosts() -> Result<()> {
     Ok(())
 }
 
+/// Installs the C++ compiler of the software GPU, with its sanitizers, unless it is present.
+pub fn compiler() -> Result<()> {
+    let usable = || succeeds(Command::new("g++").arg("--version"));
+    if !usable() {
+        install(&["g++"], "the software GPU needs a C++ compiler")?;
+    }
+    if !usable() {
+        bail!("g++ does not start after its installation");
+    }
+    Ok(())
+}
+
 /// Installs valgrind for the memory check of kernels, unless it is present.
 pub fn valgrind() -> Result<()> {
     // valgrind does not start without the C library's symbols.

@@ -3,6 +3,7 @@
 mod apt;
 mod chart;
 mod cluster;
+mod cuda;
 mod demo;
 mod images;
 mod memory;

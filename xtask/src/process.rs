@@ -6,6 +6,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
+use crate::cuda;
+
 /// Returns the repository's root folder.
 pub fn root() -> PathBuf {
     let mut path = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
@@ -22,6 +24,10 @@ pub fn target() -> PathBuf {
 pub fn cargo(args: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(args).current_dir(root());
+    // Every call has it, whether or not it builds with GPUs: a change would compile the kernels again.
+    if let Some(home) = cuda::home() {
+        command.env("CUDA_HOME", home);
+    }
     command
 }
 

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::process::{cargo, phase, run as sh};
-use crate::{apt, chart, images, memory, monitoring, page, python, tidy};
+use crate::{apt, chart, cuda, images, memory, monitoring, page, python, tidy};
 
 /// What to do if a program that tests need is missing and can't be installed.
 #[derive(Clone, Copy, PartialEq)]
@@ -38,15 +38,20 @@ pub fn run(programs: Programs) -> Result<()> {
         && have("test of container images", apt::namespaces(), false)?;
     let prometheus = have("tests of dashboards and rules", apt::promtool(), required)?;
     let chromium = have("tests of the page", apt::chromium(), required)?;
+    let gpu = have("tests of GPU nodes", cuda::prepare(), required)?;
+    let features = if gpu { ["--features", cuda::FEATURES].as_slice() } else { &[] };
     let mut interpreter = None;
     phase("python environment", || {
         interpreter = Some(python::prepare()?);
         Ok(())
     })?;
-    phase("lints", || sh(&mut cargo(&["clippy", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"])))?;
+    phase("lints", || {
+        let mut command = cargo(&["clippy", "--locked", "--workspace", "--all-targets"]);
+        sh(command.args(features).args(["--", "-D", "warnings"]))
+    })?;
     // The whole-cluster tests start the real binary, which `cargo test` alone would not build. Binaries and tests are
     // built in one call, so that they use the same features and dependencies are compiled once.
-    phase("binaries", || sh(&mut cargo(&["build", "--locked", "--workspace", "--bins", "--tests"])))?;
+    phase("binaries", || sh(cargo(&["build", "--locked", "--workspace", "--bins", "--tests"]).args(features)))?;
     // Starts the binaries with the chart's environment as well.
     phase("chart", chart::run)?;
     if prometheus {
@@ -60,11 +65,14 @@ pub fn run(programs: Programs) -> Result<()> {
     }
     phase("tests", || {
         let mut command = cargo(&["test", "--locked", "--workspace", "--no-fail-fast"]);
+        command.args(features);
         if let Some(python) = &interpreter {
             command.env("OVERFILL_PYTHON", python);
         }
         // Tests whose programs are present must not be skipped by mistake.
-        for (variable, there) in [("OVERFILL_ETCD_REQUIRED", etcd), ("OVERFILL_HOSTS_REQUIRED", hosts)] {
+        let needs =
+            [("OVERFILL_ETCD_REQUIRED", etcd), ("OVERFILL_HOSTS_REQUIRED", hosts), ("OVERFILL_GPU_REQUIRED", gpu)];
+        for (variable, there) in needs {
             if there {
                 command.env(variable, "1");
             }

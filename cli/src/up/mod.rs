@@ -41,8 +41,14 @@ pub struct UpArgs {
     /// Device of all nodes: cpu or cuda:N.
     #[arg(long, default_value = "cpu", help_heading = "Models")]
     device: String,
-    /// Weight format in memory: f32, bf16, f16, int8, int8-channel or int4. Integer formats need --device cpu [default:
-    /// bf16; f32 for the demo pair]
+    /// Device of the prefill nodes, in place of --device.
+    #[arg(long, value_name = "DEVICE", help_heading = "Models")]
+    prefill_device: Option<String>,
+    /// Device of the decode nodes, in place of --device.
+    #[arg(long, value_name = "DEVICE", help_heading = "Models")]
+    decode_device: Option<String>,
+    /// Weight format in memory: f32, bf16, f16, int8, int8-channel, int4 or fp8. GPUs lack f32 and int8-channel, CPUs lack
+    /// fp8 [default: bf16; f32 for the demo pair]
     #[arg(long, visible_alias = "dtype", value_name = "FORMAT", help_heading = "Models")]
     weights: Option<String>,
     /// Weight format of the prefill nodes, in place of --weights.
@@ -51,7 +57,7 @@ pub struct UpArgs {
     /// Weight format of the decode nodes, in place of --weights.
     #[arg(long, value_name = "FORMAT", help_heading = "Models")]
     decode_weights: Option<String>,
-    /// Type of the KV cache: f32, bf16 or f16 [default: bf16; f32 for the demo pair]
+    /// Type of the KV cache: f32, bf16, f16 or fp8. GPUs lack f32, CPUs lack fp8 [default: bf16; f32 for the demo pair]
     #[arg(long, value_name = "TYPE", help_heading = "Models")]
     kv_dtype: Option<String>,
     /// Capacity of each node's KV cache, in tokens.
@@ -179,7 +185,9 @@ impl UpArgs {
         let default = if self.full.is_some() { "bf16" } else { "f32" };
         let weights = own.as_ref().or(self.weights.as_ref()).map_or(default, String::as_str);
         let kv_dtype = self.kv_dtype.as_deref().unwrap_or(default);
-        let mut args = vec![role, "--model", &model.model, "--device", &self.device, "--weights", weights];
+        let own = if role == "prefill" { &self.prefill_device } else { &self.decode_device };
+        let device = own.as_ref().unwrap_or(&self.device);
+        let mut args = vec![role, "--model", &model.model, "--device", device, "--weights", weights];
         args.extend(["--kv-dtype", kv_dtype, "--kv-pool-tokens", &pool]);
         args.extend(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]);
         if let Some(name) = &model.name {

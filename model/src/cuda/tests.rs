@@ -2,11 +2,12 @@
 
 use std::{
     path::Path,
+    process::Command,
     sync::{Arc, OnceLock},
 };
 
 use overfill_kv::{BlockId, KvDtype, SamplingParams};
-use overfill_software_gpu::SoftwareGpu;
+use overfill_software_gpu::{Edit, Error, SoftwareGpu};
 use parking_lot::Mutex;
 
 use super::CudaEngine;
@@ -18,19 +19,31 @@ use crate::{
 const PAIRS: [&str; 5] = ["llama-tied", "llama-untied", "llama-depth", "qwen2", "qwen3"];
 const KV_BLOCKS: usize = 24;
 
-/// Loads the software GPU once. Without a C++ compiler, the tests say so and pass, unless they are required.
+/// Chooses a fault of [`faults`] for the software GPU of this process.
+const FAULT: &str = "OVERFILL_PLANTED_FAULT";
+
+/// Loads the software GPU once; with OVERFILL_REAL_GPU, the tests run on the machine's GPU instead. Without a C++
+/// compiler, the tests say so and pass, unless they are required.
 fn gpu() -> bool {
     static LOADED: OnceLock<bool> = OnceLock::new();
-    *LOADED.get_or_init(|| match SoftwareGpu::build(false, &[]) {
-        Ok(gpu) => {
-            gpu.load().unwrap();
-            true
+    *LOADED.get_or_init(|| {
+        if std::env::var_os("OVERFILL_REAL_GPU").is_some() {
+            return true;
         }
-        Err(e @ overfill_software_gpu::Error::NoCompiler(_)) if std::env::var_os("OVERFILL_GPU_REQUIRED").is_none() => {
-            eprintln!("SKIPPED: tests of the GPU engine: {e}");
-            false
+        let fault =
+            std::env::var(FAULT).ok().map(|name| faults().into_iter().find(|fault| fault.name == name).unwrap());
+        let edits: Vec<Edit> = fault.iter().map(|fault| fault.edit.clone()).collect();
+        match SoftwareGpu::build(std::env::var_os(SANITIZED).is_some(), &edits) {
+            Ok(gpu) => {
+                gpu.load().unwrap();
+                true
+            }
+            Err(e @ Error::NoCompiler(_)) if std::env::var_os("OVERFILL_GPU_REQUIRED").is_none() => {
+                eprintln!("SKIPPED: tests of the GPU engine: {e}");
+                false
+            }
+            Err(e) => panic!("{e}"),
         }
-        Err(e) => panic!("{e}"),
     })
 }
 
@@ -211,4 +224,91 @@ fn a_chosen_token_is_the_same_alone_and_in_a_batch() {
     };
     let alone = run(1);
     assert!(run(10).iter().all(|token| *token == alone[0]));
+}
+
+/// Set in processes with AddressSanitizer.
+const SANITIZED: &str = "OVERFILL_SANITIZED_GPU";
+
+struct Fault {
+    name: &'static str,
+    edit: Edit,
+    /// What the process says when it finds the fault.
+    found: &'static str,
+}
+
+/// Faults of kinds that are easily made in kernels.
+fn faults() -> Vec<Fault> {
+    let fault = |name, file, from, to, found| Fault { name, edit: Edit { file, from, to }, found };
+    vec![
+        fault("barrier", "matmul.cu", "__syncthreads();", "", " of "),
+        fault("warp-barrier", "decode_attention.cu", "__syncwarp();", "", " of "),
+        fault("misaligned", "matmul.cu", "+ t * 16, *high", "+ t * 16 + 2, *high", "misaligned address"),
+        fault(
+            "past-the-end",
+            "rows.cu",
+            "if (at >= p.width) return;",
+            "if (at > p.width) return;",
+            "heap-buffer-overflow",
+        ),
+        fault("uninitialised", "prefill_attention.cu", "out[n][i] = 0;", "", " of "),
+        fault(
+            "divergent",
+            "rows.cu",
+            "if (lane == 0) shared.sums[warp] = sum;",
+            "if (lane == 0) return;",
+            "meets without",
+        ),
+        fault("fragment", "matmul.cu", "pair_of(b, i), pair_of(b, i + 1)", "pair_of(b, i + 1), pair_of(b, i)", " of "),
+    ]
+}
+
+/// The test that planted faults must fail: one pair, in f16, whose tolerance is small.
+#[test]
+fn one_pair_agrees_closely() {
+    if !gpu() {
+        return;
+    }
+    let (config, _) = open("llama-untied");
+    let (layers, vocab) = (config.num_hidden_layers, config.vocab_size);
+    let expected = conversation(&mut on_cpu("llama-untied", WeightFormat::F32, KvDtype::F32), vocab, layers);
+    let got = conversation(&mut on_gpu("llama-untied", &options(WeightFormat::F16, KvDtype::F16)), vocab, layers);
+    let scale = expected.iter().flatten().fold(0.0_f32, |most, l| most.max(l.abs()));
+    let difference = difference(&got, &expected);
+    assert!(difference < 0.01 * scale, "{difference} of {scale}");
+}
+
+/// Runs [`one_pair_agrees_closely`] in a process of its own, with AddressSanitizer. Returns whether it passed, and what
+/// it said.
+fn in_a_process(seed: u32, fault: Option<&str>) -> (bool, String) {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["cuda::tests::one_pair_agrees_closely", "--exact"]).env("SOFTWARE_GPU_SEED", seed.to_string());
+    command.env(SANITIZED, "1").envs(overfill_software_gpu::address_sanitizer().unwrap());
+    if let Some(fault) = fault {
+        command.env(FAULT, fault);
+    }
+    let done = command.output().unwrap();
+    let said = format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    (done.status.success(), said)
+}
+
+#[test]
+fn any_order_of_threads_and_streams_gives_the_same() {
+    if std::env::var_os("OVERFILL_REAL_GPU").is_some() || !gpu() {
+        return;
+    }
+    for seed in 1..=2 {
+        let (passed, said) = in_a_process(seed, None);
+        assert!(passed && said.contains("1 passed"), "seed {seed}: {said}");
+    }
+}
+
+#[test]
+fn planted_faults_are_found() {
+    if std::env::var_os("OVERFILL_REAL_GPU").is_some() || !gpu() {
+        return;
+    }
+    for Fault { name, found, .. } in faults() {
+        let (passed, said) = in_a_process(1, Some(name));
+        assert!(!passed && said.contains(found), "{name} was not found: {said}");
+    }
 }

@@ -82,6 +82,13 @@ void start() {
     launches_left = long(variable("SOFTWARE_GPU_LAUNCHES_UNTIL_LOST", uint64_t(-1)));
 }
 
+// Counts a launch. Fails from the one on that SOFTWARE_GPU_LAUNCHES_UNTIL_LOST names.
+bool is_lost() {
+    if (launches_left > 0) launches_left--;
+    if (launches_left == 0) failure = LAUNCH_FAILED;
+    return failure != OK;
+}
+
 // Runs one piece of work of any stream. False if no stream can go on.
 bool step() {
     std::vector<Stream *> able;
@@ -348,8 +355,7 @@ CALL(cuLaunchKernel(const void *function, unsigned gx, unsigned gy, unsigned gz,
     const auto *kernel = static_cast<const software_gpu::Kernel *>(function);
     if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || shared_bytes != 0) return INVALID_VALUE;
     if (bx * by * bz == 0 || bx * by * bz > kernel->max_threads) return OUT_OF_RESOURCES;
-    if (launches_left > 0) launches_left--;
-    if (launches_left == 0) return failure = LAUNCH_FAILED;
+    if (is_lost()) return failure;
     auto copy = std::make_shared<std::vector<char>>(static_cast<char *>(params[0]), static_cast<char *>(params[0]) + kernel->params_bytes);
     enqueue(stream_of(stream), {[=] { software_gpu::launch(*kernel, {gx, gy, gz}, {bx, by, bz}, copy->data()); }, nullptr, 0});
 END
@@ -372,6 +378,7 @@ CALL(cuGraphInstantiateWithFlags(void **made, void *graph, unsigned long long))
     *made = new std::shared_ptr<Graph>(*static_cast<std::shared_ptr<Graph> *>(graph));
 END
 CALL(cuGraphLaunch(void *graph, void *stream))
+    if (is_lost()) return failure;
     for (const Work &work : (*static_cast<std::shared_ptr<Graph> *>(graph))->work) enqueue(stream_of(stream), work);
 END
 CALL(cuGraphDestroy(void *graph)) delete static_cast<std::shared_ptr<Graph> *>(graph); END

@@ -10,7 +10,7 @@ use overfill_kv::SamplingParams;
 use overfill_proto::v1::{self, FinishReason, decode_event::Event as Decoded, prefill_event::Event as Prefilled};
 use overfill_tests::{
     Golden,
-    golden::{PAIRS, TOLERANCE},
+    golden::{EXACT, PAIRS},
     wait::PATIENCE,
 };
 use pair::{Ask, Pair, Sizes, next_decoded, next_prefilled};
@@ -50,7 +50,7 @@ async fn golden_pairs_give_the_references_tokens() -> Result<()> {
                     break;
                 }
                 let distance = (expected.top[0].1 - logprob).abs();
-                ensure!(distance < TOLERANCE, "{name}, case {i}, step {step}: log-probability off by {distance}");
+                ensure!(distance < EXACT.logprob, "{name}, case {i}, step {step}: log-probability off by {distance}");
             }
             ensure!(answer.tokens.len() == case.two_stage.len() && answer.finish == FinishReason::Length);
         }
