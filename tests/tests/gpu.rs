@@ -140,10 +140,10 @@ fn requests_survive_a_lost_device() -> Result<()> {
 fn what_is_missing_is_said() -> Result<()> {
     let Some(_) = gpu(&[])? else { return Ok(()) };
     for (variables, more, expected) in [
-        ([("SOFTWARE_GPU_DEVICES", "0")], vec![], "device cuda:0: CUDA_ERROR_NO_DEVICE"),
+        ([("SOFTWARE_GPU_DEVICES", "0")], vec![], "device cuda:0: CUDA_ERROR_NO_DEVICE: "),
         ([("SOFTWARE_GPU_ARCHITECTURE", "75")], vec![], "has compute capability 7.5, supported: 8.0 and newer"),
         ([("SOFTWARE_GPU_MEMORY_BYTES", "50000000")], vec![], "would fit"),
-        ([("SOFTWARE_GPU_MEMORY_BYTES", "3000000")], vec![], "OUT_OF_MEMORY"),
+        ([("SOFTWARE_GPU_MEMORY_BYTES", "3000000")], vec![], "bytes of device memory are needed"),
         ([("SOFTWARE_GPU_SEED", "1")], vec!["--weights", "f32"], "supported on GPUs: bf16, f16, int8, int4 or fp8"),
     ] {
         let Some(variables) = gpu(&variables)? else { return Ok(()) };

@@ -92,7 +92,7 @@ impl Decoder {
         };
         let norm = |mut values: Vec<f32>, width| {
             values.resize(width, 0.0);
-            Buffer::of(gpu.launcher.stream(), &values).map_err(|e| fault(e.into()))
+            Buffer::of(gpu.launcher.stream(), &values).map_err(fault)
         };
         let hidden = padded(config.hidden_size);
         let embedding = linear(head_format, &[Parameter::Embedding], None, blas::Result::Float)?;
@@ -123,7 +123,7 @@ impl Decoder {
         Ok(Self {
             functions: Functions::new(gpu, half, kv, [format, head_format], &head_name).map_err(fault)?,
             config: config.clone(),
-            frequencies: Buffer::of(gpu.launcher.stream(), &frequencies).map_err(|e| fault(e.into()))?,
+            frequencies: Buffer::of(gpu.launcher.stream(), &frequencies).map_err(fault)?,
             embedding,
             blocks,
             norm: last_norm,

@@ -17,8 +17,16 @@ const OLDEST: (i32, i32) = (8, 0);
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Fault {
     /// The driver refused a call, or work that was queued earlier has failed.
-    #[error("{0}")]
+    #[error("{}", said(.0))]
     Driver(#[from] DriverError),
+    /// The device's memory is full.
+    #[error("{wanted_bytes} bytes of device memory are needed, {free_bytes} are free")]
+    OutOfMemory {
+        /// Size of the buffer that did not fit.
+        wanted_bytes: usize,
+        /// What is left.
+        free_bytes: usize,
+    },
     /// cuBLASLt refused a call.
     #[error("cuBLASLt: {0:?}")]
     Blas(#[from] CublasError),
@@ -48,6 +56,12 @@ impl Fault {
     pub(super) fn while_serving(self, index: usize) -> ModelError {
         ModelError::DeviceLost { device: DeviceSpec::Cuda(index).to_string(), reason: self.to_string() }
     }
+}
+
+/// The driver's name and text of an error.
+fn said(error: &DriverError) -> String {
+    let text = error.error_string().map(|text| text.to_string_lossy());
+    text.map_or_else(|_| format!("{:?}", error.0), |text| format!("{:?}: {text}", error.0))
 }
 
 /// An open device, with kernels and cuBLASLt.

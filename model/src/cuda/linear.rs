@@ -83,7 +83,7 @@ impl Linear {
         let height = |outputs: usize| if rows.pad_each { padded(outputs) } else { outputs };
         let outputs = padded(sources.iter().map(|source| height(source.outputs())).sum());
         let (row_bytes, row_scales) = (format.row_bytes(inputs), format.row_scales(inputs));
-        let zeroed = |bytes| Buffer::zeroed(stream, bytes).map_err(|e| fault(e.into()));
+        let zeroed = |bytes| Buffer::zeroed(stream, bytes).map_err(fault);
         let weights = zeroed(outputs * row_bytes)?;
         let scales = (row_scales > 0).then(|| zeroed(outputs * row_scales * 2)).transpose()?;
         let mut first = 0;
@@ -112,7 +112,7 @@ impl Linear {
                 blas::Result::Float | blas::Result::Added => Buffer::of(stream, &all),
             }
         });
-        let bias = bias.transpose().map_err(|e| fault(e.into()))?;
+        let bias = bias.transpose().map_err(fault)?;
         Ok(Self { format, weights, scales, bias, outputs, inputs })
     }
 

@@ -9,6 +9,8 @@ use std::{ffi::c_void, ops::Range, sync::Arc};
 use bytemuck::Pod;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
+use super::device::Fault;
+
 /// An address in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
@@ -38,12 +40,17 @@ pub(super) struct Buffer {
 
 impl Buffer {
     /// Allocates `bytes` bytes, at least one, filled with zeros.
-    pub(super) fn zeroed(stream: &CudaStream, bytes: usize) -> Result<Self, DriverError> {
+    pub(super) fn zeroed(stream: &CudaStream, bytes: usize) -> Result<Self, Fault> {
         let context = stream.context().clone();
         context.bind_to_thread()?;
         let bytes = bytes.max(1);
         // SAFETY: the memory is filled before anything reads it. The fill is queued on `stream`, and waited for.
-        let at = unsafe { result::malloc_sync(bytes)? };
+        let at = match unsafe { result::malloc_sync(bytes) } {
+            Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                return Err(Fault::OutOfMemory { wanted_bytes: bytes, free_bytes: context.mem_get_info()?.0 });
+            }
+            allocated => allocated?,
+        };
         let buffer = Self { context, at: Pointer(at), bytes };
         // SAFETY: `at` has `bytes` bytes, and lives as long as `buffer`, which is longer than the wait below.
         unsafe { result::memset_d8_async(at, 0, bytes, stream.cu_stream())? };
@@ -52,7 +59,7 @@ impl Buffer {
     }
 
     /// Allocates memory and copies `data` there.
-    pub(super) fn of<T: Pod>(stream: &CudaStream, data: &[T]) -> Result<Self, DriverError> {
+    pub(super) fn of<T: Pod>(stream: &CudaStream, data: &[T]) -> Result<Self, Fault> {
         let buffer = Self::zeroed(stream, size_of_val(data))?;
         buffer.upload(stream, 0, data)?;
         Ok(buffer)
