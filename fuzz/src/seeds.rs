@@ -88,7 +88,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         sampling: Some(sampling.clone()),
         handoff: Some(v1::HandoffTarget {
             ticket: vec![7; 16],
-            kv_endpoint: Some(overfill_kv::KvEndpoint::Tcp("127.0.0.1:1".into()).into()),
+            kv_endpoint: Some(overfill_kv::KvEndpoint::new("127.0.0.1:1".into()).into()),
             kv_schema: Some(schema.clone()),
             held_tokens: 16,
         }),
@@ -110,7 +110,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
     };
     let reserved = v1::Reserved {
         ticket: vec![7; 16],
-        kv_endpoint: Some(overfill_kv::KvEndpoint::Tcp("127.0.0.1:1".into()).into()),
+        kv_endpoint: Some(overfill_kv::KvEndpoint::new("127.0.0.1:1".into()).into()),
         held_tokens: 16,
         kv_schema: Some(schema.clone()),
     };

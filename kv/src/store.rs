@@ -21,6 +21,12 @@ pub trait KvStore: Send + Sync {
     /// The store may be locked during the calls, so `f` must not block.
     fn write(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), StoreError>;
 
+    /// Where the blocks lie in host memory, for devices that read and write them without this process: one region per
+    /// layer, with the blocks one after the other. `None` if a device can't access them there.
+    fn host_regions(&self) -> Option<Vec<HostRegion>> {
+        None
+    }
+
     /// Like [`Self::read`], but calls `f` once with all blocks, without copying. Works only for [`KvMemory::Host`].
     fn view(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&[&[u8]])) -> Result<(), StoreError> {
         let _ = (layer, blocks, f);
@@ -31,6 +37,41 @@ pub trait KvStore: Send + Sync {
     fn edit(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&mut [&mut [u8]])) -> Result<(), StoreError> {
         let _ = (layer, blocks, f);
         Err(StoreError::NotInHostMemory)
+    }
+}
+
+/// Memory of one layer that a device may read and write.
+#[derive(Clone, Copy, Debug)]
+pub struct HostRegion {
+    address: usize,
+    bytes: usize,
+}
+
+impl HostRegion {
+    /// The region of `bytes` bytes at `start`.
+    ///
+    /// # Safety
+    /// As long as the store exists:
+    ///
+    /// - The region stays allocated at this address, readable and writable.
+    /// - A device may change the bytes of any block that is reserved for a handoff, at any time. So code of this process
+    ///   reads or writes the bytes of a block only while it holds the block's lease and no handoff may write to it. (The
+    ///   block pool decides that; a reference to a region as a whole may exist, as long as nothing accesses such blocks
+    ///   through it.)
+    #[allow(unsafe_code)]
+    pub unsafe fn new(start: *mut u8, bytes: usize) -> Self {
+        // The address leaves the program: what devices do with it, the compiler must take into account.
+        Self { address: start.expose_provenance(), bytes }
+    }
+
+    /// Address of the first byte.
+    pub fn address(&self) -> usize {
+        self.address
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
     }
 }
 

@@ -70,7 +70,7 @@ impl Identity {
             incarnation: self.incarnation.clone(),
             grpc,
             pool: self.pool.clone(),
-            kv: self.kv_endpoint.as_ref().map(|KvEndpoint::Tcp(address)| address.clone()),
+            kv: self.kv_endpoint.as_ref().map(|endpoint| endpoint.address.clone()),
             model: self.model.clone(),
             full_model: self.schema.full_model.clone(),
             kv_schema_digest: self.schema.digest_hex(),

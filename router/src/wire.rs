@@ -255,7 +255,7 @@ mod tests {
             max_context_tokens: 64,
             total_blocks: 4,
             max_running_requests: 2,
-            kv_endpoint: Some(KvEndpoint::Tcp("a:1".into())),
+            kv_endpoint: Some(KvEndpoint::new("a:1".into())),
             version: "1".into(),
             weights: "f32".into(),
             eos_token_ids: vec![1],

@@ -140,7 +140,7 @@ impl SimulatedHost {
             max_context_tokens: self.size.blocks * BLOCK_TOKENS,
             total_blocks: self.size.blocks,
             max_running: self.size.max_running,
-            kv_endpoint: receiver.map(|_| KvEndpoint::Tcp(format!("{}:{KV_PORT}", self.name))),
+            kv_endpoint: receiver.map(|_| KvEndpoint::new(format!("{}:{KV_PORT}", self.name))),
             weights: "f32".into(),
             eos_token_ids: vec![overfill_simulated::EOS],
         };
