@@ -40,7 +40,8 @@ impl DecodeNode {
         let host = Host::bind(Role::Decode, node).await?;
         let stop = CancellationToken::new();
         let listener = KvListener::new(kv, host.config.tls.clone());
-        let (schema, transfer) = (host.model.kv_schema(), TransferConfig::default());
+        let schema = host.model.kv_schema();
+        let transfer = TransferConfig { transports: host.transports.clone(), ..TransferConfig::default() };
         let (receiver, receiving) = KvReceiver::start(listener, schema, host.model.kv(), transfer, stop.clone());
         let counted = receiver.clone();
         let counted: Receiving = Box::new(move || (counted.open_handoffs(), counted.stranded_bytes()));

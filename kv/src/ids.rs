@@ -114,6 +114,18 @@ impl TransportSet {
         Self(transports.iter().fold(0, |bits, transport| bits | *transport as u8))
     }
 
+    /// The set with these names, as [`Self::fmt`] writes them. Unknown names are ignored. A node of protocol version 1 names
+    /// none, and uses TCP.
+    pub fn from_names(names: &str) -> Self {
+        match names {
+            "" => Self::of(&[KvTransport::Tcp]),
+            _ => {
+                let known = |name: &str| KvTransport::ALL.into_iter().find(|transport| transport.as_str() == name);
+                Self::of(&names.split(',').filter_map(known).collect::<Vec<_>>())
+            }
+        }
+    }
+
     /// Whether the transport is in the set.
     pub fn contains(self, transport: KvTransport) -> bool {
         self.0 & transport as u8 != 0
@@ -133,7 +145,8 @@ impl TransportSet {
 /// The names, the preferred transport first: `rdma,tcp`.
 impl fmt::Display for TransportSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names: Vec<_> = KvTransport::ALL.into_iter().filter(|t| self.contains(*t)).map(KvTransport::as_str).collect();
+        let names: Vec<_> =
+            KvTransport::ALL.into_iter().filter(|t| self.contains(*t)).map(KvTransport::as_str).collect();
         f.write_str(&names.join(","))
     }
 }
@@ -153,5 +166,20 @@ impl Ticket {
 impl fmt::Debug for Ticket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Ticket({:02x}{:02x}..)", self.0[0], self.0[1])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sets_of_transports_have_names() {
+        let (rdma, tcp) = (TransportSet::of(&[KvTransport::Rdma]), TransportSet::of(&[KvTransport::Tcp]));
+        let both = TransportSet::of(&[KvTransport::Tcp, KvTransport::Rdma]);
+        assert_eq!(both.to_string(), "rdma,tcp");
+        assert_eq!(TransportSet::from_names("tcp,carrier-pigeon,rdma"), both);
+        assert_eq!(TransportSet::from_names(""), tcp);
+        assert_eq!((both.best(), both.common(tcp), rdma.common(tcp).best()), (Some(KvTransport::Rdma), tcp, None));
     }
 }

@@ -29,6 +29,8 @@ pub struct Identity {
     pub max_running: usize,
     /// Address that prefill nodes send KV to; decode nodes only.
     pub kv_endpoint: Option<KvEndpoint>,
+    /// Transports over which it moves KV, the preferred one first.
+    pub kv_transports: String,
     /// Format of its weights in memory.
     pub weights: String,
     /// End-of-sequence token ids of the model.
@@ -59,6 +61,7 @@ impl Identity {
             protocol: Some(PROTOCOL.into()),
             pool: self.pool.clone(),
             cluster: self.cluster.clone(),
+            kv_transports: self.kv_transports.clone(),
         }
     }
 

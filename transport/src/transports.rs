@@ -57,7 +57,9 @@ pub enum TransportError {
     #[error("this build has no NCCL")]
     NoNccl,
     /// The operator has not allowed data to leave unencrypted.
-    #[error("RDMA does not encrypt, but this cluster uses TLS: KV, from which prompts can be reconstructed, would be readable on the network")]
+    #[error(
+        "RDMA does not encrypt, but this cluster uses TLS: KV, from which prompts can be reconstructed, would be readable on the network"
+    )]
     Plain,
     /// RDMA can't be used.
     #[error(transparent)]

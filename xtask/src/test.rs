@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::process::{cargo, phase, run as sh};
-use crate::{apt, chart, images, memory, monitoring, page, python, tidy};
+use crate::{apt, chart, images, memory, monitoring, page, python, rdma, tidy};
 
 /// What to do if a program that tests need is missing and can't be installed.
 #[derive(Clone, Copy, PartialEq)]
@@ -38,6 +38,7 @@ pub fn run(programs: Programs) -> Result<()> {
         && have("test of container images", apt::namespaces(), false)?;
     let prometheus = have("tests of dashboards and rules", apt::promtool(), required)?;
     let chromium = have("tests of the page", apt::chromium(), required)?;
+    let rdma = have("tests of KV over RDMA", apt::rdma_build().and_then(|()| apt::rdma_machine()), required)?;
     let mut interpreter = None;
     phase("python environment", || {
         interpreter = Some(python::prepare()?);
@@ -71,6 +72,9 @@ pub fn run(programs: Programs) -> Result<()> {
         }
         sh(&mut command)
     })?;
+    if rdma {
+        phase("rdma", rdma::test)?;
+    }
     if valgrind {
         phase("memory check of kernels", memory::run_kernels)?;
     }

@@ -126,6 +126,7 @@ impl NodeSetup {
             total_blocks: self.kv_blocks,
             max_running,
             kv_endpoint: receiver.map(|_| KvEndpoint::new(format!("{name}:{KV_PORT}"))),
+            kv_transports: "tcp".into(),
             weights: String::new(),
             eos_token_ids: vec![overfill_simulated::EOS],
         };

@@ -75,10 +75,7 @@ fn one_sided_access_ends_before_the_request_is_ready() {
     let commit = Commit { first_token: 42, frames: 2, bytes: 600 };
     let written = || {
         let mut r = ReceiverHandoff::new(spec());
-        assert_eq!(
-            r.on_event(ReceiverEvent::Hello(hello(), WriteMode::OneSided), T0),
-            [ReceiverAction::Accept]
-        );
+        assert_eq!(r.on_event(ReceiverEvent::Hello(hello(), WriteMode::OneSided), T0), [ReceiverAction::Accept]);
         land(&mut r, Piece { layer: 1, first_block: 1, blocks: 3 });
         land(&mut r, Piece { layer: 0, first_block: 1, blocks: 3 });
         assert_eq!(r.on_event(ReceiverEvent::Commit(commit), T0), [ReceiverAction::StopWriter { tell: None }]);

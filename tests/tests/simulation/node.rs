@@ -141,6 +141,7 @@ impl SimulatedHost {
             total_blocks: self.size.blocks,
             max_running: self.size.max_running,
             kv_endpoint: receiver.map(|_| KvEndpoint::new(format!("{}:{KV_PORT}", self.name))),
+            kv_transports: "tcp".into(),
             weights: "f32".into(),
             eos_token_ids: vec![overfill_simulated::EOS],
         };

@@ -63,7 +63,7 @@ impl Target {
         match self.0 {}
     }
 
-    pub async fn revoke(self) -> bool {
+    pub async fn revoke(self) {
         match self.0 {}
     }
 }
@@ -87,7 +87,7 @@ impl Writer {
         match self.0 {}
     }
 
-    pub async fn close(self) -> bool {
+    pub async fn close(self) {
         match self.0 {}
     }
 }

@@ -99,9 +99,11 @@ impl Device {
     fn best_gid(context: &DeviceContext, port: u8, count: i32, wanted: Option<u8>) -> Option<(u8, Gid)> {
         let candidates = match wanted {
             Some(index) => index..=index,
-            None => 0..=u8::try_from(count - 1).ok()?,
+            // The device takes an index of 8 bits; tables may be longer.
+            None => 0..=(count - 1).clamp(0, i32::from(u8::MAX)) as u8,
         };
-        let rank = |gid: &Gid, kind: GidType| match (kind, gid.raw[..12] == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff]) {
+        let rank = |gid: &Gid, kind: GidType| match (kind, gid.raw[..12] == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff])
+        {
             (GidType::RoceV2, true) => 3,
             (GidType::RoceV2, false) if !gid.is_unicast_link_local() => 2,
             (GidType::RoceV1, _) => 0,
@@ -128,7 +130,9 @@ impl Pool {
     pub fn open(choice: Option<&DeviceChoice>, store: Arc<dyn KvStore>) -> Result<Self, RdmaError> {
         let device = Arc::new(Device::open(choice)?);
         let regions = match store.host_regions() {
-            Some(regions) => Some(regions.iter().map(|r| Registered::store(&device.domain, r)).collect::<Result<_, _>>()?),
+            Some(regions) => {
+                Some(regions.iter().map(|r| Registered::store(&device.domain, r)).collect::<Result<_, _>>()?)
+            }
             None => None,
         };
         Ok(Self { regions, device, store })

@@ -1,11 +1,14 @@
 //! The queue pair of one handoff, and its completions.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use overfill_kv::Ticket;
 use sideway::ibverbs::AccessFlags;
 use sideway::ibverbs::address::{AddressHandleAttribute, Gid};
-use sideway::ibverbs::completion::{BasicCompletionQueue, GenericCompletionQueue, PollCompletionQueueError, WorkCompletionStatus};
+use sideway::ibverbs::completion::{
+    BasicCompletionQueue, GenericCompletionQueue, PollCompletionQueueError, WorkCompletionStatus,
+};
 use sideway::ibverbs::device_context::Mtu;
 use sideway::ibverbs::queue_pair::{BasicQueuePair, QueuePair, QueuePairAttribute, QueuePairState};
 use tokio::io::unix::AsyncFd;
@@ -35,6 +38,8 @@ pub(crate) struct Queue {
     pair: BasicQueuePair,
     completions: Arc<BasicCompletionQueue>,
     events: AsyncFd<Events>,
+    /// Completions taken from the queue: status, and immediate value. Never more than the queue holds.
+    reported: VecDeque<(u32, u32)>,
     psn: u32,
     pool: Arc<Pool>,
 }
@@ -51,9 +56,12 @@ impl Queue {
         channel.set_nonblocking(true).map_err(|e| failed("fcntl", e))?;
         let entries = MAX_PIECE_BLOCKS + 2 * RECEIVES;
         let mut builder = device.context.create_cq_builder();
-        let completions =
-            builder.setup_cqe(entries).setup_comp_channel(&channel, 0).build().map_err(|e| failed("ibv_create_cq", e))?;
-        let events = AsyncFd::new(Events::new(completions.clone(), channel)).map_err(|e| failed("epoll", e))?;
+        let completions = builder
+            .setup_cqe(entries)
+            .setup_comp_channel(&channel, 0)
+            .build()
+            .map_err(|e| failed("ibv_create_cq", e))?;
+        let events = Events::watch(completions.clone(), channel).map_err(|e| failed("epoll", e))?;
         let both = GenericCompletionQueue::from(completions.clone());
         let mut builder = device.domain.create_qp_builder();
         builder.setup_send_cq(both.clone()).setup_recv_cq(both);
@@ -65,7 +73,8 @@ impl Queue {
         pair.modify(&attributes).map_err(|e| failed("ibv_modify_qp to INIT", e))?;
         // The ticket is random, and new for every attempt. So packets of another attempt are not taken for this one's.
         let [a, b, c, ..] = checksum(&ticket.0);
-        Ok(Self { pair, completions, events, psn: u32::from_le_bytes([a, b, c, 0]), pool })
+        let reported = VecDeque::new();
+        Ok(Self { pair, completions, events, reported, psn: u32::from_le_bytes([a, b, c, 0]), pool })
     }
 
     /// Address for the other side.
@@ -119,19 +128,22 @@ impl Queue {
         verbs::post(&mut self.pair, runs, number)
     }
 
-    /// The immediate value of the next completion.
-    fn poll(&self) -> Result<Option<u32>, RdmaError> {
-        let mut poller = match self.completions.start_poll() {
-            Ok(poller) => poller,
-            Err(PollCompletionQueueError::CompletionQueueEmpty) => return Ok(None),
-            Err(error) => return Err(failed("ibv_poll_cq", error)),
-        };
-        let Some(completion) = poller.next() else { return Ok(None) };
-        match completion.status() {
-            0 => Ok(Some(u32::from_be(completion.imm_data()))),
+    /// The next completion: its immediate value, or why the work has failed.
+    fn poll(&mut self) -> Result<Option<u32>, RdmaError> {
+        if self.reported.is_empty() {
+            match self.completions.start_poll() {
+                // One call takes several completions from the queue.
+                Ok(poller) => self.reported.extend(poller.map(|c| (c.status(), u32::from_be(c.imm_data())))),
+                Err(PollCompletionQueueError::CompletionQueueEmpty) => {}
+                Err(error) => return Err(failed("ibv_poll_cq", error)),
+            }
+        }
+        match self.reported.pop_front() {
+            None => Ok(None),
+            Some((0, value)) => Ok(Some(value)),
             // Later codes make the conversion panic.
-            code @ 1..=23 => Err(RdmaError::Work(format!("{:?}", WorkCompletionStatus::from(code)))),
-            code => Err(RdmaError::Work(format!("status {code}"))),
+            Some((code @ 1..=23, _)) => Err(RdmaError::Work(format!("{:?}", WorkCompletionStatus::from(code)))),
+            Some((code, _)) => Err(RdmaError::Work(format!("status {code}"))),
         }
     }
 
@@ -142,32 +154,33 @@ impl Queue {
             if let Some(value) = self.poll()? {
                 return Ok(value);
             }
-            let events = self.events.get_ref();
-            events.arm()?;
+            self.events.get_ref().arm()?;
             // What came before it was armed is not announced.
             if let Some(value) = self.poll()? {
                 return Ok(value);
             }
             let mut ready = self.events.readable().await.map_err(|e| failed("epoll", e))?;
-            while events.take() {}
+            while self.events.get_ref().take() {}
             ready.clear_ready();
         }
     }
 
-    /// Takes the queue pair to the error state, then destroys it. True if at least one worked, so that the device has
-    /// stopped for it.
-    pub(super) async fn end(mut self) -> bool {
+    /// Takes the queue pair to the error state, then destroys it. When this returns, the device neither writes nor reads
+    /// for it.
+    ///
+    /// If the device refuses to destroy it, the library panics, in the destructor of the queue pair and in that of its
+    /// completion queue, so the process ends. Then the system destroys everything, and no block was released too early.
+    pub(super) async fn end(mut self) {
         let ended = tokio::task::spawn_blocking(move || {
             let mut attributes = QueuePairAttribute::new();
             attributes.setup_state(QueuePairState::Error);
-            let stopped = self.pair.modify(&attributes).map_err(|e| failed("ibv_modify_qp to ERR", e));
-            if let Err(error) = &stopped {
+            // Faster than destroying: the sender is stopped from here on.
+            if let Err(error) = self.pair.modify(&attributes) {
                 tracing::error!(%error, "a queue pair could not be stopped; destroying it");
             }
-            // The library panics if the device refuses.
-            let destroyed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || drop(self)));
-            stopped.is_ok() || destroyed.is_ok()
+            drop(self);
         });
-        ended.await.unwrap_or(false)
+        // Not run while the runtime shuts down; then `self` is dropped, which also destroys it.
+        let _ = ended.await;
     }
 }

@@ -22,7 +22,12 @@ pub(crate) struct Target {
 
 impl Target {
     /// Prepares to receive `blocks` from the queue pair `peer`. Pieces have at most `piece_bytes` bytes.
-    pub async fn new(mut queue: Queue, peer: &RdmaAddress, blocks: &[BlockId], piece_bytes: usize) -> Result<Self, RdmaError> {
+    pub async fn new(
+        mut queue: Queue,
+        peer: &RdmaAddress,
+        blocks: &[BlockId],
+        piece_bytes: usize,
+    ) -> Result<Self, RdmaError> {
         let direct = queue.pool().regions().is_some();
         let staging = if direct { None } else { Some(queue.pool().staging(usize::from(SLOTS) * piece_bytes)?) };
         queue.connect(peer)?;
@@ -91,15 +96,10 @@ impl Target {
         staging.bytes().get(slot * self.slot_bytes..)?.get(..blocks * self.queue.pool().store().block_bytes())
     }
 
-    /// Ends the sender's access, whatever the sender does: its writes that have not arrived never will (KV-1). False if
-    /// the device refused; then the blocks must stay reserved.
-    pub async fn revoke(self) -> bool {
+    /// Ends the sender's access, whatever the sender does: its writes that have not arrived never will (KV-1).
+    pub async fn revoke(self) {
         let Self { queue, staging, .. } = self;
-        let ended = queue.end().await;
-        if !ended {
-            // The device may still write to it.
-            std::mem::forget(staging);
-        }
-        ended
+        queue.end().await;
+        drop(staging);
     }
 }

@@ -13,6 +13,7 @@ use sideway::ibverbs::completion::{BasicCompletionQueue, CompletionChannel, Comp
 use sideway::ibverbs::memory_region::MemoryRegion;
 use sideway::ibverbs::protection_domain::ProtectionDomain;
 use sideway::ibverbs::queue_pair::{BasicQueuePair, PostSendGuard, QueuePair, SetScatterGatherEntry, WorkRequestFlags};
+use tokio::io::unix::AsyncFd;
 
 use super::RdmaError;
 
@@ -126,9 +127,10 @@ impl AsRawFd for Events {
 }
 
 impl Events {
-    /// `channel` must be that of `queue`, in nonblocking mode.
-    pub fn new(queue: Arc<BasicCompletionQueue>, channel: Arc<CompletionChannel>) -> Self {
-        Self { queue, channel }
+    /// The events of `queue`, whose channel is `channel`, in nonblocking mode.
+    pub fn watch(queue: Arc<BasicCompletionQueue>, channel: Arc<CompletionChannel>) -> io::Result<AsyncFd<Self>> {
+        // SAFETY: the descriptor is the channel's, which `Events` keeps open and never exchanges.
+        unsafe { AsyncFd::register(Self { queue, channel }) }.map_err(io::Error::from)
     }
 
     /// Makes the next completion readable. Completions that are already there are not announced any more.

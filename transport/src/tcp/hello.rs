@@ -194,7 +194,8 @@ pub fn decode_grant(bytes: &[u8]) -> Option<Grant> {
     if fields.0.len() as u64 != u64::from(layers) * 12 + u64::from(blocks) * 4 {
         return None;
     }
-    let place = |fields: &mut Fields<'_>| Some(Place { address: u64::from_le_bytes(fields.take()?), key: fields.u32()? });
+    let place =
+        |fields: &mut Fields<'_>| Some(Place { address: u64::from_le_bytes(fields.take()?), key: fields.u32()? });
     let layers = (0..layers).map(|_| place(&mut fields)).collect::<Option<_>>()?;
     let blocks = (0..blocks).map(|_| fields.u32()).collect::<Option<_>>()?;
     let staging = (slots > 0).then_some((slots, slot_bytes));
@@ -305,7 +306,8 @@ mod tests {
 
     #[test]
     fn grants_are_decoded() {
-        let staging = Places { staging: Some((2, 1 << 20)), layers: vec![Place { address: 5, key: 6 }], blocks: vec![] };
+        let staging =
+            Places { staging: Some((2, 1 << 20)), layers: vec![Place { address: 5, key: 6 }], blocks: vec![] };
         let staged = Grant { rdma: Some(RdmaGrant { address: ADDRESS, places: staging }), ..direct() };
         let tcp = Grant { version: 2, transport: KvTransport::Tcp, rdma: None };
         for grant in [direct(), staged, tcp] {

