@@ -1,5 +1,8 @@
 //! Access to KV memory for the transport.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
 use crate::BlockId;
 
 /// Memory that holds KV blocks. Implemented by the model's cache, and by plain memory in tests and benchmarks.
@@ -21,9 +24,11 @@ pub trait KvStore: Send + Sync {
     /// The store may be locked during the calls, so `f` must not block.
     fn write(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), StoreError>;
 
-    /// Where the blocks lie in host memory, for devices that read and write them without this process: one region per
-    /// layer, with the blocks one after the other. `None` if a device can't access them there.
-    fn host_regions(&self) -> Option<Vec<HostRegion>> {
+    /// Where the blocks lie, for devices that read and write them without this process: one region per layer, with the
+    /// blocks one after the other. `None` if a device can't access them there.
+    ///
+    /// [`Self::read`] sees what a device has written once the device has reported the write.
+    fn regions(&self) -> Option<Vec<KvRegion>> {
         None
     }
 
@@ -41,6 +46,49 @@ pub trait KvStore: Send + Sync {
 }
 
 /// Memory of one layer that a device may read and write.
+#[derive(Clone, Debug)]
+pub enum KvRegion {
+    /// In host memory.
+    Host(HostRegion),
+    /// In the memory of another device, such as a GPU, that exports it.
+    DmaBuf(DmaBufRegion),
+}
+
+/// Memory of another device, exported as a dma-buf.
+#[derive(Clone, Debug)]
+pub struct DmaBufRegion {
+    buffer: Arc<OwnedFd>,
+    offset: u64,
+    bytes: usize,
+}
+
+impl DmaBufRegion {
+    /// The region of `bytes` bytes from `offset` on in the dma-buf `buffer`.
+    ///
+    /// # Safety
+    /// As for [`HostRegion::new`]: the memory stays while the store exists, and only who holds a block's lease accesses it.
+    #[allow(unsafe_code)]
+    pub unsafe fn new(buffer: Arc<OwnedFd>, offset: u64, bytes: usize) -> Self {
+        Self { buffer, offset, bytes }
+    }
+
+    /// The dma-buf.
+    pub fn buffer(&self) -> &OwnedFd {
+        &self.buffer
+    }
+
+    /// Offset of the first byte in the dma-buf.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// Memory of this process.
 #[derive(Clone, Copy, Debug)]
 pub struct HostRegion {
     address: usize,

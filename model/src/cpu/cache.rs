@@ -9,7 +9,7 @@ use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
 use overfill_kv::{
     BlockId, KvDtype, KvMemory, KvStore, StoreError,
-    store::{HostRegion, blocks_in, blocks_in_mut, check_range},
+    store::{HostRegion, KvRegion, blocks_in, blocks_in_mut, check_range},
 };
 use parking_lot::RwLock;
 
@@ -97,12 +97,12 @@ impl KvStore for CpuKv {
     }
 
     #[allow(unsafe_code)]
-    fn host_regions(&self) -> Option<Vec<HostRegion>> {
+    fn regions(&self) -> Option<Vec<KvRegion>> {
         let region = |layer: &RwLock<LargePages>| {
             let mut memory = layer.write();
             // SAFETY: the memory is a mapping that lives as long as this store and does not move. Engine and transport
             // access only blocks that the block pool has given them.
-            unsafe { HostRegion::new(memory.as_mut_ptr(), memory.len()) }
+            KvRegion::Host(unsafe { HostRegion::new(memory.as_mut_ptr(), memory.len()) })
         };
         Some(self.layers.iter().map(region).collect())
     }

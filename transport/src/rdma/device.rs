@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use overfill_kv::{KvStore, Ticket};
+use overfill_kv::{KvStore, Ticket, store::KvRegion};
 use sideway::ibverbs::address::{Gid, GidType};
 use sideway::ibverbs::device::{DeviceInfo, DeviceList};
 use sideway::ibverbs::device_context::{DeviceContext, LinkLayer, PortState};
@@ -129,11 +129,17 @@ impl Pool {
     /// There is no such device, or the system does not let this process lock the memory.
     pub fn open(choice: Option<&DeviceChoice>, store: Arc<dyn KvStore>) -> Result<Self, RdmaError> {
         let device = Arc::new(Device::open(choice)?);
-        let regions = match store.host_regions() {
-            Some(regions) => {
-                Some(regions.iter().map(|r| Registered::store(&device.domain, r)).collect::<Result<_, _>>()?)
+        let regions = store.regions().unwrap_or_default();
+        let register = || regions.iter().map(|region| Registered::store(&device.domain, region)).collect();
+        let regions = match (regions.first(), register()) {
+            (None, _) => None,
+            (Some(_), Ok(registered)) => Some(registered),
+            (Some(KvRegion::Host(_)), Err(error)) => return Err(error),
+            // The card, its driver or that of the other device can't do it.
+            (Some(KvRegion::DmaBuf(_)), Err(error)) => {
+                tracing::warn!(%error, "device memory can't be shared with the RDMA device; kv goes through a staging area");
+                None
             }
-            None => None,
         };
         Ok(Self { regions, device, store })
     }

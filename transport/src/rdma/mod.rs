@@ -9,7 +9,8 @@
 //! destroys it ([`Target::revoke`]). From then on its device drops what arrives (KV-1). The sender destroys its queue pair
 //! before it releases blocks, so its device reads none that are released (KV-2).
 //!
-//! Memory: a store that lies in host memory is registered as a whole, once. KV in other memory goes through a staging
+//! Memory: a store in host memory, or in that of a device that exports it as a dma-buf, is registered as a whole, once. Other KV
+//! goes through a staging
 //! area of the handoff: the sender copies a piece into its own and writes it to a slot of the receiver's, which checks it
 //! and copies it out, then says that the slot is free.
 //!

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::ptr;
 use std::sync::Arc;
 
-use overfill_kv::store::HostRegion;
+use overfill_kv::store::{HostRegion, KvRegion};
 use rdma_mummy_sys::{ibv_ack_cq_events, ibv_get_cq_event, ibv_req_notify_cq};
 use sideway::ibverbs::AccessFlags;
 use sideway::ibverbs::completion::{BasicCompletionQueue, CompletionChannel, CompletionQueue};
@@ -22,9 +22,9 @@ fn access() -> AccessFlags {
     AccessFlags::LocalWrite | AccessFlags::RemoteWrite
 }
 
-fn refused(error: impl std::error::Error, bytes: usize) -> RdmaError {
+fn refused(call: &'static str, error: impl std::error::Error, bytes: usize) -> RdmaError {
     let source = error.source().map_or_else(String::new, |source| format!(": {source}"));
-    RdmaError::Call { call: "ibv_reg_mr", error: format!("{bytes} bytes{source} (the limit may be `ulimit -l`)") }
+    RdmaError::Call { call, error: format!("{bytes} bytes{source} (the limit may be `ulimit -l`)") }
 }
 
 /// Memory of a store, registered with a device.
@@ -36,11 +36,24 @@ pub(super) struct Registered {
 
 impl Registered {
     /// Registers a region of a store. The caller keeps the store longer than the result.
-    pub fn store(domain: &Arc<ProtectionDomain>, region: &HostRegion) -> Result<Self, RdmaError> {
+    pub fn store(domain: &Arc<ProtectionDomain>, region: &KvRegion) -> Result<Self, RdmaError> {
+        match region {
+            KvRegion::Host(region) => Self::host(domain, region),
+            KvRegion::DmaBuf(region) => {
+                let (bytes, buffer) = (region.bytes(), region.buffer().as_raw_fd());
+                // SAFETY: whoever made the `DmaBufRegion` promises that the memory stays, and that devices may access it.
+                // The device finds it from address 0 on.
+                let region = unsafe { domain.reg_dmabuf_mr(region.offset(), bytes, 0, buffer, access()) };
+                Ok(Self { region: region.map_err(|e| refused("ibv_reg_dmabuf_mr", e, bytes))?, start: 0, bytes })
+            }
+        }
+    }
+
+    fn host(domain: &Arc<ProtectionDomain>, region: &HostRegion) -> Result<Self, RdmaError> {
         let (start, bytes) = (region.address(), region.bytes());
         // SAFETY: whoever made the `HostRegion` promises that the memory stays, and that devices may access it.
-        let region = unsafe { domain.reg_mr(start, bytes, access()) }.map_err(|e| refused(e, bytes))?;
-        Ok(Self { region, start, bytes })
+        let region = unsafe { domain.reg_mr(start, bytes, access()) };
+        Ok(Self { region: region.map_err(|e| refused("ibv_reg_mr", e, bytes))?, start, bytes })
     }
 
     /// Key with which the device finds the region: the local one and the one for the other side.
@@ -69,7 +82,7 @@ impl Staging {
         // SAFETY: the memory lives as long as the registration, and does not move when the box does. `Target` and
         // `Writer` access a slot only while no write to or from it is under way.
         let region = unsafe { HostRegion::new(memory.as_mut_ptr(), bytes) };
-        Ok(Self { registered: Registered::store(domain, &region)?, memory })
+        Ok(Self { registered: Registered::host(domain, &region)?, memory })
     }
 
     pub fn registered(&self) -> &Registered {

@@ -11,11 +11,13 @@ mod raw;
 #[allow(dead_code, reason = "the tests over TCP need more of it")]
 mod rig;
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use overfill_kv::handoff::{Failure, HandoffState, RefuseReason};
-use overfill_kv::{BlockId, KvEndpoint, KvStore, KvTransport, ProtocolVersions};
+use overfill_kv::store::{DmaBufRegion, KvRegion};
+use overfill_kv::{BlockId, KvEndpoint, KvMemory, KvStore, KvTransport, ProtocolVersions, StoreError};
 use overfill_transport::{HandoffError, KvSender, RdmaOptions, TransferConfig, TransportChoice, Transports};
 use rig::{Rig, Staged, failed, until};
 
@@ -82,6 +84,50 @@ async fn kv_arrives_directly_or_through_staging() {
             assert_eq!(rig.config.transports.handoffs(KvTransport::Tcp), 0, "{staged:?}");
         }
     }
+}
+
+/// A store whose memory is exported as a dma-buf that no device can use.
+struct Exported(Arc<dyn KvStore>);
+
+impl KvStore for Exported {
+    fn num_layers(&self) -> usize {
+        self.0.num_layers()
+    }
+    fn num_blocks(&self) -> usize {
+        self.0.num_blocks()
+    }
+    fn block_bytes(&self) -> usize {
+        self.0.block_bytes()
+    }
+    fn memory(&self) -> KvMemory {
+        KvMemory::Device
+    }
+    fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError> {
+        self.0.read(layer, blocks, f)
+    }
+    fn write(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), StoreError> {
+        self.0.write(layer, blocks, f)
+    }
+    #[allow(unsafe_code, reason = "a contract that is not used: no device accesses an ordinary file")]
+    fn regions(&self) -> Option<Vec<KvRegion>> {
+        let file = Arc::new(OwnedFd::from(std::fs::File::open("/proc/version").unwrap()));
+        // SAFETY: it is no dma-buf, so no device will ever access it.
+        let region = || KvRegion::DmaBuf(unsafe { DmaBufRegion::new(file.clone(), 0, 4096) });
+        Some((0..self.num_layers()).map(|_| region()).collect())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_that_the_device_refuses_is_staged() {
+    let mut rig = Rig::new(TransferConfig::default()).await;
+    let target: Arc<dyn KvStore> = Arc::new(Exported(rig.target.clone()));
+    let Some(receiver) = open(RDMA, target.clone()) else { return };
+    assert!(receiver.reason().ends_with("through a staging area"), "{}", receiver.reason());
+    rig.config.transports = receiver;
+    let mut rig = rig.with_target(|_| target).await;
+    rig.config.transports = open(RDMA, rig.source.clone()).unwrap();
+    assert!(rig.config.transports.reason().ends_with("directly"), "{}", rig.config.transports.reason());
+    one_handoff(&rig, 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -231,6 +277,7 @@ async fn header_and_write_must_both_come() {
     sender.announce(0, 0, 1, true).await;
     assert_eq!(incoming.ready().await, failed(Failure::Idle), "only the header");
     drop(incoming);
+    until("all blocks are free", || rig.target_pool.in_use() == 0).await;
 
     let mut incoming = rig.reserve([2; 16], 0);
     let mut sender = raw::Raw::accepted(&rig, [2; 16]).await;
@@ -238,6 +285,7 @@ async fn header_and_write_must_both_come() {
     sender.commit().await;
     assert_eq!(incoming.ready().await, failed(Failure::Rejected(RefuseReason::Incomplete)), "only the write");
     drop(incoming);
+    until("all blocks are free", || rig.target_pool.in_use() == 0).await;
 
     let mut incoming = rig.reserve([3; 16], 0);
     let mut sender = raw::Raw::accepted(&rig, [3; 16]).await;

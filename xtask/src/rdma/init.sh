@@ -6,7 +6,6 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev 2>/dev/null
 mkdir -p /dev/shm
-mount -t tmpfs tmpfs /tmp
 now() { cut -d' ' -f1 /proc/uptime; }
 for module in crc32_generic rdma_rxe ib_uverbs veth; do modprobe $module || echo "RDMA-VM: no module $module"; done
 /tools/ip link set lo up
