@@ -93,6 +93,7 @@ pub struct Grant {
 }
 
 /// Blocks that a sender writes.
+#[cfg_attr(not(feature = "rdma"), expect(dead_code, reason = "nothing can be written"))]
 pub(crate) struct Source<'a> {
     /// Number of the layer on the wire.
     pub wire_layer: usize,

@@ -25,13 +25,12 @@ pub fn run() -> Result<()> {
 
 /// Builds the tests and runs them. The programs of [`apt::rdma_machine`] must be present.
 pub fn test() -> Result<()> {
-    let binaries = built(&["build", "--bin", "overfill"])?;
-    let tests = built(&["test", "--test", "rdma", "--no-run"])?;
+    let programs = built(&["build", "--bin", "overfill", "--test", "rdma"])?;
     let mut machine = Machine::new(&target().join("rdma"))?;
-    machine.add_program(of(&binaries, "cli")?, "/t/debug/overfill")?;
+    machine.add_program(of(&programs, "cli")?, "/t/debug/overfill")?;
     // Tests run in the order of their names.
-    machine.add_program(of(&tests, "transport")?, "/t/debug/deps/1-transport")?;
-    machine.add_program(of(&tests, "tests")?, "/t/debug/deps/2-cluster")?;
+    machine.add_program(of(&programs, "transport")?, "/t/debug/deps/1-transport")?;
+    machine.add_program(of(&programs, "tests")?, "/t/debug/deps/2-cluster")?;
     // The test finds the pair where it was built.
     machine.add_folder(&root().join(PAIR))?;
     machine.run()
@@ -48,7 +47,8 @@ struct Built {
 fn built(arguments: &[&str]) -> Result<Vec<Built>> {
     eprintln!("$ cargo {} (with rdma)", arguments.join(" "));
     let mut command = cargo(arguments);
-    // The whole workspace, so that dependencies have the same features as in the other phases and are not built again.
+    // The whole workspace, binary and tests in one call: so dependencies have the same features as in the other phases, and
+    // are not built again.
     command.args(["--locked", "--workspace", "--features", "overfill-cli/rdma,overfill-transport/rdma"]);
     let output = command.arg("--message-format=json-render-diagnostics").stderr(Stdio::inherit()).output();
     let output = output.context("starting cargo")?;

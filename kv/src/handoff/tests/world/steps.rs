@@ -1,8 +1,7 @@
 //! The steps that an attempt can take without a fault.
 
 use super::{
-    Answer, BlockId, HandoffState, Message, Piece, ReceiverEvent, SCRIBBLE, SenderEvent, SenderState, World, WriteMode,
-    content,
+    Answer, HandoffState, Message, ReceiverEvent, SCRIBBLE, SenderEvent, SenderState, World, WriteMode, content,
 };
 
 /// A fault-free step of an attempt.
