@@ -19,7 +19,7 @@ fn has_rdma() -> bool {
     required
 }
 
-/// Successful handoffs over a transport, as the process with this admin port counts them.
+/// Successful handoffs over a transport, as the process with this admin URL counts them.
 fn handoffs(admin: &str, transport: &str) -> Result<f64> {
     let label = format!("transport=\"{transport}\"");
     metrics::read(admin, "overfill_handoffs_total", &label)?.context("no counter of handoffs")
@@ -98,7 +98,8 @@ fn killed_and_frozen_prefill_nodes_cost_no_answer() -> Result<()> {
     // KV-3
     decode.wait_metric("overfill_stranded_bytes", "", 0.0)?;
     decode.wait_metric("overfill_open_handoffs", "", 0.0)?;
-    let (rdma, tcp) = (handoffs(decode.admin(), "rdma")?, handoffs(decode.admin(), "tcp")?);
+    let admin = format!("http://{}", decode.admin());
+    let (rdma, tcp) = (handoffs(&admin, "rdma")?, handoffs(&admin, "tcp")?);
     ensure!(rdma >= 4.0 && tcp == 0.0, "{rdma} handoffs over rdma, {tcp} over tcp");
     Ok(())
 }

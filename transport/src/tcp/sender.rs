@@ -63,7 +63,7 @@ enum Mover {
     /// In the frames.
     Framed,
     /// One-sided writes.
-    Rdma(rdma::Writer),
+    Rdma(Box<rdma::Writer>),
 }
 
 /// Drives the state machine: passes it events and carries out its actions.
@@ -213,7 +213,7 @@ impl Shell {
                 match rdma::Writer::new(local, grant, size, piece_bytes).await {
                     Ok(writer) => {
                         self.credits = writer.credits();
-                        self.mover = Mover::Rdma(writer);
+                        self.mover = Mover::Rdma(Box::new(writer));
                     }
                     Err(error) => return self.on_error(io::Error::other(error)),
                 }

@@ -59,8 +59,7 @@ impl Raw {
         let bytes = vec![WRITTEN; block_bytes];
         // SAFETY: the memory lives as long as `Raw`.
         let memory =
-            unsafe { domain.reg_mr(bytes.as_ptr().expose_provenance(), bytes.len(), AccessFlags::LocalWrite.into()) }
-                .unwrap();
+            unsafe { domain.reg_mr(bytes.as_ptr().expose_provenance(), bytes.len(), AccessFlags::LocalWrite) }.unwrap();
         // The first address that is not link-local, as the transport chooses.
         let gids = (0..8).filter_map(|i| Some((i, context.query_gid(1, u32::from(i)).ok()?)));
         let (gid_index, gid) = gids.clone().find(|(_, gid)| gid.raw[10..12] == [0xff; 2]).unwrap();
