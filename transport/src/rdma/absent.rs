@@ -34,6 +34,10 @@ impl Queue {
     pub fn address(&self) -> RdmaAddress {
         match self.0 {}
     }
+
+    pub async fn end(self) {
+        match self.0 {}
+    }
 }
 
 pub(crate) struct Target(Infallible);

@@ -170,7 +170,7 @@ impl Queue {
     ///
     /// If the device refuses to destroy it, the library panics, in the destructor of the queue pair and in that of its
     /// completion queue, so the process ends. Then the system destroys everything, and no block was released too early.
-    pub(super) async fn end(mut self) {
+    pub async fn end(mut self) {
         let ended = tokio::task::spawn_blocking(move || {
             let mut attributes = QueuePairAttribute::new();
             attributes.setup_state(QueuePairState::Error);

@@ -131,7 +131,7 @@ impl Drop for Writer<'_> {
     fn drop(&mut self) {
         if !self.stopping {
             // Destroys the queue pair.
-            drop(self.target.take());
+            self.target = None;
             self.entry.on_event(ReceiverEvent::WriterStopped);
         }
     }

@@ -219,8 +219,9 @@ impl Shell {
                 }
             }
             (KvTransport::Tcp, unused, _) => {
-                // Destroying a queue pair may take milliseconds.
-                drop(unused.map(|unused| tokio::task::spawn_blocking(move || drop(unused))));
+                if let Some(unused) = unused {
+                    unused.end().await;
+                }
             }
             _ => return self.on_error(io::ErrorKind::InvalidData.into()),
         }
