@@ -56,7 +56,7 @@ async fn show(args: &StatusArgs) -> Result<String> {
     if args.json {
         return Ok(format!("{}\n", json(&nodes, &models)));
     }
-    let header = ["NODE", "ROLE", "MODEL", "STATE", "RUNNING", "WAITING", "FREE BLOCKS", "HANDOFFS", "STRANDED"];
+    let header = ["NODE", "ROLE", "MODEL", "STATE", "KV", "RUNNING", "WAITING", "FREE BLOCKS", "HANDOFFS", "STRANDED"];
     let nodes = table(header, &nodes.iter().map(node_row).collect::<Vec<_>>());
     let header = ["SERVED MODEL", "FULL MODEL", "CONTEXT", "DECODE NODES"];
     let rows: Vec<_> = models
@@ -78,13 +78,14 @@ fn state(node: &v1::ListedNode, load: &v1::NodeLoad) -> String {
     }
 }
 
-fn node_row(node: &v1::ListedNode) -> [String; 9] {
+fn node_row(node: &v1::ListedNode) -> [String; 10] {
     let (info, load) = (node.info.clone().unwrap_or_default(), node.load.unwrap_or_default());
     [
         node.url.clone(),
         role(&info).into(),
         info.model.clone(),
         state(node, &load),
+        info.kv_transports,
         load.running_requests.to_string(),
         load.waiting_requests.to_string(),
         format!("{}/{}", load.free_blocks, info.total_blocks),
@@ -100,7 +101,7 @@ fn json(nodes: &[v1::ListedNode], models: &[v1::ServedModel]) -> serde_json::Val
             let (info, load) = (node.info.clone().unwrap_or_default(), node.load.unwrap_or_default());
             serde_json::json!({
                 "url": node.url, "node_id": info.node_id, "incarnation": info.incarnation, "role": role(&info), "model": info.model,
-                "healthy": node.healthy, "error": node.error, "draining": load.draining,
+                "kv_transports": info.kv_transports, "healthy": node.healthy, "error": node.error, "draining": load.draining,
                 "running_requests": load.running_requests, "waiting_requests": load.waiting_requests,
                 "queued_tokens": load.queued_tokens, "free_blocks": load.free_blocks,
                 "total_blocks": info.total_blocks, "open_handoffs": load.open_handoffs,

@@ -25,7 +25,8 @@ use overfill_transport::TransferConfig;
 pub async fn main(args: Args) -> ExitCode {
     let process = args.node.process.clone();
     process::run("overfill-decode", &process, args.validate(), async |config: Config, shutdown: Shutdown| {
-        files::raise(overfill_node::connections() + TransferConfig::default().max_connections);
+        // A handoff has a connection and, over RDMA, a channel for its completions.
+        files::raise(overfill_node::connections() + 2 * TransferConfig::default().max_connections);
         let node = DecodeNode::bind(config).await?;
         node.ready_line().print();
         node.run(shutdown).await

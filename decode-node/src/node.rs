@@ -40,7 +40,8 @@ impl DecodeNode {
         let host = Host::bind(Role::Decode, node).await?;
         let stop = CancellationToken::new();
         let listener = KvListener::new(kv, host.config.tls.clone());
-        let (schema, transfer) = (host.model.kv_schema(), TransferConfig::default());
+        let schema = host.model.kv_schema();
+        let transfer = TransferConfig { transports: host.transports.clone(), ..TransferConfig::default() };
         let (receiver, receiving) = KvReceiver::start(listener, schema, host.model.kv(), transfer, stop.clone());
         let counted = receiver.clone();
         let counted: Receiving = Box::new(move || (counted.open_handoffs(), counted.stranded_bytes()));
@@ -77,7 +78,7 @@ impl DecodeNode {
     /// The operating system refused a thread, or the engine or another task ended unexpectedly.
     pub async fn run(self, shutdown: Shutdown) -> Result<(), NodeError> {
         let Self { host, limits, kv_address, advertise_kv, receiver, receiving, receiver_stop, load } = self;
-        let kv_endpoint = KvEndpoint::Tcp(host.config.dialled(advertise_kv.as_deref(), kv_address));
+        let kv_endpoint = KvEndpoint::new(host.config.dialled(advertise_kv.as_deref(), kv_address));
         let identity = host.identity(host.model.kv_schema(), limits.max_running, Some(kv_endpoint));
         let core = NodeCore::new(identity, load.clone(), &shutdown, host.config.drain_timeout);
         let request_limits = core.request_limits(host.config.default_deadline);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use overfill_kv::Ticket;
 use overfill_kv::handoff::{
-    Commit, Failure, HandoffSpec, Hello, Piece, ReceiverAction, ReceiverEvent, ReceiverHandoff,
+    Commit, Failure, HandoffSpec, Hello, Piece, ReceiverAction, ReceiverEvent, ReceiverHandoff, WriteMode,
 };
 
 use crate::input::Input;
@@ -24,6 +24,11 @@ struct Watched {
     accepted: bool,
     /// A writer was accepted and has not been reported as stopped, so it may write.
     writer: bool,
+    mode: WriteMode,
+    /// A commit was right, and the request is ready when the writer's one-sided access has ended.
+    committed: bool,
+    /// First token of the last commit.
+    first_token: Option<u32>,
     landing: Option<Piece>,
     landed: HashSet<(u32, u32)>,
     frames: u64,
@@ -53,6 +58,9 @@ pub fn handoff(data: &[u8]) {
         now: Duration::ZERO,
         accepted: false,
         writer: false,
+        mode: WriteMode::Framed,
+        committed: false,
+        first_token: None,
         landing: None,
         landed: HashSet::new(),
         frames: 0,
@@ -76,18 +84,24 @@ pub fn handoff(data: &[u8]) {
 fn event(input: &mut Input<'_>, watched: &Watched) -> ReceiverEvent {
     let spec = &watched.spec;
     match input.byte() % 32 {
-        0..4 => ReceiverEvent::Hello(Hello {
-            ticket: TICKET,
-            schema_digest: DIGEST,
-            held_blocks: spec.held_blocks,
-            prompt_tokens: spec.prompt_tokens,
-        }),
-        4 => ReceiverEvent::Hello(Hello {
-            ticket: Ticket([input.byte(); 16]),
-            schema_digest: [input.byte(); 32],
-            held_blocks: input.number(),
-            prompt_tokens: input.number(),
-        }),
+        kind @ 0..4 => {
+            let hello = Hello {
+                ticket: TICKET,
+                schema_digest: DIGEST,
+                held_blocks: spec.held_blocks,
+                prompt_tokens: spec.prompt_tokens,
+            };
+            ReceiverEvent::Hello(hello, if kind < 2 { WriteMode::Framed } else { WriteMode::OneSided })
+        }
+        4 => {
+            let hello = Hello {
+                ticket: Ticket([input.byte(); 16]),
+                schema_digest: [input.byte(); 32],
+                held_blocks: input.number(),
+                prompt_tokens: input.number(),
+            };
+            ReceiverEvent::Hello(hello, WriteMode::Framed)
+        }
         5..13 => {
             let (layer, first_block, blocks) = (input.number(), input.number(), input.number());
             ReceiverEvent::Layer(Piece { layer, first_block, blocks })
@@ -128,6 +142,9 @@ impl Watched {
         } else {
             self.now += Duration::from_secs(1);
         }
+        if let (ReceiverEvent::Hello(_, mode), false) = (event, self.accepted) {
+            self.mode = mode;
+        }
         let was_open = self.machine.state().is_open();
         let actions = self.machine.on_event(event, self.now);
         let in_time = !actions.iter().any(|a| matches!(a, ReceiverAction::Fail(Failure::Deadline | Failure::Idle)));
@@ -146,15 +163,26 @@ impl Watched {
         }
         assert_eq!(self.machine.bytes(), self.bytes);
         if let ReceiverEvent::Commit(commit) = event {
+            if !self.committed {
+                self.first_token = Some(commit.first_token);
+            }
             let whole = self.landed.len() == self.spec.layers as usize * self.spec.blocks as usize;
             let agreed = (commit.frames, commit.bytes) == (self.frames, self.bytes) && self.landing.is_none();
             // KV-5: a handoff is ready if and only if it is complete.
             let due = was_open && in_time && self.writer && whole && agreed;
-            assert_eq!(ready, due, "a commit of {commit:?}");
-            assert_eq!(ready, actions.contains(&ReceiverAction::Confirm));
+            match self.mode {
+                WriteMode::Framed => assert_eq!(ready, due, "a commit of {commit:?}"),
+                WriteMode::OneSided => {
+                    assert!(!ready, "ready while the sender may write");
+                    self.committed |= due;
+                }
+            }
+        } else if event == ReceiverEvent::WriterStopped {
+            assert_eq!(ready, was_open && in_time && std::mem::take(&mut self.committed));
         } else {
             assert!(!ready, "ready without a commit");
         }
+        assert_eq!(ready, actions.contains(&ReceiverAction::Confirm));
         for action in &actions {
             self.check(&event, action);
         }
@@ -168,12 +196,12 @@ impl Watched {
             ReceiverAction::Accept => {
                 // KV-4: a ticket admits one writer, once, and only for this attempt.
                 assert!(!self.accepted && !self.released);
-                let ReceiverEvent::Hello(hello) = event else { panic!("accepted {event:?}") };
+                let ReceiverEvent::Hello(hello, _) = event else { panic!("accepted {event:?}") };
                 let meant = (hello.ticket, hello.schema_digest, hello.held_blocks, hello.prompt_tokens);
                 assert_eq!(meant, (TICKET, DIGEST, self.spec.held_blocks, self.spec.prompt_tokens));
                 (self.accepted, self.writer) = (true, true);
             }
-            ReceiverAction::Refuse(_) => assert!(matches!(event, ReceiverEvent::Hello(_))),
+            ReceiverAction::Refuse(_) => assert!(matches!(event, ReceiverEvent::Hello(..))),
             ReceiverAction::Write(piece) => {
                 assert_eq!(*event, ReceiverEvent::Layer(piece));
                 // KV-1: writes go only to reserved blocks, by the only writer, and never over received data.
@@ -187,7 +215,7 @@ impl Watched {
             }
             ReceiverAction::Confirm => {}
             ReceiverAction::Ready { first_token } => {
-                assert!(matches!(event, ReceiverEvent::Commit(commit) if commit.first_token == first_token));
+                assert_eq!(self.first_token, Some(first_token));
                 self.tell();
             }
             ReceiverAction::Fail(_) => self.tell(),

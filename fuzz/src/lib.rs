@@ -43,7 +43,7 @@ const MIB: usize = 1 << 20;
 /// A byte of JSON becomes a value of 32 bytes, in a list that doubles as it grows, and is copied once more if the field
 /// may have several forms. A byte of protobuf may be an empty message of a few hundred bytes.
 pub const TARGETS: [Target; 11] = [
-    Target { name: "frames", run: frames, base_bytes: KIB, bytes_per_byte: 1, runs: 60_000 },
+    Target { name: "frames", run: frames, base_bytes: 4 * KIB, bytes_per_byte: 1, runs: 60_000 },
     Target { name: "handoff", run: handoff, base_bytes: 16 * KIB, bytes_per_byte: 64, runs: 60_000 },
     Target { name: "messages", run: messages, base_bytes: 64 * KIB, bytes_per_byte: 1024, runs: 60_000 },
     Target { name: "http_bodies", run: http_bodies, base_bytes: MIB, bytes_per_byte: 1024, runs: 20_000 },

@@ -1,12 +1,15 @@
 //! Valid, small inputs to start from. Together they cover what each target accepts.
 
 use overfill_kv::handoff::{Commit, Hello, Piece, RefuseReason};
-use overfill_kv::{SamplingParams, Ticket};
+use overfill_kv::{KvTransport, SamplingParams, Ticket, TransportSet};
 use overfill_model::ModelConfig;
 use overfill_proto::v1;
+use overfill_transport::rdma::{self, Place, Places, RdmaAddress};
+use overfill_transport::tcp::format::Format;
 use overfill_transport::tcp::frame::{
-    Answer, Header, encode_answer, encode_commit, encode_header, encode_hello, encode_ping,
+    ANSWER_BYTES, Answer, Header, encode_answer, encode_commit, encode_header, encode_hello, encode_ping,
 };
+use overfill_transport::tcp::hello::{self, Grant, Offer};
 use prost::Message;
 use serde_json::{Map, Value, json};
 
@@ -45,8 +48,14 @@ pub fn seeds(target: &str) -> Vec<Seed> {
 fn frames() -> Vec<(&'static str, Vec<u8>)> {
     let hello = Hello { ticket: Ticket([7; 16]), schema_digest: [9; 32], held_blocks: 1, prompt_tokens: 100 };
     let piece = Piece { layer: 1, first_block: 2, blocks: 3 };
+    let address = RdmaAddress { qp: 17, psn: 5, gid: [7; 16], lid: 0, mtu: 5 };
+    let places = Places { staging: None, layers: vec![Place { address: 1 << 40, key: 7 }], blocks: vec![4, 5] };
+    let grant = Grant { version: 2, transport: KvTransport::Rdma, rdma: Some(rdma::Grant { address, places }) };
     vec![
         ("hello", encode_hello(&hello).to_vec()),
+        ("hello-2", hello::encode(&Offer::new(hello, TransportSet(3), Some(address)))),
+        ("grant", hello::encode_accepted(&grant)[ANSWER_BYTES + 4..].to_vec()),
+        ("written", Format::new(2, 8).encode(&Header::Written(piece, 9))),
         ("accept", encode_answer(Answer::Accept).to_vec()),
         ("refuse", encode_answer(Answer::Refuse(RefuseReason::Checksum)).to_vec()),
         ("layer", encode_header(&Header::Layer(piece, 1 << 16)).to_vec()),
@@ -88,7 +97,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         sampling: Some(sampling.clone()),
         handoff: Some(v1::HandoffTarget {
             ticket: vec![7; 16],
-            kv_endpoint: Some(overfill_kv::KvEndpoint::Tcp("127.0.0.1:1".into()).into()),
+            kv_endpoint: Some(overfill_kv::KvEndpoint::new("127.0.0.1:1".into()).into()),
             kv_schema: Some(schema.clone()),
             held_tokens: 16,
         }),
@@ -110,7 +119,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
     };
     let reserved = v1::Reserved {
         ticket: vec![7; 16],
-        kv_endpoint: Some(overfill_kv::KvEndpoint::Tcp("127.0.0.1:1".into()).into()),
+        kv_endpoint: Some(overfill_kv::KvEndpoint::new("127.0.0.1:1".into()).into()),
         held_tokens: 16,
         kv_schema: Some(schema.clone()),
     };

@@ -11,7 +11,7 @@ pub mod sampling;
 pub mod schema;
 pub mod store;
 
-pub use ids::{BlockId, KvEndpoint, RequestId, Role, Ticket};
+pub use ids::{BlockId, KvEndpoint, KvTransport, RequestId, Role, Ticket, TransportSet};
 pub use outcome::{FinishReason, TransferStats};
 pub use pool::{BlockLease, BlockPool, NoRoom};
 pub use prefix::{BlockHash, block_hashes};

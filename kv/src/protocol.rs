@@ -6,7 +6,7 @@ use std::fmt;
 ///
 /// Two services work together if they have a version in common. So during a rollout, nodes and routers of different
 /// releases meet only if they understand each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ProtocolVersions {
     /// Oldest version that the service speaks.
     pub oldest: u32,
@@ -16,7 +16,11 @@ pub struct ProtocolVersions {
 
 /// The versions that this program speaks. Raise `newest` when a call or a frame changes so that a service of an earlier
 /// release would misunderstand it, and `oldest` when the program no longer speaks the older form.
-pub const PROTOCOL: ProtocolVersions = ProtocolVersions { oldest: 1, newest: 1 };
+///
+/// - Version 1: KV in frames over TCP.
+/// - Version 2: the hello of a handoff offers transports and checksums, and the answer chooses. Frames name a range of KV
+///   heads, and the hello a rank, for prefill nodes with several GPUs.
+pub const PROTOCOL: ProtocolVersions = ProtocolVersions { oldest: 1, newest: 2 };
 
 /// Two services have no version of the protocol in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -24,6 +28,14 @@ pub const PROTOCOL: ProtocolVersions = ProtocolVersions { oldest: 1, newest: 1 }
 pub struct ProtocolMismatch(pub ProtocolVersions, pub ProtocolVersions);
 
 impl ProtocolVersions {
+    /// The versions of a service that does not state them: they were first stated in version 2.
+    pub const UNSTATED: Self = Self { oldest: 1, newest: 1 };
+
+    /// The newest version that both sides speak.
+    pub fn common(self, peer: Self) -> Result<u32, ProtocolMismatch> {
+        self.check_peer(peer).map(|()| self.newest.min(peer.newest))
+    }
+
     /// Checks that both sides have a version in common.
     pub fn check_peer(self, peer: Self) -> Result<(), ProtocolMismatch> {
         match self.oldest.max(peer.oldest) <= self.newest.min(peer.newest) {
@@ -51,6 +63,8 @@ mod tests {
         let versions = |oldest, newest| ProtocolVersions { oldest, newest };
         assert_eq!(versions(1, 2).check_peer(versions(2, 3)), Ok(()));
         assert_eq!(versions(2, 3).check_peer(versions(1, 2)), Ok(()));
+        assert_eq!(versions(1, 2).common(versions(1, 3)), Ok(2));
+        assert_eq!(PROTOCOL.common(ProtocolVersions::UNSTATED), Ok(1));
         let mismatch = versions(1, 2).check_peer(versions(3, 3)).unwrap_err();
         assert_eq!(mismatch.to_string(), "protocol versions do not overlap: 1 to 2 and 3");
         // A release from before this field existed says nothing, which reads as 0.

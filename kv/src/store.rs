@@ -1,5 +1,8 @@
 //! Access to KV memory for the transport.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
 use crate::BlockId;
 
 /// Memory that holds KV blocks. Implemented by the model's cache, and by plain memory in tests and benchmarks.
@@ -21,6 +24,14 @@ pub trait KvStore: Send + Sync {
     /// The store may be locked during the calls, so `f` must not block.
     fn write(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), StoreError>;
 
+    /// Where the blocks lie, for devices that read and write them without this process: one region per layer, with the
+    /// blocks one after the other. `None` if a device can't access them there.
+    ///
+    /// [`Self::read`] sees what a device has written once the device has reported the write.
+    fn regions(&self) -> Option<Vec<KvRegion>> {
+        None
+    }
+
     /// Like [`Self::read`], but calls `f` once with all blocks, without copying. Works only for [`KvMemory::Host`].
     fn view(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&[&[u8]])) -> Result<(), StoreError> {
         let _ = (layer, blocks, f);
@@ -31,6 +42,84 @@ pub trait KvStore: Send + Sync {
     fn edit(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(&mut [&mut [u8]])) -> Result<(), StoreError> {
         let _ = (layer, blocks, f);
         Err(StoreError::NotInHostMemory)
+    }
+}
+
+/// Memory of one layer that a device may read and write.
+#[derive(Clone, Debug)]
+pub enum KvRegion {
+    /// In host memory.
+    Host(HostRegion),
+    /// In the memory of another device, such as a GPU, that exports it.
+    DmaBuf(DmaBufRegion),
+}
+
+/// Memory of another device, exported as a dma-buf.
+#[derive(Clone, Debug)]
+pub struct DmaBufRegion {
+    buffer: Arc<OwnedFd>,
+    offset: u64,
+    bytes: usize,
+}
+
+impl DmaBufRegion {
+    /// The region of `bytes` bytes from `offset` on in the dma-buf `buffer`.
+    ///
+    /// # Safety
+    /// As for [`HostRegion::new`]: the memory stays while the store exists, and only who holds a block's lease accesses it.
+    #[allow(unsafe_code)]
+    pub unsafe fn new(buffer: Arc<OwnedFd>, offset: u64, bytes: usize) -> Self {
+        Self { buffer, offset, bytes }
+    }
+
+    /// The dma-buf.
+    pub fn buffer(&self) -> &OwnedFd {
+        &self.buffer
+    }
+
+    /// Offset of the first byte in the dma-buf.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// Memory of this process.
+#[derive(Clone, Copy, Debug)]
+pub struct HostRegion {
+    address: usize,
+    bytes: usize,
+}
+
+impl HostRegion {
+    /// The region of `bytes` bytes at `start`.
+    ///
+    /// # Safety
+    /// As long as the store exists:
+    ///
+    /// - The region stays allocated at this address, readable and writable.
+    /// - A device may change the bytes of any block that is reserved for a handoff, at any time. So code of this process
+    ///   reads or writes the bytes of a block only while it holds the block's lease and no handoff may write to it. (The
+    ///   block pool decides that; a reference to a region as a whole may exist, as long as nothing accesses such blocks
+    ///   through it.)
+    #[allow(unsafe_code)]
+    pub unsafe fn new(start: *mut u8, bytes: usize) -> Self {
+        // The address leaves the program: what devices do with it, the compiler must take into account.
+        Self { address: start.expose_provenance(), bytes }
+    }
+
+    /// Address of the first byte.
+    pub fn address(&self) -> usize {
+        self.address
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
     }
 }
 

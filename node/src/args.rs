@@ -13,6 +13,8 @@ use overfill_cluster::{
 use overfill_kv::{BLOCK_TOKENS, KvDtype};
 use overfill_model::{DeviceSpec, LoadOptions, Rows, WeightFormat};
 
+use crate::transport::{TransportArgs, TransportConfig};
+
 /// Maximum deadline of a request, in seconds.
 pub const MAX_DEADLINE_SECONDS: f64 = 86400.0;
 /// Maximum capacity of the KV cache, in tokens. It keeps block ids far below 32 bits and exceeds any real memory.
@@ -128,6 +130,9 @@ pub struct NodeArgs {
         help_heading = "Scheduling"
     )]
     pub step_timeout_seconds: f64,
+    /// Transport of KV.
+    #[command(flatten)]
+    pub transport: TransportArgs,
     /// TLS between services.
     #[command(flatten)]
     pub tls: TlsArgs,
@@ -172,6 +177,8 @@ pub struct NodeConfig {
     pub drain_timeout: Duration,
     /// Maximum time of one engine step.
     pub step_timeout: Duration,
+    /// Transport of KV.
+    pub transport: TransportConfig,
     /// TLS between services; `None`: no encryption.
     pub tls: Option<Tls>,
     /// The etcd in which the node registers; `None`: discovery is off.
@@ -200,6 +207,7 @@ impl NodeArgs {
             default_deadline_seconds,
             drain_timeout_seconds,
             step_timeout_seconds,
+            transport,
             tls,
             etcd,
             process,
@@ -232,6 +240,7 @@ impl NodeArgs {
             }
         };
         let step_timeout = positive_seconds(f, "step-timeout-seconds", step_timeout_seconds);
+        let transport = transport.validate(tls.tls_ca.is_some(), f);
         let tls = tls.validate(f);
         ConfigError::check_exposed(f, "listen", listen, tls.is_some(), "--tls-ca", &process);
         let etcd = etcd.validate(f);
@@ -262,6 +271,7 @@ impl NodeArgs {
             default_deadline: default_deadline?,
             drain_timeout: drain_timeout?,
             step_timeout: step_timeout?,
+            transport: transport?,
             tls,
             etcd,
         })

@@ -11,10 +11,12 @@ use overfill_cluster::{
 };
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvEndpoint, KvSchema, Role};
 use overfill_model::{Model, ModelError};
+use overfill_transport::{TransportError, Transports};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinError};
 
 use crate::{
     Identity, LoadState, NodeConfig, NodeCore, NodeMetrics, RoleService, Served, load::Receiving, new_incarnation,
+    transport::TransportMetrics,
 };
 
 /// Why a node failed to start or to keep running.
@@ -23,6 +25,9 @@ pub enum NodeError {
     /// Binding a listen address failed.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The KV transport that was asked for can't be used.
+    #[error("kv transport: {0}")]
+    Transport(#[from] TransportError),
     /// Loading the model failed.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -57,6 +62,8 @@ pub struct Host {
     pub model: Model,
     /// Pool of the blocks of the KV cache.
     pub pool: BlockPool,
+    /// Transports of KV.
+    pub transports: Arc<Transports>,
     role: Role,
     grpc: TcpListener,
     grpc_address: SocketAddr,
@@ -75,10 +82,16 @@ impl Host {
         let admin = Admin::default();
         let admin_server = AdminServer::start(admin_listener, admin.clone());
         let NodeConfig { model: folder, load: options, kv_blocks, .. } = config.clone();
-        let model = tokio::task::spawn_blocking(move || Model::load(&folder, &options, kv_blocks)).await??;
+        let transport = config.transport.clone();
+        let load = move || {
+            let model = Model::load(&folder, &options, kv_blocks)?;
+            let transports = transport.open(model.kv())?;
+            Ok::<_, NodeError>((model, transports))
+        };
+        let (model, transports) = tokio::task::spawn_blocking(load).await??;
         let grpc_address = grpc.local_addr()?;
         let pool = BlockPool::new(kv_blocks);
-        Ok(Self { config, model, pool, role, grpc, grpc_address, admin, admin_server, admin_address })
+        Ok(Self { config, model, pool, transports, role, grpc, grpc_address, admin, admin_server, admin_address })
     }
 
     /// Ready line with the listen addresses. `kv` is the KV listen address of a decode node.
@@ -122,6 +135,7 @@ impl Host {
             total_blocks: self.config.kv_blocks,
             max_running,
             kv_endpoint,
+            kv_transports: self.transports.usable().to_string(),
             weights: self.config.load.weights.to_string(),
             eos_token_ids: self.model.eos_token_ids().to_vec(),
         }
@@ -129,14 +143,26 @@ impl Host {
 
     /// Splits the host into its servers and the model, which the engine takes.
     pub fn into_parts(self) -> (Front, Model) {
-        let Self { config, model, pool: _, role: _, grpc, grpc_address, admin, admin_server, admin_address: _ } = self;
-        (Front { config, grpc, grpc_address, admin, admin_server }, model)
+        let Self {
+            config,
+            model,
+            pool: _,
+            transports,
+            role: _,
+            grpc,
+            grpc_address,
+            admin,
+            admin_server,
+            admin_address: _,
+        } = self;
+        (Front { config, transports, grpc, grpc_address, admin, admin_server }, model)
     }
 }
 
 /// The servers of a node: the gRPC listener and the admin port.
 pub struct Front {
     config: NodeConfig,
+    transports: Arc<Transports>,
     grpc: TcpListener,
     grpc_address: SocketAddr,
     admin: Admin,
@@ -158,12 +184,14 @@ impl Front {
         let metrics = core.load.metrics();
         let used = self.config.tls.iter().cloned().collect();
         let expiry = CertificateExpiry::new(&metrics.registry, used, self.config.etcd.as_ref())?;
+        let transports = TransportMetrics::new(&metrics.registry, self.transports)?;
         self.admin.start(Started {
             registry: metrics.registry.clone(),
             ready: Box::new(move || asked.health()),
             refresh: Box::new(move || {
                 refreshed.refresh_metrics();
                 expiry.refresh();
+                transports.refresh();
             }),
         });
         // The listener is bound, so routers that find the registration can connect.

@@ -29,6 +29,8 @@ pub struct Identity {
     pub max_running: usize,
     /// Address that prefill nodes send KV to; decode nodes only.
     pub kv_endpoint: Option<KvEndpoint>,
+    /// Transports over which it moves KV, the preferred one first.
+    pub kv_transports: String,
     /// Format of its weights in memory.
     pub weights: String,
     /// End-of-sequence token ids of the model.
@@ -59,6 +61,7 @@ impl Identity {
             protocol: Some(PROTOCOL.into()),
             pool: self.pool.clone(),
             cluster: self.cluster.clone(),
+            kv_transports: self.kv_transports.clone(),
         }
     }
 
@@ -70,7 +73,7 @@ impl Identity {
             incarnation: self.incarnation.clone(),
             grpc,
             pool: self.pool.clone(),
-            kv: self.kv_endpoint.as_ref().map(|KvEndpoint::Tcp(address)| address.clone()),
+            kv: self.kv_endpoint.as_ref().map(|endpoint| endpoint.address.clone()),
             model: self.model.clone(),
             full_model: self.schema.full_model.clone(),
             kv_schema_digest: self.schema.digest_hex(),

@@ -16,6 +16,7 @@ pub mod request;
 mod serve;
 mod service;
 mod stream;
+mod transport;
 
 pub use args::{MAX_DEADLINE_SECONDS, NodeArgs, NodeConfig, positive_seconds};
 pub use drain::Drain;
@@ -29,3 +30,4 @@ pub use request::{Refused, RequestError, RequestLimits};
 pub use serve::{NodeCore, RoleService, Served};
 pub use service::NodeService;
 pub use stream::{Ending, EventStream, ended_early, request_span};
+pub use transport::{TransportArgs, TransportConfig};

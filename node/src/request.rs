@@ -179,6 +179,7 @@ impl RequestLimits {
             total_blocks: 4,
             max_running: 1,
             kv_endpoint: None,
+            kv_transports: "tcp".into(),
             weights: "f32".into(),
             eos_token_ids: vec![],
         };

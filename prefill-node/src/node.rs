@@ -59,7 +59,11 @@ impl PrefillNode {
         let identity = host.identity(host.model.producer_schema(), limits.max_running, None);
         let core = NodeCore::new(identity, load.clone(), &shutdown, host.config.drain_timeout);
         let request_limits = core.request_limits(host.config.default_deadline);
-        let transfer = TransferConfig { dialer: kv_dialer(host.config.tls.clone()), ..TransferConfig::default() };
+        let transfer = TransferConfig {
+            dialer: kv_dialer(host.config.tls.clone()),
+            transports: host.transports.clone(),
+            ..TransferConfig::default()
+        };
         let pool = host.pool.clone();
         let (front, model) = host.into_parts();
         let producer = model.fingerprint().into();

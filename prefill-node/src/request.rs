@@ -73,7 +73,7 @@ mod tests {
             sampling: Some((&SamplingParams::greedy()).into()),
             handoff: Some(v1::HandoffTarget {
                 ticket: vec![1; 16],
-                kv_endpoint: Some(KvEndpoint::Tcp("127.0.0.1:1".into()).into()),
+                kv_endpoint: Some(KvEndpoint::new("127.0.0.1:1".into()).into()),
                 kv_schema: Some((&limits().identity.schema).into()),
                 held_tokens: 16,
             }),
@@ -104,7 +104,7 @@ mod tests {
         assert!(refused(|h| h.held_tokens = 32).starts_with("handoff.held_tokens must be"));
         assert!(refused(|h| h.ticket.clear()).starts_with("ticket must be 16 bytes"));
         assert!(refused(|h| h.kv_endpoint = None).starts_with("handoff.kv_endpoint must be present"));
-        let empty = KvEndpoint::Tcp(String::new());
+        let empty = KvEndpoint::new(String::new());
         let refusal = refused(|h| h.kv_endpoint = Some(empty.into()));
         assert_eq!(refusal, "kv_endpoint.tcp.address must be 1 to 512 bytes, got 0 bytes");
         let unknown = refused(|h| h.kv_endpoint = Some(v1::KvEndpoint { transport: None }));

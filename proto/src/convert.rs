@@ -109,10 +109,9 @@ impl From<v1::TransferStats> for TransferStats {
 
 impl From<KvEndpoint> for v1::KvEndpoint {
     fn from(endpoint: KvEndpoint) -> Self {
-        let transport = match endpoint {
-            KvEndpoint::Tcp(address) => v1::kv_endpoint::Transport::Tcp(v1::TcpEndpoint { address }),
-        };
-        Self { transport: Some(transport) }
+        let KvEndpoint { address, versions } = endpoint;
+        let tcp = v1::TcpEndpoint { address, versions: Some(versions.into()) };
+        Self { transport: Some(v1::kv_endpoint::Transport::Tcp(tcp)) }
     }
 }
 
@@ -121,13 +120,14 @@ impl TryFrom<v1::KvEndpoint> for KvEndpoint {
 
     fn try_from(wire: v1::KvEndpoint) -> Result<Self, InvalidField> {
         match wire.transport {
-            Some(v1::kv_endpoint::Transport::Tcp(v1::TcpEndpoint { address })) => {
+            Some(v1::kv_endpoint::Transport::Tcp(v1::TcpEndpoint { address, versions })) => {
                 if !(1..=MAX_ADDRESS_BYTES).contains(&address.len()) {
                     let (limit, length) =
                         (format!("1 to {MAX_ADDRESS_BYTES} bytes"), format!("{} bytes", address.len()));
                     return Err(InvalidField::new("kv_endpoint.tcp.address", limit, length));
                 }
-                Ok(Self::Tcp(address))
+                let versions = versions.map_or(ProtocolVersions::UNSTATED, Into::into);
+                Ok(Self { address, versions })
             }
             None => Err(InvalidField::new("kv_endpoint", "of a known transport: tcp", "nothing")),
         }

@@ -30,6 +30,9 @@ fn count(field: &'static str, count: u32, max: u32) -> Result<u32, InvalidField>
     Ok(count)
 }
 
+/// Maximum length of a list of transports, in bytes.
+const MAX_TRANSPORTS_BYTES: usize = 64;
+
 impl TryFrom<v1::NodeInfo> for NodeInfo {
     type Error = InvalidField;
 
@@ -51,6 +54,7 @@ impl TryFrom<v1::NodeInfo> for NodeInfo {
             protocol,
             pool,
             cluster,
+            kv_transports,
         } = wire;
         let schema = kv_schema.ok_or_else(|| InvalidField::new("kv_schema", "present", "nothing"))?;
         Ok(Self {
@@ -70,6 +74,13 @@ impl TryFrom<v1::NodeInfo> for NodeInfo {
             protocol: protocol.unwrap_or_default().into(),
             pool: name("pool", pool)?,
             cluster,
+            kv_transports: match kv_transports.len() {
+                0..=MAX_TRANSPORTS_BYTES => kv_transports,
+                length => {
+                    let limit = format!("at most {MAX_TRANSPORTS_BYTES} bytes");
+                    return Err(InvalidField::new("kv_transports", limit, length));
+                }
+            },
         })
     }
 }
@@ -92,6 +103,7 @@ impl From<&NodeInfo> for v1::NodeInfo {
             protocol,
             pool,
             cluster,
+            kv_transports,
         } = info;
         Self {
             node_id: node_id.clone(),
@@ -109,6 +121,7 @@ impl From<&NodeInfo> for v1::NodeInfo {
             protocol: Some((*protocol).into()),
             pool: pool.clone(),
             cluster: cluster.clone(),
+            kv_transports: kv_transports.clone(),
         }
     }
 }
@@ -255,13 +268,14 @@ mod tests {
             max_context_tokens: 64,
             total_blocks: 4,
             max_running_requests: 2,
-            kv_endpoint: Some(KvEndpoint::Tcp("a:1".into())),
+            kv_endpoint: Some(KvEndpoint::new("a:1".into())),
             version: "1".into(),
             weights: "f32".into(),
             eos_token_ids: vec![1],
             protocol: PROTOCOL,
             pool: "p".into(),
             cluster: "c".into(),
+            kv_transports: "tcp".into(),
         }
     }
 
@@ -282,6 +296,7 @@ mod tests {
         assert_eq!(refused(&|w| w.node_id.clear()), "node_id");
         assert_eq!(refused(&|w| w.incarnation.clear()), "incarnation");
         assert_eq!(refused(&|w| w.model = "m".repeat(1000)), "model");
+        assert_eq!(refused(&|w| w.kv_transports = "t".repeat(65)), "kv_transports");
         assert_eq!(refused(&|w| w.kv_schema = None), "kv_schema");
         assert_eq!(refused(&|w| w.max_context_tokens = 0), "max_context_tokens");
         assert_eq!(refused(&|w| w.total_blocks = 0), "total_blocks");

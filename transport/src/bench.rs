@@ -186,7 +186,7 @@ async fn handoff(
         deadline,
     });
     let plan = SendPlan {
-        endpoint: KvEndpoint::Tcp(endpoint.to_owned()),
+        endpoint: KvEndpoint::new(endpoint.to_owned()),
         ticket,
         request_id,
         schema: schema.clone(),

@@ -7,29 +7,34 @@
 //!
 //! The state machines of [`overfill_kv::handoff`] make all decisions: who may write, when blocks are free, when a
 //! handoff is over. This crate feeds them events and the time, and carries out their actions. Plans, reservations and
-//! outcomes are common to all transports. [`tcp`] is the only transport so far.
+//! outcomes are common to all transports. Each handoff has a TCP connection ([`tcp`]), which carries the KV, or only announces
+//! what [`rdma`] has written.
 
 #![warn(clippy::large_futures)]
 
 pub mod bench;
 mod memory;
 mod plan;
+pub mod rdma;
 mod receiver;
 mod reservations;
 mod sender;
 pub mod tcp;
+mod transports;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use memory::MemoryStore;
 use overfill_kv::{
-    TransferStats,
+    ProtocolVersions, TransferStats,
     handoff::{Failure, RefuseReason},
 };
 pub use plan::SendPlan;
 pub use receiver::{IncomingHandoff, KvReceiver};
 pub use reservations::Reservation;
 pub use sender::{KvLayers, KvSender};
+pub use transports::{RdmaOptions, TransportChoice, TransportError, Transports};
 
 /// Limits of the KV transfer. Both sides of a handoff should use the same values.
 #[derive(Clone, Debug)]
@@ -46,6 +51,8 @@ pub struct TransferConfig {
     pub max_connections: usize,
     /// Opens a sender's TCP connections.
     pub dialer: tcp::Dialer,
+    /// The transports that this node uses.
+    pub transports: Arc<Transports>,
 }
 
 impl Default for TransferConfig {
@@ -56,6 +63,7 @@ impl Default for TransferConfig {
             hello_timeout: Duration::from_secs(5),
             max_connections: 256,
             dialer: tcp::plain_dialer(),
+            transports: Transports::tcp(),
         }
     }
 }
@@ -125,6 +133,26 @@ pub enum HandoffError {
         /// Text of the I/O error.
         message: String,
     },
+    /// The nodes have no version of the wire format in common.
+    #[error("versions of the kv wire format do not overlap: this node speaks {ours}, {endpoint} speaks {theirs}")]
+    Versions {
+        /// Versions of this node.
+        ours: ProtocolVersions,
+        /// Versions of the other one.
+        theirs: ProtocolVersions,
+        /// Address from the plan.
+        endpoint: String,
+    },
+    /// The handoff can't use a transport that this node may use.
+    #[error("kv transport {transports}: {endpoint}: {problem}")]
+    Transport {
+        /// The transports that this node uses.
+        transports: String,
+        /// Address from the plan.
+        endpoint: String,
+        /// What is in the way.
+        problem: String,
+    },
     /// A plan or reservation is invalid. Nothing was sent.
     #[error("handoff plan: {field} must be {limit}, got {value}")]
     Plan {
@@ -152,8 +180,12 @@ impl HandoffError {
                 | RefuseReason::Schema
                 | RefuseReason::Range
                 | RefuseReason::Busy
+                | RefuseReason::Version
+                | RefuseReason::Transport
+                | RefuseReason::Writers
                 | RefuseReason::Store => FailureReason::Refused,
             },
+            Self::Versions { .. } | Self::Transport { .. } => FailureReason::Refused,
             Self::Failed(Failure::Plan(_)) | Self::Plan { .. } => FailureReason::Internal,
         }
     }

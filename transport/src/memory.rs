@@ -1,6 +1,6 @@
 //! KV store in host memory.
 
-use overfill_kv::store::{blocks_in, blocks_in_mut, check_range};
+use overfill_kv::store::{HostRegion, KvRegion, blocks_in, blocks_in_mut, check_range};
 use overfill_kv::{BlockId, KvMemory, KvStore, StoreError};
 use parking_lot::RwLock;
 
@@ -46,6 +46,17 @@ impl KvStore for MemoryStore {
 
     fn memory(&self) -> KvMemory {
         KvMemory::Host
+    }
+
+    #[allow(unsafe_code)]
+    fn regions(&self) -> Option<Vec<KvRegion>> {
+        let region = |layer: &RwLock<Vec<u8>>| {
+            let mut memory = layer.write();
+            // SAFETY: the memory of a layer is allocated once. Only the benchmark of this crate takes it out of the store
+            // for a while, when no handoff is under way. Users of the store access only blocks that are theirs.
+            KvRegion::Host(unsafe { HostRegion::new(memory.as_mut_ptr(), memory.len()) })
+        };
+        Some(self.layers.iter().map(region).collect())
     }
 
     fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use overfill_kv::handoff::Piece;
-use overfill_kv::{KvEndpoint, KvStore, RequestId, TransferStats};
+use overfill_kv::{KvStore, RequestId, TransferStats};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -80,9 +80,7 @@ impl KvSender {
         let span = info_span!("handoff", otel.kind = "producer", request = %plan.request_id);
         let task = async move {
             plan.check(&*store)?;
-            match plan.endpoint.clone() {
-                KvEndpoint::Tcp(address) => tcp::send(address, plan, store, config, queue, control).await,
-            }
+            tcp::send(plan, store, config, queue, control).await
         };
         (Self { layers }, tokio::spawn(task.instrument(span)))
     }

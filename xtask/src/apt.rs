@@ -93,6 +93,49 @@ pub fn compiler() -> Result<()> {
     Ok(())
 }
 
+/// Installs what building RDMA needs, unless it is present.
+pub fn rdma_build() -> Result<()> {
+    let libclang = || {
+        let list = Command::new("ldconfig").arg("-p").output();
+        list.is_ok_and(|list| String::from_utf8_lossy(&list.stdout).contains("libclang"))
+            || Path::new("/usr/lib")
+                .read_dir()
+                .is_ok_and(|entries| entries.flatten().any(|entry| entry.path().join("lib/libclang.so").exists()))
+    };
+    let usable = || succeeds(Command::new("cmake").arg("--version")) && libclang();
+    if !usable() {
+        install(&["cmake", "libclang-dev"], "building RDMA needs cmake and libclang")?;
+    }
+    if !usable() {
+        bail!("cmake or libclang is still missing after the installation");
+    }
+    Ok(())
+}
+
+/// Installs the virtual machine for the tests of RDMA, and the files that go into it, unless they are present.
+pub fn rdma_machine() -> Result<()> {
+    const NEEDS: &str = "the tests of RDMA run in a virtual machine";
+    if cfg!(not(target_arch = "x86_64")) {
+        bail!("{NEEDS}, which is made for x86-64 only");
+    }
+    let usable = || {
+        succeeds(Command::new("qemu-system-x86_64").arg("--version"))
+            && ["/sbin/depmod", "/bin/ip", "/bin/busybox", "/etc/libibverbs.d/rxe.driver", "/usr/bin/strip"]
+                .iter()
+                .all(|file| Path::new(file).is_file())
+            && succeeds(Command::new("apt-cache").args(["show", "linux-image-amd64"]))
+    };
+    if !usable() {
+        let packages =
+            ["qemu-system-x86", "busybox-static", "libibverbs1", "ibverbs-providers", "iproute2", "kmod", "binutils"];
+        install(&packages, NEEDS)?;
+    }
+    if !usable() {
+        bail!("{NEEDS}; qemu or a file that goes into it is still missing after the installation");
+    }
+    Ok(())
+}
+
 /// Installs valgrind for the memory check of kernels, unless it is present.
 pub fn valgrind() -> Result<()> {
     // valgrind does not start without the C library's symbols.

@@ -1,4 +1,4 @@
-//! The project's commands: `cargo xtask demo | test | ci | chart | kubernetes | monitoring | tidy | images | neon`.
+//! The project's commands: `cargo xtask demo | test | ci | chart | kubernetes | monitoring | rdma | tidy | images | neon`.
 
 mod apt;
 mod chart;
@@ -12,6 +12,7 @@ mod neon;
 mod page;
 mod process;
 mod python;
+mod rdma;
 mod test;
 mod tidy;
 
@@ -30,6 +31,7 @@ usage: cargo xtask COMMAND
   kubernetes     install the chart into the cluster of the current kubeconfig, and scale, update and drain it under load.
                  Further arguments go to pytest
   monitoring     the tests of dashboards and alert rules, with a real Prometheus and the binaries in target/debug
+  rdma           the tests of KV over RDMA, in a virtual machine with soft-RoCE
   page           the tests of the router's page, in headless Chromium
   tidy           check the project's rules about its files
   images [--release | --binaries DIR] [--test]
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         ["page"] => page::run(),
         ["tidy"] => tidy::run(),
         ["images", ref options @ ..] => images::run(options),
+        ["rdma"] => rdma::run(),
         ["neon"] => neon::run(),
         _ => {
             eprintln!("{USAGE}");

@@ -8,17 +8,17 @@ use anyhow::{Context, Result, bail};
 use crate::process::{cargo, root, run};
 
 /// Runs the kernel tests under valgrind's memcheck, which fails at accesses outside of allocated memory. valgrind
-/// supports AVX2 and hides AVX-512 from programs.
-pub fn run_kernels() -> Result<()> {
-    let tests = tests_of("overfill_model")?;
+/// supports AVX2 and hides AVX-512 from programs. `features`: those of the tests that have been built.
+pub fn run_kernels(features: &str) -> Result<()> {
+    let tests = tests_of("overfill_model", features)?;
     let mut valgrind = Command::new("valgrind");
     valgrind.args(["--quiet", "--error-exitcode=9"]).arg(tests).args(["kernels::", "--test-threads=1"]);
     run(valgrind.current_dir(root().join("model")))
 }
 
 /// Returns the unit-test executable of a library. It must have been built.
-fn tests_of(library: &str) -> Result<PathBuf> {
-    let args = ["test", "--locked", "--workspace", "--no-run", "--message-format=json"];
+fn tests_of(library: &str, features: &str) -> Result<PathBuf> {
+    let args = ["test", "--locked", "--workspace", "--no-run", "--message-format=json", features];
     let output =
         cargo(&args).stderr(Stdio::inherit()).output().context("running cargo to find the test executables")?;
     if !output.status.success() {

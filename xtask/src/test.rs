@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::process::{cargo, phase, run as sh};
-use crate::{apt, chart, cuda, images, memory, monitoring, page, python, tidy};
+use crate::{apt, chart, cuda, images, memory, monitoring, page, python, rdma, tidy};
 
 /// What to do if a program that tests need is missing and can't be installed.
 #[derive(Clone, Copy, PartialEq)]
@@ -39,7 +39,11 @@ pub fn run(programs: Programs) -> Result<()> {
     let prometheus = have("tests of dashboards and rules", apt::promtool(), required)?;
     let chromium = have("tests of the page", apt::chromium(), required)?;
     let gpu = have("tests of GPU nodes", cuda::prepare(), required)?;
-    let features = if gpu { ["--features", cuda::FEATURES].as_slice() } else { &[] };
+    let rdma = have("tests of KV over RDMA", apt::rdma_build().and_then(|()| apt::rdma_machine()), required)?;
+    // All calls of cargo have the same features, so that everything is compiled once.
+    let features = [(gpu, cuda::FEATURES), (rdma, rdma::FEATURES)];
+    let features: Vec<&str> = features.iter().filter(|(there, _)| *there).map(|(_, features)| *features).collect();
+    let features = format!("--features={}", features.join(","));
     let mut interpreter = None;
     phase("python environment", || {
         interpreter = Some(python::prepare()?);
@@ -47,11 +51,11 @@ pub fn run(programs: Programs) -> Result<()> {
     })?;
     phase("lints", || {
         let mut command = cargo(&["clippy", "--locked", "--workspace", "--all-targets"]);
-        sh(command.args(features).args(["--", "-D", "warnings"]))
+        sh(command.arg(&features).args(["--", "-D", "warnings"]))
     })?;
     // The whole-cluster tests start the real binary, which `cargo test` alone would not build. Binaries and tests are
     // built in one call, so that they use the same features and dependencies are compiled once.
-    phase("binaries", || sh(cargo(&["build", "--locked", "--workspace", "--bins", "--tests"]).args(features)))?;
+    phase("binaries", || sh(cargo(&["build", "--locked", "--workspace", "--bins", "--tests"]).arg(&features)))?;
     // Starts the binaries with the chart's environment as well.
     phase("chart", chart::run)?;
     if prometheus {
@@ -65,7 +69,7 @@ pub fn run(programs: Programs) -> Result<()> {
     }
     phase("tests", || {
         let mut command = cargo(&["test", "--locked", "--workspace", "--no-fail-fast"]);
-        command.args(features);
+        command.arg(&features);
         if let Some(python) = &interpreter {
             command.env("OVERFILL_PYTHON", python);
         }
@@ -79,8 +83,11 @@ pub fn run(programs: Programs) -> Result<()> {
         }
         sh(&mut command)
     })?;
+    if rdma {
+        phase("KV over RDMA", || rdma::test(&features))?;
+    }
     if valgrind {
-        phase("memory check of kernels", memory::run_kernels)?;
+        phase("memory check of kernels", || memory::run_kernels(&features))?;
     }
     for left_out in left_out {
         eprintln!("\n== LEFT OUT: {left_out}");

@@ -125,7 +125,8 @@ impl NodeSetup {
             max_context_tokens: self.kv_blocks * BLOCK_TOKENS,
             total_blocks: self.kv_blocks,
             max_running,
-            kv_endpoint: receiver.map(|_| KvEndpoint::Tcp(format!("{name}:{KV_PORT}"))),
+            kv_endpoint: receiver.map(|_| KvEndpoint::new(format!("{name}:{KV_PORT}"))),
+            kv_transports: "tcp".into(),
             weights: String::new(),
             eos_token_ids: vec![overfill_simulated::EOS],
         };

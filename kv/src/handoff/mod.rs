@@ -1,6 +1,6 @@
 //! The handoff protocol, which moves the KV of a prompt from a prefill node to a decode node. It consists of two pure
-//! state machines: events in, actions out, no I/O and no clock. `overfill-transport` drives them over TCP. The tests
-//! drive them over a channel that loses, repeats and reorders messages, and breaks.
+//! state machines: events in, actions out, no I/O and no clock. `overfill-transport` drives them. The tests drive them
+//! over a channel that loses, repeats and reorders messages, and breaks.
 //!
 //! An attempt is one try to hand over one prompt. It has one ticket, one [`ReceiverHandoff`] on the decode node and one
 //! [`SenderHandoff`] on the prefill node:
@@ -18,6 +18,10 @@
 //! - **KV-4** Every attempt has its own single-use ticket. Frames of an earlier attempt are refused.
 //! - **KV-5** A request never decodes over KV that is incomplete, unverified or has a different schema.
 //! - **KV-6** Each attempt has exactly one outcome, no later than its deadline. So no request hangs on a handoff.
+//!
+//! With one-sided writes ([`WriteMode::OneSided`]), the sender writes into the receiver's memory without asking. `Accept`
+//! permits it for the whole attempt, and only the receiver can end it, by revoking the sender's access. So the receiver
+//! revokes it before the request may decode, and before the blocks are released.
 //!
 //! The lease of an attempt ends at its deadline, or earlier if the other side is silent for longer than the idle
 //! timeout.
@@ -88,6 +92,16 @@ pub struct Hello {
     pub prompt_tokens: u32,
 }
 
+/// How the bytes of an attempt reach the receiver's blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriteMode {
+    /// The receiver's task writes what the connection delivers, after [`ReceiverAction::Write`].
+    Framed,
+    /// The sender's device writes them, at any time between [`ReceiverAction::Accept`] and
+    /// [`ReceiverEvent::WriterStopped`].
+    OneSided,
+}
+
 /// The last frame. All KV was sent; the receiver compares the counts with what arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Commit {
@@ -124,10 +138,16 @@ pub enum RefuseReason {
     Busy = 9,
     /// The receiver could not write to its KV memory.
     Store = 10,
+    /// The sides have no version of the wire format in common.
+    Version = 11,
+    /// The sides have no transport of KV in common, or the receiver could not set it up.
+    Transport = 12,
+    /// The receiver takes another number of writers per attempt.
+    Writers = 13,
 }
 
 impl RefuseReason {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 13] = [
         Self::Ticket,
         Self::Schema,
         Self::Range,
@@ -138,6 +158,9 @@ impl RefuseReason {
         Self::Cancelled,
         Self::Busy,
         Self::Store,
+        Self::Version,
+        Self::Transport,
+        Self::Writers,
     ];
 
     /// The reason with this wire code. `None` if the code is unknown.
@@ -159,6 +182,9 @@ impl fmt::Display for RefuseReason {
             Self::Cancelled => "request was cancelled",
             Self::Busy => "too many connections",
             Self::Store => "kv memory could not be written",
+            Self::Version => "versions of the kv wire format do not overlap",
+            Self::Writers => "number of writers per attempt differs",
+            Self::Transport => "no common kv transport, or it could not be set up",
         })
     }
 }

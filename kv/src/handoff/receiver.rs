@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
-use super::{Commit, Coverage, Failure, HandoffSpec, HandoffState, Hello, Piece, RefuseReason};
+use super::{Commit, Coverage, Failure, HandoffSpec, HandoffState, Hello, Piece, RefuseReason, WriteMode};
 
 /// Input of the receiver's state machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReceiverEvent {
-    /// A connection presents a ticket.
-    Hello(Hello),
-    /// The writer's connection announces blocks. Their bytes follow.
+    /// A connection presents a ticket. Its pieces will come in this mode.
+    Hello(Hello, WriteMode),
+    /// The writer's connection announces blocks. Their bytes follow, or are written one-sided.
     Layer(Piece),
-    /// All bytes of the announced blocks were read.
+    /// All bytes of the announced blocks were read, or have arrived one-sided.
     Landed {
         /// Whether their checksum is right.
         checksum_ok: bool,
@@ -26,7 +26,7 @@ pub enum ReceiverEvent {
     StoreFailed,
     /// The writer's connection ended.
     Lost,
-    /// The task that writes to the blocks has ended. No write of it is pending.
+    /// The task that writes to the blocks has ended, and the sender's access is revoked. No write is pending.
     WriterStopped,
     /// The owner cancels the request.
     Cancel,
@@ -43,7 +43,8 @@ pub enum ReceiverEvent {
 pub enum ReceiverAction {
     /// Accept the connection that sent this `Hello` as the writer.
     Accept,
-    /// Read the announced blocks into KV memory. Without this action, nothing may be written.
+    /// Read the announced blocks into KV memory; without this action, nothing may be read into it. One-sided: wait
+    /// until they have arrived.
     Write(Piece),
     /// Send the reason to the connection that sent this `Hello`, and close it.
     Refuse(RefuseReason),
@@ -56,7 +57,7 @@ pub enum ReceiverAction {
     },
     /// Tell the owner that the attempt failed. Returned at most once.
     Fail(Failure),
-    /// Stop the writer's task, then report [`ReceiverEvent::WriterStopped`].
+    /// Stop the writer's task and revoke the sender's access, then report [`ReceiverEvent::WriterStopped`].
     StopWriter {
         /// Reason to send to the sender first, if the connection is still open.
         tell: Option<RefuseReason>,
@@ -79,6 +80,9 @@ pub struct ReceiverHandoff {
     writer: bool,
     /// Whether `ReleaseBlocks` was returned.
     released: bool,
+    mode: WriteMode,
+    /// The first token of a commit that is valid, while the sender's one-sided access is being revoked.
+    committed: Option<u32>,
     last_heard: Duration,
 }
 
@@ -95,6 +99,8 @@ impl ReceiverHandoff {
             bytes: 0,
             writer: false,
             released: false,
+            mode: WriteMode::Framed,
+            committed: None,
             last_heard: Duration::ZERO,
         }
     }
@@ -136,7 +142,7 @@ impl ReceiverHandoff {
         // Time limits are checked first, so an attempt past its deadline accepts no event.
         self.check_time(now, &mut actions);
         match event {
-            ReceiverEvent::Hello(hello) => self.hello(&hello, now, &mut actions),
+            ReceiverEvent::Hello(hello, mode) => self.hello(&hello, mode, now, &mut actions),
             ReceiverEvent::Layer(piece) => self.layer(piece, now, &mut actions),
             ReceiverEvent::Landed { checksum_ok } => self.landed(checksum_ok, now, &mut actions),
             ReceiverEvent::Ping if self.writer_is_welcome() => self.last_heard = now,
@@ -147,8 +153,10 @@ impl ReceiverHandoff {
             ReceiverEvent::WriterStopped if self.writer => {
                 self.writer = false;
                 self.landing = None;
-                if self.state.is_open() {
-                    self.fail(Failure::Lost, None, &mut actions);
+                match self.committed.take() {
+                    _ if !self.state.is_open() => {}
+                    Some(first_token) => self.ready(first_token, &mut actions),
+                    None => self.fail(Failure::Lost, None, &mut actions),
                 }
             }
             ReceiverEvent::Cancel if !self.state.is_over() => {
@@ -177,7 +185,7 @@ impl ReceiverHandoff {
     }
 
     fn writer_is_welcome(&self) -> bool {
-        self.writer && self.state.is_open()
+        self.writer && self.state.is_open() && self.committed.is_none()
     }
 
     fn check_time(&mut self, now: Duration, actions: &mut Vec<ReceiverAction>) {
@@ -188,7 +196,7 @@ impl ReceiverHandoff {
         self.fail(failure, Some(RefuseReason::Deadline), actions);
     }
 
-    fn hello(&mut self, hello: &Hello, now: Duration, actions: &mut Vec<ReceiverAction>) {
+    fn hello(&mut self, hello: &Hello, mode: WriteMode, now: Duration, actions: &mut Vec<ReceiverAction>) {
         // KV-4: a ticket opens one attempt, once. A second connection with it is refused and does not affect the first.
         if self.state != HandoffState::Reserved || hello.ticket != self.spec.ticket {
             actions.push(ReceiverAction::Refuse(RefuseReason::Ticket));
@@ -210,6 +218,7 @@ impl ReceiverHandoff {
             None => {
                 self.state = HandoffState::Prefilling;
                 self.writer = true;
+                self.mode = mode;
                 self.last_heard = now;
                 actions.push(ReceiverAction::Accept);
             }
@@ -255,10 +264,18 @@ impl ReceiverHandoff {
             self.reject(RefuseReason::Incomplete, actions);
             return;
         }
+        // KV-5: a sender with one-sided access could still change what was verified. It loses the access first.
+        match self.mode {
+            WriteMode::Framed => self.ready(commit.first_token, actions),
+            WriteMode::OneSided => self.committed = Some(commit.first_token),
+        }
+        actions.push(ReceiverAction::StopWriter { tell: None });
+    }
+
+    fn ready(&mut self, first_token: u32, actions: &mut Vec<ReceiverAction>) {
         self.state = HandoffState::Ready;
         actions.push(ReceiverAction::Confirm);
-        actions.push(ReceiverAction::Ready { first_token: commit.first_token });
-        actions.push(ReceiverAction::StopWriter { tell: None });
+        actions.push(ReceiverAction::Ready { first_token });
     }
 
     fn reject(&mut self, reason: RefuseReason, actions: &mut Vec<ReceiverAction>) {

@@ -39,7 +39,7 @@ const T0: Duration = Duration::ZERO;
 
 fn accepted() -> ReceiverHandoff {
     let mut r = ReceiverHandoff::new(spec());
-    assert_eq!(r.on_event(ReceiverEvent::Hello(hello()), T0), [ReceiverAction::Accept]);
+    assert_eq!(r.on_event(ReceiverEvent::Hello(hello(), WriteMode::Framed), T0), [ReceiverAction::Accept]);
     r
 }
 
@@ -69,15 +69,46 @@ fn a_whole_transfer_is_confirmed() {
     assert_eq!(r.state(), HandoffState::Done);
 }
 
+/// KV-5: nobody can change the KV any more when the request starts to decode.
+#[test]
+fn one_sided_access_ends_before_the_request_is_ready() {
+    let commit = Commit { first_token: 42, frames: 2, bytes: 600 };
+    let written = || {
+        let mut r = ReceiverHandoff::new(spec());
+        assert_eq!(r.on_event(ReceiverEvent::Hello(hello(), WriteMode::OneSided), T0), [ReceiverAction::Accept]);
+        land(&mut r, Piece { layer: 1, first_block: 1, blocks: 3 });
+        land(&mut r, Piece { layer: 0, first_block: 1, blocks: 3 });
+        assert_eq!(r.on_event(ReceiverEvent::Commit(commit), T0), [ReceiverAction::StopWriter { tell: None }]);
+        r
+    };
+    let mut r = written();
+    // Nothing that the sender does now matters.
+    assert_eq!(r.on_event(ReceiverEvent::Commit(commit), T0), []);
+    assert_eq!(r.on_event(ReceiverEvent::Lost, T0), []);
+    assert!(r.state().is_open());
+    let done = [ReceiverAction::Confirm, ReceiverAction::Ready { first_token: 42 }, ReceiverAction::ReleaseBlocks];
+    assert_eq!(r.on_event(ReceiverEvent::WriterStopped, T0), done);
+
+    let mut cancelled = written();
+    let told = stop(RefuseReason::Cancelled, Failure::Cancelled);
+    assert_eq!(cancelled.on_event(ReceiverEvent::Cancel, T0), told);
+    assert_eq!(cancelled.on_event(ReceiverEvent::WriterStopped, T0), [ReceiverAction::ReleaseBlocks]);
+
+    let mut late = written();
+    let told = stop(RefuseReason::Deadline, Failure::Deadline);
+    assert_eq!(late.on_event(ReceiverEvent::Tick, spec().deadline), told);
+    assert_eq!(late.on_event(ReceiverEvent::WriterStopped, spec().deadline), [ReceiverAction::ReleaseBlocks]);
+}
+
 #[test]
 fn a_ticket_opens_one_attempt_once() {
     let mut r = accepted();
     let refused = [ReceiverAction::Refuse(RefuseReason::Ticket)];
-    assert_eq!(r.on_event(ReceiverEvent::Hello(hello()), T0), refused);
+    assert_eq!(r.on_event(ReceiverEvent::Hello(hello(), WriteMode::Framed), T0), refused);
     assert_eq!(r.state(), HandoffState::Prefilling, "the first sender is not disturbed");
     let mut other = ReceiverHandoff::new(spec());
     let stranger = Hello { ticket: Ticket([8; 16]), ..hello() };
-    assert_eq!(other.on_event(ReceiverEvent::Hello(stranger), T0), refused);
+    assert_eq!(other.on_event(ReceiverEvent::Hello(stranger, WriteMode::Framed), T0), refused);
     assert_eq!(other.state(), HandoffState::Reserved);
 }
 
@@ -89,7 +120,7 @@ fn another_schema_or_prompt_is_refused() {
         (Hello { prompt_tokens: 61, ..hello() }, RefuseReason::Range),
     ] {
         let mut r = ReceiverHandoff::new(spec());
-        let actions = r.on_event(ReceiverEvent::Hello(wrong), T0);
+        let actions = r.on_event(ReceiverEvent::Hello(wrong, WriteMode::Framed), T0);
         let expected = [
             ReceiverAction::Refuse(reason),
             ReceiverAction::Fail(Failure::Rejected(reason)),
@@ -159,7 +190,7 @@ fn silence_and_the_deadline_end_an_attempt() {
     let expected = [ReceiverAction::Fail(Failure::Deadline), ReceiverAction::ReleaseBlocks];
     assert_eq!(nobody_came.on_event(ReceiverEvent::Tick, Duration::from_secs(60)), expected);
     assert_eq!(
-        nobody_came.on_event(ReceiverEvent::Hello(hello()), Duration::from_secs(61)),
+        nobody_came.on_event(ReceiverEvent::Hello(hello(), WriteMode::Framed), Duration::from_secs(61)),
         [ReceiverAction::Refuse(RefuseReason::Ticket)]
     );
 }

@@ -9,7 +9,7 @@ use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
 use overfill_kv::{
     BlockId, KvDtype, KvMemory, KvStore, StoreError,
-    store::{blocks_in, blocks_in_mut, check_range},
+    store::{HostRegion, KvRegion, blocks_in, blocks_in_mut, check_range},
 };
 use parking_lot::RwLock;
 
@@ -96,6 +96,17 @@ impl KvStore for CpuKv {
 
     fn memory(&self) -> KvMemory {
         KvMemory::Host
+    }
+
+    #[allow(unsafe_code)]
+    fn regions(&self) -> Option<Vec<KvRegion>> {
+        let region = |layer: &RwLock<LargePages>| {
+            let mut memory = layer.write();
+            // SAFETY: the memory is a mapping that lives as long as this store and does not move. Engine and transport
+            // access only blocks that the block pool has given them.
+            KvRegion::Host(unsafe { HostRegion::new(memory.as_mut_ptr(), memory.len()) })
+        };
+        Some(self.layers.iter().map(region).collect())
     }
 
     fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError> {

@@ -192,6 +192,7 @@ impl SimulatedNode {
                 protocol: Some(options.protocol.into()),
                 pool: role.to_string(),
                 cluster: options.cluster.clone(),
+                kv_transports: "tcp".into(),
             },
             options,
             load: watch::Sender::new(v1::NodeLoad { free_blocks: 1 << 20, ..Default::default() }),

@@ -131,6 +131,7 @@ pub(crate) mod tests {
             protocol: PROTOCOL,
             pool: role.to_string(),
             cluster: String::new(),
+            kv_transports: String::new(),
         };
         change(&mut info);
         let channel = Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
@@ -202,6 +203,17 @@ pub(crate) mod tests {
         assert_eq!(chosen(&view, &plan(10, 10, &[5]), &affinity), Ok((1, 6, 0)));
         assert_eq!(chosen(&view, &plan(10, 10, &[5, 6]), &affinity), Err(Role::Decode));
         assert_eq!(chosen(&view, &plan(10, 10, &[1, 2]), &affinity), Err(Role::Prefill));
+    }
+
+    #[tokio::test]
+    async fn nodes_without_a_common_transport_are_no_pair() {
+        let with = |key, role, names: &'static str| node(key, role, |info| info.kv_transports = names.into());
+        let (rdma, either) = (with(1, Role::Prefill, "rdma"), with(2, Role::Prefill, "rdma,tcp"));
+        let (tcp, silent) = (with(3, Role::Decode, "tcp"), node(4, Role::Decode, |_| {}));
+        let mismatch = View::check_pair(&rdma, &tcp).unwrap_err();
+        assert_eq!(mismatch.to_string(), "kv transports do not overlap: rdma and tcp");
+        assert!(View::check_pair(&rdma, &silent).is_err());
+        assert!(View::check_pair(&either, &tcp).is_ok() && View::check_pair(&either, &silent).is_ok());
     }
 
     #[tokio::test]

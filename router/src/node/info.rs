@@ -35,6 +35,8 @@ pub struct NodeInfo {
     pub pool: String,
     /// Name of the cluster that the node belongs to. Empty if it has none.
     pub cluster: String,
+    /// Transports over which the node moves KV, the preferred one first. Empty if it does not say.
+    pub kv_transports: String,
 }
 
 /// A node's current load.

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use overfill_kv::{ProtocolMismatch, Role, SchemaMismatch};
+use overfill_kv::{ProtocolMismatch, Role, SchemaMismatch, TransportSet};
 use overfill_text::TextModel;
 
 use super::Node;
@@ -38,6 +38,9 @@ pub enum PairMismatch {
     /// The KV of one is not the KV that the other attends to.
     #[error(transparent)]
     Schema(#[from] SchemaMismatch),
+    /// The nodes have no KV transport in common.
+    #[error("kv transports do not overlap: {0} and {1}")]
+    Transport(TransportSet, TransportSet),
 }
 
 /// A snapshot of all nodes that are up.
@@ -55,7 +58,12 @@ impl View {
     /// Checks that `decode` can use KV that `prefill` computes.
     pub fn check_pair(prefill: &Node, decode: &Node) -> Result<(), PairMismatch> {
         prefill.info.protocol.check_peer(decode.info.protocol)?;
-        Ok(prefill.info.schema.check_consumer(&decode.info.schema)?)
+        prefill.info.schema.check_consumer(&decode.info.schema)?;
+        let [from, to] = [prefill, decode].map(|node| TransportSet::from_names(&node.info.kv_transports));
+        match from.common(to).best() {
+            Some(_) => Ok(()),
+            None => Err(PairMismatch::Transport(from, to)),
+        }
     }
 
     /// Tells every node whether it gets requests: it has a partner of the other role, or none is `expected`. In the latter

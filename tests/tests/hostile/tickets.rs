@@ -47,7 +47,7 @@ async fn misuse_one(url: String, misdeed: usize) -> Result<()> {
         held_blocks: reserved.held_tokens / BLOCK_TOKENS as u32,
         prompt_tokens: PROMPT as u32,
     };
-    let KvEndpoint::Tcp(endpoint) = reserved.kv_endpoint.context("endpoint")?.try_into()?;
+    let KvEndpoint { address: endpoint, .. } = reserved.kv_endpoint.context("endpoint")?.try_into()?;
     let done = tokio::task::spawn_blocking(move || send(&endpoint, &hello, schema.block_bytes(), misdeed));
     done.await??;
     // The request fails, and its client receives an error.

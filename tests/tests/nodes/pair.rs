@@ -7,7 +7,7 @@ use overfill_cluster::Shutdown;
 use overfill_decode_node::DecodeNode;
 use overfill_kv::{BlockPool, SamplingParams};
 use overfill_model::{LoadOptions, Rows};
-use overfill_node::{LoadState, NodeConfig};
+use overfill_node::{LoadState, NodeConfig, TransportConfig};
 use overfill_prefill_node::PrefillNode;
 use overfill_proto::v1::{
     self, decode_client::DecodeClient, decode_event::Event as Decoded, node_client::NodeClient,
@@ -107,6 +107,7 @@ fn node_config(pair: &str, model: &str, kv_blocks: usize, rows: Rows, sizes: &Si
         default_deadline: PATIENCE,
         drain_timeout: PATIENCE,
         step_timeout: sizes.step_timeout,
+        transport: TransportConfig::default(),
         tls: None,
         etcd: None,
     })

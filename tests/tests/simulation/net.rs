@@ -14,7 +14,8 @@ use overfill_cluster::net;
 use overfill_net::Listen;
 use overfill_transport::tcp::{
     Dialer, Link, Opening,
-    frame::{ANSWER_BYTES, Answer, HELLO_BYTES, decode_answer, decode_hello},
+    frame::{ANSWER_BYTES, Answer, decode_answer},
+    hello::{self, HELLO_2_BYTES},
 };
 use parking_lot::Mutex;
 use rand::{Rng as _, rngs::StdRng};
@@ -99,7 +100,7 @@ pub struct Recording {
 impl Recording {
     /// Returns whether the receiver accepted the ticket.
     fn was_accepted(&self) -> bool {
-        self.answer.first_chunk::<ANSWER_BYTES>().and_then(decode_answer) == Some(Answer::Accept)
+        self.answer.first_chunk::<ANSWER_BYTES>().and_then(decode_answer) == Some(Answer::Accepted)
     }
 }
 
@@ -135,7 +136,12 @@ impl Tap {
 
     /// Checks KV-4: no two senders use the same ticket.
     fn check_hello(&self, recording: &Recording) {
-        let Some(hello) = recording.sent.first_chunk::<HELLO_BYTES>().and_then(decode_hello) else { return };
+        let Some(bytes) = recording.sent.get(..HELLO_2_BYTES) else { return };
+        let Some((start, rest)) = bytes.split_first_chunk() else { return };
+        let hello = match hello::decode(start, rest) {
+            Some(offer) => offer.hello,
+            None => return self.0.lock().witness.violated("a sender's first message is not a hello"),
+        };
         let mut tapped = self.0.lock();
         if !tapped.tickets.insert(hello.ticket.0) {
             tapped.witness.violated(format!("KV-4: two senders have the ticket {:?}", hello.ticket));
@@ -195,7 +201,7 @@ impl AsyncWrite for TappedStream {
         let polled = Pin::new(&mut this.stream).poll_write(cx, &bytes);
         if let Poll::Ready(Ok(n)) = polled {
             recording.sent.extend_from_slice(&buf[..n]);
-            if before < HELLO_BYTES && before + n >= HELLO_BYTES {
+            if before < HELLO_2_BYTES && before + n >= HELLO_2_BYTES {
                 this.tap.check_hello(&recording);
             }
         }

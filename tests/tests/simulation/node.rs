@@ -12,7 +12,7 @@ use overfill_node::{
     Identity, LoadState, NodeCore, NodeMetrics, RoleService, Served, load::Receiving, new_incarnation,
 };
 use overfill_prefill_node::{engine as prefill_engine, job::HandoffContext, service::PrefillService};
-use overfill_transport::{KvReceiver, TransferConfig, tcp};
+use overfill_transport::{KvReceiver, TransferConfig, Transports, tcp};
 use parking_lot::Mutex;
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -140,7 +140,8 @@ impl SimulatedHost {
             max_context_tokens: self.size.blocks * BLOCK_TOKENS,
             total_blocks: self.size.blocks,
             max_running: self.size.max_running,
-            kv_endpoint: receiver.map(|_| KvEndpoint::Tcp(format!("{}:{KV_PORT}", self.name))),
+            kv_endpoint: receiver.map(|_| KvEndpoint::new(format!("{}:{KV_PORT}", self.name))),
+            kv_transports: "tcp".into(),
             weights: "f32".into(),
             eos_token_ids: vec![overfill_simulated::EOS],
         };
@@ -254,5 +255,12 @@ async fn serve(
 
 /// Returns the settings of the KV transport.
 pub fn transfer(idle: Duration, hello: Duration, max_frame_bytes: usize, dialer: tcp::Dialer) -> TransferConfig {
-    TransferConfig { idle_timeout: idle, hello_timeout: hello, max_frame_bytes, max_connections: 64, dialer }
+    TransferConfig {
+        idle_timeout: idle,
+        hello_timeout: hello,
+        max_frame_bytes,
+        max_connections: 64,
+        dialer,
+        transports: Transports::tcp(),
+    }
 }

@@ -4,13 +4,17 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use overfill_kv::handoff::{Hello, Piece, ReceiverAction, ReceiverEvent, RefuseReason, TRACE_TARGET};
+use overfill_kv::handoff::{Piece, ReceiverAction, ReceiverEvent, RefuseReason, TRACE_TARGET, WriteMode};
+use overfill_kv::{BlockId, KvTransport, PROTOCOL};
 use tokio::time::timeout;
 
-use super::frame::{self, Answer, COMMIT_BYTES, HEADER_BYTES, HELLO_BYTES, Header, SUM_BYTES};
+use super::format::{Format, HEADER_2_BYTES, Sums};
+use super::frame::{self, Answer, COMMIT_BYTES, Header, SUM_BYTES, is_sealed, next_sum};
+use super::hello::{self, Grant, Offer, Start};
 use super::link::{Link, Opening};
 use super::newcomers::Newcomer;
 use super::payload::{Incoming, MoveError, read_full, write_full};
+use crate::rdma::Target;
 use crate::reservations::{Entry, Shared};
 
 /// How long incoming bytes are read and discarded after a refusal. Closing at once would reset the connection, and the
@@ -23,14 +27,13 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 pub(crate) async fn serve(shared: &Shared, opening: Opening, peer: SocketAddr, newcomer: &Newcomer) {
     let opened = async {
         let stream = opening.await?;
-        let mut bytes = [0; HELLO_BYTES];
-        read_full(&stream, &mut bytes).await?;
-        Ok::<_, std::io::Error>((stream, frame::decode_hello(&bytes)))
+        let first = read_hello(&stream).await?;
+        Ok::<_, std::io::Error>((stream, first))
     };
-    let (stream, hello) = match timeout(shared.config.hello_timeout, opened).await {
-        Ok(Ok((stream, Some(hello)))) => (stream, hello),
+    let (stream, first) = match timeout(shared.config.hello_timeout, opened).await {
+        Ok(Ok((stream, Some(first)))) => (stream, first),
         Ok(Ok((_, None))) => {
-            tracing::debug!(%peer, "closing a kv connection: the first message is not a hello of this protocol version");
+            tracing::debug!(%peer, "closing a kv connection: the first message is not a hello");
             return;
         }
         Ok(Err(error)) => {
@@ -43,20 +46,57 @@ pub(crate) async fn serve(shared: &Shared, opening: Opening, peer: SocketAddr, n
         }
     };
     let stream = &stream;
-    let refused = match shared.find(&hello.ticket) {
-        // Checked before the attempt gets the hello: a connection that was evicted must not write.
-        Some(_) if !newcomer.stay() => None,
-        Some(entry) => handoff(shared, &entry, stream, hello).await,
-        None => Some(RefuseReason::Ticket),
+    let refused = match first {
+        First::OtherVersions => Some(Answer::RefuseVersion(PROTOCOL)),
+        First::Offer(version, offer) => {
+            let refused = match shared.find(&offer.hello.ticket) {
+                // Checked before the attempt gets the hello: a connection that was evicted must not write.
+                Some(_) if !newcomer.stay() => None,
+                Some(entry) => handoff(shared, &entry, stream, version, &offer).await,
+                None => Some(RefuseReason::Ticket),
+            };
+            if let Some(reason) = refused {
+                tracing::debug!(%peer, ticket = ?offer.hello.ticket, %reason, "refusing a kv connection");
+            }
+            refused.map(Answer::Refuse)
+        }
     };
-    if let Some(reason) = refused {
-        tracing::debug!(%peer, ticket = ?hello.ticket, %reason, "refusing a kv connection");
-        refuse(stream, reason).await;
+    if let Some(answer) = refused {
+        refuse(stream, answer).await;
     }
 }
 
-async fn refuse(stream: &Link, reason: RefuseReason) {
-    let answer = frame::encode_answer(Answer::Refuse(reason));
+/// The first message of a sender.
+enum First {
+    /// A hello of a sender that speaks none of this program's versions.
+    OtherVersions,
+    /// The version to use, and the hello.
+    Offer(u32, Box<Offer>),
+}
+
+/// Reads a hello of any version. `None` if it is none.
+async fn read_hello(stream: &Link) -> std::io::Result<Option<First>> {
+    let mut start = [0; hello::START_BYTES];
+    read_full(stream, &mut start).await?;
+    let (version, length) = match hello::decode_start(&start) {
+        None => return Ok(None),
+        Some(Start::First(length)) => (Ok(1), length),
+        Some(Start::Later(versions, length)) => (PROTOCOL.common(versions), length),
+    };
+    // Bounded by `decode_start`.
+    let mut rest = vec![0; length];
+    read_full(stream, &mut rest).await?;
+    Ok(match version {
+        Ok(version) => hello::decode(&start, &rest).map(|offer| First::Offer(version, Box::new(offer))),
+        Err(error) => {
+            tracing::warn!(%error, "refusing a kv connection");
+            Some(First::OtherVersions)
+        }
+    })
+}
+
+async fn refuse(stream: &Link, answer: Answer) {
+    let answer = frame::encode_answer(answer);
     let linger = async {
         write_full(stream, &answer).await?;
         stream.end_writing().await?;
@@ -68,32 +108,92 @@ async fn refuse(stream: &Link, reason: RefuseReason) {
     let _: Result<Result<(), std::io::Error>, _> = timeout(LINGER, linger).await;
 }
 
-/// Reports `WriterStopped` when dropped, however the writing task ends (KV-1, KV-3). Created before anything is
-/// written.
-struct Writer<'a>(&'a Entry);
+/// What can write to the blocks of an attempt. Reports `WriterStopped` when it is stopped or dropped, however the task
+/// ends, and not before the sender's one-sided access has ended (KV-1, KV-3). Created before anything is written.
+struct Writer<'a> {
+    entry: &'a Entry,
+    target: Option<Target>,
+    /// Whether `WriterStopped` is left to [`Writer::stop`].
+    stopping: bool,
+}
+
+impl Writer<'_> {
+    async fn stop(mut self) -> Vec<ReceiverAction> {
+        self.stopping = true;
+        if let Some(target) = self.target.take() {
+            target.revoke().await;
+        }
+        self.entry.on_event(ReceiverEvent::WriterStopped)
+    }
+}
 
 impl Drop for Writer<'_> {
     fn drop(&mut self) {
-        self.0.on_event(ReceiverEvent::WriterStopped);
+        if !self.stopping {
+            // Destroys the queue pair.
+            self.target = None;
+            self.entry.on_event(ReceiverEvent::WriterStopped);
+        }
+    }
+}
+
+/// Chooses the transport of an attempt, and prepares it. The reason to refuse the sender if there is none.
+async fn choose(
+    shared: &Shared,
+    entry: &Entry,
+    version: u32,
+    offer: &Offer,
+) -> Result<(Grant, Option<Target>), RefuseReason> {
+    let transports = &shared.config.transports;
+    let sums = if version == 1 { Sums::Chain } else { Sums::PerBlock };
+    if offer.sums & sums as u8 == 0 {
+        return Err(RefuseReason::Version);
+    }
+    if offer.rank != (0, 1) {
+        return Err(RefuseReason::Writers);
+    }
+    let common = offer.transports.common(transports.usable());
+    if let (true, Some(peer), Some(pool)) = (common.contains(KvTransport::Rdma), &offer.rdma, transports.rdma()) {
+        let piece_bytes = shared.config.frame_limit(shared.schema.block_bytes());
+        let target =
+            async { Target::new(pool.queue(&entry.spec.ticket).await?, peer, &entry.blocks, piece_bytes).await };
+        match target.await {
+            Ok(target) => {
+                let rdma = Some(target.grant());
+                return Ok((Grant { version, transport: KvTransport::Rdma, rdma }, Some(target)));
+            }
+            Err(error) => tracing::warn!(request = %entry.request_id, %error, "this handoff can't use rdma"),
+        }
+    }
+    match common.contains(KvTransport::Tcp) {
+        true => Ok((Grant { version, transport: KvTransport::Tcp, rdma: None }, None)),
+        false => Err(RefuseReason::Transport),
     }
 }
 
 /// Runs the connection of one attempt. Returns the reason to refuse it, if any.
-async fn handoff(shared: &Shared, entry: &Entry, stream: &Link, hello: Hello) -> Option<RefuseReason> {
-    for action in entry.on_event(ReceiverEvent::Hello(hello)) {
+async fn handoff(shared: &Shared, entry: &Entry, stream: &Link, version: u32, offer: &Offer) -> Option<RefuseReason> {
+    let (grant, target) = match choose(shared, entry, version, offer).await {
+        Ok(chosen) => chosen,
+        Err(reason) => return Some(reason),
+    };
+    let mode = if target.is_some() { WriteMode::OneSided } else { WriteMode::Framed };
+    for action in entry.on_event(ReceiverEvent::Hello(offer.hello, mode)) {
         match action {
             ReceiverAction::Refuse(reason) => return Some(reason),
             ReceiverAction::Accept => {
-                let writer = Writer(entry);
-                let confirm = tokio::select! {
+                let mut writer = Writer { entry, target, stopping: false };
+                let framed = tokio::select! {
                     biased;
                     () = entry.stop.cancelled() => false,
-                    confirm = frames(shared, entry, stream) => confirm,
+                    confirm = frames(shared, entry, stream, &grant, &mut writer.target) => confirm,
                 };
-                drop(writer);
-                if !confirm {
+                // With one-sided writes, only now the request is ready.
+                let revoked = writer.stop().await.contains(&ReceiverAction::Confirm);
+                if !framed && !revoked {
                     return entry.tell();
                 }
+                shared.config.transports.count(grant.transport);
                 let answer = frame::encode_answer(Answer::Confirm);
                 if !matches!(timeout(ANSWER_TIMEOUT, write_full(stream, &answer)).await, Ok(Ok(()))) {
                     tracing::debug!(request = %entry.request_id, "could not deliver the confirmation to the sender");
@@ -107,53 +207,22 @@ async fn handoff(shared: &Shared, entry: &Entry, stream: &Link, hello: Hello) ->
 }
 
 /// Sends the accept answer, then reads frames until the state machine ends the connection. True if it confirms.
-async fn frames(shared: &Shared, entry: &Entry, stream: &Link) -> bool {
+async fn frames(shared: &Shared, entry: &Entry, stream: &Link, grant: &Grant, target: &mut Option<Target>) -> bool {
+    let mut frames = Frames {
+        shared,
+        entry,
+        stream,
+        format: Format::new(grant.version, shared.schema.kv_heads),
+        incoming: Incoming::new(stream, Format::new(grant.version, 0).sums()),
+        target,
+    };
     let result = async {
-        write_full(stream, &frame::encode_answer(Answer::Accept)).await?;
-        let mut incoming = Incoming::new(stream);
+        match grant.version {
+            1 => write_full(stream, &frame::encode_answer(Answer::Accept)).await?,
+            _ => write_full(stream, &hello::encode_accepted(grant)).await?,
+        }
         loop {
-            let mut header = [0; HEADER_BYTES];
-            read_full(stream, &mut header).await?;
-            let actions = match frame::decode_header(&header) {
-                Some(Header::Layer(piece, length)) => {
-                    let block_bytes = shared.schema.block_bytes();
-                    let expected = u64::from(piece.blocks) * block_bytes as u64;
-                    // Checked before memory is allocated or written.
-                    let fits =
-                        u64::from(length) == expected && length as usize <= shared.config.frame_limit(block_bytes);
-                    if !fits {
-                        entry.on_event(ReceiverEvent::Garbage)
-                    } else if entry.on_event(ReceiverEvent::Layer(piece)).contains(&ReceiverAction::Write(piece)) {
-                        let blocks = entry.blocks_of(piece.first_block, piece.blocks);
-                        let layer = piece.layer as usize;
-                        let checksum_ok = incoming.frame(&header, &*shared.store, layer, blocks).await?;
-                        let Piece { layer, first_block, blocks } = piece;
-                        let span = &entry.span;
-                        tracing::debug!(target: TRACE_TARGET, parent: span, layer, first_block, blocks, checksum_ok, "layer received");
-                        entry.on_event(ReceiverEvent::Landed { checksum_ok })
-                    } else {
-                        Vec::new()
-                    }
-                }
-                Some(Header::Ping) => match read_sealed::<{ HEADER_BYTES + SUM_BYTES }>(stream, &header).await? {
-                    Some(_) => entry.on_event(ReceiverEvent::Ping),
-                    None => entry.on_event(ReceiverEvent::Garbage),
-                },
-                Some(Header::Commit { first_token }) => {
-                    const N: usize = HEADER_BYTES + COMMIT_BYTES + SUM_BYTES;
-                    let payload = read_sealed::<N>(stream, &header)
-                        .await?
-                        .and_then(|bytes| bytes[HEADER_BYTES..HEADER_BYTES + COMMIT_BYTES].try_into().ok());
-                    match payload {
-                        Some(payload) => {
-                            let (commit, exposed) = frame::decode_commit(first_token, &payload);
-                            entry.on_commit(commit, Duration::from_micros(exposed))
-                        }
-                        None => entry.on_event(ReceiverEvent::Garbage),
-                    }
-                }
-                None => entry.on_event(ReceiverEvent::Garbage),
-            };
+            let actions = frames.next().await?;
             if actions.contains(&ReceiverAction::Confirm) {
                 return Ok(true);
             }
@@ -167,7 +236,7 @@ async fn frames(shared: &Shared, entry: &Entry, stream: &Link) -> bool {
     .await;
     match result {
         Ok(confirm) => confirm,
-        Err(MoveError::Io(error)) => {
+        Err(error @ (MoveError::Io(_) | MoveError::Rdma(_))) => {
             tracing::debug!(request = %entry.request_id, %error, "kv connection ended");
             entry.on_event(ReceiverEvent::Lost);
             false
@@ -180,10 +249,100 @@ async fn frames(shared: &Shared, entry: &Entry, stream: &Link) -> bool {
     }
 }
 
-/// Reads the rest of a short frame and returns the whole frame. `None` if its checksum is wrong.
-async fn read_sealed<const N: usize>(stream: &Link, header: &[u8]) -> std::io::Result<Option<[u8; N]>> {
-    let mut bytes = [0; N];
-    bytes[..HEADER_BYTES].copy_from_slice(header);
-    read_full(stream, &mut bytes[HEADER_BYTES..]).await?;
-    Ok(frame::is_sealed(&bytes).then_some(bytes))
+/// Reads the frames of one attempt.
+struct Frames<'a> {
+    shared: &'a Shared,
+    entry: &'a Entry,
+    stream: &'a Link,
+    format: Format,
+    incoming: Incoming<'a>,
+    target: &'a mut Option<Target>,
+}
+
+impl Frames<'_> {
+    /// Reads one frame and passes it to the state machine. Returns the actions that are left to the connection.
+    async fn next(&mut self) -> Result<Vec<ReceiverAction>, MoveError> {
+        let (entry, stream, format) = (self.entry, self.stream, self.format);
+        let mut header = [0; HEADER_2_BYTES];
+        let header = &mut header[..format.header_bytes()];
+        read_full(stream, header).await?;
+        match format.decode(header) {
+            Some(Header::Layer(piece, length)) => {
+                // Checked before memory is allocated or written.
+                if self.payload_bytes(&piece) != Some(u64::from(length)) {
+                    return Ok(entry.on_event(ReceiverEvent::Garbage));
+                }
+                if !entry.on_event(ReceiverEvent::Layer(piece)).contains(&ReceiverAction::Write(piece)) {
+                    return Ok(Vec::new());
+                }
+                let blocks = entry.blocks_of(piece.first_block, piece.blocks);
+                let checksum_ok =
+                    self.incoming.frame(header, &*self.shared.store, piece.layer as usize, blocks).await?;
+                Ok(self.landed(piece, checksum_ok))
+            }
+            Some(Header::Written(piece, number)) => {
+                let mut sum = [0; SUM_BYTES];
+                read_full(stream, &mut sum).await?;
+                if self.target.is_none() || self.payload_bytes(&piece).is_none() {
+                    return Ok(entry.on_event(ReceiverEvent::Garbage));
+                }
+                if !entry.on_event(ReceiverEvent::Layer(piece)).contains(&ReceiverAction::Write(piece)) {
+                    return Ok(Vec::new());
+                }
+                let blocks = entry.blocks_of(piece.first_block, piece.blocks);
+                let checksum_ok = self.written(piece.layer as usize, blocks, number, next_sum(0, header)).await? == sum;
+                if checksum_ok && let Some(target) = self.target.as_mut().filter(|target| target.is_staged()) {
+                    target.take(piece.layer as usize, blocks)?;
+                    write_full(stream, &frame::encode_answer(Answer::Taken)).await?;
+                }
+                Ok(self.landed(piece, checksum_ok))
+            }
+            Some(Header::Ping) => {
+                let mut sum = [0; SUM_BYTES];
+                read_full(stream, &mut sum).await?;
+                match is_sealed(&[&*header, &sum].concat()) {
+                    true => Ok(entry.on_event(ReceiverEvent::Ping)),
+                    false => Ok(entry.on_event(ReceiverEvent::Garbage)),
+                }
+            }
+            Some(Header::Commit { first_token }) => {
+                let mut rest = [0; COMMIT_BYTES + SUM_BYTES];
+                read_full(stream, &mut rest).await?;
+                match format.decode_commit(first_token, header, &rest) {
+                    Some((commit, exposed)) => Ok(entry.on_commit(commit, Duration::from_micros(exposed))),
+                    None => Ok(entry.on_event(ReceiverEvent::Garbage)),
+                }
+            }
+            None => Ok(entry.on_event(ReceiverEvent::Garbage)),
+        }
+    }
+
+    /// Payload of a piece in bytes. `None` if it is longer than allowed.
+    fn payload_bytes(&self, piece: &Piece) -> Option<u64> {
+        let block_bytes = self.shared.schema.block_bytes();
+        let bytes = u64::from(piece.blocks) * block_bytes as u64;
+        (bytes <= self.shared.config.frame_limit(block_bytes) as u64).then_some(bytes)
+    }
+
+    /// Waits until a piece that was written one-sided has arrived, and returns its checksum. `sum` is that of its header.
+    async fn written(
+        &mut self,
+        layer: usize,
+        blocks: &[BlockId],
+        number: u32,
+        sum: u64,
+    ) -> Result<[u8; SUM_BYTES], MoveError> {
+        let Some(target) = self.target else {
+            return Err(std::io::Error::from(std::io::ErrorKind::InvalidData).into());
+        };
+        target.arrived(number).await?;
+        Ok(target.sum(layer, blocks, self.format.sums(), sum)?.to_le_bytes())
+    }
+
+    fn landed(&self, piece: Piece, checksum_ok: bool) -> Vec<ReceiverAction> {
+        let Piece { layer, first_block, blocks } = piece;
+        let span = &self.entry.span;
+        tracing::debug!(target: TRACE_TARGET, parent: span, layer, first_block, blocks, checksum_ok, "layer received");
+        self.entry.on_event(ReceiverEvent::Landed { checksum_ok })
+    }
 }

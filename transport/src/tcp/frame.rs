@@ -1,25 +1,35 @@
-//! Wire format. All numbers are little-endian. The length of a message is known before memory is allocated for it.
+//! Wire format of version 1, and what later versions have in common with it. [`hello`](super::hello) and
+//! [`format`](super::format) define version 2. All numbers are little-endian. The length of a message is known before memory is allocated for it.
 //!
 //! ```text
 //! sender   -> receiver   hello    "OFKV" version:u16 0:u16 ticket:[16] digest:[32] held_blocks:u32 prompt_tokens:u32 sum:u64
-//! receiver -> sender     answer   kind:u8 reason:u8 0:u16 sum:u64          accept | refuse | confirm
+//! receiver -> sender     answer   kind:u8 reason:u8 0:u16 sum:u64          accept | refuse | confirm | accepted | taken
 //! sender   -> receiver   frame    kind:u8 0:[3] length:u32 a:u32 b:u32 c:u32   payload:[length]   sum:u64
 //!     layer   a = layer, b = first block, c = number of blocks; payload = their bytes, in order
 //!     ping    no payload
 //!     commit  a = first token; payload = frames:u64 bytes:u64 exposed_micros:u64
 //! ```
 //!
+//! Version 2 answers a hello with `accepted`, after which a grant follows. A refusal because of the version has the
+//! receiver's oldest and newest version instead of the zeros. `taken` says that a slot of the receiver's staging memory is
+//! free again. Frames have a longer header:
+//!
+//! ```text
+//! sender   -> receiver   frame    kind:u8 0:[3] length:u32 a:u32 b:u32 c:u32 first_head:u16 heads:u16 number:u32   ...
+//!     written a to c as in a layer frame; number = that of the one-sided write with immediate that ends the piece; no
+//!             payload, the checksum is the one that a layer frame would have
+//! ```
+//!
 //! The checksum is XXH3 (64 bits) over all bytes before it. For a layer frame it is computed in steps: over the header,
-//! then over each block, seeded with the sum so far ([`next_sum`]). It detects damage, not forgery. CRC-32 would cost a
+//! then over each block, seeded with the sum so far ([`next_sum`]); in version 2 over the checksum of each block. It detects damage, not forgery. CRC-32 would cost a
 //! third of the throughput on machines without wide carry-less multiplication. The checksum comes last, so that a
 //! sender reads the payload only once.
 
-use overfill_kv::Ticket;
 use overfill_kv::handoff::{Commit, Hello, Piece, RefuseReason};
+use overfill_kv::{ProtocolVersions, Ticket};
 use twox_hash::XxHash3_64;
 
-/// Version of the wire format. Connections of other versions are closed.
-pub const VERSION: u16 = 1;
+const VERSION: u16 = 1;
 /// Size of a hello in bytes.
 pub const HELLO_BYTES: usize = 72;
 /// Size of an answer in bytes.
@@ -31,19 +41,24 @@ pub const SUM_BYTES: usize = 8;
 /// Size of a commit's payload in bytes.
 pub const COMMIT_BYTES: usize = 24;
 
-const MAGIC: &[u8; 4] = b"OFKV";
+pub(super) const MAGIC: &[u8; 4] = b"OFKV";
 const KIND_LAYER: u8 = 1;
 const KIND_PING: u8 = 2;
 const KIND_COMMIT: u8 = 3;
+const KIND_WRITTEN: u8 = 4;
 const ANSWER_ACCEPT: u8 = 1;
 const ANSWER_REFUSE: u8 = 2;
 const ANSWER_CONFIRM: u8 = 3;
+pub(super) const ACCEPTED: u8 = 4;
+const ANSWER_TAKEN: u8 = 5;
 
 /// Decoded frame header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Header {
     /// Blocks of a layer, and the payload length in bytes that the header states.
     Layer(Piece, u32),
+    /// Blocks of a layer that were written one-sided, and the number of the write. From version 2 on.
+    Written(Piece, u32),
     /// Keeps the connection from timing out.
     Ping,
     /// End of the handoff. The payload has [`COMMIT_BYTES`] bytes.
@@ -62,6 +77,12 @@ pub enum Answer {
     Refuse(RefuseReason),
     /// All KV has arrived and is verified.
     Confirm,
+    /// The ticket is accepted, and a grant follows. From version 2 on.
+    Accepted,
+    /// The sides have no common version; these are the receiver's.
+    RefuseVersion(ProtocolVersions),
+    /// A slot of the receiver's staging memory is free again.
+    Taken,
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -82,7 +103,7 @@ pub fn next_sum(sum: u64, part: &[u8]) -> u64 {
     XxHash3_64::oneshot_with_seed(sum, part)
 }
 
-fn seal<const N: usize>(mut bytes: [u8; N]) -> [u8; N] {
+pub(super) fn seal<const N: usize>(mut bytes: [u8; N]) -> [u8; N] {
     let sum = checksum(&bytes[..N - SUM_BYTES]);
     bytes[N - SUM_BYTES..].copy_from_slice(&sum);
     bytes
@@ -124,12 +145,17 @@ pub fn decode_hello(bytes: &[u8; HELLO_BYTES]) -> Option<Hello> {
 
 /// Encodes an answer.
 pub fn encode_answer(answer: Answer) -> [u8; ANSWER_BYTES] {
-    let (kind, reason) = match answer {
-        Answer::Accept => (ANSWER_ACCEPT, 0),
-        Answer::Refuse(reason) => (ANSWER_REFUSE, reason as u8),
-        Answer::Confirm => (ANSWER_CONFIRM, 0),
+    let [kind, reason, a, b] = match answer {
+        Answer::Accept => [ANSWER_ACCEPT, 0, 0, 0],
+        Answer::Refuse(reason) => [ANSWER_REFUSE, reason as u8, 0, 0],
+        Answer::Confirm => [ANSWER_CONFIRM, 0, 0, 0],
+        Answer::Accepted => [ACCEPTED, 0, 0, 0],
+        Answer::RefuseVersion(ProtocolVersions { oldest, newest }) => {
+            [ANSWER_REFUSE, RefuseReason::Version as u8, oldest as u8, newest as u8]
+        }
+        Answer::Taken => [ANSWER_TAKEN, 0, 0, 0],
     };
-    seal([kind, reason, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+    seal([kind, reason, a, b, 0, 0, 0, 0, 0, 0, 0, 0])
 }
 
 /// Decodes an answer. `None` if the bytes are not an answer or its checksum is wrong.
@@ -141,6 +167,11 @@ pub fn decode_answer(bytes: &[u8; ANSWER_BYTES]) -> Option<Answer> {
         [ANSWER_ACCEPT, 0, 0, 0] => Some(Answer::Accept),
         [ANSWER_REFUSE, reason, 0, 0] => RefuseReason::from_code(reason).map(Answer::Refuse),
         [ANSWER_CONFIRM, 0, 0, 0] => Some(Answer::Confirm),
+        [ACCEPTED, 0, 0, 0] => Some(Answer::Accepted),
+        [ANSWER_REFUSE, reason, oldest, newest] if reason == RefuseReason::Version as u8 && oldest > 0 => {
+            Some(Answer::RefuseVersion(ProtocolVersions { oldest: u32::from(oldest), newest: u32::from(newest) }))
+        }
+        [ANSWER_TAKEN, 0, 0, 0] => Some(Answer::Taken),
         _ => None,
     }
 }
@@ -149,6 +180,7 @@ pub fn decode_answer(bytes: &[u8; ANSWER_BYTES]) -> Option<Answer> {
 pub fn encode_header(header: &Header) -> [u8; HEADER_BYTES] {
     let (kind, length, a, b, c) = match *header {
         Header::Layer(piece, length) => (KIND_LAYER, length, piece.layer, piece.first_block, piece.blocks),
+        Header::Written(piece, _) => (KIND_WRITTEN, 0, piece.layer, piece.first_block, piece.blocks),
         Header::Ping => (KIND_PING, 0, 0, 0, 0),
         Header::Commit { first_token } => (KIND_COMMIT, COMMIT_BYTES as u32, first_token, 0, 0),
     };
@@ -160,11 +192,15 @@ pub fn encode_header(header: &Header) -> [u8; HEADER_BYTES] {
     out
 }
 
-/// Decodes a frame header. `None` if the bytes are not a header. The caller must check the payload length of a layer.
+/// Decodes what the headers of all versions have in common; the number of a written piece is 0. `None` if the bytes are
+/// not a header. The caller must check the payload length of a layer.
 pub fn decode_header(bytes: &[u8; HEADER_BYTES]) -> Option<Header> {
     let [length, a, b, c] = [4, 8, 12, 16].map(|at| u32_at(bytes, at));
     match bytes[..4] {
         [KIND_LAYER, 0, 0, 0] => Some(Header::Layer(Piece { layer: a, first_block: b, blocks: c }, length)),
+        [KIND_WRITTEN, 0, 0, 0] if length == 0 => {
+            Some(Header::Written(Piece { layer: a, first_block: b, blocks: c }, 0))
+        }
         [KIND_PING, 0, 0, 0] if [length, a, b, c] == [0; 4] => Some(Header::Ping),
         [KIND_COMMIT, 0, 0, 0] if length as usize == COMMIT_BYTES && [b, c] == [0; 2] => {
             Some(Header::Commit { first_token: a })
@@ -208,7 +244,16 @@ mod tests {
     #[test]
     fn what_is_encoded_is_decoded() {
         assert_eq!(decode_hello(&encode_hello(&hello())), Some(hello()));
-        for answer in [Answer::Accept, Answer::Refuse(RefuseReason::Checksum), Answer::Confirm] {
+        let versions = ProtocolVersions { oldest: 2, newest: 3 };
+        for answer in [
+            Answer::Accept,
+            Answer::Refuse(RefuseReason::Checksum),
+            Answer::Refuse(RefuseReason::Version),
+            Answer::Confirm,
+            Answer::Accepted,
+            Answer::RefuseVersion(versions),
+            Answer::Taken,
+        ] {
             assert_eq!(decode_answer(&encode_answer(answer)), Some(answer));
         }
         let piece = Piece { layer: 27, first_block: 0x0102_0304, blocks: 8 };

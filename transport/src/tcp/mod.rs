@@ -1,8 +1,11 @@
-//! KV transport over TCP, with one connection per handoff. A [`Link`] may also be TLS or another stream. [`frame`]
-//! defines the wire format.
+//! KV transport over TCP, with one connection per handoff. A [`Link`] may also be TLS or another stream. [`frame`],
+//! [`mod@format`] and [`hello`] define the wire format.
 
+mod answers;
 mod connection;
+pub mod format;
 pub mod frame;
+pub mod hello;
 mod link;
 mod listener;
 mod newcomers;

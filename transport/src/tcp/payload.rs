@@ -6,8 +6,10 @@
 
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 
+use super::format::Sums;
 use super::frame::{SUM_BYTES, next_sum};
 use super::link::Link;
+use crate::rdma::RdmaError;
 use overfill_kv::{BlockId, KvMemory, KvStore, StoreError};
 
 /// Maximum bytes per system call. Large enough for few calls, small enough that checksummed bytes are still in cache
@@ -21,6 +23,17 @@ pub(crate) enum MoveError {
     Io(#[from] io::Error),
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error(transparent)]
+    Rdma(RdmaError),
+}
+
+impl From<RdmaError> for MoveError {
+    fn from(error: RdmaError) -> Self {
+        match error {
+            RdmaError::Store(error) => Self::Store(error),
+            other => Self::Rdma(other),
+        }
+    }
 }
 
 /// Reads from the socket until `buf` is full.
@@ -39,7 +52,7 @@ pub(crate) async fn read_full(stream: &Link, buf: &mut [u8]) -> io::Result<()> {
 
 /// Writes all of `buf` to the socket.
 pub(crate) async fn write_full(stream: &Link, buf: &[u8]) -> io::Result<()> {
-    Outgoing::new(stream).with(buf).flush().await
+    Outgoing::new(stream, Sums::Chain).with(buf).flush().await
 }
 
 /// The writing half of a connection. Small parts are buffered and sent together with the next payload.
@@ -49,11 +62,13 @@ pub(crate) struct Outgoing<'a> {
     /// Bytes of `small` already sent.
     sent: usize,
     staging: Vec<u8>,
+    sums: Sums,
 }
 
 impl<'a> Outgoing<'a> {
-    pub fn new(stream: &'a Link) -> Self {
-        Self { stream, small: Vec::new(), sent: 0, staging: Vec::new() }
+    /// `sums`: how frames are summed.
+    pub fn new(stream: &'a Link, sums: Sums) -> Self {
+        Self { stream, small: Vec::new(), sent: 0, staging: Vec::new(), sums }
     }
 
     /// Buffers a few bytes. The next frame or [`Self::flush`] sends them.
@@ -113,7 +128,7 @@ impl<'a> Outgoing<'a> {
         self.push(header);
         let size = store.block_bytes();
         let length = ids.len() * size;
-        let mut p = FrameProgress::after(header);
+        let mut p = FrameProgress::after(header, self.sums);
         if store.memory() == KvMemory::Host {
             while p.at < length {
                 let mut blocked = Ok(());
@@ -165,15 +180,16 @@ struct FrameProgress {
     /// Blocks included in the checksum.
     summed: usize,
     sum: u64,
+    sums: Sums,
 }
 
 impl FrameProgress {
-    fn after(header: &[u8]) -> Self {
-        Self { at: 0, summed: 0, sum: next_sum(0, header) }
+    fn after(header: &[u8], sums: Sums) -> Self {
+        Self { at: 0, summed: 0, sum: next_sum(0, header), sums }
     }
 
     fn sum_block(&mut self, block: &[u8]) {
-        self.sum = next_sum(self.sum, block);
+        self.sum = self.sums.next(self.sum, block);
         self.summed += 1;
     }
 }
@@ -193,11 +209,13 @@ fn window<'b>(blocks: &[&'b [u8]], from: usize, to: usize) -> impl Iterator<Item
 pub(crate) struct Incoming<'a> {
     stream: &'a Link,
     staging: Vec<u8>,
+    sums: Sums,
 }
 
 impl<'a> Incoming<'a> {
-    pub fn new(stream: &'a Link) -> Self {
-        Self { stream, staging: Vec::new() }
+    /// `sums`: how frames are summed.
+    pub fn new(stream: &'a Link, sums: Sums) -> Self {
+        Self { stream, staging: Vec::new(), sums }
     }
 
     /// Reads the blocks `ids` of `layer` into `store`, then the checksum over `header` and blocks. Returns whether the
@@ -211,7 +229,7 @@ impl<'a> Incoming<'a> {
     ) -> Result<bool, MoveError> {
         let size = store.block_bytes();
         let length = ids.len() * size;
-        let mut p = FrameProgress::after(header);
+        let mut p = FrameProgress::after(header, self.sums);
         let direct = store.memory() == KvMemory::Host;
         if direct {
             while p.at < length {

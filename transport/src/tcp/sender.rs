@@ -6,31 +6,81 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use overfill_kv::handoff::{Failure, HandoffSpec, Piece, SenderAction, SenderEvent, SenderHandoff, TRACE_TARGET};
-use overfill_kv::{BlockId, BlockLease, KvStore, RequestId, TransferStats};
-use tokio::sync::mpsc;
+use overfill_kv::handoff::{
+    Failure, HandoffSpec, Hello, Piece, RefuseReason, SenderAction, SenderEvent, SenderHandoff, SenderState,
+    TRACE_TARGET,
+};
+use overfill_kv::{BlockId, BlockLease, KvStore, KvTransport, PROTOCOL, ProtocolVersions, RequestId, TransferStats};
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 
-use super::frame::{self, ANSWER_BYTES, Answer, Header};
+use super::answers::{AnswerReader, Reply};
+use super::format::Format;
+use super::frame::{self, ANSWER_BYTES, Answer, Header, next_sum};
+use super::hello::{self, Grant, Offer};
 use super::link::{Dialer, Link};
 use super::payload::{MoveError, Outgoing};
+use crate::rdma::{self, Source};
 use crate::sender::{Command, Control};
-use crate::{HandoffError, SendPlan, TransferConfig};
+use crate::{HandoffError, SendPlan, TransferConfig, Transports};
 
-/// Sends the blocks announced in `queue` to `address` until the handoff has its outcome.
+/// Sends the blocks announced in `queue` until the handoff has its outcome.
 pub(crate) async fn send(
-    address: String,
     plan: SendPlan,
     store: Arc<dyn KvStore>,
     config: TransferConfig,
     queue: mpsc::Receiver<Command>,
     control: Arc<Control>,
 ) -> Result<TransferStats, HandoffError> {
-    Shell::new(address, plan, store, config, queue, control).run().await
+    let (endpoint, theirs) = (plan.endpoint.address.clone(), plan.endpoint.versions);
+    let usable = config.transports.usable();
+    let Ok(version) = PROTOCOL.common(theirs) else {
+        return Err(HandoffError::Versions { ours: PROTOCOL, theirs, endpoint });
+    };
+    if version == 1 && !usable.contains(KvTransport::Tcp) {
+        let problem = "it speaks version 1 of the wire format, which has only tcp".to_owned();
+        return Err(HandoffError::Transport { transports: usable.to_string(), endpoint, problem });
+    }
+    let local = match config.transports.rdma() {
+        Some(pool) if version > 1 => match pool.queue(&plan.ticket).await {
+            Ok(local) => Some(local),
+            Err(error) if usable.contains(KvTransport::Tcp) => {
+                tracing::warn!(request = %plan.request_id, %error, "this handoff does not offer rdma");
+                None
+            }
+            Err(error) => {
+                let problem = error.to_string();
+                return Err(HandoffError::Transport { transports: usable.to_string(), endpoint, problem });
+            }
+        },
+        _ => None,
+    };
+    Shell::new(version, local, plan, store, config, queue, control).run().await
+}
+
+/// How the bytes of pieces move.
+enum Mover {
+    /// In the frames.
+    Framed,
+    /// One-sided writes.
+    Rdma(Box<rdma::Writer>),
 }
 
 /// Drives the state machine: passes it events and carries out its actions.
 struct Shell {
+    // Declared first: what reads the blocks ends before their lease.
+    mover: Mover,
+    /// The queue pair that is offered, until it is used.
+    local: Option<rdma::Queue>,
+    format: Format,
+    transports: Arc<Transports>,
+    /// Maximum blocks per piece.
+    piece_blocks: u32,
+    /// Free slots of the receiver's staging area, if it has one.
+    credits: Option<Arc<Semaphore>>,
+    peer_versions: Option<ProtocolVersions>,
+    /// The transport that was chosen.
+    transport: KvTransport,
     machine: SenderHandoff,
     actions: VecDeque<SenderAction>,
     epoch: Instant,
@@ -50,34 +100,10 @@ struct Shell {
     first_frame: Option<Instant>,
 }
 
-/// Reads answers, keeping a partly received one across calls.
-#[derive(Default)]
-struct AnswerReader {
-    bytes: [u8; ANSWER_BYTES],
-    have: usize,
-}
-
-impl AnswerReader {
-    /// Reads the next answer. Cancel safe: dropping the future loses no bytes.
-    async fn next(&mut self, stream: &Link) -> io::Result<Answer> {
-        loop {
-            match stream.try_read(&mut self.bytes[self.have..]) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => self.have += n,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => stream.readable().await?,
-                Err(e) => return Err(e),
-            }
-            if self.have == ANSWER_BYTES {
-                self.have = 0;
-                return frame::decode_answer(&self.bytes).ok_or_else(|| io::ErrorKind::InvalidData.into());
-            }
-        }
-    }
-}
-
 impl Shell {
     fn new(
-        address: String,
+        version: u32,
+        local: Option<rdma::Queue>,
         plan: SendPlan,
         store: Arc<dyn KvStore>,
         config: TransferConfig,
@@ -85,7 +111,7 @@ impl Shell {
         control: Arc<Control>,
     ) -> Self {
         let SendPlan {
-            endpoint: _,
+            endpoint,
             ticket,
             request_id,
             schema,
@@ -109,12 +135,24 @@ impl Shell {
             deadline: deadline.saturating_duration_since(epoch),
             idle_timeout: config.idle_timeout,
         };
-        let frame_blocks = (config.frame_limit(block_bytes) / block_bytes.max(1)) as u32;
+        let mut piece_blocks = (config.frame_limit(block_bytes) / block_bytes.max(1)) as u32;
+        if local.is_some() {
+            piece_blocks = piece_blocks.min(rdma::MAX_PIECE_BLOCKS);
+        }
+        let answer = AnswerReader::new(hello::max_grant_bytes(schema.layers.len(), spec.blocks as usize));
         Self {
-            machine: SenderHandoff::new(spec, frame_blocks, Duration::ZERO),
+            mover: Mover::Framed,
+            local,
+            format: Format::new(version, schema.kv_heads),
+            transports: config.transports,
+            piece_blocks,
+            credits: None,
+            peer_versions: None,
+            transport: KvTransport::Tcp,
+            machine: SenderHandoff::new(spec, piece_blocks, Duration::ZERO),
             actions: VecDeque::new(),
             epoch,
-            address,
+            address: endpoint.address,
             request_id,
             blocks,
             layers: schema.layers,
@@ -123,7 +161,7 @@ impl Shell {
             queue,
             control,
             dialer: config.dialer,
-            answer: AnswerReader::default(),
+            answer,
             outcome: None,
             connection_error: None,
             first_frame: None,
@@ -139,12 +177,78 @@ impl Shell {
         self.on_event(SenderEvent::Lost);
     }
 
-    fn on_answer(&mut self, answer: Answer) {
-        self.on_event(match answer {
-            Answer::Accept => SenderEvent::Accepted,
-            Answer::Refuse(reason) => SenderEvent::Refused(reason),
-            Answer::Confirm => SenderEvent::Confirmed,
-        });
+    fn on_reply(&mut self, reply: io::Result<Reply>) {
+        let event = match reply {
+            Ok(Reply::Answer(Answer::Accept)) if self.format.version() == 1 => SenderEvent::Accepted,
+            Ok(Reply::Answer(Answer::Refuse(reason))) => SenderEvent::Refused(reason),
+            Ok(Reply::Answer(Answer::RefuseVersion(versions))) => {
+                self.peer_versions = Some(versions);
+                SenderEvent::Refused(RefuseReason::Version)
+            }
+            Ok(Reply::Answer(Answer::Confirm)) => SenderEvent::Confirmed,
+            Ok(Reply::Answer(Answer::Taken)) if self.credits.is_some() => {
+                self.credits.iter().for_each(|credits| credits.add_permits(1));
+                return;
+            }
+            // Not expected in this version or state.
+            Ok(_) => return self.on_error(io::ErrorKind::InvalidData.into()),
+            Err(error) => return self.on_error(error),
+        };
+        self.on_event(event);
+    }
+
+    /// Takes up what the receiver has chosen.
+    async fn on_grant(&mut self, grant: Grant) {
+        let local = self.local.take();
+        let Grant { version, transport, rdma } = grant;
+        if version != self.format.version() || !self.transports.usable().contains(transport) {
+            return self
+                .on_error(io::Error::new(io::ErrorKind::InvalidData, "the receiver chose what was not offered"));
+        }
+        match (transport, local, rdma) {
+            (KvTransport::Rdma, Some(local), Some(grant)) => {
+                let spec = self.machine.spec();
+                let size = (spec.layers as usize, spec.blocks as usize);
+                let piece_bytes = self.piece_blocks as usize * spec.block_bytes;
+                match rdma::Writer::new(local, grant, size, piece_bytes).await {
+                    Ok(writer) => {
+                        self.credits = writer.credits();
+                        self.mover = Mover::Rdma(Box::new(writer));
+                    }
+                    Err(error) => return self.on_error(io::Error::other(error)),
+                }
+            }
+            (KvTransport::Tcp, unused, _) => {
+                if let Some(unused) = unused {
+                    unused.end().await;
+                }
+            }
+            _ => return self.on_error(io::ErrorKind::InvalidData.into()),
+        }
+        tracing::debug!(target: TRACE_TARGET, %transport, version, "handoff accepted");
+        self.transport = transport;
+        self.on_event(SenderEvent::Accepted);
+    }
+
+    /// The first message.
+    fn hello(&self, hello: &Hello) -> Vec<u8> {
+        match self.format.version() {
+            1 => frame::encode_hello(hello).to_vec(),
+            _ => {
+                let (mut offered, local) = (self.transports.usable(), self.local.as_ref());
+                if local.is_none() {
+                    offered.0 &= !(KvTransport::Rdma as u8);
+                }
+                hello::encode(&Offer::new(*hello, offered, local.map(rdma::Queue::address)))
+            }
+        }
+    }
+
+    /// Ends what reads the blocks (KV-2).
+    async fn stop_reading(&mut self) {
+        if let Mover::Rdma(writer) = std::mem::replace(&mut self.mover, Mover::Framed) {
+            writer.close().await;
+        }
     }
 
     async fn run(mut self) -> Result<TransferStats, HandoffError> {
@@ -192,15 +296,15 @@ impl Shell {
     }
 
     async fn serve(&mut self, stream: &Link) {
-        let mut out = Outgoing::new(stream);
+        let mut out = Outgoing::new(stream, self.format.sums());
         loop {
             while let Some(action) = self.actions.pop_front() {
                 match action {
-                    SenderAction::SendHello(hello) => out.push(&frame::encode_hello(&hello)),
-                    SenderAction::SendPing => out.push(&frame::encode_ping()),
+                    SenderAction::SendHello(hello) => out.push(&self.hello(&hello)),
+                    SenderAction::SendPing => out.push(&self.format.ping()),
                     SenderAction::SendCommit(commit) => {
                         let waited = self.control.committed_at.lock().map_or(0, |at| at.elapsed().as_micros() as u64);
-                        out.push(&frame::encode_commit(&commit, waited));
+                        out.push(&self.format.commit(&commit, waited));
                     }
                     SenderAction::SendLayer(piece) => {
                         self.first_frame.get_or_insert_with(Instant::now);
@@ -213,8 +317,11 @@ impl Shell {
                         tokio::task::yield_now().await;
                     }
                     SenderAction::Finish(outcome) => self.outcome = Some(outcome),
-                    // This task is the only reader of the blocks, and no read is in progress here.
-                    SenderAction::Disconnect => self.on_event(SenderEvent::Stopped),
+                    // This task and its queue pair are the only readers of the blocks.
+                    SenderAction::Disconnect => {
+                        self.stop_reading().await;
+                        self.on_event(SenderEvent::Stopped);
+                    }
                     SenderAction::ReleaseBlocks => self.lease = None,
                 }
             }
@@ -225,24 +332,50 @@ impl Shell {
         }
     }
 
-    /// Sends one layer frame. False if the attempt ended before the frame was sent.
+    /// Sends one piece. False if the attempt ended before it was sent.
     async fn send_layer(&mut self, stream: &Link, out: &mut Outgoing<'_>, piece: Piece) -> bool {
         let store = self.store.clone();
         let from = piece.first_block as usize;
         let ids = self.blocks[from..from + piece.blocks as usize].to_vec();
         let layer = self.layers[piece.layer as usize] as usize;
-        let length = (ids.len() * store.block_bytes()) as u32;
-        let header = frame::encode_header(&Header::Layer(piece, length));
-        let mut sending = std::pin::pin!(out.frame(&header, &*store, layer, &ids));
+        let (format, held_blocks) = (self.format, self.machine.spec().held_blocks);
+        let mut mover = std::mem::replace(&mut self.mover, Mover::Framed);
+        let sent = {
+            let mut sending = std::pin::pin!(async {
+                match &mut mover {
+                    Mover::Framed => {
+                        let length = (ids.len() * store.block_bytes()) as u32;
+                        out.frame(&format.encode(&Header::Layer(piece, length)), &*store, layer, &ids).await
+                    }
+                    Mover::Rdma(writer) => {
+                        let header = format.encode(&Header::Written(piece, writer.next_number()));
+                        let first = (piece.first_block - held_blocks) as usize;
+                        let source = Source { wire_layer: piece.layer as usize, store_layer: layer, first, ids: &ids };
+                        let sum = writer.write(&source, format.sums(), next_sum(0, &header)).await?;
+                        out.push(&header);
+                        out.push(&sum.to_le_bytes());
+                        Ok(out.flush().await?)
+                    }
+                }
+            });
+            self.drive(stream, &mut sending).await
+        };
+        self.mover = mover;
+        sent
+    }
+
+    /// Handles events until `sending` is done or the attempt is over. True if it is done.
+    async fn drive(
+        &mut self,
+        stream: &Link,
+        mut sending: &mut (impl Future<Output = Result<(), MoveError>> + Unpin),
+    ) -> bool {
         while !self.machine.state().is_over() {
             let due = self.due();
             tokio::select! {
                 biased;
                 () = self.control.aborted.cancelled() => self.on_event(SenderEvent::Abort),
-                answer = self.answer.next(stream) => match answer {
-                    Ok(answer) => self.on_answer(answer),
-                    Err(error) => self.on_error(error),
-                },
+                reply = self.answer.next(stream) => self.on_reply(reply),
                 sent = &mut sending => match sent {
                     Ok(()) => return true,
                     Err(MoveError::Io(error)) => self.on_write_error(stream, error),
@@ -250,6 +383,7 @@ impl Shell {
                         tracing::error!(request = %self.request_id, %error, "failed to read kv to send");
                         self.on_error(io::Error::other(error));
                     }
+                    Err(MoveError::Rdma(error)) => self.on_write_error(stream, io::Error::other(error)),
                 },
                 () = tokio::time::sleep_until(due) => self.on_event(SenderEvent::Tick),
             }
@@ -263,9 +397,11 @@ impl Shell {
         tokio::select! {
             biased;
             () = self.control.aborted.cancelled() => self.on_event(SenderEvent::Abort),
-            answer = self.answer.next(stream) => match answer {
-                Ok(answer) => self.on_answer(answer),
-                Err(error) => self.on_error(error),
+            reply = self.answer.next(stream) => match reply {
+                Ok(Reply::Grant(grant)) if self.format.version() > 1 && self.machine.state() == SenderState::Greeting => {
+                    self.on_grant(grant).await;
+                }
+                other => self.on_reply(other),
             },
             Some(command) = self.queue.recv() => match command {
                 Command::LayerReady(piece) => self.on_event(SenderEvent::LayerReady(piece)),
@@ -280,12 +416,12 @@ impl Shell {
     /// reason counts, not the broken pipe.
     fn on_write_error(&mut self, stream: &Link, error: io::Error) {
         let mut bytes = [0; ANSWER_BYTES];
-        let last_word = match (self.answer.have, stream.try_read(&mut bytes)) {
-            (0, Ok(ANSWER_BYTES)) => frame::decode_answer(&bytes),
+        let last_word = match (self.answer.is_between(), stream.try_read(&mut bytes)) {
+            (true, Ok(ANSWER_BYTES)) => frame::decode_answer(&bytes),
             _ => None,
         };
         match last_word {
-            Some(answer) => self.on_answer(answer),
+            Some(answer) => self.on_reply(Ok(Reply::Answer(answer))),
             None => self.on_error(error),
         }
     }
@@ -300,11 +436,21 @@ impl Shell {
                 let seconds = self.first_frame.map_or(0.0, |at| at.elapsed().as_secs_f64());
                 let exposed = self.control.committed_at.lock().map_or(0.0, |at| at.elapsed().as_secs_f64());
                 let bytes = self.machine.bytes();
+                self.transports.count(self.transport);
                 Ok(TransferStats { bytes, seconds, exposed_seconds: exposed.min(seconds) })
             }
             Some(Err(Failure::Cancelled)) if self.control.overflow.load(Ordering::Acquire) => {
                 Err(Failure::Plan("more pieces were announced than planned").into())
             }
+            Some(Err(Failure::Refused(RefuseReason::Version))) if self.peer_versions.is_some() => {
+                let theirs = self.peer_versions.unwrap_or(ProtocolVersions::UNSTATED);
+                Err(HandoffError::Versions { ours: PROTOCOL, theirs, endpoint: self.address })
+            }
+            Some(Err(Failure::Refused(RefuseReason::Transport))) => Err(HandoffError::Transport {
+                transports: self.transports.usable().to_string(),
+                endpoint: self.address,
+                problem: RefuseReason::Transport.to_string(),
+            }),
             Some(Err(Failure::Lost)) => Err(match self.connection_error {
                 Some(e) => HandoffError::Connection { endpoint: self.address, message: e.to_string() },
                 None => Failure::Lost.into(),

@@ -12,10 +12,10 @@ use tokio::net::TcpStream;
 use crate::rig::{Rig, failed, until};
 
 /// A sender that writes raw bytes.
-struct Raw(TcpStream);
+pub struct Raw(pub TcpStream);
 
 impl Raw {
-    async fn connect(rig: &Rig) -> Self {
+    pub async fn connect(rig: &Rig) -> Self {
         Self(TcpStream::connect(&rig.endpoint).await.unwrap())
     }
 
@@ -26,12 +26,19 @@ impl Raw {
         raw
     }
 
-    async fn send(&mut self, bytes: &[u8]) {
+    pub async fn send(&mut self, bytes: &[u8]) {
         self.0.write_all(bytes).await.unwrap();
     }
 
+    /// Waits until the other side has closed the connection.
+    pub async fn closed(&mut self) {
+        let mut rest = Vec::new();
+        // A reset closes it as well.
+        let _ = tokio::time::timeout(Duration::from_secs(20), self.0.read_to_end(&mut rest)).await.unwrap();
+    }
+
     /// Reads the next answer. `None` if the connection was closed instead.
-    async fn answer(&mut self) -> Option<Answer> {
+    pub async fn answer(&mut self) -> Option<Answer> {
         let mut bytes = [0; ANSWER_BYTES];
         let read = tokio::time::timeout(Duration::from_secs(20), self.0.read_exact(&mut bytes)).await.unwrap();
         read.ok().map(|_| frame::decode_answer(&bytes).unwrap())

@@ -5,6 +5,7 @@
 
 mod hostile;
 mod rig;
+mod versions;
 
 use std::time::Duration;
 
@@ -178,7 +179,7 @@ async fn more_pieces_than_planned_fail_the_handoff() {
     let rig = Rig::new(TransferConfig::default()).await;
     let mut plan = rig.plan([1; 16], 0);
     plan.max_pieces = 1;
-    plan.endpoint = KvEndpoint::Tcp("192.0.2.1:9".into());
+    plan.endpoint = KvEndpoint::new("192.0.2.1:9".into());
     let (sender, sending) = KvSender::start(plan, rig.source.clone(), TransferConfig::default());
     for block in 0..5 {
         sender.layers().ready(0, block..block + 1);
@@ -195,7 +196,7 @@ async fn nobody_listens() {
     let rig = Rig::new(TransferConfig::default()).await;
     let unused = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let mut plan = rig.plan([1; 16], 0);
-    plan.endpoint = KvEndpoint::Tcp(unused.to_string());
+    plan.endpoint = KvEndpoint::new(unused.to_string());
     let (_sender, sending) = KvSender::start(plan, rig.source.clone(), TransferConfig::default());
     let error = sending.await.unwrap().unwrap_err();
     assert!(error.to_string().starts_with(&format!("kv connection to {unused}: ")), "{error}");

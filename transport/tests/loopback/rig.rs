@@ -155,7 +155,7 @@ impl Rig {
     pub fn plan(&self, ticket: [u8; 16], held_blocks: u32) -> SendPlan {
         let lease = self.source_pool.allocate(BLOCKS).unwrap();
         SendPlan {
-            endpoint: KvEndpoint::Tcp(self.endpoint.clone()),
+            endpoint: KvEndpoint::new(self.endpoint.clone()),
             ticket: Ticket(ticket),
             request_id: RequestId("r".into()),
             schema: self.schema.clone(),

@@ -1,8 +1,9 @@
 //! Simulation of two nodes with their pools and memories, and an unreliable channel between them.
 
 mod checks;
+mod steps;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{BlockId, BlockLease, BlockPool};
+use steps::Step;
 
 const LAYERS: u32 = 2;
 const BLOCKS: u32 = 3;
@@ -76,6 +78,8 @@ enum Message {
     Hello(Hello),
     /// The content at the time the frame was sent, and whether the channel damaged it.
     Layer(Piece, Vec<u64>, bool),
+    /// The header of a piece that is written one-sided.
+    Written(Piece),
     Ping,
     Commit(Commit),
     Garbage,
@@ -106,6 +110,13 @@ struct Attempt {
     owner: Option<Arc<BlockLease>>,
     target: Vec<BlockId>,
     landing: Option<(Piece, Vec<u64>, bool)>,
+    mode: WriteMode,
+    /// One-sided writes that the sender's device has sent and that have not reached the receiver's memory yet.
+    flying: VecDeque<(Piece, Vec<u64>, bool)>,
+    /// One-sided writes that the receiver's device has reported, and whether they were damaged.
+    reported: Vec<(Piece, bool)>,
+    /// The piece whose header has come, while the receiver waits for the report.
+    awaited: Option<Piece>,
     writer_attached: bool,
     writer_stops: bool,
     to_receiver: Vec<Message>,
@@ -123,22 +134,6 @@ pub struct World {
     receiver_memory: Memory,
     attempts: Vec<Attempt>,
     competitors: Vec<(BlockLease, BlockLease)>,
-}
-
-/// A fault-free step of an attempt.
-#[derive(Clone, Copy)]
-enum Step {
-    Connect,
-    Announce,
-    Commit,
-    Sent,
-    SenderStopped,
-    Deliver,
-    Land,
-    WriterStopped,
-    Answer,
-    Decode,
-    Finish,
 }
 
 impl World {
@@ -189,6 +184,11 @@ impl World {
                 let a = &mut self.attempts[pick as usize % n];
                 drop((a.to_receiver.pop(), a.to_sender.pop()));
             }
+            Op::Damage(pick) if pick & 0x100 == 0 && !self.attempts[pick as usize % n].flying.is_empty() => {
+                let (_, data, spoilt) = &mut self.attempts[pick as usize % n].flying[0];
+                data[0] = SCRIBBLE;
+                *spoilt = true;
+            }
             Op::Damage(pick) => match self.attempts[pick as usize % n].to_receiver.first_mut() {
                 Some(Message::Layer(_, data, spoilt)) => {
                     data[0] = SCRIBBLE;
@@ -199,7 +199,8 @@ impl World {
             },
             Op::Misdeliver(from, to) => {
                 let hello = self.attempts[from as usize % n].hello();
-                self.receive(to as usize % n, ReceiverEvent::Hello(hello));
+                let to = to as usize % n;
+                self.receive(to, ReceiverEvent::Hello(hello, self.attempts[to].mode));
             }
             Op::Break(pick) => {
                 let i = pick as usize % n;
@@ -272,6 +273,10 @@ impl World {
             write_hold: Some(target.clone()),
             owner: Some(target),
             landing: None,
+            mode: if id % 3 == 1 { WriteMode::OneSided } else { WriteMode::Framed },
+            flying: VecDeque::new(),
+            reported: Vec::new(),
+            awaited: None,
             writer_attached: false,
             writer_stops: false,
             to_receiver: Vec::new(),
@@ -298,97 +303,6 @@ impl World {
         true
     }
 
-    fn enabled(&self, i: usize) -> Vec<Step> {
-        let a = &self.attempts[i];
-        let alive = !a.sender.state().is_over();
-        let state = a.receiver.state();
-        [
-            (a.sender.state() == SenderState::Connecting, Step::Connect),
-            (alive && !a.to_announce.is_empty(), Step::Announce),
-            // Possible before, between or after announcements, because a device may report a layer as done late.
-            (alive && !a.committed, Step::Commit),
-            (a.reading.is_some(), Step::Sent),
-            (a.sender_stops, Step::SenderStopped),
-            (!a.to_receiver.is_empty() && a.landing.is_none(), Step::Deliver),
-            (a.landing.is_some(), Step::Land),
-            (a.writer_stops, Step::WriterStopped),
-            (!a.to_sender.is_empty(), Step::Answer),
-            (state == HandoffState::Ready, Step::Decode),
-            (state == HandoffState::Decoding, Step::Finish),
-        ]
-        .into_iter()
-        .filter_map(|(on, step)| on.then_some(step))
-        .collect()
-    }
-
-    fn step(&mut self, i: usize, step: Step, pick: u16) {
-        match step {
-            Step::Connect => self.send(i, SenderEvent::Connected),
-            Step::Announce => {
-                let a = &mut self.attempts[i];
-                let piece = a.to_announce.remove(pick as usize % a.to_announce.len());
-                if let Some(lease) = &a.sender_lease {
-                    for block in piece.first_block..piece.first_block + piece.blocks {
-                        let id = lease.blocks()[(block - a.sender.spec().held_blocks) as usize];
-                        self.sender_memory.insert((piece.layer, id), content(a.id, piece.layer, block));
-                    }
-                }
-                self.send(i, SenderEvent::LayerReady(piece));
-            }
-            Step::Commit => {
-                self.attempts[i].committed = true;
-                self.send(i, SenderEvent::Commit { first_token: i as u32 });
-            }
-            Step::Sent => {
-                let a = &mut self.attempts[i];
-                let Some(piece) = a.reading.take() else { return };
-                let lease = a.sender_lease.as_ref().expect("KV-2: blocks are kept while they are read");
-                let data = (piece.first_block..piece.first_block + piece.blocks)
-                    .map(|b| {
-                        let id = lease.blocks()[(b - a.sender.spec().held_blocks) as usize];
-                        // `Op::Blunder` may announce a block that was never computed.
-                        self.sender_memory.get(&(piece.layer, id)).copied().unwrap_or(SCRIBBLE)
-                    })
-                    .collect();
-                a.to_receiver.push(Message::Layer(piece, data, false));
-                self.send(i, SenderEvent::Sent);
-            }
-            Step::SenderStopped => {
-                self.attempts[i].sender_stops = false;
-                self.attempts[i].reading = None;
-                self.send(i, SenderEvent::Stopped);
-            }
-            Step::Deliver => {
-                let message = self.attempts[i].to_receiver.remove(0);
-                self.deliver(i, message);
-            }
-            Step::Land => {
-                let spoilt = self.land(i);
-                self.receive(i, ReceiverEvent::Landed { checksum_ok: !spoilt });
-            }
-            Step::WriterStopped => {
-                // Worst case: the pending write completes before the writer stops.
-                if self.attempts[i].landing.is_some() {
-                    self.land(i);
-                }
-                self.attempts[i].writer_stops = false;
-                self.attempts[i].writer_attached = false;
-                self.receive(i, ReceiverEvent::WriterStopped);
-            }
-            Step::Answer => match self.attempts[i].to_sender.remove(0) {
-                Answer::Accept => self.send(i, SenderEvent::Accepted),
-                Answer::Refuse(reason) => self.send(i, SenderEvent::Refused(reason)),
-                Answer::Confirm => self.send(i, SenderEvent::Confirmed),
-            },
-            Step::Decode => drop(self.receive(i, ReceiverEvent::DecodeStarted)),
-            Step::Finish => {
-                self.check_content(i);
-                self.receive(i, ReceiverEvent::Finished);
-                self.attempts[i].owner = None;
-            }
-        }
-    }
-
     /// Writes the pending bytes to memory and returns whether they were damaged. KV-1: the attempt still holds the
     /// blocks.
     fn land(&mut self, i: usize) -> bool {
@@ -402,14 +316,31 @@ impl World {
         spoilt
     }
 
+    /// A one-sided write reaches the receiver, which has not been asked. KV-1: if the sender's access is not revoked,
+    /// the attempt still holds the blocks.
+    fn arrive(&mut self, i: usize) {
+        let a = &mut self.attempts[i];
+        let Some((piece, data, spoilt)) = a.flying.pop_front() else { return };
+        if a.writer_attached {
+            a.landing = Some((piece, data, spoilt));
+            self.land(i);
+            self.attempts[i].reported.push((piece, spoilt));
+        }
+    }
+
     fn deliver(&mut self, i: usize, message: Message) {
         match message {
-            Message::Hello(hello) => drop(self.receive(i, ReceiverEvent::Hello(hello))),
+            Message::Hello(hello) => drop(self.receive(i, ReceiverEvent::Hello(hello, self.attempts[i].mode))),
             // Frames on a connection that was not accepted are ignored.
             _ if !self.attempts[i].writer_attached => {}
             Message::Layer(piece, data, spoilt) => {
                 if self.receive(i, ReceiverEvent::Layer(piece)) {
                     self.attempts[i].landing = Some((piece, data, spoilt));
+                }
+            }
+            Message::Written(piece) => {
+                if self.receive(i, ReceiverEvent::Layer(piece)) {
+                    self.attempts[i].awaited = Some(piece);
                 }
             }
             Message::Ping => drop(self.receive(i, ReceiverEvent::Ping)),
@@ -435,6 +366,8 @@ impl World {
                 ReceiverAction::Confirm => a.to_sender.push(Answer::Confirm),
                 ReceiverAction::Ready { first_token } => {
                     assert_eq!(a.receiver_outcome, None, "KV-6: one outcome");
+                    let revoked = a.mode == WriteMode::Framed || !a.writer_attached;
+                    assert!(revoked, "KV-5: the sender may still change what the request decodes over");
                     a.receiver_outcome = Some(Ok(first_token));
                     self.check_content(i);
                 }
@@ -489,6 +422,12 @@ impl World {
 }
 
 impl Attempt {
+    /// Whether the awaited piece was damaged. `None` until it is reported.
+    fn report(&self) -> Option<bool> {
+        let awaited = self.awaited?;
+        self.reported.iter().find(|(piece, _)| *piece == awaited).map(|(_, spoilt)| *spoilt)
+    }
+
     fn hello(&self) -> Hello {
         Hello { ticket: self.sender.spec().ticket, ..hello() }
     }

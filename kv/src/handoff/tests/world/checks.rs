@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{HandoffState, LAYERS, SCRIBBLE, Step, World, content};
+use super::{HandoffState, LAYERS, SCRIBBLE, World, content, steps::Step};
 
 impl World {
     /// KV-5: the request decodes over exactly the KV that prefill computed for it.
