@@ -212,6 +212,8 @@ async fn who_shows_no_ticket_gives_way() {
     let mut incoming = rig.reserve([1; 16], 0);
     let (sender, sending) = rig.send([1; 16], 0);
     rig.announce_all(&sender);
+    // Until then, the sender is a newcomer as well.
+    until("the sender has shown its ticket", || incoming.state() != HandoffState::Reserved).await;
     // Connections that arrive during a handoff do not disturb it either.
     for _ in 0..20 {
         silent.push(Raw::connect(&rig).await);
