@@ -27,17 +27,15 @@ WORKDIR /source
 COPY . .
 # Empty, or cuda.
 ARG FEATURES=
-# No GPU can be asked during a build.
-ARG CUDA_COMPUTE_CAP=80
-# Cache mounts are not part of the layer, so the binaries are copied out of them. /out/lib gets the CUDA libraries that the
-# binaries are linked with. DT_RPATH, unlike DT_RUNPATH, is also searched for the libraries of these libraries.
+# Cache mounts are not part of the layer, so the binaries are copied out of them. /out/lib gets the CUDA library that the
+# binaries open when they run.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,id=overfill-target,target=/source/target \
     set -eu; \
     export PATH="/usr/local/auditable/bin:$PATH" CARGO_TARGET_DIR="target/${FEATURES:-cpu}"; \
     case "$FEATURES" in \
         "") ;; \
-        cuda) export RUSTFLAGS="-C link-arg=-Wl,--disable-new-dtags,-rpath,/usr/local/cuda/lib64"; \
+        cuda) export CUDA_HOME=/usr/local/cuda; \
             set -- --features overfill-prefill-node/cuda,overfill-decode-node/cuda,overfill-cli/cuda ;; \
         *) echo "FEATURES is \"$FEATURES\"; it must be empty or cuda" >&2; exit 1 ;; \
     esac; \
@@ -46,12 +44,9 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
     mkdir -p /out/bin /out/lib; \
     for name in overfill-router overfill-prefill overfill-decode overfill; do \
         cp "$CARGO_TARGET_DIR/release/$name" /out/bin/; \
-        ldd "$CARGO_TARGET_DIR/release/$name" | while read -r _ _ path _; do \
-            case "$path" in /usr/local/cuda/*) cp -L "$path" /out/lib/ ;; esac; \
-        done; \
     done; \
     if [ "$FEATURES" = cuda ]; then \
-        cp -L /usr/local/cuda/lib64/libnvrtc-builtins.so.* /out/lib/; \
+        cp -L /usr/local/cuda/lib64/libcublasLt.so.13 /out/lib/; \
     fi
 
 # bin/ has the binaries, lib/ the libraries that the base image lacks.
@@ -81,6 +76,7 @@ ENTRYPOINT ["/usr/bin/overfill-router"]
 
 FROM base AS node
 COPY --from=binaries lib/ /usr/local/cuda/lib64/
+ENV LD_LIBRARY_PATH=/usr/local/cuda/lib64
 COPY demo/full/ /usr/share/overfill/demo/full/
 COPY demo/decode/ /usr/share/overfill/demo/decode/
 
