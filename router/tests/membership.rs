@@ -30,7 +30,8 @@ async fn nodes_that_may_not_meet_never_do() {
     let (usual, later) = (Options::default(), Options { protocol: next, ..Options::default() });
     let other = Options { cluster: "other".into(), ..Options::default() };
     let rig = unready_rig(&[usual.clone(), later], &[usual.clone(), other], |_| {}).await;
-    wait_unused(&rig, &rig.prefill[1].url, "protocol versions do not overlap: 1 and 2").await;
+    let reason = format!("protocol versions do not overlap: {PROTOCOL} and {next}");
+    wait_unused(&rig, &rig.prefill[1].url, &reason).await;
     wait_unused(&rig, &rig.decode[1].url, "cluster must be none, got other").await;
     wait_paired(&rig.prefill, &[true, false]).await;
     wait_paired(&rig.decode, &[true, false]).await;

@@ -246,8 +246,8 @@ fn faults() -> Vec<Fault> {
         fault(
             "past-the-end",
             "rows.cu",
-            "if (at >= p.width) return;",
-            "if (at > p.width) return;",
+            "i < p.half; i += blockDim.x",
+            "i <= p.half; i += blockDim.x",
             "heap-buffer-overflow",
         ),
         fault("uninitialised", "prefill_attention.cu", "out[n][i] = 0;", "", " of "),
