@@ -250,7 +250,7 @@ fn faults() -> Vec<Fault> {
             "i <= p.half; i += blockDim.x",
             "heap-buffer-overflow",
         ),
-        fault("uninitialised", "prefill_attention.cu", "out[n][i] = 0;", "", " of "),
+        fault("uninitialised", "prefill_attention.cu", "out[n][i] = 0;", ";", " of "),
         fault(
             "divergent",
             "rows.cu",
