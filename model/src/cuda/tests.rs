@@ -253,9 +253,9 @@ fn faults() -> Vec<Fault> {
         fault("uninitialised", "prefill_attention.cu", "out[n][i] = 0;", ";", " of "),
         fault(
             "divergent",
-            "rows.cu",
-            "if (lane == 0) shared.sums[warp] = sum;",
-            "if (lane == 0) return;",
+            "decode_attention.cu",
+            "__syncwarp();",
+            "if (lane == 0) return; __syncwarp();",
             "meets without",
         ),
         fault("fragment", "matmul.cu", "pair_of(b, i), pair_of(b, i + 1)", "pair_of(b, i + 1), pair_of(b, i)", " of "),

@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <thread>
 
 namespace {
 
@@ -52,6 +53,8 @@ struct Stream {
     std::deque<Work> queue;
     std::shared_ptr<Graph> capture;
     bool capture_failed = false;
+    // The thread that captures in thread-local mode. None in global mode, which concerns all threads.
+    std::thread::id capturing_thread;
 };
 
 std::recursive_mutex mutex;
@@ -135,17 +138,14 @@ void enqueue(Stream *stream, Work work) {
     maybe_run();
 }
 
-bool capturing() {
-    for (Stream *stream : streams) {
-        if (stream->capture) return true;
-    }
-    return false;
-}
-
 // What may not happen while a stream captures also spoils the capture, as in CUDA.
 bool refused_by_capture() {
-    for (Stream *stream : streams) stream->capture_failed |= stream->capture != nullptr;
-    return capturing();
+    bool refused = false;
+    for (Stream *stream : streams) {
+        const bool concerns = stream->capturing_thread == std::thread::id() || stream->capturing_thread == std::this_thread::get_id();
+        if (stream->capture && concerns) refused = stream->capture_failed = true;
+    }
+    return refused;
 }
 
 bool inside(const std::map<uintptr_t, size_t> &memory, uintptr_t at, size_t bytes) {
@@ -235,7 +235,7 @@ CALL(cuStreamDestroy_v2(void *stream))
 END
 CALL(cuStreamSynchronize(void *stream))
     if (stream_of(stream)->capture) {
-        refused_by_capture();
+        stream_of(stream)->capture_failed = true;
         return CAPTURE_UNSUPPORTED;
     }
     run_until([&] { return stream_of(stream)->queue.empty(); });
@@ -360,8 +360,10 @@ CALL(cuLaunchKernel(const void *function, unsigned gx, unsigned gy, unsigned gz,
     enqueue(stream_of(stream), {[=] { software_gpu::launch(*kernel, {gx, gy, gz}, {bx, by, bz}, copy->data()); }, nullptr, 0});
 END
 
-CALL(cuStreamBeginCapture_v2(void *stream, int))
-    if (stream == nullptr || stream_of(stream)->capture) return CAPTURE_UNSUPPORTED;
+CALL(cuStreamBeginCapture_v2(void *stream, int mode))
+    // Modes: 0 global, 1 thread-local.
+    if (stream == nullptr || stream_of(stream)->capture || mode > 1) return CAPTURE_UNSUPPORTED;
+    stream_of(stream)->capturing_thread = mode == 1 ? std::this_thread::get_id() : std::thread::id();
     stream_of(stream)->capture = std::make_shared<Graph>();
     stream_of(stream)->capture_failed = false;
 END
