@@ -1,6 +1,6 @@
 //! Compiles the GPU kernels, if the feature `cuda` is on.
 //!
-//! nvcc comes from `$CUDA_HOME/bin` or from `PATH`; `cargo xtask gpu` installs one where there is none.
+//! nvcc comes from `$CUDA_HOME/bin` or from `PATH`; `cargo xtask test` installs one where there is none.
 
 use std::{
     env,

@@ -1,8 +1,8 @@
 //! Models: configuration and weights from a Hugging Face folder or a GGUF file, one decoder block for all supported
 //! families, the paged KV cache, and the sampler.
 //!
-//! [`Decoder`] both serves and trains. Two things vary: where attention finds keys and values ([`Attention`]), and
-//! whether operations record gradients ([`Ops`]).
+//! An [`Engine`] serves. [`Decoder`] trains, and is the reference in tests. Two things vary in it: where attention finds keys
+//! and values ([`Attention`]), and whether operations record gradients ([`Ops`]).
 
 mod batch;
 pub mod bench;

@@ -104,8 +104,8 @@ impl Blas {
             set(plan.product, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
         }
         let [weights, x, out] = plan.layouts;
-        // SAFETY: the plan was made for this shape, and the operands have it. `one` and `beta` are read before the call
-        // returns, since the pointer mode is that of host memory.
+        // SAFETY: the plan was made for this shape, and the operands have it. `one` and `beta` are in host memory, and the
+        // call reads them before it returns.
         unsafe {
             result::matmul(
                 self.handle,

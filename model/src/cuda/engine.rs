@@ -114,13 +114,12 @@ impl CudaEngine {
     }
 
     /// Runs a batch; leaves the wanted logits in `self.logits`.
-    fn step(&mut self, batch: &[SequenceSlice<'_>], layers: &dyn LayerSink) -> Result<(), Fault> {
+    fn step(&mut self, batch: &[SequenceSlice<'_>], sizes: &Sizes, layers: &dyn LayerSink) -> Result<(), Fault> {
         self.gpu.context.bind_to_thread()?;
-        let sizes = Sizes::of(batch);
         self.logits.clear();
         match sizes.is_decode() && sizes.rows <= self.limits.sequences {
             true => self.decode(batch, sizes.rows, layers)?,
-            false => self.prefill(batch, &sizes, layers)?,
+            false => self.prefill(batch, sizes, layers)?,
         }
         Ok(())
     }
@@ -184,7 +183,7 @@ impl CudaEngine {
     }
 }
 
-/// Type of activations: that of the cache if it has 16 bits, else that of the weights.
+/// Type of activations. A cache of 16 bits decides; with a cache of 8 bits, the weights decide.
 fn activations(options: &LoadOptions) -> Result<Half, String> {
     match (options.kv_dtype, options.weights) {
         (KvDtype::F32, _) => Err("kv is f32, supported on GPUs: bf16, f16 or fp8".into()),
@@ -204,8 +203,9 @@ impl Engine for CudaEngine {
     ) -> Result<(), ModelError> {
         let vocab_size = self.config.vocab_size;
         batch::check(batch, vocab_size)?;
-        self.check_limits(batch, &Sizes::of(batch))?;
-        self.step(batch, &**layers).map_err(|fault| fault.while_serving(self.index))?;
+        let sizes = Sizes::of(batch);
+        self.check_limits(batch, &sizes)?;
+        self.step(batch, &sizes, &**layers).map_err(|fault| fault.while_serving(self.index))?;
         out.fill(batch, &self.logits, vocab_size);
         Ok(())
     }

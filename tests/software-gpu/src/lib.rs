@@ -11,7 +11,7 @@
 //! | `SOFTWARE_GPU_MEMORY_BYTES` | device memory (2 GiB) |
 //! | `SOFTWARE_GPU_DEVICES` | number of devices (1) |
 //! | `SOFTWARE_GPU_ARCHITECTURE` | compute capability times ten (90) |
-//! | `SOFTWARE_GPU_LAUNCHES_UNTIL_LOST` | after so many launches, every call fails |
+//! | `SOFTWARE_GPU_LAUNCHES_UNTIL_LOST` | the launch with this number fails, and so does every later call |
 
 use std::{
     collections::hash_map::DefaultHasher,
@@ -131,7 +131,7 @@ impl SoftwareGpu {
         Ok(Self { folder })
     }
 
-    /// Opens the libraries in this process. Whoever opens them later by name gets these.
+    /// Opens the libraries in this process. The dynamic linker then gives these to everything that opens them by name.
     ///
     /// # Errors
     /// The dynamic linker refuses them.

@@ -135,7 +135,7 @@ impl Pool {
             (None, _) => None,
             (Some(_), Ok(registered)) => Some(registered),
             (Some(KvRegion::Host(_)), Err(error)) => return Err(error),
-            // The card, its driver or that of the other device can't do it.
+            // The RDMA device, its driver or the driver of the other device can't do it.
             (Some(KvRegion::DmaBuf(_)), Err(error)) => {
                 tracing::warn!(%error, "device memory can't be shared with the RDMA device; kv goes through a staging area");
                 None

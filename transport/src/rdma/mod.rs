@@ -9,10 +9,9 @@
 //! destroys it ([`Target::revoke`]). From then on its device drops what arrives (KV-1). The sender destroys its queue pair
 //! before it releases blocks, so its device reads none that are released (KV-2).
 //!
-//! Memory: a store in host memory, or in that of a device that exports it as a dma-buf, is registered as a whole, once. Other KV
-//! goes through a staging
-//! area of the handoff: the sender copies a piece into its own and writes it to a slot of the receiver's, which checks it
-//! and copies it out, then says that the slot is free.
+//! Memory: a store in host memory is registered as a whole, once. So is a store whose device exports its memory as a dma-buf.
+//! Other KV goes through a staging area of the handoff: the sender copies a piece into its own and writes it to a slot of
+//! the receiver's, which checks it and copies it out, then says that the slot is free.
 //!
 //! Without the feature `rdma`, nothing can be opened, and the types have no values.
 

@@ -168,8 +168,8 @@ impl Queue {
     /// Takes the queue pair to the error state, then destroys it. When this returns, the device neither writes nor reads
     /// for it.
     ///
-    /// If the device refuses to destroy it, the library panics, in the destructor of the queue pair and in that of its
-    /// completion queue, so the process ends. Then the system destroys everything, and no block was released too early.
+    /// If the device refuses to destroy it, the library panics while it destroys the queue pair, and again while
+    /// it destroys the completion queue, so the process ends. Then the system destroys everything, and no block was released too early.
     pub async fn end(mut self) {
         let ended = tokio::task::spawn_blocking(move || {
             let mut attributes = QueuePairAttribute::new();

@@ -69,7 +69,7 @@ impl Target {
         self.queue.post_receives(1)
     }
 
-    /// The checksum of the piece that has arrived last, computed from this side's memory. `sum` is that of its header.
+    /// The checksum of the piece that has arrived last, computed from this side's memory. `sum` is the checksum of its header.
     pub fn sum(&self, layer: usize, ids: &[BlockId], sums: Sums, mut sum: u64) -> Result<u64, RdmaError> {
         let store = self.queue.pool().store();
         match self.slot(ids.len()) {

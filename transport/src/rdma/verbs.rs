@@ -41,7 +41,7 @@ impl Registered {
             KvRegion::Host(region) => Self::host(domain, region),
             KvRegion::DmaBuf(region) => {
                 let (bytes, buffer) = (region.bytes(), region.buffer().as_raw_fd());
-                // SAFETY: whoever made the `DmaBufRegion` promises that the memory stays, and that devices may access it.
+                // SAFETY: `DmaBufRegion::new` requires that the memory stays, and that devices may access it.
                 // The device finds it from address 0 on.
                 let region = unsafe { domain.reg_dmabuf_mr(region.offset(), bytes, 0, buffer, access()) };
                 Ok(Self { region: region.map_err(|e| refused("ibv_reg_dmabuf_mr", e, bytes))?, start: 0, bytes })
@@ -51,7 +51,7 @@ impl Registered {
 
     fn host(domain: &Arc<ProtectionDomain>, region: &HostRegion) -> Result<Self, RdmaError> {
         let (start, bytes) = (region.address(), region.bytes());
-        // SAFETY: whoever made the `HostRegion` promises that the memory stays, and that devices may access it.
+        // SAFETY: `HostRegion::new` requires that the memory stays, and that devices may access it.
         let region = unsafe { domain.reg_mr(start, bytes, access()) };
         Ok(Self { region: region.map_err(|e| refused("ibv_reg_mr", e, bytes))?, start, bytes })
     }
