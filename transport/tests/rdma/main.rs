@@ -43,6 +43,8 @@ async fn rig_with(
     staged: (bool, bool),
 ) -> Option<Rig> {
     let mut rig = Rig::new(config.clone()).await;
+    // A choice that does without a device would hide that there is none.
+    open(RDMA, rig.source.clone())?;
     let wrap =
         |store: Arc<dyn KvStore>, staged| if staged { Arc::new(Staged(store)) as Arc<dyn KvStore> } else { store };
     rig.source = wrap(rig.source.clone(), staged.0);
