@@ -18,7 +18,7 @@ pub use prefix::{BlockHash, block_hashes};
 pub use protocol::{PROTOCOL, ProtocolMismatch, ProtocolVersions};
 pub use sampling::{OutputToken, SamplingParams};
 pub use schema::{KvDtype, KvSchema, RopeSpec, SchemaMismatch};
-pub use store::{KvMemory, KvStore, StoreError};
+pub use store::{GpuMemory, KvMemory, KvStore, StoreError};
 
 /// Tokens per KV block.
 pub const BLOCK_TOKENS: usize = 16;

@@ -3,6 +3,8 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use twox_hash::XxHash3_64;
+
 use crate::BlockId;
 
 /// Memory that holds KV blocks. Implemented by the model's cache, and by plain memory in tests and benchmarks.
@@ -30,6 +32,18 @@ pub trait KvStore: Send + Sync {
     /// [`Self::read`] sees what a device has written once the device has reported the write.
     fn regions(&self) -> Option<Vec<KvRegion>> {
         None
+    }
+
+    /// Where the blocks lie, if that is the memory of a CUDA device.
+    fn gpu(&self) -> Option<GpuMemory> {
+        None
+    }
+
+    /// XXH3 (64 bits, no seed) of each block, in order. A store whose blocks are on a device computes them there.
+    fn block_sums(&self, layer: usize, blocks: &[BlockId]) -> Result<Vec<u64>, StoreError> {
+        let mut sums = Vec::with_capacity(blocks.len());
+        self.read(layer, blocks, &mut |_, bytes| sums.push(XxHash3_64::oneshot(bytes)))?;
+        Ok(sums)
     }
 
     /// Like [`Self::read`], but calls `f` once with all blocks, without copying. Works only for [`KvMemory::Host`].
@@ -85,6 +99,37 @@ impl DmaBufRegion {
     /// Size in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+}
+
+/// Blocks in the memory of a CUDA device.
+#[derive(Clone, Debug)]
+pub struct GpuMemory {
+    device: usize,
+    layers: Vec<u64>,
+    layer_bytes: usize,
+}
+
+impl GpuMemory {
+    /// The memory of CUDA's device `device`: the address of each layer, where its blocks lie one after the other, and the
+    /// size of a layer in bytes.
+    ///
+    /// # Safety
+    /// As for [`HostRegion::new`]: the memory stays while the store exists, and only who holds a block's lease accesses it.
+    #[allow(unsafe_code)]
+    pub unsafe fn new(device: usize, layers: Vec<u64>, layer_bytes: usize) -> Self {
+        Self { device, layers, layer_bytes }
+    }
+
+    /// CUDA's number of the device.
+    pub fn device(&self) -> usize {
+        self.device
+    }
+
+    /// Address of `bytes` bytes from `offset` on in a layer. `None` if the layer does not have them.
+    pub fn address(&self, layer: usize, offset: usize, bytes: usize) -> Option<u64> {
+        let inside = offset.checked_add(bytes).is_some_and(|end| end <= self.layer_bytes);
+        self.layers.get(layer).filter(|_| inside).map(|start| start + offset as u64)
     }
 }
 
