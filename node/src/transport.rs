@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use overfill_cluster::{ConfigError, MetricsError, metrics::register};
 use overfill_kv::{KvStore, KvTransport};
-use overfill_transport::{RdmaOptions, TransportChoice, TransportError, Transports, rdma::DeviceChoice};
+use overfill_transport::{TransportChoice, TransportError, TransportOptions, Transports, rdma::DeviceChoice};
 use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry};
 
 /// Flags of the KV transport.
 #[derive(Clone, Debug, clap::Args)]
 pub struct TransportArgs {
     /// How KV moves between nodes: auto, tcp, rdma or nccl. auto uses RDMA if both nodes have it, else TCP. A transport given
-    /// by name is used, or the node does not start.
+    /// by name is used, or the node does not start. NCCL moves KV between GPUs only, and both nodes must ask for it by name.
     #[arg(long, env = "OVERFILL_KV_TRANSPORT", value_name = "NAME", default_value = "auto", help_heading = "Network")]
     pub kv_transport: String,
     /// RDMA device, and optionally its port and the index of a GID [default: the first one with an active port]
@@ -21,6 +21,9 @@ pub struct TransportArgs {
     /// reconstructed from it.
     #[arg(long, env = "OVERFILL_ALLOW_PLAIN_RDMA", help_heading = "Network")]
     pub allow_plain_rdma: bool,
+    /// The same for NCCL, which does not encrypt either.
+    #[arg(long, env = "OVERFILL_ALLOW_PLAIN_NCCL", help_heading = "Network")]
+    pub allow_plain_nccl: bool,
 }
 
 /// Checked settings of the KV transport.
@@ -28,29 +31,37 @@ pub struct TransportArgs {
 pub struct TransportConfig {
     /// What was asked for.
     pub choice: TransportChoice,
-    /// How RDMA may be used.
-    pub rdma: RdmaOptions,
+    /// How transports may be used.
+    pub options: TransportOptions,
 }
 
 impl TransportArgs {
     /// Checks the flags and adds every error to `f`. `encrypted_cluster`: whether the cluster uses TLS.
     pub fn validate(self, encrypted_cluster: bool, f: &mut Vec<ConfigError>) -> Option<TransportConfig> {
-        let Self { kv_transport, kv_rdma_device, allow_plain_rdma } = self;
+        let Self { kv_transport, kv_rdma_device, allow_plain_rdma, allow_plain_nccl } = self;
         let parsed = kv_transport.parse::<TransportChoice>();
         let choice = ConfigError::collect(f, parsed, "kv-transport", TransportChoice::NAMES, &kv_transport);
-        let device = kv_rdma_device.and_then(|text| {
+        let rdma_device = kv_rdma_device.and_then(|text| {
             ConfigError::collect(f, text.parse::<DeviceChoice>(), "kv-rdma-device", DeviceChoice::FORM, &text)
         });
-        let rdma = RdmaOptions { device, encrypted_cluster, allow_plain: allow_plain_rdma };
+        let options = TransportOptions {
+            rdma_device,
+            encrypted_cluster,
+            allow_plain_rdma,
+            allow_plain_nccl,
+            ..TransportOptions::default()
+        };
         let choice = choice?;
-        if let Err(error) = Transports::check(choice, &rdma) {
+        if let Err(error) = Transports::check(choice, &options) {
             let limit = match &error {
-                TransportError::Plain => format!("auto or tcp, or --allow-plain-rdma be given: {error}"),
+                TransportError::Plain(transport) => {
+                    format!("auto or tcp, or --allow-plain-{transport} be given: {error}")
+                }
                 _ => format!("one that this build has: {error}"),
             };
             f.push(ConfigError::new("kv-transport", limit, choice));
         }
-        Some(TransportConfig { choice, rdma })
+        Some(TransportConfig { choice, options })
     }
 }
 
@@ -60,7 +71,7 @@ impl TransportConfig {
     /// # Errors
     /// The transport that was asked for by name can't be used.
     pub fn open(&self, store: Arc<dyn KvStore>) -> Result<Arc<Transports>, TransportError> {
-        let transports = Transports::open(self.choice, &self.rdma, store)?;
+        let transports = Transports::open(self.choice, &self.options, store)?;
         tracing::info!(usable = %transports.usable(), reason = transports.reason(), "kv transports");
         Ok(transports)
     }
@@ -104,6 +115,7 @@ mod tests {
             kv_transport: name.into(),
             kv_rdma_device: device.map(Into::into),
             allow_plain_rdma: false,
+            allow_plain_nccl: false,
         };
         let mut faults = Vec::new();
         args.validate(encrypted, &mut faults);
@@ -113,13 +125,16 @@ mod tests {
     #[test]
     fn a_transport_that_is_not_there_is_refused_by_name() {
         assert!(faults("auto", None, true).is_empty() && faults("tcp", Some("mlx5_0:1"), true).is_empty());
-        let refused = "--kv-transport must be one that this build has: this build has no NCCL, got nccl";
-        assert_eq!(faults("nccl", None, false), [refused]);
+        if !cfg!(feature = "nccl") {
+            let refused =
+                "--kv-transport must be one that this build has: this build has no NCCL (cargo feature nccl), got nccl";
+            assert_eq!(faults("nccl", None, false), [refused]);
+        }
         let both = faults("udp", Some("a:b"), false);
         assert!(both[0].starts_with("--kv-transport must be auto, tcp, rdma or nccl"), "{both:?}");
         assert!(both[1].starts_with("--kv-rdma-device must be NAME"), "{both:?}");
         let rdma = faults("rdma", None, true);
-        let reason = if cfg!(feature = "rdma") { "RDMA does not encrypt" } else { "this build has no RDMA" };
+        let reason = if cfg!(feature = "rdma") { "rdma does not encrypt" } else { "this build has no RDMA" };
         assert!(rdma[0].contains(reason), "{rdma:?}");
     }
 }

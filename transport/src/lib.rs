@@ -8,12 +8,13 @@
 //! The state machines of [`overfill_kv::handoff`] make all decisions: who may write, when blocks are free, when a
 //! handoff is over. This crate feeds them events and the time, and carries out their actions. Plans, reservations and
 //! outcomes are common to all transports. Each handoff has a TCP connection ([`tcp`]), which carries the KV, or only announces
-//! what [`rdma`] has written.
+//! what [`rdma`] or [`nccl`] moves.
 
 #![warn(clippy::large_futures)]
 
 pub mod bench;
 mod memory;
+pub mod nccl;
 mod plan;
 pub mod rdma;
 mod receiver;
@@ -34,7 +35,7 @@ pub use plan::SendPlan;
 pub use receiver::{IncomingHandoff, KvReceiver};
 pub use reservations::Reservation;
 pub use sender::{KvLayers, KvSender};
-pub use transports::{RdmaOptions, TransportChoice, TransportError, Transports};
+pub use transports::{TransportChoice, TransportError, TransportOptions, Transports};
 
 /// Limits of the KV transfer. Both sides of a handoff should use the same values.
 #[derive(Clone, Debug)]
@@ -71,7 +72,9 @@ impl Default for TransferConfig {
 impl TransferConfig {
     /// Maximum payload of a frame in bytes, if a block of a layer has `block_bytes` bytes.
     fn frame_limit(&self, block_bytes: usize) -> usize {
-        self.max_frame_bytes.max(block_bytes)
+        // A node that uses NCCL uses nothing else.
+        let limit = self.transports.nccl().map_or(self.max_frame_bytes, |agent| agent.piece_bytes());
+        limit.max(block_bytes)
     }
 }
 

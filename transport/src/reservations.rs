@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use overfill_kv::handoff::{Commit, HandoffSpec, ReceiverAction, ReceiverEvent, ReceiverHandoff, RefuseReason};
+use overfill_kv::handoff::{Commit, HandoffSpec, Piece, ReceiverAction, ReceiverEvent, ReceiverHandoff, RefuseReason};
 use overfill_kv::{BlockId, BlockLease, KvSchema, KvStore, RequestId, Ticket, TransferStats};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
@@ -131,6 +131,18 @@ impl Entry {
     pub fn blocks_of(&self, first_block: u32, blocks: u32) -> &[BlockId] {
         let from = (first_block - self.spec.held_blocks) as usize;
         &self.blocks[from..from + blocks as usize]
+    }
+
+    /// Block ids of a piece, if it is inside the attempt.
+    pub fn try_blocks_of(&self, piece: &Piece) -> Option<&[BlockId]> {
+        let from = piece.first_block.checked_sub(self.spec.held_blocks)? as usize;
+        let blocks = self.blocks.get(from..from.checked_add(piece.blocks as usize)?)?;
+        (piece.layer < self.spec.layers && !blocks.is_empty()).then_some(blocks)
+    }
+
+    /// A share of the blocks' lease. `None` if the transport has released it.
+    pub fn lease(&self) -> Option<Arc<BlockLease>> {
+        self.inner.lock().hold.clone()
     }
 
     pub fn next_tick(&self) -> Option<Instant> {

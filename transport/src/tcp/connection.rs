@@ -1,20 +1,23 @@
 //! Serves one connection on the receiver: hello, frames, commit. The attempt's state machine must admit each frame
 //! before any of its bytes are written.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use overfill_kv::handoff::{Piece, ReceiverAction, ReceiverEvent, RefuseReason, TRACE_TARGET, WriteMode};
+use overfill_kv::handoff::{Piece, ReceiverAction, ReceiverEvent, RefuseReason, TRACE_TARGET};
 use overfill_kv::{BlockId, KvTransport, PROTOCOL};
 use tokio::time::timeout;
 
-use super::format::{Format, HEADER_2_BYTES, Sums};
+use super::format::{Format, HEADER_2_BYTES, Sums, block_sums};
 use super::frame::{self, Answer, COMMIT_BYTES, Header, SUM_BYTES, is_sealed, next_sum};
-use super::hello::{self, Grant, Offer, Start};
+use super::hello::{self, Grant, Offer, Start, Way};
 use super::link::{Link, Opening};
 use super::newcomers::Newcomer;
 use super::payload::{Incoming, MoveError, read_full, write_full};
-use crate::rdma::Target;
+use super::target::Target;
+use crate::nccl::{Announced, Progress};
+use crate::rdma;
 use crate::reservations::{Entry, Shared};
 
 /// How long incoming bytes are read and discarded after a refusal. Closing at once would reset the connection, and the
@@ -112,7 +115,8 @@ async fn refuse(stream: &Link, answer: Answer) {
 /// ends, and not before the sender's one-sided access has ended (KV-1, KV-3). Created before anything is written.
 struct Writer<'a> {
     entry: &'a Entry,
-    target: Option<Target>,
+    target: Target,
+    stream: &'a Link,
     /// Whether `WriterStopped` is left to [`Writer::stop`].
     stopping: bool,
 }
@@ -120,9 +124,7 @@ struct Writer<'a> {
 impl Writer<'_> {
     async fn stop(mut self) -> Vec<ReceiverAction> {
         self.stopping = true;
-        if let Some(target) = self.target.take() {
-            target.revoke().await;
-        }
+        std::mem::take(&mut self.target).revoke(self.stream).await;
         self.entry.on_event(ReceiverEvent::WriterStopped)
     }
 }
@@ -130,20 +132,15 @@ impl Writer<'_> {
 impl Drop for Writer<'_> {
     fn drop(&mut self) {
         if !self.stopping {
-            // Destroys the queue pair.
-            self.target = None;
+            // Destroys the queue pair. Receives of NCCL keep their blocks themselves.
+            self.target = Target::Framed;
             self.entry.on_event(ReceiverEvent::WriterStopped);
         }
     }
 }
 
 /// Chooses the transport of an attempt, and prepares it. The reason to refuse the sender if there is none.
-async fn choose(
-    shared: &Shared,
-    entry: &Entry,
-    version: u32,
-    offer: &Offer,
-) -> Result<(Grant, Option<Target>), RefuseReason> {
+async fn choose(shared: &Shared, entry: &Entry, version: u32, offer: &Offer) -> Result<(Grant, Target), RefuseReason> {
     let transports = &shared.config.transports;
     let sums = if version == 1 { Sums::Chain } else { Sums::PerBlock };
     if offer.sums & sums as u8 == 0 {
@@ -156,17 +153,24 @@ async fn choose(
     if let (true, Some(peer), Some(pool)) = (common.contains(KvTransport::Rdma), &offer.rdma, transports.rdma()) {
         let piece_bytes = shared.config.frame_limit(shared.schema.block_bytes());
         let target =
-            async { Target::new(pool.queue(&entry.spec.ticket).await?, peer, &entry.blocks, piece_bytes).await };
+            async { rdma::Target::new(pool.queue(&entry.spec.ticket).await?, peer, &entry.blocks, piece_bytes).await };
         match target.await {
-            Ok(target) => {
-                let rdma = Some(target.grant());
-                return Ok((Grant { version, transport: KvTransport::Rdma, rdma }, Some(target)));
-            }
+            Ok(target) => return Ok((Grant { version, way: Way::Rdma(target.grant()) }, Target::Rdma(target))),
             Err(error) => tracing::warn!(request = %entry.request_id, %error, "this handoff can't use rdma"),
         }
     }
+    if let (true, Some(sender), Some(agent)) = (common.contains(KvTransport::Nccl), offer.nccl, transports.nccl()) {
+        match (agent.invite(sender).await, entry.lease()) {
+            (Ok(id), Some(lease)) => {
+                return Ok((Grant { version, way: Way::Nccl(id) }, Target::Nccl(agent.receiving(id, lease))));
+            }
+            // The attempt is over.
+            (Ok(_), None) => return Err(RefuseReason::Ticket),
+            (Err(error), _) => tracing::warn!(request = %entry.request_id, %error, "this handoff can't use nccl"),
+        }
+    }
     match common.contains(KvTransport::Tcp) {
-        true => Ok((Grant { version, transport: KvTransport::Tcp, rdma: None }, None)),
+        true => Ok((Grant { version, way: Way::Tcp }, Target::Framed)),
         false => Err(RefuseReason::Transport),
     }
 }
@@ -177,12 +181,12 @@ async fn handoff(shared: &Shared, entry: &Entry, stream: &Link, version: u32, of
         Ok(chosen) => chosen,
         Err(reason) => return Some(reason),
     };
-    let mode = if target.is_some() { WriteMode::OneSided } else { WriteMode::Framed };
+    let mode = target.mode();
     for action in entry.on_event(ReceiverEvent::Hello(offer.hello, mode)) {
         match action {
             ReceiverAction::Refuse(reason) => return Some(reason),
             ReceiverAction::Accept => {
-                let mut writer = Writer { entry, target, stopping: false };
+                let mut writer = Writer { entry, target, stream, stopping: false };
                 let framed = tokio::select! {
                     biased;
                     () = entry.stop.cancelled() => false,
@@ -193,7 +197,7 @@ async fn handoff(shared: &Shared, entry: &Entry, stream: &Link, version: u32, of
                 if !framed && !revoked {
                     return entry.tell();
                 }
-                shared.config.transports.count(grant.transport);
+                shared.config.transports.count(grant.way.transport());
                 let answer = frame::encode_answer(Answer::Confirm);
                 if !matches!(timeout(ANSWER_TIMEOUT, write_full(stream, &answer)).await, Ok(Ok(()))) {
                     tracing::debug!(request = %entry.request_id, "could not deliver the confirmation to the sender");
@@ -207,7 +211,7 @@ async fn handoff(shared: &Shared, entry: &Entry, stream: &Link, version: u32, of
 }
 
 /// Sends the accept answer, then reads frames until the state machine ends the connection. True if it confirms.
-async fn frames(shared: &Shared, entry: &Entry, stream: &Link, grant: &Grant, target: &mut Option<Target>) -> bool {
+async fn frames(shared: &Shared, entry: &Entry, stream: &Link, grant: &Grant, target: &mut Target) -> bool {
     let mut frames = Frames {
         shared,
         entry,
@@ -215,6 +219,9 @@ async fn frames(shared: &Shared, entry: &Entry, stream: &Link, grant: &Grant, ta
         format: Format::new(grant.version, shared.schema.kv_heads),
         incoming: Incoming::new(stream, Format::new(grant.version, 0).sums()),
         target,
+        header: [0; HEADER_2_BYTES],
+        have: 0,
+        pieces: 0,
     };
     let result = async {
         match grant.version {
@@ -236,7 +243,7 @@ async fn frames(shared: &Shared, entry: &Entry, stream: &Link, grant: &Grant, ta
     .await;
     match result {
         Ok(confirm) => confirm,
-        Err(error @ (MoveError::Io(_) | MoveError::Rdma(_))) => {
+        Err(error @ (MoveError::Io(_) | MoveError::Rdma(_) | MoveError::Nccl(_))) => {
             tracing::debug!(request = %entry.request_id, %error, "kv connection ended");
             entry.on_event(ReceiverEvent::Lost);
             false
@@ -256,16 +263,73 @@ struct Frames<'a> {
     stream: &'a Link,
     format: Format,
     incoming: Incoming<'a>,
-    target: &'a mut Option<Target>,
+    target: &'a mut Target,
+    /// The header that is being read, and how many of its bytes have come.
+    header: [u8; HEADER_2_BYTES],
+    have: usize,
+    /// Pieces that were announced to NCCL.
+    pieces: u32,
 }
 
 impl Frames<'_> {
-    /// Reads one frame and passes it to the state machine. Returns the actions that are left to the connection.
+    /// Reads the rest of a header. Cancel safe.
+    async fn fill_header(stream: &Link, header: &mut [u8], have: &mut usize) -> std::io::Result<()> {
+        while *have < header.len() {
+            match stream.try_read(&mut header[*have..]) {
+                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(n) => *have += n,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => stream.readable().await?,
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the next header, or for a piece that was announced before. Passes either to the state machine. Returns the
+    /// actions that are left to the connection.
     async fn next(&mut self) -> Result<Vec<ReceiverAction>, MoveError> {
+        let header = &mut self.header[..self.format.header_bytes()];
+        let reading = Self::fill_header(self.stream, header, &mut self.have);
+        if let Target::Nccl(receiving) = &mut *self.target {
+            let has_room = receiving.has_room();
+            tokio::select! {
+                biased;
+                progress = receiving.progress() => {
+                    let progress = progress?;
+                    return self.progressed(progress).await;
+                }
+                // Without room, the sender may send pings at most. They can wait.
+                filled = reading, if has_room => filled?,
+            }
+        } else {
+            reading.await?;
+        }
+        self.have = 0;
+        self.frame().await
+    }
+
+    /// Passes on what has happened to an announced piece.
+    async fn progressed(&mut self, progress: Progress) -> Result<Vec<ReceiverAction>, MoveError> {
+        let Announced { piece, header_sum, sum } = match progress {
+            Progress::Posted(number) => {
+                write_full(self.stream, &frame::encode_answer(Answer::Posted(number))).await?;
+                return Ok(Vec::new());
+            }
+            Progress::Arrived(announced) => announced,
+        };
+        if !self.entry.on_event(ReceiverEvent::Layer(piece)).contains(&ReceiverAction::Write(piece)) {
+            return Ok(Vec::new());
+        }
+        let blocks = self.entry.blocks_of(piece.first_block, piece.blocks);
+        let sums = self.shared.store.block_sums(piece.layer as usize, blocks)?;
+        Ok(self.landed(piece, block_sums(header_sum, &sums) == sum))
+    }
+
+    /// Handles the frame whose header was read.
+    async fn frame(&mut self) -> Result<Vec<ReceiverAction>, MoveError> {
         let (entry, stream, format) = (self.entry, self.stream, self.format);
-        let mut header = [0; HEADER_2_BYTES];
-        let header = &mut header[..format.header_bytes()];
-        read_full(stream, header).await?;
+        let header = self.header;
+        let header = &header[..format.header_bytes()];
         match format.decode(header) {
             Some(Header::Layer(piece, length)) => {
                 // Checked before memory is allocated or written.
@@ -283,15 +347,32 @@ impl Frames<'_> {
             Some(Header::Written(piece, number)) => {
                 let mut sum = [0; SUM_BYTES];
                 read_full(stream, &mut sum).await?;
-                if self.target.is_none() || self.payload_bytes(&piece).is_none() {
+                if self.payload_bytes(&piece).is_none() {
                     return Ok(entry.on_event(ReceiverEvent::Garbage));
+                }
+                match &mut *self.target {
+                    Target::Framed => return Ok(entry.on_event(ReceiverEvent::Garbage)),
+                    Target::Rdma(_) => {}
+                    // The state machine sees the piece when it has arrived: several are under way.
+                    Target::Nccl(receiving) => {
+                        let (header_sum, sum) = (next_sum(0, header), u64::from_le_bytes(sum));
+                        let Some(blocks) = entry.try_blocks_of(&piece).filter(|_| number == self.pieces) else {
+                            return Ok(entry.on_event(ReceiverEvent::Garbage));
+                        };
+                        receiving.receive(Announced { piece, header_sum, sum }, piece.layer as usize, blocks)?;
+                        self.pieces = self.pieces.wrapping_add(1);
+                        return Ok(Vec::new());
+                    }
                 }
                 if !entry.on_event(ReceiverEvent::Layer(piece)).contains(&ReceiverAction::Write(piece)) {
                     return Ok(Vec::new());
                 }
                 let blocks = entry.blocks_of(piece.first_block, piece.blocks);
                 let checksum_ok = self.written(piece.layer as usize, blocks, number, next_sum(0, header)).await? == sum;
-                if checksum_ok && let Some(target) = self.target.as_mut().filter(|target| target.is_staged()) {
+                if checksum_ok
+                    && let Target::Rdma(target) = &mut *self.target
+                    && target.is_staged()
+                {
                     target.take(piece.layer as usize, blocks)?;
                     write_full(stream, &frame::encode_answer(Answer::Taken)).await?;
                 }
@@ -308,6 +389,12 @@ impl Frames<'_> {
             Some(Header::Commit { first_token }) => {
                 let mut rest = [0; COMMIT_BYTES + SUM_BYTES];
                 read_full(stream, &mut rest).await?;
+                while let Target::Nccl(receiving) = &mut *self.target
+                    && !receiving.is_empty()
+                {
+                    let progress = receiving.progress().await?;
+                    self.progressed(progress).await?;
+                }
                 match format.decode_commit(first_token, header, &rest) {
                     Some((commit, exposed)) => Ok(entry.on_commit(commit, Duration::from_micros(exposed))),
                     None => Ok(entry.on_event(ReceiverEvent::Garbage)),
@@ -332,7 +419,7 @@ impl Frames<'_> {
         number: u32,
         sum: u64,
     ) -> Result<[u8; SUM_BYTES], MoveError> {
-        let Some(target) = self.target else {
+        let Target::Rdma(target) = &mut *self.target else {
             return Err(std::io::Error::from(std::io::ErrorKind::InvalidData).into());
         };
         target.arrived(number).await?;

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! sender   -> receiver   hello    "OFKV" version:u16 0:u16 ticket:[16] digest:[32] held_blocks:u32 prompt_tokens:u32 sum:u64
-//! receiver -> sender     answer   kind:u8 reason:u8 0:u16 sum:u64          accept | refuse | confirm | accepted | taken
+//! receiver -> sender     answer   kind:u8 reason:u8 0:u16 sum:u64          accept | refuse | confirm | accepted | taken | posted
 //! sender   -> receiver   frame    kind:u8 0:[3] length:u32 a:u32 b:u32 c:u32   payload:[length]   sum:u64
 //!     layer   a = layer, b = first block, c = number of blocks; payload = their bytes, in order
 //!     ping    no payload
@@ -12,12 +12,14 @@
 //!
 //! Version 2 answers a hello with `accepted`, after which a grant follows. A refusal because of the version has the
 //! receiver's oldest and newest version instead of the zeros. `taken` says that a slot of the receiver's staging memory is
-//! free again. Frames have a longer header:
+//! free again; `posted` that the receive for the next announced piece is posted, as which number of the communicator (24 bits after the kind).
+//! Frames have a longer header:
 //!
 //! ```text
 //! sender   -> receiver   frame    kind:u8 0:[3] length:u32 a:u32 b:u32 c:u32 first_head:u16 heads:u16 number:u32   ...
-//!     written a to c as in a layer frame; number = that of the one-sided write with immediate that ends the piece; no
-//!             payload, the checksum is the one that a layer frame would have
+//!     written a to c as in a layer frame; no payload, the checksum is the one that a layer frame would have. For RDMA, number is
+//!             that of the write with immediate that ends the piece. For NCCL, the piece is sent once its receive is posted,
+//!             and number counts the pieces of the attempt
 //! ```
 //!
 //! The checksum is XXH3 (64 bits) over all bytes before it. For a layer frame it is computed in steps: over the header,
@@ -51,6 +53,7 @@ const ANSWER_REFUSE: u8 = 2;
 const ANSWER_CONFIRM: u8 = 3;
 pub(super) const ACCEPTED: u8 = 4;
 const ANSWER_TAKEN: u8 = 5;
+const ANSWER_POSTED: u8 = 6;
 
 /// Decoded frame header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +86,8 @@ pub enum Answer {
     RefuseVersion(ProtocolVersions),
     /// A slot of the receiver's staging memory is free again.
     Taken,
+    /// The receive for the next announced piece is posted, with this number of 24 bits.
+    Posted(u32),
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -154,6 +159,10 @@ pub fn encode_answer(answer: Answer) -> [u8; ANSWER_BYTES] {
             [ANSWER_REFUSE, RefuseReason::Version as u8, oldest as u8, newest as u8]
         }
         Answer::Taken => [ANSWER_TAKEN, 0, 0, 0],
+        Answer::Posted(number) => {
+            let [a, b, c, _] = number.to_le_bytes();
+            [ANSWER_POSTED, a, b, c]
+        }
     };
     seal([kind, reason, a, b, 0, 0, 0, 0, 0, 0, 0, 0])
 }
@@ -172,6 +181,7 @@ pub fn decode_answer(bytes: &[u8; ANSWER_BYTES]) -> Option<Answer> {
             Some(Answer::RefuseVersion(ProtocolVersions { oldest: u32::from(oldest), newest: u32::from(newest) }))
         }
         [ANSWER_TAKEN, 0, 0, 0] => Some(Answer::Taken),
+        [ANSWER_POSTED, a, b, c] => Some(Answer::Posted(u32::from_le_bytes([a, b, c, 0]))),
         _ => None,
     }
 }
@@ -253,6 +263,7 @@ mod tests {
             Answer::Accepted,
             Answer::RefuseVersion(versions),
             Answer::Taken,
+            Answer::Posted(0x00ab_cdef),
         ] {
             assert_eq!(decode_answer(&encode_answer(answer)), Some(answer));
         }

@@ -4,15 +4,16 @@
 //! ```text
 //! hello    "OFKV" newest:u16 oldest:u16 length:u32                        length of what follows
 //!          ticket:[16] digest:[32] held_blocks:u32 prompt_tokens:u32
-//!          sums:u8 transports:u8 rank:u16 ranks:u16 0:u16 address         later versions may add fields here
+//!          sums:u8 transports:u8 rank:u16 ranks:u16 0:u16 address sender:[16]    later versions may add fields here
 //!          sum:u64
 //! accepted answer of kind 4, then
-//!          length:u32 version:u16 sums:u8 transport:u8 [address places] sum:u64       the brackets only for rdma
+//!          length:u32 version:u16 sums:u8 transport:u8 [address places | communicator:[128]] sum:u64
 //! address  qp:u32 psn:u32 gid:[16] lid:u16 mtu:u8 present:u8
 //! places   slots:u16 0:u16 slot_bytes:u32 layers:u32 blocks:u32 layers*(address:u64 key:u32) blocks*(id:u32)
 //! ```
 //!
-//! In a hello of version 1, `oldest` is 0. `sums` and `transports` are sets in a hello; the answer names one of each.
+//! `sender` identifies the sender to NCCL, and is 0 without it. A grant has address and places for RDMA, NCCL's id of the
+//! communicator for NCCL, and nothing for TCP. In a hello of version 1, `oldest` is 0. `sums` and `transports` are sets in a hello; the answer names one of each.
 //! `rank` of `ranks` counts the writers that fill one attempt together; receivers take one so far.
 
 use overfill_kv::handoff::Hello;
@@ -20,14 +21,16 @@ use overfill_kv::{KvTransport, PROTOCOL, ProtocolVersions, Ticket, TransportSet}
 
 use super::format::{Sums, sealed};
 use super::frame::{ACCEPTED, ANSWER_BYTES, HELLO_BYTES, MAGIC, SUM_BYTES, decode_hello, is_sealed, seal};
+use crate::nccl::{CommunicatorId, ID_BYTES, SenderId};
 use crate::rdma::{Grant as RdmaGrant, Place, Places, RdmaAddress};
 
 /// Bytes after which the length of a hello is known.
 pub const START_BYTES: usize = 12;
 /// Size of a hello of version 2 in bytes.
 pub const HELLO_2_BYTES: usize = START_BYTES + FIELDS_BYTES + SUM_BYTES;
-const FIELDS_BYTES: usize = 16 + 32 + 4 + 4 + 8 + ADDRESS_BYTES;
+const FIELDS_BYTES: usize = 16 + 32 + 4 + 4 + 8 + ADDRESS_BYTES + SENDER_BYTES;
 const ADDRESS_BYTES: usize = 28;
+const SENDER_BYTES: usize = 16;
 /// Maximum length of the rest of a hello, in bytes. It leaves room for later versions.
 const MAX_REST_BYTES: usize = 1024;
 
@@ -46,18 +49,20 @@ pub struct Offer {
     pub rank: (u16, u16),
     /// Queue pair of the sender, if it can use RDMA.
     pub rdma: Option<RdmaAddress>,
+    /// How the sender calls itself to this receiver, if it can use NCCL.
+    pub nccl: Option<SenderId>,
 }
 
 impl Offer {
     /// The offer of a sender of this program that fills the attempt alone.
-    pub fn new(hello: Hello, transports: TransportSet, rdma: Option<RdmaAddress>) -> Self {
-        Self { versions: PROTOCOL, hello, sums: Sums::PerBlock as u8, transports, rank: (0, 1), rdma }
+    pub fn new(hello: Hello, transports: TransportSet, rdma: Option<RdmaAddress>, nccl: Option<SenderId>) -> Self {
+        Self { versions: PROTOCOL, hello, sums: Sums::PerBlock as u8, transports, rank: (0, 1), rdma, nccl }
     }
 
     fn version_1(hello: Hello) -> Self {
         let transports = TransportSet::of(&[KvTransport::Tcp]);
         let versions = ProtocolVersions::UNSTATED;
-        Self { versions, hello, sums: Sums::Chain as u8, transports, rank: (0, 1), rdma: None }
+        Self { versions, hello, sums: Sums::Chain as u8, transports, rank: (0, 1), rdma: None, nccl: None }
     }
 }
 
@@ -89,7 +94,7 @@ pub fn decode_start(bytes: &[u8; START_BYTES]) -> Option<Start> {
 
 /// Encodes a hello of version 2.
 pub fn encode(offer: &Offer) -> Vec<u8> {
-    let Offer { versions, hello, sums, transports, rank, rdma } = offer;
+    let Offer { versions, hello, sums, transports, rank, rdma, nccl } = offer;
     let mut out = MAGIC.to_vec();
     out.extend((versions.newest as u16).to_le_bytes());
     out.extend((versions.oldest as u16).to_le_bytes());
@@ -103,6 +108,7 @@ pub fn encode(offer: &Offer) -> Vec<u8> {
         out.extend(number.to_le_bytes());
     }
     put_address(&mut out, rdma.as_ref());
+    out.extend(nccl.map_or([0; SENDER_BYTES], |sender| sender.0));
     sealed(out)
 }
 
@@ -125,7 +131,9 @@ pub fn decode(start: &[u8; START_BYTES], rest: &[u8]) -> Option<Offer> {
             let [sums, transports] = fields.take()?;
             let [rank, ranks, _] = [fields.u16()?, fields.u16()?, fields.u16()?];
             let rdma = fields.address()?;
-            Some(Offer { versions, hello, sums, transports: TransportSet(transports), rank: (rank, ranks), rdma })
+            let nccl = Some(SenderId(fields.take()?)).filter(|sender| sender.0 != [0; SENDER_BYTES]);
+            let transports = TransportSet(transports);
+            Some(Offer { versions, hello, sums, transports, rank: (rank, ranks), rdma, nccl })
         }
     }
 }
@@ -135,41 +143,69 @@ pub fn decode(start: &[u8; START_BYTES], rest: &[u8]) -> Option<Offer> {
 pub struct Grant {
     /// Version of the wire format.
     pub version: u32,
-    /// Transport of the KV.
-    pub transport: KvTransport,
-    /// Queue pair and memory of the receiver, for RDMA.
-    pub rdma: Option<RdmaGrant>,
+    /// Transport of the KV, and what the sender needs to use it.
+    pub way: Way,
+}
+
+/// How KV moves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// In frames.
+    Tcp,
+    /// To this queue pair and memory of the receiver.
+    Rdma(RdmaGrant),
+    /// Over this communicator.
+    Nccl(CommunicatorId),
+}
+
+impl Way {
+    /// The transport.
+    pub fn transport(&self) -> KvTransport {
+        match self {
+            Self::Tcp => KvTransport::Tcp,
+            Self::Rdma(_) => KvTransport::Rdma,
+            Self::Nccl(_) => KvTransport::Nccl,
+        }
+    }
 }
 
 /// Maximum size of a grant in bytes, after its length.
 pub fn max_grant_bytes(layers: usize, blocks: usize) -> usize {
-    4 + ADDRESS_BYTES + 16 + layers * 12 + blocks * 4 + SUM_BYTES
+    4 + (ADDRESS_BYTES + 16 + layers * 12 + blocks * 4).max(ID_BYTES) + SUM_BYTES
 }
 
 /// Encodes an answer that accepts, with a grant.
 pub fn encode_accepted(grant: &Grant) -> Vec<u8> {
-    let Grant { version, transport, rdma } = grant;
+    let Grant { version, way } = grant;
     let mut body = (*version as u16).to_le_bytes().to_vec();
-    body.extend([Sums::PerBlock as u8, *transport as u8]);
-    if let Some(RdmaGrant { address, places }) = rdma {
-        put_address(&mut body, Some(address));
-        let (slots, slot_bytes) = places.staging.unwrap_or((0, 0));
-        body.extend(slots.to_le_bytes());
-        body.extend([0; 2]);
-        body.extend(slot_bytes.to_le_bytes());
-        body.extend((places.layers.len() as u32).to_le_bytes());
-        body.extend((places.blocks.len() as u32).to_le_bytes());
-        for Place { address, key } in &places.layers {
-            body.extend(address.to_le_bytes());
-            body.extend(key.to_le_bytes());
+    body.extend([Sums::PerBlock as u8, way.transport() as u8]);
+    match way {
+        Way::Tcp => {}
+        Way::Rdma(RdmaGrant { address, places }) => {
+            put_address(&mut body, Some(address));
+            put_places(&mut body, places);
         }
-        places.blocks.iter().for_each(|id| body.extend(id.to_le_bytes()));
+        Way::Nccl(id) => body.extend(id.0),
     }
     let body = sealed(body);
     let mut out = seal::<ANSWER_BYTES>([ACCEPTED, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]).to_vec();
     out.extend((body.len() as u32).to_le_bytes());
     out.extend(body);
     out
+}
+
+fn put_places(out: &mut Vec<u8>, places: &Places) {
+    let (slots, slot_bytes) = places.staging.unwrap_or((0, 0));
+    out.extend(slots.to_le_bytes());
+    out.extend([0; 2]);
+    out.extend(slot_bytes.to_le_bytes());
+    out.extend((places.layers.len() as u32).to_le_bytes());
+    out.extend((places.blocks.len() as u32).to_le_bytes());
+    for Place { address, key } in &places.layers {
+        out.extend(address.to_le_bytes());
+        out.extend(key.to_le_bytes());
+    }
+    places.blocks.iter().for_each(|id| out.extend(id.to_le_bytes()));
 }
 
 /// Decodes a grant, without its length. `None` if the checksum is wrong or it is not a grant that this program can use.
@@ -183,24 +219,12 @@ pub fn decode_grant(bytes: &[u8]) -> Option<Grant> {
     if sums != Sums::PerBlock as u8 {
         return None;
     }
-    let transport = KvTransport::ALL.into_iter().find(|t| *t as u8 == transport)?;
-    if transport != KvTransport::Rdma {
-        return Some(Grant { version, transport, rdma: None });
-    }
-    let address = fields.address()??;
-    let [slots, _] = [fields.u16()?, fields.u16()?];
-    let [slot_bytes, layers, blocks] = [fields.u32()?, fields.u32()?, fields.u32()?];
-    // Checked before memory is allocated.
-    if fields.0.len() as u64 != u64::from(layers) * 12 + u64::from(blocks) * 4 {
-        return None;
-    }
-    let place =
-        |fields: &mut Fields<'_>| Some(Place { address: u64::from_le_bytes(fields.take()?), key: fields.u32()? });
-    let layers = (0..layers).map(|_| place(&mut fields)).collect::<Option<_>>()?;
-    let blocks = (0..blocks).map(|_| fields.u32()).collect::<Option<_>>()?;
-    let staging = (slots > 0).then_some((slots, slot_bytes));
-    let places = Places { staging, layers, blocks };
-    Some(Grant { version, transport, rdma: Some(RdmaGrant { address, places }) })
+    let way = match KvTransport::ALL.into_iter().find(|t| *t as u8 == transport)? {
+        KvTransport::Tcp => Way::Tcp,
+        KvTransport::Nccl => Way::Nccl(CommunicatorId(fields.take()?)),
+        KvTransport::Rdma => Way::Rdma(fields.rdma_grant()?),
+    };
+    Some(Grant { version, way })
 }
 
 fn put_address(out: &mut Vec<u8>, address: Option<&RdmaAddress>) {
@@ -237,6 +261,21 @@ impl Fields<'_> {
         let [mtu, present] = self.take()?;
         Some((present == 1).then_some(RdmaAddress { qp, psn, gid, lid, mtu }))
     }
+
+    fn rdma_grant(&mut self) -> Option<RdmaGrant> {
+        let address = self.address()??;
+        let [slots, _] = [self.u16()?, self.u16()?];
+        let [slot_bytes, layers, blocks] = [self.u32()?, self.u32()?, self.u32()?];
+        // Checked before memory is allocated.
+        if self.0.len() as u64 != u64::from(layers) * 12 + u64::from(blocks) * 4 {
+            return None;
+        }
+        let mut place = || Some(Place { address: u64::from_le_bytes(self.take()?), key: self.u32()? });
+        let layers = (0..layers).map(|_| place()).collect::<Option<_>>()?;
+        let blocks = (0..blocks).map(|_| self.u32()).collect::<Option<_>>()?;
+        let staging = (slots > 0).then_some((slots, slot_bytes));
+        Some(RdmaGrant { address, places: Places { staging, layers, blocks } })
+    }
 }
 
 #[cfg(test)]
@@ -251,7 +290,8 @@ mod tests {
     }
 
     fn offer() -> Offer {
-        Offer::new(hello(), TransportSet::of(&[KvTransport::Tcp, KvTransport::Rdma]), Some(ADDRESS))
+        let transports = TransportSet::of(&[KvTransport::Tcp, KvTransport::Rdma, KvTransport::Nccl]);
+        Offer::new(hello(), transports, Some(ADDRESS), Some(SenderId([4; 16])))
     }
 
     fn decode_all(bytes: &[u8]) -> Option<Offer> {
@@ -264,7 +304,7 @@ mod tests {
         let bytes = encode(&offer());
         assert_eq!(bytes.len(), HELLO_2_BYTES);
         assert_eq!(decode_all(&bytes), Some(offer()));
-        let without = Offer { rdma: None, ..offer() };
+        let without = Offer { rdma: None, nccl: None, ..offer() };
         assert_eq!(decode_all(&encode(&without)), Some(without));
         let first = decode_all(&encode_hello(&hello())).unwrap();
         assert_eq!((first.versions, first.hello), (ProtocolVersions::UNSTATED, hello()));
@@ -301,16 +341,17 @@ mod tests {
     fn direct() -> Grant {
         let layers = vec![Place { address: 1 << 40, key: 7 }, Place { address: 1 << 41, key: 8 }];
         let places = Places { staging: None, layers, blocks: vec![4, 5, 9] };
-        Grant { version: 2, transport: KvTransport::Rdma, rdma: Some(RdmaGrant { address: ADDRESS, places }) }
+        Grant { version: 2, way: Way::Rdma(RdmaGrant { address: ADDRESS, places }) }
     }
 
     #[test]
     fn grants_are_decoded() {
         let staging =
             Places { staging: Some((2, 1 << 20)), layers: vec![Place { address: 5, key: 6 }], blocks: vec![] };
-        let staged = Grant { rdma: Some(RdmaGrant { address: ADDRESS, places: staging }), ..direct() };
-        let tcp = Grant { version: 2, transport: KvTransport::Tcp, rdma: None };
-        for grant in [direct(), staged, tcp] {
+        let staged = Grant { way: Way::Rdma(RdmaGrant { address: ADDRESS, places: staging }), ..direct() };
+        let tcp = Grant { version: 2, way: Way::Tcp };
+        let nccl = Grant { version: 2, way: Way::Nccl(CommunicatorId([8; ID_BYTES])) };
+        for grant in [direct(), staged, tcp, nccl] {
             let bytes = encode_accepted(&grant);
             let body = &bytes[ANSWER_BYTES + 4..];
             assert_eq!(bytes[ANSWER_BYTES..ANSWER_BYTES + 4], (body.len() as u32).to_le_bytes());

@@ -8,9 +8,11 @@ pub mod frame;
 pub mod hello;
 mod link;
 mod listener;
+mod mover;
 mod newcomers;
 pub(crate) mod payload;
 mod sender;
+mod target;
 
 pub use link::{Dialer, Link, Opening, PlainListener, plain_dialer};
 pub(crate) use listener::accept;

@@ -9,6 +9,7 @@ use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use super::format::Sums;
 use super::frame::{SUM_BYTES, next_sum};
 use super::link::Link;
+use crate::nccl::NcclError;
 use crate::rdma::RdmaError;
 use overfill_kv::{BlockId, KvMemory, KvStore, StoreError};
 
@@ -25,6 +26,8 @@ pub(crate) enum MoveError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Rdma(RdmaError),
+    #[error(transparent)]
+    Nccl(#[from] NcclError),
 }
 
 impl From<RdmaError> for MoveError {

@@ -16,11 +16,13 @@ use tokio::time::Instant;
 
 use super::answers::{AnswerReader, Reply};
 use super::format::Format;
-use super::frame::{self, ANSWER_BYTES, Answer, Header, next_sum};
-use super::hello::{self, Grant, Offer};
+use super::frame::{self, ANSWER_BYTES, Answer};
+use super::hello::{self, Grant, Way};
 use super::link::{Dialer, Link};
+use super::mover::{Blocks, Local, Mover, broken};
 use super::payload::{MoveError, Outgoing};
-use crate::rdma::{self, Source};
+use crate::nccl;
+use crate::rdma;
 use crate::sender::{Command, Control};
 use crate::{HandoffError, SendPlan, TransferConfig, Transports};
 
@@ -41,43 +43,23 @@ pub(crate) async fn send(
         let problem = "it speaks version 1 of the wire format, which has only tcp".to_owned();
         return Err(HandoffError::Transport { transports: usable.to_string(), endpoint, problem });
     }
-    let local = match config.transports.rdma() {
-        Some(pool) if version > 1 => match pool.queue(&plan.ticket).await {
-            Ok(local) => Some(local),
-            Err(error) if usable.contains(KvTransport::Tcp) => {
-                tracing::warn!(request = %plan.request_id, %error, "this handoff does not offer rdma");
-                None
-            }
-            Err(error) => {
-                let problem = error.to_string();
-                return Err(HandoffError::Transport { transports: usable.to_string(), endpoint, problem });
-            }
-        },
-        _ => None,
-    };
+    let local = Local::prepare(version, &plan, &config).await?;
     Shell::new(version, local, plan, store, config, queue, control).run().await
-}
-
-/// How the bytes of pieces move.
-enum Mover {
-    /// In the frames.
-    Framed,
-    /// One-sided writes.
-    Rdma(Box<rdma::Writer>),
 }
 
 /// Drives the state machine: passes it events and carries out its actions.
 struct Shell {
     // Declared first: what reads the blocks ends before their lease.
     mover: Mover,
-    /// The queue pair that is offered, until it is used.
-    local: Option<rdma::Queue>,
+    local: Local,
     format: Format,
     transports: Arc<Transports>,
     /// Maximum blocks per piece.
     piece_blocks: u32,
     /// Free slots of the receiver's staging area, if it has one.
     credits: Option<Arc<Semaphore>>,
+    /// The same as in `mover`, also while a piece is being announced.
+    sending: Option<Arc<nccl::Sending>>,
     peer_versions: Option<ProtocolVersions>,
     /// The transport that was chosen.
     transport: KvTransport,
@@ -103,7 +85,7 @@ struct Shell {
 impl Shell {
     fn new(
         version: u32,
-        local: Option<rdma::Queue>,
+        local: Local,
         plan: SendPlan,
         store: Arc<dyn KvStore>,
         config: TransferConfig,
@@ -136,9 +118,7 @@ impl Shell {
             idle_timeout: config.idle_timeout,
         };
         let mut piece_blocks = (config.frame_limit(block_bytes) / block_bytes.max(1)) as u32;
-        if local.is_some() {
-            piece_blocks = piece_blocks.min(rdma::MAX_PIECE_BLOCKS);
-        }
+        piece_blocks = piece_blocks.min(local.max_piece_blocks().unwrap_or(u32::MAX));
         let answer = AnswerReader::new(hello::max_grant_bytes(schema.layers.len(), spec.blocks as usize));
         Self {
             mover: Mover::Framed,
@@ -147,6 +127,7 @@ impl Shell {
             transports: config.transports,
             piece_blocks,
             credits: None,
+            sending: None,
             peer_versions: None,
             transport: KvTransport::Tcp,
             machine: SenderHandoff::new(spec, piece_blocks, Duration::ZERO),
@@ -190,6 +171,12 @@ impl Shell {
                 self.credits.iter().for_each(|credits| credits.add_permits(1));
                 return;
             }
+            Ok(Reply::Answer(Answer::Posted(number))) if self.sending.is_some() => {
+                if let Some(Err(error)) = self.sending.as_ref().map(|sending| sending.posted(number)) {
+                    self.on_error(io::Error::other(error));
+                }
+                return;
+            }
             // Not expected in this version or state.
             Ok(_) => return self.on_error(io::ErrorKind::InvalidData.into()),
             Err(error) => return self.on_error(error),
@@ -199,14 +186,15 @@ impl Shell {
 
     /// Takes up what the receiver has chosen.
     async fn on_grant(&mut self, grant: Grant) {
-        let local = self.local.take();
-        let Grant { version, transport, rdma } = grant;
+        let local = self.local.queue.take();
+        let Grant { version, way } = grant;
+        let transport = way.transport();
         if version != self.format.version() || !self.transports.usable().contains(transport) {
             return self
                 .on_error(io::Error::new(io::ErrorKind::InvalidData, "the receiver chose what was not offered"));
         }
-        match (transport, local, rdma) {
-            (KvTransport::Rdma, Some(local), Some(grant)) => {
+        match (way, local) {
+            (Way::Rdma(grant), Some(local)) => {
                 let spec = self.machine.spec();
                 let size = (spec.layers as usize, spec.blocks as usize);
                 let piece_bytes = self.piece_blocks as usize * spec.block_bytes;
@@ -218,9 +206,21 @@ impl Shell {
                     Err(error) => return self.on_error(io::Error::other(error)),
                 }
             }
-            (KvTransport::Tcp, unused, _) => {
+            (Way::Tcp, unused) => {
                 if let Some(unused) = unused {
                     unused.end().await;
+                }
+            }
+            (Way::Nccl(id), None) => {
+                let (Some(agent), Some(lease)) = (self.transports.nccl(), &self.lease) else {
+                    return self.on_error(io::ErrorKind::InvalidData.into());
+                };
+                match agent.sending(&self.address, id, lease.clone()).await {
+                    Ok(sending) => {
+                        self.mover = Mover::Nccl(sending.clone(), 0);
+                        self.sending = Some(sending);
+                    }
+                    Err(error) => return self.on_error(io::Error::other(error)),
                 }
             }
             _ => return self.on_error(io::ErrorKind::InvalidData.into()),
@@ -232,23 +232,13 @@ impl Shell {
 
     /// The first message.
     fn hello(&self, hello: &Hello) -> Vec<u8> {
-        match self.format.version() {
-            1 => frame::encode_hello(hello).to_vec(),
-            _ => {
-                let (mut offered, local) = (self.transports.usable(), self.local.as_ref());
-                if local.is_none() {
-                    offered.0 &= !(KvTransport::Rdma as u8);
-                }
-                hello::encode(&Offer::new(*hello, offered, local.map(rdma::Queue::address)))
-            }
-        }
+        self.local.hello(self.format.version(), hello, self.transports.usable())
     }
 
     /// Ends what reads the blocks (KV-2).
-    async fn stop_reading(&mut self) {
-        if let Mover::Rdma(writer) = std::mem::replace(&mut self.mover, Mover::Framed) {
-            writer.close().await;
-        }
+    async fn stop_reading(&mut self, stream: &Link) {
+        self.sending = None;
+        std::mem::take(&mut self.mover).stop(stream, &mut self.answer).await;
     }
 
     async fn run(mut self) -> Result<TransferStats, HandoffError> {
@@ -319,7 +309,7 @@ impl Shell {
                     SenderAction::Finish(outcome) => self.outcome = Some(outcome),
                     // This task and its queue pair are the only readers of the blocks.
                     SenderAction::Disconnect => {
-                        self.stop_reading().await;
+                        self.stop_reading(stream).await;
                         self.on_event(SenderEvent::Stopped);
                     }
                     SenderAction::ReleaseBlocks => self.lease = None,
@@ -338,26 +328,11 @@ impl Shell {
         let from = piece.first_block as usize;
         let ids = self.blocks[from..from + piece.blocks as usize].to_vec();
         let layer = self.layers[piece.layer as usize] as usize;
-        let (format, held_blocks) = (self.format, self.machine.spec().held_blocks);
-        let mut mover = std::mem::replace(&mut self.mover, Mover::Framed);
+        let first = (piece.first_block - self.machine.spec().held_blocks) as usize;
+        let mut mover = std::mem::take(&mut self.mover);
         let sent = {
-            let mut sending = std::pin::pin!(async {
-                match &mut mover {
-                    Mover::Framed => {
-                        let length = (ids.len() * store.block_bytes()) as u32;
-                        out.frame(&format.encode(&Header::Layer(piece, length)), &*store, layer, &ids).await
-                    }
-                    Mover::Rdma(writer) => {
-                        let header = format.encode(&Header::Written(piece, writer.next_number()));
-                        let first = (piece.first_block - held_blocks) as usize;
-                        let source = Source { wire_layer: piece.layer as usize, store_layer: layer, first, ids: &ids };
-                        let sum = writer.write(&source, format.sums(), next_sum(0, &header)).await?;
-                        out.push(&header);
-                        out.push(&sum.to_le_bytes());
-                        Ok(out.flush().await?)
-                    }
-                }
-            });
+            let blocks = Blocks { piece, first, store: &*store, layer, ids: &ids };
+            let mut sending = std::pin::pin!(mover.send(blocks, self.format, out));
             self.drive(stream, &mut sending).await
         };
         self.mover = mover;
@@ -384,7 +359,9 @@ impl Shell {
                         self.on_error(io::Error::other(error));
                     }
                     Err(MoveError::Rdma(error)) => self.on_write_error(stream, io::Error::other(error)),
+                    Err(MoveError::Nccl(error)) => self.on_write_error(stream, io::Error::other(error)),
                 },
+                error = broken(self.sending.clone()) => self.on_write_error(stream, error),
                 () = tokio::time::sleep_until(due) => self.on_event(SenderEvent::Tick),
             }
         }
@@ -408,6 +385,7 @@ impl Shell {
                 Command::Commit(first_token) => self.on_event(SenderEvent::Commit { first_token }),
             },
             Err(error) = out.flush_then_pend() => self.on_write_error(stream, error),
+            error = broken(self.sending.clone()) => self.on_write_error(stream, error),
             () = tokio::time::sleep_until(due) => self.on_event(SenderEvent::Tick),
         }
     }

@@ -18,14 +18,14 @@ use std::time::{Duration, Instant};
 use overfill_kv::handoff::{Failure, HandoffState, RefuseReason};
 use overfill_kv::store::{DmaBufRegion, KvRegion};
 use overfill_kv::{BlockId, KvEndpoint, KvMemory, KvStore, KvTransport, ProtocolVersions, StoreError};
-use overfill_transport::{HandoffError, KvSender, RdmaOptions, TransferConfig, TransportChoice, Transports};
+use overfill_transport::{HandoffError, KvSender, TransferConfig, TransportChoice, TransportOptions, Transports};
 use rig::{Rig, Staged, failed, until};
 
 const RDMA: TransportChoice = TransportChoice::Only(KvTransport::Rdma);
 
 /// Transports over the system's first device. `None` if it has none, which is said.
 fn open(choice: TransportChoice, store: Arc<dyn KvStore>) -> Option<Arc<Transports>> {
-    match Transports::open(choice, &RdmaOptions::default(), store) {
+    match Transports::open(choice, &TransportOptions::default(), store) {
         Ok(transports) => Some(transports),
         Err(error) if std::env::var_os("OVERFILL_RDMA_REQUIRED").is_some() => panic!("{error}"),
         Err(error) => {

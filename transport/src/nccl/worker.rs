@@ -1,0 +1,221 @@
+//! The thread of a GPU: makes communicators, posts transfers, and ends what fails.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use cudarc::driver::CudaContext;
+use tokio::sync::oneshot;
+
+use super::api::{self, Direction, Raw};
+use super::communicator::{Communicator, Transfer};
+use super::turns::Turns;
+use super::{CommunicatorId, NcclError, NcclOptions, SenderId};
+
+/// Pause between looks at what is under way.
+const POLL: Duration = Duration::from_micros(20);
+/// Communicators at once. Each takes memory of the GPU. The one that was not used for longest makes room.
+const MAX_COMMUNICATORS: usize = 64;
+/// Receivers that this side remembers.
+const MAX_ENDPOINTS: usize = 1024;
+
+pub(super) enum Command {
+    /// A handoff to a receiver begins.
+    Introduce { endpoint: String, proposed: SenderId, reply: oneshot::Sender<SenderId> },
+    /// A handoff from a sender begins.
+    Invite { sender: SenderId, reply: oneshot::Sender<Result<CommunicatorId, NcclError>> },
+    /// The receiver at `endpoint` has named a communicator.
+    Join { endpoint: String, id: CommunicatorId, reply: oneshot::Sender<Result<(), NcclError>> },
+    /// Moves blocks. `number` is that of the receiver; a receive has none yet.
+    Transfer { id: CommunicatorId, direction: Direction, number: u32, transfer: Transfer },
+    /// Ends a communicator.
+    GiveUp { id: CommunicatorId },
+}
+
+/// How this side calls itself to a receiver, and their communicator.
+struct Endpoint {
+    sender: SenderId,
+    id: Option<CommunicatorId>,
+}
+
+pub(super) struct Worker {
+    context: Arc<CudaContext>,
+    options: NcclOptions,
+    queue: Receiver<Command>,
+    communicators: HashMap<CommunicatorId, Communicator>,
+    /// Receives that are not posted yet.
+    turns: Turns<CommunicatorId, Transfer>,
+    endpoints: HashMap<String, Endpoint>,
+    senders: HashMap<SenderId, CommunicatorId>,
+}
+
+impl Worker {
+    pub fn new(context: Arc<CudaContext>, options: NcclOptions, queue: Receiver<Command>) -> Self {
+        let (communicators, turns) = (HashMap::new(), Turns::new());
+        Self { context, options, queue, communicators, turns, endpoints: HashMap::new(), senders: HashMap::new() }
+    }
+
+    /// Runs until the agent is dropped.
+    pub fn run(mut self) {
+        loop {
+            let command = match self.is_busy() {
+                true => self.queue.recv_timeout(POLL),
+                false => self.queue.recv().map_err(RecvTimeoutError::from),
+            };
+            match command {
+                Ok(command) => self.on_command(command),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            self.poll();
+        }
+        let ids: Vec<_> = self.communicators.keys().copied().collect();
+        ids.iter().for_each(|id| self.end(id, &NcclError::Ended));
+    }
+
+    fn is_busy(&self) -> bool {
+        !self.turns.is_empty() || self.communicators.values().any(|communicator| !communicator.is_idle())
+    }
+
+    fn on_command(&mut self, command: Command) {
+        match command {
+            // A caller that has gone does not wait for the answer.
+            Command::Introduce { endpoint, proposed, reply } => {
+                let _ = reply.send(self.introduce(endpoint, proposed));
+            }
+            Command::Invite { sender, reply } => {
+                let _ = reply.send(self.invite(sender));
+            }
+            Command::Join { endpoint, id, reply } => {
+                let _ = reply.send(self.join(endpoint, id));
+            }
+            Command::Transfer { id, direction, number, transfer } => self.transfer(id, direction, number, transfer),
+            Command::GiveUp { id } => self.end(&id, &NcclError::Timeout("a piece")),
+        }
+    }
+
+    fn introduce(&mut self, endpoint: String, proposed: SenderId) -> SenderId {
+        if self.endpoints.len() >= MAX_ENDPOINTS {
+            self.endpoints.retain(|_, endpoint| endpoint.id.is_some());
+        }
+        self.endpoints.entry(endpoint).or_insert(Endpoint { sender: proposed, id: None }).sender
+    }
+
+    fn invite(&mut self, sender: SenderId) -> Result<CommunicatorId, NcclError> {
+        if let Some(id) = self.senders.get(&sender) {
+            return Ok(*id);
+        }
+        let id = api::new_id()?;
+        self.create(id, Direction::Receive)?;
+        self.senders.insert(sender, id);
+        Ok(id)
+    }
+
+    fn join(&mut self, endpoint: String, id: CommunicatorId) -> Result<(), NcclError> {
+        if self.communicators.contains_key(&id) {
+            return Ok(());
+        }
+        let known = self.endpoints.get_mut(&endpoint).ok_or(NcclError::Ended)?;
+        // The receiver has made another one, so the one before has ended there.
+        if let Some(before) = known.id.replace(id) {
+            let sender = known.sender;
+            self.end(&before, &NcclError::Ended);
+            self.endpoints.insert(endpoint, Endpoint { sender, id: Some(id) });
+        }
+        self.create(id, Direction::Send)
+    }
+
+    fn create(&mut self, id: CommunicatorId, direction: Direction) -> Result<(), NcclError> {
+        if self.communicators.len() >= MAX_COMMUNICATORS {
+            let idle = self.communicators.iter().filter(|(_, communicator)| communicator.is_idle());
+            let oldest = idle.min_by_key(|(_, communicator)| communicator.last_used).map(|(id, _)| *id);
+            self.end(&oldest.ok_or(NcclError::Busy("communicators"))?, &NcclError::Ended);
+        }
+        tracing::info!(?id, ?direction, "joining a communicator");
+        let raw = Raw::join(&self.context, &id, direction)?;
+        self.communicators.insert(id, Communicator::new(raw, direction, &self.options));
+        Ok(())
+    }
+
+    fn transfer(&mut self, id: CommunicatorId, direction: Direction, number: u32, transfer: Transfer) {
+        let Some(communicator) = self.communicators.get_mut(&id).filter(|c| c.direction() == direction) else {
+            return transfer.end(Err(NcclError::Ended));
+        };
+        communicator.last_used = Instant::now();
+        match direction {
+            Direction::Receive => self.turns.push(id, transfer),
+            Direction::Send => {
+                if let Err((transfer, error)) = communicator.hold(number, transfer) {
+                    transfer.end(Err(error.clone()));
+                    self.end(&id, &error);
+                }
+            }
+        }
+    }
+
+    /// Takes note of what has ended, and posts what may be posted.
+    fn poll(&mut self) {
+        let now = Instant::now();
+        let mut failed = Vec::new();
+        for (id, communicator) in &mut self.communicators {
+            let mut ended = 0;
+            if let Err(error) = communicator.poll(now, &mut ended) {
+                failed.push((*id, error));
+            }
+            if communicator.direction() == Direction::Receive {
+                (0..ended).for_each(|_| self.turns.ended());
+            }
+        }
+        failed.iter().for_each(|(id, error)| self.end(id, error));
+        loop {
+            let able = |id: &CommunicatorId| self.communicators.get(id).is_some_and(Communicator::is_ready);
+            let Some((id, receive)) = self.turns.next(able) else { return };
+            if !receive.report.is_wanted() {
+                self.turns.ended();
+                receive.end(Err(NcclError::Ended));
+            } else if let Some(communicator) = self.communicators.get_mut(&id)
+                && let Err(error) = communicator.start(receive)
+            {
+                self.end(&id, &error);
+            }
+        }
+    }
+
+    /// Ends a communicator and its transfers.
+    fn end(&mut self, id: &CommunicatorId, error: &NcclError) {
+        let Some(communicator) = self.communicators.remove(id) else { return };
+        self.senders.retain(|_, other| other != id);
+        self.endpoints.retain(|_, endpoint| endpoint.id != Some(*id));
+        if communicator.direction() == Direction::Receive {
+            (0..communicator.under_way()).for_each(|_| self.turns.ended());
+        }
+        let waiting = self.turns.remove(id);
+        tracing::info!(?id, %error, "ending a communicator");
+        let (raw, transfers) = communicator.into_parts();
+        abort(raw, self.options.abort_timeout);
+        transfers.into_iter().chain(waiting).for_each(|transfer| transfer.end(Err(error.clone())));
+    }
+}
+
+/// Ends a communicator. When this returns, nothing that was queued on it accesses memory any more. If that does not happen in
+/// time, the process ends: the KV memory can't be used again, since the device may still write to it.
+fn abort(raw: Raw, within: Duration) {
+    let (done, ended) = std::sync::mpsc::sync_channel(1);
+    let thread = std::thread::Builder::new().name("nccl-abort".into()).spawn(move || done.send(raw.abort()));
+    let problem = match thread {
+        Ok(thread) => match ended.recv_timeout(within) {
+            Ok(Ok(())) => {
+                // The thread has nothing left to do.
+                let _ = thread.join();
+                return;
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("not ended within {} seconds", within.as_secs_f64()),
+        },
+        Err(error) => error.to_string(),
+    };
+    tracing::error!(problem, "a communicator of NCCL can't be aborted; this process ends, since its KV memory is lost");
+    // Not `exit`: CUDA's exit handlers would wait for the kernel that does not end.
+    std::process::abort();
+}
