@@ -1,15 +1,16 @@
 //! Valid, small inputs to start from. Together they cover what each target accepts.
 
 use overfill_kv::handoff::{Commit, Hello, Piece, RefuseReason};
-use overfill_kv::{KvTransport, SamplingParams, Ticket, TransportSet};
+use overfill_kv::{SamplingParams, Ticket, TransportSet};
 use overfill_model::ModelConfig;
 use overfill_proto::v1;
+use overfill_transport::nccl::SenderId;
 use overfill_transport::rdma::{self, Place, Places, RdmaAddress};
 use overfill_transport::tcp::format::Format;
 use overfill_transport::tcp::frame::{
     ANSWER_BYTES, Answer, Header, encode_answer, encode_commit, encode_header, encode_hello, encode_ping,
 };
-use overfill_transport::tcp::hello::{self, Grant, Offer};
+use overfill_transport::tcp::hello::{self, Grant, Offer, Way};
 use prost::Message;
 use serde_json::{Map, Value, json};
 
@@ -50,10 +51,10 @@ fn frames() -> Vec<(&'static str, Vec<u8>)> {
     let piece = Piece { layer: 1, first_block: 2, blocks: 3 };
     let address = RdmaAddress { qp: 17, psn: 5, gid: [7; 16], lid: 0, mtu: 5 };
     let places = Places { staging: None, layers: vec![Place { address: 1 << 40, key: 7 }], blocks: vec![4, 5] };
-    let grant = Grant { version: 2, transport: KvTransport::Rdma, rdma: Some(rdma::Grant { address, places }) };
+    let grant = Grant { version: 2, way: Way::Rdma(rdma::Grant { address, places }) };
     vec![
         ("hello", encode_hello(&hello).to_vec()),
-        ("hello-2", hello::encode(&Offer::new(hello, TransportSet(3), Some(address)))),
+        ("hello-2", hello::encode(&Offer::new(hello, TransportSet(3), Some(address), Some(SenderId([6; 16]))))),
         ("grant", hello::encode_accepted(&grant)[ANSWER_BYTES + 4..].to_vec()),
         ("written", Format::new(2, 8).encode(&Header::Written(piece, 9))),
         ("accept", encode_answer(Answer::Accept).to_vec()),

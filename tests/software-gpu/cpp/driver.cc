@@ -5,6 +5,8 @@
 // too early changes what the work reads. The seed decides. SOFTWARE_GPU_* variables (see the crate's documentation) set
 // the seed, the size of memory and faults.
 #include "driver.h"
+#include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <deque>
 #include <functional>
@@ -38,11 +40,16 @@ struct Event {
     uint64_t completed = 0;
 };
 
-// Queued work. It can run when the event that it waits for has completed.
+// Queued work. It can run when the event that it waits for has completed, or what is done outside of the streams.
 struct Work {
     std::function<void()> run;
     std::shared_ptr<Event> waits_for;
     uint64_t ticket = 0;
+    std::function<bool()> is_done_outside;
+
+    bool can_run() const {
+        return (!waits_for || waits_for->completed >= ticket) && (!is_done_outside || is_done_outside());
+    }
 };
 
 struct Graph {
@@ -97,8 +104,7 @@ bool step() {
     std::vector<Stream *> able;
     for (Stream *stream : streams) {
         if (stream->queue.empty()) continue;
-        const Work &work = stream->queue.front();
-        if (!work.waits_for || work.waits_for->completed >= work.ticket) able.push_back(stream);
+        if (stream->queue.front().can_run()) able.push_back(stream);
     }
     if (able.empty()) return false;
     Stream *stream = able[software_gpu::random() % able.size()];
@@ -109,14 +115,32 @@ bool step() {
     return true;
 }
 
+// Whether a stream waits for what is done outside.
+bool waits_for_outside() {
+    return std::any_of(streams.begin(), streams.end(), [](const Stream *stream) {
+        return !stream->queue.empty() && stream->queue.front().is_done_outside;
+    });
+}
+
+// Lets other threads make calls, and what is outside go on. The caller holds the mutex once.
+void wait_for_outside() {
+    mutex.unlock();
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+    mutex.lock();
+}
+
 void run_until(const std::function<bool()> &condition) {
     while (!condition()) {
-        if (!step()) software_gpu::fault("streams wait for events that nobody records");
+        if (step()) continue;
+        if (!waits_for_outside()) software_gpu::fault("streams wait for events that nobody records");
+        wait_for_outside();
     }
 }
 
+// As in CUDA, this waits for kernels that wait for another process.
 void run_all() {
-    while (step()) {
+    while (step() || waits_for_outside()) {
+        if (waits_for_outside()) wait_for_outside();
     }
 }
 
@@ -172,7 +196,15 @@ std::shared_ptr<Event> event_of(void *handle) {
 
 void software_gpu_enqueue(void *stream, std::function<void()> run) {
     std::lock_guard<std::recursive_mutex> guard(mutex);
-    enqueue(stream_of(stream), {std::move(run), nullptr, 0});
+    enqueue(stream_of(stream), {std::move(run), nullptr, 0, nullptr});
+}
+
+void software_gpu_enqueue_outside(void *stream, std::function<void()> start, std::function<bool()> is_done) {
+    std::lock_guard<std::recursive_mutex> guard(mutex);
+    // A capture would need the work of each launch.
+    if (stream_of(stream)->capture) software_gpu::fault("work outside of the streams can't be captured");
+    enqueue(stream_of(stream), {std::move(start), nullptr, 0, nullptr});
+    enqueue(stream_of(stream), {nullptr, nullptr, 0, std::move(is_done)});
 }
 
 bool software_gpu_is_device_memory(const void *at, size_t bytes) {
@@ -248,7 +280,7 @@ END
 CALL(cuStreamWaitEvent(void *stream, void *event, unsigned))
     auto found = event_of(event);
     if (!found) return INVALID_VALUE;
-    enqueue(stream_of(stream), {nullptr, found, found->recorded});
+    enqueue(stream_of(stream), {nullptr, found, found->recorded, nullptr});
 END
 
 CALL(cuEventCreate(void **event, unsigned))
@@ -261,7 +293,7 @@ CALL(cuEventRecord(void *event, void *stream))
     auto found = event_of(event);
     if (!found) return INVALID_VALUE;
     const uint64_t ticket = ++found->recorded;
-    enqueue(stream_of(stream), {[found, ticket] { found->completed = std::max(found->completed, ticket); }, nullptr, 0});
+    enqueue(stream_of(stream), {[found, ticket] { found->completed = std::max(found->completed, ticket); }, nullptr, 0, nullptr});
 END
 CALL(cuEventQuery(void *event))
     auto found = event_of(event);
@@ -310,18 +342,18 @@ CALL(cuMemcpyHtoDAsync_v2(uintptr_t to, const void *from, size_t bytes, void *st
     if (!inside(device_memory, to, bytes)) return INVALID_VALUE;
     void *target = reinterpret_cast<void *>(to);
     if (inside(pinned_memory, reinterpret_cast<uintptr_t>(from), bytes)) {
-        enqueue(stream_of(stream), {[=] { std::memcpy(target, from, bytes); }, nullptr, 0});
+        enqueue(stream_of(stream), {[=] { std::memcpy(target, from, bytes); }, nullptr, 0, nullptr});
     } else {
         // The driver copies pageable memory before it returns.
         if (stream_of(stream)->capture) return CAPTURE_UNSUPPORTED;
         auto copy = std::make_shared<std::vector<char>>(static_cast<const char *>(from), static_cast<const char *>(from) + bytes);
-        enqueue(stream_of(stream), {[=] { std::memcpy(target, copy->data(), bytes); }, nullptr, 0});
+        enqueue(stream_of(stream), {[=] { std::memcpy(target, copy->data(), bytes); }, nullptr, 0, nullptr});
     }
 END
 CALL(cuMemcpyDtoHAsync_v2(void *to, uintptr_t from, size_t bytes, void *stream))
     if (!inside(device_memory, from, bytes)) return INVALID_VALUE;
     const void *source = reinterpret_cast<const void *>(from);
-    enqueue(stream_of(stream), {[=] { std::memcpy(to, source, bytes); }, nullptr, 0});
+    enqueue(stream_of(stream), {[=] { std::memcpy(to, source, bytes); }, nullptr, 0, nullptr});
     // A copy to pageable memory ends before the call returns.
     if (!inside(pinned_memory, reinterpret_cast<uintptr_t>(to), bytes)) {
         if (stream_of(stream)->capture) return CAPTURE_UNSUPPORTED;
@@ -330,11 +362,11 @@ CALL(cuMemcpyDtoHAsync_v2(void *to, uintptr_t from, size_t bytes, void *stream))
 END
 CALL(cuMemcpyDtoDAsync_v2(uintptr_t to, uintptr_t from, size_t bytes, void *stream))
     if (!inside(device_memory, to, bytes) || !inside(device_memory, from, bytes)) return INVALID_VALUE;
-    enqueue(stream_of(stream), {[=] { std::memmove(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes); }, nullptr, 0});
+    enqueue(stream_of(stream), {[=] { std::memmove(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes); }, nullptr, 0, nullptr});
 END
 CALL(cuMemsetD8Async(uintptr_t at, unsigned char value, size_t bytes, void *stream))
     if (!inside(device_memory, at, bytes)) return INVALID_VALUE;
-    enqueue(stream_of(stream), {[=] { std::memset(reinterpret_cast<void *>(at), value, bytes); }, nullptr, 0});
+    enqueue(stream_of(stream), {[=] { std::memset(reinterpret_cast<void *>(at), value, bytes); }, nullptr, 0, nullptr});
 END
 
 // The image holds code for real GPUs, which can't run here. It must be there all the same, and for this architecture.
@@ -357,7 +389,7 @@ CALL(cuLaunchKernel(const void *function, unsigned gx, unsigned gy, unsigned gz,
     if (bx * by * bz == 0 || bx * by * bz > kernel->max_threads) return OUT_OF_RESOURCES;
     if (is_lost()) return failure;
     auto copy = std::make_shared<std::vector<char>>(static_cast<char *>(params[0]), static_cast<char *>(params[0]) + kernel->params_bytes);
-    enqueue(stream_of(stream), {[=] { software_gpu::launch(*kernel, {gx, gy, gz}, {bx, by, bz}, copy->data()); }, nullptr, 0});
+    enqueue(stream_of(stream), {[=] { software_gpu::launch(*kernel, {gx, gy, gz}, {bx, by, bz}, copy->data()); }, nullptr, 0, nullptr});
 END
 
 CALL(cuStreamBeginCapture_v2(void *stream, int mode))

@@ -12,6 +12,7 @@
 //! | `SOFTWARE_GPU_DEVICES` | number of devices (1) |
 //! | `SOFTWARE_GPU_ARCHITECTURE` | compute capability times ten (90) |
 //! | `SOFTWARE_GPU_LAUNCHES_UNTIL_LOST` | the launch with this number fails, and so does every later call |
+//! | `SOFTWARE_GPU_NCCL_FAULTS` | faults of NCCL, separated by commas: `join-hangs`, `abort-hangs`, `stuck:N` and `late-failure:N`, in the process's group with number N |
 
 use std::{
     collections::hash_map::DefaultHasher,
@@ -27,6 +28,11 @@ const KERNELS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../model/src/cuda
 const DOUBLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/cpp");
 /// Where builds are kept.
 const BUILDS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/software-gpu");
+
+/// The libraries, and the source that each is made of. All other sources are libcuda's, which comes first because the others
+/// use it.
+const LIBRARIES: [(&str, Option<&str>); 3] =
+    [("libcuda.so", None), ("libcublasLt.so", Some("blaslt.cc")), ("libnccl.so", Some("nccl.cc"))];
 
 const COMPILER: &str = "g++";
 /// UBSan finds misaligned loads and indices out of range. A fault ends the process.
@@ -87,7 +93,7 @@ pub struct Edit {
     pub to: &'static str,
 }
 
-/// Built libraries: `libcuda.so` with the kernels, and `libcublasLt.so`.
+/// Built libraries: `libcuda.so` with the kernels, `libcublasLt.so` and `libnccl.so`.
 #[derive(Clone, Debug)]
 pub struct SoftwareGpu {
     folder: PathBuf,
@@ -120,7 +126,7 @@ impl SoftwareGpu {
         // the sanitizer sees a fault that is not there.
         flags.extend(if address_sanitizer { ["-O0", "-fsanitize=address"].as_slice() } else { &["-O1"] });
         let folder = Path::new(BUILDS).join(hash(&(&sources, &flags)));
-        if !folder.join("libcublasLt.so").exists() {
+        if !folder.exists() {
             // Several processes may build at once; each has its own folder until it is complete.
             let own = folder.with_extension(std::process::id().to_string());
             compile(&own, &sources, &flags)?;
@@ -138,7 +144,7 @@ impl SoftwareGpu {
     #[allow(unsafe_code)]
     pub fn load(&self) -> Result<(), Error> {
         use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-        for name in ["libcuda.so", "libcublasLt.so"] {
+        for (name, _) in LIBRARIES {
             // SAFETY: the libraries' initialisers only register kernels. They are never closed.
             std::mem::forget(unsafe { Library::open(Some(self.folder.join(name)), RTLD_NOW | RTLD_GLOBAL)? });
         }
@@ -196,11 +202,13 @@ fn compile(folder: &Path, sources: &[(String, String)], flags: &[&str]) -> Resul
         finish(name, child)?;
         fs::rename(&made, &object).map_err(|e| io_error(&object, e))?;
     }
-    for (library, blas) in [("libcuda.so", false), ("libcublasLt.so", true)] {
-        let own = objects.iter().filter(|(name, _)| (*name == "blaslt.cc") == blas).map(|(_, object)| object);
+    let other = |name: &str| LIBRARIES.iter().any(|(_, source)| *source == Some(name));
+    for (library, source) in LIBRARIES {
+        let is_own = |name: &str| source.map_or(!other(name), |source| source == name);
+        let own = objects.iter().filter(|(name, _)| is_own(name)).map(|(_, object)| object);
         let mut command = Command::new(COMPILER);
         command.args(flags).args(["-shared", "-o", library]).arg(format!("-Wl,-soname,{library}")).args(own);
-        if blas {
+        if source.is_some() {
             command.args(["-L.", "-lcuda", "-Wl,-rpath,$ORIGIN"]);
         }
         finish(library.into(), start(command.current_dir(folder))?)?;

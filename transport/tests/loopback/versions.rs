@@ -54,7 +54,7 @@ async fn without_a_common_version_both_are_named() {
 }
 
 fn offer(rig: &Rig) -> Offer {
-    Offer::new(rig.hello([2; 16]), TransportSet::of(&[KvTransport::Tcp]), None)
+    Offer::new(rig.hello([2; 16]), TransportSet::of(&[KvTransport::Tcp]), None, None)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

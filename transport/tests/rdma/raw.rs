@@ -66,7 +66,7 @@ impl Raw {
 
         let mut stream = TcpStream::connect(&rig.endpoint).await.unwrap();
         let address = RdmaAddress { qp: pair.qp_number(), psn: 5, gid: gid.raw, lid: 0, mtu: 3 };
-        let offer = Offer::new(rig.hello(ticket), TransportSet::of(&[KvTransport::Rdma]), Some(address));
+        let offer = Offer::new(rig.hello(ticket), TransportSet::of(&[KvTransport::Rdma]), Some(address), None);
         stream.write_all(&hello::encode(&offer)).await.unwrap();
         assert_eq!(answer(&mut stream).await, Answer::Accepted);
         let length = stream.read_u32_le().await.unwrap() as usize;
