@@ -27,8 +27,8 @@ WORKDIR /source
 COPY . .
 # Empty, or cuda.
 ARG FEATURES=
-# Cache mounts are not part of the layer, so the binaries are copied out of them. /out/lib gets the CUDA library that the
-# binaries open when they run.
+# Cache mounts are not part of the layer, so the binaries are copied out of them. /out/lib gets the libraries that the
+# binaries open when they run. They look for NCCL without a version.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,id=overfill-target,target=/source/target \
     set -eu; \
@@ -36,7 +36,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
     case "$FEATURES" in \
         "") ;; \
         cuda) export CUDA_HOME=/usr/local/cuda; \
-            set -- --features overfill-prefill-node/cuda,overfill-decode-node/cuda,overfill-cli/cuda ;; \
+            set -- --features overfill-prefill-node/nccl,overfill-decode-node/nccl,overfill-cli/nccl ;; \
         *) echo "FEATURES is \"$FEATURES\"; it must be empty or cuda" >&2; exit 1 ;; \
     esac; \
     cargo auditable build --locked --release --bins \
@@ -46,7 +46,8 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
         cp "$CARGO_TARGET_DIR/release/$name" /out/bin/; \
     done; \
     if [ "$FEATURES" = cuda ]; then \
-        cp -L /usr/local/cuda/lib64/libcublasLt.so.13 /out/lib/; \
+        cp -L /usr/local/cuda/lib64/libcublasLt.so.13 /usr/lib/*-linux-gnu/libnccl.so.2 /out/lib/; \
+        ln -s libnccl.so.2 /out/lib/libnccl.so; \
     fi
 
 # bin/ has the binaries, lib/ the libraries that the base image lacks.

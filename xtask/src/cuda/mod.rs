@@ -11,8 +11,8 @@ use crate::{apt, python};
 const REQUIREMENTS: &str = "xtask/src/cuda/requirements.txt";
 const ENVIRONMENT: &str = "nvcc-venv";
 
-/// Features of a build with GPU nodes.
-pub const FEATURES: &str = "overfill-cli/cuda";
+/// Features of a build with GPU nodes and KV over NCCL.
+pub const FEATURES: &str = "overfill-cli/nccl,overfill-transport/nccl";
 
 /// Installs nvcc, unless it is present, and the C++ compiler of the software GPU.
 pub fn prepare() -> Result<()> {
