@@ -1,6 +1,8 @@
 //! Clusters whose nodes compute on the software GPU. The test of the golden pairs shows that the kernels, their order and
 //! their memory are right; it says nothing about speed.
 
+mod nccl;
+
 use std::sync::LazyLock;
 
 use anyhow::{Context, Result, bail, ensure};
