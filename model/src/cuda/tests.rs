@@ -16,6 +16,8 @@ use crate::{
     WeightFormat, Weights, cpu::CpuEngine, no_layers,
 };
 
+mod kv;
+
 const PAIRS: [&str; 5] = ["llama-tied", "llama-untied", "llama-depth", "qwen2", "qwen3"];
 const KV_BLOCKS: usize = 24;
 
