@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaFunction, CudaStream, DriverError};
 use overfill_kv::{
     BlockId, KvMemory, KvStore, StoreError,
-    store::{check_range, sums_on_host},
+    store::{DmaBufRegion, GpuMemory, KvRegion, check_range, sums_on_host},
 };
 use parking_lot::Mutex;
 
@@ -27,6 +27,10 @@ const SHORTEST_SUM_BYTES: usize = 241;
 /// only blocks that no step uses.
 pub(super) struct CudaKv {
     memory: Buffer,
+    /// Number of the device.
+    device: usize,
+    /// Whether other devices may access the memory.
+    is_exported: bool,
     num_layers: usize,
     num_blocks: usize,
     block_bytes: usize,
@@ -89,8 +93,16 @@ impl CudaKv {
         let blocks = (STAGING_BYTES / block_bytes).max(1);
         let pinned = Pinned::zeroed(&gpu.context, blocks * block_bytes)?;
         let staging = Staging { stream: gpu.context.new_stream()?, pinned, blocks, sums: Sums::new(gpu)? };
-        let memory = Buffer::zeroed(gpu.launcher.stream(), num_layers * num_blocks * block_bytes)?;
-        Ok(Self { memory, num_layers, num_blocks, block_bytes, staging: Mutex::new(staging) })
+        let memory = Buffer::pages(gpu.launcher.stream(), num_layers * num_blocks * block_bytes)?;
+        Ok(Self {
+            memory,
+            device: gpu.context.ordinal(),
+            is_exported: gpu.exports_memory(),
+            num_layers,
+            num_blocks,
+            block_bytes,
+            staging: Mutex::new(staging),
+        })
     }
 
     /// Address of a layer's blocks.
@@ -100,6 +112,10 @@ impl CudaKv {
 
     fn offset(&self, layer: usize, block: usize) -> usize {
         (layer * self.num_blocks + block) * self.block_bytes
+    }
+
+    fn layer_bytes(&self) -> usize {
+        self.num_blocks * self.block_bytes
     }
 }
 
@@ -135,6 +151,29 @@ impl KvStore for CudaKv {
 
     fn memory(&self) -> KvMemory {
         KvMemory::Device
+    }
+
+    #[allow(unsafe_code)]
+    fn regions(&self) -> Option<Vec<KvRegion>> {
+        if !self.is_exported {
+            return None;
+        }
+        let exported = self.memory.export().map(Arc::new);
+        let buffer = exported.inspect_err(|e| tracing::warn!(%e, "the GPU does not export its memory")).ok()?;
+        let region = |layer| {
+            let (offset, bytes) = (self.offset(layer, 0) as u64, self.layer_bytes());
+            // SAFETY: the memory lives as long as this store and does not move. Engine and transport access only blocks that
+            // the block pool has given them.
+            KvRegion::DmaBuf(unsafe { DmaBufRegion::new(buffer.clone(), offset, bytes) })
+        };
+        Some((0..self.num_layers).map(region).collect())
+    }
+
+    #[allow(unsafe_code)]
+    fn gpu(&self) -> Option<GpuMemory> {
+        let layers = (0..self.num_layers).map(|layer| self.layer(layer).address()).collect();
+        // SAFETY: as for the regions.
+        Some(unsafe { GpuMemory::new(self.device, layers, self.layer_bytes()) })
     }
 
     fn read(&self, layer: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError> {

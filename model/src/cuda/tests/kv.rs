@@ -1,8 +1,13 @@
-//! KV in device memory: checksums.
+//! KV in device memory: checksums, and what other devices and processes learn of the memory.
 
-use overfill_kv::{BlockId, KvStore, store::sums_on_host};
+use std::{fs::File, os::unix::fs::FileExt, process::Command};
 
-use super::gpu;
+use overfill_kv::{
+    BlockId, KvStore,
+    store::{KvRegion, sums_on_host},
+};
+
+use super::{gpu, on_real_gpu};
 use crate::cuda::{cache::CudaKv, device::Gpu, pack::Half};
 
 const LAYERS: usize = 2;
@@ -50,4 +55,60 @@ fn many_blocks_are_summed_in_several_kernels() {
     let kv = filled(5, 256);
     let ids: Vec<BlockId> = (0..2500).map(|i| BlockId(i * i % 5)).collect();
     assert_eq!(kv.block_sums(1, &ids).unwrap(), sums_on_host(&kv, 1, &ids).unwrap());
+}
+
+#[test]
+fn blocks_have_addresses() {
+    if !gpu() {
+        return;
+    }
+    let kv = filled(3, 256);
+    let memory = kv.gpu().unwrap();
+    assert_eq!(memory.device(), 0);
+    let first = memory.address(0, 0, 768).unwrap();
+    assert_eq!(memory.address(1, 512, 256), Some(first + 768 + 512));
+    assert_eq!((memory.address(0, 513, 256), memory.address(LAYERS, 0, 1)), (None, None));
+}
+
+#[test]
+fn a_gpu_without_dma_buf_exports_nothing() {
+    if on_real_gpu() || !gpu() || std::env::var_os(EXPORTS).is_some() {
+        return;
+    }
+    assert!(filled(3, 256).regions().is_none());
+}
+
+/// Makes the software GPU export memory. Processes have it from the start, so the test runs again in one of its own.
+const EXPORTS: &str = "SOFTWARE_GPU_DMA_BUF";
+
+#[test]
+fn what_other_devices_write_is_in_the_blocks() {
+    if on_real_gpu() || !gpu() {
+        return;
+    }
+    if std::env::var_os(EXPORTS).is_none() {
+        let mut again = Command::new(std::env::current_exe().unwrap());
+        again.args(["cuda::tests::kv::what_other_devices_write_is_in_the_blocks", "--exact"]).env(EXPORTS, "1");
+        let done = again.output().unwrap();
+        assert!(
+            done.status.success(),
+            "{}{}",
+            String::from_utf8_lossy(&done.stdout),
+            String::from_utf8_lossy(&done.stderr)
+        );
+        return;
+    }
+    let kv = filled(5, 1000);
+    let before = kv.block_sums(1, &[BlockId(1), BlockId(3)]).unwrap();
+    let regions = kv.regions().unwrap();
+    assert_eq!(regions.len(), LAYERS);
+    let KvRegion::DmaBuf(region) = &regions[1] else { panic!("{regions:?}") };
+    assert_eq!((region.offset(), region.bytes()), (5000, 5000));
+    // The memory has kept what was there before.
+    assert_eq!(kv.block_sums(1, &[BlockId(1), BlockId(3)]).unwrap(), before);
+    let device = File::from(region.buffer().try_clone().unwrap());
+    device.write_all_at(&[7; 1000], region.offset() + 3 * 1000).unwrap();
+    let after = kv.block_sums(1, &[BlockId(1), BlockId(3)]).unwrap();
+    assert!(after[0] == before[0] && after[1] != before[1]);
+    kv.read(1, &[BlockId(3)], &mut |_, bytes| assert_eq!(bytes, [7; 1000])).unwrap();
 }
