@@ -41,9 +41,7 @@ pub trait KvStore: Send + Sync {
 
     /// XXH3 (64 bits, no seed) of each block, in order. A store whose blocks are on a device computes them there.
     fn block_sums(&self, layer: usize, blocks: &[BlockId]) -> Result<Vec<u64>, StoreError> {
-        let mut sums = Vec::with_capacity(blocks.len());
-        self.read(layer, blocks, &mut |_, bytes| sums.push(XxHash3_64::oneshot(bytes)))?;
-        Ok(sums)
+        sums_on_host(self, layer, blocks)
     }
 
     /// Like [`Self::read`], but calls `f` once with all blocks, without copying. Works only for [`KvMemory::Host`].
@@ -57,6 +55,13 @@ pub trait KvStore: Send + Sync {
         let _ = (layer, blocks, f);
         Err(StoreError::NotInHostMemory)
     }
+}
+
+/// [`KvStore::block_sums`], computed on the host.
+pub fn sums_on_host<S: KvStore + ?Sized>(store: &S, layer: usize, blocks: &[BlockId]) -> Result<Vec<u64>, StoreError> {
+    let mut sums = Vec::with_capacity(blocks.len());
+    store.read(layer, blocks, &mut |_, bytes| sums.push(XxHash3_64::oneshot(bytes)))?;
+    Ok(sums)
 }
 
 /// Memory of one layer that a device may read and write.

@@ -97,6 +97,17 @@ impl Gpu {
         Ok(Self { context, launcher, blas, multiprocessors: usize::try_from(count).unwrap_or(1) })
     }
 
+    /// Whether other devices may write into this one's memory through a dma-buf, and kernels that are launched after such a
+    /// device has reported a write see it.
+    pub(super) fn exports_memory(&self) -> bool {
+        use sys::CUdevice_attribute_enum as Attribute;
+        const OWNER: i32 = sys::CUGPUDirectRDMAWritesOrdering::CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER as i32;
+        // Old drivers don't know the attributes.
+        let value = |attribute| self.context.attribute(attribute).unwrap_or(0);
+        value(Attribute::CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED) != 0
+            && value(Attribute::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING) >= OWNER
+    }
+
     /// Free device memory in bytes.
     pub(super) fn free_bytes(&self) -> Result<usize, Fault> {
         Ok(self.context.mem_get_info()?.0)

@@ -82,6 +82,9 @@ Attention, 128, {
     q: Pointer, kv: Pointer, slices: Pointer, tables: Pointer, partial: Pointer, tiles: Pointer, out: Pointer,
     heads: i32, kv_heads: i32, splits: i32, head_dim: i32, out_stride: i32, scale: f32,
 });
+params!(
+    /// Checksums of KV blocks.
+    BlockSums, 128, { blocks: Pointer, ids: Pointer, sums: Pointer, block_bytes: i32, count: i32, });
 
 /// Most rows of a [`Gemv`].
 pub(super) const GEMV_ROWS: usize = 8;
@@ -93,6 +96,8 @@ pub(super) const ELEMENTS: usize = 8;
 pub(super) const POSITION_HEADS: usize = 4;
 /// Query heads of a block of decode attention.
 pub(super) const DECODE_HEADS: usize = 8;
+/// KV blocks of a block of [`BlockSums`].
+pub(super) const SUM_BLOCKS: usize = 4;
 /// Tokens of a tile of prefill attention.
 pub(super) const PREFILL_TOKENS: usize = 64;
 
@@ -149,20 +154,30 @@ impl Launcher {
         graph?.map(Graph).ok_or(Fault::EmptyGraph)
     }
 
-    /// Queues a kernel. `function` must take a `P`. `grid`: number of blocks.
+    /// Queues a kernel on the engine's stream. `function` must take a `P`. `grid`: number of blocks.
     pub(super) fn launch<P: Params>(
         &self,
         function: &CudaFunction,
         grid: [usize; 3],
         params: &P,
     ) -> Result<(), DriverError> {
-        let mut params = *params;
-        let mut pointers = [(&raw mut params).cast::<c_void>()];
-        let [x, y, z] = grid.map(|blocks| u32::try_from(blocks).unwrap_or(u32::MAX));
-        // SAFETY: the driver copies the parameter before it returns. Its layout is the kernel's.
-        unsafe {
-            let stream = self.stream.cu_stream();
-            result::launch_kernel(function.cu_function(), (x, y, z), (P::THREADS, 1, 1), 0, stream, &mut pointers)
-        }
+        launch(&self.stream, function, grid, params)
+    }
+}
+
+/// Queues a kernel on any stream of a context that the thread is bound to. `function` must take a `P`.
+pub(super) fn launch<P: Params>(
+    stream: &CudaStream,
+    function: &CudaFunction,
+    grid: [usize; 3],
+    params: &P,
+) -> Result<(), DriverError> {
+    let mut params = *params;
+    let mut pointers = [(&raw mut params).cast::<c_void>()];
+    let [x, y, z] = grid.map(|blocks| u32::try_from(blocks).unwrap_or(u32::MAX));
+    // SAFETY: the driver copies the parameter before it returns. Its layout is the kernel's.
+    unsafe {
+        let (function, stream) = (function.cu_function(), stream.cu_stream());
+        result::launch_kernel(function, (x, y, z), (P::THREADS, 1, 1), 0, stream, &mut pointers)
     }
 }

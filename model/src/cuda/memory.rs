@@ -4,7 +4,12 @@
 //! buffers is checked where buffers are sized, in `workspace.rs` and `linear.rs`.
 #![allow(unsafe_code)]
 
-use std::{ffi::c_void, ops::Range, sync::Arc};
+use std::{
+    ffi::c_void,
+    ops::Range,
+    os::fd::{FromRawFd, OwnedFd, RawFd},
+    sync::Arc,
+};
 
 use bytemuck::Pod;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
@@ -25,17 +30,27 @@ impl Pointer {
         Self(self.0 + bytes as sys::CUdeviceptr)
     }
 
+    /// The address as a number.
+    pub(super) fn address(self) -> u64 {
+        self.0
+    }
+
     /// For libraries that take C pointers.
     pub(super) fn as_c(self) -> *mut c_void {
         self.0 as *mut c_void
     }
 }
 
+/// The largest pages of a host. Memory is exported in whole pages, and a multiple of this size is one of any page size.
+const PAGE_BYTES: usize = 64 << 10;
+
 /// A buffer in device memory, a multiple of 256 bytes in address.
 pub(super) struct Buffer {
     context: Arc<CudaContext>,
     at: Pointer,
     bytes: usize,
+    /// What the driver has allocated. It starts at or before `at`.
+    allocated: Pointer,
 }
 
 impl Buffer {
@@ -51,11 +66,34 @@ impl Buffer {
             }
             allocated => allocated?,
         };
-        let buffer = Self { context, at: Pointer(at), bytes };
+        let buffer = Self { context, at: Pointer(at), bytes, allocated: Pointer(at) };
         // SAFETY: `at` has `bytes` bytes, and lives as long as `buffer`, which is longer than the wait below.
         unsafe { result::memset_d8_async(at, 0, bytes, stream.cu_stream())? };
         stream.synchronize()?;
         Ok(buffer)
+    }
+
+    /// Allocates `bytes` bytes that [`Self::export`] accepts, filled with zeros: they start with a page, and no other
+    /// buffer is on their last one.
+    pub(super) fn pages(stream: &CudaStream, bytes: usize) -> Result<Self, Fault> {
+        let whole = bytes.next_multiple_of(PAGE_BYTES);
+        let mut buffer = Self::zeroed(stream, whole + PAGE_BYTES)?;
+        buffer.at = Pointer(buffer.allocated.0.next_multiple_of(PAGE_BYTES as u64));
+        buffer.bytes = whole;
+        Ok(buffer)
+    }
+
+    /// Exports a buffer of [`Self::pages`] as a dma-buf, which keeps the memory as long as it is open.
+    pub(super) fn export(&self) -> Result<OwnedFd, DriverError> {
+        let mut descriptor: RawFd = -1;
+        let kind = sys::CUmemRangeHandleType::CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD;
+        self.context.bind_to_thread()?;
+        // SAFETY: the range is inside the allocation. With this kind, the driver writes a file descriptor, which is ours.
+        unsafe {
+            let handle = (&raw mut descriptor).cast();
+            sys::cuMemGetHandleForAddressRange(handle, self.at.0, self.bytes, kind, 0).result()?;
+            Ok(OwnedFd::from_raw_fd(descriptor))
+        }
     }
 
     /// Allocates memory and copies `data` there.
@@ -127,7 +165,7 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         // SAFETY: allocated by `malloc_sync`, and freed once. cuMemFree waits for work that uses the memory.
-        let freed = self.context.bind_to_thread().and_then(|()| unsafe { result::free_sync(self.at.0) });
+        let freed = self.context.bind_to_thread().and_then(|()| unsafe { result::free_sync(self.allocated.0) });
         if let Err(error) = freed {
             tracing::warn!(%error, "device memory could not be freed");
         }

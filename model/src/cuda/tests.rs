@@ -16,18 +16,24 @@ use crate::{
     WeightFormat, Weights, cpu::CpuEngine, no_layers,
 };
 
+mod kv;
+
 const PAIRS: [&str; 5] = ["llama-tied", "llama-untied", "llama-depth", "qwen2", "qwen3"];
 const KV_BLOCKS: usize = 24;
 
 /// Chooses a fault of [`faults`] for the software GPU of this process.
 const FAULT: &str = "OVERFILL_PLANTED_FAULT";
 
+fn on_real_gpu() -> bool {
+    std::env::var_os("OVERFILL_REAL_GPU").is_some()
+}
+
 /// Loads the software GPU once; with OVERFILL_REAL_GPU, the tests run on the machine's GPU instead. Without a C++
 /// compiler, the tests say so and pass, unless they are required.
 fn gpu() -> bool {
     static LOADED: OnceLock<bool> = OnceLock::new();
     *LOADED.get_or_init(|| {
-        if std::env::var_os("OVERFILL_REAL_GPU").is_some() {
+        if on_real_gpu() {
             return true;
         }
         let fault =
@@ -293,7 +299,7 @@ fn in_a_process(seed: u32, fault: Option<&str>) -> (bool, String) {
 
 #[test]
 fn any_order_of_threads_and_streams_gives_the_same() {
-    if std::env::var_os("OVERFILL_REAL_GPU").is_some() || !gpu() {
+    if on_real_gpu() || !gpu() {
         return;
     }
     for seed in 1..=2 {
@@ -304,7 +310,7 @@ fn any_order_of_threads_and_streams_gives_the_same() {
 
 #[test]
 fn planted_faults_are_found() {
-    if std::env::var_os("OVERFILL_REAL_GPU").is_some() || !gpu() {
+    if on_real_gpu() || !gpu() {
         return;
     }
     for Fault { name, found, .. } in faults() {

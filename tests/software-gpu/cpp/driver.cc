@@ -14,7 +14,9 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <sys/mman.h>
 #include <thread>
+#include <unistd.h>
 
 namespace {
 
@@ -82,6 +84,7 @@ uint64_t variable(const char *name, uint64_t otherwise) {
 }
 
 uint64_t total_bytes() { return variable("SOFTWARE_GPU_MEMORY_BYTES", uint64_t(2) << 30); }
+bool exports() { return variable("SOFTWARE_GPU_DMA_BUF", 0) != 0; }
 int architecture() { return int(variable("SOFTWARE_GPU_ARCHITECTURE", 90)); }
 
 void start() {
@@ -236,6 +239,8 @@ CALL(cuDeviceGetAttribute(int *value, int attribute, int))
     case 16: *value = 4; break;                           // multiprocessors
     case 75: *value = architecture() / 10; break;         // compute capability, major
     case 76: *value = architecture() % 10; break;         // and minor
+    case 118: *value = exports() ? 100 : 0; break;        // order of writes by other devices: the owner sees them
+    case 124: *value = exports(); break;                  // dma-buf
     default: *value = 0;
     }
 END
@@ -325,6 +330,17 @@ CALL(cuMemFree_v2(uintptr_t at))
     used_bytes -= found->second;
     device_memory.erase(found);
     std::free(reinterpret_cast<void *>(at));
+END
+// A file stands for a dma-buf. It becomes the memory of the range, so what is written to it is there.
+CALL(cuMemGetHandleForAddressRange(void *handle, uintptr_t at, size_t bytes, int type, unsigned long long flags))
+    const size_t page = sysconf(_SC_PAGESIZE);
+    if (!exports() || type != 1 || flags != 0 || !inside(device_memory, at, bytes)) return INVALID_VALUE;
+    if (bytes == 0 || at % page != 0 || bytes % page != 0) return INVALID_VALUE;
+    void *memory = reinterpret_cast<void *>(at);
+    const int file = memfd_create("software GPU", MFD_CLOEXEC);
+    if (file < 0 || pwrite(file, memory, bytes, 0) != ssize_t(bytes)) return OUT_OF_MEMORY;
+    if (mmap(memory, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) != memory) return OUT_OF_MEMORY;
+    std::memcpy(handle, &file, sizeof file);
 END
 CALL(cuMemHostAlloc(void **at, size_t bytes, unsigned))
     if (refused_by_capture()) return CAPTURE_UNSUPPORTED;

@@ -104,6 +104,7 @@ inline void __syncwarp() { software_gpu::meet(software_gpu::Meeting::sync, nullp
 template <class T> T __shfl_xor_sync(unsigned, T v, int mask) { return software_gpu::shuffle(v, software_gpu::lane() ^ mask); }
 template <class T> T __shfl_sync(unsigned, T v, int from) { return software_gpu::shuffle(v, from); }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)(a) * b >> 64); }
 
 // The fragments are as the PTX manual has them ("Matrix Fragments for mma.m16n8k16 with floating point type").
 template <class T> void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -11,6 +11,7 @@
 //! | `SOFTWARE_GPU_MEMORY_BYTES` | device memory (2 GiB) |
 //! | `SOFTWARE_GPU_DEVICES` | number of devices (1) |
 //! | `SOFTWARE_GPU_ARCHITECTURE` | compute capability times ten (90) |
+//! | `SOFTWARE_GPU_DMA_BUF` | 1: device memory can be exported, as a file |
 //! | `SOFTWARE_GPU_LAUNCHES_UNTIL_LOST` | the launch with this number fails, and so does every later call |
 //! | `SOFTWARE_GPU_NCCL_FAULTS` | faults of NCCL, separated by commas: `join-hangs`, `abort-hangs`, `stuck:N` and `late-failure:N`, in the process's group with number N |
 

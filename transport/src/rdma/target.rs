@@ -70,13 +70,14 @@ impl Target {
     }
 
     /// The checksum of the piece that has arrived last, computed from this side's memory. `sum` is the checksum of its header.
-    pub fn sum(&self, layer: usize, ids: &[BlockId], sums: Sums, mut sum: u64) -> Result<u64, RdmaError> {
+    pub fn sum(&self, layer: usize, ids: &[BlockId], sums: Sums, sum: u64) -> Result<u64, RdmaError> {
         let store = self.queue.pool().store();
         match self.slot(ids.len()) {
-            Some(slot) => slot.chunks_exact(store.block_bytes().max(1)).for_each(|block| sum = sums.next(sum, block)),
-            None => store.read(layer, ids, &mut |_, block| sum = sums.next(sum, std::hint::black_box(block)))?,
+            Some(slot) => {
+                Ok(slot.chunks_exact(store.block_bytes().max(1)).fold(sum, |sum, block| sums.next(sum, block)))
+            }
+            None => Ok(sums.of_store(&**store, layer, ids, sum)?),
         }
-        Ok(sum)
     }
 
     /// Copies the piece that has arrived last from its slot to its blocks.

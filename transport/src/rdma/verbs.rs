@@ -41,10 +41,13 @@ impl Registered {
             KvRegion::Host(region) => Self::host(domain, region),
             KvRegion::DmaBuf(region) => {
                 let (bytes, buffer) = (region.bytes(), region.buffer().as_raw_fd());
+                // The address at which the device finds the region must be as far into a page as its offset is, which need
+                // not be whole pages. So it is the offset.
+                let start = region.offset();
                 // SAFETY: `DmaBufRegion::new` requires that the memory stays, and that devices may access it.
-                // The device finds it from address 0 on.
-                let region = unsafe { domain.reg_dmabuf_mr(region.offset(), bytes, 0, buffer, access()) };
-                Ok(Self { region: region.map_err(|e| refused("ibv_reg_dmabuf_mr", e, bytes))?, start: 0, bytes })
+                let region = unsafe { domain.reg_dmabuf_mr(start, bytes, start, buffer, access()) };
+                let region = region.map_err(|e| refused("ibv_reg_dmabuf_mr", e, bytes))?;
+                Ok(Self { region, start: start as usize, bytes })
             }
         }
     }

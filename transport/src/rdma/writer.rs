@@ -73,7 +73,7 @@ impl Writer {
 
     /// Writes a piece, and returns its checksum; `sum` is that of its header. When it returns, this side's device does
     /// not read the blocks any more (KV-2). The caller limits the time.
-    pub async fn write(&mut self, source: &Source<'_>, sums: Sums, mut sum: u64) -> Result<u64, RdmaError> {
+    pub async fn write(&mut self, source: &Source<'_>, sums: Sums, sum: u64) -> Result<u64, RdmaError> {
         if let Remote::Slots { free, .. } = &self.remote {
             // Never closed.
             free.acquire().await.map_err(|_| RdmaError::Mismatch("the staging area"))?.forget();
@@ -90,7 +90,13 @@ impl Writer {
         let runs = self.runs(source)?;
         self.queue.post_writes(&runs, self.number)?;
         // Summed while the device sends.
-        store.read(source.store_layer, source.ids, &mut |_, block| sum = sums.next(sum, block))?;
+        let sum = match &self.staging {
+            Some(staging) => {
+                let blocks = staging.bytes().chunks_exact(self.block_bytes.max(1)).take(source.ids.len());
+                blocks.fold(sum, |sum, block| sums.next(sum, block))
+            }
+            None => sums.of_store(&*store, source.store_layer, source.ids, sum)?,
+        };
         self.queue.next().await?;
         self.number = self.number.wrapping_add(1);
         Ok(sum)

@@ -1,6 +1,6 @@
 //! What differs between the versions of the wire format, once a hello is answered.
 
-use overfill_kv::handoff::Commit;
+use overfill_kv::{BlockId, KvMemory, KvStore, StoreError, handoff::Commit};
 
 use super::frame::{
     self, COMMIT_BYTES, HEADER_BYTES, Header, SUM_BYTES, checksum, decode_header, encode_header, is_sealed, next_sum,
@@ -27,6 +27,23 @@ impl Sums {
             Self::Chain => next_sum(sum, block),
             Self::PerBlock => next_sum(sum, &checksum(block)),
         }
+    }
+
+    /// Like [`Self::next`] for blocks of a store, in order. A device sums its own blocks, if each is hashed alone.
+    pub fn of_store(
+        self,
+        store: &dyn KvStore,
+        layer: usize,
+        blocks: &[BlockId],
+        mut sum: u64,
+    ) -> Result<u64, StoreError> {
+        if (self, store.memory()) == (Self::PerBlock, KvMemory::Device) {
+            let sums = store.block_sums(layer, blocks)?;
+            return Ok(sums.iter().fold(sum, |sum, block| next_sum(sum, &block.to_le_bytes())));
+        }
+        // Another device may have written the blocks, so they are read from memory.
+        store.read(layer, blocks, &mut |_, block| sum = self.next(sum, std::hint::black_box(block)))?;
+        Ok(sum)
     }
 }
 

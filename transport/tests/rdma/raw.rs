@@ -10,7 +10,7 @@ use overfill_kv::{BlockId, KvTransport, TransportSet};
 use overfill_transport::rdma::{Grant, RdmaAddress};
 use overfill_transport::tcp::format::{Format, Sums};
 use overfill_transport::tcp::frame::{self, ANSWER_BYTES, Answer, Header};
-use overfill_transport::tcp::hello::{self, Offer};
+use overfill_transport::tcp::hello::{self, Offer, Way};
 use sideway::ibverbs::AccessFlags;
 use sideway::ibverbs::address::{AddressHandleAttribute, Gid};
 use sideway::ibverbs::completion::{BasicCompletionQueue, GenericCompletionQueue, WorkCompletionStatus};
@@ -72,7 +72,7 @@ impl Raw {
         let length = stream.read_u32_le().await.unwrap() as usize;
         let mut body = vec![0; length];
         stream.read_exact(&mut body).await.unwrap();
-        let grant = hello::decode_grant(&body).unwrap().rdma.unwrap();
+        let Way::Rdma(grant) = hello::decode_grant(&body).unwrap().way else { panic!("no grant of RDMA") };
 
         let peer = grant.address;
         let mut to = AddressHandleAttribute::new();
