@@ -81,7 +81,7 @@ affinity:
 - name: OVERFILL_ALLOW_INSECURE
   value: "true"
 {{- end }}
-{{- $flags := list "device" "weights" "kvDtype" "kvPoolTokens" "maxWaiting" "maxRunning" "stepTimeoutSeconds" -}}
+{{- $flags := list "device" "weights" "kvDtype" "kvTransport" "kvRdmaDevice" "kvPoolTokens" "maxWaiting" "maxRunning" "stepTimeoutSeconds" -}}
 {{- if eq $pool.role "prefill" }}{{ $flags = concat $flags (list "maxBatchTokens" "stepTargetSeconds") }}{{ end -}}
 {{- range $flags }}
 {{- $value := get $pool . }}
@@ -89,6 +89,14 @@ affinity:
 - name: OVERFILL_{{ . | snakecase | upper }}
   value: {{ include "overfill.number" $value | quote }}
 {{- end }}
+{{- end }}
+{{- if $pool.allowPlainRdma }}
+- name: OVERFILL_ALLOW_PLAIN_RDMA
+  value: "true"
+{{- end }}
+{{- if $pool.allowPlainNccl }}
+- name: OVERFILL_ALLOW_PLAIN_NCCL
+  value: "true"
 {{- end }}
 - name: OVERFILL_DEFAULT_DEADLINE_SECONDS
   value: {{ int64 $v.router.defaultDeadlineSeconds | toString | quote }}

@@ -38,6 +38,14 @@
 {{- if and $first (ne $first.kvDtype .kvDtype) -}}
 {{- fail (printf "%s.kvDtype: %q differs from %q of %s, and nodes of one model can't exchange KV of different types." .at .kvDtype $first.kvDtype $first.at) -}}
 {{- end -}}
+{{- $transport := default "auto" .kvTransport -}}
+{{- $firstTransport := default "auto" (default . $first).kvTransport -}}
+{{- if and (ne $transport $firstTransport) (or (has "nccl" (list $transport $firstTransport)) (not (has "auto" (list $transport $firstTransport)))) -}}
+{{- fail (printf "%s.kvTransport: %q differs from %q of %s, and no transport is in both." .at $transport $firstTransport $first.at) -}}
+{{- end -}}
+{{- if and (eq $transport "nccl") (eq .device "cpu") -}}
+{{- fail (printf "%s.kvTransport: nccl moves KV between GPUs, and the device is %q." .at .device) -}}
+{{- end -}}
 {{- $_ := set $types .model . -}}
 {{- end -}}
 {{- range $role, $other := dict "prefill" "decode" "decode" "prefill" -}}

@@ -62,6 +62,7 @@ CHOICE = {
     "nodes.weights": "int8",
     "nodes.device": "cuda:0",
     "nodes.kvDtype": "bf16",
+    "nodes.kvTransport": "tcp",
     "nodes.otherRole.placement": "together",
     "nodes.strategy.maxUnavailable": 1,
     "nodes.autoscaling.kind": "hpa",

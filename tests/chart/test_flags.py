@@ -20,6 +20,8 @@ SWITCHES = [
     "--set",
     "nodes.kvPoolTokens=32,nodes.maxWaiting=1,nodes.maxRunning=1,nodes.maxBatchTokens=64,nodes.stepTargetSeconds=1",
     "--set",
+    "nodes.kvTransport=rdma,nodes.kvRdmaDevice=mlx5_0:1,nodes.allowPlainRdma=true,nodes.allowPlainNccl=true",
+    "--set",
     "nodes.stepTimeoutSeconds=1,router.maxQueueSeconds=1,router.maxRunning=1,router.maxWaiting=1,router.maxBodyBytes=2048",
     "--set",
     "router.maxConnections=1,router.itlLimitSeconds=1",

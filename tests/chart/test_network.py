@@ -99,6 +99,14 @@ def test_who_reaches_what(helm4):
     assert reachable(network, "test") == {("router", 50051)}
 
 
+def test_nccl_needs_all_ports_between_nodes(helm4):
+    network = Network(helm4.objects("--set", "nodes.kvTransport=nccl,nodes.device=cuda:0"))
+    assert network.allows("prefill", "decode", 43210) and network.allows("decode", "prefill", 43210)
+    for source in ("router", "client", "neighbour"):
+        assert not network.allows(source, "decode", 43210) and not network.allows(source, "prefill", 43210)
+    assert not network.allows("decode", "router", 43210)
+
+
 def test_etcd_is_for_services_only(helm4):
     network = Network(helm4.objects("--set", "discovery.mode=etcd,discovery.etcd.replicas=3"))
     for source in ("router", "prefill", "decode"):

@@ -47,6 +47,18 @@ FAULTS = [
         ["--set", "decode.defaults.kvDtype=bf16"],
     ),
     (
+        'decode.pools[0] (default).kvTransport: "tcp" differs from "rdma" of prefill.pools[0] (default)',
+        ["--set", "decode.defaults.kvTransport=tcp,prefill.defaults.kvTransport=rdma"],
+    ),
+    (
+        'decode.pools[0] (default).kvTransport: "nccl" differs from "auto" of prefill.pools[0] (default)',
+        ["--set", "decode.defaults.kvTransport=nccl,nodes.device=cuda:0"],
+    ),
+    (
+        'prefill.pools[0] (default).kvTransport: nccl moves KV between GPUs, and the device is "cpu".',
+        ["--set", "nodes.kvTransport=nccl"],
+    ),
+    (
         "otherRole.placement: togetherRequired on prefill and on decode pools",
         ["--set", "nodes.otherRole.placement=togetherRequired"],
     ),
