@@ -16,6 +16,7 @@ use crate::{
     WeightFormat, Weights, cpu::CpuEngine, no_layers,
 };
 
+mod heads;
 mod kv;
 mod sampling;
 
