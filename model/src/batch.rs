@@ -105,11 +105,28 @@ impl Outputs {
     /// Chooses and scores tokens on the host. `logits` holds `vocab_size` values for each requested row, in batch
     /// order. Rows are distributed over rayon's threads.
     pub(crate) fn fill(&mut self, batch: &[SequenceSlice<'_>], logits: &[f32], vocab_size: usize) {
+        self.fill_rest(batch, |_| None, logits, vocab_size);
+    }
+
+    /// Like [`Self::fill`], after a device has chosen tokens of its own: `chosen` takes what follows slice `i`. `logits` has
+    /// the rows of the other slices only.
+    pub(crate) fn fill_rest(
+        &mut self,
+        batch: &[SequenceSlice<'_>],
+        mut chosen: impl FnMut(usize) -> Option<OutputToken>,
+        logits: &[f32],
+        vocab_size: usize,
+    ) {
         self.slices.resize_with(batch.len(), Output::default);
         self.logits.values.clear();
         self.logits.vocab_size = vocab_size;
         let mut end = 0;
-        for (slice, output) in batch.iter().zip(&mut self.slices) {
+        for (i, (slice, output)) in batch.iter().zip(&mut self.slices).enumerate() {
+            output.next = chosen(i);
+            if output.next.is_some() {
+                output.scores.clear();
+                continue;
+            }
             let begin = end;
             end += slice.tokens.len() - slice.want.first_row(slice.tokens.len());
             output.end = end;
@@ -128,7 +145,8 @@ impl Outputs {
         }
         // Sampling is stateless, so tokens can be chosen in any order. With a large vocabulary, running in parallel
         // pays off.
-        self.slices.par_iter_mut().zip(batch).for_each(|(output, slice)| {
+        let rest = self.slices.par_iter_mut().zip(batch).filter(|(output, _)| output.next.is_none());
+        rest.for_each(|(output, slice)| {
             let choice = match slice.want {
                 Want::Next(choice) => Some(choice),
                 Want::Scores { next, .. } => next,

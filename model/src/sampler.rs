@@ -26,7 +26,8 @@ impl TokenMask<'_> {
         self.words.get(token / 32).is_some_and(|word| word >> (token % 32) & 1 == 1)
     }
 
-    fn first(self) -> u32 {
+    /// The token to choose if all allowed ones are impossible.
+    pub(crate) fn first(self) -> u32 {
         let first = self.words.iter().position(|word| *word != 0);
         first.map_or(0, |i| i as u32 * 32 + self.words[i].trailing_zeros())
     }
@@ -162,14 +163,15 @@ fn best_in_order(logits: &[f32], count: usize, floor: f32) -> Vec<Candidate> {
 
 /// The logits after penalties, biases and the mask.
 fn adjusted<'a>(logits: &'a [f32], params: &SamplingParams, context: &SamplingContext<'_>) -> Cow<'a, [f32]> {
-    let counted = params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
-    let penalised = counted || params.repetition_penalty != 1.0 || !params.logit_bias.is_empty();
-    if !penalised && context.allowed.is_none() {
+    let changes = changes(params, context);
+    if changes.is_empty() && context.allowed.is_none() {
         return Cow::Borrowed(logits);
     }
     let mut adjusted = logits.to_vec();
-    if penalised {
-        penalise(&mut adjusted, params, context.prompt, context.output);
+    for (token, change) in changes {
+        if let Some(logit) = adjusted.get_mut(token as usize) {
+            *logit = change.apply(*logit, params.repetition_penalty as f32);
+        }
     }
     if let Some(mask) = context.allowed {
         for (token, logit) in adjusted.iter_mut().enumerate() {
@@ -179,32 +181,45 @@ fn adjusted<'a>(logits: &'a [f32], params: &SamplingParams, context: &SamplingCo
     Cow::Owned(adjusted)
 }
 
-fn penalise(logits: &mut [f32], params: &SamplingParams, prompt: &[u32], output: &[u32]) {
-    let mut counts: HashMap<u32, u32> = HashMap::new();
-    for token in output {
-        *counts.entry(*token).or_default() += 1;
+/// What penalties and biases do to a token's logit, in the order of the fields.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Change {
+    /// Whether the repetition penalty applies.
+    pub(crate) is_repeated: bool,
+    /// Presence and frequency penalties.
+    pub(crate) subtracted: f32,
+    pub(crate) bias: f32,
+}
+
+impl Change {
+    fn apply(self, logit: f32, repetition_penalty: f32) -> f32 {
+        let repeated = if logit > 0.0 { logit / repetition_penalty } else { logit * repetition_penalty };
+        (if self.is_repeated { repeated } else { logit }) - self.subtracted + self.bias
     }
-    if params.repetition_penalty != 1.0 {
-        let penalty = params.repetition_penalty as f32;
-        let mut seen: Vec<u32> = prompt.iter().copied().chain(counts.keys().copied()).collect();
-        seen.sort_unstable();
-        seen.dedup();
-        for token in seen {
-            if let Some(logit) = logits.get_mut(token as usize) {
-                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
-            }
+}
+
+/// The changes of tokens, by token. Tokens may be outside the vocabulary.
+pub(crate) fn changes(params: &SamplingParams, context: &SamplingContext<'_>) -> HashMap<u32, Change> {
+    let mut changes: HashMap<u32, Change> = HashMap::new();
+    if params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 {
+        let mut counts: HashMap<u32, u32> = HashMap::new();
+        for token in context.output {
+            *counts.entry(*token).or_default() += 1;
+        }
+        for (token, count) in counts {
+            let subtracted = params.presence_penalty as f32 + params.frequency_penalty as f32 * count as f32;
+            changes.entry(token).or_default().subtracted = subtracted;
         }
     }
-    for (token, count) in counts {
-        if let Some(logit) = logits.get_mut(token as usize) {
-            *logit -= params.presence_penalty as f32 + params.frequency_penalty as f32 * count as f32;
+    if params.repetition_penalty != 1.0 {
+        for token in context.prompt.iter().chain(context.output) {
+            changes.entry(*token).or_default().is_repeated = true;
         }
     }
     for (token, bias) in &params.logit_bias {
-        if let Some(logit) = logits.get_mut(*token as usize) {
-            *logit += bias;
-        }
+        changes.entry(*token).or_default().bias = *bias;
     }
+    changes
 }
 
 /// Draws a token by its probability at `params.temperature`, among the tokens that min-p, top-k and top-p keep.
@@ -239,10 +254,7 @@ struct Heat {
 
 impl Heat {
     fn new(logits: &[f32], temperature: f64) -> Self {
-        // Clamped to the largest f32. Colder temperatures make no difference beyond it, and infinity times a distance
-        // of 0 would be NaN.
-        let sharpness = (1.0 / temperature).min(f64::from(f32::MAX)) as f32;
-        Self { greatest: greatest_logit(logits), sharpness }
+        Self { greatest: greatest_logit(logits), sharpness: sharpness(temperature) }
     }
 
     /// Distance to the most likely token, in nats.
@@ -256,6 +268,19 @@ impl Heat {
     }
 }
 
+/// Factor of distances between logits.
+pub(crate) fn sharpness(temperature: f64) -> f32 {
+    // Clamped to the largest f32. Colder temperatures make no difference beyond it, and infinity times a distance of 0
+    // would be NaN.
+    (1.0 / temperature).min(f64::from(f32::MAX)) as f32
+}
+
+/// Distance in logits from the most likely token to the least likely one that min-p keeps, 0 or less: there, the
+/// probability is `min_p` times the greatest one. Minus infinity without min-p.
+pub(crate) fn min_p_distance(params: &SamplingParams) -> f64 {
+    params.temperature * params.min_p.ln()
+}
+
 /// The worst token that the cuts keep. The cuts follow vLLM's order: min-p first, then top-k, then top-p of the
 /// remaining probability.
 ///
@@ -263,8 +288,7 @@ impl Heat {
 /// of the last kept token.
 fn worst_left(logits: &[f32], params: &SamplingParams, heat: &Heat) -> Candidate {
     let top_k = params.top_k as usize;
-    // The logit at which the probability is min_p times the greatest one; minus infinity without min-p.
-    let floor = (f64::from(heat.greatest) + params.temperature * params.min_p.ln()) as f32;
+    let floor = (f64::from(heat.greatest) + min_p_distance(params)) as f32;
     let by_min_p = Candidate { token: u32::MAX, logit: floor };
     if (1..logits.len()).contains(&top_k) {
         let kept = best_in_order(logits, top_k, floor);
@@ -323,14 +347,22 @@ fn place(weights: impl Iterator<Item = f64> + Clone, share: f64) -> Option<(usiz
     None
 }
 
-/// The random number of the token at `position`, in [0, 1). It uses the finaliser of SplitMix64, so neighbouring inputs
-/// give unrelated outputs.
+/// The random number of the token at `position`, in [0, 1).
 fn uniform(seed: u64, position: u64) -> f64 {
+    random_bits(seed, position) as f64 / (1_u64 << RANDOM_BITS) as f64
+}
+
+/// Bits of a random number; as many as an f64 represents exactly.
+pub(crate) const RANDOM_BITS: u32 = 53;
+
+/// The random number as an integer of [`RANDOM_BITS`] bits. It uses the finaliser of SplitMix64, so neighbouring inputs give
+/// unrelated outputs.
+pub(crate) fn random_bits(seed: u64, position: u64) -> u64 {
     let mut z = seed.wrapping_add(position.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^= z >> 31;
-    (z >> 11) as f64 / (1_u64 << 53) as f64
+    z >> (u64::BITS - RANDOM_BITS)
 }
 
 #[cfg(test)]

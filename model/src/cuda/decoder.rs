@@ -17,9 +17,9 @@ use super::{
 use crate::{DeviceSpec, ModelConfig, ModelError, Parameter, Weights, config::Heads, source::Sources};
 
 /// Head sizes with attention kernels of their own. Smaller ones than the last run in the next wider kernel.
-const HEAD_DIMS: [usize; 4] = [32, 64, 96, 128];
+const HEAD_DIMS: [usize; 5] = [32, 64, 96, 128, 256];
 /// Widths of the kernels for other head sizes.
-const WIDTHS: [usize; 3] = [32, 64, 128];
+const WIDTHS: [usize; 4] = [32, 64, 128, 256];
 
 struct Block {
     /// Index of the rope that rotates q and k; `None`: no rotation.
@@ -77,7 +77,7 @@ impl Decoder {
     ) -> Result<Self, ModelError> {
         let head_dim = config.head_dim;
         let Some(head_name) = head_name(head_dim) else {
-            let reason = format!("head_dim is {head_dim}, supported on GPUs: even numbers up to 128");
+            let reason = format!("head_dim is {head_dim}, supported on GPUs: even numbers up to 256");
             return Err(ModelError::Device { device: DeviceSpec::Cuda(index).to_string(), reason });
         };
         for (name, shape) in config.tensor_shapes() {

@@ -3,7 +3,8 @@
 use std::{collections::HashMap, sync::Arc};
 
 use cudarc::driver::{CudaEvent, sys};
-use overfill_kv::{KvDtype, KvStore};
+use overfill_kv::{KvDtype, KvStore, OutputToken};
+use rayon::prelude::*;
 
 use super::{
     cache::CudaKv,
@@ -12,12 +13,13 @@ use super::{
     launch::Graph,
     memory::Pinned,
     pack::{Format, Half},
+    sampler::Sampler,
     step::{Sizes, StepArrays, table_blocks},
     workspace::{Limits, Workspace},
 };
 use crate::{
-    DeviceSpec, Engine, LayerSink, LoadOptions, ModelConfig, ModelError, Outputs, Rows, SequenceSlice, WeightFormat,
-    Weights, batch,
+    Choice, DeviceSpec, Engine, LayerSink, LoadOptions, ModelConfig, ModelError, Outputs, Rows, SequenceSlice, Want,
+    WeightFormat, Weights, batch, sampler,
 };
 
 /// Largest step in tokens. More would not fit in one dimension of a grid.
@@ -28,7 +30,9 @@ pub(crate) struct CudaEngine {
     index: usize,
     config: ModelConfig,
     limits: Limits,
-    /// `[wanted rows, vocab]` of the last batch.
+    /// Tokens that the device has chosen in the last batch, by slice.
+    chosen: HashMap<usize, OutputToken>,
+    /// `[rows, vocab]` of the other wanted rows of the last batch.
     logits: Vec<f32>,
     downloaded: Pinned<f32>,
     /// An event for each layer: its keys and values are in the cache.
@@ -36,6 +40,7 @@ pub(crate) struct CudaEngine {
     /// Captured decode steps, by number of sequences. Dropped before what they use.
     graphs: HashMap<usize, Graph>,
     arrays: StepArrays,
+    sampler: Sampler,
     workspace: Workspace,
     kv: Arc<CudaKv>,
     decoder: Decoder,
@@ -67,6 +72,7 @@ impl CudaEngine {
         let workspace = Workspace::new(&gpu, config, limits, decoder.scratch_bytes()).map_err(fault)?;
         let table_blocks = limits.sequences * overfill_kv::blocks_for(config.max_position_embeddings);
         let arrays = StepArrays::new(&gpu, limits.rows, table_blocks).map_err(fault)?;
+        let sampler = Sampler::new(&gpu, limits.sequences, config.vocab_size).map_err(fault)?;
         let free_bytes = gpu.free_bytes().map_err(fault)?;
         let needed_bytes = config.num_hidden_layers * kv_blocks * block_bytes;
         if needed_bytes > free_bytes {
@@ -84,11 +90,13 @@ impl CudaEngine {
             index,
             config: config.clone(),
             limits,
+            chosen: HashMap::new(),
             logits: Vec::new(),
             downloaded,
             events,
             graphs: HashMap::new(),
             arrays,
+            sampler,
             workspace,
             kv: Arc::new(kv),
             decoder,
@@ -113,9 +121,10 @@ impl CudaEngine {
         }
     }
 
-    /// Runs a batch; leaves the wanted logits in `self.logits`.
+    /// Runs a batch; leaves chosen tokens in `self.chosen`, and the other wanted logits in `self.logits`.
     fn step(&mut self, batch: &[SequenceSlice<'_>], sizes: &Sizes, layers: &dyn LayerSink) -> Result<(), Fault> {
         self.gpu.context.bind_to_thread()?;
+        self.chosen.clear();
         self.logits.clear();
         match sizes.is_decode() && sizes.rows <= self.limits.sequences {
             true => self.decode(batch, sizes.rows, layers)?,
@@ -135,11 +144,11 @@ impl CudaEngine {
             event.synchronize()?;
             layers.layer_ready(layer);
         }
-        for first in (0..sizes.wanted).step_by(self.limits.sequences) {
-            let count = (sizes.wanted - first).min(self.limits.sequences);
-            let wanted = at.wanted.offset(first * size_of::<i32>());
-            self.decoder.queue_logits(&self.gpu, &self.workspace, wanted, count)?;
-            self.download_logits(count)?;
+        let rows = wanted_rows(batch);
+        for (i, rows) in rows.chunks(self.limits.sequences).enumerate() {
+            let wanted = at.wanted.offset(i * self.limits.sequences * size_of::<i32>());
+            self.decoder.queue_logits(&self.gpu, &self.workspace, wanted, rows.len())?;
+            self.choose(rows)?;
         }
         Ok(self.gpu.launcher.stream().synchronize()?)
     }
@@ -156,7 +165,7 @@ impl CudaEngine {
         if let Some(graph) = self.graphs.get(&rounded) {
             graph.launch()?;
         }
-        self.download_logits(sequences)?;
+        self.choose(&wanted_rows(batch))?;
         (0..self.config.num_hidden_layers).for_each(|layer| layers.layer_ready(layer));
         Ok(())
     }
@@ -170,17 +179,43 @@ impl CudaEngine {
         })
     }
 
-    /// Waits for the logits of `count` rows and appends them to `self.logits`.
-    fn download_logits(&mut self, count: usize) -> Result<(), Fault> {
-        let (stride, vocab_size) = (self.decoder.logits_stride(), self.config.vocab_size);
-        let stream = self.gpu.launcher.stream();
-        self.workspace.logits.queue_download(stream, 0, &mut self.downloaded, 0, count * stride)?;
+    /// Chooses tokens on the device, from the rows of logits that are queued, and copies the other rows to the host.
+    fn choose(&mut self, rows: &[Option<(usize, Choice<'_>)>]) -> Result<(), Fault> {
+        let (stride, stream) = (self.decoder.logits_stride(), self.gpu.launcher.stream());
+        let changes =
+            rows.par_iter().map(|row| row.map(|(_, choice)| sampler::changes(choice.params, &choice.context)));
+        let changes: Vec<_> = changes.collect();
+        self.sampler.clear();
+        let (mut slices, mut copied) = (Vec::new(), 0);
+        for (i, (row, changes)) in rows.iter().zip(&changes).enumerate() {
+            match (*row, changes) {
+                (Some((slice, choice)), Some(changes)) if self.sampler.add(i, &choice, changes) => slices.push(slice),
+                _ => {
+                    let (from, to) = (i * stride * size_of::<f32>(), copied * stride);
+                    self.workspace.logits.queue_download(stream, from, &mut self.downloaded, to, stride)?;
+                    copied += 1;
+                }
+            }
+        }
+        self.sampler.queue(&self.gpu, self.workspace.logits.pointer(), stride)?;
         stream.synchronize()?;
-        for row in self.downloaded.as_slice().chunks_exact(stride).take(count) {
-            self.logits.extend_from_slice(&row[..vocab_size]);
+        self.chosen.extend(slices.into_iter().zip(self.sampler.chosen()));
+        for row in self.downloaded.as_slice().chunks_exact(stride).take(copied) {
+            self.logits.extend_from_slice(&row[..self.config.vocab_size]);
         }
         Ok(())
     }
+}
+
+/// For each wanted row of a batch, in order: the slice and the choice, if only the slice's next token is wanted.
+fn wanted_rows<'a>(batch: &[SequenceSlice<'a>]) -> Vec<Option<(usize, Choice<'a>)>> {
+    let mut rows = Vec::new();
+    for (i, slice) in batch.iter().enumerate() {
+        let count = slice.tokens.len();
+        let next = if let Want::Next(choice) = slice.want { Some((i, choice)) } else { None };
+        rows.extend((slice.want.first_row(count)..count).map(|_| next));
+    }
+    rows
 }
 
 /// Type of activations. A cache of 16 bits decides; with a cache of 8 bits, the weights decide.
@@ -206,7 +241,7 @@ impl Engine for CudaEngine {
         let sizes = Sizes::of(batch);
         self.check_limits(batch, &sizes)?;
         self.step(batch, &sizes, &**layers).map_err(|fault| fault.while_serving(self.index))?;
-        out.fill(batch, &self.logits, vocab_size);
+        out.fill_rest(batch, |slice| self.chosen.remove(&slice), &self.logits, vocab_size);
         Ok(())
     }
 

@@ -83,6 +83,11 @@ Attention, 128, {
     heads: i32, kv_heads: i32, splits: i32, head_dim: i32, out_stride: i32, scale: f32,
 });
 params!(
+/// Choices of tokens.
+Sample, 512, {
+    choices: Pointer, pool: Pointer, logits: Pointer, out: Pointer, vocab: i32, stride: i32,
+});
+params!(
     /// Checksums of KV blocks.
     BlockSums, 128, { blocks: Pointer, ids: Pointer, sums: Pointer, block_bytes: i32, count: i32, });
 

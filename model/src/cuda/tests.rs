@@ -16,7 +16,9 @@ use crate::{
     WeightFormat, Weights, cpu::CpuEngine, no_layers,
 };
 
+mod heads;
 mod kv;
+mod sampling;
 
 const PAIRS: [&str; 5] = ["llama-tied", "llama-untied", "llama-depth", "qwen2", "qwen3"];
 const KV_BLOCKS: usize = 24;
@@ -238,14 +240,26 @@ const SANITIZED: &str = "OVERFILL_SANITIZED_GPU";
 struct Fault {
     name: &'static str,
     edit: Edit,
+    /// The test that must fail.
+    test: &'static str,
     /// What the process says when it finds the fault.
     found: &'static str,
 }
 
 /// Faults of kinds that are easily made in kernels.
 fn faults() -> Vec<Fault> {
-    let fault = |name, file, from, to, found| Fault { name, edit: Edit { file, from, to }, found };
+    let fault = |name, file, from, to, found| {
+        let test = match file {
+            "block_sums.cu" => "kv::blocks_are_summed_where_they_lie",
+            "sample.cu" => "sampling::the_device_chooses_what_the_host_chooses",
+            _ => AGREES,
+        };
+        Fault { name, edit: Edit { file, from, to }, test, found }
+    };
     vec![
+        fault("twice", "block_sums.cu", "last && part == 0", "last", " bytes, "),
+        fault("choice-barrier", "sample.cu", "__syncthreads();", "", " of "),
+        fault("ties", "sample.cu", "at <= token", "at < token", " instead of "),
         fault("barrier", "matmul.cu", "__syncthreads();", "", " of "),
         fault("warp-barrier", "decode_attention.cu", "__syncwarp();", "", " of "),
         fault("misaligned", "matmul.cu", "+ t * 16, *high", "+ t * 16 + 2, *high", "misaligned address"),
@@ -268,7 +282,10 @@ fn faults() -> Vec<Fault> {
     ]
 }
 
-/// The test that planted faults must fail: one pair, in f16, whose tolerance is small.
+/// The name of [`one_pair_agrees_closely`].
+const AGREES: &str = "one_pair_agrees_closely";
+
+/// The test that most planted faults must fail: one pair, in f16, whose tolerance is small.
 #[test]
 fn one_pair_agrees_closely() {
     if !gpu() {
@@ -283,11 +300,10 @@ fn one_pair_agrees_closely() {
     assert!(difference < 0.01 * scale, "{difference} of {scale}");
 }
 
-/// Runs [`one_pair_agrees_closely`] in a process of its own, with AddressSanitizer. Returns whether it passed, and what
-/// it said.
-fn in_a_process(seed: u32, fault: Option<&str>) -> (bool, String) {
+/// Runs a test in a process of its own, with AddressSanitizer. Returns whether it passed, and what it said.
+fn in_a_process(test: &str, seed: u32, fault: Option<&str>) -> (bool, String) {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["cuda::tests::one_pair_agrees_closely", "--exact"]).env("SOFTWARE_GPU_SEED", seed.to_string());
+    command.args([&format!("cuda::tests::{test}"), "--exact"]).env("SOFTWARE_GPU_SEED", seed.to_string());
     command.env(SANITIZED, "1").envs(overfill_software_gpu::address_sanitizer().unwrap());
     if let Some(fault) = fault {
         command.env(FAULT, fault);
@@ -302,8 +318,8 @@ fn any_order_of_threads_and_streams_gives_the_same() {
     if on_real_gpu() || !gpu() {
         return;
     }
-    for seed in 1..=2 {
-        let (passed, said) = in_a_process(seed, None);
+    for (test, seed) in [(AGREES, 1), (AGREES, 2), ("sampling::an_engine_chooses_what_the_host_chooses", 1)] {
+        let (passed, said) = in_a_process(test, seed, None);
         assert!(passed && said.contains("1 passed"), "seed {seed}: {said}");
     }
 }
@@ -313,8 +329,8 @@ fn planted_faults_are_found() {
     if on_real_gpu() || !gpu() {
         return;
     }
-    for Fault { name, found, .. } in faults() {
-        let (passed, said) = in_a_process(1, Some(name));
+    for Fault { name, test, found, .. } in faults() {
+        let (passed, said) = in_a_process(test, 1, Some(name));
         assert!(!passed && said.contains(found), "{name} was not found: {said}");
     }
 }

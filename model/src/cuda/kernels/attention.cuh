@@ -64,12 +64,14 @@ template <int D_, bool EXACT> struct Head {
     };
 };
 
-// Heads with kernels: the common widths exactly, all others up to 128 in a wider one.
+// Heads with kernels: the common widths exactly, all others up to 256 in a wider one.
 #define OF_EACH_HEAD(X, ...)                                                                                           \
     X(32, true, 32, __VA_ARGS__)                                                                                       \
     X(64, true, 64, __VA_ARGS__)                                                                                       \
     X(96, true, 96, __VA_ARGS__)                                                                                       \
     X(128, true, 128, __VA_ARGS__)                                                                                     \
+    X(256, true, 256, __VA_ARGS__)                                                                                     \
     X(32, false, up_to_32, __VA_ARGS__)                                                                                \
     X(64, false, up_to_64, __VA_ARGS__)                                                                                \
-    X(128, false, up_to_128, __VA_ARGS__)
+    X(128, false, up_to_128, __VA_ARGS__)                                                                              \
+    X(256, false, up_to_256, __VA_ARGS__)

@@ -5,18 +5,18 @@
 constexpr int PREFILL_WARPS = 4;
 // Tokens of a tile: 16 a warp.
 constexpr int PREFILL_QUERIES = 16 * PREFILL_WARPS;
-// Keys that are in shared memory at a time.
-constexpr int PREFILL_KEYS = 64;
+// Keys that are in shared memory at a time. Of wide heads, 64 would not fit.
+template <int D> constexpr int PREFILL_KEYS = D > 128 ? 32 : 64;
 
 // Rows are 16 bytes longer than needed. So the eight rows that a tensor core reads at once lie in different banks.
 template <class T, int D> struct PrefillShared {
-    alignas(16) T keys[PREFILL_KEYS][D + 8];
-    alignas(16) T values[PREFILL_KEYS][D + 8];
+    alignas(16) T keys[PREFILL_KEYS<D>][D + 8];
+    alignas(16) T values[PREFILL_KEYS<D>][D + 8];
 };
 
 // A tile of 64 tokens of one head. A warp has 16 of the tokens, and all keys. Grid: heads, tiles.
 template <class T, class Kv, class H> __device__ void prefill_attention(const Attention &p) {
-    constexpr int D = H::D;
+    constexpr int D = H::D, KEYS = PREFILL_KEYS<D>;
     const int width = H::width(p);
     using Shared = PrefillShared<T, D>;
     BLOCK_SHARED(Shared, shared);
@@ -28,7 +28,7 @@ template <class T, class Kv, class H> __device__ void prefill_attention(const At
     const int token = tile.y + warp * 16 + g;
     const T *q = static_cast<const T *>(p.q) + (size_t(slice.row) * p.heads + head) * width;
     uint32_t queries[D / 16][4];
-    UNROLL(8) for (int k = 0; k < D / 16; k++) UNROLL(4) for (int i = 0; i < 4; i++) {
+    UNROLL(16) for (int k = 0; k < D / 16; k++) UNROLL(4) for (int i = 0; i < 4; i++) {
         const int row = token + i % 2 * 8;
         queries[k][i] = 0;
         if (row < slice.count) {
@@ -37,14 +37,14 @@ template <class T, class Kv, class H> __device__ void prefill_attention(const At
         }
     }
     float out[D / 8][4];
-    UNROLL(16) for (int n = 0; n < D / 8; n++) UNROLL(4) for (int i = 0; i < 4; i++) out[n][i] = 0;
+    UNROLL(32) for (int n = 0; n < D / 8; n++) UNROLL(4) for (int i = 0; i < 4; i++) out[n][i] = 0;
     // Of rows g and g + 8.
     float greatest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 
     const int last = tile.y + PREFILL_QUERIES < slice.count ? tile.y + PREFILL_QUERIES : slice.count;
     const int visible = slice.start + last;
-    for (int key = 0; key < visible; key += PREFILL_KEYS) {
-        for (int i = threadIdx.x; i < PREFILL_KEYS * (D / 8); i += PREFILL_WARPS * WARP) {
+    for (int key = 0; key < visible; key += KEYS) {
+        for (int i = threadIdx.x; i < KEYS * (D / 8); i += PREFILL_WARPS * WARP) {
             const int row = i / (D / 8), column = i % (D / 8) * 8, at = key + row;
             // Zeros past the end: a weight of 0 times what happens to be in memory may be NaN.
             Eight<T> k, v;
@@ -63,10 +63,10 @@ template <class T, class Kv, class H> __device__ void prefill_attention(const At
             *reinterpret_cast<Eight<T> *>(&shared.values[row][column]) = v;
         }
         __syncthreads();
-        float scores[PREFILL_KEYS / 8][4];
-        UNROLL(8) for (int n = 0; n < PREFILL_KEYS / 8; n++) {
+        float scores[KEYS / 8][4];
+        UNROLL(8) for (int n = 0; n < KEYS / 8; n++) {
             UNROLL(4) for (int i = 0; i < 4; i++) scores[n][i] = 0;
-            UNROLL(8) for (int k = 0; k < D / 16; k++) {
+            UNROLL(16) for (int k = 0; k < D / 16; k++) {
                 const T *from = &shared.keys[n * 8 + g][k * 16 + 2 * t];
                 const uint32_t keys[2] = {pair(from[0], from[1]), pair(from[8], from[9])};
                 mma<T>(scores[n], queries[k], keys);
@@ -75,7 +75,7 @@ template <class T, class Kv, class H> __device__ void prefill_attention(const At
         UNROLL(2) for (int half = 0; half < 2; half++) {
             const int position = slice.start + token + half * 8;
             float most = greatest[half];
-            UNROLL(8) for (int n = 0; n < PREFILL_KEYS / 8; n++) UNROLL(2) for (int i = 0; i < 2; i++) {
+            UNROLL(8) for (int n = 0; n < KEYS / 8; n++) UNROLL(2) for (int i = 0; i < 2; i++) {
                 float &score = scores[n][2 * half + i];
                 score = key + n * 8 + 2 * t + i <= position ? score * p.scale : -INFINITY;
                 most = fmaxf(most, score);
@@ -87,21 +87,21 @@ template <class T, class Kv, class H> __device__ void prefill_attention(const At
             const float factor = exp2f(greatest[half] - most);
             greatest[half] = most;
             sum[half] *= factor;
-            UNROLL(16) for (int n = 0; n < D / 8; n++) UNROLL(2) for (int i = 0; i < 2; i++) out[n][2 * half + i] *= factor;
-            UNROLL(8) for (int n = 0; n < PREFILL_KEYS / 8; n++) UNROLL(2) for (int i = 0; i < 2; i++) {
+            UNROLL(32) for (int n = 0; n < D / 8; n++) UNROLL(2) for (int i = 0; i < 2; i++) out[n][2 * half + i] *= factor;
+            UNROLL(8) for (int n = 0; n < KEYS / 8; n++) UNROLL(2) for (int i = 0; i < 2; i++) {
                 float &score = scores[n][2 * half + i];
                 score = exp2f(score - most);
                 sum[half] += score;
             }
         }
         // The result of one product has the layout of the left side of the next.
-        UNROLL(4) for (int k = 0; k < PREFILL_KEYS / 16; k++) {
+        UNROLL(4) for (int k = 0; k < KEYS / 16; k++) {
             uint32_t weights[4];
             UNROLL(4) for (int i = 0; i < 4; i++) {
                 const float *of = &scores[2 * k + i / 2][i % 2 * 2];
                 weights[i] = pair(from_float<T>(of[0]), from_float<T>(of[1]));
             }
-            UNROLL(16) for (int n = 0; n < D / 8; n++) {
+            UNROLL(32) for (int n = 0; n < D / 8; n++) {
                 uint32_t values[2];
                 load_transposed(values, &shared.values[k * 16 + lane % 16][n * 8]);
                 mma<T>(out[n], weights, values);
@@ -116,7 +116,7 @@ template <class T, class Kv, class H> __device__ void prefill_attention(const At
         const int row = token + half * 8;
         if (row >= slice.count) continue;
         T *to = static_cast<T *>(p.out) + size_t(slice.row + row) * p.out_stride + head * width;
-        UNROLL(16) for (int n = 0; n < D / 8; n++) UNROLL(2) for (int i = 0; i < 2; i++) {
+        UNROLL(32) for (int n = 0; n < D / 8; n++) UNROLL(2) for (int i = 0; i < 2; i++) {
             const int d = n * 8 + 2 * t + i;
             if (d < width) to[d] = from_float<T>(out[n][2 * half + i] / sum[half]);
         }
