@@ -24,11 +24,15 @@ fn golden_tokens_over_nccl() -> Result<()> {
             checked += 1.0;
         }
         cluster.wait_idle()?;
-        for process in cluster.processes().iter().filter(|process| process.name != "router") {
-            // NCCL is the only transport that the nodes use.
-            ensure!(cluster.gauge(process, "overfill_kv_transport")? == 1.0, "{} has other transports", process.name);
-            let handoffs = cluster.gauge(process, "overfill_handoffs_total")?;
-            ensure!(handoffs == checked, "{}: {handoffs} handoffs over NCCL, not {checked}", process.name);
+        for role in ["prefill", "decode"] {
+            let mut handoffs = 0.0;
+            for process in cluster.processes().iter().filter(|process| process.name.starts_with(role)) {
+                // NCCL is the only transport of the node.
+                let transports = cluster.gauge(process, "overfill_kv_transport")?;
+                ensure!(transports == 1.0, "{} has {transports} transports", process.name);
+                handoffs += cluster.gauge(process, "overfill_handoffs_total")?;
+            }
+            ensure!(handoffs == checked, "{role}: {handoffs} handoffs over NCCL, not {checked}");
         }
         cluster.check_undisturbed()?;
         let end = cluster.end()?;
