@@ -161,6 +161,47 @@ mod tests {
 
     const PIECE: Piece = Piece { layer: 27, first_block: 0x0102_0304, blocks: 8 };
 
+    /// Blocks of 300 bytes, in the memory of the host or of a device.
+    struct Blocks(KvMemory);
+
+    impl KvStore for Blocks {
+        fn num_layers(&self) -> usize {
+            1
+        }
+
+        fn num_blocks(&self) -> usize {
+            4
+        }
+
+        fn block_bytes(&self) -> usize {
+            300
+        }
+
+        fn memory(&self) -> KvMemory {
+            self.0
+        }
+
+        fn read(&self, _: usize, blocks: &[BlockId], f: &mut dyn FnMut(usize, &[u8])) -> Result<(), StoreError> {
+            blocks.iter().enumerate().for_each(|(i, block)| f(i, &[block.0 as u8; 300]));
+            Ok(())
+        }
+
+        fn write(&self, _: usize, _: &[BlockId], _: &mut dyn FnMut(usize, &mut [u8])) -> Result<(), StoreError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn sums_of_a_store_are_those_of_its_blocks() {
+        let blocks = [2, 0, 3].map(BlockId);
+        for sums in [Sums::Chain, Sums::PerBlock] {
+            let expected = blocks.iter().fold(7, |sum, block| sums.next(sum, &[block.0 as u8; 300]));
+            for memory in [KvMemory::Host, KvMemory::Device] {
+                assert_eq!(sums.of_store(&Blocks(memory), 0, &blocks, 7).unwrap(), expected);
+            }
+        }
+    }
+
     #[test]
     fn what_is_encoded_is_decoded() {
         for version in 1..=2 {
