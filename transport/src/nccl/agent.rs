@@ -64,10 +64,6 @@ impl Agent {
         self.piece_bytes
     }
 
-    pub(super) fn store(&self) -> &Arc<dyn KvStore> {
-        &self.store
-    }
-
     /// How this sender calls itself to the receiver at `endpoint`. A new id is the ticket of the attempt, which is random and
     /// will not be used again.
     pub(crate) async fn introduce(&self, endpoint: &str, ticket: &Ticket) -> Result<SenderId, NcclError> {
@@ -131,10 +127,11 @@ impl Agent {
     }
 
     fn command(&self, command: Command) -> Result<(), NcclError> {
-        match self.commands.as_ref().map(|commands| commands.try_send(command)) {
-            Some(Ok(())) => Ok(()),
-            Some(Err(TrySendError::Full(_))) => Err(NcclError::Busy("commands")),
-            Some(Err(TrySendError::Disconnected(_))) | None => Err(NcclError::Ended),
+        let commands = self.commands.as_ref().ok_or(NcclError::Ended)?;
+        match commands.try_send(command) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Full(_)) => Err(NcclError::Busy("commands")),
+            Err(TrySendError::Disconnected(_)) => Err(NcclError::Ended),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! NCCL's calls, and CUDA's streams and events for them. The only module here with unsafe code.
+//! NCCL's calls, and CUDA's streams and events for them.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_int, c_void};
@@ -130,14 +130,13 @@ impl Raw {
             let kind = sys::ncclDataType_t::ncclUint8;
             let at = *address as *mut c_void;
             // SAFETY: the caller vouches for the memory. Communicator and stream exist.
-            queued = match self.direction {
-                Direction::Send => {
-                    check("ncclSend", unsafe { sys::ncclSend(at, *bytes, kind, peer, self.communicator, stream) })
-                }
-                Direction::Receive => {
-                    check("ncclRecv", unsafe { sys::ncclRecv(at, *bytes, kind, peer, self.communicator, stream) })
+            let result = unsafe {
+                match self.direction {
+                    Direction::Send => sys::ncclSend(at, *bytes, kind, peer, self.communicator, stream),
+                    Direction::Receive => sys::ncclRecv(at, *bytes, kind, peer, self.communicator, stream),
                 }
             };
+            queued = check("ncclSend or ncclRecv", result);
             if queued.is_err() {
                 break;
             }

@@ -159,13 +159,4 @@ pub enum NcclError {
     /// The other side's message does not fit the attempt.
     #[error("NCCL: {0} does not fit the attempt")]
     Mismatch(&'static str),
-    /// A store could not be read.
-    #[error("{0}")]
-    Store(String),
-}
-
-impl From<overfill_kv::StoreError> for NcclError {
-    fn from(error: overfill_kv::StoreError) -> Self {
-        Self::Store(error.to_string())
-    }
 }

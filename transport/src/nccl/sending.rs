@@ -43,14 +43,16 @@ impl Sending {
         }
     }
 
-    /// Waits until another piece may be announced. Returns the checksums of its blocks, for the announcement. The caller
-    /// limits the time.
-    pub async fn announce(&self, layer: usize, ids: &[BlockId]) -> Result<Vec<u64>, NcclError> {
+    /// Waits until another piece may be announced. The caller limits the time.
+    pub async fn room(&self) -> Result<(), NcclError> {
         // Never closed.
         self.window.acquire().await.map_err(|_| NcclError::Ended)?.forget();
-        let sums = self.agent.store().block_sums(layer, ids)?;
+        Ok(())
+    }
+
+    /// From now on, the receiver may post the receive for these blocks. Each piece needs its own [`Self::room`].
+    pub fn announce(&self, layer: usize, ids: &[BlockId]) {
         self.announced.lock().push_back((layer, ids.to_vec()));
-        Ok(sums)
     }
 
     /// The receiver has posted the oldest announced piece as `number`.

@@ -9,7 +9,7 @@ use overfill_kv::handoff::{Piece, ReceiverAction, ReceiverEvent, RefuseReason, T
 use overfill_kv::{BlockId, KvTransport, PROTOCOL};
 use tokio::time::timeout;
 
-use super::format::{Format, HEADER_2_BYTES, Sums, block_sums};
+use super::format::{Format, HEADER_2_BYTES, Sums};
 use super::frame::{self, Answer, COMMIT_BYTES, Header, SUM_BYTES, is_sealed, next_sum};
 use super::hello::{self, Grant, Offer, Start, Way};
 use super::link::{Link, Opening};
@@ -321,8 +321,8 @@ impl Frames<'_> {
             return Ok(Vec::new());
         }
         let blocks = self.entry.blocks_of(piece.first_block, piece.blocks);
-        let sums = self.shared.store.block_sums(piece.layer as usize, blocks)?;
-        Ok(self.landed(piece, block_sums(header_sum, &sums) == sum))
+        let arrived = self.format.sums().of_store(&*self.shared.store, piece.layer as usize, blocks, header_sum)?;
+        Ok(self.landed(piece, arrived == sum))
     }
 
     /// Handles the frame whose header was read.
@@ -381,7 +381,7 @@ impl Frames<'_> {
             Some(Header::Ping) => {
                 let mut sum = [0; SUM_BYTES];
                 read_full(stream, &mut sum).await?;
-                match is_sealed(&[&*header, &sum].concat()) {
+                match is_sealed(&[header, &sum].concat()) {
                     true => Ok(entry.on_event(ReceiverEvent::Ping)),
                     false => Ok(entry.on_event(ReceiverEvent::Garbage)),
                 }

@@ -47,11 +47,6 @@ impl Sums {
     }
 }
 
-/// Continues `sum` over blocks with these checksums, as [`Sums::PerBlock`] does over the blocks themselves.
-pub fn block_sums(sum: u64, blocks: &[u64]) -> u64 {
-    blocks.iter().fold(sum, |sum, block| next_sum(sum, &block.to_le_bytes()))
-}
-
 /// Format of the frames of one handoff.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Format {

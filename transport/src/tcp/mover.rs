@@ -8,7 +8,7 @@ use overfill_kv::handoff::{Hello, Piece};
 use overfill_kv::{BlockId, KvStore, KvTransport, TransportSet};
 
 use super::answers::{AnswerReader, Reply};
-use super::format::{Format, block_sums};
+use super::format::Format;
 use super::frame::{self, Answer, Header, next_sum};
 use super::hello::{self, Offer};
 use super::link::Link;
@@ -118,9 +118,10 @@ impl Mover {
             }
             Self::Nccl(sending, pieces) => {
                 let header = format.encode(&Header::Written(piece, *pieces));
-                let sums = sending.announce(layer, ids).await?;
+                sending.room().await?;
+                let sum = format.sums().of_store(store, layer, ids, next_sum(0, &header))?;
+                sending.announce(layer, ids);
                 *pieces = pieces.wrapping_add(1);
-                let sum = block_sums(next_sum(0, &header), &sums);
                 (header, sum)
             }
         };
