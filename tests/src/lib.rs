@@ -11,6 +11,7 @@ pub mod golden;
 pub mod gpu;
 pub mod metrics;
 pub mod network;
+pub mod python;
 pub mod rig;
 pub mod service;
 pub mod wait;

@@ -1,9 +1,14 @@
 //! Discovery without etcd: a router resolves host names again and again, as it does with headless Services in Kubernetes.
 
-use anyhow::{Result, ensure};
+use std::process::{Child, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use overfill_proto::v1;
 use overfill_tests::metrics::At;
+use overfill_tests::python::python;
 use overfill_tests::service::{decode_args, prefill_args};
 use overfill_tests::{Network, Request, Router as _, Service, wait_for};
+use prost::Message as _;
 
 const PAIR: &str = "llama-tied";
 
@@ -96,4 +101,59 @@ fn nodes_are_found_by_name_and_ready_only_with_a_partner() -> Result<()> {
     let third = prefill(&network)?;
     host.set_names(&[(address(&second), "prefill.test"), (address(&third), "prefill.test")])?;
     wait_ready(&third, 200)
+}
+
+/// A client that keeps one channel open reaches routers that were added later: its connections end at their age, and it looks up
+/// the addresses again. No request fails.
+#[test]
+fn one_grpc_channel_reaches_routers_that_are_added() -> Result<()> {
+    let Some(network) = Network::start()? else { return Ok(()) };
+    let (prefill, decode) = (prefill(&network)?, decode(&network)?);
+    let router = || {
+        let host = network.host()?;
+        let urls = [format!("--prefill-url={}", prefill.url()), format!("--decode-url={}", decode.url())];
+        let mut args = ["router", "--cluster=test", "--allow-insecure", "--max-connection-age-seconds=1"]
+            .map(str::to_owned)
+            .to_vec();
+        args.extend(urls);
+        args.extend(["--grpc=0.0.0.0:50051".to_owned(), format!("--http={}:0", host.address())]);
+        let router = Service::start_on(Some(host), args)?;
+        router.wait_nodes(1, 1)?;
+        Ok::<_, anyhow::Error>(router)
+    };
+    let mut routers = vec![router()?];
+    let client = network.host()?;
+    client.set_names(&[(address(&routers[0]), "routers.test")])?;
+    let prompt = v1::generate_request::Prompt::TokenIds(v1::TokenIds { ids: vec![9, 8, 7] });
+    let request = v1::GenerateRequest { prompt: Some(prompt), max_tokens: 1, ..v1::GenerateRequest::default() };
+    let hex: String = request.encode_to_vec().iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut running = client
+        .command(python()?)
+        .args([concat!(env!("CARGO_MANIFEST_DIR"), "/python/grpc_channel.py"), "dns:///routers.test:50051", &hex])
+        // Finds names where the test sets them.
+        .env("GRPC_DNS_RESOLVER", "native")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let answers = |router: &Service, running: &mut Child| {
+        wait_for("answers of a router", || {
+            ensure!(running.try_wait()?.is_none(), "the client has ended");
+            let answered = router.metric("vllm:request_success_total", "")?.unwrap_or(0.0);
+            Ok((answered == 0.0).then(|| format!("{} has answered nothing", router.http())))
+        })
+    };
+    let mut steps = || -> Result<()> {
+        answers(&routers[0], &mut running)?;
+        routers.extend([router()?, router()?]);
+        let names: Vec<_> = routers.iter().map(|router| (address(router), "routers.test")).collect();
+        client.set_names(&names)?;
+        routers.iter().skip(1).try_for_each(|router| answers(router, &mut running))
+    };
+    let reached = steps();
+    drop(running.stdin.take());
+    let end = running.wait_with_output()?;
+    let said = String::from_utf8_lossy(&end.stderr).into_owned();
+    ensure!(end.status.success(), "the client failed: {said}");
+    reached.with_context(|| said)
 }
