@@ -35,6 +35,8 @@ pub(crate) struct CudaEngine {
     events: Vec<CudaEvent>,
     /// Captured decode steps, by number of sequences. Dropped before what they use.
     graphs: HashMap<usize, Graph>,
+    /// Whether decode steps run as graphs.
+    use_graphs: bool,
     arrays: StepArrays,
     workspace: Workspace,
     kv: Arc<CudaKv>,
@@ -88,6 +90,7 @@ impl CudaEngine {
             downloaded,
             events,
             graphs: HashMap::new(),
+            use_graphs: true,
             arrays,
             workspace,
             kv: Arc::new(kv),
@@ -149,12 +152,13 @@ impl CudaEngine {
         let rounded = sequences.next_power_of_two().min(self.limits.sequences);
         let sizes = Sizes::decode(rounded);
         self.arrays.queue(&self.gpu, batch, &sizes)?;
-        if !self.graphs.contains_key(&rounded) {
+        if self.use_graphs && !self.graphs.contains_key(&rounded) {
             let graph = self.capture(&sizes)?;
             self.graphs.insert(rounded, graph);
         }
-        if let Some(graph) = self.graphs.get(&rounded) {
-            graph.launch()?;
+        match self.graphs.get(&rounded).filter(|_| self.use_graphs) {
+            Some(graph) => graph.launch()?,
+            None => self.queue_decode(&sizes)?,
         }
         self.download_logits(sequences)?;
         (0..self.config.num_hidden_layers).for_each(|layer| layers.layer_ready(layer));
@@ -163,11 +167,13 @@ impl CudaEngine {
 
     /// Captures a decode step. All of its addresses depend on the number of sequences only.
     fn capture(&self, sizes: &Sizes) -> Result<Graph, Fault> {
-        let (gpu, at) = (&self.gpu, self.arrays.arrays(sizes));
-        gpu.launcher.capture(|| {
-            self.decoder.queue_layers(gpu, &self.kv, &self.workspace, sizes, &at, |_| Ok(()))?;
-            self.decoder.queue_logits(gpu, &self.workspace, at.wanted, sizes.wanted)
-        })
+        self.gpu.launcher.capture(|| self.queue_decode(sizes))
+    }
+
+    fn queue_decode(&self, sizes: &Sizes) -> Result<(), Fault> {
+        let at = self.arrays.arrays(sizes);
+        self.decoder.queue_layers(&self.gpu, &self.kv, &self.workspace, sizes, &at, |_| Ok(()))?;
+        self.decoder.queue_logits(&self.gpu, &self.workspace, at.wanted, sizes.wanted)
     }
 
     /// Waits for the logits of `count` rows and appends them to `self.logits`.
@@ -216,6 +222,10 @@ impl Engine for CudaEngine {
 
     fn set_rows(&mut self, _: Rows) {
         // The number of rows decides at each product.
+    }
+
+    fn set_graphs(&mut self, on: bool) {
+        self.use_graphs = on;
     }
 
     fn weight_bytes(&self) -> Option<usize> {
