@@ -1,5 +1,7 @@
 //! Measures the kernels and the machine's limits, for `overfill bench`.
 
+pub mod gpu;
+
 use std::{hint::black_box, time::Instant};
 
 use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, KvStore, blocks_for};

@@ -50,6 +50,12 @@ pub trait Engine: Send {
     /// Changes the number of rows to optimise for, as if the model had been loaded with it.
     fn set_rows(&mut self, rows: Rows);
 
+    /// Whether decode steps run as captured graphs, where the device has them. They do, except in measurements of what
+    /// that is worth.
+    fn set_graphs(&mut self, on: bool) {
+        let _ = on;
+    }
+
     /// Bytes of the weights in memory; `None` where the engine does not know.
     fn weight_bytes(&self) -> Option<usize>;
 

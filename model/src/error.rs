@@ -121,6 +121,13 @@ impl ModelError {
         matches!(self, Self::DeviceLost { .. })
     }
 
+    /// A GPU was asked for.
+    #[cfg(not(feature = "cuda"))]
+    pub(crate) fn no_gpu_support(index: usize) -> Self {
+        let reason = "this binary was built without GPU support; build it with `--features cuda`, or use --device cpu";
+        Self::Device { device: crate::DeviceSpec::Cuda(index).to_string(), reason: reason.into() }
+    }
+
     pub(crate) fn io(file: &Path, source: std::io::Error) -> Self {
         Self::Io { file: file.into(), source }
     }

@@ -169,11 +169,7 @@ fn load_engine(
             Ok(Box::new(crate::cuda::CudaEngine::load(index, config, weights, options, kv_blocks)?))
         }
         #[cfg(not(feature = "cuda"))]
-        DeviceSpec::Cuda(_) => Err(ModelError::Device {
-            device: options.device.to_string(),
-            reason: "this binary was built without GPU support; build it with `--features cuda`, or use --device cpu"
-                .into(),
-        }),
+        DeviceSpec::Cuda(index) => Err(ModelError::no_gpu_support(index)),
     }
 }
 

@@ -1,16 +1,22 @@
-//! The software GPU for the processes of a cluster.
+//! The GPU for the processes of a cluster: the software GPU, or with `OVERFILL_REAL_GPU` the machine's.
 
 use anyhow::{Result, bail};
 use overfill_software_gpu::{Error, SoftwareGpu};
 
 use crate::cluster::Cluster;
 
-/// Environment variables that give processes the software GPU. `None` if the binary or this machine lacks what it needs,
-/// unless `OVERFILL_GPU_REQUIRED` is set.
-pub fn software_gpu() -> Result<Option<(&'static str, String)>> {
-    let missing = |what: String| match std::env::var_os("OVERFILL_GPU_REQUIRED") {
-        Some(_) => bail!(what),
-        None => {
+/// Whether the tests run on the machine's GPU.
+pub fn is_real() -> bool {
+    std::env::var_os("OVERFILL_REAL_GPU").is_some()
+}
+
+/// Environment variables that give processes a GPU. `None` if the binary or this machine lacks what it needs, unless
+/// `OVERFILL_GPU_REQUIRED` or `OVERFILL_REAL_GPU` is set.
+pub fn environment() -> Result<Option<Vec<(&'static str, String)>>> {
+    let required = is_real() || std::env::var_os("OVERFILL_GPU_REQUIRED").is_some();
+    let missing = |what: String| match required {
+        true => bail!(what),
+        false => {
             eprintln!("SKIPPED: tests of GPU nodes: {what}");
             Ok(None)
         }
@@ -20,8 +26,11 @@ pub fn software_gpu() -> Result<Option<(&'static str, String)>> {
     if refused.stderr.contains("without GPU support") {
         return missing("the binary was built without the feature cuda".into());
     }
+    if is_real() {
+        return Ok(Some(Vec::new()));
+    }
     match SoftwareGpu::build(false, &[]) {
-        Ok(gpu) => Ok(Some(gpu.environment())),
+        Ok(gpu) => Ok(Some(vec![gpu.environment()])),
         Err(e @ Error::NoCompiler(_)) => missing(e.to_string()),
         Err(e) => bail!(e),
     }

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use overfill_proto::v1::{self, generate_request::Prompt, router_client::RouterClient};
-use overfill_tests::cluster::binary;
+use overfill_tests::python::python;
 use overfill_tests::service::{decode_args, prefill_args, router_args};
 use overfill_tests::{Router as _, Service, wait_for};
 
@@ -106,14 +106,7 @@ struct Span {
 
 /// The collector from the Python environment that `cargo xtask test` prepares.
 fn program() -> Result<PathBuf> {
-    let python = match std::env::var_os("OVERFILL_PYTHON") {
-        Some(python) => PathBuf::from(python),
-        None => {
-            let binary = binary()?;
-            let target = binary.parent().and_then(|profile| profile.parent()).context("finding the target folder")?;
-            target.join("venv/bin/python")
-        }
-    };
+    let python = python()?;
     let script = "import rotel, os; print(os.path.join(os.path.dirname(rotel.__file__), 'rotel-agent'))";
     let output =
         Command::new(&python).args(["-c", script]).output().with_context(|| format!("{}", python.display()))?;

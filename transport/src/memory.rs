@@ -18,17 +18,6 @@ impl MemoryStore {
         let layers = (0..num_layers).map(|_| RwLock::new(vec![0; num_blocks * block_bytes])).collect();
         Self { layers, num_blocks, block_bytes }
     }
-
-    /// Takes the memory of all layers out of the store. [`Self::put`] puts it back.
-    pub(crate) fn take(&self) -> Vec<Vec<u8>> {
-        self.layers.iter().map(|layer| std::mem::take(&mut *layer.write())).collect()
-    }
-
-    pub(crate) fn put(&self, layers: Vec<Vec<u8>>) {
-        for (slot, layer) in self.layers.iter().zip(layers) {
-            *slot.write() = layer;
-        }
-    }
 }
 
 impl KvStore for MemoryStore {
@@ -52,8 +41,7 @@ impl KvStore for MemoryStore {
     fn regions(&self) -> Option<Vec<KvRegion>> {
         let region = |layer: &RwLock<Vec<u8>>| {
             let mut memory = layer.write();
-            // SAFETY: the memory of a layer is allocated once. Only the benchmark of this crate takes it out of the store
-            // for a while, when no handoff is under way. Users of the store access only blocks that are theirs.
+            // SAFETY: the memory of a layer is allocated once. Users of the store access only blocks that are theirs.
             KvRegion::Host(unsafe { HostRegion::new(memory.as_mut_ptr(), memory.len()) })
         };
         Some(self.layers.iter().map(region).collect())

@@ -1,10 +1,12 @@
-//! The project's commands: `cargo xtask demo | test | ci | chart | kubernetes | monitoring | rdma | tidy | images | neon`.
+//! The project's commands: `cargo xtask demo | test | ci | chart | kubernetes | monitoring | rdma | gpu | page | tidy | images | neon`.
 
 mod apt;
+mod built;
 mod chart;
 mod cluster;
 mod cuda;
 mod demo;
+mod gpu;
 mod images;
 mod memory;
 mod monitoring;
@@ -32,6 +34,12 @@ usage: cargo xtask COMMAND
                  Further arguments go to pytest
   monitoring     the tests of dashboards and alert rules, with a real Prometheus and the binaries in target/debug
   rdma           the tests of KV over RDMA, in a virtual machine with soft-RoCE
+  gpu [OPTIONS]  build (release), then tests of the kernels and of clusters on this machine's NVIDIA GPU, and figures of it:
+                 `overfill bench gpu OPTIONS`
+  gpu collect DIR
+                 build, and put into DIR what a machine with a GPU needs
+  gpu run DIR [OPTIONS]
+                 the tests and figures, with the programs in DIR: `DIR/xtask gpu run DIR` needs neither cargo nor sources
   page           the tests of the router's page, in headless Chromium
   tidy           check the project's rules about its files
   images [--release | --binaries DIR] [--test]
@@ -52,6 +60,9 @@ fn main() -> ExitCode {
         ["page"] => page::run(),
         ["tidy"] => tidy::run(),
         ["images", ref options @ ..] => images::run(options),
+        ["gpu", "collect", folder] => gpu::collect(folder.as_ref()),
+        ["gpu", "run", folder, ref options @ ..] => gpu::test(folder.as_ref(), options),
+        ["gpu", ref options @ ..] => gpu::run(options),
         ["rdma"] => rdma::run(),
         ["neon"] => neon::run(),
         _ => {

@@ -7,8 +7,8 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use overfill_kv::{BLOCK_TOKENS, BlockId, SamplingParams, blocks_for};
 use overfill_model::{
-    Choice, Engine, LoadOptions, Model, Outputs, Rows, SamplingContext, SequenceSlice, Want, bench::MemoryProbe,
-    no_layers,
+    Choice, DeviceSpec, Engine, LoadOptions, Model, Outputs, Rows, SamplingContext, SequenceSlice, Want,
+    bench::MemoryProbe, no_layers,
 };
 
 use super::{
@@ -53,10 +53,14 @@ impl Sizes {
         self.context_tokens + self.decode_tokens
     }
 
+    /// The largest batch.
+    fn most_sequences(&self) -> usize {
+        self.batch.iter().copied().max().unwrap_or(1)
+    }
+
     /// KV blocks that the largest measurement needs.
     fn kv_blocks(&self) -> usize {
-        let most = self.batch.iter().copied().max().unwrap_or(0);
-        let decode = most * blocks_for(self.decode_sequence_tokens());
+        let decode = self.most_sequences() * blocks_for(self.decode_sequence_tokens());
         decode.max(blocks_for(self.prefill_tokens + self.answer_tokens))
     }
 }
@@ -69,12 +73,15 @@ pub fn measure(
     runs: usize,
     report: &mut Report,
 ) -> Result<()> {
-    let memory = MemoryProbe::new()?;
+    // The bandwidth of another device is measured by `bench gpu`.
+    let memory = (options.device == DeviceSpec::Cpu).then(MemoryProbe::new).transpose()?;
     let mut full: Option<(&str, Model)> = None;
     for (name, folder) in models {
         let before = resident_bytes()?;
-        let mut model = Model::load(folder, &LoadOptions { rows: Rows::Few, ..*options }, sizes.kv_blocks())?;
-        measure_decode(name, &mut model, sizes, runs, &memory, before, report)?;
+        let (max_rows, max_sequences) = (CHUNK.max(sizes.most_sequences()), sizes.most_sequences());
+        let options = LoadOptions { rows: Rows::Few, max_rows, max_sequences, ..*options };
+        let mut model = Model::load(folder, &options, sizes.kv_blocks())?;
+        measure_decode(name, &mut model, sizes, runs, memory.as_ref(), before, report)?;
         model.engine().set_rows(Rows::Many);
         measure_prefill(name, &mut model, sizes, runs, report)?;
         model.engine().set_rows(Rows::Few);
@@ -114,11 +121,11 @@ fn measure_decode(
     model: &mut Model,
     sizes: &Sizes,
     runs: usize,
-    memory: &MemoryProbe,
+    memory: Option<&MemoryProbe>,
     resident_before: usize,
     report: &mut Report,
 ) -> Result<()> {
-    let most = sizes.batch.iter().copied().max().context("no batch")?;
+    let most = sizes.most_sequences();
     let start = sizes.context_tokens;
     let each = sizes.decode_sequence_tokens();
     let blocks = most * blocks_for(each);
@@ -130,11 +137,11 @@ fn measure_decode(
         let context = start + sizes.decode_tokens / 2;
         let kv_bytes = batch * context * model.block_bytes() / BLOCK_TOKENS;
         for _ in 0..runs {
-            let before = memory.read_bytes_per_second();
+            let before = memory.map(MemoryProbe::read_bytes_per_second);
             let run = sequences.decode(model.engine(), batch, start, sizes.decode_tokens)?;
-            let read = (before + memory.read_bytes_per_second()) / 2.0;
             seconds.push(run);
-            if let Some(weights) = model.step_weight_bytes() {
+            if let (Some(memory), Some(before), Some(weights)) = (memory, before, model.step_weight_bytes()) {
+                let read = (before + memory.read_bytes_per_second()) / 2.0;
                 shares.push(100.0 * ((weights + kv_bytes) * sizes.decode_tokens) as f64 / run / read);
             }
         }
@@ -146,7 +153,7 @@ fn measure_decode(
             report.add(format!("share of memory bandwidth, {name}, batch {batch}"), median(shares), "%", note);
         }
     }
-    if let Some(weights) = model.weight_bytes() {
+    if let (Some(_), Some(weights)) = (memory, model.weight_bytes()) {
         let resident = resident_bytes()?.saturating_sub(resident_before);
         let kv = blocks * model.block_bytes();
         let of = |bytes: usize| text::bytes(bytes as u64);
@@ -192,7 +199,7 @@ fn two_stages(
 }
 
 /// Sequences in a KV cache, each in its own blocks.
-struct Sequences {
+pub struct Sequences {
     prompt: Vec<u32>,
     blocks: Vec<Vec<BlockId>>,
     next: Vec<u32>,
@@ -201,7 +208,11 @@ struct Sequences {
 }
 
 impl Sequences {
-    fn new(model: &Model, count: usize, tokens_each: usize) -> Self {
+    /// Prompt tokens per forward pass.
+    pub const CHUNK: usize = CHUNK;
+
+    /// Sequences of up to `tokens_each` tokens.
+    pub fn new(model: &Model, count: usize, tokens_each: usize) -> Self {
         let each = blocks_for(tokens_each) as u32;
         Self {
             prompt: (0..tokens_each).map(|i| (i * 7919 % model.config().vocab_size) as u32).collect(),
@@ -213,7 +224,7 @@ impl Sequences {
     }
 
     /// Prefills `tokens` tokens of each sequence, one sequence after another. Returns seconds.
-    fn prefill(&mut self, engine: &mut dyn Engine, tokens: usize) -> Result<f64> {
+    pub fn prefill(&mut self, engine: &mut dyn Engine, tokens: usize) -> Result<f64> {
         let begin = Instant::now();
         let choice = Choice { params: &self.greedy, context: SamplingContext::following(&self.prompt[..tokens], &[]) };
         for (blocks, next) in self.blocks.iter().zip(&mut self.next) {
@@ -229,7 +240,7 @@ impl Sequences {
     }
 
     /// Decodes `steps` tokens in each of the first `batch` sequences, which have `start` tokens. Returns seconds.
-    fn decode(&mut self, engine: &mut dyn Engine, batch: usize, start: usize, steps: usize) -> Result<f64> {
+    pub fn decode(&mut self, engine: &mut dyn Engine, batch: usize, start: usize, steps: usize) -> Result<f64> {
         ensure!(batch <= self.blocks.len(), "a batch of {batch} of {} sequences", self.blocks.len());
         let layers = no_layers();
         let choice = Choice { params: &self.greedy, context: SamplingContext::following(&[], &[]) };

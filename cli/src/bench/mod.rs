@@ -3,6 +3,8 @@
 mod engine;
 mod formats;
 mod geometry;
+mod gpu;
+mod handoff;
 mod kernels;
 mod models;
 mod nodes;
@@ -36,7 +38,9 @@ Examples:
 const HANDOFF_HELP: &str = "\
 Examples:
   overfill bench handoff
-  overfill bench handoff --handoff-mebibytes 64 --json";
+  overfill bench handoff --handoff-mebibytes 64 --rounds 20 --json
+  overfill bench handoff --kv-transport rdma --kv-rdma-device mlx5_0
+  overfill bench handoff --device cuda:0 --to-device cuda:1";
 
 const OVERLAP_HELP: &str = "\
 Examples:
@@ -60,7 +64,7 @@ pub struct BenchArgs {
     #[command(flatten)]
     sizes: engine::Sizes,
     #[command(flatten)]
-    handoff: nodes::HandoffSize,
+    handoff: handoff::HandoffSize,
     #[command(flatten)]
     overlap: nodes::OverlapSize,
     #[command(flatten)]
@@ -83,11 +87,22 @@ enum Part {
         #[command(flatten)]
         output: Output,
     },
-    /// Measure the KV handoff over TCP against a plain TCP copy and a memory copy.
+    /// Measure the KV handoff over a transport against a plain copy of the same kind and a memory copy.
     #[command(after_help = HANDOFF_HELP)]
     Handoff {
         #[command(flatten)]
-        handoff: nodes::HandoffSize,
+        size: handoff::HandoffSize,
+        #[command(flatten)]
+        handoff: handoff::HandoffArgs,
+        /// Number of rounds. The medians are reported.
+        #[arg(
+            long,
+            default_value_t = HANDOFF_ROUNDS,
+            value_parser = count,
+            value_name = "COUNT",
+            help_heading = "Measurement"
+        )]
+        rounds: usize,
         #[command(flatten)]
         output: Output,
     },
@@ -113,6 +128,8 @@ enum Part {
     },
     /// Measure each kernel as a share of this machine's memory bandwidth and peak arithmetic.
     Kernels(kernels::KernelsArgs),
+    /// Measure an NVIDIA GPU: decode, prefill and handoffs, against what the GPU can do.
+    Gpu(Box<gpu::GpuArgs>),
     /// Measure exact match and cross-entropy of a pair in each weight format.
     Formats(formats::FormatsArgs),
     /// Measure what `overfill plan` needs to know about this machine and a pair of models.
@@ -137,6 +154,8 @@ struct Output {
     json: bool,
 }
 
+/// Rounds of the handoff measurement.
+const HANDOFF_ROUNDS: usize = 10;
 /// Largest count accepted on the command line.
 const MOST_COUNT: usize = 10_000_000;
 /// Longest time accepted on the command line: a week.
@@ -179,7 +198,8 @@ pub fn run(args: BenchArgs) -> Result<()> {
             let models = args.models.prepare()?;
             engine::measure(&models.list, &args.models.options(), &args.sizes, args.runs.runs, &mut report)?;
             runtime()?.block_on(nodes::measure(&models, &args.models, &args.overlap, args.runs.runs, &mut report))?;
-            runtime()?.block_on(nodes::measure_handoff(&args.handoff, &mut report))?;
+            let handoff = handoff::HandoffArgs::default();
+            runtime()?.block_on(handoff::measure(&args.handoff, &handoff, HANDOFF_ROUNDS, &mut report))?;
             runtime()?.block_on(router::measure(args.runs.runs, &mut report))?;
             args.output.json
         }
@@ -193,8 +213,8 @@ pub fn run(args: BenchArgs) -> Result<()> {
             runtime()?.block_on(nodes::measure(&prepared, &models, &overlap, runs.runs, &mut report))?;
             output.json
         }
-        Some(Part::Handoff { handoff, output }) => {
-            runtime()?.block_on(nodes::measure_handoff(&handoff, &mut report))?;
+        Some(Part::Handoff { size, handoff, rounds, output }) => {
+            runtime()?.block_on(handoff::measure(&size, &handoff, rounds, &mut report))?;
             output.json
         }
         Some(Part::Router { runs, output }) => {
@@ -202,6 +222,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
             output.json
         }
         Some(Part::Kernels(args)) => return kernels::run(&args),
+        Some(Part::Gpu(args)) => return gpu::run(&args),
         Some(Part::Formats(args)) => return formats::run(&args),
         Some(Part::Profile(args)) => return profile::run(&args),
         Some(Part::Serve(args)) => return runtime()?.block_on(serve::run(*args)),

@@ -15,16 +15,16 @@ use super::geometry::Geometry;
 pub struct ModelArgs {
     /// Shapes of models with random weights, comma-separated, the full model first.
     #[arg(long, value_enum, value_delimiter = ',', value_name = "NAME", default_values = ["small", "small-overfill"])]
-    geometry: Vec<Geometry>,
+    pub geometry: Vec<Geometry>,
     /// Folder in which models with random weights are kept for later runs [default: a temporary folder]
     #[arg(long, value_name = "DIR")]
-    models_dir: Option<PathBuf>,
+    pub models_dir: Option<PathBuf>,
     /// Full model, in place of random weights: a folder, a .gguf file or a hub id.
     #[arg(long, conflicts_with = "geometry", value_name = "MODEL")]
-    full: Option<String>,
+    pub full: Option<String>,
     /// Pruned model of the --full model.
     #[arg(long, requires = "full", value_name = "MODEL")]
-    decode: Option<String>,
+    pub decode: Option<String>,
     /// Device of the models: cpu or cuda:N.
     #[arg(long, default_value = "cpu")]
     pub device: DeviceSpec,

@@ -1,4 +1,4 @@
-//! The KV handoff: the time it adds to a prefill between two real nodes, and its own speed.
+//! The time that a KV handoff adds to a prefill between two real nodes.
 
 use std::path::Path;
 
@@ -38,15 +38,6 @@ pub struct OverlapSize {
     /// Prompt length for the overlap measurement.
     #[arg(long, default_value_t = 2048, value_parser = super::count, value_name = "TOKENS")]
     prompt_tokens: usize,
-}
-
-/// Size of a handoff without a prefill.
-#[derive(Args)]
-#[command(next_help_heading = "Sizes")]
-pub struct HandoffSize {
-    /// Size of the KV for the handoff measurement, in MiB.
-    #[arg(long, default_value_t = 256, value_parser = super::count, value_name = "MIB")]
-    handoff_mebibytes: usize,
 }
 
 /// One request's figures.
@@ -186,22 +177,6 @@ pub async fn measure(
     shutdown.begin();
     prefill.await.context("the prefill node panicked")??;
     decode.await.context("the decode node panicked")??;
-    Ok(())
-}
-
-/// Measures a handoff over loopback, a memory copy, and a plain TCP copy of the same size.
-pub async fn measure_handoff(size: &HandoffSize, report: &mut Report) -> Result<()> {
-    let measured = overfill_transport::bench::loopback(size.handoff_mebibytes << 20).await?;
-    let note = format!("{} MiB each, best of several alternating rounds", measured.bytes >> 20);
-    report.add("memory copy", measured.memcpy_bytes_per_second / 1e9, "GB/s", note);
-    report.add("plain TCP copy", measured.tcp_bytes_per_second / 1e9, "GB/s", "no frames, no checksums");
-    report.add(
-        "KV handoff",
-        measured.handoff_bytes_per_second / 1e9,
-        "GB/s",
-        "with ticket, frames, checksums and commit",
-    );
-    report.add("KV handoff, share of plain TCP", 100.0 * measured.handoff_to_tcp(), "%", "");
     Ok(())
 }
 

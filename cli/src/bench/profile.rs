@@ -13,6 +13,7 @@ use clap::Args;
 use futures::future::join_all;
 use overfill_kv::{BLOCK_TOKENS, BlockId, SamplingParams, blocks_for};
 use overfill_model::{Choice, LoadOptions, Model, Outputs, Rows, SamplingContext, SequenceSlice, Want, no_layers};
+use overfill_transport::bench::{HandoffOptions, Shape, handoffs};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 
 use super::models::{ModelArgs, Models};
@@ -107,7 +108,8 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     let mut measured = measured.into_iter();
     let (full, pruned) = (measured.next().context("no model")?, measured.next());
     let runtime = super::runtime()?;
-    let handoff = runtime.block_on(overfill_transport::bench::loopback(HANDOFF_BYTES))?;
+    let (shape, options) = (Shape::of(HANDOFF_BYTES), HandoffOptions::default());
+    let handoff = runtime.block_on(handoffs(shape, shape.host_store(), shape.host_store(), &options))?;
     let mut profile = Profile {
         format: FORMAT,
         machine: args.machine.clone().unwrap_or_else(machine),
@@ -117,7 +119,7 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
         kv_dtype: args.models.kv_dtype.to_string(),
         kv_pool_tokens: args.kv_pool_tokens,
         kv_bytes_per_token,
-        transfer_bytes_per_second: handoff.handoff_bytes_per_second,
+        transfer_bytes_per_second: handoff.handoff.bytes_per_second,
         full,
         pruned,
         overhead: Overhead::default(),
@@ -144,7 +146,8 @@ impl ProfileArgs {
         let batch = self.batch.iter().copied().max().unwrap_or(1);
         let each = blocks_for(most_context + STEPS.1 + 1);
         let blocks = (batch * each).max(blocks_for(most_rows + most_context));
-        let options = LoadOptions { rows: Rows::Many, ..self.models.options() };
+        let room = self.models.options();
+        let options = LoadOptions { rows: Rows::Many, max_rows: most_rows.max(batch), max_sequences: batch, ..room };
         let began = Instant::now();
         let mut model = Model::load(folder, &options, blocks)?;
         let start_seconds = began.elapsed().as_secs_f64();

@@ -39,6 +39,8 @@ pub(crate) struct CudaEngine {
     events: Vec<CudaEvent>,
     /// Captured decode steps, by number of sequences. Dropped before what they use.
     graphs: HashMap<usize, Graph>,
+    /// Whether decode steps run as graphs.
+    use_graphs: bool,
     arrays: StepArrays,
     sampler: Sampler,
     workspace: Workspace,
@@ -95,6 +97,7 @@ impl CudaEngine {
             downloaded,
             events,
             graphs: HashMap::new(),
+            use_graphs: true,
             arrays,
             sampler,
             workspace,
@@ -158,12 +161,13 @@ impl CudaEngine {
         let rounded = sequences.next_power_of_two().min(self.limits.sequences);
         let sizes = Sizes::decode(rounded);
         self.arrays.queue(&self.gpu, batch, &sizes)?;
-        if !self.graphs.contains_key(&rounded) {
+        if self.use_graphs && !self.graphs.contains_key(&rounded) {
             let graph = self.capture(&sizes)?;
             self.graphs.insert(rounded, graph);
         }
-        if let Some(graph) = self.graphs.get(&rounded) {
-            graph.launch()?;
+        match self.graphs.get(&rounded).filter(|_| self.use_graphs) {
+            Some(graph) => graph.launch()?,
+            None => self.queue_decode(&sizes)?,
         }
         self.choose(&wanted_rows(batch))?;
         (0..self.config.num_hidden_layers).for_each(|layer| layers.layer_ready(layer));
@@ -172,11 +176,13 @@ impl CudaEngine {
 
     /// Captures a decode step. All of its addresses depend on the number of sequences only.
     fn capture(&self, sizes: &Sizes) -> Result<Graph, Fault> {
-        let (gpu, at) = (&self.gpu, self.arrays.arrays(sizes));
-        gpu.launcher.capture(|| {
-            self.decoder.queue_layers(gpu, &self.kv, &self.workspace, sizes, &at, |_| Ok(()))?;
-            self.decoder.queue_logits(gpu, &self.workspace, at.wanted, sizes.wanted)
-        })
+        self.gpu.launcher.capture(|| self.queue_decode(sizes))
+    }
+
+    fn queue_decode(&self, sizes: &Sizes) -> Result<(), Fault> {
+        let at = self.arrays.arrays(sizes);
+        self.decoder.queue_layers(&self.gpu, &self.kv, &self.workspace, sizes, &at, |_| Ok(()))?;
+        self.decoder.queue_logits(&self.gpu, &self.workspace, at.wanted, sizes.wanted)
     }
 
     /// Chooses tokens on the device, from the rows of logits that are queued, and copies the other rows to the host.
@@ -251,6 +257,10 @@ impl Engine for CudaEngine {
 
     fn set_rows(&mut self, _: Rows) {
         // The number of rows decides at each product.
+    }
+
+    fn set_graphs(&mut self, on: bool) {
+        self.use_graphs = on;
     }
 
     fn weight_bytes(&self) -> Option<usize> {

@@ -155,6 +155,14 @@ impl Buffer {
         unsafe { result::memcpy_dtoh_async(to, self.at.offset(offset).0, stream.cu_stream()) }
     }
 
+    /// Queues a copy of all bytes of `from`.
+    pub(super) fn queue_copy(&self, stream: &CudaStream, from: &Self) -> Result<(), DriverError> {
+        self.check(0, from.bytes);
+        self.context.bind_to_thread()?;
+        // SAFETY: both buffers have so many bytes. Freeing them waits for the copy.
+        unsafe { result::memcpy_dtod_async(self.at.0, from.at.0, from.bytes, stream.cu_stream()) }
+    }
+
     /// Panics if the range is not inside the buffer.
     fn check(&self, offset: usize, bytes: usize) {
         let inside = offset.checked_add(bytes).is_some_and(|end| end <= self.bytes);

@@ -8,6 +8,7 @@
 //! Hidden and intermediate sizes are padded with zeros to multiples of 16 elements: tensor cores and 16-byte loads need
 //! aligned rows, and a pruned width such as 1689 is odd. Zeros change no sum. Only RMS norms must know the true width.
 
+pub(crate) mod bench;
 mod blas;
 mod cache;
 mod decoder;

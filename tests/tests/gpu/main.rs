@@ -1,14 +1,16 @@
 //! Clusters whose nodes compute on the software GPU. The test of the golden pairs shows that the kernels, their order and
-//! their memory are right; it says nothing about speed.
+//! their memory are right; it says nothing about speed. With `OVERFILL_REAL_GPU`, they compute on the machine's GPU.
 
 mod nccl;
 
+use std::process::{Command, Output};
 use std::sync::LazyLock;
 
 use anyhow::{Context, Result, bail, ensure};
+use overfill_tests::cluster::binary;
 use overfill_tests::completion::post;
 use overfill_tests::golden::{HALF, check_within, folder};
-use overfill_tests::gpu::software_gpu;
+use overfill_tests::gpu::{environment, is_real};
 use overfill_tests::service::router_args;
 use overfill_tests::{Cluster, Completion, Golden, Request, Service};
 use serde_json::json;
@@ -17,13 +19,21 @@ use serde_json::json;
 const LONGEST_PROMPT_TOKENS: usize = 300;
 const LONGEST_ANSWER_TOKENS: usize = 24;
 
-static GPU: LazyLock<Result<Option<(&'static str, String)>>> = LazyLock::new(software_gpu);
+/// Environment variables of processes.
+type Variables = Vec<(&'static str, String)>;
 
-/// Environment of processes with the software GPU, and `more`; `None`: skip the test.
-fn gpu(more: &[(&'static str, &str)]) -> Result<Option<Vec<(&'static str, String)>>> {
+static GPU: LazyLock<Result<Option<Variables>>> = LazyLock::new(environment);
+
+/// Environment of processes with a GPU, and `more`; `None`: skip the test.
+fn gpu(more: &[(&'static str, &str)]) -> Result<Option<Variables>> {
     let Some(found) = GPU.as_ref().map_err(|e| anyhow::anyhow!("{e:#}"))? else { return Ok(None) };
     let more = more.iter().map(|(name, value)| (*name, (*value).to_owned()));
-    Ok(Some([found.clone()].into_iter().chain(more).collect()))
+    Ok(Some(found.iter().cloned().chain(more).collect()))
+}
+
+/// As [`gpu`], for tests that need a GPU with faults or limits of its own: they skip real ones.
+fn software_gpu(more: &[(&'static str, &str)]) -> Result<Option<Variables>> {
+    if is_real() { Ok(None) } else { gpu(more) }
 }
 
 fn up_args(pair: &str, more: &[&str]) -> Vec<String> {
@@ -44,9 +54,11 @@ fn golden(pair: &str, devices: &[&str]) -> Result<()> {
     let golden = Golden::load(pair)?;
     let cluster = Cluster::start_with(&up_args(pair, devices), &variables)?;
     let mut checked = 0;
-    for (i, case) in golden.cases.iter().enumerate().filter(|(_, case)| case.prompt.len() <= LONGEST_PROMPT_TOKENS) {
+    let short = |prompt: &[u32]| is_real() || prompt.len() <= LONGEST_PROMPT_TOKENS;
+    let longest_answer = if is_real() { usize::MAX } else { LONGEST_ANSWER_TOKENS };
+    for (i, case) in golden.cases.iter().enumerate().filter(|(_, case)| short(&case.prompt)) {
         for (model, expected) in [("small", &case.two_stage), ("big", &case.full_only)] {
-            let expected = &expected[..expected.len().min(LONGEST_ANSWER_TOKENS)];
+            let expected = &expected[..expected.len().min(longest_answer)];
             let answer = golden_request(&case.prompt, expected.len(), model).send(&cluster)?;
             check_within(HALF, expected, &answer).with_context(|| format!("{pair}, case {i}, {model}"))?;
             checked += 1;
@@ -107,7 +119,7 @@ fn prefix_cache_and_clients_that_leave() -> Result<()> {
 /// A device that fails ends its node. Its requests move to another node, and clients notice nothing.
 #[test]
 fn requests_survive_a_lost_device() -> Result<()> {
-    let Some(variables) = gpu(&[("SOFTWARE_GPU_LAUNCHES_UNTIL_LOST", "40")])? else { return Ok(()) };
+    let Some(variables) = software_gpu(&[("SOFTWARE_GPU_LAUNCHES_UNTIL_LOST", "40")])? else { return Ok(()) };
     let model = folder("llama-untied", "full");
     let node = |role: &str, device: &str| -> Vec<String> {
         let flags = ["--model", &model, "--served-model-name", "m", "--device", device, "--kv-pool-tokens", "8192"];
@@ -140,7 +152,7 @@ fn requests_survive_a_lost_device() -> Result<()> {
 
 #[test]
 fn what_is_missing_is_said() -> Result<()> {
-    let Some(_) = gpu(&[])? else { return Ok(()) };
+    let Some(_) = software_gpu(&[])? else { return Ok(()) };
     for (variables, more, expected) in [
         ([("SOFTWARE_GPU_DEVICES", "0")], vec![], "device cuda:0: CUDA_ERROR_NO_DEVICE: "),
         ([("SOFTWARE_GPU_ARCHITECTURE", "75")], vec![], "has compute capability 7.5, supported: 8.0 and newer"),
@@ -155,5 +167,53 @@ fn what_is_missing_is_said() -> Result<()> {
         let refused = Cluster::refused_with(&args, &variables)?;
         ensure!(!refused.status.success() && refused.stderr.contains(expected), "{expected}: {}", refused.stderr);
     }
+    Ok(())
+}
+
+fn bench(variables: &Variables, more: &[&str]) -> Result<Output> {
+    let mut command = Command::new(binary()?);
+    command.args(["bench", "gpu", "--copy-mebibytes", "1", "--product-width", "64", "--runs", "1", "--json"]);
+    command.args(more).envs(variables.iter().map(|(name, value)| (name, value)));
+    command.output().context("starting overfill bench gpu")
+}
+
+/// Everything that `bench gpu` measures, with a tiny model. The figures themselves mean nothing here.
+#[test]
+fn a_gpu_is_measured() -> Result<()> {
+    let Some(variables) = gpu(&[])? else { return Ok(()) };
+    let model = folder("llama-tied", "full");
+    let sizes = ["--batch", "1,3", "--prefill-tokens", "20", "--step-tokens", "40", "--context-tokens", "17"];
+    let more = ["--model", &model, "--weights", "f16", "--kv-dtype", "f16", "--decode-tokens", "2"];
+    let handoff = ["--handoff-mebibytes", "4", "--kv-transport", "tcp,nccl"];
+    let done = bench(&variables, &[&sizes[..], &more, &handoff].concat())?;
+    ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&done.stdout)?;
+    let measured = report["measurements"].as_array().context("no measurements")?;
+    for name in [
+        "GPU memory bandwidth",
+        "GPU dense products",
+        "decode, full, batch 3",
+        "decode without graphs, full, batch 3",
+        "share of memory bandwidth, full, batch 3",
+        "prefill, full, batch 3",
+        "share of dense products, full, batch 3",
+        "KV handoff, tcp",
+        "KV handoff, share of plain tcp",
+        "KV handoff, not hidden, tcp",
+    ] {
+        let value = measured.iter().find(|line| line["name"] == name).and_then(|line| line["value"].as_f64());
+        ensure!(value.is_some_and(|value| value > 0.0), "{name}: {value:?} in {report}");
+    }
+    let left_out = report["left_out"].as_array().context("no left_out")?;
+    ensure!(left_out.iter().all(|line| line["what"] == "handoff over nccl"), "{left_out:?}");
+    Ok(())
+}
+
+#[test]
+fn without_a_gpu_nothing_is_measured() -> Result<()> {
+    let Some(variables) = software_gpu(&[("SOFTWARE_GPU_DEVICES", "0")])? else { return Ok(()) };
+    let done = bench(&variables, &["--limits-only"])?;
+    let said = String::from_utf8_lossy(&done.stderr);
+    ensure!(!done.status.success() && said.contains("error: device cuda:0: CUDA_ERROR_NO_DEVICE: "), "{said}");
     Ok(())
 }

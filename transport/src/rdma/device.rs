@@ -147,8 +147,13 @@ impl Pool {
     /// Device, port and address, and whether the device accesses the KV where it lies.
     pub fn describe(&self) -> String {
         let Device { name, port, gid_index, .. } = &*self.device;
-        let how = if self.regions.is_some() { "directly" } else { "through a staging area" };
+        let how = if self.is_direct() { "directly" } else { "through a staging area" };
         format!("{name}:{port}:{gid_index}, {how}")
+    }
+
+    /// Whether the device accesses the KV where it lies.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.regions.is_some()
     }
 
     /// Creates a queue pair for one handoff. Takes a few system calls.

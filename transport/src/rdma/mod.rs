@@ -20,6 +20,8 @@ mod absent;
 #[cfg(feature = "rdma")]
 mod device;
 #[cfg(feature = "rdma")]
+mod plain;
+#[cfg(feature = "rdma")]
 mod queue;
 #[cfg(feature = "rdma")]
 mod target;
@@ -34,9 +36,11 @@ use std::str::FromStr;
 #[cfg(not(feature = "rdma"))]
 pub use absent::Pool;
 #[cfg(not(feature = "rdma"))]
-pub(crate) use absent::{Queue, Target, Writer};
+pub(crate) use absent::{Queue, Target, Writer, plain_writes};
 #[cfg(feature = "rdma")]
 pub use device::Pool;
+#[cfg(feature = "rdma")]
+pub(crate) use plain::plain_writes;
 #[cfg(feature = "rdma")]
 pub(crate) use queue::Queue;
 #[cfg(feature = "rdma")]

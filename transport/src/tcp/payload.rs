@@ -119,8 +119,8 @@ impl<'a> Outgoing<'a> {
         Ok(n - kept_back)
     }
 
-    /// Sends `header`, the blocks `ids` of `layer`, and the checksum of both. The checksum may stay buffered. The
-    /// blocks are not read any more after this returns.
+    /// Sends `header`, the blocks `ids` of `layer`, and the checksum of both. The blocks are not read any more after
+    /// this returns.
     pub async fn frame(
         &mut self,
         header: &[u8],
@@ -130,10 +130,10 @@ impl<'a> Outgoing<'a> {
     ) -> Result<(), MoveError> {
         self.push(header);
         let size = store.block_bytes();
-        let length = ids.len() * size;
+        let total = ids.len() * size + SUM_BYTES;
         let mut p = FrameProgress::after(header, self.sums);
         if store.memory() == KvMemory::Host {
-            while p.at < length {
+            while p.at < total {
                 let mut blocked = Ok(());
                 store.view(layer, ids, &mut |blocks| blocked = self.send_now(blocks, &mut p))?;
                 self.wait_writable(blocked).await?;
@@ -143,26 +143,29 @@ impl<'a> Outgoing<'a> {
             staging.clear();
             store.read(layer, ids, &mut |_, bytes| staging.extend_from_slice(bytes))?;
             let blocks: Vec<&[u8]> = staging.chunks_exact(size).collect();
-            while p.at < length {
+            while p.at < total {
                 let blocked = self.send_now(&blocks, &mut p);
                 self.wait_writable(blocked).await?;
             }
             self.staging = staging;
         }
-        self.push(&p.sum.to_le_bytes());
         Ok(())
     }
 
-    /// Sends from position `p` on until everything is sent or the socket would block.
+    /// Sends blocks and checksum from position `p` on until everything is sent or the socket would block. The checksum
+    /// goes with the last blocks: a receiver that had to wait for it would sleep once per frame.
     fn send_now(&mut self, blocks: &[&[u8]], p: &mut FrameProgress) -> io::Result<()> {
         let size = blocks.first().map_or(1, |b| b.len().max(1));
         let length = size * blocks.len();
-        while p.at < length {
-            let end = length.min(p.at + CHUNK_BYTES);
-            while p.summed * size < end {
+        while p.at < length + SUM_BYTES {
+            let end = (length + SUM_BYTES).min(p.at + CHUNK_BYTES);
+            while p.summed * size < end.min(length) {
                 p.sum_block(blocks[p.summed]);
             }
-            let chunk: Vec<&[u8]> = window(blocks, p.at, end).collect();
+            // Complete if any byte of it is in this chunk.
+            let sum = p.sum.to_le_bytes();
+            let mut chunk: Vec<&[u8]> = window(blocks, p.at.min(length), end.min(length)).collect();
+            chunk.push(&sum[p.at.saturating_sub(length)..end.saturating_sub(length)]);
             p.at += self.try_send(&chunk)?;
         }
         Ok(())
@@ -176,7 +179,7 @@ impl<'a> Outgoing<'a> {
     }
 }
 
-/// Progress of a payload, kept across waits.
+/// Progress of a payload and its checksum, kept across waits.
 struct FrameProgress {
     /// Bytes sent or received.
     at: usize,
@@ -233,11 +236,12 @@ impl<'a> Incoming<'a> {
         let size = store.block_bytes();
         let length = ids.len() * size;
         let mut p = FrameProgress::after(header, self.sums);
+        let mut sent = [0; SUM_BYTES];
         let direct = store.memory() == KvMemory::Host;
         if direct {
-            while p.at < length {
+            while p.at < length + SUM_BYTES {
                 let mut blocked = Ok(());
-                store.edit(layer, ids, &mut |blocks| blocked = receive_now(self.stream, blocks, &mut p))?;
+                store.edit(layer, ids, &mut |blocks| blocked = receive_now(self.stream, blocks, &mut sent, &mut p))?;
                 match blocked {
                     Err(e) if e.kind() == ErrorKind::WouldBlock => self.stream.readable().await?,
                     other => other?,
@@ -247,9 +251,8 @@ impl<'a> Incoming<'a> {
             self.staging.resize(length, 0);
             read_full(self.stream, &mut self.staging).await?;
             self.staging.chunks_exact(size).for_each(|block| p.sum_block(block));
+            read_full(self.stream, &mut sent).await?;
         }
-        let mut sent = [0; SUM_BYTES];
-        read_full(self.stream, &mut sent).await?;
         let right = p.sum.to_le_bytes() == sent;
         if right && !direct {
             store.write(layer, ids, &mut |i, bytes| bytes.copy_from_slice(&self.staging[i * size..][..size]))?;
@@ -258,24 +261,31 @@ impl<'a> Incoming<'a> {
     }
 }
 
-/// Reads into `blocks` from position `p` on until they are full or the socket would block.
-fn receive_now(stream: &Link, blocks: &mut [&mut [u8]], p: &mut FrameProgress) -> io::Result<()> {
+/// Reads into `blocks`, and then the checksum, from position `p` on until they are full or the socket would block.
+fn receive_now(
+    stream: &Link,
+    blocks: &mut [&mut [u8]],
+    sum: &mut [u8; SUM_BYTES],
+    p: &mut FrameProgress,
+) -> io::Result<()> {
     let size = blocks.first().map_or(1, |b| b.len().max(1));
     let length = size * blocks.len();
-    while p.at < length {
-        let end = length.min(p.at + CHUNK_BYTES);
-        let (first, skip) = (p.at / size, p.at % size);
-        let mut parts: Vec<IoSliceMut<'_>> = Vec::with_capacity(end.div_ceil(size) - first);
-        for (i, block) in blocks[first..end.div_ceil(size)].iter_mut().enumerate() {
+    while p.at < length + SUM_BYTES {
+        let end = (length + SUM_BYTES).min(p.at + CHUNK_BYTES);
+        let (first, skip) = (p.at.min(length) / size, p.at % size);
+        let last = end.min(length).div_ceil(size);
+        let mut parts: Vec<IoSliceMut<'_>> = Vec::with_capacity(last - first + 1);
+        for (i, block) in blocks[first..last].iter_mut().enumerate() {
             let from = if i == 0 { skip } else { 0 };
             let to = (end - (first + i) * size).min(size);
             parts.push(IoSliceMut::new(&mut block[from..to]));
         }
+        parts.push(IoSliceMut::new(&mut sum[p.at.saturating_sub(length)..end.saturating_sub(length)]));
         match stream.try_read_vectored(&mut parts)? {
             0 => return Err(ErrorKind::UnexpectedEof.into()),
             n => p.at += n,
         }
-        while (p.summed + 1) * size <= p.at {
+        while (p.summed + 1) * size <= p.at.min(length) {
             p.sum_block(blocks[p.summed]);
         }
     }

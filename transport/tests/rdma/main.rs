@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use overfill_kv::handoff::{Failure, HandoffState, RefuseReason};
 use overfill_kv::store::{DmaBufRegion, KvRegion};
 use overfill_kv::{BlockId, KvEndpoint, KvMemory, KvStore, KvTransport, ProtocolVersions, StoreError};
+use overfill_transport::bench::{HandoffOptions, Shape, handoffs};
 use overfill_transport::{HandoffError, KvSender, TransferConfig, TransportChoice, TransportOptions, Transports};
 use rig::{Rig, Staged, failed, until};
 
@@ -86,6 +87,20 @@ async fn kv_arrives_directly_or_through_staging() {
             assert_eq!(rig.config.transports.handoffs(KvTransport::Tcp), 0, "{staged:?}");
         }
     }
+}
+
+/// What `overfill bench handoff --kv-transport rdma` measures.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn handoffs_are_measured_next_to_plain_writes() {
+    let shape = Shape::of(4 << 20);
+    if open(RDMA, shape.host_store()).is_none() {
+        return;
+    }
+    let options = HandoffOptions { choice: RDMA, rounds: 1, ..HandoffOptions::default() };
+    let report = handoffs(shape, shape.host_store(), shape.host_store(), &options).await.unwrap();
+    assert_eq!(report.transport, KvTransport::Rdma);
+    let figures = (report.bare.map(|bare| bare.bytes_per_second), report.handoff_to_bare);
+    assert!(figures.0.is_some_and(|speed| speed > 0.0) && figures.1.is_some_and(|share| share > 0.0), "{report:?}");
 }
 
 /// A store whose memory is exported as a dma-buf that no device can use.

@@ -20,6 +20,11 @@ pub fn prepare() -> Result<()> {
         bail!("the software GPU is made for x86-64 only");
     }
     apt::compiler()?;
+    nvcc()
+}
+
+/// Installs nvcc, unless it is present.
+pub fn nvcc() -> Result<()> {
     if std::env::var_os("CUDA_HOME").is_none() {
         python::venv(ENVIRONMENT, REQUIREMENTS)?;
     }
