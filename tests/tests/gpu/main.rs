@@ -189,6 +189,8 @@ fn a_gpu_is_measured() -> Result<()> {
     ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let report: serde_json::Value = serde_json::from_slice(&done.stdout)?;
     let measured = report["measurements"].as_array().context("no measurements")?;
+    // Two ranks on one GPU are more than most versions of NCCL allow.
+    let handoff_over_nccl = (!is_real()).then_some("KV handoff, nccl");
     for name in [
         "GPU memory bandwidth",
         "GPU dense products",
@@ -200,12 +202,15 @@ fn a_gpu_is_measured() -> Result<()> {
         "KV handoff, tcp",
         "KV handoff, share of plain tcp",
         "KV handoff, not hidden, tcp",
-    ] {
+    ]
+    .into_iter()
+    .chain(handoff_over_nccl)
+    {
         let value = measured.iter().find(|line| line["name"] == name).and_then(|line| line["value"].as_f64());
         ensure!(value.is_some_and(|value| value > 0.0), "{name}: {value:?} in {report}");
     }
     let left_out = report["left_out"].as_array().context("no left_out")?;
-    ensure!(left_out.iter().all(|line| line["what"] == "handoff over nccl"), "{left_out:?}");
+    ensure!(is_real() || left_out.is_empty(), "{left_out:?}");
     Ok(())
 }
 
