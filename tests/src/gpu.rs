@@ -27,7 +27,8 @@ pub fn environment() -> Result<Option<Vec<(&'static str, String)>>> {
         return missing("the binary was built without the feature cuda".into());
     }
     if is_real() {
-        return Ok(Some(Vec::new()));
+        // Both nodes of a cluster use one GPU.
+        return Ok(Some(vec![("NCCL_MULTI_RANK_GPU_ENABLE", "1".to_owned())]));
     }
     match SoftwareGpu::build(false, &[]) {
         Ok(gpu) => Ok(Some(vec![gpu.environment()])),

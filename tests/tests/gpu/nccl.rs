@@ -6,7 +6,7 @@ use overfill_tests::service::router_args;
 use overfill_tests::{Cluster, Completion, Golden, Request, Service, wait_for};
 use serde_json::json;
 
-use super::{LONGEST_ANSWER_TOKENS, LONGEST_PROMPT_TOKENS, golden_request, gpu, prompt, up_args};
+use super::{LONGEST_ANSWER_TOKENS, LONGEST_PROMPT_TOKENS, golden_request, gpu, prompt, software_gpu, up_args};
 
 const NCCL: [&str; 4] = ["--device", "cuda:0", "--prefill-arg=--kv-transport=nccl", "--decode-arg=--kv-transport=nccl"];
 
@@ -96,7 +96,7 @@ fn requests_survive_a_killed_prefill_node() -> Result<()> {
 #[test]
 fn an_abort_that_hangs_ends_the_node_alone() -> Result<()> {
     let Some(variables) = gpu(&[])? else { return Ok(()) };
-    let Some(faults) = gpu(&[("SOFTWARE_GPU_NCCL_FAULTS", "stuck:5,abort-hangs")])? else { return Ok(()) };
+    let Some(faults) = software_gpu(&[("SOFTWARE_GPU_NCCL_FAULTS", "stuck:5,abort-hangs")])? else { return Ok(()) };
     let prefill = Service::start_with(None, node("prefill"), &variables)?;
     let mut stuck = Service::start_with(None, node("decode"), &faults)?;
     let kept = Service::start_with(None, node("decode"), &variables)?;
