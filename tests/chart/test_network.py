@@ -44,7 +44,8 @@ class Network:
         if not mine:
             return True
         return any(
-            any(each["port"] == port and each["protocol"] == protocol for each in rule["ports"])
+            # A rule without ports allows all.
+            ("ports" not in rule or any(each["port"] == port and each["protocol"] == protocol for each in rule["ports"]))
             and (field not in rule or any(self.is_peer(each, peer) for each in rule[field]))
             for spec in mine
             for rule in spec.get(side, [])
