@@ -56,7 +56,8 @@ pub async fn measure(size: &HandoffSize, args: &HandoffArgs, rounds: usize, repo
     if let Some(bare) = bare {
         let note = match transport {
             KvTransport::Rdma => "plain RDMA writes: no frames, no checksums",
-            _ => "in host memory: no frames, no checksums",
+            KvTransport::Nccl => "plain sends: no messages, no checksums",
+            KvTransport::Tcp => "in host memory: no frames, no checksums",
         };
         add(report, &format!("plain {transport} copy"), bare, note.to_owned());
     }

@@ -190,7 +190,7 @@ fn a_gpu_is_measured() -> Result<()> {
     let report: serde_json::Value = serde_json::from_slice(&done.stdout)?;
     let measured = report["measurements"].as_array().context("no measurements")?;
     // Two ranks on one GPU are more than most versions of NCCL allow.
-    let handoff_over_nccl = (!is_real()).then_some("KV handoff, nccl");
+    let handoff_over_nccl = (!is_real()).then_some("KV handoff, share of plain nccl");
     for name in [
         "GPU memory bandwidth",
         "GPU dense products",

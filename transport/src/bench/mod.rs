@@ -1,5 +1,5 @@
 //! Measures handoffs between two stores of one process, over any transport. In the same rounds it measures what a transport
-//! can do without a handoff: a plain copy of as many bytes over TCP, or plain RDMA writes.
+//! can do without a handoff: a plain copy of as many bytes over TCP, plain RDMA writes, or plain sends over NCCL.
 
 mod copies;
 
@@ -17,6 +17,7 @@ use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::sync::CancellationToken;
 
+use crate::nccl::{self, NcclError};
 use crate::rdma::{self, RdmaError};
 use crate::tcp::PlainListener;
 use crate::{
@@ -43,6 +44,9 @@ pub enum BenchError {
     /// The plain RDMA writes failed.
     #[error(transparent)]
     Rdma(#[from] RdmaError),
+    /// The plain sends over NCCL failed.
+    #[error(transparent)]
+    Nccl(#[from] NcclError),
     /// The KV could not be filled.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -208,7 +212,8 @@ async fn measure(
         let plain = match transport {
             KvTransport::Tcp => Some(bare.time(buffers.tcp(runtimes)).await?),
             KvTransport::Rdma if sides.has_plain_rdma() => Some(bare.time(sides.plain_rdma()).await?),
-            KvTransport::Rdma | KvTransport::Nccl => None,
+            KvTransport::Rdma => None,
+            KvTransport::Nccl => Some(bare.time(sides.plain_nccl()).await?),
         };
         let whole = handoff.time(sides.handoff(Duration::ZERO)).await?;
         ratios.extend(plain.map(|plain| plain.as_secs_f64() / whole.as_secs_f64()));
@@ -346,6 +351,16 @@ impl<'a> Sides<'a> {
         match (self.sender.transports.rdma(), self.transports.rdma()) {
             (Some(from), Some(to)) => Ok(rdma::plain_writes(from, to, self.sender.max_frame_bytes).await?),
             _ => Err(RdmaError::Mismatch("the transport").into()),
+        }
+    }
+
+    async fn plain_nccl(&self) -> Result<Duration, BenchError> {
+        match (self.sender.transports.nccl(), self.transports.nccl()) {
+            (Some(from), Some(to)) => {
+                let lease = BlockPool::new(1).allocate(1)?;
+                Ok(nccl::plain_sends(from, to, &*self.source, Arc::new(lease)).await?)
+            }
+            _ => Err(NcclError::Mismatch("the transport").into()),
         }
     }
 

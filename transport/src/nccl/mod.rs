@@ -31,6 +31,8 @@ mod api;
 #[cfg(feature = "nccl")]
 mod communicator;
 #[cfg(feature = "nccl")]
+mod plain;
+#[cfg(feature = "nccl")]
 mod receiving;
 #[cfg(feature = "nccl")]
 mod sending;
@@ -45,9 +47,11 @@ use std::time::Duration;
 #[cfg(not(feature = "nccl"))]
 pub use absent::Agent;
 #[cfg(not(feature = "nccl"))]
-pub(crate) use absent::{Receiving, Sending};
+pub(crate) use absent::{Receiving, Sending, plain_sends};
 #[cfg(feature = "nccl")]
 pub use agent::Agent;
+#[cfg(feature = "nccl")]
+pub(crate) use plain::plain_sends;
 #[cfg(feature = "nccl")]
 pub(crate) use receiving::Receiving;
 #[cfg(feature = "nccl")]
