@@ -126,7 +126,7 @@ impl SoftwareGpu {
         // With AddressSanitizer, optimising takes longer than the tests. Besides, it makes one call of sinf and cosf, in which
         // the sanitizer sees a fault that is not there.
         flags.extend(if address_sanitizer { ["-O0", "-fsanitize=address"].as_slice() } else { &["-O1"] });
-        let folder = Path::new(BUILDS).join(hash(&(&sources, &flags)));
+        let folder = Path::new(BUILDS).join(hash(&(&sources, &flags, LIBRARIES)));
         if !folder.exists() {
             // Several processes may build at once; each has its own folder until it is complete.
             let own = folder.with_extension(std::process::id().to_string());
