@@ -111,7 +111,10 @@ fn one_grpc_channel_reaches_routers_that_are_added() -> Result<()> {
     let (prefill, decode) = (prefill(&network)?, decode(&network)?);
     let router = || {
         let host = network.host()?;
-        let urls = [format!("--prefill-url={}", prefill.url()), format!("--decode-url={}", decode.url())];
+        let urls = [
+            format!("--prefill-url=http://{}:50061", address(&prefill)),
+            format!("--decode-url=http://{}:50071", address(&decode)),
+        ];
         let mut args = ["router", "--cluster=test", "--allow-insecure", "--max-connection-age-seconds=1"]
             .map(str::to_owned)
             .to_vec();
