@@ -1,6 +1,7 @@
 // A test double of NCCL: pairs of ranks that send and receive bytes, over sockets.
 //
-// It behaves as NCCL does where that hurts. Calls return at once, and groups reach the stream later. A send waits for the
+// It behaves as NCCL does where that hurts. Calls return at once, and groups reach the stream later. The first group of a
+// rank is in progress until the other rank has called its first group. A send waits for the
 // other rank's receive, and both block their stream. If the other rank has gone, the stream stays blocked until the
 // communicator is aborted. Memory is read and written by a thread of its own, at times that vary. Sends and receives match by
 // order; sizes that differ are an error.
@@ -85,6 +86,16 @@ public:
         changed.notify_all();
     }
 
+    bool is_connected = false;
+    // Groups on their way to the stream.
+    std::atomic<int> launching{0};
+
+    // Meets the other rank's first group.
+    bool connect_ranks() {
+        char byte = 0;
+        return transfer(&byte, 1, true) && transfer(&byte, 1, false);
+    }
+
     // Ends everything. Groups that come later are done at once.
     void abort() {
         {
@@ -94,6 +105,7 @@ public:
             changed.notify_all();
         }
         thread.join();
+        while (launching > 0) std::this_thread::yield();
     }
 
 private:
@@ -326,17 +338,21 @@ EXPORT ncclGroupEnd() {
     if (--depth > 0) return OK;
     int result = OK;
     for (const Queued &work : std::exchange(queued, {})) {
-        if (std::random_device{}() % 2 == 0) {
+        const bool is_first = !work.communicator->is_connected;
+        work.communicator->is_connected = true;
+        if (!is_first && std::random_device{}() % 2 == 0) {
             launch(work);
             continue;
         }
         // Later, on another thread.
         work.communicator->state = IN_PROGRESS;
-        std::thread([work] {
+        work.communicator->launching++;
+        std::thread([work, is_first] {
             pause_randomly();
-            launch(work);
+            if (!is_first || work.communicator->connect_ranks()) launch(work);
             int expected = IN_PROGRESS;
             work.communicator->state.compare_exchange_strong(expected, OK);
+            work.communicator->launching--;
         }).detach();
         result = IN_PROGRESS;
     }

@@ -12,6 +12,8 @@ use super::communicator::{Report, Transfer};
 use super::worker::{Command, Worker};
 use super::{CommunicatorId, NcclError, NcclOptions, Receiving, SenderId, Sending};
 
+/// Oldest version that is supported: 2.19.
+const OLDEST: i32 = 21900;
 /// Commands that wait for the thread. Each attempt has a few at a time.
 const COMMANDS: usize = 4096;
 
@@ -36,6 +38,9 @@ impl Agent {
             return Err(NcclError::NoLibrary);
         }
         let version = api::version()?;
+        if version < OLDEST {
+            return Err(NcclError::Version(version));
+        }
         let context = cudarc::driver::CudaContext::new(memory.device())?;
         let (commands, queue) = sync_channel(COMMANDS);
         let worker = Worker::new(context, options, queue);

@@ -63,11 +63,13 @@ pub(super) struct Communicator {
     until: Instant,
     /// Number of the next transfer, modulo [`NUMBERS`].
     next: u32,
-    /// Sends whose receives are posted, by their distance from the first one. Those before them have not come yet.
+    /// Sends whose receives are posted, by their numbers. Those before them have not come yet.
     held: BTreeMap<u32, (Instant, Transfer)>,
     flying: VecDeque<Flying>,
     pub last_used: Instant,
     piece_timeout: Duration,
+    /// The time limit of the first transfer, with which NCCL connects the ranks.
+    first_timeout: Option<Duration>,
 }
 
 impl Communicator {
@@ -83,6 +85,7 @@ impl Communicator {
             flying: VecDeque::new(),
             last_used: now,
             piece_timeout: options.piece_timeout,
+            first_timeout: Some(options.join_timeout),
         }
     }
 
@@ -113,12 +116,18 @@ impl Communicator {
 
     /// Starts a transfer as the next one. On an error, the caller ends the communicator.
     #[allow(unsafe_code)]
-    pub fn start(&mut self, transfer: Transfer) -> Result<(), NcclError> {
-        self.until = Instant::now() + self.piece_timeout;
-        self.next = (self.next + 1) % NUMBERS;
+    pub fn start(&mut self, mut transfer: Transfer) -> Result<(), NcclError> {
+        self.until = Instant::now() + self.first_timeout.take().unwrap_or(self.piece_timeout);
+        let number = self.next;
+        self.next = (number + 1) % NUMBERS;
         // SAFETY: the transfer holds a share of the blocks' lease, and it is dropped only as `queue` requires. Who owns a
         // lease of blocks that a handoff fills or reads does not access them in a conflicting way.
         let queued = unsafe { self.raw.queue(&transfer.runs) };
+        if queued.is_ok() {
+            // Not later: NCCL connects the ranks with their first group, whose call is in progress until the other side calls
+            // its own. That one waits to be told.
+            transfer.report.posted(number);
+        }
         self.state = State::Queueing(transfer);
         match queued? {
             Call::Done => self.queued(),
@@ -130,8 +139,7 @@ impl Communicator {
     fn queued(&mut self) -> Result<(), NcclError> {
         // Recorded first: without the event, nobody knows when the kernels end.
         let event = self.raw.record()?;
-        if let State::Queueing(mut transfer) = std::mem::replace(&mut self.state, State::Ready) {
-            transfer.report.posted((self.next + NUMBERS - 1) % NUMBERS);
+        if let State::Queueing(transfer) = std::mem::replace(&mut self.state, State::Ready) {
             self.flying.push_back(Flying { event, until: self.until, transfer });
         }
         Ok(())

@@ -4,11 +4,12 @@
 //! rank 0 sends, rank 1 receives. It is made when their first handoff begins; the receiver makes its id, and
 //! answers each hello with it. One thread per GPU ([`Agent`]) owns all communicators, each with a stream of its own.
 //!
-//! A kernel that sends or receives blocks its stream until the other side takes part, and can't be taken back. So neither
+//! A send or receive kernel holds its stream until the other side takes part. Nobody can take it back. So neither
 //! side starts one before the other has agreed to it:
 //!
 //! 1. The sender announces a piece: its header, and a checksum of each block. It may be two pieces ahead.
-//! 2. The receiver posts the receive, and then says `posted` with the receive's number within the communicator.
+//! 2. The receiver posts the receive, and then says `posted` with the receive's number within the communicator. It says so
+//!    while the call is still in progress: with their first groups, NCCL connects the ranks, which needs both.
 //! 3. The sender posts the send with this number. It does so in the order of the numbers, because NCCL matches sends and
 //!    receives by order. If a lower number is missing, it waits.
 //!
@@ -137,6 +138,9 @@ pub enum NcclError {
         "libnccl.so can't be opened; NCCL's packages install libnccl.so.2, to which a link of the name libnccl.so must lead"
     )]
     NoLibrary,
+    /// The library is too old.
+    #[error("NCCL has version code {0}, supported: 21900 (2.19) and newer")]
+    Version(i32),
     /// KV is in host memory.
     #[error("NCCL moves KV between GPUs, but this node's KV is in host memory")]
     NotOnGpu,

@@ -9,7 +9,7 @@ const UNDER_WAY: usize = 2;
 ///
 /// Receives of one communicator at a time are under way. Each waits for a sender that has agreed to it. That sender's sends
 /// over this communicator are in the same order, and nothing else is in front of them, since each communicator has
-/// a stream of its own. So the first one always ends, whatever other nodes do.
+/// a stream of its own. So no cycle of nodes can wait for each other; a sender that is dead is ended by its deadline.
 pub(super) struct Turns<K, T> {
     waiting: VecDeque<(K, T)>,
     current: Option<K>,
@@ -46,6 +46,15 @@ impl<K: Copy + PartialEq, T> Turns<K, T> {
     /// A receive has ended.
     pub fn ended(&mut self) {
         self.under_way = self.under_way.saturating_sub(1);
+    }
+
+    /// Takes out the receives that wait and that nobody wants any more.
+    pub fn remove_unwanted(&mut self, is_wanted: impl Fn(&T) -> bool) -> Vec<T> {
+        let all = std::mem::take(&mut self.waiting);
+        let (wanted, unwanted): (VecDeque<_>, VecDeque<_>) =
+            all.into_iter().partition(|(_, receive)| is_wanted(receive));
+        self.waiting = wanted;
+        unwanted.into_iter().map(|(_, receive)| receive).collect()
     }
 
     /// Takes out the receives of a communicator that wait.
@@ -89,6 +98,8 @@ mod tests {
         turns.push(2, 20);
         assert_eq!(turns.next(|key| *key == 2), Some((2, 20)));
         assert_eq!(turns.next(|key| *key == 2), None);
+        turns.push(1, 11);
+        assert_eq!(turns.remove_unwanted(|receive| *receive != 11), [11]);
         assert_eq!(turns.remove(&1), [10]);
         assert!(turns.is_empty());
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use cudarc::driver::CudaContext;
@@ -48,12 +48,28 @@ pub(super) struct Worker {
     turns: Turns<CommunicatorId, Transfer>,
     endpoints: HashMap<String, Endpoint>,
     senders: HashMap<SenderId, CommunicatorId>,
+    aborts: Vec<Abort>,
+}
+
+/// An abort that has not returned.
+struct Abort {
+    done: Receiver<Result<(), NcclError>>,
+    until: Instant,
 }
 
 impl Worker {
     pub fn new(context: Arc<CudaContext>, options: NcclOptions, queue: Receiver<Command>) -> Self {
         let (communicators, turns) = (HashMap::new(), Turns::new());
-        Self { context, options, queue, communicators, turns, endpoints: HashMap::new(), senders: HashMap::new() }
+        Self {
+            context,
+            options,
+            queue,
+            communicators,
+            turns,
+            endpoints: HashMap::new(),
+            senders: HashMap::new(),
+            aborts: Vec::new(),
+        }
     }
 
     /// Runs until the agent is dropped.
@@ -72,10 +88,16 @@ impl Worker {
         }
         let ids: Vec<_> = self.communicators.keys().copied().collect();
         ids.iter().for_each(|id| self.end(id, &NcclError::Ended));
+        while !self.aborts.is_empty() {
+            std::thread::sleep(POLL);
+            self.poll_aborts();
+        }
     }
 
     fn is_busy(&self) -> bool {
-        !self.turns.is_empty() || self.communicators.values().any(|communicator| !communicator.is_idle())
+        !self.turns.is_empty()
+            || !self.aborts.is_empty()
+            || self.communicators.values().any(|communicator| !communicator.is_idle())
     }
 
     fn on_command(&mut self, command: Command) {
@@ -157,6 +179,10 @@ impl Worker {
     /// Takes note of what has ended, and posts what may be posted.
     fn poll(&mut self) {
         let now = Instant::now();
+        self.poll_aborts();
+        for receive in self.turns.remove_unwanted(|receive| receive.report.is_wanted()) {
+            receive.end(Err(NcclError::Ended));
+        }
         let mut failed = Vec::new();
         for (id, communicator) in &mut self.communicators {
             let mut ended = 0;
@@ -171,10 +197,7 @@ impl Worker {
         loop {
             let able = |id: &CommunicatorId| self.communicators.get(id).is_some_and(Communicator::is_ready);
             let Some((id, receive)) = self.turns.next(able) else { return };
-            if !receive.report.is_wanted() {
-                self.turns.ended();
-                receive.end(Err(NcclError::Ended));
-            } else if let Some(communicator) = self.communicators.get_mut(&id)
+            if let Some(communicator) = self.communicators.get_mut(&id)
                 && let Err(error) = communicator.start(receive)
             {
                 self.end(&id, &error);
@@ -193,29 +216,59 @@ impl Worker {
         let waiting = self.turns.remove(id);
         tracing::info!(?id, %error, "ending a communicator");
         let (raw, transfers) = communicator.into_parts();
-        abort(raw, self.options.abort_timeout);
-        transfers.into_iter().chain(waiting).for_each(|transfer| transfer.end(Err(error.clone())));
+        self.aborts.push(abort(raw, transfers, error.clone(), self.options.abort_timeout));
+        waiting.into_iter().for_each(|transfer| transfer.end(Err(error.clone())));
+    }
+
+    /// Ends the process if an abort has failed or takes too long: the KV memory can't be used again, since the device may still
+    /// write to it.
+    fn poll_aborts(&mut self) {
+        let now = Instant::now();
+        self.aborts.retain(|abort| {
+            let problem = match abort.done.try_recv() {
+                Ok(Ok(())) => return false,
+                Err(TryRecvError::Empty) if now < abort.until => return true,
+                Ok(Err(error)) => error.to_string(),
+                Err(TryRecvError::Empty) => "it has not returned in time".to_owned(),
+                Err(TryRecvError::Disconnected) => "its thread has panicked".to_owned(),
+            };
+            give_up(&problem)
+        });
     }
 }
 
-/// Ends a communicator. When this returns, nothing that was queued on it accesses memory any more. If that does not happen in
-/// time, the process ends: the KV memory can't be used again, since the device may still write to it.
-fn abort(raw: Raw, within: Duration) {
-    let (done, ended) = std::sync::mpsc::sync_channel(1);
-    let thread = std::thread::Builder::new().name("nccl-abort".into()).spawn(move || done.send(raw.abort()));
-    let problem = match thread {
-        Ok(thread) => match ended.recv_timeout(within) {
-            Ok(Ok(())) => {
-                // The thread has nothing left to do.
-                let _ = thread.join();
-                return;
-            }
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("not ended within {} seconds", within.as_secs_f64()),
-        },
-        Err(error) => error.to_string(),
-    };
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // The leases of transfers that are under way would be dropped.
+            give_up("the thread of NCCL has panicked");
+        }
+    }
+}
+
+/// Ends the process.
+fn give_up(problem: &str) -> ! {
     tracing::error!(problem, "a communicator of NCCL can't be aborted; this process ends, since its KV memory is lost");
     // Not `exit`: CUDA's exit handlers would wait for the kernel that does not end.
     std::process::abort();
+}
+
+/// Ends a communicator on a thread of its own, because that can take long and others must go on. Then nothing that was queued
+/// on it accesses memory any more, and its transfers end.
+fn abort(raw: Raw, transfers: Vec<Transfer>, error: NcclError, within: Duration) -> Abort {
+    let (done, ended) = std::sync::mpsc::sync_channel(1);
+    let run = move || {
+        let aborted = raw.abort();
+        match &aborted {
+            Ok(()) => transfers.into_iter().for_each(|transfer| transfer.end(Err(error.clone()))),
+            // Their blocks are never free again. The process ends.
+            Err(_) => std::mem::forget(transfers),
+        }
+        // The worker waits for this.
+        let _ = done.send(aborted);
+    };
+    match std::thread::Builder::new().name("nccl-abort".into()).spawn(run) {
+        Ok(_) => Abort { done: ended, until: Instant::now() + within },
+        Err(error) => give_up(&error.to_string()),
+    }
 }

@@ -288,21 +288,26 @@ impl Frames<'_> {
     /// Waits for the next header, or for a piece that was announced before. Passes either to the state machine. Returns the
     /// actions that are left to the connection.
     async fn next(&mut self) -> Result<Vec<ReceiverAction>, MoveError> {
-        let header = &mut self.header[..self.format.header_bytes()];
-        let reading = Self::fill_header(self.stream, header, &mut self.have);
+        let length = self.format.header_bytes();
+        let header = &mut self.header[..length];
         if let Target::Nccl(receiving) = &mut *self.target {
-            let has_room = receiving.has_room();
-            tokio::select! {
-                biased;
-                progress = receiving.progress() => {
-                    let progress = progress?;
-                    return self.progressed(progress).await;
+            let (has_room, is_read) = (receiving.has_room(), self.have == length);
+            if !has_room || !is_read {
+                tokio::select! {
+                    biased;
+                    progress = receiving.progress() => {
+                        let progress = progress?;
+                        return self.progressed(progress).await;
+                    }
+                    // Also without room, so that the end of the connection is seen.
+                    filled = Self::fill_header(self.stream, header, &mut self.have), if !is_read => filled?,
                 }
-                // Without room, the sender may send pings at most. They can wait.
-                filled = reading, if has_room => filled?,
+            }
+            if !has_room {
+                return Ok(Vec::new());
             }
         } else {
-            reading.await?;
+            Self::fill_header(self.stream, header, &mut self.have).await?;
         }
         self.have = 0;
         self.frame().await
