@@ -197,6 +197,11 @@ impl Transports {
         }
     }
 
+    /// Communicators of NCCL made so far.
+    pub fn communicators(&self) -> u64 {
+        self.nccl.as_ref().map_or(0, |agent| agent.communicators())
+    }
+
     pub(crate) fn nccl(&self) -> Option<&Arc<Agent>> {
         self.nccl.as_ref()
     }

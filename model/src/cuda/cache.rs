@@ -62,7 +62,7 @@ impl Sums {
         })
     }
 
-    /// The sums of at most [`SUMS_AT_ONCE`] blocks, of those that lie at `layer`.
+    /// The sums of at most [`SUMS_AT_ONCE`] blocks of the layer that begins at `layer`.
     fn of(
         &mut self,
         stream: &CudaStream,

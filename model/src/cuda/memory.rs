@@ -159,7 +159,7 @@ impl Buffer {
     pub(super) fn queue_copy(&self, stream: &CudaStream, from: &Self) -> Result<(), DriverError> {
         self.check(0, from.bytes);
         self.context.bind_to_thread()?;
-        // SAFETY: both buffers have so many bytes. Freeing them waits for the copy.
+        // SAFETY: both buffers are at least as long as `from`, as was checked. Freeing them waits for the copy.
         unsafe { result::memcpy_dtod_async(self.at.0, from.at.0, from.bytes, stream.cu_stream()) }
     }
 

@@ -132,7 +132,7 @@ pub struct HandoffReport {
     pub bare: Option<Cost>,
     /// Complete handoff of KV that is there from the beginning.
     pub handoff: Cost,
-    /// Throughput of the handoff divided by that of the bare copy of the same round.
+    /// Throughput of the handoff, divided by the throughput of the bare copy in the same round.
     pub handoff_to_bare: Option<f64>,
     /// Duration of a prefill that announces its layers one after the other while they are sent.
     pub prefill_seconds: f64,

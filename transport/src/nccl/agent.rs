@@ -1,13 +1,14 @@
 //! The handle to the thread of a GPU.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 
 use overfill_kv::{BlockId, BlockLease, GpuMemory, KvStore, Ticket};
 use tokio::sync::oneshot;
 
-use super::api::{self, Direction};
+use super::api;
 use super::communicator::{Report, Transfer};
 use super::worker::{Command, Worker};
 use super::{CommunicatorId, NcclError, NcclOptions, Receiving, SenderId, Sending};
@@ -25,13 +26,14 @@ pub struct Agent {
     store: Arc<dyn KvStore>,
     version: i32,
     piece_bytes: usize,
+    made: Arc<AtomicU64>,
 }
 
 impl Agent {
     /// Starts the thread, for the KV in `store`.
     ///
     /// # Errors
-    /// The KV is not on a GPU, the library is missing, or CUDA fails.
+    /// The KV is not on a GPU, the library is missing or too old, or CUDA fails.
     pub fn open(options: NcclOptions, store: Arc<dyn KvStore>) -> Result<Self, NcclError> {
         let memory = store.gpu().ok_or(NcclError::NotOnGpu)?;
         if !api::is_installed() {
@@ -43,7 +45,8 @@ impl Agent {
         }
         let context = cudarc::driver::CudaContext::new(memory.device())?;
         let (commands, queue) = sync_channel(COMMANDS);
-        let worker = Worker::new(context, options, queue);
+        let made = Arc::new(AtomicU64::new(0));
+        let worker = Worker::new(context, options, queue, made.clone());
         let thread = std::thread::Builder::new()
             .name("nccl".into())
             .spawn(move || worker.run())
@@ -55,6 +58,7 @@ impl Agent {
             store,
             version,
             piece_bytes: options.piece_bytes,
+            made,
         })
     }
 
@@ -64,12 +68,17 @@ impl Agent {
         format!("cuda:{}, NCCL {major}.{}.{}", self.memory.device(), rest / 100, rest % 100)
     }
 
+    /// Communicators made so far.
+    pub(crate) fn communicators(&self) -> u64 {
+        self.made.load(Ordering::Relaxed)
+    }
+
     /// Maximum size of a piece in bytes.
     pub(crate) fn piece_bytes(&self) -> usize {
         self.piece_bytes
     }
 
-    /// How this sender calls itself to the receiver at `endpoint`. A new id is the ticket of the attempt, which is random and
+    /// This sender's name for NCCL at the receiver at `endpoint`. A new name is the ticket of the attempt, which is random and
     /// will not be used again.
     pub(crate) async fn introduce(&self, endpoint: &str, ticket: &Ticket) -> Result<SenderId, NcclError> {
         let (reply, answer) = oneshot::channel();
@@ -118,12 +127,12 @@ impl Agent {
 
     /// Posts a receive when it is its turn.
     pub(super) fn receive(&self, id: CommunicatorId, transfer: Transfer) -> Result<(), NcclError> {
-        self.command(Command::Transfer { id, direction: Direction::Receive, number: 0, transfer })
+        self.command(Command::Receive { id, transfer })
     }
 
     /// Posts the send that the receiver has posted as `number`.
     pub(super) fn send(&self, id: CommunicatorId, number: u32, transfer: Transfer) -> Result<(), NcclError> {
-        self.command(Command::Transfer { id, direction: Direction::Send, number, transfer })
+        self.command(Command::Send { id, number, transfer })
     }
 
     /// Ends a communicator whose other side does not take part.

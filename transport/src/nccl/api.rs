@@ -101,7 +101,11 @@ impl Raw {
         // SAFETY: the pointers are valid for the call; NCCL copies the configuration.
         let result =
             unsafe { sys::ncclCommInitRankConfig(&raw mut communicator, 2, id, direction.rank(), &raw mut config) };
-        check("ncclCommInitRankConfig", result)?;
+        if communicator.is_null() {
+            check("ncclCommInitRankConfig", result)?;
+            return Err(NcclError::Ended);
+        }
+        // If it has failed with a handle, `progress` says so, and the handle must still be aborted.
         Ok(Self { communicator, direction, stream })
     }
 

@@ -20,6 +20,7 @@ pub(super) struct Transfer {
     pub runs: Vec<(u64, usize)>,
     /// Keeps the blocks until the transfer has ended (KV-1, KV-2).
     pub lease: Arc<BlockLease>,
+    /// Is told what becomes of it.
     pub report: Box<dyn Report>,
 }
 
@@ -34,7 +35,7 @@ pub(super) trait Report: Send {
 }
 
 impl Transfer {
-    /// Ends the transfer. The lease goes first: whoever is told may find the blocks free.
+    /// Ends the transfer. The lease is dropped first, so that the blocks are free when the report says so.
     pub fn end(self, result: Result<(), NcclError>) {
         drop(self.lease);
         self.report.ended(result);
@@ -66,6 +67,7 @@ pub(super) struct Communicator {
     /// Sends whose receives are posted, by their numbers. Those before them have not come yet.
     held: BTreeMap<u32, (Instant, Transfer)>,
     flying: VecDeque<Flying>,
+    /// When a handoff began that uses it, or when a transfer was under way.
     pub last_used: Instant,
     piece_timeout: Duration,
     /// The time limit of the first transfer, with which NCCL connects the ranks.

@@ -111,6 +111,8 @@ pub struct NcclOptions {
     pub piece_timeout: Duration,
     /// For an abort. If it takes longer, the process ends.
     pub abort_timeout: Duration,
+    /// A communicator that was not used for this long is ended.
+    pub idle_timeout: Duration,
 }
 
 impl Default for NcclOptions {
@@ -118,11 +120,12 @@ impl Default for NcclOptions {
         Self {
             // Large enough that kernels are few, small enough that what is posted ends soon.
             piece_bytes: 4 << 20,
-            // A communicator over several network cards takes seconds. The attempt's own deadline limits what a request
-            // waits.
+            // A communicator over several network cards takes seconds. An attempt that can't wait fails; its retry finds the
+            // communicator.
             join_timeout: Duration::from_secs(30),
             piece_timeout: Duration::from_secs(5),
             abort_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(600),
         }
     }
 }

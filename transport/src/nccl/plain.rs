@@ -13,7 +13,7 @@ const ENDPOINT: &str = "plain";
 
 /// Sends all layers of `store`, whose agent is `from`, to the store of the other agent, which has the same size. There are no
 /// messages, headers or checksums, but the same pieces and the same order as in a handoff. Returns how long it took, without
-/// the joining of the communicator. `lease` may be one of any blocks.
+/// the joining of the communicator. The transfers hold `lease`, although nobody else uses the stores.
 ///
 /// # Errors
 /// A transfer fails.
@@ -44,20 +44,26 @@ async fn copy(
     receiving: &mut Receiving,
     mut pieces: impl Iterator<Item = (usize, &[BlockId])>,
 ) -> Result<(), NcclError> {
-    loop {
-        while receiving.has_room()
-            && let Some((layer, ids)) = pieces.next()
-        {
-            sending.room().await?;
-            sending.announce(layer, ids);
-            let piece = Piece { layer: layer as u32, first_block: 0, blocks: ids.len() as u32 };
-            receiving.receive(Announced { piece, header_sum: 0, sum: 0 }, layer, ids)?;
-        }
-        if receiving.is_empty() {
-            return Ok(());
-        }
-        if let Progress::Posted(number) = receiving.progress().await? {
-            sending.posted(number)?;
+    let mut next = pieces.next();
+    while next.is_some() || !receiving.is_empty() {
+        let has_room = receiving.has_room();
+        tokio::select! {
+            biased;
+            progress = receiving.progress() => {
+                if let Progress::Posted(number) = progress? {
+                    sending.posted(number)?;
+                }
+            }
+            room = sending.room(), if has_room && next.is_some() => {
+                room?;
+                if let Some((layer, ids)) = next {
+                    sending.announce(layer, ids);
+                    let piece = Piece { layer: layer as u32, first_block: 0, blocks: ids.len() as u32 };
+                    receiving.receive(Announced { piece, header_sum: 0, sum: 0 }, layer, ids)?;
+                }
+                next = pieces.next();
+            }
         }
     }
+    Ok(())
 }

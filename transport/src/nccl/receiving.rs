@@ -44,7 +44,7 @@ impl Receiving {
         self.ahead.len() < WINDOW
     }
 
-    /// Whether no piece is announced that has not arrived.
+    /// Whether every announced piece has arrived.
     pub fn is_empty(&self) -> bool {
         self.ahead.is_empty()
     }
@@ -97,8 +97,8 @@ impl Receiving {
         self.withdrawn.store(true, Ordering::Release);
     }
 
-    /// Ends the attempt: when this returns, nothing is received into its blocks any more. If pieces are left, the sender does
-    /// not take part, and the communicator is ended.
+    /// Ends the attempt: when this returns, nothing is received into its blocks any more. The caller has given the sender
+    /// time for what is posted; if pieces are left, the communicator is ended.
     pub async fn end(self) {
         if !self.ahead.is_empty()
             && let Err(error) = self.agent.give_up(self.id)
@@ -106,7 +106,7 @@ impl Receiving {
             tracing::error!(%error, "a communicator whose sender is gone can't be ended; its own deadline will end it");
         }
         for piece in self.ahead {
-            // Also resolves if the thread has ended, and with it all communicators.
+            // Also resolves if the thread has ended; it ends all communicators first.
             let _ = piece.ended.await;
         }
     }

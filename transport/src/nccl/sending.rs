@@ -87,7 +87,7 @@ impl Sending {
     }
 }
 
-/// Tells a [`Sending`] what becomes of one piece. If it is dropped, the piece has failed.
+/// Tells a [`Sending`] what becomes of one piece.
 struct SendReport {
     window: Arc<Semaphore>,
     failure: Arc<Mutex<Option<NcclError>>>,

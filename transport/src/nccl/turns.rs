@@ -29,6 +29,11 @@ impl<K: Copy + PartialEq, T> Turns<K, T> {
         self.waiting.is_empty()
     }
 
+    /// Whether a receive of this communicator waits.
+    pub fn contains(&self, key: &K) -> bool {
+        self.waiting.iter().any(|(other, _)| other == key)
+    }
+
     /// The next receive to post, if one may be. `able`: whether a communicator can post. A communicator that can't does not
     /// hold up the others; one that can waits for its turn, so that no other communicator overtakes it for ever.
     pub fn next(&mut self, able: impl Fn(&K) -> bool) -> Option<(K, T)> {
@@ -96,6 +101,7 @@ mod tests {
         let mut turns = Turns::new();
         turns.push(1, 10);
         turns.push(2, 20);
+        assert!(turns.contains(&1) && !turns.contains(&3));
         assert_eq!(turns.next(|key| *key == 2), Some((2, 20)));
         assert_eq!(turns.next(|key| *key == 2), None);
         turns.push(1, 11);

@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use cudarc::driver::CudaContext;
@@ -15,6 +17,8 @@ use super::{CommunicatorId, NcclError, NcclOptions, SenderId};
 
 /// Pause between looks at what is under way.
 const POLL: Duration = Duration::from_micros(20);
+/// Pause between looks at communicators that are not used.
+const IDLE_POLL: Duration = Duration::from_secs(1);
 /// Communicators at once. Each takes memory of the GPU. The one that was not used for longest makes room.
 const MAX_COMMUNICATORS: usize = 64;
 /// Receivers that this side remembers.
@@ -27,13 +31,15 @@ pub(super) enum Command {
     Invite { sender: SenderId, reply: oneshot::Sender<Result<CommunicatorId, NcclError>> },
     /// The receiver at `endpoint` has named a communicator.
     Join { endpoint: String, id: CommunicatorId, reply: oneshot::Sender<Result<(), NcclError>> },
-    /// Moves blocks. `number` is that of the receiver; a receive has none yet.
-    Transfer { id: CommunicatorId, direction: Direction, number: u32, transfer: Transfer },
+    /// Posts a receive when it is its turn.
+    Receive { id: CommunicatorId, transfer: Transfer },
+    /// Posts the send that belongs to the receiver's receive with this number.
+    Send { id: CommunicatorId, number: u32, transfer: Transfer },
     /// Ends a communicator.
     GiveUp { id: CommunicatorId },
 }
 
-/// How this side calls itself to a receiver, and their communicator.
+/// This side's name for NCCL at a receiver, and their communicator.
 struct Endpoint {
     sender: SenderId,
     id: Option<CommunicatorId>,
@@ -49,16 +55,23 @@ pub(super) struct Worker {
     endpoints: HashMap<String, Endpoint>,
     senders: HashMap<SenderId, CommunicatorId>,
     aborts: Vec<Abort>,
+    /// Communicators made so far.
+    made: Arc<AtomicU64>,
 }
 
 /// An abort that has not returned.
 struct Abort {
-    done: Receiver<Result<(), NcclError>>,
+    thread: JoinHandle<Result<(), NcclError>>,
     until: Instant,
 }
 
 impl Worker {
-    pub fn new(context: Arc<CudaContext>, options: NcclOptions, queue: Receiver<Command>) -> Self {
+    pub fn new(
+        context: Arc<CudaContext>,
+        options: NcclOptions,
+        queue: Receiver<Command>,
+        made: Arc<AtomicU64>,
+    ) -> Self {
         let (communicators, turns) = (HashMap::new(), Turns::new());
         Self {
             context,
@@ -69,6 +82,7 @@ impl Worker {
             endpoints: HashMap::new(),
             senders: HashMap::new(),
             aborts: Vec::new(),
+            made,
         }
     }
 
@@ -77,6 +91,7 @@ impl Worker {
         loop {
             let command = match self.is_busy() {
                 true => self.queue.recv_timeout(POLL),
+                false if !self.communicators.is_empty() => self.queue.recv_timeout(IDLE_POLL),
                 false => self.queue.recv().map_err(RecvTimeoutError::from),
             };
             match command {
@@ -112,7 +127,19 @@ impl Worker {
             Command::Join { endpoint, id, reply } => {
                 let _ = reply.send(self.join(endpoint, id));
             }
-            Command::Transfer { id, direction, number, transfer } => self.transfer(id, direction, number, transfer),
+            Command::Receive { id, transfer } => match self.use_communicator(&id, Direction::Receive) {
+                Some(_) => self.turns.push(id, transfer),
+                None => transfer.end(Err(NcclError::Ended)),
+            },
+            Command::Send { id, number, transfer } => match self.use_communicator(&id, Direction::Send) {
+                Some(communicator) => {
+                    if let Err((transfer, error)) = communicator.hold(number, transfer) {
+                        transfer.end(Err(error.clone()));
+                        self.end(&id, &error);
+                    }
+                }
+                None => transfer.end(Err(NcclError::Ended)),
+            },
             Command::GiveUp { id } => self.end(&id, &NcclError::Timeout("a piece")),
         }
     }
@@ -125,8 +152,9 @@ impl Worker {
     }
 
     fn invite(&mut self, sender: SenderId) -> Result<CommunicatorId, NcclError> {
-        if let Some(id) = self.senders.get(&sender) {
-            return Ok(*id);
+        if let Some(id) = self.senders.get(&sender).copied() {
+            self.use_communicator(&id, Direction::Receive);
+            return Ok(id);
         }
         let id = api::new_id()?;
         self.create(id, Direction::Receive)?;
@@ -135,7 +163,7 @@ impl Worker {
     }
 
     fn join(&mut self, endpoint: String, id: CommunicatorId) -> Result<(), NcclError> {
-        if self.communicators.contains_key(&id) {
+        if self.use_communicator(&id, Direction::Send).is_some() {
             return Ok(());
         }
         let known = self.endpoints.get_mut(&endpoint).ok_or(NcclError::Ended)?;
@@ -150,30 +178,27 @@ impl Worker {
 
     fn create(&mut self, id: CommunicatorId, direction: Direction) -> Result<(), NcclError> {
         if self.communicators.len() >= MAX_COMMUNICATORS {
-            let idle = self.communicators.iter().filter(|(_, communicator)| communicator.is_idle());
-            let oldest = idle.min_by_key(|(_, communicator)| communicator.last_used).map(|(id, _)| *id);
+            let oldest = self.idle().min_by_key(|(_, last_used)| *last_used).map(|(id, _)| id);
             self.end(&oldest.ok_or(NcclError::Busy("communicators"))?, &NcclError::Ended);
         }
         tracing::info!(?id, ?direction, "joining a communicator");
         let raw = Raw::join(&self.context, &id, direction)?;
         self.communicators.insert(id, Communicator::new(raw, direction, &self.options));
+        self.made.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
-    fn transfer(&mut self, id: CommunicatorId, direction: Direction, number: u32, transfer: Transfer) {
-        let Some(communicator) = self.communicators.get_mut(&id).filter(|c| c.direction() == direction) else {
-            return transfer.end(Err(NcclError::Ended));
-        };
+    /// A communicator of this direction, which is in use from now on.
+    fn use_communicator(&mut self, id: &CommunicatorId, direction: Direction) -> Option<&mut Communicator> {
+        let communicator = self.communicators.get_mut(id).filter(|c| c.direction() == direction)?;
         communicator.last_used = Instant::now();
-        match direction {
-            Direction::Receive => self.turns.push(id, transfer),
-            Direction::Send => {
-                if let Err((transfer, error)) = communicator.hold(number, transfer) {
-                    transfer.end(Err(error.clone()));
-                    self.end(&id, &error);
-                }
-            }
-        }
+        Some(communicator)
+    }
+
+    /// Communicators that nothing waits for, and when they were used.
+    fn idle(&self) -> impl Iterator<Item = (CommunicatorId, Instant)> {
+        let idle = self.communicators.iter().filter(|(id, c)| c.is_idle() && !self.turns.contains(id));
+        idle.map(|(id, communicator)| (*id, communicator.last_used))
     }
 
     /// Takes note of what has ended, and posts what may be posted.
@@ -193,6 +218,9 @@ impl Worker {
                 (0..ended).for_each(|_| self.turns.ended());
             }
         }
+        // One whose other side has gone is noticed only when it is used.
+        let unused = self.idle().filter(|(_, last_used)| now.duration_since(*last_used) >= self.options.idle_timeout);
+        failed.extend(unused.map(|(id, _)| (id, NcclError::Ended)));
         failed.iter().for_each(|(id, error)| self.end(id, error));
         loop {
             let able = |id: &CommunicatorId| self.communicators.get(id).is_some_and(Communicator::is_ready);
@@ -224,16 +252,20 @@ impl Worker {
     /// write to it.
     fn poll_aborts(&mut self) {
         let now = Instant::now();
-        self.aborts.retain(|abort| {
-            let problem = match abort.done.try_recv() {
-                Ok(Ok(())) => return false,
-                Err(TryRecvError::Empty) if now < abort.until => return true,
-                Ok(Err(error)) => error.to_string(),
-                Err(TryRecvError::Empty) => "it has not returned in time".to_owned(),
-                Err(TryRecvError::Disconnected) => "its thread has panicked".to_owned(),
-            };
-            give_up(&problem)
-        });
+        for abort in std::mem::take(&mut self.aborts) {
+            if !abort.thread.is_finished() {
+                if now >= abort.until {
+                    give_up("it has not returned in time");
+                }
+                self.aborts.push(abort);
+                continue;
+            }
+            match abort.thread.join() {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => give_up(&error.to_string()),
+                Err(_) => give_up("its thread has panicked"),
+            }
+        }
     }
 }
 
@@ -256,7 +288,6 @@ fn give_up(problem: &str) -> ! {
 /// Ends a communicator on a thread of its own, because that can take long and others must go on. Then nothing that was queued
 /// on it accesses memory any more, and its transfers end.
 fn abort(raw: Raw, transfers: Vec<Transfer>, error: NcclError, within: Duration) -> Abort {
-    let (done, ended) = std::sync::mpsc::sync_channel(1);
     let run = move || {
         let aborted = raw.abort();
         match &aborted {
@@ -264,11 +295,10 @@ fn abort(raw: Raw, transfers: Vec<Transfer>, error: NcclError, within: Duration)
             // Their blocks are never free again. The process ends.
             Err(_) => std::mem::forget(transfers),
         }
-        // The worker waits for this.
-        let _ = done.send(aborted);
+        aborted
     };
     match std::thread::Builder::new().name("nccl-abort".into()).spawn(run) {
-        Ok(_) => Abort { done: ended, until: Instant::now() + within },
+        Ok(thread) => Abort { thread, until: Instant::now() + within },
         Err(error) => give_up(&error.to_string()),
     }
 }

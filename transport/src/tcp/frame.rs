@@ -12,13 +12,14 @@
 //!
 //! Version 2 answers a hello with `accepted`, after which a grant follows. A refusal because of the version has the
 //! receiver's oldest and newest version instead of the zeros. `taken` says that a slot of the receiver's staging memory is
-//! free again; `posted` that the receive for the next announced piece is posted, as which number of the communicator (24 bits after the kind).
+//! free again; `posted` says that the receive for the next announced piece is posted, and gives its number
+//! within the communicator (24 bits after the kind).
 //! Frames have a longer header:
 //!
 //! ```text
 //! sender   -> receiver   frame    kind:u8 0:[3] length:u32 a:u32 b:u32 c:u32 first_head:u16 heads:u16 number:u32   ...
-//!     written a to c as in a layer frame; no payload, the checksum is the one that a layer frame would have. For RDMA, number is
-//!             that of the write with immediate that ends the piece. For NCCL, the piece is sent once its receive is posted,
+//!     written a to c as in a layer frame; no payload, the checksum is the one that a layer frame would have. For RDMA, the write
+//!             with immediate that ends the piece has the same number. For NCCL, the piece is sent once its receive is posted,
 //!             and number counts the pieces of the attempt
 //! ```
 //!
@@ -60,7 +61,8 @@ const ANSWER_POSTED: u8 = 6;
 pub enum Header {
     /// Blocks of a layer, and the payload length in bytes that the header states.
     Layer(Piece, u32),
-    /// Blocks of a layer that were written one-sided, and the number of the write. From version 2 on.
+    /// Blocks of a layer that were written one-sided or will be sent over NCCL, and the number of the piece. From version 2
+    /// on.
     Written(Piece, u32),
     /// Keeps the connection from timing out.
     Ping,

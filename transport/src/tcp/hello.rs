@@ -49,7 +49,7 @@ pub struct Offer {
     pub rank: (u16, u16),
     /// Queue pair of the sender, if it can use RDMA.
     pub rdma: Option<RdmaAddress>,
-    /// How the sender calls itself to this receiver, if it can use NCCL.
+    /// The sender's name for NCCL at this receiver, if it can use NCCL.
     pub nccl: Option<SenderId>,
 }
 

@@ -307,7 +307,7 @@ impl Shell {
                         tokio::task::yield_now().await;
                     }
                     SenderAction::Finish(outcome) => self.outcome = Some(outcome),
-                    // This task and its queue pair are the only readers of the blocks.
+                    // This task and what it has started, a queue pair or sends, are the only readers of the blocks.
                     SenderAction::Disconnect => {
                         self.stop_reading(stream).await;
                         self.on_event(SenderEvent::Stopped);

@@ -10,7 +10,7 @@ use super::payload::write_full;
 use crate::nccl::{Progress, Receiving};
 use crate::rdma;
 
-/// How long a sender may take for receives that are posted when its attempt ends. It only has to answer.
+/// How long to wait for sends whose receives are posted when an attempt ends. The sender only has to answer.
 const GRACE: Duration = Duration::from_millis(500);
 
 /// What can write to the blocks of an attempt.

@@ -152,7 +152,7 @@ fn add_limits(gpu: &Gpu, args: &GpuArgs, report: &mut Report) {
     report.add("GPU dense products", gpu.product_operations_per_second / 1e12, "TFLOP/s", note);
 }
 
-/// Measures handoffs over each transport. Returns those that can't be used, with the reason, if they are not the only one.
+/// Measures handoffs over each transport. Returns the transports that can't be used, with the reason. It is an error if none can.
 fn hand_over(args: &GpuArgs, report: &mut Report) -> Result<Vec<(String, String)>> {
     let runtime = super::runtime()?;
     let mut left_out = Vec::new();
