@@ -38,12 +38,7 @@
 {{- if and $first (ne $first.kvDtype .kvDtype) -}}
 {{- fail (printf "%s.kvDtype: %q differs from %q of %s, and nodes of one model can't exchange KV of different types." .at .kvDtype $first.kvDtype $first.at) -}}
 {{- end -}}
-{{- $transport := default "auto" .kvTransport -}}
-{{- $firstTransport := default "auto" (default . $first).kvTransport -}}
-{{- if and (ne $transport $firstTransport) (or (has "nccl" (list $transport $firstTransport)) (not (has "auto" (list $transport $firstTransport)))) -}}
-{{- fail (printf "%s.kvTransport: %q differs from %q of %s, and no transport is in both." .at $transport $firstTransport $first.at) -}}
-{{- end -}}
-{{- if and (eq $transport "nccl") (eq .device "cpu") -}}
+{{- if and (eq .kvTransport "nccl") (eq .device "cpu") -}}
 {{- fail (printf "%s.kvTransport: nccl moves KV between GPUs, and the device is %q." .at .device) -}}
 {{- end -}}
 {{- $_ := set $types .model . -}}
@@ -56,6 +51,20 @@
 {{- if not (hasKey (get $byRole $role) $model) -}}
 {{- fail (printf "%s.pools: no pool has the model %q, which %s pool %q needs as its partner." $role $model $other $pool) -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $pools := .computed.pools -}}
+{{- range $pool := $pools -}}
+{{- $own := default "auto" $pool.kvTransport -}}
+{{- $partner := false -}}
+{{- range $pools -}}
+{{- $other := default "auto" .kvTransport -}}
+{{- /* auto is RDMA or TCP. */ -}}
+{{- $common := or (eq $own $other) (and (has "auto" (list $own $other)) (not (has "nccl" (list $own $other)))) -}}
+{{- if and (ne .role $pool.role) (eq .model $pool.model) $common }}{{ $partner = true }}{{ end -}}
+{{- end -}}
+{{- if not $partner -}}
+{{- fail (printf "%s.kvTransport: %q is not a transport of any %s pool of the model %q." $pool.at $own (ternary "decode" "prefill" (eq $pool.role "prefill")) $pool.model) -}}
 {{- end -}}
 {{- end -}}
 {{- $required := list -}}

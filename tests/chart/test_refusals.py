@@ -47,11 +47,11 @@ FAULTS = [
         ["--set", "decode.defaults.kvDtype=bf16"],
     ),
     (
-        'decode.pools[0] (default).kvTransport: "tcp" differs from "rdma" of prefill.pools[0] (default)',
+        'prefill.pools[0] (default).kvTransport: "rdma" is not a transport of any decode pool of the model "demo".',
         ["--set", "decode.defaults.kvTransport=tcp,prefill.defaults.kvTransport=rdma"],
     ),
     (
-        'decode.pools[0] (default).kvTransport: "nccl" differs from "auto" of prefill.pools[0] (default)',
+        'prefill.pools[0] (default).kvTransport: "auto" is not a transport of any decode pool of the model "demo".',
         ["--set", "decode.defaults.kvTransport=nccl,nodes.device=cuda:0"],
     ),
     (

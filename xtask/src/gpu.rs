@@ -38,7 +38,7 @@ pub fn collect(folder: &Path) -> Result<()> {
     let features = format!("--features={}", features.join(","));
     // For a trial, with OVERFILL_PROFILE=dev what is built already.
     let profile = format!("--profile={}", std::env::var("OVERFILL_PROFILE").unwrap_or_else(|_| "release".into()));
-    let programs = built(&["build", &profile, "--bin", "overfill", "--test", "gpu", &features])?;
+    let programs = built(&["build", &profile, "--bin", "overfill", "--test", "gpu", "--test", "nccl", &features])?;
     let tests = built(&["test", &profile, "--no-run", "--lib", &features])?;
     let this = std::env::current_exe().context("finding this program's file")?;
     let files = Files::of(folder);
@@ -46,6 +46,7 @@ pub fn collect(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder.join("deps")).with_context(|| format!("creating {}", folder.display()))?;
     copy(of(&programs, "cli")?, &files.overfill)?;
     copy(of(&programs, "tests")?, &files.clusters)?;
+    copy(of(&programs, "transport")?, &files.transport)?;
     copy(of(&tests, "model")?, &files.kernels)?;
     copy(&this, &folder.join("xtask"))?;
     copy_folder(&root().join(GOLDEN), &files.golden)?;
@@ -67,6 +68,7 @@ pub fn test(folder: &Path, options: &[&str]) -> Result<()> {
         }
     };
     step("kernels", files.tests(&files.kernels, &["cuda::"]));
+    step("handoffs over NCCL", files.tests(&files.transport, &[]));
     step("clusters", files.tests(&files.clusters, &[]));
     step("figures", files.figures(options));
     let report: serde_json::Map<String, Value> = steps
@@ -78,7 +80,7 @@ pub fn test(folder: &Path, options: &[&str]) -> Result<()> {
     eprintln!("== written: {}", file.display());
     for (name, passed, value) in &steps {
         let result = value.as_str().unwrap_or("ok");
-        eprintln!("{name:10} {}  {result}", if *passed { "passed" } else { "FAILED" });
+        eprintln!("{name:18} {}  {result}", if *passed { "passed" } else { "FAILED" });
     }
     let failed: Vec<&str> = steps.iter().filter(|(_, passed, _)| !passed).map(|(name, ..)| *name).collect();
     ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
@@ -90,6 +92,8 @@ struct Files {
     overfill: PathBuf,
     /// Tests of the kernels against the engine on the processor.
     kernels: PathBuf,
+    /// Tests of KV over NCCL.
+    transport: PathBuf,
     /// Tests of clusters of real processes.
     clusters: PathBuf,
     golden: PathBuf,
@@ -101,6 +105,7 @@ impl Files {
         Self {
             overfill: folder.join("overfill"),
             kernels: folder.join("deps/kernels"),
+            transport: folder.join("deps/transport"),
             clusters: folder.join("deps/clusters"),
             golden: folder.join("golden"),
             figures: folder.join("figures.json"),
@@ -133,6 +138,8 @@ impl Files {
     fn tests(&self, program: &Path, filter: &[&str]) -> Result<Value> {
         let mut command = Command::new(program);
         command.args(filter).env("OVERFILL_REAL_GPU", "1").env("OVERFILL_GOLDEN", &self.golden);
+        // Both sides of a handoff share the GPU.
+        command.env("NCCL_MULTI_RANK_GPU_ENABLE", "1");
         eprintln!("$ {}", program.display());
         let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("starting {command:?}"))?;
         let mut summary = String::new();
