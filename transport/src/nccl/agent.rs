@@ -83,7 +83,7 @@ impl Agent {
     pub(crate) async fn introduce(&self, endpoint: &str, ticket: &Ticket) -> Result<SenderId, NcclError> {
         let (reply, answer) = oneshot::channel();
         self.command(Command::Introduce { endpoint: endpoint.into(), proposed: SenderId(ticket.0), reply })?;
-        answer.await.map_err(|_| NcclError::Ended)
+        answer.await.map_err(|_| NcclError::Ended)?
     }
 
     /// The communicator with this sender, joined by this side as the receiver.

@@ -96,6 +96,11 @@ impl Communicator {
         matches!(self.state, State::Ready) && self.flying.is_empty() && self.held.is_empty()
     }
 
+    /// Whether both ranks have joined.
+    pub fn has_joined(&self) -> bool {
+        !matches!(self.state, State::Joining)
+    }
+
     /// Whether a transfer may be started.
     pub fn is_ready(&self) -> bool {
         matches!(self.state, State::Ready)

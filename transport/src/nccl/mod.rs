@@ -32,6 +32,8 @@ mod api;
 #[cfg(feature = "nccl")]
 mod communicator;
 #[cfg(feature = "nccl")]
+mod endpoints;
+#[cfg(feature = "nccl")]
 mod plain;
 #[cfg(feature = "nccl")]
 mod receiving;
@@ -164,6 +166,11 @@ pub enum NcclError {
     /// Too many transfers or communicators.
     #[error("NCCL: too many {0}")]
     Busy(&'static str),
+    /// Joins with the receiver have failed; the next one is not tried yet.
+    #[error(
+        "NCCL: {0} joins with this receiver have failed; the next one is tried later, at most a minute after the last"
+    )]
+    Paused(u32),
     /// The communicator has failed or was replaced.
     #[error("NCCL: the communicator has ended")]
     Ended,

@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 
 use super::api::{self, Direction, Raw};
 use super::communicator::{Communicator, Transfer};
+use super::endpoints::Endpoints;
 use super::turns::Turns;
 use super::{CommunicatorId, NcclError, NcclOptions, SenderId};
 
@@ -21,12 +22,10 @@ const POLL: Duration = Duration::from_micros(20);
 const IDLE_POLL: Duration = Duration::from_secs(1);
 /// Communicators at once. Each takes memory of the GPU. The one that was not used for longest makes room.
 const MAX_COMMUNICATORS: usize = 64;
-/// Receivers that this side remembers.
-const MAX_ENDPOINTS: usize = 1024;
 
 pub(super) enum Command {
     /// A handoff to a receiver begins.
-    Introduce { endpoint: String, proposed: SenderId, reply: oneshot::Sender<SenderId> },
+    Introduce { endpoint: String, proposed: SenderId, reply: oneshot::Sender<Result<SenderId, NcclError>> },
     /// A handoff from a sender begins.
     Invite { sender: SenderId, reply: oneshot::Sender<Result<CommunicatorId, NcclError>> },
     /// The receiver at `endpoint` has named a communicator.
@@ -39,12 +38,6 @@ pub(super) enum Command {
     GiveUp { id: CommunicatorId },
 }
 
-/// This side's name for NCCL at a receiver, and their communicator.
-struct Endpoint {
-    sender: SenderId,
-    id: Option<CommunicatorId>,
-}
-
 pub(super) struct Worker {
     context: Arc<CudaContext>,
     options: NcclOptions,
@@ -52,7 +45,7 @@ pub(super) struct Worker {
     communicators: HashMap<CommunicatorId, Communicator>,
     /// Receives that are not posted yet.
     turns: Turns<CommunicatorId, Transfer>,
-    endpoints: HashMap<String, Endpoint>,
+    endpoints: Endpoints,
     senders: HashMap<SenderId, CommunicatorId>,
     aborts: Vec<Abort>,
     /// Communicators made so far.
@@ -79,7 +72,7 @@ impl Worker {
             queue,
             communicators,
             turns,
-            endpoints: HashMap::new(),
+            endpoints: Endpoints::default(),
             senders: HashMap::new(),
             aborts: Vec::new(),
             made,
@@ -119,7 +112,7 @@ impl Worker {
         match command {
             // A caller that has gone does not wait for the answer.
             Command::Introduce { endpoint, proposed, reply } => {
-                let _ = reply.send(self.introduce(endpoint, proposed));
+                let _ = reply.send(self.endpoints.introduce(endpoint, proposed, Instant::now()));
             }
             Command::Invite { sender, reply } => {
                 let _ = reply.send(self.invite(sender));
@@ -144,13 +137,6 @@ impl Worker {
         }
     }
 
-    fn introduce(&mut self, endpoint: String, proposed: SenderId) -> SenderId {
-        if self.endpoints.len() >= MAX_ENDPOINTS {
-            self.endpoints.retain(|_, endpoint| endpoint.id.is_some());
-        }
-        self.endpoints.entry(endpoint).or_insert(Endpoint { sender: proposed, id: None }).sender
-    }
-
     fn invite(&mut self, sender: SenderId) -> Result<CommunicatorId, NcclError> {
         if let Some(id) = self.senders.get(&sender).copied() {
             self.use_communicator(&id, Direction::Receive);
@@ -166,14 +152,15 @@ impl Worker {
         if self.use_communicator(&id, Direction::Send).is_some() {
             return Ok(());
         }
-        let known = self.endpoints.get_mut(&endpoint).ok_or(NcclError::Ended)?;
         // The receiver has made another one, so the one before has ended there.
-        if let Some(before) = known.id.replace(id) {
-            let sender = known.sender;
+        if let Some(before) = self.endpoints.name(&endpoint, id)? {
             self.end(&before, &NcclError::Ended);
-            self.endpoints.insert(endpoint, Endpoint { sender, id: Some(id) });
         }
-        self.create(id, Direction::Send)
+        let created = self.create(id, Direction::Send);
+        if created.is_err() {
+            self.endpoints.ended(&id, false, Instant::now());
+        }
+        created
     }
 
     fn create(&mut self, id: CommunicatorId, direction: Direction) -> Result<(), NcclError> {
@@ -211,8 +198,11 @@ impl Worker {
         let mut failed = Vec::new();
         for (id, communicator) in &mut self.communicators {
             let mut ended = 0;
+            let joining = !communicator.has_joined();
             if let Err(error) = communicator.poll(now, &mut ended) {
                 failed.push((*id, error));
+            } else if joining && communicator.has_joined() {
+                self.endpoints.joined(id);
             }
             if communicator.direction() == Direction::Receive {
                 (0..ended).for_each(|_| self.turns.ended());
@@ -237,7 +227,7 @@ impl Worker {
     fn end(&mut self, id: &CommunicatorId, error: &NcclError) {
         let Some(communicator) = self.communicators.remove(id) else { return };
         self.senders.retain(|_, other| other != id);
-        self.endpoints.retain(|_, endpoint| endpoint.id != Some(*id));
+        self.endpoints.ended(id, communicator.has_joined(), Instant::now());
         if communicator.direction() == Direction::Receive {
             (0..communicator.under_way()).for_each(|_| self.turns.ended());
         }
