@@ -1,7 +1,7 @@
 //! Valid, small inputs to start from. Together they cover what each target accepts.
 
 use overfill_kv::handoff::{Commit, Hello, Piece, RefuseReason};
-use overfill_kv::{SamplingParams, Ticket, TransportSet};
+use overfill_kv::{Grammar, SamplingParams, Ticket, TransportSet};
 use overfill_model::ModelConfig;
 use overfill_proto::v1;
 use overfill_transport::nccl::SenderId;
@@ -79,7 +79,15 @@ fn handoff() -> Vec<(&'static str, Vec<u8>)> {
 fn messages() -> Vec<(&'static str, Vec<u8>)> {
     let of = |kind: u8, message: &[u8]| [&[kind], message].concat();
     let sampling = SamplingParams { logit_bias: [(7, 1.5)].into(), logprobs: Some(2), ..SamplingParams::greedy() };
-    let sampling = v1::SamplingParams::from(&sampling);
+    let constrained = SamplingParams {
+        grammar: Some(Grammar::Choice(vec!["a".into(), "b".into()])),
+        allowed_token_ids: vec![4, 5],
+        bad_words: vec![vec![4, 4]],
+        min_tokens: 3,
+        end_token_ids: vec![1],
+        ..sampling.clone()
+    };
+    let [sampling, constrained] = [&sampling, &constrained].map(v1::SamplingParams::from);
     let schema = v1::KvSchema::from(&*SCHEMA);
     let decode = v1::DecodeRequest {
         request_id: "r".into(),
@@ -134,6 +142,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         ("generate", of(2, &generate.encode_to_vec())),
         ("schema", of(3, &schema.encode_to_vec())),
         ("sampling", of(4, &sampling.encode_to_vec())),
+        ("constrained", of(4, &constrained.encode_to_vec())),
         ("info", of(5, &info.encode_to_vec())),
         ("decode-event", of(6, &decode_event.encode_to_vec())),
         ("prefill-event", of(7, &prefill_event.encode_to_vec())),

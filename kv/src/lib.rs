@@ -16,7 +16,7 @@ pub use outcome::{FinishReason, TransferStats};
 pub use pool::{BlockLease, BlockPool, NoRoom};
 pub use prefix::{BlockHash, block_hashes};
 pub use protocol::{PROTOCOL, ProtocolMismatch, ProtocolVersions};
-pub use sampling::{OutputToken, SamplingParams};
+pub use sampling::{Grammar, OutputToken, SamplingParams};
 pub use schema::{KvDtype, KvSchema, RopeSpec, SchemaMismatch};
 pub use store::{GpuMemory, KvMemory, KvStore, StoreError};
 

@@ -5,6 +5,39 @@ use std::collections::BTreeMap;
 /// Maximum number of token ids that end a request's output.
 pub const MAX_STOP_TOKENS: usize = 256;
 
+/// Maximum size of a grammar in bytes.
+pub const MAX_GRAMMAR_BYTES: usize = 256 << 10;
+
+/// Maximum number of [`SamplingParams::bad_words`].
+pub const MAX_BAD_WORDS: usize = 256;
+
+/// Maximum number of tokens of a bad word.
+pub const MAX_BAD_WORD_TOKENS: usize = 64;
+
+/// What the output as a whole must match. The nodes turn it into the set of tokens that may come next.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Grammar {
+    /// JSON that this JSON schema allows.
+    Json(String),
+    /// A text that this regular expression matches from its beginning to its end.
+    Regex(String),
+    /// One of these texts.
+    Choice(Vec<String>),
+    /// A text that this grammar derives, in llguidance's dialect of Lark.
+    Lark(String),
+}
+
+impl Grammar {
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Json(text) | Self::Regex(text) | Self::Lark(text) => text.len(),
+            // Each also costs an alternative.
+            Self::Choice(texts) => texts.iter().map(|text| text.len() + 1).sum(),
+        }
+    }
+}
+
 /// How the next token is chosen. Router and nodes check the values with [`SamplingParams::validate`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
@@ -28,6 +61,16 @@ pub struct SamplingParams {
     pub logit_bias: BTreeMap<u32, f32>,
     /// Number of alternatives reported per token. `None` reports no log-probabilities.
     pub logprobs: Option<u32>,
+    /// What the output must match.
+    pub grammar: Option<Grammar>,
+    /// The only tokens that may be chosen; empty allows all.
+    pub allowed_token_ids: Vec<u32>,
+    /// Sequences of tokens that do not occur in the output, at least one token each.
+    pub bad_words: Vec<Vec<u32>>,
+    /// Until the output has this many tokens, `end_token_ids` are not chosen.
+    pub min_tokens: u32,
+    /// Tokens that end the output. Only `min_tokens` uses them.
+    pub end_token_ids: Vec<u32>,
 }
 
 impl Default for SamplingParams {
@@ -43,6 +86,11 @@ impl Default for SamplingParams {
             repetition_penalty: 1.0,
             logit_bias: BTreeMap::new(),
             logprobs: None,
+            grammar: None,
+            allowed_token_ids: Vec::new(),
+            bad_words: Vec::new(),
+            min_tokens: 0,
+            end_token_ids: Vec::new(),
         }
     }
 }
@@ -68,8 +116,14 @@ impl SamplingParams {
         Self { temperature: 0.0, ..Self::default() }
     }
 
-    /// Returns an error for values outside the limits documented at the fields (NaN included) and for logit biases of
-    /// tokens outside the vocabulary.
+    /// Whether only some tokens may be chosen: services of protocol version 2 do not know such parameters.
+    pub fn is_constrained(&self) -> bool {
+        let Self { grammar, allowed_token_ids, bad_words, min_tokens, .. } = self;
+        grammar.is_some() || !allowed_token_ids.is_empty() || !bad_words.is_empty() || *min_tokens > 0
+    }
+
+    /// Returns an error for values outside the limits documented at the fields (NaN included) and for tokens outside the
+    /// vocabulary. Does not look into the grammar.
     pub fn validate(&self, vocab_size: usize) -> Result<(), InvalidSampling> {
         let Self {
             temperature,
@@ -82,6 +136,11 @@ impl SamplingParams {
             repetition_penalty,
             logit_bias,
             logprobs,
+            grammar,
+            allowed_token_ids,
+            bad_words,
+            min_tokens: _,
+            end_token_ids,
         } = self;
         let check = |ok: bool, field, limit, value: &dyn ToString| {
             if ok { Ok(()) } else { Err(InvalidSampling { field, limit, value: value.to_string() }) }
@@ -102,7 +161,23 @@ impl SamplingParams {
             check((-100.0..=100.0).contains(bias), "logit_bias", "in [-100, 100]", bias)?;
         }
         let n = logprobs.unwrap_or(0);
-        check(n <= MAX_LOGPROBS, "logprobs", "at most 20", &n)
+        check(n <= MAX_LOGPROBS, "logprobs", "at most 20", &n)?;
+        let bytes = grammar.as_ref().map_or(0, Grammar::bytes);
+        check(bytes <= MAX_GRAMMAR_BYTES, "grammar", "at most 262144 bytes", &bytes)?;
+        let words = bad_words.len();
+        check(words <= MAX_BAD_WORDS, "bad_words", "at most 256", &words)?;
+        for word in bad_words {
+            let length = word.len();
+            check((1..=MAX_BAD_WORD_TOKENS).contains(&length), "bad_words", "of 1 to 64 tokens each", &length)?;
+        }
+        let ends = end_token_ids.len();
+        check(ends <= MAX_STOP_TOKENS, "end_token_ids", "at most 256 ids", &ends)?;
+        let ids = allowed_token_ids.iter().map(|id| ("allowed_token_ids", id));
+        let ids = ids.chain(bad_words.iter().flatten().map(|id| ("bad_words", id)));
+        for (field, id) in ids.chain(end_token_ids.iter().map(|id| ("end_token_ids", id))) {
+            check((*id as usize) < vocab_size, field, "of token ids below the vocabulary size", id)?;
+        }
+        Ok(())
     }
 }
 

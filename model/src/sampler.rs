@@ -219,6 +219,16 @@ pub(crate) fn changes(params: &SamplingParams, context: &SamplingContext<'_>) ->
     for (token, bias) in &params.logit_bias {
         changes.entry(*token).or_default().bias = *bias;
     }
+    // A token that would complete a bad word.
+    let completed = params.bad_words.iter().filter_map(|word| {
+        let (last, before) = word.split_last()?;
+        context.output.ends_with(before).then_some(last)
+    });
+    let early = context.output.len() < params.min_tokens as usize;
+    let ends = params.end_token_ids.iter().filter(|_| early);
+    for token in completed.chain(ends) {
+        changes.entry(*token).or_default().bias = f32::NEG_INFINITY;
+    }
     changes
 }
 

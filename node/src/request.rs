@@ -136,7 +136,7 @@ impl RequestLimits {
             let limit = format!("less than the {count} prompt tokens");
             return Err(InvalidField::new("generated_tokens", limit, generated).into());
         }
-        let sampling = sampling.map(SamplingParams::from).unwrap_or_default();
+        let sampling = sampling.map(SamplingParams::try_from).transpose()?.unwrap_or_default();
         sampling.validate(vocab_size as usize).map_err(|e| InvalidField::new(e.field, e.limit, e.value))?;
         let deadline = now + self.check_deadline(deadline_seconds)?;
         Ok(Common { id: RequestId(request_id), tokens, sampling, generated, deadline })

@@ -2,8 +2,8 @@
 //! type does not allow.
 
 use overfill_kv::{
-    FinishReason, KvDtype, KvEndpoint, KvSchema, OutputToken, ProtocolVersions, Role, RopeSpec, SamplingParams, Ticket,
-    TransferStats,
+    FinishReason, Grammar, KvDtype, KvEndpoint, KvSchema, OutputToken, ProtocolVersions, Role, RopeSpec,
+    SamplingParams, Ticket, TransferStats,
 };
 
 use crate::v1;
@@ -230,6 +230,11 @@ impl From<&SamplingParams> for v1::SamplingParams {
             repetition_penalty,
             logit_bias,
             logprobs,
+            grammar,
+            allowed_token_ids,
+            bad_words,
+            min_tokens,
+            end_token_ids,
         } = params;
         Self {
             temperature: *temperature,
@@ -242,25 +247,82 @@ impl From<&SamplingParams> for v1::SamplingParams {
             repetition_penalty: *repetition_penalty,
             logit_bias: logit_bias.iter().map(|(token, bias)| (*token, *bias)).collect(),
             logprobs: *logprobs,
+            grammar: grammar.clone().map(Into::into),
+            allowed_token_ids: allowed_token_ids.clone(),
+            bad_words: bad_words.iter().map(|ids| v1::TokenIds { ids: ids.clone() }).collect(),
+            min_tokens: *min_tokens,
+            end_token_ids: end_token_ids.clone(),
+        }
+    }
+}
+
+impl From<Grammar> for v1::Grammar {
+    fn from(grammar: Grammar) -> Self {
+        use v1::grammar::Kind;
+        let kind = match grammar {
+            Grammar::Json(schema) => Kind::JsonSchema(schema),
+            Grammar::Regex(regex) => Kind::Regex(regex),
+            Grammar::Choice(texts) => Kind::Choice(v1::Choice { texts }),
+            Grammar::Lark(lark) => Kind::Lark(lark),
+        };
+        Self { kind: Some(kind) }
+    }
+}
+
+impl TryFrom<v1::Grammar> for Grammar {
+    type Error = InvalidField;
+
+    fn try_from(wire: v1::Grammar) -> Result<Self, InvalidField> {
+        use v1::grammar::Kind;
+        match wire.kind {
+            Some(Kind::JsonSchema(schema)) => Ok(Self::Json(schema)),
+            Some(Kind::Regex(regex)) => Ok(Self::Regex(regex)),
+            Some(Kind::Choice(v1::Choice { texts })) => Ok(Self::Choice(texts)),
+            Some(Kind::Lark(lark)) => Ok(Self::Lark(lark)),
+            None => Err(InvalidField::new("grammar", "of a known kind: json_schema, regex, choice or lark", "nothing")),
         }
     }
 }
 
 /// Does not check limits, because that needs the vocabulary size. See [`SamplingParams::validate`].
-impl From<v1::SamplingParams> for SamplingParams {
-    fn from(wire: v1::SamplingParams) -> Self {
-        Self {
-            temperature: wire.temperature,
-            top_p: wire.top_p,
-            top_k: wire.top_k,
-            min_p: wire.min_p,
-            seed: wire.seed,
-            presence_penalty: wire.presence_penalty,
-            frequency_penalty: wire.frequency_penalty,
-            repetition_penalty: wire.repetition_penalty,
-            logit_bias: wire.logit_bias.into_iter().collect(),
-            logprobs: wire.logprobs,
-        }
+impl TryFrom<v1::SamplingParams> for SamplingParams {
+    type Error = InvalidField;
+
+    fn try_from(wire: v1::SamplingParams) -> Result<Self, InvalidField> {
+        let v1::SamplingParams {
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            seed,
+            presence_penalty,
+            frequency_penalty,
+            repetition_penalty,
+            logit_bias,
+            logprobs,
+            grammar,
+            allowed_token_ids,
+            bad_words,
+            min_tokens,
+            end_token_ids,
+        } = wire;
+        Ok(Self {
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            seed,
+            presence_penalty,
+            frequency_penalty,
+            repetition_penalty,
+            logit_bias: logit_bias.into_iter().collect(),
+            logprobs,
+            grammar: grammar.map(Grammar::try_from).transpose()?,
+            allowed_token_ids,
+            bad_words: bad_words.into_iter().map(|word| word.ids).collect(),
+            min_tokens,
+            end_token_ids,
+        })
     }
 }
 

@@ -106,7 +106,8 @@ impl RouterService {
         request::check_stops(&stop)?;
         let max_tokens = request::check_length(&model, prompt.len(), (max_tokens > 0).then_some(max_tokens))?;
         let sampling = match sampling {
-            Some(sampling) => sampling.into(),
+            Some(sampling) => SamplingParams::try_from(sampling)
+                .map_err(|e| GenerateError::limit(&format!("sampling.{}", e.field), e.limit, e.value))?,
             None => SamplingParams { seed: request::random_seed(), ..SamplingParams::default() },
         };
         sampling

@@ -177,6 +177,24 @@ fn penalties_count_as_vllm_does() {
 }
 
 #[test]
+fn bad_words_and_early_ends_are_not_chosen() {
+    let logits = vec![1.0, 1.1, 1.2];
+    let pick = |params: &SamplingParams, prompt: &[u32], output: &[u32]| {
+        sample(&logits, params, &SamplingContext::following(prompt, output)).token
+    };
+    let words = SamplingParams { bad_words: vec![vec![0, 2], vec![1, 1, 1]], ..SamplingParams::greedy() };
+    assert_eq!(pick(&words, &[0], &[]), 2, "a word that begins in the prompt is allowed");
+    assert_eq!(pick(&words, &[], &[0]), 1);
+    assert_eq!(pick(&words, &[], &[1, 0]), 1);
+    let all = SamplingParams { bad_words: vec![vec![2], vec![1, 1]], ..SamplingParams::greedy() };
+    assert_eq!((pick(&all, &[], &[]), pick(&all, &[], &[1])), (1, 0));
+    let late = SamplingParams { min_tokens: 2, end_token_ids: vec![2, 1], ..SamplingParams::greedy() };
+    assert_eq!([&[][..], &[0], &[0, 0]].map(|output| pick(&late, &[2], output)), [0, 0, 2]);
+    let hot = SamplingParams { temperature: 1.0, ..late };
+    assert!((0..200).all(|seed| pick(&SamplingParams { seed, ..hot.clone() }, &[], &[0]) == 0));
+}
+
+#[test]
 fn logprobs_are_of_the_raw_logits() {
     let logits = [1.0_f32, 2.0, 0.0];
     let params = SamplingParams { logit_bias: [(2, 50.0)].into(), logprobs: Some(2), ..SamplingParams::greedy() };

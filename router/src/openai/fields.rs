@@ -190,9 +190,7 @@ impl Common {
             presence_penalty: number("presence_penalty", unsaid.presence_penalty)?,
             frequency_penalty: number("frequency_penalty", unsaid.frequency_penalty)?,
             repetition_penalty: number("repetition_penalty", unsaid.repetition_penalty)?,
-            logit_bias: BTreeMap::new(),
-            logprobs: None,
-            seed: 0,
+            ..SamplingParams::default()
         };
         let bias: BTreeMap<String, f32> = fields.take("logit_bias")?.unwrap_or_default();
         for (token, bias) in bias {
