@@ -16,7 +16,7 @@ use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, Role, block_hashe
 use overfill_model::{
     Choice, Engine as ModelEngine, LayerSink, ModelError, Outputs, SamplingContext, SequenceSlice, Want, no_layers,
 };
-use overfill_node::{LoadState, Refused, Turn, spawn_engine};
+use overfill_node::{Constraint, LoadState, Refused, Turn, spawn_engine};
 use tokio::{
     sync::{Notify, mpsc, oneshot},
     time::Instant,
@@ -120,7 +120,8 @@ impl Compute for ModelCompute {
 fn slice(sequence: &Sequence) -> SequenceSlice<'_> {
     let start = sequence.tokens.len() - 1;
     let (prompt, output) = sequence.prompt_and_output();
-    let context = SamplingContext::following(prompt, output);
+    let allowed = sequence.request.constraint.as_ref().map(Constraint::mask);
+    let context = SamplingContext { allowed, ..SamplingContext::following(prompt, output) };
     let want = Want::Next(Choice { params: &sequence.request.sampling, context });
     SequenceSlice { tokens: &sequence.tokens[start..], start, blocks: &sequence.blocks, want }
 }
@@ -285,10 +286,13 @@ impl<C: Compute> Engine<C> {
             Command::Ready { arrival, first_token } => {
                 // Absent if the request has ended meanwhile.
                 let Some(reserved) = self.reserved.remove(&arrival) else { return };
-                let sequence = reserved.ready(first_token, &self.pool);
+                let mut sequence = reserved.ready(first_token, &self.pool);
                 match sequence.finish() {
                     Some(finish) => sequence.tell(SequenceEvent::Finished(finish)),
-                    None => self.seat(sequence),
+                    None => match sequence.constrain() {
+                        Ok(()) => self.seat(sequence),
+                        Err(e) => sequence.fail(&format!("grammar: {e}")),
+                    },
                 }
             }
         }
@@ -397,16 +401,16 @@ impl<C: Compute> Engine<C> {
 
     fn advance(&mut self, stepping: &[usize], tokens: Vec<OutputToken>) {
         let metrics = self.load.metrics();
-        for (i, token) in stepping.iter().zip(tokens) {
-            metrics.inter_token_latency_seconds.observe(self.running[*i].push(token).as_secs_f64());
+        // In reverse order, because removing a sequence shifts the indices behind it.
+        for (&i, token) in stepping.iter().zip(tokens).rev() {
+            let sequence = &mut self.running[i];
+            metrics.inter_token_latency_seconds.observe(sequence.push(token).as_secs_f64());
             metrics.generation_tokens.inc();
-        }
-        self.running.retain(|sequence| match sequence.finish() {
-            Some(finish) => {
-                sequence.tell(SequenceEvent::Finished(finish));
-                false
+            if let Some(finish) = sequence.finish() {
+                self.running.remove(i).tell(SequenceEvent::Finished(finish));
+            } else if let Err(e) = sequence.constrain() {
+                self.running.remove(i).fail(&format!("grammar: {e}"));
             }
-            None => true,
-        });
+        }
     }
 }

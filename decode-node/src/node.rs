@@ -82,10 +82,10 @@ impl DecodeNode {
         let identity = host.identity(host.model.kv_schema(), limits.max_running, Some(kv_endpoint));
         let core = NodeCore::new(identity, load.clone(), &shutdown, host.config.drain_timeout);
         let request_limits = core.request_limits(host.config.default_deadline);
-        let pool = host.pool.clone();
+        let (pool, constraints) = (host.pool.clone(), host.constraints());
         let (front, model) = host.into_parts();
         let (engine, engine_end) = engine::start(model.into_engine(), pool, load, limits)?;
-        let service = DecodeService { engine, limits: request_limits, receiver, core: core.clone() };
+        let service = DecodeService { engine, limits: request_limits, constraints, receiver, core: core.clone() };
         if front.serve(&core, service.into_role_service(), engine_end).await? == Served::Drained {
             drop(receiver_stop);
             receiving.await.map_err(NodeError::Receiving)?;

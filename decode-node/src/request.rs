@@ -42,7 +42,7 @@ pub fn check(limits: &RequestLimits, wire: v1::DecodeRequest, now: Instant) -> R
         return Err(InvalidField::new("stop_token_ids", limit, format!("{} ids", stop_token_ids.len())).into());
     }
     let producer = check_producer(&limits.identity.schema, producer)?;
-    Ok(Request { id, tokens, generated, sampling, max_tokens, stop_token_ids, producer, deadline })
+    Ok(Request { id, tokens, generated, sampling, constraint: None, max_tokens, stop_token_ids, producer, deadline })
 }
 
 /// Fingerprint of the full model that computes the prompt's KV: the one that the request names, else the one in this

@@ -7,7 +7,7 @@ use overfill_kv::{
     BlockHash, BlockId, BlockLease, BlockPool, FinishReason, KvStore, OutputToken, RequestId, SamplingParams,
     StoreError, blocks_for,
 };
-use overfill_node::{LoadState, load::Counted};
+use overfill_node::{Constraint, GrammarError, LoadState, load::Counted};
 use tokio::{sync::mpsc, time::Instant};
 use tracing::error;
 
@@ -29,6 +29,8 @@ pub struct Request {
     pub generated: usize,
     /// Sampling parameters.
     pub sampling: SamplingParams,
+    /// The tokens that may come next in the output; `None`: all.
+    pub constraint: Option<Constraint>,
     /// Maximum number of output tokens, including the first one from the prefill node; at least 2.
     pub max_tokens: usize,
     /// Token ids that end the output. The stop token is its last token.
@@ -37,6 +39,13 @@ pub struct Request {
     pub producer: Option<String>,
     /// Time at which the request fails if it has not ended.
     pub deadline: Instant,
+}
+
+impl Request {
+    /// Earlier output.
+    pub fn output(&self) -> &[u32] {
+        &self.tokens[self.tokens.len() - self.generated..]
+    }
 }
 
 /// An event of a request, in the order in which the client receives them.
@@ -227,6 +236,16 @@ impl Sequence {
         now - std::mem::replace(&mut self.last_token_at, now)
     }
 
+    /// Finds out which tokens may follow the last one.
+    ///
+    /// # Errors
+    /// The last token was not allowed, or none may follow it, or the grammar is too complex.
+    pub fn constrain(&mut self) -> Result<(), GrammarError> {
+        let (Some(constraint), Some(last)) = (&mut self.request.constraint, self.tokens.last()) else { return Ok(()) };
+        constraint.accept(*last)?;
+        constraint.prepare()
+    }
+
     /// Ends the request with an error: logs it and sends [`SequenceEvent::Failed`].
     pub fn fail(self, reason: &str) {
         error!(request = %self.request.id, reason, "the request failed in the engine");
@@ -347,6 +366,7 @@ mod tests {
             id: RequestId("r".into()),
             generated: 0,
             sampling: SamplingParams::greedy(),
+            constraint: None,
             max_tokens: 200,
             stop_token_ids: vec![9],
             producer: Some("full".into()),

@@ -1,7 +1,7 @@
 //! The gRPC service `overfill.v1.Decode`.
 
 use overfill_kv::{BLOCK_TOKENS, KvSchema, Role, Ticket};
-use overfill_node::{Drain, Ending, EventStream, NodeCore, RequestLimits, ended_early, request_span};
+use overfill_node::{Constraints, Drain, Ending, EventStream, NodeCore, RequestLimits, ended_early, request_span};
 use overfill_proto::v1;
 use overfill_transport::{Committed, FailureReason, HandoffError, IncomingHandoff, KvReceiver, Reservation};
 use tokio::{
@@ -19,6 +19,8 @@ pub struct DecodeService {
     pub engine: EngineHandle,
     /// Limits for requests.
     pub limits: RequestLimits,
+    /// Constraints of outputs.
+    pub constraints: Constraints,
     /// Receiver of KV from prefill nodes.
     pub receiver: KvReceiver,
     /// Shared state of the node.
@@ -68,7 +70,8 @@ impl v1::decode_server::Decode for DecodeService {
         use v1::decode_event::Event as Wire;
         let arrived = Instant::now();
         let span = request_span(Role::Decode, &request);
-        let request = request::check(&self.limits, request.into_inner(), arrived)?;
+        let mut request = request::check(&self.limits, request.into_inner(), arrived)?;
+        request.constraint = self.constraints.begin(&request.sampling, request.output(), request.deadline).await?;
         span.record("request", tracing::field::display(&request.id));
         span.record("prompt_tokens", request.tokens.len());
         let (id, deadline, prompt_tokens) = (request.id.clone(), request.deadline, request.tokens.len() as u32);

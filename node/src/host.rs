@@ -11,12 +11,13 @@ use overfill_cluster::{
 };
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvEndpoint, KvSchema, Role};
 use overfill_model::{Model, ModelError};
+use overfill_text::TextFiles;
 use overfill_transport::{TransportError, Transports};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinError};
 
 use crate::{
-    Identity, LoadState, NodeConfig, NodeCore, NodeMetrics, RoleService, Served, load::Receiving, new_incarnation,
-    transport::TransportMetrics,
+    Constraints, Identity, LoadState, NodeConfig, NodeCore, NodeMetrics, RoleService, Served, load::Receiving,
+    new_incarnation, transport::TransportMetrics,
 };
 
 /// Why a node failed to start or to keep running.
@@ -60,6 +61,8 @@ pub struct Host {
     pub config: NodeConfig,
     /// The loaded model.
     pub model: Model,
+    /// Tokenizer, chat template and other text files of the model.
+    pub files: Arc<TextFiles>,
     /// Pool of the blocks of the KV cache.
     pub pool: BlockPool,
     /// Transports of KV.
@@ -85,13 +88,26 @@ impl Host {
         let transport = config.transport.clone();
         let load = move || {
             let model = Model::load(&folder, &options, kv_blocks)?;
+            let files = Arc::new(overfill_model::text_files(&folder)?);
             let transports = transport.open(model.kv())?;
-            Ok::<_, NodeError>((model, transports))
+            Ok::<_, NodeError>((model, files, transports))
         };
-        let (model, transports) = tokio::task::spawn_blocking(load).await??;
+        let (model, files, transports) = tokio::task::spawn_blocking(load).await??;
         let grpc_address = grpc.local_addr()?;
         let pool = BlockPool::new(kv_blocks);
-        Ok(Self { config, model, pool, transports, role, grpc, grpc_address, admin, admin_server, admin_address })
+        Ok(Self {
+            config,
+            model,
+            files,
+            pool,
+            transports,
+            role,
+            grpc,
+            grpc_address,
+            admin,
+            admin_server,
+            admin_address,
+        })
     }
 
     /// Ready line with the listen addresses. `kv` is the KV listen address of a decode node.
@@ -109,6 +125,12 @@ impl Host {
     pub fn load(&self, receiving: Option<Receiving>) -> Result<Arc<LoadState>, NodeError> {
         let metrics = NodeMetrics::new(&self.served_model_name(), &self.pool_name())?;
         Ok(LoadState::new(self.pool.clone(), metrics, receiving, self.config.step_timeout))
+    }
+
+    /// Makes the constraints of requests to this model.
+    pub fn constraints(&self) -> Constraints {
+        let vocab_size = self.model.kv_schema().vocab_size as usize;
+        Constraints::new(self.files.clone(), vocab_size, self.model.eos_token_ids())
     }
 
     fn served_model_name(&self) -> String {
@@ -146,6 +168,7 @@ impl Host {
         let Self {
             config,
             model,
+            files: _,
             pool: _,
             transports,
             role: _,

@@ -5,6 +5,7 @@
 //! holds the state that the parts of a running node share. [`request`] checks the request fields that both roles have.
 
 mod args;
+mod constraint;
 mod drain;
 mod engine;
 mod host;
@@ -19,6 +20,7 @@ mod stream;
 mod transport;
 
 pub use args::{MAX_DEADLINE_SECONDS, NodeArgs, NodeConfig, positive_seconds};
+pub use constraint::{Constraint, Constraints};
 pub use drain::Drain;
 pub use engine::{Turn, spawn_engine};
 pub use host::{Front, Host, NodeError, connections};
@@ -26,6 +28,7 @@ pub use identity::{Identity, new_incarnation};
 pub use kv_plane::{KvListener, kv_dialer};
 pub use load::{Load, LoadState};
 pub use metrics::NodeMetrics;
+pub use overfill_text::GrammarError;
 pub use request::{Refused, RequestError, RequestLimits};
 pub use serve::{NodeCore, RoleService, Served};
 pub use service::NodeService;

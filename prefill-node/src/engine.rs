@@ -13,7 +13,7 @@ use overfill_kv::{BlockPool, OutputToken, Role, block_hashes};
 use overfill_model::{
     Choice, Engine as ModelEngine, LayerSink, ModelError, Outputs, SamplingContext, SequenceSlice, Want,
 };
-use overfill_node::{LoadState, Refused, Turn, spawn_engine};
+use overfill_node::{Constraint, LoadState, Refused, Turn, spawn_engine};
 use overfill_transport::TransferConfig;
 use tokio::{
     runtime,
@@ -130,8 +130,11 @@ impl Compute for ModelCompute {
 
 fn slice<'a>(chunk: &'a PromptChunk<'_>) -> SequenceSlice<'a> {
     let (request, tokens) = (&chunk.job.request, &chunk.tokens);
-    let (prompt, output) = request.tokens.split_at(request.tokens.len() - request.generated);
-    let next = Choice { params: &request.sampling, context: SamplingContext::following(prompt, output) };
+    let context = SamplingContext {
+        allowed: request.constraint.as_ref().map(Constraint::mask),
+        ..SamplingContext::following(request.prompt(), request.output())
+    };
+    let next = Choice { params: &request.sampling, context };
     let next = chunk.is_last().then_some(next);
     let want = match (request.prompt_logprobs, next) {
         (true, next) => Want::Scores {

@@ -7,7 +7,10 @@ use overfill_kv::{
     SamplingParams, Ticket, TransferStats, blocks_for,
     handoff::{Failure, RefuseReason},
 };
-use overfill_node::load::{Counted, LoadState, QueuedTokens};
+use overfill_node::{
+    Constraint,
+    load::{Counted, LoadState, QueuedTokens},
+};
 use overfill_transport::{FailureReason, HandoffError, KvLayers, KvSender, SendPlan, TransferConfig};
 use tokio::{
     runtime,
@@ -37,6 +40,8 @@ pub struct Request {
     pub generated: usize,
     /// Sampling parameters for the first token.
     pub sampling: SamplingParams,
+    /// The tokens that the first token may be; `None`: all.
+    pub constraint: Option<Constraint>,
     /// Whether to report the log-probabilities of the prompt tokens.
     pub prompt_logprobs: bool,
     /// Receiver of the KV; `None`: the KV is not sent.
@@ -45,6 +50,18 @@ pub struct Request {
     pub deadline: Instant,
     /// Span of the request.
     pub span: Span,
+}
+
+impl Request {
+    /// The prompt, without earlier output.
+    pub fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.tokens.len() - self.generated]
+    }
+
+    /// Earlier output.
+    pub fn output(&self) -> &[u32] {
+        &self.tokens[self.tokens.len() - self.generated..]
+    }
 }
 
 /// The receiver of a prompt's KV.

@@ -6,7 +6,6 @@ use overfill_cluster::{ReadyLine, Shutdown};
 use overfill_kv::{BlockPool, Role};
 use overfill_node::{Host, LoadState, NodeCore, NodeError, RoleService, kv_dialer};
 use overfill_proto::{MAX_MESSAGE_BYTES, v1::prefill_server::PrefillServer};
-use overfill_text::TextFiles;
 use overfill_transport::TransferConfig;
 use tonic::service::Routes;
 
@@ -20,7 +19,6 @@ use crate::{
 pub struct PrefillNode {
     host: Host,
     limits: EngineLimits,
-    files: TextFiles,
     load: Arc<LoadState>,
 }
 
@@ -29,10 +27,8 @@ impl PrefillNode {
     pub async fn bind(config: Config) -> Result<Self, NodeError> {
         let Config { node, max_batch_tokens, step_target, max_running } = config;
         let limits = EngineLimits { max_batch_tokens, step_target, max_running, max_waiting: node.max_waiting };
-        let folder = node.model.clone();
         let host = Host::bind(Role::Prefill, node).await?;
-        let files = tokio::task::spawn_blocking(move || overfill_model::text_files(&folder)).await??;
-        Ok(Self { load: host.load(None)?, host, limits, files })
+        Ok(Self { load: host.load(None)?, host, limits })
     }
 
     /// Ready line with the listen addresses.
@@ -55,7 +51,7 @@ impl PrefillNode {
     /// # Errors
     /// The operating system refused a thread, or the engine or another task ended unexpectedly.
     pub async fn run(self, shutdown: Shutdown) -> Result<(), NodeError> {
-        let Self { host, limits, files, load } = self;
+        let Self { host, limits, load } = self;
         let identity = host.identity(host.model.producer_schema(), limits.max_running, None);
         let core = NodeCore::new(identity, load.clone(), &shutdown, host.config.drain_timeout);
         let request_limits = core.request_limits(host.config.default_deadline);
@@ -64,11 +60,11 @@ impl PrefillNode {
             transports: host.transports.clone(),
             ..TransferConfig::default()
         };
-        let pool = host.pool.clone();
+        let (pool, files, constraints) = (host.pool.clone(), host.files.clone(), host.constraints());
         let (front, model) = host.into_parts();
         let producer = model.fingerprint().into();
         let (engine, engine_end) = engine::start(model.into_engine(), producer, pool, load, limits, transfer)?;
-        let service = PrefillService { engine, limits: request_limits, files: Arc::new(files), core: core.clone() };
+        let service = PrefillService { engine, limits: request_limits, constraints, files, core: core.clone() };
         front.serve(&core, service.into_role_service(), engine_end).await?;
         Ok(())
     }

@@ -31,7 +31,7 @@ pub fn check(limits: &RequestLimits, wire: v1::PrefillRequest, now: Instant) -> 
     let Common { id, tokens, sampling, generated, deadline } = limits.check(fields, now)?;
     let handoff = handoff.map(|handoff| check_handoff(limits, handoff, tokens.len())).transpose()?;
     let span = Span::current();
-    Ok(Request { id, tokens, generated, sampling, prompt_logprobs, handoff, deadline, span })
+    Ok(Request { id, tokens, generated, sampling, constraint: None, prompt_logprobs, handoff, deadline, span })
 }
 
 fn check_handoff(

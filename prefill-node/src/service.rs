@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use overfill_kv::handoff::{Failure, RefuseReason};
 use overfill_kv::{Role, TransferStats};
-use overfill_node::{Ending, EventStream, NodeCore, RequestLimits, ended_early, request_span};
+use overfill_node::{Constraints, Ending, EventStream, NodeCore, RequestLimits, ended_early, request_span};
 use overfill_proto::v1;
 use overfill_text::TextFiles;
 use overfill_transport::HandoffError;
@@ -23,6 +23,8 @@ pub struct PrefillService {
     pub engine: EngineHandle,
     /// Limits for requests.
     pub limits: RequestLimits,
+    /// Constraints of outputs.
+    pub constraints: Constraints,
     /// Tokenizer, chat template and other text files of the model.
     pub files: Arc<TextFiles>,
     /// Shared state of the node.
@@ -84,7 +86,8 @@ impl v1::prefill_server::Prefill for PrefillService {
         use v1::prefill_event::Event as Wire;
         let arrived = Instant::now();
         let span = request_span(Role::Prefill, &request);
-        let request = span.in_scope(|| request::check(&self.limits, request.into_inner(), arrived))?;
+        let mut request = span.in_scope(|| request::check(&self.limits, request.into_inner(), arrived))?;
+        request.constraint = self.constraints.begin(&request.sampling, request.output(), request.deadline).await?;
         span.record("request", tracing::field::display(&request.id));
         span.record("prompt_tokens", request.tokens.len());
         let (id, deadline, has_handoff) = (request.id.clone(), request.deadline, request.handoff.is_some());

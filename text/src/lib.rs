@@ -6,6 +6,7 @@
 mod detokenize;
 mod files;
 mod generation;
+mod grammar;
 mod model;
 mod stop;
 mod template;
@@ -15,6 +16,7 @@ mod vocabulary;
 pub use detokenize::Detokenizer;
 pub use files::TextFiles;
 pub use generation::{GenerationDefaults, token_ids};
+pub use grammar::{GrammarError, GrammarMatcher, Grammars, check_grammar};
 pub use model::{ChatMessage, TextModel};
 pub use stop::{StopMatch, StopMatcher};
 pub use template::ChatInput;

@@ -134,6 +134,11 @@ impl TextModel {
         self.vocabulary.bytes(id)
     }
 
+    /// Whether it is a special token, which is not part of the text.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special.contains(&id)
+    }
+
     /// The unique name of a token in reported log-probabilities: its text, `bytes:\xf0` if it is an incomplete character,
     /// or `token_id:17` if another token has the same text.
     pub fn token_name(&self, id: u32) -> String {
