@@ -60,11 +60,12 @@ impl ToolFormat {
     }
 }
 
-/// Whether the text of a template goes on with a JSON object. Line breaks and quotes may be escaped.
+/// Whether the text of a template goes on with a JSON object. Between are only line breaks, which may be escaped, and ends
+/// and beginnings of the template's own expressions, as in `"<tool_call>\n" }}{{- '{"name": '`.
 fn begins_an_object(text: &str) -> bool {
-    let text = text.trim_start_matches("\\n").trim_start();
-    // An expression of the template that writes the object, as in `'<tool_call>\n' }}{{ '{"name"'`, begins with `'`.
-    text.strip_prefix('{').is_some_and(|rest| rest.starts_with(['"', '\\', '\'']))
+    let between = |c: char| c.is_whitespace() || matches!(c, '\\' | 'n' | '"' | '\'' | '{' | '}' | '-' | '+');
+    let head = text.find(|c| !between(c)).map_or(text, |at| &text[..at]);
+    ["{\"", "{\\\""].iter().any(|object| head.contains(object))
 }
 
 /// How a model marks its reasoning. The names are those of vLLM's parsers.
@@ -88,13 +89,17 @@ impl ReasoningFormat {
         }
     }
 
-    /// Where an answer to this prompt begins. `prompt_end` is the prompt, or as much of its end as the model's turn has.
-    pub fn position(self, prompt_end: &str) -> ReasoningPosition {
+    /// Where the answer to a prompt begins. `continued`: text of the message that the answer continues.
+    pub fn position(self, prompt: &str, continued: Option<&str>) -> ReasoningPosition {
         let [open, close] = ["<think>", "</think>"];
-        match prompt_end.rfind(open) {
-            Some(at) if !prompt_end[at..].contains(close) => ReasoningPosition::Within,
-            _ if prompt_end.contains(close) => ReasoningPosition::After,
-            _ => ReasoningPosition::Before,
+        let (prompt, continued) = (prompt.trim_end(), continued.unwrap_or_default());
+        let opened = continued.rfind(open).is_some_and(|at| !continued[at..].contains(close));
+        if opened || prompt.ends_with(open) {
+            return ReasoningPosition::Within;
+        }
+        match !continued.trim().is_empty() || prompt.ends_with(close) {
+            true => ReasoningPosition::After,
+            false => ReasoningPosition::Before,
         }
     }
 

@@ -78,9 +78,7 @@ impl Scanner {
             (state, ' ' | '\t' | '\n' | '\r') => (state, Step::More),
             (State::FirstItem, ']') | (State::FirstKey, '}') => return self.closed(),
             (State::Value | State::FirstItem, c) => return self.value(c),
-            (State::FirstKey | State::Key, '"') => {
-                (State::Text { is_key: true, escaped: false, hex: 0 }, Step::More)
-            }
+            (State::FirstKey | State::Key, '"') => (State::Text { is_key: true, escaped: false, hex: 0 }, Step::More),
             (State::Colon, ':') => (State::Value, Step::More),
             (State::Comma, ',') if self.stack.last() == Some(&true) => (State::Key, Step::More),
             (State::Comma, ',') if self.stack.last() == Some(&false) => (State::Value, Step::More),

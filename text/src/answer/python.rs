@@ -23,7 +23,9 @@ enum State {
     Function,
     FunctionName,
     /// Before the name of an argument. `first`: no argument has come.
-    Argument { first: bool },
+    Argument {
+        first: bool,
+    },
     ArgumentName,
     /// After the name of an argument.
     Equals,
@@ -146,13 +148,21 @@ enum Place {
     #[default]
     Value,
     /// A value, or the end of the list. `first`: the list is empty so far.
-    Item { first: bool },
+    Item {
+        first: bool,
+    },
     /// A key, or the end of the dictionary.
-    Key { first: bool },
+    Key {
+        first: bool,
+    },
     Colon,
     /// A comma, or the end of the container.
     Comma,
-    Text { quote: char, is_key: bool, escape: Option<String> },
+    Text {
+        quote: char,
+        is_key: bool,
+        escape: Option<String>,
+    },
     /// A number, or True, False or None.
     Word(String),
 }

@@ -21,7 +21,10 @@ enum State {
     /// The answer may begin with `<think>`. Holds what has come so far.
     Begin(String),
     /// In the reasoning. `begun`: it has a character other than a line break.
-    Thinking { end: Matcher, begun: bool },
+    Thinking {
+        end: Matcher,
+        begun: bool,
+    },
     /// After the reasoning, before the first character of the content.
     Gap,
     Over,

@@ -174,8 +174,11 @@ fn pythonic() {
     let parse = |text: &str| parse_calls(ToolFormat::Pythonic, text);
     let text = r#"[get_weather(location="R\"\u00f6me'\n", unit='c"'), search( tags = [ 'a', "b", ], limit=-3, ratio=.5, exact=True, range={'from': None, "to": {}}), ping()]"#;
     let calls = [
-        ("get_weather", json!({"location": "R\"ö me'\n".replace(' ', ""), "unit": "c\""})),
-        ("search", json!({"tags": ["a", "b"], "limit": -3, "ratio": 0.5, "exact": true, "range": {"from": null, "to": {}}})),
+        ("get_weather", json!({"location": "R\"öme'\n", "unit": "c\""})),
+        (
+            "search",
+            json!({"tags": ["a", "b"], "limit": -3, "ratio": 0.5, "exact": true, "range": {"from": null, "to": {}}}),
+        ),
         ("ping", json!({})),
     ];
     assert_eq!(parse(text), answer("", &calls));
@@ -219,10 +222,15 @@ fn reasoning() {
 
 #[test]
 fn where_the_prompt_leaves_the_reasoning() {
-    let at = |prompt| ReasoningFormat::Qwen3.position(prompt);
-    assert_eq!(at("<|im_start|>assistant\n"), ReasoningPosition::Before);
+    let at = |prompt| ReasoningFormat::Qwen3.position(prompt, None);
+    assert_eq!(at("what is <think>?\n<|im_start|>assistant\n"), ReasoningPosition::Before);
     assert_eq!(at("<|im_start|>assistant\n<think>\n"), ReasoningPosition::Within);
     assert_eq!(at("<|im_start|>assistant\n<think>\n\n</think>\n\n"), ReasoningPosition::After);
+    let continuing = |message| ReasoningFormat::Qwen3.position("assistant\n", Some(message));
+    assert_eq!(continuing("<think>\nHm"), ReasoningPosition::Within);
+    assert_eq!(continuing("<think>\nHm</think> The"), ReasoningPosition::After);
+    assert_eq!(continuing("The"), ReasoningPosition::After);
+    assert_eq!(continuing(""), ReasoningPosition::Before);
 }
 
 #[test]
@@ -348,7 +356,36 @@ proptest! {
 }
 
 const WORDS: [&str; 32] = [
-    "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<|python_start|>", "<|python_end|>", "<think>",
-    "</think>", "{\"name\": \"ping\", ", "\"arguments\": {", "\"parameters\": {\"a\": ", "{", "}", "}}", "[", "]", "[ping(", "a=",
-    ")", "ping", "\"", "'", ",", ";", " ", "\n", "1.5", "true", "None", "<", "é",
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+    "[ARGS]",
+    "<|python_tag|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<think>",
+    "</think>",
+    "{\"name\": \"ping\", ",
+    "\"arguments\": {",
+    "\"parameters\": {\"a\": ",
+    "{",
+    "}",
+    "}}",
+    "[",
+    "]",
+    "[ping(",
+    "a=",
+    ")",
+    "ping",
+    "\"",
+    "'",
+    ",",
+    ";",
+    " ",
+    "\n",
+    "1.5",
+    "true",
+    "None",
+    "<",
+    "é",
 ];

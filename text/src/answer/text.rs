@@ -18,7 +18,10 @@ pub(super) struct CallText {
 enum State {
     Text,
     /// After a marker, or at the beginning of an answer that needs none. Holds the marker and white space.
-    Open { raw: String, marked: bool },
+    Open {
+        raw: String,
+        marked: bool,
+    },
     Objects(Objects),
     Named(Named),
     List(CallList),
