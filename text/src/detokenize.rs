@@ -23,8 +23,8 @@ const MAX_PENDING: usize = 16;
 /// Cost per token: two decodes of the few tokens since the last complete character.
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
-    special: Arc<HashSet<u32>>,
-    skip_special: bool,
+    /// Tokens without text.
+    skipped: Arc<HashSet<u32>>,
     /// Tokens of the last returned piece, kept because a token's text may depend on the token before it, then pending
     /// tokens.
     ids: Vec<u32>,
@@ -37,15 +37,14 @@ pub struct Detokenizer {
 impl Detokenizer {
     pub(crate) fn new(
         tokenizer: Arc<Tokenizer>,
-        special: Arc<HashSet<u32>>,
+        skipped: Arc<HashSet<u32>>,
         context: &[u32],
-        skip_special: bool,
     ) -> Result<Self, TextError> {
-        let keep = |id: &&u32| tokenizer.id_to_token(**id).is_some() && !(skip_special && special.contains(id));
+        let keep = |id: &&u32| tokenizer.id_to_token(**id).is_some() && !skipped.contains(id);
         let mut ids: Vec<u32> = context.iter().rev().filter(keep).take(6).copied().collect();
         ids.reverse();
         let given = ids.len();
-        let mut this = Self { tokenizer, special, skip_special, ids, given, given_text: String::new() };
+        let mut this = Self { tokenizer, skipped, ids, given, given_text: String::new() };
         this.given_text = this.decode(&this.ids)?;
         Ok(this)
     }
@@ -53,7 +52,7 @@ impl Detokenizer {
     /// Adds a token and returns the text that has become final, which may be empty.
     pub fn push(&mut self, token: u32) -> Result<String, TextError> {
         // An id outside the vocabulary has no text. Keeping it would separate the bytes of a character.
-        if self.skip_special && self.special.contains(&token) || self.tokenizer.id_to_token(token).is_none() {
+        if self.skipped.contains(&token) || self.tokenizer.id_to_token(token).is_none() {
             return Ok(String::new());
         }
         self.ids.push(token);
@@ -114,6 +113,7 @@ impl Detokenizer {
         if ids.is_empty() {
             return Ok(String::new());
         }
-        self.tokenizer.decode(ids, self.skip_special).map_err(|e| TextError::Tokenizer(e.to_string()))
+        // `ids` has no token that is to be skipped.
+        self.tokenizer.decode(ids, false).map_err(|e| TextError::Tokenizer(e.to_string()))
     }
 }

@@ -3,6 +3,7 @@
 //! This crate does not need the model's weights. The router gets [`TextFiles`] from a prefill node and needs no model
 //! folder.
 
+mod answer;
 mod detokenize;
 mod files;
 mod generation;
@@ -13,6 +14,7 @@ mod template;
 mod tokenizer;
 mod vocabulary;
 
+pub use answer::{AnswerFormat, AnswerParser, AnswerPart, ReasoningFormat, ReasoningPosition, ToolFormat};
 pub use detokenize::Detokenizer;
 pub use files::TextFiles;
 pub use generation::{GenerationDefaults, token_ids};

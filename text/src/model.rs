@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
 use crate::{
-    Detokenizer, GenerationDefaults, Offsets, TextError, TextFiles,
+    Detokenizer, GenerationDefaults, Offsets, TextError, TextFiles, ToolFormat,
     template::{ChatInput, ChatTemplate},
     tokenizer,
     vocabulary::Vocabulary,
@@ -41,7 +41,11 @@ pub struct TextModel {
     special: Arc<HashSet<u32>>,
     tokenizer_sha256: String,
     eos_token_ids: Vec<u32>,
+    special_tokens: BTreeMap<String, String>,
     template: Option<ChatTemplate>,
+    /// The template for chats with tools, if the model has one of its own for them.
+    tool_template: Option<ChatTemplate>,
+    tool_format: Option<ToolFormat>,
     generation: GenerationDefaults,
 }
 
@@ -65,14 +69,21 @@ impl TextModel {
         let tokenizer = Arc::new(tokenizer::load(tokenizer_json, &config, &map)?);
         let special = tokenizer.get_added_tokens_decoder().into_iter().filter(|(_, t)| t.special).map(|(id, _)| id);
         let special = Arc::new(special.collect());
-        let source = match chat_template {
-            Some(bytes) => Some(String::from_utf8(bytes.clone()).map_err(|e| invalid("chat_template.jinja", &e))?),
-            None => default_template(&config["chat_template"]),
+        let (source, for_tools) = match chat_template {
+            Some(bytes) => {
+                (Some(String::from_utf8(bytes.clone()).map_err(|e| invalid("chat_template.jinja", &e))?), None)
+            }
+            None => {
+                let templates = &config["chat_template"];
+                (named_template(templates, "default"), named_template(templates, "tool_use"))
+            }
         };
-        let template = match source {
-            Some(source) => Some(ChatTemplate::compile(&source, special_tokens(&config, &map))?),
-            None => None,
+        let special_tokens = special_tokens(&config, &map);
+        let compile = |source: &Option<String>| {
+            source.as_ref().map(|source| ChatTemplate::compile(source, special_tokens.clone())).transpose()
         };
+        let (template, tool_template) = (compile(&source)?, compile(&for_tools)?);
+        let tool_format = for_tools.or(source).and_then(|source| ToolFormat::of_template(&source));
         let generation = match generation_config_json {
             Some(bytes) => GenerationDefaults::parse(bytes)?,
             None => GenerationDefaults::default(),
@@ -87,7 +98,18 @@ impl TextModel {
         let id = named.and_then(|token| tokenizer.token_to_id(&token.content));
         eos_token_ids.extend(id.filter(|id| !eos_token_ids.contains(id)));
         let vocabulary = Arc::new(Vocabulary::new(tokenizer.clone()));
-        Ok(Self { tokenizer, vocabulary, special, tokenizer_sha256, template, generation, eos_token_ids })
+        Ok(Self {
+            tokenizer,
+            vocabulary,
+            special,
+            tokenizer_sha256,
+            eos_token_ids,
+            special_tokens,
+            template,
+            tool_template,
+            tool_format,
+            generation,
+        })
     }
 
     /// SHA-256 of tokenizer.json in lower-case hex. KV schemas contain this hash, so that models with different tokenizers
@@ -115,6 +137,11 @@ impl TextModel {
     /// Whether the model has a chat template.
     pub fn has_chat_template(&self) -> bool {
         self.template.is_some()
+    }
+
+    /// The format in which the chat template asks for tool calls. `None`: it names no tools, or asks for an unknown format.
+    pub fn tool_format(&self) -> Option<ToolFormat> {
+        self.tool_format
     }
 
     /// Encodes `text`. `add_special` adds the special tokens of the tokenizer's post-processor, often a begin-of-text token.
@@ -162,7 +189,13 @@ impl TextModel {
 
     /// Renders a prompt from messages in any JSON form, with tools, documents and template variables.
     pub fn render_chat(&self, input: &ChatInput<'_>) -> Result<String, TextError> {
-        self.template.as_ref().ok_or(TextError::NoChatTemplate)?.render(input)
+        let for_tools = self.tool_template.as_ref().filter(|_| input.tools.is_some());
+        for_tools.or(self.template.as_ref()).ok_or(TextError::NoChatTemplate)?.render(input)
+    }
+
+    /// Renders a prompt with another chat template than the model's.
+    pub fn render_with(&self, source: &str, input: &ChatInput<'_>) -> Result<String, TextError> {
+        ChatTemplate::compile(source, self.special_tokens.clone())?.render(input)
     }
 
     /// Renders `messages` and encodes the prompt. The template writes the special tokens, so the tokenizer adds none.
@@ -173,15 +206,31 @@ impl TextModel {
     /// An incremental decoder for the tokens that follow `context`, the last tokens of the prompt. It does not return the
     /// text of `context`.
     pub fn detokenizer(&self, context: &[u32], skip_special: bool) -> Result<Detokenizer, TextError> {
-        Detokenizer::new(self.tokenizer.clone(), self.special.clone(), context, skip_special)
+        let skipped = if skip_special { self.special.clone() } else { Arc::default() };
+        Detokenizer::new(self.tokenizer.clone(), skipped, context)
+    }
+
+    /// As [`detokenizer`](Self::detokenizer) without special tokens, except `shown`.
+    pub fn detokenizer_showing(&self, context: &[u32], shown: &[u32]) -> Result<Detokenizer, TextError> {
+        let skipped = match shown {
+            [] => self.special.clone(),
+            shown => Arc::new(self.special.iter().filter(|id| !shown.contains(id)).copied().collect()),
+        };
+        Detokenizer::new(self.tokenizer.clone(), skipped, context)
+    }
+
+    /// The special tokens among `texts`.
+    pub fn special_ids(&self, texts: impl Iterator<Item = &'static str>) -> Vec<u32> {
+        texts.filter_map(|text| self.tokenizer.token_to_id(text)).filter(|id| self.special.contains(id)).collect()
     }
 }
 
-/// The default template in `chat_template` of tokenizer_config.json, which is a template or a list of named templates.
-fn default_template(value: &Value) -> Option<String> {
+/// A template in `chat_template` of tokenizer_config.json, which is the default template or a list of named templates.
+/// transformers uses the template `tool_use` for chats with tools.
+fn named_template(value: &Value, name: &str) -> Option<String> {
     match value {
-        Value::String(source) => Some(source.clone()),
-        Value::Array(named) => named.iter().find(|t| t["name"] == "default")?["template"].as_str().map(str::to_owned),
+        Value::String(source) => (name == "default").then(|| source.clone()),
+        Value::Array(named) => named.iter().find(|t| t["name"] == name)?["template"].as_str().map(str::to_owned),
         _ => None,
     }
 }

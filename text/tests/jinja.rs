@@ -39,6 +39,7 @@ fn small_templates_as_transformers() {
             tools: variables.get("tools"),
             documents: None,
             add_generation_prompt: true,
+            continue_final_message: false,
             variables: Some(&variables),
         };
         let got = TextModel::from_files(&files).and_then(|model| model.render_chat(&input));

@@ -122,6 +122,14 @@ CONVERSATIONS = [
     {"messages": [user("Hi"), assistant("I call.", tool_calls=[call("ping", {}, "abcdef003")]), {"role": "tool", "tool_call_id": "abcdef003", "name": "ping", "content": "pong"}], "tools": [NOTHING]},
     {"messages": [user("Sum it up.")], "documents": [{"title": "T", "text": "Once.", "contents": "x"}, {"title": "U", "text": "Twice.", "contents": "y"}]},
     {"messages": [user("Hi")], "builtin_tools": ["browser", "python"], "tools": [WEATHER]},
+    *(
+        {"messages": [SYSTEM, user("Hi"), message], "add_generation_prompt": False, "continue_final_message": True}
+        for message in (
+            assistant("Hel"), assistant("  Hello, \n "), assistant(""), assistant("<think>\nOne and"), assistant("<think>\nOne.\n</think>\n\nTwo"),
+            assistant("Two", reasoning_content="One."), assistant([{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo "}]),
+        )
+    ),
+    {"messages": [user("Hi there")], "add_generation_prompt": False, "continue_final_message": True},
     {"messages": [SYSTEM] + [m for i in range(499) for m in (user(f"Question {i}"), assistant(f"Answer {i}"))] + [user("Last")]},
     {"messages": [m for i in range(500) for m in (user(f"Question {i}"), assistant(f"Answer {i}"))], "tools": [WEATHER]},
 ]

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use overfill_text::{ChatInput, TextFiles, TextModel};
+use overfill_text::{ChatInput, TextFiles, TextModel, ToolFormat};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -28,6 +28,27 @@ struct Template {
 struct Wanted {
     output: Option<String>,
 }
+
+/// The templates whose format of tool calls is known.
+const TOOL_FORMATS: [(&str, ToolFormat); 17] = [
+    ("Bielik-11B-v3.0-Instruct.jinja", ToolFormat::Hermes),
+    ("MiMo-VL.jinja", ToolFormat::Hermes),
+    ("Mistral-Small-3.2-24B-Instruct-2506.jinja", ToolFormat::Mistral),
+    ("NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use.jinja", ToolFormat::Hermes),
+    ("NousResearch-Hermes-3-Llama-3.1-8B-tool_use.jinja", ToolFormat::Hermes),
+    ("Qwen-QwQ-32B.jinja", ToolFormat::Hermes),
+    ("Qwen-Qwen2.5-7B-Instruct.jinja", ToolFormat::Hermes),
+    ("Qwen-Qwen3-0.6B.jinja", ToolFormat::Hermes),
+    ("Reka-Edge.jinja", ToolFormat::Hermes),
+    ("ibm-granite-granite-4.0.jinja", ToolFormat::Hermes),
+    ("ibm-granite-granite-4.1.jinja", ToolFormat::Hermes),
+    ("meta-llama-Llama-3.1-8B-Instruct.jinja", ToolFormat::Llama3Json),
+    ("meta-llama-Llama-3.2-3B-Instruct.jinja", ToolFormat::Llama3Json),
+    ("meta-llama-Llama-3.3-70B-Instruct.jinja", ToolFormat::Llama3Json),
+    ("mistralai-Ministral-3-14B-Reasoning-2512.jinja", ToolFormat::Mistral),
+    ("mistralai-Mistral-Nemo-Instruct-2407.jinja", ToolFormat::Mistral),
+    ("unsloth-mistral-Devstral-Small-2507.jinja", ToolFormat::Mistral),
+];
 
 /// Exit code of the script if the download failed.
 const NO_DOWNLOAD: i32 = 3;
@@ -59,7 +80,7 @@ fn public_templates_as_transformers() {
     let tokenizer_json =
         std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/qwen2/full/tokenizer.json"));
     let tokenizer_json = tokenizer_json.unwrap();
-    let (mut same, mut refused, mut wrong) = (0, 0, Vec::new());
+    let (mut same, mut refused, mut wrong, mut formats) = (0, 0, Vec::new(), Vec::new());
     for Template { name, source, results } in &templates {
         let files = TextFiles {
             tokenizer_json: tokenizer_json.clone(),
@@ -68,16 +89,19 @@ fn public_templates_as_transformers() {
             ..TextFiles::default()
         };
         let model = TextModel::from_files(&files).unwrap_or_else(|e| panic!("{name}: {e}"));
+        formats.extend(model.tool_format().map(|format| (name.as_str(), format)));
         for (i, (conversation, wanted)) in conversations.iter().zip(results).enumerate() {
             let mut variables = conversation.clone();
             let mut take = |field: &str| variables.shift_remove(field);
             let (messages, tools, documents) = (take("messages").unwrap(), take("tools"), take("documents"));
             let add_generation_prompt = take("add_generation_prompt").is_none_or(|value| value == true);
+            let continue_final_message = take("continue_final_message").is_some_and(|value| value == true);
             let input = ChatInput {
                 messages: messages.as_array().unwrap(),
                 tools: tools.as_ref(),
                 documents: documents.as_ref(),
                 add_generation_prompt,
+                continue_final_message,
                 variables: Some(&variables),
             };
             let got = model.render_chat(&input);
@@ -100,5 +124,6 @@ fn public_templates_as_transformers() {
     }
     println!("{} templates: {same} renderings are the same, {refused} are refused by both", templates.len());
     assert!(templates.len() >= 70 && same > 2000);
+    assert_eq!(formats, TOOL_FORMATS);
     assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
 }

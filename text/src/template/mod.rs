@@ -17,6 +17,7 @@
 //! and macros capture repeatedly is bounded only by the limit of instructions.
 
 mod arguments;
+mod continuation;
 mod cursor;
 mod expression;
 mod filters;
@@ -68,6 +69,8 @@ pub struct ChatInput<'a> {
     pub documents: Option<&'a Json>,
     /// Whether the prompt ends with the beginning of the assistant's turn.
     pub add_generation_prompt: bool,
+    /// Whether the prompt ends with the text of the last message, for the model to go on with.
+    pub continue_final_message: bool,
     /// Other variables, such as `enable_thinking`.
     pub variables: Option<&'a Map<String, Json>>,
 }
@@ -75,7 +78,19 @@ pub struct ChatInput<'a> {
 impl<'a> ChatInput<'a> {
     /// An input without tools, documents and other variables.
     pub fn new(messages: &'a [Json], add_generation_prompt: bool) -> Self {
-        Self { messages, tools: None, documents: None, add_generation_prompt, variables: None }
+        Self {
+            messages,
+            tools: None,
+            documents: None,
+            add_generation_prompt,
+            continue_final_message: false,
+            variables: None,
+        }
+    }
+
+    /// Total size of the texts in messages, tools and documents, in bytes.
+    pub fn text_bytes(&self) -> usize {
+        self.messages.iter().chain(self.tools).chain(self.documents).map(text_bytes).sum()
     }
 }
 
@@ -109,17 +124,23 @@ impl ChatTemplate {
     }
 
     pub(crate) fn render(&self, input: &ChatInput<'_>) -> Result<String, TextError> {
-        on_a_large_stack(|| self.render_here(input)).map_err(TextError::Template)?
+        let render =
+            |input: &ChatInput<'_>| on_a_large_stack(|| self.render_here(input)).map_err(TextError::Template)?;
+        match input.continue_final_message {
+            true => continuation::render(input, render),
+            false => render(input),
+        }
     }
 
     fn render_here(&self, input: &ChatInput<'_>) -> Result<String, TextError> {
-        let ChatInput { messages, tools, documents, add_generation_prompt, variables } = input;
+        let ChatInput { messages, tools, documents, add_generation_prompt, continue_final_message: _, variables } =
+            input;
         let fuel = (FUEL + FUEL_PER_MESSAGE.saturating_mul(messages.len() as u64)).min(MAX_FUEL);
         // A clone shares the compiled template.
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(fuel));
         let template = environment.get_template(NAME).map_err(|e| TextError::Template(e.to_string()))?;
-        let given: usize = messages.iter().chain(*tools).chain(*documents).map(text_bytes).sum();
+        let given = input.text_bytes();
         let mut out = Limited { bytes: Vec::new(), limit: OUTPUT_BYTES + OUTPUT_PER_BYTE * given, full: false };
         let mut context: BTreeMap<&str, Value> = BTreeMap::new();
         for (name, token) in &self.special_tokens {
