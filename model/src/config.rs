@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use overfill_kv::RopeSpec;
 
-use crate::{Family, LayerSpec, ModelError, Rope, When, family::OwnFields, gguf::Gguf};
+use crate::{Family, LayerSpec, ModelError, Rope, When, family::OwnFields, gguf::Gguf, weights::CONFIG_FIELDS};
 
 pub(crate) use fields::Fields;
 
@@ -180,6 +180,8 @@ impl ModelConfig {
             map.insert(field.into(), value);
         }
         map.remove(ROPE_FREQUENCY_DTYPE);
+        // Weights are always written as plain tensors.
+        CONFIG_FIELDS.iter().for_each(|field| drop(map.remove(*field)));
         Value::Object(map)
     }
 
