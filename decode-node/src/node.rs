@@ -82,7 +82,7 @@ impl DecodeNode {
         let identity = host.identity(host.model.kv_schema(), limits.max_running, Some(kv_endpoint));
         let core = NodeCore::new(identity, load.clone(), &shutdown, host.config.drain_timeout);
         let request_limits = core.request_limits(host.config.default_deadline);
-        let (pool, constraints) = (host.pool.clone(), host.constraints());
+        let (pool, constraints) = (host.pool.clone(), core.constraints(host.files.clone()));
         let (front, model) = host.into_parts();
         let (engine, engine_end) = engine::start(model.into_engine(), pool, load, limits)?;
         let service = DecodeService { engine, limits: request_limits, constraints, receiver, core: core.clone() };

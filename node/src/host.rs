@@ -16,8 +16,8 @@ use overfill_transport::{TransportError, Transports};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinError};
 
 use crate::{
-    Constraints, Identity, LoadState, NodeConfig, NodeCore, NodeMetrics, RoleService, Served, load::Receiving,
-    new_incarnation, transport::TransportMetrics,
+    Identity, LoadState, NodeConfig, NodeCore, NodeMetrics, RoleService, Served, load::Receiving, new_incarnation,
+    transport::TransportMetrics,
 };
 
 /// Why a node failed to start or to keep running.
@@ -125,12 +125,6 @@ impl Host {
     pub fn load(&self, receiving: Option<Receiving>) -> Result<Arc<LoadState>, NodeError> {
         let metrics = NodeMetrics::new(&self.served_model_name(), &self.pool_name())?;
         Ok(LoadState::new(self.pool.clone(), metrics, receiving, self.config.step_timeout))
-    }
-
-    /// Makes the constraints of requests to this model.
-    pub fn constraints(&self) -> Constraints {
-        let vocab_size = self.model.kv_schema().vocab_size as usize;
-        Constraints::new(self.files.clone(), vocab_size, self.model.eos_token_ids())
     }
 
     fn served_model_name(&self) -> String {

@@ -10,12 +10,13 @@ use overfill_cluster::{
 };
 use overfill_net::Listen;
 use overfill_proto::{FILE_DESCRIPTOR_SET, v1::node_server::NodeServer};
+use overfill_text::TextFiles;
 use tokio::sync::oneshot;
 use tonic::{server::NamedService, service::Routes};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::error;
 
-use crate::{Drain, Identity, LoadState, NodeError, NodeService, RequestLimits};
+use crate::{Constraints, Drain, Identity, LoadState, NodeError, NodeService, RequestLimits};
 
 /// Time that clients have to read the end of their streams after a shutdown has finished all other work.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -65,6 +66,12 @@ impl NodeCore {
     /// Limits for requests to this node. `default_deadline` is the time limit of a request that sets no deadline.
     pub fn request_limits(&self, default_deadline: Duration) -> RequestLimits {
         RequestLimits { identity: self.identity.clone(), default_deadline }
+    }
+
+    /// Makes the constraints of requests to this node, whose model has these files.
+    pub fn constraints(&self, files: Arc<TextFiles>) -> Constraints {
+        let Identity { schema, eos_token_ids, .. } = &*self.identity;
+        Constraints::new(files, schema.vocab_size as usize, eos_token_ids)
     }
 
     /// Serves the role's service, [`NodeService`], health checks and reflection until the shutdown begins and the

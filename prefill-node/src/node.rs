@@ -60,7 +60,8 @@ impl PrefillNode {
             transports: host.transports.clone(),
             ..TransferConfig::default()
         };
-        let (pool, files, constraints) = (host.pool.clone(), host.files.clone(), host.constraints());
+        let (pool, files) = (host.pool.clone(), host.files.clone());
+        let constraints = core.constraints(files.clone());
         let (front, model) = host.into_parts();
         let producer = model.fingerprint().into();
         let (engine, engine_end) = engine::start(model.into_engine(), producer, pool, load, limits, transfer)?;

@@ -164,7 +164,13 @@ impl NodeSetup {
         let (handle, engine) = prefill_engine::Engine::new(model.clone(), FULL.into(), pool, limits, context);
         let engine = tokio::spawn(model.drive(engine, core.load.clone()));
         let limits = core.request_limits(self.deadline);
-        let service = PrefillService { engine: handle, limits, files: self.files.clone(), core: core.clone() };
+        let service = PrefillService {
+            engine: handle,
+            limits,
+            constraints: core.constraints(self.files.clone()),
+            files: self.files.clone(),
+            core: core.clone(),
+        };
         Ok(serve(name, core, listener, service.into_role_service(), engine, off))
     }
 
@@ -183,7 +189,13 @@ impl NodeSetup {
         let (handle, engine) = decode_engine::Engine::new(model.clone(), store, pool, core.load.clone(), limits);
         let engine = tokio::spawn(model.drive(engine, core.load.clone()));
         let limits = core.request_limits(self.deadline);
-        let service = DecodeService { engine: handle, limits, receiver, core: core.clone() };
+        let service = DecodeService {
+            engine: handle,
+            limits,
+            constraints: core.constraints(self.files.clone()),
+            receiver,
+            core: core.clone(),
+        };
         Ok(serve(name, core, listener, service.into_role_service(), engine, off))
     }
 }

@@ -9,7 +9,7 @@ use overfill_cluster::{
 use overfill_decode_node::{engine as decode_engine, service::DecodeService};
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvEndpoint, Role};
 use overfill_node::{
-    Constraints, Identity, LoadState, NodeCore, NodeMetrics, RoleService, Served, load::Receiving, new_incarnation,
+    Identity, LoadState, NodeCore, NodeMetrics, RoleService, Served, load::Receiving, new_incarnation,
 };
 use overfill_prefill_node::{engine as prefill_engine, job::HandoffContext, service::PrefillService};
 use overfill_transport::{KvReceiver, TransferConfig, Transports, tcp};
@@ -196,7 +196,7 @@ impl SimulatedHost {
         let service = PrefillService {
             engine: handle,
             limits: core.request_limits(DEADLINE),
-            constraints: constraints(&core),
+            constraints: core.constraints(Arc::new(FILES.clone())),
             files: Arc::new(FILES.clone()),
             core: core.clone(),
         };
@@ -224,7 +224,8 @@ impl SimulatedHost {
         let load = core.load.clone();
         let (handle, engine) = decode_engine::Engine::new(decoder, guard.memory.clone(), pool, load, limits);
         let engine = tokio::task::spawn_local(decode::run(engine, guard, self.pace.clone()));
-        let (limits, constraints) = (core.request_limits(DEADLINE), constraints(&core));
+        let constraints = core.constraints(Arc::new(FILES.clone()));
+        let limits = core.request_limits(DEADLINE);
         let service = DecodeService { engine: handle, limits, constraints, receiver, core: core.clone() };
         if serve(&core, listener, service.into_role_service(), engine).await? == Served::Drained {
             stop.cancel();
@@ -264,9 +265,4 @@ pub fn transfer(idle: Duration, hello: Duration, max_frame_bytes: usize, dialer:
         dialer,
         transports: Transports::tcp(),
     }
-}
-
-fn constraints(core: &NodeCore) -> Constraints {
-    let Identity { schema, eos_token_ids, .. } = &*core.identity;
-    Constraints::new(Arc::new(FILES.clone()), schema.vocab_size as usize, eos_token_ids)
 }
