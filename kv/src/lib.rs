@@ -6,7 +6,7 @@ pub mod ids;
 mod outcome;
 pub mod pool;
 pub mod prefix;
-mod protocol;
+pub mod protocol;
 pub mod sampling;
 pub mod schema;
 pub mod store;

@@ -14,6 +14,7 @@ use tracing::{Instrument as _, Span, info_span};
 use crate::{
     GenerateError,
     admission::Place,
+    constraints,
     generate::Core,
     legs::{Leg, LegTimes, Legs},
     metrics::RequestFailure,
@@ -105,7 +106,7 @@ impl RouterService {
         request::check_prompt(&model, &prompt)?;
         request::check_stops(&stop)?;
         let max_tokens = request::check_length(&model, prompt.len(), (max_tokens > 0).then_some(max_tokens))?;
-        let sampling = match sampling {
+        let mut sampling = match sampling {
             Some(sampling) => SamplingParams::try_from(sampling)
                 .map_err(|e| GenerateError::limit(&format!("sampling.{}", e.field), e.limit, e.value))?,
             None => SamplingParams { seed: request::random_seed(), ..SamplingParams::default() },
@@ -113,12 +114,17 @@ impl RouterService {
         sampling
             .validate(model.vocab_size as usize)
             .map_err(|e| GenerateError::limit(&format!("sampling.{}", e.field), e.limit, e.value))?;
+        let stop_token_ids = if ignore_eos { [].into() } else { model.eos_token_ids.clone() };
+        constraints::hold_back_ends(&mut sampling, &stop_token_ids, max_tokens)?;
+        if let Some(grammar) = &sampling.grammar {
+            constraints::check_grammar(pool, "sampling.grammar", grammar, lifetime).await?;
+        }
         let generation = Generation {
             request_id,
             prompt: prompt.into(),
             sampling,
             max_tokens,
-            stop_token_ids: if ignore_eos { [].into() } else { model.eos_token_ids.clone() },
+            stop_token_ids,
             stop,
             include_stop: false,
             skip_special: true,

@@ -19,6 +19,7 @@ mod attempt;
 mod breaker;
 mod catalog;
 mod config;
+mod constraints;
 mod error;
 mod generate;
 mod grpc;

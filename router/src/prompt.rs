@@ -2,7 +2,8 @@
 
 use std::{sync::Arc, thread};
 
-use overfill_text::{ChatMessage, TextError, TextModel};
+use overfill_kv::Grammar;
+use overfill_text::{ChatMessage, GrammarError, TextError, TextModel};
 use tokio::{sync::Semaphore, time::timeout_at};
 
 use crate::{GenerateError, request::Lifetime};
@@ -60,6 +61,15 @@ impl TextPool {
         }
         let model = model.clone();
         self.run(lifetime, move || model.encode(&text, add_special)).await
+    }
+
+    /// Compiles a grammar without a vocabulary.
+    pub async fn check_grammar(
+        &self,
+        grammar: Grammar,
+        lifetime: Lifetime,
+    ) -> Result<Result<(), GrammarError>, GenerateError> {
+        self.run(lifetime, move || Ok(overfill_text::check_grammar(&grammar))).await
     }
 
     /// Waits for a free thread and runs `work` on it. If the request ends during the wait, `work` does not run. Work that

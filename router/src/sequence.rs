@@ -81,13 +81,23 @@ impl Sequence {
             let own = !self.generation.model.eos_token_ids.contains(&id);
             return Ok((String::new(), Some((FinishReason::Stop, own.then_some(StopCause::Token(id))))));
         }
-        let (text, found) = self.stops.push(&self.detokenizer.push(id)?);
+        let text = self.detokenizer.push(id)?;
+        if self.output.len() <= self.generation.sampling.min_tokens as usize {
+            // As in vLLM, stop texts count only after the minimum.
+            return Ok((text, self.full()));
+        }
+        let (text, found) = self.stops.push(&text);
         if let Some(found) = found {
             let cause = StopCause::Text(self.generation.stop[found.stop].clone());
             return Ok((text, Some((FinishReason::Stop, Some(cause)))));
         }
+        Ok((text, self.full()))
+    }
+
+    /// The end of an output that has its maximum length.
+    fn full(&self) -> Option<End> {
         let full = self.output.len() as u32 >= self.generation.max_tokens;
-        Ok((text, full.then_some((FinishReason::Length, None))))
+        full.then_some((FinishReason::Length, None))
     }
 
     /// Ends the sequence.

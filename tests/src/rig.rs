@@ -22,11 +22,12 @@ pub const REQUESTS_EACH: usize = 25;
 pub const REQUESTS: usize = 12;
 
 /// Returns a request long enough to be interrupted in every phase: many prompt chunks and tokens. Most are greedy, some
-/// sampled.
+/// sampled, some must match a grammar.
 pub fn request(index: usize) -> Request {
     let prompt: Vec<u32> = (0..150 + index * 8).map(|i| (5 + (i * 7 + index * 31) % 300) as u32).collect();
     let request = Request::tokens(&prompt, 120);
     match index % 4 {
+        1 => request.with("guided_regex", json!("([a-z]{2,4}[0-9]{1,2},){300}")),
         3 => request.with("temperature", json!(0.9)).with("top_p", json!(0.95)).with("seed", json!(index)),
         _ => request,
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use overfill_kv::{BLOCK_TOKENS, Role, block_hashes, blocks_for};
+use overfill_kv::{BLOCK_TOKENS, Role, block_hashes, blocks_for, protocol::CONSTRAINTS};
 use parking_lot::Mutex;
 
 use super::{Plan, blame::Pair};
@@ -81,9 +81,10 @@ fn prefill_node<'a>(
     Some((nodes[chosen], candidates[chosen].matched_tokens))
 }
 
-/// Whether the node takes requests and the request fits its context.
+/// Whether the node takes requests, knows the request's parameters, and the request fits its context.
 fn usable(node: &Node, plan: &Plan) -> bool {
-    node.admits() && !plan.avoid.contains(&node.key) && node.info.max_context_tokens >= plan.length()
+    let understands = node.info.protocol.newest >= CONSTRAINTS || !plan.generation.sampling.is_constrained();
+    node.admits() && understands && !plan.avoid.contains(&node.key) && node.info.max_context_tokens >= plan.length()
 }
 
 #[cfg(test)]

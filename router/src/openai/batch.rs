@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{error::ApiError, fields::Common};
 use crate::{
-    GenerateError,
+    GenerateError, constraints,
     generate::Core,
     legs::LegTimes,
     metrics::RequestFailure,
@@ -70,6 +70,7 @@ impl Batch {
             let limit = format!("at most {} ids", MAX_STOP_TOKENS.saturating_sub(stop_token_ids.len() - own));
             return Err(GenerateError::limit("stop_token_ids", limit, own));
         }
+        let bad_words = constraints::bad_words(&model.text, &common.bad_words)?;
         let mut generations = Vec::with_capacity(prompts.len() * common.n);
         for prompt in prompts {
             request::check_prompt(model, &prompt.tokens)?;
@@ -77,6 +78,9 @@ impl Batch {
             let asked = if scoring { Some(1) } else { *max_tokens };
             let fits = request::check_length(model, prompt.tokens.len(), asked)?;
             let fits = if asked.is_none() { fits.min(*default_max_tokens) } else { fits };
+            let max_tokens = if scoring { 0 } else { fits };
+            let mut sampling = SamplingParams { bad_words: bad_words.clone(), ..sampling.clone() };
+            constraints::hold_back_ends(&mut sampling, &stop_token_ids, fits)?;
             for choice in 0..common.n {
                 let seed = common.seed.map_or_else(request::random_seed, |seed| seed.wrapping_add(choice as u64));
                 generations.push(Generation {
@@ -84,7 +88,7 @@ impl Batch {
                     model: model.clone(),
                     prompt: prompt.tokens.clone(),
                     sampling: SamplingParams { seed, ..sampling.clone() },
-                    max_tokens: if scoring { 0 } else { fits },
+                    max_tokens,
                     stop_token_ids: stop_token_ids.clone(),
                     stop: common.stop.clone(),
                     include_stop: common.include_stop,
@@ -103,6 +107,9 @@ impl Batch {
     /// then be answered with an error status instead of a stream.
     pub async fn start(&self, core: &Core, tenant: &Arc<Tenant>, prompts: &[Prompt]) -> Result<Merged, ApiError> {
         let generations = self.generations(prompts)?;
+        if let (Some(grammar), Some(field)) = (&self.sampling.grammar, self.common.structured) {
+            constraints::check_grammar(&core.text_pool, field, grammar, self.lifetime).await?;
+        }
         let places = core.enter(tenant, &generations)?;
         let failure = RequestFailure::default();
         let streams = places.into_iter().zip(generations).enumerate().map(|(index, (place, generation))| {

@@ -9,7 +9,7 @@ use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 use tracing::debug;
 
-use super::error::ApiError;
+use super::{error::ApiError, structured};
 use crate::{GenerateError, request};
 
 /// Maximum number of choices per prompt.
@@ -21,22 +21,13 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ("tool_choice", "\"none\""),
     ("functions", "[]"),
     ("function_call", "\"none\""),
-    ("response_format", "{\"type\":\"text\"}"),
     ("modalities", "[\"text\"]"),
     ("audio", "null"),
     ("suffix", "\"\""),
     ("best_of", "1"),
     ("use_beam_search", "false"),
     ("length_penalty", "1.0"),
-    ("min_tokens", "0"),
-    ("bad_words", "[]"),
-    ("allowed_token_ids", "null"),
     ("logits_processors", "[]"),
-    ("guided_json", "null"),
-    ("guided_regex", "null"),
-    ("guided_choice", "null"),
-    ("guided_grammar", "null"),
-    ("structured_outputs", "null"),
     ("prompt_logprobs", "null"),
     ("prompt_embeds", "null"),
     ("truncate_prompt_tokens", "null"),
@@ -120,6 +111,10 @@ pub struct Common {
     pub seed: Option<u64>,
     /// Sampling parameters, except the seed and `logprobs`.
     pub sampling: SamplingParams,
+    /// The field that has the grammar in `sampling`.
+    pub structured: Option<&'static str>,
+    /// Words that do not occur in the output.
+    pub bad_words: Vec<String>,
     /// Stop strings.
     pub stop: Vec<String>,
     /// Whether the stop string is part of the output.
@@ -179,6 +174,12 @@ impl Common {
         let priority: i64 = fields.take("priority")?.unwrap_or(0);
         let priority = i32::try_from(priority)
             .map_err(|_| GenerateError::limit("priority", "in [-2147483648, 2147483647]", priority))?;
+        let structured = structured::take(fields)?;
+        let min_tokens = fields.take_count("min_tokens")?.unwrap_or(0);
+        let allowed_token_ids: Option<Vec<u32>> = fields.take("allowed_token_ids")?;
+        if allowed_token_ids.as_ref().is_some_and(Vec::is_empty) {
+            return Err(GenerateError::limit("allowed_token_ids", "at least one token id", "an empty list"));
+        }
         let unsaid = &defaults.sampling;
         let mut number =
             |name: &str, default: f64| -> Result<f64, GenerateError> { Ok(fields.take(name)?.unwrap_or(default)) };
@@ -190,6 +191,9 @@ impl Common {
             presence_penalty: number("presence_penalty", unsaid.presence_penalty)?,
             frequency_penalty: number("frequency_penalty", unsaid.frequency_penalty)?,
             repetition_penalty: number("repetition_penalty", unsaid.repetition_penalty)?,
+            grammar: structured.as_ref().map(|(_, grammar)| grammar.clone()),
+            allowed_token_ids: allowed_token_ids.unwrap_or_default(),
+            min_tokens,
             ..SamplingParams::default()
         };
         let bias: BTreeMap<String, f32> = fields.take("logit_bias")?.unwrap_or_default();
@@ -205,6 +209,8 @@ impl Common {
             n,
             seed: seed.map(|seed| seed as u64),
             sampling,
+            structured: structured.map(|(field, _)| field),
+            bad_words: fields.take("bad_words")?.unwrap_or_default(),
             stop,
             include_stop: fields.take("include_stop_str_in_output")?.unwrap_or(false),
             stop_token_ids: fields.take("stop_token_ids")?.unwrap_or_default(),
@@ -237,13 +243,8 @@ mod tests {
 
     #[test]
     fn unsupported_fields_are_refused_only_if_they_ask_for_something() {
-        fields(
-            r#"{"tools": [], "response_format": {"type": "text"}, "user": "u", "tool_choice": "auto", "best_of": 1,
-                   "min_tokens": 0, "suffix": null}"#,
-        )
-        .finish()
-        .unwrap();
-        for json in [r#"{"tools": [{}]}"#, r#"{"response_format": {"type": "json_object"}}"#, r#"{"best_of": 2}"#] {
+        fields(r#"{"tools": [], "user": "u", "tool_choice": "auto", "best_of": 1, "suffix": null}"#).finish().unwrap();
+        for json in [r#"{"tools": [{}]}"#, r#"{"logits_processors": ["x"]}"#, r#"{"best_of": 2}"#] {
             assert!(fields(json).finish().unwrap_err().to_string().ends_with("is not supported"));
         }
     }

@@ -9,6 +9,7 @@ mod fields;
 mod logprobs;
 mod producers;
 mod sse;
+mod structured;
 
 use std::{
     error::Error,
