@@ -22,8 +22,8 @@ const CALL: &str = "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"l
 
 /// Nodes that answer with this text.
 fn answering(text: &str, template: &str) -> Options {
-    let mut options = Options::default();
-    options.script = Some(bytes_as_tokens(text).into_iter().chain([EOS]).collect());
+    let script = bytes_as_tokens(text).into_iter().chain([EOS]).collect();
+    let mut options = Options { script: Some(script), ..Options::default() };
     options.files.chat_template = Some(template.as_bytes().to_vec());
     options
 }

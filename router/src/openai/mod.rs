@@ -13,6 +13,7 @@ mod messages;
 mod producers;
 mod sse;
 mod tools;
+mod whole;
 
 use std::{
     error::Error,
