@@ -8,7 +8,7 @@ use overfill_cluster::{
     net,
 };
 
-use crate::{Config, config::scheme, tenants::ApiKeys};
+use crate::{Config, config::scheme, parsers::ChatArgs, tenants::ApiKeys};
 
 /// Maximum of all time settings: one day.
 const MAX_SECONDS: f64 = 86_400.0;
@@ -203,6 +203,9 @@ pub struct Args {
         help_heading = "Network"
     )]
     pub page: bool,
+    /// How chats are parsed.
+    #[command(flatten)]
+    pub chat: ChatArgs,
     /// TLS between the router and the nodes.
     #[command(flatten)]
     pub tls: TlsArgs,
@@ -244,6 +247,7 @@ impl Args {
             serve_tls_key,
             api_keys,
             page,
+            chat,
             tls,
             dns,
             etcd,
@@ -331,6 +335,7 @@ impl Args {
         let max_connection_age = optional("max-connection-age-seconds", max_connection_age_seconds);
         let itl_limit = optional("itl-limit-seconds", itl_limit_seconds);
         let etcd = etcd.validate(&mut faults);
+        let chat = chat.validate(&mut faults);
         let durations = (default_deadline, max_queue, node_timeout, progress_timeout);
         let (Some(default_deadline), Some(max_queue), Some(node_timeout), Some(progress_timeout)) = durations else {
             return Err(faults);
@@ -355,6 +360,7 @@ impl Args {
                 drain_timeout,
                 max_connection_age,
                 itl_limit,
+                chat,
                 serve_tls,
                 api_keys,
                 page,

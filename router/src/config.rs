@@ -8,7 +8,7 @@ use overfill_cluster::{
     net::{self, Dialer},
 };
 
-use crate::tenants::ApiKeys;
+use crate::{parsers::ChatSettings, tenants::ApiKeys};
 
 /// Validated settings.
 #[derive(Clone, Debug)]
@@ -49,6 +49,8 @@ pub struct Config {
     pub max_connection_age: Option<Duration>,
     /// Limit of the inter-token latency for scaling decode pools. `None`: latency does not count.
     pub itl_limit: Option<Duration>,
+    /// How answers are parsed, and what requests may change.
+    pub chat: ChatSettings,
     /// TLS for clients. `None`: no encryption.
     pub serve_tls: Option<Tls>,
     /// API keys of clients. `None`: requests need no key.
@@ -89,6 +91,7 @@ impl Config {
             drain_timeout: Duration::from_secs(600),
             max_connection_age: None,
             itl_limit: None,
+            chat: ChatSettings::default(),
             serve_tls: None,
             api_keys: None,
             page: true,

@@ -20,6 +20,7 @@ use crate::{
     metrics::{Metrics, RequestFailure},
     node::ServedModel,
     nodes::Nodes,
+    parsers::ChatSettings,
     prompt::TextPool,
     request::{Generation, Output, Timings},
     retry::{Retries, Retry},
@@ -51,6 +52,8 @@ pub struct Core {
     pub default_time: Duration,
     /// Renders chat templates and tokenizes prompts.
     pub text_pool: TextPool,
+    /// How answers of chats are parsed, and what requests may change.
+    pub chat: Arc<ChatSettings>,
     /// Start of the router.
     pub started: Instant,
     keys: Option<ApiKeys>,
@@ -75,6 +78,7 @@ impl Core {
             metrics,
             default_time: config.default_deadline,
             text_pool: TextPool::default(),
+            chat: Arc::new(config.chat.clone()),
             started: Instant::now(),
             keys: config.api_keys.clone(),
             affinity: Arc::new(Mutex::new(Affinity::new(AFFINITY_BLOCKS))),

@@ -18,6 +18,7 @@ use crate::{
     generate::Core,
     legs::{Leg, LegTimes, Legs},
     metrics::RequestFailure,
+    prompt::ChatPrompt,
     request::{self, Generation, Lifetime, Output},
     tenants::{TENANT_HEADER, Tenant},
 };
@@ -91,7 +92,7 @@ impl RouterService {
             Some(generate_request::Prompt::Messages(messages)) => {
                 legs.enter(Leg::Tokenize);
                 let messages = messages.messages.into_iter().map(|m| ChatMessage::new(m.role, m.content));
-                let text = pool.render(&model.text, messages.collect(), true, lifetime).await?;
+                let text = pool.render(&model.text, ChatPrompt::new(messages), lifetime).await?;
                 pool.encode(&model.text, text, false, lifetime).await?
             }
             Some(generate_request::Prompt::TokenIds(ids)) => ids.ids,
@@ -128,6 +129,7 @@ impl RouterService {
             stop,
             include_stop: false,
             skip_special: true,
+            shown_special: [].into(),
             prompt_logprobs: false,
             priority,
             arrived,

@@ -31,6 +31,7 @@ mod node;
 mod nodes;
 mod openai;
 mod page;
+mod parsers;
 mod pick;
 mod prompt;
 mod refresh;

@@ -3,7 +3,8 @@
 use std::{sync::Arc, thread};
 
 use overfill_kv::Grammar;
-use overfill_text::{ChatMessage, GrammarError, TextError, TextModel};
+use overfill_text::{ChatInput, ChatMessage, GrammarError, TextError, TextModel};
+use serde_json::{Map, Value, json};
 use tokio::{sync::Semaphore, time::timeout_at};
 
 use crate::{GenerateError, request::Lifetime};
@@ -12,6 +13,52 @@ use crate::{GenerateError, request::Lifetime};
 const LONG_TEXT_BYTES: usize = 16 << 10;
 /// Chats with more messages than this are rendered on another thread.
 const MANY_MESSAGES: usize = 50;
+
+/// A chat to be rendered. The fields mean what they mean in [`ChatInput`].
+pub struct ChatPrompt {
+    /// The messages.
+    pub messages: Vec<Value>,
+    /// Tool definitions in the format of OpenAI's API.
+    pub tools: Option<Value>,
+    /// Documents for retrieval-augmented generation.
+    pub documents: Option<Value>,
+    /// Other variables of the template.
+    pub variables: Map<String, Value>,
+    /// A chat template in place of the model's.
+    pub template: Option<String>,
+    /// Whether the prompt ends with the beginning of the assistant's turn.
+    pub add_generation_prompt: bool,
+    /// Whether the prompt ends with the text of the last message.
+    pub continue_final_message: bool,
+}
+
+impl ChatPrompt {
+    /// A chat of texts only, to be answered.
+    pub fn new(messages: impl Iterator<Item = ChatMessage>) -> Self {
+        Self {
+            messages: messages.map(|message| json!({"role": message.role, "content": message.content})).collect(),
+            tools: None,
+            documents: None,
+            variables: Map::new(),
+            template: None,
+            add_generation_prompt: true,
+            continue_final_message: false,
+        }
+    }
+
+    fn input(&self) -> ChatInput<'_> {
+        let Self { messages, tools, documents, variables, template: _, add_generation_prompt, continue_final_message } =
+            self;
+        ChatInput {
+            messages,
+            tools: tools.as_ref(),
+            documents: documents.as_ref(),
+            add_generation_prompt: *add_generation_prompt,
+            continue_final_message: *continue_final_message,
+            variables: Some(variables),
+        }
+    }
+}
 
 /// Processes texts: short texts on the caller's thread, long texts on other threads, one per CPU. Clones share the limit.
 #[derive(Clone)]
@@ -32,20 +79,24 @@ impl TextPool {
         Self { threads: Arc::new(Semaphore::new(threads)) }
     }
 
-    /// Renders `messages` with the model's chat template.
+    /// Renders a chat with its own or the model's chat template.
     pub async fn render(
         &self,
         model: &Arc<TextModel>,
-        messages: Vec<ChatMessage>,
-        add_generation_prompt: bool,
+        chat: ChatPrompt,
         lifetime: Lifetime,
     ) -> Result<String, GenerateError> {
-        let bytes: usize = messages.iter().map(|message| message.role.len() + message.content.len()).sum();
-        if bytes <= LONG_TEXT_BYTES && messages.len() <= MANY_MESSAGES {
-            return Ok(model.apply_chat_template(&messages, add_generation_prompt)?);
+        let input = chat.input();
+        if let Some(source) = chat.template.clone() {
+            let model = model.clone();
+            let rendered = self.run(lifetime, move || Ok(model.render_with(&source, &chat.input()))).await?;
+            return rendered.map_err(|e| GenerateError::invalid("chat_template", e.to_string()));
+        }
+        if input.text_bytes() <= LONG_TEXT_BYTES && chat.messages.len() <= MANY_MESSAGES {
+            return Ok(model.render_chat(&input)?);
         }
         let model = model.clone();
-        self.run(lifetime, move || model.apply_chat_template(&messages, add_generation_prompt)).await
+        self.run(lifetime, move || model.render_chat(&chat.input())).await
     }
 
     /// Tokenizes `text`.

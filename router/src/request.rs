@@ -34,6 +34,8 @@ pub struct Generation {
     pub include_stop: bool,
     /// Whether to omit special tokens from the text.
     pub skip_special: bool,
+    /// Special tokens that are part of the text even so, because they mark parts of an answer.
+    pub shown_special: Arc<[u32]>,
     /// Whether to report the prompt's log-probabilities.
     pub prompt_logprobs: bool,
     /// Priority. Requests with lower numbers go first.

@@ -34,8 +34,13 @@ pub struct Sequence {
 impl Sequence {
     /// Creates a sequence without output.
     pub fn new(generation: Arc<Generation>) -> Result<Self, TextError> {
+        let (text, prompt) = (&generation.model.text, &generation.prompt);
+        let detokenizer = match generation.skip_special {
+            true => text.detokenizer_showing(prompt, &generation.shown_special)?,
+            false => text.detokenizer(prompt, false)?,
+        };
         Ok(Self {
-            detokenizer: generation.model.text.detokenizer(&generation.prompt, generation.skip_special)?,
+            detokenizer,
             stops: StopMatcher::new(generation.stop.clone(), generation.include_stop),
             output: Vec::new(),
             producer: None,

@@ -204,6 +204,18 @@ async fn chat_whole_and_streamed() {
 }
 
 #[tokio::test]
+async fn a_token_has_its_own_bytes() {
+    let options = Options { script: Some([0xf8, 0xc3, 0xa9].map(|byte| byte + 3).to_vec()), ..Options::default() };
+    let rig = rig(options).await;
+    let request = json!({"messages": [{"role": "user", "content": "x"}], "max_tokens": 3.0, "logprobs": true});
+    let choice = &rig.post("/v1/chat/completions", request).await.json()["choices"][0];
+    assert_eq!(choice["message"]["content"], "\u{fffd}é");
+    let entries = choice["logprobs"]["content"].as_array().unwrap();
+    let bytes: Vec<&Value> = entries.iter().map(|entry| &entry["bytes"]).collect();
+    assert_eq!(json!(bytes), json!([[248], [195], [169]]));
+}
+
+#[tokio::test]
 async fn what_is_wrong_is_named() {
     let rig = rig_with(&[Options::default()], &[Options::default()], |c| c.max_body_bytes = 20_000).await;
     let cases = [

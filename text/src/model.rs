@@ -6,13 +6,15 @@ use std::{
     sync::Arc,
 };
 
+use overfill_kv::Grammar;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
 use crate::{
-    Detokenizer, GenerationDefaults, Offsets, TextError, TextFiles, ToolFormat,
+    AnswerFormat, Detokenizer, GenerationDefaults, Offsets, TextError, TextFiles, ToolFormat,
+    answer::forced,
     template::{ChatInput, ChatTemplate},
     tokenizer,
     vocabulary::Vocabulary,
@@ -46,6 +48,8 @@ pub struct TextModel {
     /// The template for chats with tools, if the model has one of its own for them.
     tool_template: Option<ChatTemplate>,
     tool_format: Option<ToolFormat>,
+    /// Whether the template marks the arguments of Mistral's calls with `[ARGS]`.
+    marks_arguments: bool,
     generation: GenerationDefaults,
 }
 
@@ -83,7 +87,8 @@ impl TextModel {
             source.as_ref().map(|source| ChatTemplate::compile(source, special_tokens.clone())).transpose()
         };
         let (template, tool_template) = (compile(&source)?, compile(&for_tools)?);
-        let tool_format = for_tools.or(source).and_then(|source| ToolFormat::of_template(&source));
+        let source = for_tools.or(source).unwrap_or_default();
+        let (tool_format, marks_arguments) = (ToolFormat::of_template(&source), source.contains("[ARGS]"));
         let generation = match generation_config_json {
             Some(bytes) => GenerationDefaults::parse(bytes)?,
             None => GenerationDefaults::default(),
@@ -108,6 +113,7 @@ impl TextModel {
             template,
             tool_template,
             tool_format,
+            marks_arguments,
             generation,
         })
     }
@@ -142,6 +148,12 @@ impl TextModel {
     /// The format in which the chat template asks for tool calls. `None`: it names no tools, or asks for an unknown format.
     pub fn tool_format(&self) -> Option<ToolFormat> {
         self.tool_format
+    }
+
+    /// The grammar of answers in `format` that call one of `functions`, given by name and JSON schema of the arguments.
+    pub fn call_grammar(&self, format: &AnswerFormat, functions: &[(&str, &Value)]) -> Grammar {
+        let special = |text: &str| self.tokenizer.token_to_id(text).filter(|id| self.special.contains(id));
+        Grammar::Lark(forced::grammar(format, functions, self.marks_arguments, special))
     }
 
     /// Encodes `text`. `add_special` adds the special tokens of the tokenizer's post-processor, often a begin-of-text token.

@@ -80,6 +80,7 @@ impl Client {
             stop: Vec::new(),
             include_stop: false,
             skip_special: true,
+            shown_special: [].into(),
             prompt_logprobs: false,
             priority: 0,
             arrived,

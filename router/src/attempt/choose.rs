@@ -161,6 +161,7 @@ pub(crate) mod tests {
             stop: Vec::new(),
             include_stop: false,
             skip_special: true,
+            shown_special: [].into(),
             prompt_logprobs: false,
             priority: 0,
             arrived: Instant::now(),

@@ -49,6 +49,8 @@ pub struct Batch {
     pub default_max_tokens: u32,
     /// Whether to compute log-probabilities of the prompt.
     pub prompt_logprobs: bool,
+    /// Special tokens that are part of the text even if it omits the others.
+    pub shown_special: Arc<[u32]>,
     /// Arrival and time limit of the request.
     pub lifetime: Lifetime,
     /// Time already spent in the legs that all sequences share.
@@ -58,8 +60,17 @@ pub struct Batch {
 impl Batch {
     /// Creates the sequences: `n` for every prompt, in order.
     pub fn generations(&self, prompts: &[Prompt]) -> Result<Vec<Generation>, GenerateError> {
-        let Self { model, common, sampling, max_tokens, default_max_tokens, prompt_logprobs, lifetime, spent: _ } =
-            self;
+        let Self {
+            model,
+            common,
+            sampling,
+            max_tokens,
+            default_max_tokens,
+            prompt_logprobs,
+            shown_special,
+            lifetime,
+            spent: _,
+        } = self;
         sampling.validate(model.vocab_size as usize).map_err(|e| GenerateError::limit(e.field, e.limit, e.value))?;
         let stop_token_ids: Arc<[u32]> = match common.ignore_eos {
             true => common.stop_token_ids.clone().into(),
@@ -93,6 +104,7 @@ impl Batch {
                     stop: common.stop.clone(),
                     include_stop: common.include_stop,
                     skip_special: common.skip_special,
+                    shown_special: shown_special.clone(),
                     prompt_logprobs: *prompt_logprobs,
                     priority: common.priority,
                     arrived: lifetime.arrived,

@@ -10,14 +10,15 @@ use axum::{
 };
 use futures::StreamExt as _;
 use overfill_kv::SamplingParams;
-use overfill_text::ChatMessage;
-use serde::Deserialize;
+use overfill_text::AnswerFormat;
 use serde_json::{Value, json};
 
 use super::{
     BodyLimits, Checked, Intake,
+    answer::{Answer, AnswerEvent, AnswerReader, ToolCall},
     batch::{self, Batch, Choice, Merged, Prompt, Usage},
     caller::Caller,
+    conversation::{Conversation, Rendered},
     error::ApiError,
     fields::{Common, Fields},
     logprobs::{ChatLogprobs, Names},
@@ -28,59 +29,17 @@ use crate::{
     generate::Core,
     legs::Leg,
     node::ServedModel,
+    parsers::ChatSettings,
     prompt::TextPool,
     request::{Lifetime, Output},
 };
-
-#[derive(Deserialize)]
-struct MessageBody {
-    role: String,
-    content: Option<Content>,
-    tool_calls: Option<Vec<Value>>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "expected a string or a list of parts")]
-enum Content {
-    Text(String),
-    Parts(Vec<Part>),
-}
-
-#[derive(Deserialize)]
-struct Part {
-    r#type: String,
-    text: Option<String>,
-}
-
-impl MessageBody {
-    fn message(self) -> Result<ChatMessage, GenerateError> {
-        let invalid = |what: String| Err(GenerateError::invalid("messages", what));
-        if self.tool_calls.is_some_and(|calls| !calls.is_empty()) {
-            return invalid("messages: tool_calls are not supported".into());
-        }
-        let content = match self.content {
-            None => String::new(),
-            Some(Content::Text(text)) => text,
-            Some(Content::Parts(parts)) => {
-                let mut texts = Vec::with_capacity(parts.len());
-                for part in parts {
-                    match (part.r#type.as_str(), part.text) {
-                        ("text", Some(text)) => texts.push(text),
-                        ("text", None) => return invalid("messages: a part of type text must have a text".into()),
-                        (other, _) => return invalid(format!("messages: parts must be of type text, got {other}")),
-                    }
-                }
-                texts.join("\n")
-            }
-        };
-        Ok(ChatMessage::new(self.role, content))
-    }
-}
 
 struct Chat {
     id: String,
     batch: Batch,
     prompt: Prompt,
+    /// What to look for in the answers.
+    format: AnswerFormat,
     logprobs: bool,
 }
 
@@ -115,8 +74,8 @@ async fn answer(
 pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: BodyLimits) -> Checked {
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
-    let pool = TextPool::default();
-    let intake = Intake::new(String::new(), &pool, Lifetime::now(limits.time));
+    let (pool, settings) = (TextPool::default(), ChatSettings::default());
+    let intake = Intake::new(String::new(), &pool, &settings, Lifetime::now(limits.time));
     let chat = parse(fields, model.clone(), intake, |count| limits.allow(count)).await?;
     Ok(chat.batch.generations(std::slice::from_ref(&chat.prompt))?)
 }
@@ -128,7 +87,7 @@ async fn parse(
     intake: Intake<'_>,
     may_ask: impl FnOnce(usize) -> Result<(), GenerateError>,
 ) -> Result<Chat, ApiError> {
-    let Intake { id, pool, lifetime, mut legs } = intake;
+    let Intake { id, pool, settings, lifetime, mut legs } = intake;
     let common = Common::take(&mut fields, model.text.generation_defaults())?;
     let logprobs = fields.take("logprobs")?.unwrap_or(false);
     let top_logprobs = fields.take_count("top_logprobs")?;
@@ -140,31 +99,34 @@ async fn parse(
     if max_tokens == Some(0) {
         return Err(GenerateError::limit("max_completion_tokens", "at least 1", 0).into());
     }
-    let add_generation_prompt = fields.take("add_generation_prompt")?.unwrap_or(true);
     let add_special = fields.take("add_special_tokens")?.unwrap_or(false);
-    let messages: Vec<MessageBody> =
-        fields.take("messages")?.ok_or_else(|| GenerateError::invalid("messages", "messages is missing"))?;
-    if messages.is_empty() {
-        return Err(GenerateError::invalid("messages", "messages must have at least one message, got 0").into());
-    }
+    let conversation = Conversation::take(&mut fields, settings)?;
     fields.finish()?;
     may_ask(common.n)?;
-    let messages = messages.into_iter().map(MessageBody::message).collect::<Result<Vec<_>, _>>()?;
     legs.enter(Leg::Tokenize);
-    let text = pool.render(&model.text, messages, add_generation_prompt, lifetime).await?;
-    let tokens: Arc<[u32]> = pool.encode(&model.text, text, add_special, lifetime).await?.into();
+    let Rendered { prompt, format, grammar } = conversation.render(&model, settings, pool, lifetime).await?;
+    if grammar.is_some() && common.sampling.grammar.is_some() {
+        let fault = "tool_choice can't require a call of an answer that has another format as well";
+        return Err(GenerateError::invalid("tool_choice", fault).into());
+    }
+    let tokens: Arc<[u32]> = pool.encode(&model.text, prompt, add_special, lifetime).await?.into();
     legs.leave();
     let batch = Batch {
-        sampling: SamplingParams { logprobs: logprobs.then_some(top_logprobs.unwrap_or(0)), ..common.sampling.clone() },
+        sampling: SamplingParams {
+            logprobs: logprobs.then_some(top_logprobs.unwrap_or(0)),
+            grammar: grammar.or_else(|| common.sampling.grammar.clone()),
+            ..common.sampling.clone()
+        },
         max_tokens,
         default_max_tokens: model.text.generation_defaults().max_new_tokens.unwrap_or(u32::MAX),
         prompt_logprobs: false,
+        shown_special: model.text.special_ids(format.markers()).into(),
         model,
         common,
         lifetime,
         spent: legs.times(),
     };
-    Ok(Chat { id, batch, prompt: Prompt { tokens, text: String::new() }, logprobs })
+    Ok(Chat { id, batch, prompt: Prompt { tokens, text: String::new() }, format, logprobs })
 }
 
 impl Chat {
@@ -181,11 +143,12 @@ impl Chat {
         let mut usage = Usage::default();
         let mut bodies = Vec::with_capacity(choices.len());
         for (index, choice) in choices.iter().enumerate() {
+            let answer = Answer::of(&self.format, choice);
             let mut body = json!({
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": null},
+                "message": message(&answer),
                 "logprobs": self.logprobs.then(|| ChatLogprobs::new(&choice.tokens, self.names())),
-                "finish_reason": choice.finished.as_ref().map(|finished| finished.reason.as_str()),
+                "finish_reason": answer.finish_reason,
                 "stop_reason": choice.finished.as_ref().map(batch::stop_reason),
             });
             if self.batch.common.return_token_ids {
@@ -217,6 +180,7 @@ impl Chat {
         sse::response(try_stream! {
             let common = &self.batch.common;
             let mut usage = Usage::default();
+            let mut readers: Vec<AnswerReader> = (0..common.n).map(|_| AnswerReader::new(&self.format)).collect();
             for index in 0..common.n {
                 let mut chunk = self.chunk(index, &json!({"role": "assistant", "content": ""}));
                 if common.return_token_ids {
@@ -225,14 +189,18 @@ impl Chat {
                 yield sse::event(&chunk)?;
             }
             while let Some((index, output)) = merged.next().await {
-                let chunk = match output? {
+                let output = output?;
+                let events = readers[index].take(&output);
+                // Empty chunks are not sent.
+                let is_empty = events.iter().all(|event| matches!(event, AnswerEvent::CallEnd { .. }));
+                let delta = delta(events);
+                let chunk = match output {
                     Output::PromptLogprobs(_) => continue,
-                    Output::Token { token, text, stage } => {
-                        // Empty chunks are not sent.
-                        if text.is_empty() && !self.logprobs && !common.return_token_ids && !common.include_overfill {
+                    Output::Token { token, text: _, stage } => {
+                        if is_empty && !self.logprobs && !common.return_token_ids && !common.include_overfill {
                             continue;
                         }
-                        let mut chunk = self.chunk(index, &json!({"content": text}));
+                        let mut chunk = self.chunk(index, &delta);
                         if common.return_token_ids {
                             chunk["choices"][0]["token_ids"] = json!([token.token]);
                         }
@@ -245,12 +213,8 @@ impl Chat {
                         chunk
                     }
                     Output::Finished(finished) => {
-                        let delta = match finished.text.is_empty() {
-                            true => json!({}),
-                            false => json!({"content": finished.text}),
-                        };
                         let mut chunk = self.chunk(index, &delta);
-                        chunk["choices"][0]["finish_reason"] = json!(finished.reason.as_str());
+                        chunk["choices"][0]["finish_reason"] = json!(readers[index].finish_reason(&finished));
                         chunk["choices"][0]["stop_reason"] = batch::stop_reason(&finished);
                         if common.include_overfill {
                             chunk["overfill"] = producers::timings(&finished);
@@ -268,4 +232,54 @@ impl Chat {
             }
         })
     }
+}
+
+/// The message of a whole answer. Its content is null if the answer is nothing but calls.
+fn message(answer: &Answer) -> Value {
+    let Answer { reasoning, content, calls, finish_reason: _ } = answer;
+    let content = (!content.is_empty() || calls.is_empty()).then_some(content);
+    let mut message = json!({"role": "assistant", "content": content, "refusal": null});
+    if let Some(reasoning) = reasoning {
+        message["reasoning_content"] = json!(reasoning);
+    }
+    if !calls.is_empty() {
+        let call = |call: &ToolCall| json!({"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}});
+        message["tool_calls"] = calls.iter().map(call).collect();
+    }
+    message
+}
+
+/// The delta of a chunk. A call has one entry, whose arguments are joined.
+fn delta(events: Vec<AnswerEvent>) -> Value {
+    let (mut reasoning, mut content) = (String::new(), String::new());
+    let mut calls: Vec<Value> = Vec::new();
+    for event in events {
+        match event {
+            AnswerEvent::Reasoning(text) => reasoning += &text,
+            AnswerEvent::Content(text) => content += &text,
+            AnswerEvent::CallStart { index, id, name } => calls.push(json!({
+                "index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}
+            })),
+            AnswerEvent::CallArguments { index, fragment } => {
+                match calls.last_mut().filter(|call| call["index"] == index) {
+                    Some(Value::Object(call)) => {
+                        let arguments = &mut call["function"]["arguments"];
+                        *arguments = json!(arguments.as_str().unwrap_or_default().to_owned() + &fragment);
+                    }
+                    _ => calls.push(json!({"index": index, "function": {"arguments": fragment}})),
+                }
+            }
+            AnswerEvent::CallEnd { index: _ } => {}
+        }
+    }
+    let mut delta = json!({});
+    for (field, text) in [("reasoning_content", reasoning), ("content", content)] {
+        if !text.is_empty() {
+            delta[field] = json!(text);
+        }
+    }
+    if !calls.is_empty() {
+        delta["tool_calls"] = json!(calls);
+    }
+    delta
 }

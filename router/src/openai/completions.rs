@@ -28,6 +28,7 @@ use crate::{
     generate::Core,
     legs::Leg,
     node::ServedModel,
+    parsers::ChatSettings,
     prompt::TextPool,
     request::{self, Lifetime, Output},
 };
@@ -100,8 +101,8 @@ async fn answer(
 pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: BodyLimits) -> Checked {
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
-    let pool = TextPool::default();
-    let intake = Intake::new(String::new(), &pool, Lifetime::now(limits.time));
+    let (pool, settings) = (TextPool::default(), ChatSettings::default());
+    let intake = Intake::new(String::new(), &pool, &settings, Lifetime::now(limits.time));
     let completion = parse(fields, model.clone(), intake, |count| limits.allow(count)).await?;
     Ok(completion.batch.generations(&completion.prompts)?)
 }
@@ -113,7 +114,7 @@ async fn parse(
     intake: Intake<'_>,
     may_ask: impl FnOnce(usize) -> Result<(), GenerateError>,
 ) -> Result<Completion, ApiError> {
-    let Intake { id, pool, lifetime, mut legs } = intake;
+    let Intake { id, pool, settings: _, lifetime, mut legs } = intake;
     let common = Common::take(&mut fields, model.text.generation_defaults())?;
     let logprobs = fields.take_count("logprobs")?;
     let echo: bool = fields.take("echo")?.unwrap_or(false);
@@ -157,6 +158,7 @@ async fn parse(
         max_tokens,
         default_max_tokens: model.text.generation_defaults().max_new_tokens.unwrap_or(DEFAULT_MAX_TOKENS),
         prompt_logprobs: echo && logprobs.is_some(),
+        shown_special: [].into(),
         model,
         common,
         lifetime,

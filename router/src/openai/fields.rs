@@ -9,7 +9,7 @@ use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 use tracing::debug;
 
-use super::{error::ApiError, structured};
+use super::{error::ApiError, structured, whole::Whole};
 use crate::{GenerateError, request};
 
 /// Maximum number of choices per prompt.
@@ -63,11 +63,23 @@ impl Fields {
         }
     }
 
+    /// Takes an integer.
+    pub fn take_whole(&mut self, name: &str) -> Result<Option<i64>, GenerateError> {
+        Ok(self.take(name)?.map(|Whole(value)| value))
+    }
+
     /// Takes an integer in the range of `u32`.
     pub fn take_count(&mut self, name: &str) -> Result<Option<u32>, GenerateError> {
-        let value: Option<i64> = self.take(name)?;
+        let value = self.take_whole(name)?;
         let check = |n| u32::try_from(n).map_err(|_| GenerateError::limit(name, "in [0, 4294967295]", n));
         value.map(check).transpose()
+    }
+
+    /// Takes a list of token ids.
+    pub fn take_ids(&mut self, name: &str) -> Result<Option<Vec<u32>>, GenerateError> {
+        let ids: Option<Vec<Whole>> = self.take(name)?;
+        let check = |Whole(id)| u32::try_from(id).map_err(|_| GenerateError::limit(name, "of token ids", id));
+        ids.map(|ids| ids.into_iter().map(check).collect()).transpose()
     }
 
     /// Checks the remaining fields. An unsupported field with a value other than the neutral one is an error. Unknown fields
@@ -152,7 +164,7 @@ impl Common {
         if options.is_some() && !stream {
             return Err(GenerateError::invalid("stream_options", "stream_options needs stream to be true"));
         }
-        let n: i64 = fields.take("n")?.unwrap_or(1);
+        let n = fields.take_whole("n")?.unwrap_or(1);
         let n = usize::try_from(n)
             .ok()
             .filter(|n| (1..=MAX_N).contains(n))
@@ -163,20 +175,19 @@ impl Common {
             Some(OneOrMany::Many(stops)) => stops,
         };
         request::check_stops(&stop)?;
-        let top_k: Option<i64> = fields.take("top_k")?;
-        let top_k = match top_k {
+        let top_k = match fields.take_whole("top_k")? {
             // In vLLM's API, -1 means off.
             Some(-1) => Some(0),
             Some(k) => Some(u32::try_from(k).map_err(|_| GenerateError::limit("top_k", "-1 or at least 0", k))?),
             None => None,
         };
-        let seed: Option<i64> = fields.take("seed")?;
-        let priority: i64 = fields.take("priority")?.unwrap_or(0);
+        let seed = fields.take_whole("seed")?;
+        let priority = fields.take_whole("priority")?.unwrap_or(0);
         let priority = i32::try_from(priority)
             .map_err(|_| GenerateError::limit("priority", "in [-2147483648, 2147483647]", priority))?;
         let structured = structured::take(fields)?;
         let min_tokens = fields.take_count("min_tokens")?.unwrap_or(0);
-        let allowed_token_ids: Option<Vec<u32>> = fields.take("allowed_token_ids")?;
+        let allowed_token_ids = fields.take_ids("allowed_token_ids")?;
         if allowed_token_ids.as_ref().is_some_and(Vec::is_empty) {
             return Err(GenerateError::limit("allowed_token_ids", "at least one token id", "an empty list"));
         }
@@ -213,7 +224,7 @@ impl Common {
             bad_words: fields.take("bad_words")?.unwrap_or_default(),
             stop,
             include_stop: fields.take("include_stop_str_in_output")?.unwrap_or(false),
-            stop_token_ids: fields.take("stop_token_ids")?.unwrap_or_default(),
+            stop_token_ids: fields.take_ids("stop_token_ids")?.unwrap_or_default(),
             ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
             skip_special: fields.take("skip_special_tokens")?.unwrap_or(true),
             return_token_ids: fields.take("return_token_ids")?.unwrap_or(false),
@@ -238,6 +249,8 @@ mod tests {
         assert_eq!(take(r#"{"n": 0}"#), "n must be in [1, 128], got 0");
         assert_eq!(take(r#"{"stop": [""]}"#), "stop must be texts of 1 to 1024 bytes, got 0");
         assert_eq!(take(r#"{"logit_bias": {"x": 1}}"#), "logit_bias must be of token ids, got x");
+        assert_eq!(take(r#"{"n": 1.5}"#), "n: invalid type: floating point `1.5`, expected an integer");
+        assert_eq!(take(r#"{"stop_token_ids": [-1]}"#), "stop_token_ids must be of token ids, got -1");
         assert!(take(r#"{"stop": 3}"#).contains("expected a string or a list of strings"));
     }
 
@@ -253,8 +266,9 @@ mod tests {
     fn the_model_fills_what_the_request_leaves_open() {
         let sampling = SamplingParams { temperature: 0.6, top_k: 20, ..SamplingParams::default() };
         let defaults = GenerationDefaults { sampling, ..GenerationDefaults::default() };
-        let common = Common::take(&mut fields(r#"{"top_k": -1, "seed": -1, "stop": "x"}"#), &defaults).unwrap();
+        let common =
+            Common::take(&mut fields(r#"{"top_k": -1.0, "seed": -1, "stop": "x", "n": 2.0}"#), &defaults).unwrap();
         assert_eq!((common.sampling.temperature, common.sampling.top_k), (0.6, 0));
-        assert_eq!((common.seed, common.stop.len()), (Some(u64::MAX), 1));
+        assert_eq!((common.seed, common.stop.len(), common.n), (Some(u64::MAX), 1, 2));
     }
 }

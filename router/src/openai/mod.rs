@@ -1,15 +1,20 @@
 //! The OpenAI HTTP API, with vLLM's extensions.
 
+pub mod answer;
 pub mod batch;
 pub mod caller;
 mod chat;
 mod completions;
+mod conversation;
 pub mod error;
 mod fields;
 mod logprobs;
+mod messages;
 mod producers;
 mod sse;
 mod structured;
+mod tools;
+mod whole;
 
 use std::{
     error::Error,
@@ -38,6 +43,7 @@ use crate::{
     generate::Core,
     legs::{Leg, Legs},
     node::ServedModel,
+    parsers::ChatSettings,
     prompt::TextPool,
     request::{self, Generation, Lifetime},
 };
@@ -135,6 +141,7 @@ struct Intake<'a> {
     /// The id that the client sees.
     id: String,
     pool: &'a TextPool,
+    settings: &'a ChatSettings,
     lifetime: Lifetime,
     /// Measures the first legs, which all sequences share.
     legs: Legs,
@@ -142,14 +149,14 @@ struct Intake<'a> {
 
 impl<'a> Intake<'a> {
     /// A request with this lifetime.
-    fn new(id: String, pool: &'a TextPool, lifetime: Lifetime) -> Self {
-        Self { id, pool, lifetime, legs: Legs::new(Span::current()) }
+    fn new(id: String, pool: &'a TextPool, settings: &'a ChatSettings, lifetime: Lifetime) -> Self {
+        Self { id, pool, settings, lifetime, legs: Legs::new(Span::current()) }
     }
 
     /// A request of `caller`. Its time limit is the caller's, else the router's default.
     fn at(core: &'a Core, caller: &Caller, id: String) -> Self {
         let lifetime = Lifetime { arrived: caller.arrived, time: caller.time.unwrap_or(core.default_time) };
-        Self::new(id, &core.text_pool, lifetime)
+        Self::new(id, &core.text_pool, &core.chat, lifetime)
     }
 
     /// The model `name`. Waits if no node serves it yet.

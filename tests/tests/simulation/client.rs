@@ -131,6 +131,7 @@ impl Record {
             stop: Vec::new(),
             include_stop: false,
             skip_special: true,
+            shown_special: [].into(),
             prompt_logprobs: false,
             priority: *priority,
             arrived,

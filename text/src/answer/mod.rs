@@ -5,6 +5,7 @@
 //! around reasoning, and white space next to tool calls.
 
 mod call;
+pub(crate) mod forced;
 mod formats;
 mod json;
 mod python;

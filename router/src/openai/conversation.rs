@@ -1,0 +1,99 @@
+//! A chat: what its template turns into a prompt, and what its answer may be made of.
+
+use overfill_kv::Grammar;
+use overfill_text::{AnswerFormat, ReasoningPosition};
+use serde_json::{Map, Value};
+
+use super::{fields::Fields, messages, tools::Tools};
+use crate::{
+    GenerateError,
+    node::ServedModel,
+    parsers::ChatSettings,
+    prompt::{ChatPrompt, TextPool},
+    request::Lifetime,
+};
+
+/// Variables of a chat template that have fields of their own in a request.
+const RESERVED: [&str; 7] =
+    ["messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"];
+
+/// A chat that has not been rendered.
+pub struct Conversation {
+    /// What the template gets. Its tools are those of `tools`.
+    pub chat: ChatPrompt,
+    /// The functions that the model may call.
+    pub tools: Tools,
+}
+
+/// A chat that has been rendered.
+pub struct Rendered {
+    /// The prompt.
+    pub prompt: String,
+    /// What to look for in the answer.
+    pub format: AnswerFormat,
+    /// What the answer must match because of the tools.
+    pub grammar: Option<Grammar>,
+}
+
+impl Conversation {
+    /// Takes the fields of a chat completion.
+    pub fn take(fields: &mut Fields, settings: &ChatSettings) -> Result<Self, GenerateError> {
+        let tools = Tools::take(fields)?;
+        let continue_final_message = fields.take("continue_final_message")?.unwrap_or(false);
+        let add_generation_prompt = fields.take("add_generation_prompt")?.unwrap_or(!continue_final_message);
+        if continue_final_message && add_generation_prompt {
+            let fault = "continue_final_message needs add_generation_prompt to be false";
+            return Err(GenerateError::invalid("continue_final_message", fault));
+        }
+        let template: Option<String> = fields.take("chat_template")?;
+        if template.is_some() && !settings.trust_request_chat_template {
+            let fault = "chat_template is not allowed by this router (--trust-request-chat-template)";
+            return Err(GenerateError::invalid("chat_template", fault));
+        }
+        let variables: Map<String, Value> = fields.take("chat_template_kwargs")?.unwrap_or_default();
+        if let Some(name) = variables.keys().find(|name| RESERVED.contains(&name.as_str())) {
+            let field = format!("chat_template_kwargs.{name}");
+            let fault = format!("{field} is not a variable of templates: {name} is a field of the request itself");
+            return Err(GenerateError::invalid(field, fault));
+        }
+        let documents: Option<Vec<Map<String, Value>>> = fields.take("documents")?;
+        let documents = documents.filter(|documents| !documents.is_empty());
+        let messages = fields.take("messages")?;
+        let messages = messages.ok_or_else(|| GenerateError::invalid("messages", "messages is missing"))?;
+        let chat = ChatPrompt {
+            messages: messages::parse(messages)?,
+            tools: tools.definitions.clone(),
+            documents: documents.map(|documents| documents.into_iter().map(Value::from).collect()),
+            variables,
+            template,
+            add_generation_prompt,
+            continue_final_message,
+        };
+        Ok(Self { chat, tools })
+    }
+
+    /// Renders the prompt, and says what to look for in its answer.
+    pub async fn render(
+        self,
+        model: &ServedModel,
+        settings: &ChatSettings,
+        pool: &TextPool,
+        lifetime: Lifetime,
+    ) -> Result<Rendered, GenerateError> {
+        let Self { chat, tools } = self;
+        let reasoning = settings.reasoning_parsers.of(&model.name).flatten();
+        // Before the template runs, so that a fault costs little.
+        let format = tools.complete(AnswerFormat { reasoning, ..AnswerFormat::default() }, model, settings)?;
+        let last = || chat.messages.last().and_then(|message| message["content"].as_str()).map(str::to_owned);
+        let continued = chat.continue_final_message.then(last).flatten();
+        let prompt = pool.render(&model.text, chat, lifetime).await?;
+        let position = reasoning.map(|reasoning| reasoning.position(&prompt, continued.as_deref()));
+        let format = AnswerFormat {
+            reasoning: reasoning.filter(|_| position != Some(ReasoningPosition::After)),
+            reasoning_is_open: position == Some(ReasoningPosition::Within),
+            ..format
+        };
+        let grammar = tools.grammar(&format, model);
+        Ok(Rendered { prompt, format, grammar })
+    }
+}
