@@ -8,7 +8,7 @@ use overfill_cluster::{
     net,
 };
 
-use crate::{Config, config::scheme, parsers::ChatArgs, tenants::ApiKeys};
+use crate::{Config, config::scheme, http, parsers::ChatArgs, tenants::ApiKeys};
 
 /// Maximum of all time settings: one day.
 const MAX_SECONDS: f64 = 86_400.0;
@@ -193,6 +193,16 @@ pub struct Args {
     /// API keys of clients (JSON file). Without it, requests need no key.
     #[arg(long, env = "OVERFILL_API_KEYS", value_name = "FILE", help_heading = "Security")]
     pub api_keys: Option<PathBuf>,
+    /// Origins of web pages that may use the API, like https://example.com, or * for all. Comma-separated or repeated
+    /// [default: none]
+    #[arg(
+        long = "allowed-origins",
+        env = "OVERFILL_ALLOWED_ORIGINS",
+        value_delimiter = ',',
+        value_name = "ORIGIN",
+        help_heading = "Security"
+    )]
+    pub allowed_origins: Vec<String>,
     /// Whether to serve a web page with an overview of the cluster and a playground, at /page.
     #[arg(
         long,
@@ -246,6 +256,7 @@ impl Args {
             serve_tls_cert,
             serve_tls_key,
             api_keys,
+            allowed_origins,
             page,
             chat,
             tls,
@@ -293,6 +304,12 @@ impl Args {
             let keys = ApiKeys::load(path);
             keys.inspect_err(|e| faults.push(ConfigError::new("api-keys", "a file of keys", e))).ok()
         });
+        let mut origin = |origin: String| {
+            let value = Some(&origin).filter(|origin| http::is_origin(origin)).and_then(|origin| origin.parse().ok());
+            let limit = "origins like https://example.com, or *";
+            ConfigError::collect(&mut faults, value.ok_or("no origin"), "allowed-origins", limit, &origin)
+        };
+        let allowed_origins = allowed_origins.into_iter().filter_map(&mut origin).collect();
         let secured = serve_tls.is_some() || api_keys.is_some();
         for (flag, listen) in [("http", http), ("grpc", grpc)] {
             let how = "--serve-tls-cert or --api-keys";
@@ -363,6 +380,7 @@ impl Args {
                 chat,
                 serve_tls,
                 api_keys,
+                allowed_origins,
                 page,
                 dialer: net::tcp_dialer(tls.clone()),
                 tls,
@@ -418,6 +436,17 @@ mod tests {
         let faults = validate(&["--prefill-dns=http://p:1", "--etcd-url=http://a:2379"]).unwrap_err();
         assert_eq!(faults[0].flag, "etcd-url");
         assert_eq!(validate(&["--prefill-dns=http://p:1"]).unwrap_err()[0].flag, "decode-url");
+    }
+
+    #[test]
+    fn origins_are_checked() {
+        let nodes = ["--prefill-url=http://a:1", "--decode-url=http://b:1"];
+        let origins = |list: &str| validate(&[&nodes[..], &[&format!("--allowed-origins={list}")]].concat());
+        assert_eq!(origins("https://a.com,http://b.com:3000").unwrap().allowed_origins.len(), 2);
+        let faults = origins("https://a.com/,*,b.com").unwrap_err();
+        let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
+        let limit = "--allowed-origins must be origins like https://example.com, or *, got ";
+        assert_eq!(faults, [format!("{limit}https://a.com/"), format!("{limit}b.com")]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
+use axum::http::HeaderValue;
 use overfill_cluster::{
     Tls,
     discovery::{EtcdConfig, dns::DnsConfig},
@@ -55,6 +56,8 @@ pub struct Config {
     pub serve_tls: Option<Tls>,
     /// API keys of clients. `None`: requests need no key.
     pub api_keys: Option<ApiKeys>,
+    /// Origins of web pages that may use the API. Empty: none. `*`: all.
+    pub allowed_origins: Vec<HeaderValue>,
     /// Whether the web page is served.
     pub page: bool,
     /// TLS between router and nodes. `None`: no encryption.
@@ -94,6 +97,7 @@ impl Config {
             chat: ChatSettings::default(),
             serve_tls: None,
             api_keys: None,
+            allowed_origins: Vec::new(),
             page: true,
             tls: None,
             dialer: net::tcp_dialer(None),

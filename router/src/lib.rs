@@ -24,6 +24,7 @@ mod error;
 mod generate;
 mod grpc;
 mod history;
+mod http;
 mod join;
 mod legs;
 mod metrics;
@@ -48,6 +49,7 @@ pub use args::Args;
 pub use config::Config;
 pub use error::GenerateError;
 pub use service::{Router, RouterError, main};
+pub use tenants::ApiKeys;
 
 /// Parts of the router that the simulation and the fuzz targets use separately.
 pub mod parts {

@@ -1,4 +1,4 @@
-//! Renders chat templates and tokenizes prompts, for both APIs.
+//! Renders chat templates, tokenizes prompts and decodes tokens, for all APIs.
 
 use std::{sync::Arc, thread};
 
@@ -11,6 +11,8 @@ use crate::{GenerateError, request::Lifetime};
 
 /// Texts longer than this, in bytes, are processed on another thread.
 const LONG_TEXT_BYTES: usize = 16 << 10;
+/// More tokens than this are decoded on another thread.
+const MANY_TOKENS: usize = 4 << 10;
 /// Chats with more messages than this are rendered on another thread.
 const MANY_MESSAGES: usize = 50;
 
@@ -121,6 +123,20 @@ impl TextPool {
         lifetime: Lifetime,
     ) -> Result<Result<(), GrammarError>, GenerateError> {
         self.run(lifetime, move || Ok(overfill_text::check_grammar(&grammar))).await
+    }
+
+    /// The text of `tokens`, with special tokens.
+    pub async fn decode(
+        &self,
+        model: &Arc<TextModel>,
+        tokens: Vec<u32>,
+        lifetime: Lifetime,
+    ) -> Result<String, GenerateError> {
+        if tokens.len() <= MANY_TOKENS {
+            return Ok(model.decode(&tokens, false)?);
+        }
+        let model = model.clone();
+        self.run(lifetime, move || model.decode(&tokens, false)).await
     }
 
     /// Waits for a free thread and runs `work` on it. If the request ends during the wait, `work` does not run. Work that

@@ -23,6 +23,7 @@ use crate::{
     Args, Config,
     generate::Core,
     grpc::RouterService,
+    http::trim_slashes,
     metrics::Metrics,
     nodes::Nodes,
     openai,
@@ -134,14 +135,15 @@ impl Router {
         let used = config.tls.iter().chain(&config.serve_tls).cloned().collect();
         let expiry = CertificateExpiry::new(&metrics.registry, used, config.etcd.as_ref())?;
         let refresher = Refresher { core: core.clone(), itl_limit: config.itl_limit, open: open.clone(), expiry };
-        let mut app = openai::routes(core.clone(), config.max_body_bytes).merge(admin(refresher, &shutdown).routes());
+        let mut app = openai::routes(core.clone(), config.max_body_bytes, &config.allowed_origins)
+            .merge(admin(refresher, &shutdown).routes());
         if config.page {
             let rights = PageRights { drain_without_key: http_address.ip().is_loopback() };
             app = app.merge(page::routes(core.clone(), rights));
         }
         let http_limits = ConnectionLimits { age, ..ConnectionLimits::http(config.max_connections) };
         let (listener, stop) = (Listener::new(http, config.serve_tls), shutdown.token().cancelled_owned());
-        let http_server = http::serve(listener, app, http_limits, open.http, stop);
+        let http_server = http::serve(listener, trim_slashes(app), http_limits, open.http, stop);
         let servers = async { tokio::join!(grpc_server, http_server) };
         tokio::select! {
             _ = servers => {}

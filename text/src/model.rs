@@ -184,6 +184,11 @@ impl TextModel {
         self.vocabulary.name(id)
     }
 
+    /// The entry of a token in the tokenizer's vocabulary, such as `Ġhello`. `None`: the tokenizer has no such token.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
+    }
+
     /// A counter of token offsets in the text that follows the tokens of `context`.
     pub fn offsets(&self, context: &[u32], skip_special: bool) -> Offsets {
         Offsets::new(self.vocabulary.clone(), self.special.clone(), context, skip_special)

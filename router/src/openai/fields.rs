@@ -40,6 +40,7 @@ const UNSUPPORTED: &[(&str, &str)] = &[
 ];
 
 /// Fields of a request that have not been taken yet.
+#[derive(Default)]
 pub struct Fields(Map<String, Value>);
 
 impl Fields {
@@ -66,6 +67,11 @@ impl Fields {
     /// Takes an integer.
     pub fn take_whole(&mut self, name: &str) -> Result<Option<i64>, GenerateError> {
         Ok(self.take(name)?.map(|Whole(value)| value))
+    }
+
+    /// Whether a field is there and not null.
+    pub fn has(&self, name: &str) -> bool {
+        self.0.get(name).is_some_and(|value| !value.is_null())
     }
 
     /// Takes an integer in the range of `u32`.

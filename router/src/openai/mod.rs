@@ -13,6 +13,7 @@ mod messages;
 mod producers;
 mod sse;
 mod structured;
+mod tokens;
 mod tools;
 mod whole;
 
@@ -26,8 +27,8 @@ use axum::{
     Extension, Json, Router,
     body::Bytes,
     extract::{DefaultBodyLimit, Path, Request, State, rejection::BytesRejection},
-    http::{HeaderMap, StatusCode},
-    middleware::{Next, from_fn_with_state},
+    http::{HeaderMap, HeaderValue, StatusCode},
+    middleware::{Next, from_fn, from_fn_with_state},
     response::Response,
     routing::{get, post},
 };
@@ -41,6 +42,7 @@ use crate::{
     GenerateError,
     catalog::Listed,
     generate::Core,
+    http,
     legs::{Leg, Legs},
     node::ServedModel,
     parsers::ChatSettings,
@@ -51,20 +53,30 @@ use crate::{
 type Checked = Result<Vec<Generation>, ApiError>;
 
 /// The routes of the API.
-pub fn routes(core: Core, max_body_bytes: usize) -> Router {
-    Router::new()
+///
+/// Layers run from the last one to the first one. So a client is identified before its body is unpacked.
+pub fn routes(core: Core, max_body_bytes: usize, allowed_origins: &[HeaderValue]) -> Router {
+    let routes = Router::new()
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat_completions))
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
+        .route("/version", get(async || Json(json!({"version": env!("CARGO_PKG_VERSION")}))))
+        .route_layer(from_fn(http::decompress))
         .route_layer(from_fn_with_state(core.clone(), caller::identify))
         .route_layer(from_fn_with_state(core.clone(), count_refusals))
         .fallback(async || ApiError::bad_request("no such path").with_status(StatusCode::NOT_FOUND))
         .method_not_allowed_fallback(async || {
             ApiError::bad_request("no such method for this path").with_status(StatusCode::METHOD_NOT_ALLOWED)
         })
-        .layer(DefaultBodyLimit::max(max_body_bytes))
-        .with_state(core)
+        .layer(DefaultBodyLimit::max(max_body_bytes));
+    let routes = match allowed_origins {
+        [] => routes,
+        origins => routes.layer(http::allow_origins(origins)),
+    };
+    routes.with_state(core)
 }
 
 /// Unwraps the body. A body that is too long gives status 413. A body that arrives too slowly gives 408.

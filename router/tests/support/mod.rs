@@ -87,6 +87,12 @@ impl Answer {
         serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {}", self.body))
     }
 
+    /// The value of a header. Empty if there is none.
+    pub fn header(&self, name: &str) -> &str {
+        let start = format!("{name}: ");
+        self.head.lines().find_map(|line| line.strip_prefix(&start)).unwrap_or_default()
+    }
+
     /// The events of a stream. Checks that the stream ends with `[DONE]`, which is not included.
     pub fn events(&self) -> Vec<Value> {
         let mut data: Vec<&str> = self.body.split("\n\n").filter_map(|event| event.strip_prefix("data: ")).collect();
@@ -102,13 +108,20 @@ impl Rig {
 
     /// Sends a request and returns the connection.
     pub async fn send(&self, method: &str, path: &str, body: &str) -> TcpStream {
+        self.send_with(method, path, &[("content-type", "application/json")], body.as_bytes()).await
+    }
+
+    /// Sends a request with these headers and returns the connection.
+    pub async fn send_with(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> TcpStream {
         let mut connection = TcpStream::connect(self.http).await.unwrap();
+        let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+        let length = body.len();
         let head = format!(
-            "{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
-            body.len()
+            "{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
         );
         connection.write_all(head.as_bytes()).await.unwrap();
-        connection.write_all(body.as_bytes()).await.unwrap();
+        // The router may answer before it has read everything.
+        let _ = connection.write_all(body).await;
         connection
     }
 
