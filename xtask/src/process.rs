@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::cuda;
 
@@ -54,6 +54,32 @@ pub fn phase(name: &str, f: impl FnOnce() -> Result<()>) -> Result<()> {
     f().with_context(|| name.to_owned())?;
     eprintln!("== {name}: ok, {:.0} s", start.elapsed().as_secs_f64());
     Ok(())
+}
+
+/// Runs commands of this program at the same time, as a phase each. What one prints is shown when it has ended.
+pub fn together(commands: &[&str]) -> Result<()> {
+    // Not the file of this process: building the workspace has replaced it.
+    let built = target().join("debug/xtask");
+    let program = if built.exists() { built } else { std::env::current_exe()? };
+    eprintln!("\n== {}, at the same time", commands.join(", "));
+    std::thread::scope(|scope| {
+        let run = |name: &&str| {
+            let (name, mut command) = ((*name).to_owned(), Command::new(&program));
+            command.arg(&name).stderr(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+            scope.spawn(move || (Instant::now(), command.output(), Instant::now(), name))
+        };
+        let running: Vec<_> = commands.iter().map(run).collect();
+        let mut failed = Vec::new();
+        for ended in running {
+            let (began, output, end, name) = ended.join().map_err(|_| anyhow!("a thread has panicked"))?;
+            let output = output.with_context(|| format!("starting {name}"))?;
+            eprint!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            let outcome = if output.status.success() { "ok" } else { "FAILED" };
+            eprintln!("== {name}: {outcome}, {:.0} s", (end - began).as_secs_f64());
+            failed.extend((!output.status.success()).then_some(name));
+        }
+        if failed.is_empty() { Ok(()) } else { bail!("{} failed", failed.join(", ")) }
+    })
 }
 
 fn describe(command: &Command) -> String {

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 
-use crate::process::{cargo, phase, run as sh};
-use crate::{apt, chart, cuda, images, memory, monitoring, page, python, rdma, tidy};
+use crate::process::{cargo, phase, run as sh, together};
+use crate::{apt, cuda, images, memory, python, rdma, tidy};
 
 /// What to do if a program that tests need is missing and can't be installed.
 #[derive(Clone, Copy, PartialEq)]
@@ -56,14 +56,11 @@ pub fn run(programs: Programs) -> Result<()> {
     // The whole-cluster tests start the real binary, which `cargo test` alone would not build. Binaries and tests are
     // built in one call, so that they use the same features and dependencies are compiled once.
     phase("binaries", || sh(cargo(&["build", "--locked", "--workspace", "--bins", "--tests"]).arg(&features)))?;
-    // Starts the binaries with the chart's environment as well.
-    phase("chart", chart::run)?;
-    if prometheus {
-        phase("monitoring", monitoring::test)?;
-    }
-    if chromium {
-        phase("page", page::run)?;
-    }
+    // These mostly wait: for packages, for Helm, for Prometheus, for a browser. The chart's tests start the binaries as well.
+    let mut waiting = vec!["chart"];
+    waiting.extend(prometheus.then_some("monitoring"));
+    waiting.extend(chromium.then_some("page"));
+    together(&waiting)?;
     if containers {
         phase("container images", images::test)?;
     }

@@ -119,7 +119,7 @@ impl Batch {
     /// then be answered with an error status instead of a stream.
     pub async fn start(&self, core: &Core, tenant: &Arc<Tenant>, prompts: &[Prompt]) -> Result<Merged, ApiError> {
         let generations = self.generations(prompts)?;
-        if let (Some(grammar), Some(field)) = (&self.sampling.grammar, self.common.structured) {
+        if let (Some(grammar), Some(field)) = (&self.common.sampling.grammar, self.common.structured) {
             constraints::check_grammar(&core.text_pool, field, grammar, self.lifetime).await?;
         }
         let places = core.enter(tenant, &generations)?;
