@@ -8,7 +8,8 @@ ARG VERSION=0.1.0
 ARG REVISION=unknown
 # Has Rust and a C compiler.
 ARG RUST_IMAGE=docker.io/library/rust:1.95-bookworm
-# Has a C compiler, and nvcc if FEATURES is cuda. Its C library must not be newer than the one of BASE_IMAGE.
+# Has a C compiler, and nvcc if FEATURES has cuda. With rdma, it must be Debian or Ubuntu. Its C library must not be newer than
+# the one of BASE_IMAGE.
 ARG BUILD_IMAGE=docker.io/library/rust:1.95-bookworm
 # Has the C and C++ libraries, CA certificates and time zones, and no shell. `@sha256:...` pins it.
 ARG BASE_IMAGE=gcr.io/distroless/cc-debian12:nonroot
@@ -25,32 +26,47 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
     cargo install --locked --root /usr/local/auditable cargo-auditable@0.7.7
 WORKDIR /source
 COPY . .
-# Empty, or cuda.
+# Empty, cuda, rdma, or cuda,rdma.
 ARG FEATURES=
+RUN case ",$FEATURES," in *,rdma,*) \
+        apt-get update && apt-get install -y --no-install-recommends cmake libclang-dev libibverbs1 ibverbs-providers \
+        && rm -rf /var/lib/apt/lists/* ;; \
+    esac
 # Cache mounts are not part of the layer, so the binaries are copied out of them. /out/lib gets the libraries that the
-# binaries open when they run. They look for NCCL without a version.
+# binaries open when they run, /out/etc the list of RDMA drivers. Binaries look for NCCL without a version.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,id=overfill-target,target=/source/target \
     set -eu; \
     export PATH="/usr/local/auditable/bin:$PATH" CARGO_TARGET_DIR="target/${FEATURES:-cpu}"; \
-    case "$FEATURES" in \
-        "") ;; \
-        cuda) export CUDA_HOME=/usr/local/cuda; \
-            set -- --features overfill-prefill-node/nccl,overfill-decode-node/nccl,overfill-cli/nccl ;; \
-        *) echo "FEATURES is \"$FEATURES\"; it must be empty or cuda" >&2; exit 1 ;; \
-    esac; \
+    set --; cuda=; rdma=; \
+    for feature in $(echo "$FEATURES" | tr , ' '); do \
+        case "$feature" in \
+            cuda) cuda=nccl; export CUDA_HOME=/usr/local/cuda ;; \
+            rdma) rdma=rdma ;; \
+            *) echo "FEATURES is \"$FEATURES\"; it must be empty, cuda, rdma, or cuda,rdma" >&2; exit 1 ;; \
+        esac; \
+    done; \
+    for feature in $cuda $rdma; do \
+        for package in prefill-node decode-node cli; do set -- "$@" --features "overfill-$package/$feature"; done; \
+    done; \
     cargo auditable build --locked --release --bins \
         -p overfill-router -p overfill-prefill-node -p overfill-decode-node -p overfill-cli "$@"; \
-    mkdir -p /out/bin /out/lib; \
+    mkdir -p /out/bin /out/lib /out/etc; \
     for name in overfill-router overfill-prefill overfill-decode overfill; do \
         cp "$CARGO_TARGET_DIR/release/$name" /out/bin/; \
     done; \
-    if [ "$FEATURES" = cuda ]; then \
+    if [ -n "$rdma" ]; then \
+        libraries=/usr/lib/$(uname -m)-linux-gnu; \
+        cp -L "$libraries"/libibverbs.so.1 "$libraries"/libnl-3.so.200 "$libraries"/libnl-route-3.so.200 \
+            "$libraries"/libmlx5.so.1 "$libraries"/libefa.so.1 "$libraries"/libibverbs/lib*-rdmav*.so /out/lib/; \
+        cp -r /etc/libibverbs.d /out/etc/; \
+    fi; \
+    if [ -n "$cuda" ]; then \
         cp -L /usr/local/cuda/lib64/libcublasLt.so.13 /usr/lib/*-linux-gnu/libnccl.so.2 /out/lib/; \
         ln -s libnccl.so.2 /out/lib/libnccl.so; \
     fi
 
-# bin/ has the binaries, lib/ the libraries that the base image lacks.
+# bin/ has the binaries, lib/ the libraries that the base image lacks, etc/ files for /etc.
 FROM scratch AS binaries
 COPY --from=build /out/ /
 
@@ -77,6 +93,7 @@ ENTRYPOINT ["/usr/bin/overfill-router"]
 
 FROM base AS node
 COPY --from=binaries lib/ /usr/local/cuda/lib64/
+COPY --from=binaries etc/ /etc/
 ENV LD_LIBRARY_PATH=/usr/local/cuda/lib64
 COPY demo/full/ /usr/share/overfill/demo/full/
 COPY demo/decode/ /usr/share/overfill/demo/decode/

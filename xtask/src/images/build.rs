@@ -101,7 +101,7 @@ fn build(store: &Store, target: &str, text: &str, file: &Path) -> Result<()> {
 /// Copies the binaries to a folder of the form that the Dockerfile's stage `binaries` has.
 fn collect(from: &Path, strip: bool, folder: &Path) -> Result<PathBuf> {
     let ready = folder.join("binaries");
-    for name in ["bin", "lib"] {
+    for name in ["bin", "lib", "etc"] {
         let path = ready.join(name);
         std::fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
     }
