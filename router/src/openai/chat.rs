@@ -22,7 +22,7 @@ use super::{
     error::ApiError,
     fields::{Common, Fields},
     logprobs::{ChatLogprobs, Names},
-    producers, sse,
+    producers, prompt_logprobs, sse,
 };
 use crate::{
     GenerateError,
@@ -94,6 +94,8 @@ async fn parse(
     if top_logprobs.is_some_and(|n| n > 0) && !logprobs {
         return Err(GenerateError::invalid("top_logprobs", "top_logprobs needs logprobs to be true").into());
     }
+    let of_output = logprobs.then_some(top_logprobs.unwrap_or(0));
+    let prompt_scores = prompt_logprobs::take(&mut fields, common.stream, of_output)?;
     let old: Option<u32> = fields.take_count("max_tokens")?;
     let max_tokens = fields.take_count("max_completion_tokens")?.or(old);
     if max_tokens == Some(0) {
@@ -109,17 +111,18 @@ async fn parse(
         let fault = "tool_choice can't require a call of an answer that has another format as well";
         return Err(GenerateError::invalid("tool_choice", fault).into());
     }
-    let tokens: Arc<[u32]> = pool.encode(&model.text, prompt, add_special, lifetime).await?.into();
+    let tokens = pool.encode(&model.text, prompt, add_special, lifetime).await?;
+    let tokens: Arc<[u32]> = common.truncate(&model, tokens, max_tokens).0.into();
     legs.leave();
     let batch = Batch {
         sampling: SamplingParams {
-            logprobs: logprobs.then_some(top_logprobs.unwrap_or(0)),
+            logprobs: of_output.or(prompt_scores),
             grammar: grammar.or_else(|| common.sampling.grammar.clone()),
             ..common.sampling.clone()
         },
         max_tokens,
         default_max_tokens: model.text.generation_defaults().max_new_tokens.unwrap_or(u32::MAX),
-        prompt_logprobs: false,
+        prompt_logprobs: prompt_scores.is_some(),
         shown_special: model.text.special_ids(format.markers()).into(),
         model,
         common,
@@ -162,6 +165,9 @@ impl Chat {
         let mut whole = self.frame("chat.completion", json!(bodies));
         if self.batch.common.return_token_ids {
             whole["prompt_token_ids"] = json!(self.prompt.tokens[..]);
+        }
+        if let (true, [first, ..]) = (self.batch.prompt_logprobs, choices) {
+            whole["prompt_logprobs"] = prompt_logprobs::entries(&first.prompt_logprobs, self.names().text);
         }
         whole["usage"] = json!(usage);
         whole

@@ -21,7 +21,7 @@ use super::{
     error::ApiError,
     fields::{Common, Fields},
     logprobs::{CompletionLogprobs, Names},
-    producers, sse,
+    producers, prompt_logprobs, sse,
 };
 use crate::{
     GenerateError,
@@ -54,6 +54,8 @@ struct Completion {
     prompts: Vec<Prompt>,
     /// Number of alternatives per token. `None`: no log-probabilities.
     logprobs: Option<u32>,
+    /// Number of alternatives per token of the prompt. `None`: no `prompt_logprobs`.
+    prompt_scores: Option<u32>,
     echo: bool,
 }
 
@@ -68,6 +70,8 @@ struct ChoiceBody {
     token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<Value>,
 }
 
 /// Handles a request.
@@ -122,6 +126,7 @@ async fn parse(
     if max_tokens == Some(0) && !echo {
         return Err(GenerateError::limit("max_tokens", "at least 1 (0 only with echo)", 0).into());
     }
+    let prompt_scores = prompt_logprobs::take(&mut fields, common.stream, logprobs)?;
     let add_special = fields.take("add_special_tokens")?.unwrap_or(true);
     let prompt = fields.take("prompt")?.ok_or_else(|| GenerateError::invalid("prompt", "prompt is missing"))?;
     fields.finish()?;
@@ -137,12 +142,19 @@ async fn parse(
     for text in texts {
         legs.enter(Leg::Tokenize);
         let tokens = pool.encode(&model.text, text.clone(), add_special, lifetime).await?;
+        let (tokens, cut) = common.truncate(&model, tokens, max_tokens);
+        let text = if cut && echo {
+            model.text.decode(&tokens, common.skip_special).map_err(GenerateError::from)?
+        } else {
+            text
+        };
         prompts.push(Prompt { tokens: tokens.into(), text });
         // Short texts are tokenised on this thread. Yield, so that many of them do not block other tasks.
         tokio::task::yield_now().await;
     }
     legs.leave();
     for ids in ids {
+        let (ids, _) = common.truncate(&model, ids, max_tokens);
         request::check_prompt(&model, &ids)?;
         request::check_length(&model, ids.len(), None)?;
         // The text is needed only for an echo.
@@ -154,17 +166,17 @@ async fn parse(
         prompts.push(Prompt { tokens: ids.into(), text });
     }
     let batch = Batch {
-        sampling: SamplingParams { logprobs, ..common.sampling.clone() },
+        sampling: SamplingParams { logprobs: logprobs.or(prompt_scores), ..common.sampling.clone() },
         max_tokens,
         default_max_tokens: model.text.generation_defaults().max_new_tokens.unwrap_or(DEFAULT_MAX_TOKENS),
-        prompt_logprobs: echo && logprobs.is_some(),
+        prompt_logprobs: echo && logprobs.is_some() || prompt_scores.is_some(),
         shown_special: [].into(),
         model,
         common,
         lifetime,
         spent: legs.times(),
     };
-    Ok(Completion { id, batch, prompts, logprobs, echo })
+    Ok(Completion { id, batch, prompts, logprobs, prompt_scores, echo })
 }
 
 impl Completion {
@@ -187,6 +199,9 @@ impl Completion {
                 body.text = prompt.text.clone();
                 self.prompt_logprobs(&mut body, prompt, choice, &mut offsets);
             }
+            let scores =
+                self.prompt_scores.map(|_| prompt_logprobs::entries(&choice.prompt_logprobs, self.names().text));
+            body.prompt_logprobs = scores;
             body.text += &choice.text;
             if let Some(logprobs) = &mut body.logprobs {
                 for token in &choice.tokens {
@@ -218,6 +233,7 @@ impl Completion {
             stop_reason: Value::Null,
             token_ids: None,
             prompt_token_ids: None,
+            prompt_logprobs: None,
         }
     }
 

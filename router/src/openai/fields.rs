@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use tracing::debug;
 
 use super::{error::ApiError, structured, whole::Whole};
-use crate::{GenerateError, request};
+use crate::{GenerateError, node::ServedModel, request};
 
 /// Maximum number of choices per prompt.
 const MAX_N: usize = 128;
@@ -28,9 +28,7 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ("use_beam_search", "false"),
     ("length_penalty", "1.0"),
     ("logits_processors", "[]"),
-    ("prompt_logprobs", "null"),
     ("prompt_embeds", "null"),
-    ("truncate_prompt_tokens", "null"),
     ("documents", "[]"),
     ("chat_template", "null"),
     ("chat_template_kwargs", "{}"),
@@ -131,6 +129,8 @@ pub struct Common {
     pub sampling: SamplingParams,
     /// The field that has the grammar in `sampling`.
     pub structured: Option<&'static str>,
+    /// Number of tokens at the end of the prompt that are used; -1: as many as fit the context.
+    pub truncate_prompt_tokens: Option<i64>,
     /// Words that do not occur in the output.
     pub bad_words: Vec<String>,
     /// Stop strings.
@@ -191,6 +191,10 @@ impl Common {
         let priority = fields.take_whole("priority")?.unwrap_or(0);
         let priority = i32::try_from(priority)
             .map_err(|_| GenerateError::limit("priority", "in [-2147483648, 2147483647]", priority))?;
+        let truncate_prompt_tokens = fields.take_whole("truncate_prompt_tokens")?;
+        if let Some(count) = truncate_prompt_tokens.filter(|count| *count != -1 && *count < 1) {
+            return Err(GenerateError::limit("truncate_prompt_tokens", "-1 or at least 1", count));
+        }
         let structured = structured::take(fields)?;
         let min_tokens = fields.take_count("min_tokens")?.unwrap_or(0);
         let allowed_token_ids = fields.take_ids("allowed_token_ids")?;
@@ -227,6 +231,7 @@ impl Common {
             seed: seed.map(|seed| seed as u64),
             sampling,
             structured: structured.map(|(field, _)| field),
+            truncate_prompt_tokens,
             bad_words: fields.take("bad_words")?.unwrap_or_default(),
             stop,
             include_stop: fields.take("include_stop_str_in_output")?.unwrap_or(false),
@@ -236,6 +241,19 @@ impl Common {
             return_token_ids: fields.take("return_token_ids")?.unwrap_or(false),
             tokens_as_ids: fields.take("return_tokens_as_token_ids")?.unwrap_or(false),
         })
+    }
+}
+
+impl Common {
+    /// The tokens of the prompt that are used: the last ones, as `truncate_prompt_tokens` says. Also returns whether it is
+    /// shorter now.
+    pub fn truncate(&self, model: &ServedModel, mut tokens: Vec<u32>, max_tokens: Option<u32>) -> (Vec<u32>, bool) {
+        let Some(count) = self.truncate_prompt_tokens else { return (tokens, false) };
+        let room = model.max_context_tokens.saturating_sub(max_tokens.unwrap_or(1).max(1));
+        let count = usize::try_from(count).unwrap_or(room as usize).max(1);
+        let cut = tokens.len().saturating_sub(count);
+        tokens.drain(..cut);
+        (tokens, cut > 0)
     }
 }
 

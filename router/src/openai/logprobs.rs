@@ -22,7 +22,8 @@ impl Names<'_> {
     }
 }
 
-fn finite(logprob: f32) -> f32 {
+/// A log-probability that JSON can hold.
+pub fn finite(logprob: f32) -> f32 {
     // `max` also replaces NaN: it returns the other operand.
     logprob.max(LOWEST)
 }

@@ -11,6 +11,7 @@ mod fields;
 mod logprobs;
 mod messages;
 mod producers;
+mod prompt_logprobs;
 mod sse;
 mod structured;
 mod tokens;
