@@ -55,6 +55,6 @@ pub const TARGETS: [Target; 12] = [
     Target { name: "chat_messages", run: chat_messages, base_bytes: MIB, bytes_per_byte: 1024, runs: 4_000 },
     Target { name: "chat_template", run: chat_template, base_bytes: 16 * MIB, bytes_per_byte: 1024, runs: 3_000 },
     Target { name: "detokenizer", run: detokenizer, base_bytes: 256 * KIB, bytes_per_byte: 1024, runs: 2_000 },
-    Target { name: "answers", run: answers, base_bytes: 16 * KIB, bytes_per_byte: 256, runs: 60_000 },
+    Target { name: "answers", run: answers, base_bytes: 16 * KIB, bytes_per_byte: 256, runs: 20_000 },
     Target { name: "stop_texts", run: stop_texts, base_bytes: 16 * KIB, bytes_per_byte: 64, runs: 60_000 },
 ];
