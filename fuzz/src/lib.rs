@@ -4,6 +4,7 @@
 //! `cargo fuzz` runs single targets, guided by coverage (`fuzz_targets/`; see docs/reliability.md). `tests/replay.rs`
 //! runs all targets as an ordinary test, on the inputs in `seeds/` and mutations of them, and limits their memory.
 
+mod answers;
 mod files;
 mod frames;
 mod handoff;
@@ -14,6 +15,7 @@ pub mod mutate;
 pub mod seeds;
 mod text;
 
+pub use answers::answers;
 pub use files::{gguf, model_folder, safetensors};
 pub use frames::frames;
 pub use handoff::handoff;
@@ -42,7 +44,7 @@ const MIB: usize = 1 << 20;
 ///
 /// A byte of JSON becomes a value of 32 bytes, in a list that doubles as it grows, and is copied once more if the field
 /// may have several forms. A byte of protobuf may be an empty message of a few hundred bytes.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 12] = [
     Target { name: "frames", run: frames, base_bytes: 4 * KIB, bytes_per_byte: 1, runs: 60_000 },
     Target { name: "handoff", run: handoff, base_bytes: 16 * KIB, bytes_per_byte: 64, runs: 60_000 },
     Target { name: "messages", run: messages, base_bytes: 64 * KIB, bytes_per_byte: 1024, runs: 60_000 },
@@ -53,5 +55,6 @@ pub const TARGETS: [Target; 11] = [
     Target { name: "chat_messages", run: chat_messages, base_bytes: MIB, bytes_per_byte: 1024, runs: 4_000 },
     Target { name: "chat_template", run: chat_template, base_bytes: 16 * MIB, bytes_per_byte: 1024, runs: 3_000 },
     Target { name: "detokenizer", run: detokenizer, base_bytes: 256 * KIB, bytes_per_byte: 1024, runs: 2_000 },
+    Target { name: "answers", run: answers, base_bytes: 16 * KIB, bytes_per_byte: 256, runs: 20_000 },
     Target { name: "stop_texts", run: stop_texts, base_bytes: 16 * KIB, bytes_per_byte: 64, runs: 60_000 },
 ];

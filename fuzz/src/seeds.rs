@@ -41,9 +41,31 @@ pub fn seeds(target: &str) -> Vec<Seed> {
             ("one", b"\x00\x01\x03end\x05hello\x02 e\x02nd\x03 no".to_vec()),
             ("several", "\u{1}\u{2}\u{3}aéb\u{2}é\u{1}a\u{2}aé\u{1}b".as_bytes().to_vec()),
         ],
+        "answers" => answers(),
         other => panic!("no target {other}"),
     };
     seeds.into_iter().map(|(name, bytes)| (name.to_owned(), bytes)).collect()
+}
+
+/// The formats of calls and of reasoning, three flags, and the text in pieces.
+fn answers() -> Vec<(&'static str, Vec<u8>)> {
+    let object = r#"{"name": "f", "arguments": {"a": [1.5e3, "\u00e9\n", true, null], "b": {}}}"#;
+    let seed = |formats: [u8; 3], text: &str| {
+        let bytes = text.as_bytes();
+        let pieces = bytes.chunks(50).flat_map(|piece| [&[piece.len() as u8][..], piece].concat());
+        formats.into_iter().chain(pieces).collect()
+    };
+    let hermes =
+        format!("<think>\nHm\n</think>\n\nWell\n<tool_call>\n{object}\n</tool_call>\n<tool_call>{object}</tool_call>");
+    let llama = format!("<|python_tag|>{object}; {object}").replace("arguments", "parameters");
+    let python = r#"[f(a=[-1, .5, None], b='x\u00e9\'', c={"d": True}), get_weather()]"#;
+    vec![
+        ("hermes", seed([0, 0, 0], &hermes)),
+        ("llama", seed([1, 2, 0], &llama)),
+        ("pythonic", seed([2, 1, 1], &format!("x</think>{python}"))),
+        ("mistral", seed([3, 2, 0], &format!("[TOOL_CALLS][{object}, {object}]"))),
+        ("mistral-named", seed([3, 2, 2], "[TOOL_CALLS]f[ARGS]{\"a\": {}}[TOOL_CALLS]f[CALL_ID]x[ARGS]{}")),
+    ]
 }
 
 fn frames() -> Vec<(&'static str, Vec<u8>)> {
@@ -164,7 +186,19 @@ fn http_bodies() -> Vec<(&'static str, Vec<u8>)> {
                      {"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "text", "text": "é"}]},
                      {"role": "assistant", "content": null, "tool_calls": []}],
     });
+    let tools = json!({
+        "max_tokens": 4, "tool_choice": {"type": "function", "function": {"name": "f"}}, "parallel_tool_calls": false,
+        "tools": [{"type": "function", "function": {"name": "f", "description": "x", "strict": true, "parameters":
+                   {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}}}],
+        "messages": [{"role": "user", "content": "hi"},
+                     {"role": "assistant", "reasoning_content": "r", "tool_calls":
+                      [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1.0}"}}]},
+                     {"role": "tool", "tool_call_id": "c", "name": "f", "content": "x"},
+                     {"role": "assistant", "content": "We"}],
+        "continue_final_message": true, "chat_template_kwargs": {"enable_thinking": false}, "documents": [{"title": "t"}],
+    });
     vec![
+        ("tools", of(1, tools)),
         ("text", of(0, json!({"prompt": "hello"}))),
         ("texts", of(0, json!({"prompt": ["hello", "world"], "max_tokens": 0, "echo": true}))),
         ("everything", of(0, everything)),

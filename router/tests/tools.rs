@@ -278,6 +278,13 @@ async fn what_is_wrong_is_named() {
             "1 to 64",
         ),
         (&rig, json!({"tools": [], "tool_choice": "required"}), "tool_choice", "needs tools"),
+        (
+            &rig,
+            json!({"tool_choice": "required", "tools": [tool("a"), {"type": "function", "function":
+                   {"name": "b", "parameters": {"type": "object", "properties": {"x": {"type": "thing"}}}}}]}),
+            "tools[1].function.parameters",
+            "must be a JSON schema that can be enforced, got",
+        ),
         (&rig, json!({"tool_choice": 3}), "tool_choice", "got 3"),
         (&rig, json!({"parallel_tool_calls": "no"}), "parallel_tool_calls", "invalid type"),
         (&rig, json!({"messages": []}), "messages", "at least one message, got 0"),

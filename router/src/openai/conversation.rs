@@ -84,6 +84,10 @@ impl Conversation {
         let reasoning = settings.reasoning_parsers.of(&model.name).flatten();
         // Before the template runs, so that a fault costs little.
         let format = tools.complete(AnswerFormat { reasoning, ..AnswerFormat::default() }, model, settings)?;
+        for (field, schema) in tools.schemas() {
+            let checked = pool.check_grammar(schema, lifetime).await?;
+            checked.map_err(|e| GenerateError::limit(&field, "a JSON schema that can be enforced", e))?;
+        }
         let last = || chat.messages.last().and_then(|message| message["content"].as_str()).map(str::to_owned);
         let continued = chat.continue_final_message.then(last).flatten();
         let prompt = pool.render(&model.text, chat, lifetime).await?;

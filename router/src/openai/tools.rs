@@ -109,16 +109,25 @@ impl Tools {
         Ok(AnswerFormat { tools, functions, only_one_call: !self.parallel, ..format })
     }
 
+    /// The schemas that the answer must match, each with its field in the request.
+    pub fn schemas(&self) -> Vec<(String, Grammar)> {
+        let field = |i: usize| format!("tools[{i}].function.parameters");
+        self.forced().map(|(i, function)| (field(i), Grammar::Json(function.parameters.to_string()))).collect()
+    }
+
     /// The grammar of the answer, if the model must call a function.
     pub fn grammar(&self, format: &AnswerFormat, model: &ServedModel) -> Option<Grammar> {
-        let allowed = |function: &&Function| match &self.choice {
+        let functions: Vec<(&str, &Value)> = self.forced().map(|(_, f)| (f.name.as_str(), &f.parameters)).collect();
+        (!functions.is_empty()).then(|| model.text.call_grammar(format, &functions))
+    }
+
+    /// The functions of which the model must call one, with their places in the list of tools.
+    fn forced(&self) -> impl Iterator<Item = (usize, &Function)> {
+        self.functions.iter().enumerate().filter(|(_, function)| match &self.choice {
             ToolChoice::Required => true,
             ToolChoice::Function(name) => function.name == *name,
             ToolChoice::Auto | ToolChoice::None => false,
-        };
-        let functions: Vec<(&str, &Value)> =
-            self.functions.iter().filter(allowed).map(|f| (f.name.as_str(), &f.parameters)).collect();
-        (!functions.is_empty()).then(|| model.text.call_grammar(format, &functions))
+        })
     }
 }
 
