@@ -7,8 +7,10 @@ mod detokenize;
 mod files;
 mod generation;
 mod model;
+mod sentencepiece;
 mod stop;
 mod template;
+mod templates;
 mod tokenizer;
 mod vocabulary;
 

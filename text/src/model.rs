@@ -12,10 +12,8 @@ use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
 use crate::{
-    Detokenizer, GenerationDefaults, Offsets, TextError, TextFiles,
-    template::{ChatInput, ChatTemplate},
-    tokenizer,
-    vocabulary::Vocabulary,
+    Detokenizer, GenerationDefaults, Offsets, TextError, TextFiles, files::parsed, template::ChatInput,
+    templates::Templates, tokenizer, vocabulary::Vocabulary,
 };
 
 /// One message of a chat.
@@ -41,7 +39,7 @@ pub struct TextModel {
     special: Arc<HashSet<u32>>,
     tokenizer_sha256: String,
     eos_token_ids: Vec<u32>,
-    template: Option<ChatTemplate>,
+    templates: Option<Templates>,
     generation: GenerationDefaults,
 }
 
@@ -56,23 +54,14 @@ impl TextModel {
             special_tokens_map_json,
         } = files;
         let invalid = |file, e: &dyn ToString| TextError::Invalid { file, reason: e.to_string() };
-        let json = |file, bytes: &Option<Vec<u8>>| match bytes {
-            Some(bytes) => serde_json::from_slice(bytes).map_err(|e| invalid(file, &e)),
-            None => Ok(Value::Null),
-        };
-        let config = json("tokenizer_config.json", tokenizer_config_json)?;
-        let map = json("special_tokens_map.json", special_tokens_map_json)?;
+        let config = parsed("tokenizer_config.json", tokenizer_config_json.as_deref())?;
+        let map = parsed("special_tokens_map.json", special_tokens_map_json.as_deref())?;
         let tokenizer = Arc::new(tokenizer::load(tokenizer_json, &config, &map)?);
         let special = tokenizer.get_added_tokens_decoder().into_iter().filter(|(_, t)| t.special).map(|(id, _)| id);
         let special = Arc::new(special.collect());
-        let source = match chat_template {
-            Some(bytes) => Some(String::from_utf8(bytes.clone()).map_err(|e| invalid("chat_template.jinja", &e))?),
-            None => default_template(&config["chat_template"]),
-        };
-        let template = match source {
-            Some(source) => Some(ChatTemplate::compile(&source, special_tokens(&config, &map))?),
-            None => None,
-        };
+        let file = chat_template.as_deref().map(std::str::from_utf8).transpose();
+        let file = file.map_err(|e| invalid("chat_template.jinja", &e))?;
+        let templates = Templates::compile(file, &config, &special_tokens(&config, &map))?;
         let generation = match generation_config_json {
             Some(bytes) => GenerationDefaults::parse(bytes)?,
             None => GenerationDefaults::default(),
@@ -87,7 +76,7 @@ impl TextModel {
         let id = named.and_then(|token| tokenizer.token_to_id(&token.content));
         eos_token_ids.extend(id.filter(|id| !eos_token_ids.contains(id)));
         let vocabulary = Arc::new(Vocabulary::new(tokenizer.clone()));
-        Ok(Self { tokenizer, vocabulary, special, tokenizer_sha256, template, generation, eos_token_ids })
+        Ok(Self { tokenizer, vocabulary, special, tokenizer_sha256, templates, generation, eos_token_ids })
     }
 
     /// SHA-256 of tokenizer.json in lower-case hex. KV schemas contain this hash, so that models with different tokenizers
@@ -114,7 +103,7 @@ impl TextModel {
 
     /// Whether the model has a chat template.
     pub fn has_chat_template(&self) -> bool {
-        self.template.is_some()
+        self.templates.is_some()
     }
 
     /// Encodes `text`. `add_special` adds the special tokens of the tokenizer's post-processor, often a begin-of-text token.
@@ -157,7 +146,7 @@ impl TextModel {
 
     /// Renders a prompt from messages in any JSON form, with tools, documents and template variables.
     pub fn render_chat(&self, input: &ChatInput<'_>) -> Result<String, TextError> {
-        self.template.as_ref().ok_or(TextError::NoChatTemplate)?.render(input)
+        self.templates.as_ref().ok_or(TextError::NoChatTemplate)?.render(input)
     }
 
     /// Renders `messages` and encodes the prompt. The template writes the special tokens, so the tokenizer adds none.
@@ -169,15 +158,6 @@ impl TextModel {
     /// text of `context`.
     pub fn detokenizer(&self, context: &[u32], skip_special: bool) -> Result<Detokenizer, TextError> {
         Detokenizer::new(self.tokenizer.clone(), self.special.clone(), context, skip_special)
-    }
-}
-
-/// The default template in `chat_template` of tokenizer_config.json, which is a template or a list of named templates.
-fn default_template(value: &Value) -> Option<String> {
-    match value {
-        Value::String(source) => Some(source.clone()),
-        Value::Array(named) => named.iter().find(|t| t["name"] == "default")?["template"].as_str().map(str::to_owned),
-        _ => None,
     }
 }
 
