@@ -2,7 +2,9 @@
 
 use std::{fs, io, path::Path};
 
-use crate::TextError;
+use serde_json::Value;
+
+use crate::{TextError, sentencepiece, templates};
 
 /// Contents of the text files of a Hugging Face model folder. A file that does not exist is `None`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -20,30 +22,54 @@ pub struct TextFiles {
 }
 
 impl TextFiles {
-    /// Reads the files from a model's folder. Only `tokenizer.json` is required.
+    /// Reads the files from a model's folder. Only `tokenizer.json` is required; without it, `tokenizer.model` of the
+    /// SentencePiece library is converted.
     pub fn from_folder(folder: &Path) -> Result<Self, TextError> {
-        let path = folder.join("tokenizer.json");
-        let tokenizer_json =
-            fs::read(&path).map_err(|source| TextError::Read { path: path.display().to_string(), source })?;
-        Self::with_tokenizer(folder, tokenizer_json)
-    }
-
-    /// Reads all files except `tokenizer.json`, whose content the caller provides.
-    pub fn with_tokenizer(folder: &Path, tokenizer_json: Vec<u8>) -> Result<Self, TextError> {
-        let read = |name: &str| {
-            let path = folder.join(name);
-            match fs::read(&path) {
-                Ok(bytes) => Ok(Some(bytes)),
-                Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-                Err(source) => Err(TextError::Read { path: path.display().to_string(), source }),
+        let mut files = match read(folder, "tokenizer.json")? {
+            Some(tokenizer_json) => Self::with_tokenizer(folder, tokenizer_json)?,
+            None => {
+                let Some(model) = read(folder, sentencepiece::FILE)? else {
+                    let path = folder.join("tokenizer.json").display().to_string();
+                    return Err(TextError::Read { path, source: io::ErrorKind::NotFound.into() });
+                };
+                let mut files = Self::with_tokenizer(folder, Vec::new())?;
+                let config = parsed("tokenizer_config.json", files.tokenizer_config_json.as_deref())?;
+                let map = parsed("special_tokens_map.json", files.special_tokens_map_json.as_deref())?;
+                let added = parsed("added_tokens.json", read(folder, "added_tokens.json")?.as_deref())?;
+                files.tokenizer_json = sentencepiece::tokenizer_json(&model, &config, &map, &added)?;
+                files
             }
         };
+        templates::gather(folder, &mut files)?;
+        Ok(files)
+    }
+
+    /// Reads all files except `tokenizer.json`, whose content the caller provides, and additional chat templates.
+    pub fn with_tokenizer(folder: &Path, tokenizer_json: Vec<u8>) -> Result<Self, TextError> {
         Ok(Self {
             tokenizer_json,
-            tokenizer_config_json: read("tokenizer_config.json")?,
-            chat_template: read("chat_template.jinja")?,
-            generation_config_json: read("generation_config.json")?,
-            special_tokens_map_json: read("special_tokens_map.json")?,
+            tokenizer_config_json: read(folder, "tokenizer_config.json")?,
+            chat_template: read(folder, "chat_template.jinja")?,
+            generation_config_json: read(folder, "generation_config.json")?,
+            special_tokens_map_json: read(folder, "special_tokens_map.json")?,
         })
+    }
+}
+
+/// A file's content; `None` if there is no such file.
+pub(crate) fn read(folder: &Path, name: &str) -> Result<Option<Vec<u8>>, TextError> {
+    let path = folder.join(name);
+    match fs::read(&path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(TextError::Read { path: path.display().to_string(), source }),
+    }
+}
+
+/// A parsed JSON file; null if there is none.
+pub(crate) fn parsed(file: &'static str, bytes: Option<&[u8]>) -> Result<Value, TextError> {
+    match bytes {
+        Some(bytes) => serde_json::from_slice(bytes).map_err(|e| TextError::Invalid { file, reason: e.to_string() }),
+        None => Ok(Value::Null),
     }
 }

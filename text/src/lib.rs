@@ -9,8 +9,10 @@ mod files;
 mod generation;
 mod grammar;
 mod model;
+mod sentencepiece;
 mod stop;
 mod template;
+mod templates;
 mod tokenizer;
 mod vocabulary;
 

@@ -15,7 +15,9 @@ use tokenizers::Tokenizer;
 use crate::{
     AnswerFormat, Detokenizer, GenerationDefaults, Offsets, TextError, TextFiles, ToolFormat,
     answer::forced,
+    files::parsed,
     template::{ChatInput, ChatTemplate},
+    templates::Templates,
     tokenizer,
     vocabulary::Vocabulary,
 };
@@ -44,12 +46,7 @@ pub struct TextModel {
     tokenizer_sha256: String,
     eos_token_ids: Vec<u32>,
     special_tokens: BTreeMap<String, String>,
-    template: Option<ChatTemplate>,
-    /// The template for chats with tools, if the model has one of its own for them.
-    tool_template: Option<ChatTemplate>,
-    tool_format: Option<ToolFormat>,
-    /// Whether the template marks the arguments of Mistral's calls with `[ARGS]`.
-    marks_arguments: bool,
+    templates: Option<Templates>,
     generation: GenerationDefaults,
 }
 
@@ -64,31 +61,15 @@ impl TextModel {
             special_tokens_map_json,
         } = files;
         let invalid = |file, e: &dyn ToString| TextError::Invalid { file, reason: e.to_string() };
-        let json = |file, bytes: &Option<Vec<u8>>| match bytes {
-            Some(bytes) => serde_json::from_slice(bytes).map_err(|e| invalid(file, &e)),
-            None => Ok(Value::Null),
-        };
-        let config = json("tokenizer_config.json", tokenizer_config_json)?;
-        let map = json("special_tokens_map.json", special_tokens_map_json)?;
+        let config = parsed("tokenizer_config.json", tokenizer_config_json.as_deref())?;
+        let map = parsed("special_tokens_map.json", special_tokens_map_json.as_deref())?;
         let tokenizer = Arc::new(tokenizer::load(tokenizer_json, &config, &map)?);
         let special = tokenizer.get_added_tokens_decoder().into_iter().filter(|(_, t)| t.special).map(|(id, _)| id);
         let special = Arc::new(special.collect());
-        let (source, for_tools) = match chat_template {
-            Some(bytes) => {
-                (Some(String::from_utf8(bytes.clone()).map_err(|e| invalid("chat_template.jinja", &e))?), None)
-            }
-            None => {
-                let templates = &config["chat_template"];
-                (named_template(templates, "default"), named_template(templates, "tool_use"))
-            }
-        };
+        let file = chat_template.as_deref().map(std::str::from_utf8).transpose();
+        let file = file.map_err(|e| invalid("chat_template.jinja", &e))?;
         let special_tokens = special_tokens(&config, &map);
-        let compile = |source: &Option<String>| {
-            source.as_ref().map(|source| ChatTemplate::compile(source, special_tokens.clone())).transpose()
-        };
-        let (template, tool_template) = (compile(&source)?, compile(&for_tools)?);
-        let source = for_tools.or(source).unwrap_or_default();
-        let (tool_format, marks_arguments) = (ToolFormat::of_template(&source), source.contains("[ARGS]"));
+        let templates = Templates::compile(file, &config, &special_tokens)?;
         let generation = match generation_config_json {
             Some(bytes) => GenerationDefaults::parse(bytes)?,
             None => GenerationDefaults::default(),
@@ -110,10 +91,7 @@ impl TextModel {
             tokenizer_sha256,
             eos_token_ids,
             special_tokens,
-            template,
-            tool_template,
-            tool_format,
-            marks_arguments,
+            templates,
             generation,
         })
     }
@@ -142,18 +120,19 @@ impl TextModel {
 
     /// Whether the model has a chat template.
     pub fn has_chat_template(&self) -> bool {
-        self.template.is_some()
+        self.templates.is_some()
     }
 
     /// The format in which the chat template asks for tool calls. `None`: it names no tools, or asks for an unknown format.
     pub fn tool_format(&self) -> Option<ToolFormat> {
-        self.tool_format
+        self.templates.as_ref()?.tool_format
     }
 
     /// The grammar of answers in `format` that call one of `functions`, given by name and JSON schema of the arguments.
     pub fn call_grammar(&self, format: &AnswerFormat, functions: &[(&str, &Value)]) -> Grammar {
         let special = |text: &str| self.tokenizer.token_to_id(text).filter(|id| self.special.contains(id));
-        Grammar::Lark(forced::grammar(format, functions, self.marks_arguments, special))
+        let marks_arguments = self.templates.as_ref().is_some_and(|templates| templates.marks_arguments);
+        Grammar::Lark(forced::grammar(format, functions, marks_arguments, special))
     }
 
     /// Encodes `text`. `add_special` adds the special tokens of the tokenizer's post-processor, often a begin-of-text token.
@@ -206,8 +185,7 @@ impl TextModel {
 
     /// Renders a prompt from messages in any JSON form, with tools, documents and template variables.
     pub fn render_chat(&self, input: &ChatInput<'_>) -> Result<String, TextError> {
-        let for_tools = self.tool_template.as_ref().filter(|_| input.tools.is_some());
-        for_tools.or(self.template.as_ref()).ok_or(TextError::NoChatTemplate)?.render(input)
+        self.templates.as_ref().ok_or(TextError::NoChatTemplate)?.render(input)
     }
 
     /// Renders a prompt with another chat template than the model's.
@@ -239,16 +217,6 @@ impl TextModel {
     /// The special tokens among `texts`.
     pub fn special_ids(&self, texts: impl Iterator<Item = &'static str>) -> Vec<u32> {
         texts.filter_map(|text| self.tokenizer.token_to_id(text)).filter(|id| self.special.contains(id)).collect()
-    }
-}
-
-/// A template in `chat_template` of tokenizer_config.json, which is the default template or a list of named templates.
-/// transformers uses the template `tool_use` for chats with tools.
-fn named_template(value: &Value, name: &str) -> Option<String> {
-    match value {
-        Value::String(source) => (name == "default").then(|| source.clone()),
-        Value::Array(named) => named.iter().find(|t| t["name"] == name)?["template"].as_str().map(str::to_owned),
-        _ => None,
     }
 }
 

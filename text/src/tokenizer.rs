@@ -80,7 +80,7 @@ fn decoder_entries(config: &Value) -> Result<Vec<AddedToken>, TextError> {
 
 /// The special tokens that the files name. As in transformers, special_tokens_map.json is read only if
 /// tokenizer_config.json has no `added_tokens_decoder`.
-fn special_tokens(config: &Value, map: &Value) -> Vec<AddedToken> {
+pub(crate) fn special_tokens(config: &Value, map: &Value) -> Vec<AddedToken> {
     let older = config["added_tokens_decoder"].is_null();
     let one = |name: &str| named_token(config, map, name);
     let mut tokens: Vec<AddedToken> = NAMED_TOKENS.iter().filter_map(|name| one(name)).collect();
