@@ -35,7 +35,7 @@ pub async fn run(args: ChatArgs) -> Result<()> {
     let mut messages: Vec<Message> = args.system.into_iter().map(|content| message("system", content)).collect();
     while let Some(line) = read_line()? {
         messages.push(message("user", line));
-        let prompt = Prompt::Messages(Messages { messages: messages.clone() });
+        let prompt = Prompt::Messages(Messages { messages: messages.clone(), ..Messages::default() });
         match stream(&mut client, prompt, &args.options).await {
             Ok(answer) => {
                 answer.print_timings(args.options.json());

@@ -104,7 +104,7 @@ pub async fn run(args: GenerateArgs) -> Result<()> {
     let prompt = if args.token_ids.is_empty() {
         let text = args.prompt.map_or_else(read_prompt, Ok)?;
         if args.chat {
-            Prompt::Messages(v1::Messages { messages: vec![message("user", text)] })
+            Prompt::Messages(v1::Messages { messages: vec![message("user", text)], ..v1::Messages::default() })
         } else {
             Prompt::Text(text)
         }
@@ -149,7 +149,7 @@ fn read_prompt() -> Result<String> {
 
 /// A message of a conversation.
 pub fn message(role: &str, content: String) -> v1::Message {
-    v1::Message { role: role.into(), content }
+    v1::Message { role: role.into(), content, ..v1::Message::default() }
 }
 
 /// Sends one request and prints the text as it arrives.
@@ -164,6 +164,8 @@ pub async fn stream(client: &mut Client, prompt: Prompt, options: &Options) -> R
             .with_context(|| format!("no token for {} s", SILENCE.as_secs()))?
             .map_err(refusal)?;
         match event.and_then(|e| e.event) {
+            // Never asked for.
+            Some(Event::PromptLogprobs(_)) => {}
             Some(Event::Token(token)) => {
                 tokens += 1;
                 last = Instant::now();
@@ -217,8 +219,7 @@ impl Options {
             max_tokens: *max_tokens,
             stop: stop.clone(),
             ignore_eos: *ignore_eos,
-            deadline_seconds: 0.0,
-            priority: 0,
+            ..Default::default()
         }
     }
 

@@ -29,6 +29,7 @@ async fn generate(rig: &Rig, max_tokens: u32) -> Result<(String, Vec<u32>, v1::G
                 ids.push(token.token.unwrap().token);
             }
             Event::Finished(finished) => return Ok((text + &finished.text, ids, finished)),
+            Event::PromptLogprobs(_) => panic!("nobody asked for them"),
         }
     }
     panic!("the stream ended without a finished event")
@@ -407,6 +408,7 @@ async fn a_node_whose_engine_hangs_is_left_and_taken_back() {
         match events.message().await.unwrap().unwrap().event.unwrap() {
             Event::Token(token) => same.push(token.token.unwrap().token),
             Event::Finished(finished) => break finished.timings.unwrap().migrations,
+            Event::PromptLogprobs(_) => panic!("nobody asked for them"),
         }
     };
     assert_eq!((same, migrations), (ids, 1));

@@ -25,6 +25,20 @@ pub struct Conversation {
     pub tools: Tools,
 }
 
+/// What a request gives to the chat template besides messages and tools.
+pub struct TemplateFields {
+    /// Whether the prompt ends with the text of the last message.
+    pub continue_final_message: bool,
+    /// Whether the prompt ends with the beginning of the assistant's turn.
+    pub add_generation_prompt: bool,
+    /// A template in place of the model's.
+    pub template: Option<String>,
+    /// Other variables of the template.
+    pub variables: Map<String, Value>,
+    /// Documents for retrieval-augmented generation.
+    pub documents: Option<Vec<Map<String, Value>>>,
+}
+
 /// A chat that has been rendered.
 pub struct Rendered {
     /// The prompt.
@@ -40,26 +54,40 @@ impl Conversation {
     pub fn take(fields: &mut Fields, settings: &ChatSettings) -> Result<Self, GenerateError> {
         let tools = Tools::take(fields)?;
         let continue_final_message = fields.take("continue_final_message")?.unwrap_or(false);
-        let add_generation_prompt = fields.take("add_generation_prompt")?.unwrap_or(!continue_final_message);
+        let extras = TemplateFields {
+            continue_final_message,
+            add_generation_prompt: fields.take("add_generation_prompt")?.unwrap_or(!continue_final_message),
+            template: fields.take("chat_template")?,
+            variables: fields.take("chat_template_kwargs")?.unwrap_or_default(),
+            documents: fields.take("documents")?,
+        };
+        let messages = fields.take("messages")?;
+        let messages = messages.ok_or_else(|| GenerateError::invalid("messages", "messages is missing"))?;
+        Self::new(messages, tools, extras, settings)
+    }
+
+    /// Checks a chat. `messages`: in the format of chat completions.
+    pub fn new(
+        messages: Vec<Value>,
+        tools: Tools,
+        extras: TemplateFields,
+        settings: &ChatSettings,
+    ) -> Result<Self, GenerateError> {
+        let TemplateFields { continue_final_message, add_generation_prompt, template, variables, documents } = extras;
         if continue_final_message && add_generation_prompt {
             let fault = "continue_final_message needs add_generation_prompt to be false";
             return Err(GenerateError::invalid("continue_final_message", fault));
         }
-        let template: Option<String> = fields.take("chat_template")?;
         if template.is_some() && !settings.trust_request_chat_template {
             let fault = "chat_template is not allowed by this router (--trust-request-chat-template)";
             return Err(GenerateError::invalid("chat_template", fault));
         }
-        let variables: Map<String, Value> = fields.take("chat_template_kwargs")?.unwrap_or_default();
         if let Some(name) = variables.keys().find(|name| RESERVED.contains(&name.as_str())) {
             let field = format!("chat_template_kwargs.{name}");
             let fault = format!("{field} is not a variable of templates: {name} is a field of the request itself");
             return Err(GenerateError::invalid(field, fault));
         }
-        let documents: Option<Vec<Map<String, Value>>> = fields.take("documents")?;
         let documents = documents.filter(|documents| !documents.is_empty());
-        let messages = fields.take("messages")?;
-        let messages = messages.ok_or_else(|| GenerateError::invalid("messages", "messages is missing"))?;
         let chat = ChatPrompt {
             messages: messages::parse(messages)?,
             tools: tools.definitions.clone(),

@@ -5,7 +5,7 @@ pub mod batch;
 pub mod caller;
 mod chat;
 mod completions;
-mod conversation;
+pub mod conversation;
 pub mod error;
 mod fields;
 mod logprobs;
@@ -15,7 +15,7 @@ mod prompt_logprobs;
 mod sse;
 mod structured;
 mod tokens;
-mod tools;
+pub mod tools;
 mod whole;
 
 use std::{

@@ -1,12 +1,14 @@
 //! The gRPC API: `overfill.v1.Router`.
 
+mod chat;
+
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt as _};
 use overfill_cluster::{http::Crowded, traces};
-use overfill_kv::{RequestId, Role, SamplingParams};
+use overfill_kv::{RequestId, Role, SamplingParams, sampling::MAX_STOP_TOKENS};
 use overfill_proto::v1::{self, generate_event, generate_request, router_server};
-use overfill_text::ChatMessage;
+use overfill_text::AnswerFormat;
 use tokio::time::Instant;
 use tonic::{Extensions, Request, Response, Status};
 use tracing::{Instrument as _, Span, info_span};
@@ -18,13 +20,22 @@ use crate::{
     generate::Core,
     legs::{Leg, LegTimes, Legs},
     metrics::RequestFailure,
-    prompt::ChatPrompt,
+    openai::{answer::AnswerReader, conversation::Rendered},
     request::{self, Generation, Lifetime, Output},
     tenants::{TENANT_HEADER, Tenant},
 };
 
 /// Maximum time limit of a request: one day.
 pub(crate) const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+
+/// A request that has passed all checks.
+struct Checked {
+    generation: Generation,
+    /// The time that its first legs took.
+    spent: LegTimes,
+    /// What to look for in the answer of a chat.
+    format: Option<AnswerFormat>,
+}
 
 /// The service over gRPC.
 pub struct RouterService {
@@ -38,10 +49,7 @@ impl RouterService {
     }
 
     /// Checks a request and puts it into the queue.
-    async fn admit(
-        &self,
-        request: Request<v1::GenerateRequest>,
-    ) -> Result<(Place, Generation, LegTimes, Span), GenerateError> {
+    async fn admit(&self, request: Request<v1::GenerateRequest>) -> Result<(Place, Checked, Span), GenerateError> {
         let tenant = self.identify(&request)?;
         let request_id = request::new_request_id();
         let span = info_span!(
@@ -52,10 +60,10 @@ impl RouterService {
             trace_id = tracing::field::Empty
         );
         traces::continue_from(&span, &request.metadata().clone().into_headers());
-        let (generation, spent) = self.check(request_id, request.into_inner()).instrument(span.clone()).await?;
-        let place = self.core.enter(&tenant, std::slice::from_ref(&generation))?.pop();
+        let checked = self.check(request_id, request.into_inner()).instrument(span.clone()).await?;
+        let place = self.core.enter(&tenant, std::slice::from_ref(&checked.generation))?.pop();
         let place = place.ok_or_else(|| GenerateError::Internal("admission gave no place".into()))?;
-        Ok((place, generation, spent, span))
+        Ok((place, checked, span))
     }
 
     fn identify<T>(&self, request: &Request<T>) -> Result<Arc<Tenant>, GenerateError> {
@@ -64,17 +72,27 @@ impl RouterService {
         self.core.identify(text("authorization"), text(TENANT_HEADER))
     }
 
-    /// Checks a request. Also returns the time that its first legs took.
-    async fn check(
-        &self,
-        request_id: RequestId,
-        wire: v1::GenerateRequest,
-    ) -> Result<(Generation, LegTimes), GenerateError> {
+    /// Checks a request.
+    async fn check(&self, request_id: RequestId, wire: v1::GenerateRequest) -> Result<Checked, GenerateError> {
         let arrived = Instant::now();
         let mut legs = Legs::new(Span::current());
         legs.enter(Leg::Queue);
-        let v1::GenerateRequest { model, prompt, sampling, max_tokens, stop, ignore_eos, deadline_seconds, priority } =
-            wire;
+        let v1::GenerateRequest {
+            model,
+            prompt,
+            sampling,
+            max_tokens,
+            stop,
+            ignore_eos,
+            deadline_seconds,
+            priority,
+            stop_token_ids,
+            include_stop,
+            keep_special_tokens,
+            bad_words,
+            prompt_logprobs,
+            truncate_prompt_tokens,
+        } = wire;
         let time = match deadline_seconds {
             0.0 => self.core.default_time,
             seconds if seconds > 0.0 && seconds <= MAX_DEADLINE.as_secs_f64() => Duration::from_secs_f64(seconds),
@@ -84,15 +102,19 @@ impl RouterService {
         let model = self.core.model(&model, arrived, Some(time)).await?;
         legs.leave();
         let pool = &self.core.text_pool;
-        let prompt = match prompt {
+        let mut chat: Option<Rendered> = None;
+        let mut prompt = match prompt {
             Some(generate_request::Prompt::Text(text)) => {
                 legs.enter(Leg::Tokenize);
                 pool.encode(&model.text, text, true, lifetime).await?
             }
             Some(generate_request::Prompt::Messages(messages)) => {
                 legs.enter(Leg::Tokenize);
-                let messages = messages.messages.into_iter().map(|m| ChatMessage::new(m.role, m.content));
-                let text = pool.render(&model.text, ChatPrompt::new(messages), lifetime).await?;
+                let settings = &self.core.chat;
+                let conversation = chat::conversation(messages, settings)?;
+                let mut rendered = conversation.render(&model, settings, pool, lifetime).await?;
+                let text = std::mem::take(&mut rendered.prompt);
+                chat = Some(rendered);
                 pool.encode(&model.text, text, false, lifetime).await?
             }
             Some(generate_request::Prompt::TokenIds(ids)) => ids.ids,
@@ -104,6 +126,9 @@ impl RouterService {
             }
         };
         legs.leave();
+        if truncate_prompt_tokens > 0 {
+            prompt.drain(..prompt.len().saturating_sub(truncate_prompt_tokens as usize));
+        }
         request::check_prompt(&model, &prompt)?;
         request::check_stops(&stop)?;
         let max_tokens = request::check_length(&model, prompt.len(), (max_tokens > 0).then_some(max_tokens))?;
@@ -115,10 +140,30 @@ impl RouterService {
         sampling
             .validate(model.vocab_size as usize)
             .map_err(|e| GenerateError::limit(&format!("sampling.{}", e.field), e.limit, e.value))?;
-        let stop_token_ids = if ignore_eos { [].into() } else { model.eos_token_ids.clone() };
+        if sampling.bad_words.is_empty() {
+            sampling.bad_words = constraints::bad_words(&model.text, &bad_words)?;
+        } else if !bad_words.is_empty() {
+            return Err(GenerateError::invalid("bad_words", "bad_words and sampling.bad_words: only one can be given"));
+        }
+        let own: &[u32] = if ignore_eos { &[] } else { &model.eos_token_ids };
+        let stop_token_ids: Arc<[u32]> = own.iter().chain(&stop_token_ids).copied().collect();
+        if stop_token_ids.len() > MAX_STOP_TOKENS {
+            let limit = format!("at most {} ids", MAX_STOP_TOKENS.saturating_sub(own.len()));
+            return Err(GenerateError::limit("stop_token_ids", limit, stop_token_ids.len() - own.len()));
+        }
         constraints::hold_back_ends(&mut sampling, &stop_token_ids, max_tokens)?;
         if let Some(grammar) = &sampling.grammar {
             constraints::check_grammar(pool, "sampling.grammar", grammar, lifetime).await?;
+        }
+        let (format, of_tools) = match chat {
+            Some(Rendered { format, grammar, .. }) => (Some(format), grammar),
+            None => (None, None),
+        };
+        if let Some(grammar) = of_tools
+            && sampling.grammar.replace(grammar).is_some()
+        {
+            let fault = "tool_choice can't require a call of an answer that has another grammar as well";
+            return Err(GenerateError::invalid("tool_choice", fault));
         }
         let generation = Generation {
             request_id,
@@ -127,16 +172,16 @@ impl RouterService {
             max_tokens,
             stop_token_ids,
             stop,
-            include_stop: false,
-            skip_special: true,
-            shown_special: [].into(),
-            prompt_logprobs: false,
+            include_stop,
+            skip_special: !keep_special_tokens,
+            shown_special: format.iter().flat_map(|format| model.text.special_ids(format.markers())).collect(),
+            prompt_logprobs,
             priority,
             arrived,
             time,
             model,
         };
-        Ok((generation, legs.times()))
+        Ok(Checked { generation, spent: legs.times(), format })
     }
 }
 
@@ -148,9 +193,13 @@ pub(crate) fn check_crowd(extensions: &Extensions) -> Result<(), GenerateError> 
     }
 }
 
-fn event(output: Output, model: &str, full_model: &str) -> Option<v1::GenerateEvent> {
+fn event(output: Output, reader: Option<&mut AnswerReader>, model: &str, full_model: &str) -> v1::GenerateEvent {
+    let parts = reader.map_or_else(Vec::new, |reader| chat::parts(reader.take(&output)));
     let event = match output {
-        Output::PromptLogprobs(_) => return None,
+        Output::PromptLogprobs(tokens) => {
+            let tokens = tokens.into_iter().map(Into::into).collect();
+            generate_event::Event::PromptLogprobs(v1::PromptLogprobs { tokens })
+        }
         Output::Token { token, text, stage } => generate_event::Event::Token(v1::GeneratedToken {
             token: Some(token.into()),
             text,
@@ -159,6 +208,7 @@ fn event(output: Output, model: &str, full_model: &str) -> Option<v1::GenerateEv
                 Role::Prefill => full_model.to_owned(),
                 Role::Decode => model.to_owned(),
             },
+            parts,
         }),
         Output::Finished(finished) => generate_event::Event::Finished(v1::GenerateFinished {
             reason: v1::FinishReason::from(finished.reason).into(),
@@ -166,9 +216,10 @@ fn event(output: Output, model: &str, full_model: &str) -> Option<v1::GenerateEv
             prompt_tokens: finished.prompt_tokens,
             completion_tokens: finished.completion_tokens,
             timings: Some(finished.timings.into()),
+            parts,
         }),
     };
-    Some(v1::GenerateEvent { event: Some(event) })
+    v1::GenerateEvent { event: Some(event) }
 }
 
 #[tonic::async_trait]
@@ -178,12 +229,12 @@ impl router_server::Router for RouterService {
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let asked = request.get_ref().model.clone();
         let count = |e: &GenerateError| self.core.metrics.refused(&self.core.catalog.label(&asked), e.reason());
-        let (place, generation, spent, span) = self.admit(request).await.inspect_err(count)?;
+        let (place, Checked { generation, spent, format }, span) = self.admit(request).await.inspect_err(count)?;
         let (model, full_model) = (generation.model.name.clone(), generation.model.full_model.clone());
         let outputs = span.in_scope(|| self.core.generate_after(spent, RequestFailure::default(), place, generation));
-        let events = outputs.filter_map(move |output| {
-            let event = output.map(|output| event(output, &model, &full_model)).map_err(Status::from).transpose();
-            std::future::ready(event)
+        let mut reader = format.as_ref().map(AnswerReader::new);
+        let events = outputs.map(move |output| {
+            output.map(|output| event(output, reader.as_mut(), &model, &full_model)).map_err(Status::from)
         });
         Ok(Response::new(Box::pin(events)))
     }
