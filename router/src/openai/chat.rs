@@ -113,11 +113,7 @@ async fn parse(
     let tokens: Arc<[u32]> = common.truncate(&model, tokens, max_tokens).0.into();
     legs.leave();
     let batch = Batch {
-        sampling: SamplingParams {
-            logprobs: of_output.or(prompt_scores),
-            grammar,
-            ..common.sampling.clone()
-        },
+        sampling: SamplingParams { logprobs: of_output.or(prompt_scores), grammar, ..common.sampling.clone() },
         max_tokens,
         default_max_tokens: model.text.generation_defaults().max_new_tokens.unwrap_or(u32::MAX),
         prompt_logprobs: prompt_scores.is_some(),
