@@ -1,5 +1,6 @@
 """Tests of the unmodified OpenAI client against the cluster at OVERFILL_URL."""
 
+import json
 import os
 import unittest
 
@@ -116,6 +117,32 @@ class Client(unittest.TestCase):
     def test_logit_bias(self):
         answer = self.complete(logit_bias={"42": 100}, extra_body={"ignore_eos": True, "return_token_ids": True})
         self.assertEqual(answer.choices[0].token_ids, [42] * 8)
+
+    def test_required_calls(self):
+        """A grammar makes any model call a function with valid arguments."""
+        digit = {"type": "integer", "minimum": 0, "maximum": 9}
+        unit = {"type": "string", "enum": ["celsius", "fahrenheit"]}
+        parameters = {
+            "type": "object",
+            "properties": {"a": digit, "b": unit},
+            "required": ["a", "b"],
+            "additionalProperties": False,
+        }
+        tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("f", "g")]
+        named = {"type": "function", "function": {"name": "g"}}
+        for choice, names in (("required", ("f", "g")), (named, ("g",))):
+            arguments = {"tools": tools, "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 200}
+            whole = self.chat(**arguments).choices[0]
+            self.assertEqual(whole.finish_reason, "tool_calls")
+            (call,) = whole.message.tool_calls
+            self.assertIn(call.function.name, names)
+            values = json.loads(call.function.arguments)
+            self.assertEqual(list(values), ["a", "b"])
+            self.assertIn(values["a"], range(10))
+            self.assertIn(values["b"], unit["enum"])
+            deltas = [part.choices[0].delta for part in self.chat(**arguments, stream=True)]
+            fragments = [one.function.arguments for delta in deltas for one in delta.tool_calls or []]
+            self.assertEqual("".join(fragments), call.function.arguments)
 
     def test_errors_are_the_clients_own_types(self):
         with self.assertRaises(openai.BadRequestError) as caught:

@@ -8,7 +8,9 @@ use overfill_tests::{Cluster, Golden, Router as _};
 
 #[test]
 fn the_openai_client_works_unmodified() -> Result<()> {
-    let cluster = Cluster::start(&Golden::up_args("llama-untied"))?;
+    let mut args = Golden::up_args("llama-untied");
+    args.push("--router-arg=--tool-call-parser=hermes".into());
+    let cluster = Cluster::start(&args)?;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/python/test_openai_client.py");
     let output = Command::new(python()?)
         .arg(script)

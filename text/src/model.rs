@@ -14,7 +14,7 @@ use tokenizers::Tokenizer;
 
 use crate::{
     AnswerFormat, Detokenizer, GenerationDefaults, Offsets, TextError, TextFiles, ToolFormat,
-    answer::forced,
+    answer::grammar,
     files::parsed,
     template::{ChatInput, ChatTemplate},
     templates::Templates,
@@ -130,9 +130,17 @@ impl TextModel {
 
     /// The grammar of answers in `format` that call one of `functions`, given by name and JSON schema of the arguments.
     pub fn call_grammar(&self, format: &AnswerFormat, functions: &[(&str, &Value)]) -> Grammar {
-        let special = |text: &str| self.tokenizer.token_to_id(text).filter(|id| self.special.contains(id));
         let marks_arguments = self.templates.as_ref().is_some_and(|templates| templates.marks_arguments);
-        Grammar::Lark(forced::grammar(format, functions, marks_arguments, special))
+        Grammar::Lark(grammar::of_calls(format, functions, marks_arguments, |text| self.special_id(text)))
+    }
+
+    /// The grammar of answers whose text after the reasoning matches `grammar`.
+    pub fn grammar_after_reasoning(&self, format: &AnswerFormat, grammar: &Grammar) -> Grammar {
+        grammar::after_reasoning(format, grammar, |text| self.special_id(text))
+    }
+
+    fn special_id(&self, text: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(text).filter(|id| self.special.contains(id))
     }
 
     /// Encodes `text`. `add_special` adds the special tokens of the tokenizer's post-processor, often a begin-of-text token.
@@ -216,7 +224,7 @@ impl TextModel {
 
     /// The special tokens among `texts`.
     pub fn special_ids(&self, texts: impl Iterator<Item = &'static str>) -> Vec<u32> {
-        texts.filter_map(|text| self.tokenizer.token_to_id(text)).filter(|id| self.special.contains(id)).collect()
+        texts.filter_map(|text| self.special_id(text)).collect()
     }
 }
 

@@ -172,6 +172,29 @@ fn reasoning_may_come_first() {
     }
 }
 
+#[test]
+fn an_answer_of_a_format_may_reason_first() {
+    for special in [false, true] {
+        let mut case = Case::new(ToolFormat::Hermes, Some(ReasoningFormat::Qwen3), special, false, false);
+        for (grammar, text) in [
+            (Grammar::Json(r#"{"type": "integer"}"#.into()), "12"),
+            (Grammar::Json("true".into()), "[1, \"a\"]"),
+            (Grammar::Regex("[a-c/]+\\\\?".into()), "a/b\\"),
+            (Grammar::Choice(vec!["yes".into(), "\"no\"".into()]), "\"no\""),
+            (Grammar::Lark("start: \"a\" b\nb: /[0-9]+/".into()), "a17"),
+        ] {
+            let alone = grammar.clone();
+            case.grammar = case.model.grammar_after_reasoning(&case.format, &grammar);
+            for thoughts in ["", "<think>\nHm: 1.\n</think>\n\n"] {
+                assert!(case.allows(&format!("{thoughts}{text}")), "{thoughts}{text} {:?}", case.grammar);
+                assert!(!case.allows(&format!("{thoughts}{text} x")) && !case.allows(&format!("{thoughts}!")));
+            }
+            let none = AnswerFormat { reasoning: None, ..case.format.clone() };
+            assert_eq!(case.model.grammar_after_reasoning(&none, &grammar), alone);
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 

@@ -106,20 +106,14 @@ async fn parse(
     fields.finish()?;
     may_ask(common.n)?;
     legs.enter(Leg::Tokenize);
-    let Rendered { prompt, format, grammar } = conversation.render(&model, settings, pool, lifetime).await?;
-    if grammar.is_some() && common.sampling.grammar.is_some() {
-        let fault = "tool_choice can't require a call of an answer that has another format as well";
-        return Err(GenerateError::invalid("tool_choice", fault).into());
-    }
+    let rendered = conversation.render(&model, settings, pool, lifetime).await?;
+    let grammar = rendered.grammar(&model, common.sampling.grammar.as_ref())?;
+    let Rendered { prompt, format, .. } = rendered;
     let tokens = pool.encode(&model.text, prompt, add_special, lifetime).await?;
     let tokens: Arc<[u32]> = common.truncate(&model, tokens, max_tokens).0.into();
     legs.leave();
     let batch = Batch {
-        sampling: SamplingParams {
-            logprobs: of_output.or(prompt_scores),
-            grammar: grammar.or_else(|| common.sampling.grammar.clone()),
-            ..common.sampling.clone()
-        },
+        sampling: SamplingParams { logprobs: of_output.or(prompt_scores), grammar, ..common.sampling.clone() },
         max_tokens,
         default_max_tokens: model.text.generation_defaults().max_new_tokens.unwrap_or(u32::MAX),
         prompt_logprobs: prompt_scores.is_some(),

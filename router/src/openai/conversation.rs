@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::{fields::Fields, messages, tools::Tools};
 use crate::{
-    GenerateError,
+    GenerateError, constraints,
     node::ServedModel,
     parsers::ChatSettings,
     prompt::{ChatPrompt, TextPool},
@@ -46,7 +46,21 @@ pub struct Rendered {
     /// What to look for in the answer.
     pub format: AnswerFormat,
     /// What the answer must match because of the tools.
-    pub grammar: Option<Grammar>,
+    grammar: Option<Grammar>,
+}
+
+impl Rendered {
+    /// What the whole answer must match. `asked`: what its text must match.
+    pub fn grammar(&self, model: &ServedModel, asked: Option<&Grammar>) -> Result<Option<Grammar>, GenerateError> {
+        match (&self.grammar, asked) {
+            (Some(_), Some(_)) => {
+                let fault = "tool_choice can't require a call of an answer whose text has a format as well";
+                Err(GenerateError::invalid("tool_choice", fault))
+            }
+            (Some(calls), None) => Ok(Some(calls.clone())),
+            (None, asked) => Ok(asked.map(|asked| model.text.grammar_after_reasoning(&self.format, asked))),
+        }
+    }
 }
 
 impl Conversation {
@@ -113,8 +127,7 @@ impl Conversation {
         // Before the template runs, so that a fault costs little.
         let format = tools.complete(AnswerFormat { reasoning, ..AnswerFormat::default() }, model, settings)?;
         for (field, schema) in tools.schemas() {
-            let checked = pool.check_grammar(schema, lifetime).await?;
-            checked.map_err(|e| GenerateError::limit(&field, "a JSON schema that can be enforced", e))?;
+            constraints::check_grammar(pool, &field, &schema, lifetime).await?;
         }
         let last = || chat.messages.last().and_then(|message| message["content"].as_str()).map(str::to_owned);
         let continued = chat.continue_final_message.then(last).flatten();
@@ -125,7 +138,7 @@ impl Conversation {
             reasoning_is_open: position == Some(ReasoningPosition::Within),
             ..format
         };
-        let grammar = tools.grammar(&format, model);
+        let grammar = tools.grammar(&format, model)?;
         Ok(Rendered { prompt, format, grammar })
     }
 }

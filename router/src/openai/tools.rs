@@ -1,6 +1,6 @@
 //! The tools of a chat request, and which of them the model may or must call.
 
-use overfill_kv::Grammar;
+use overfill_kv::{Grammar, sampling::MAX_GRAMMAR_BYTES};
 use overfill_text::{AnswerFormat, ToolFormat};
 use serde_json::{Value, json};
 
@@ -116,9 +116,17 @@ impl Tools {
     }
 
     /// The grammar of the answer, if the model must call a function.
-    pub fn grammar(&self, format: &AnswerFormat, model: &ServedModel) -> Option<Grammar> {
+    pub fn grammar(&self, format: &AnswerFormat, model: &ServedModel) -> Result<Option<Grammar>, GenerateError> {
         let functions: Vec<(&str, &Value)> = self.forced().map(|(_, f)| (f.name.as_str(), &f.parameters)).collect();
-        (!functions.is_empty()).then(|| model.text.call_grammar(format, &functions))
+        if functions.is_empty() {
+            return Ok(None);
+        }
+        let grammar = model.text.call_grammar(format, &functions);
+        if grammar.bytes() > MAX_GRAMMAR_BYTES {
+            let limit = format!("at most {MAX_GRAMMAR_BYTES} bytes together if one of them must be called");
+            return Err(GenerateError::limit("tools", limit, grammar.bytes()));
+        }
+        Ok(Some(grammar))
     }
 
     /// The functions of which the model must call one, with their places in the list of tools.

@@ -5,8 +5,8 @@
 //! around reasoning, and white space next to tool calls.
 
 mod call;
-pub(crate) mod forced;
 mod formats;
+pub(crate) mod grammar;
 mod json;
 mod python;
 mod reasoning;

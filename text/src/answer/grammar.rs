@@ -1,8 +1,10 @@
-//! Grammars of answers that must call functions, in llguidance's dialect of Lark.
+//! Grammars of answers: those that must call functions, and those with reasoning. They are in llguidance's dialect of Lark.
 
 use std::fmt::Write as _;
 
-use serde_json::Value as Json;
+use llguidance::regex_to_lark;
+use overfill_kv::Grammar;
+use serde_json::{Value as Json, json};
 
 use super::{
     AnswerFormat,
@@ -15,7 +17,7 @@ use super::{
 ///
 /// Arguments have schemas of their own, in which references such as `#/$defs/x` stay valid. What is around them is written
 /// as chat templates write it.
-pub(crate) fn grammar(
+pub(crate) fn of_calls(
     format: &AnswerFormat,
     functions: &[(&str, &Json)],
     has_named_form: bool,
@@ -36,15 +38,7 @@ pub(crate) fn grammar(
         ToolFormat::Llama3Json | ToolFormat::Pythonic => ("call".into(), "function".into()),
     };
     let mut lark = format!("start: {}{calls}\ncall: {call}\n", before(format));
-    if let Some(reasoning) = format.reasoning {
-        // The text up to the marker, and the marker.
-        let close = reasoning.markers()[1];
-        let _ = match special(close) {
-            Some(id) => writeln!(lark, "thoughts: /(.|\\n)*/ <[{id}]>"),
-            None => writeln!(lark, "thoughts[suffix={}]: /(.|\\n)*/", quoted(close)),
-        };
-        let _ = writeln!(lark, "open: {}\ngap: /\\n+/", marker(reasoning.markers()[0]));
-    }
+    reasoning_rules(&mut lark, format, &special);
     let names: Vec<String> = (0..functions.len()).map(|i| format!("function{i}")).collect();
     let _ = writeln!(lark, "function: {}", names.join(" | "));
     for (i, (name, parameters)) in functions.iter().enumerate() {
@@ -56,9 +50,55 @@ pub(crate) fn grammar(
                 writeln!(lark, "function{i}: {} arguments{i} \"}}\"", quoted(&head))
             }
         };
-        let _ = writeln!(lark, "arguments{i}: %json {parameters}");
+        let _ = writeln!(lark, "arguments{i}: %json {}", with_layout(parameters));
     }
     lark
+}
+
+/// The grammar of answers whose text after the reasoning matches `grammar`.
+pub(crate) fn after_reasoning(
+    format: &AnswerFormat,
+    grammar: &Grammar,
+    special: impl Fn(&str) -> Option<u32>,
+) -> Grammar {
+    if format.reasoning.is_none() {
+        return grammar.clone();
+    }
+    let answer = match grammar {
+        Grammar::Json(schema) if schema.trim_start().starts_with('{') => format!("%json {schema}"),
+        // True or false.
+        Grammar::Json(schema) => format!("%json {{\"allOf\": [{schema}]}}"),
+        Grammar::Regex(regex) => format!("/{}/", regex_to_lark(regex, "")),
+        Grammar::Choice(texts) => texts.iter().map(|text| quoted(text)).collect::<Vec<_>>().join(" | "),
+        Grammar::Lark(lark) => format!("%lark {{\n{lark}\n}}"),
+    };
+    let mut lark = format!("start: {}answer\nanswer: {answer}\n", before(format));
+    reasoning_rules(&mut lark, format, &special);
+    Grammar::Lark(lark)
+}
+
+/// The rules that [`before`] refers to.
+fn reasoning_rules(lark: &mut String, format: &AnswerFormat, special: &impl Fn(&str) -> Option<u32>) {
+    let Some(reasoning) = format.reasoning else { return };
+    let [open, close] = [reasoning.markers()[0], reasoning.markers()[1]];
+    // The text up to the marker, and the marker.
+    let _ = match special(close) {
+        Some(id) => writeln!(lark, "thoughts: /(.|\\n)*/ <[{id}]>"),
+        None => writeln!(lark, "thoughts[suffix={}]: /(.|\\n)*/", quoted(close)),
+    };
+    let open = special(open).map_or_else(|| quoted(open), |id| format!("<[{id}]>"));
+    let _ = writeln!(lark, "open: {open}\ngap: /\\n+/");
+}
+
+/// The schema with a layout: a space after commas and colons, as templates write it, or none, and no other white space. Without
+/// that, a model may write white space without end.
+fn with_layout(parameters: &Json) -> Json {
+    let mut schema = parameters.clone();
+    if let Json::Object(fields) = &mut schema {
+        let layout = json!({"item_separator": ", ?", "key_separator": ": ?", "whitespace_flexible": false});
+        fields.insert("x-guidance".into(), layout);
+    }
+    schema
 }
 
 /// What may come before the calls.
