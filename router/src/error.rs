@@ -159,6 +159,21 @@ impl GenerateError {
         }
     }
 
+    /// The same fault of a field that another API calls by another name: `from`, a part of the name, is replaced by `to`.
+    pub fn renamed(self, from: &str, to: &str) -> Self {
+        match self {
+            Self::Invalid { field: Some(field), message } => {
+                let name = field.replace(from, to);
+                let message = match message.strip_prefix(&field) {
+                    Some(rest) => name.clone() + rest,
+                    None => message,
+                };
+                Self::Invalid { field: Some(name), message }
+            }
+            other => other,
+        }
+    }
+
     /// An invalid request with the message `{field} must be {limit}, got {value}`.
     pub fn limit(field: &str, limit: impl std::fmt::Display, value: impl std::fmt::Display) -> Self {
         Self::invalid(field, format!("{field} must be {limit}, got {value}"))

@@ -1,7 +1,7 @@
 //! The router: takes requests over gRPC and the OpenAI HTTP API, runs each on a prefill and a decode node, and returns
 //! text.
 //!
-//! The path of a request: `openai` or `grpc` finds its model in the `catalog`, tokenizes its text with `prompt` and checks
+//! The path of a request: `openai`, `anthropic` or `grpc` finds its model in the `catalog`, tokenizes its text with `prompt` and checks
 //! it, which gives a `request::Generation`. `admission` admits sequences in an order that is fair between `tenants`.
 //! `generate` runs the attempts of a sequence: `sequence` turns tokens into text, and `retry` decides what follows a failed
 //! attempt. An `attempt` is one pass of a request over one decode and one prefill node. `pick` chooses them from the view
@@ -14,6 +14,7 @@
 
 mod admission;
 mod affinity;
+mod anthropic;
 mod args;
 mod attempt;
 mod breaker;

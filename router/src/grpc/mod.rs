@@ -155,16 +155,13 @@ impl RouterService {
         if let Some(grammar) = &sampling.grammar {
             constraints::check_grammar(pool, "sampling.grammar", grammar, lifetime).await?;
         }
-        let (format, of_tools) = match chat {
-            Some(Rendered { format, grammar, .. }) => (Some(format), grammar),
-            None => (None, None),
+        let format = match chat {
+            Some(rendered) => {
+                sampling.grammar = rendered.grammar(&model, sampling.grammar.as_ref())?;
+                Some(rendered.format)
+            }
+            None => None,
         };
-        if let Some(grammar) = of_tools
-            && sampling.grammar.replace(grammar).is_some()
-        {
-            let fault = "tool_choice can't require a call of an answer that has another grammar as well";
-            return Err(GenerateError::invalid("tool_choice", fault));
-        }
         let generation = Generation {
             request_id,
             prompt: prompt.into(),

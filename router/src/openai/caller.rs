@@ -1,6 +1,6 @@
 //! Identifies the tenant and the time limit of an HTTP request.
 
-use std::{sync::Arc, time::Duration};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use axum::{
     extract::{Request, State},
@@ -22,6 +22,9 @@ use crate::{
 /// Header with the request's time limit in seconds, counted from its arrival.
 const TIMEOUT_HEADER: &str = "x-overfill-timeout-seconds";
 
+/// Header with an API key alone. Anthropic's clients send it.
+const KEY_HEADER: &str = "x-api-key";
+
 /// Tenant and time limit from a request's headers.
 #[derive(Clone)]
 pub struct Caller {
@@ -36,7 +39,9 @@ pub struct Caller {
 impl Caller {
     fn new(core: &Core, headers: &HeaderMap) -> Result<Self, GenerateError> {
         let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-        let tenant = core.identify(text(header::AUTHORIZATION.as_str()), text(TENANT_HEADER))?;
+        let authorization = text(header::AUTHORIZATION.as_str()).map(Cow::from);
+        let authorization = authorization.or_else(|| Some(format!("Bearer {}", text(KEY_HEADER)?).into()));
+        let tenant = core.identify(authorization.as_deref(), text(TENANT_HEADER))?;
         let time = match text(TIMEOUT_HEADER) {
             None => None,
             Some(value) => {

@@ -9,7 +9,6 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use futures::StreamExt as _;
-use overfill_kv::SamplingParams;
 use overfill_text::AnswerFormat;
 use serde_json::{Value, json};
 
@@ -18,7 +17,7 @@ use super::{
     answer::{Answer, AnswerEvent, AnswerReader, ToolCall},
     batch::{self, Batch, Choice, Merged, Prompt, Usage},
     caller::Caller,
-    conversation::{Conversation, Rendered},
+    conversation::{Asked, Conversation, Prepared},
     error::ApiError,
     fields::{Common, Fields},
     logprobs::{ChatLogprobs, Names},
@@ -27,7 +26,6 @@ use super::{
 use crate::{
     GenerateError,
     generate::Core,
-    legs::Leg,
     node::ServedModel,
     parsers::ChatSettings,
     prompt::TextPool,
@@ -87,7 +85,6 @@ async fn parse(
     intake: Intake<'_>,
     may_ask: impl FnOnce(usize) -> Result<(), GenerateError>,
 ) -> Result<Chat, ApiError> {
-    let Intake { id, pool, settings, lifetime, mut legs } = intake;
     let common = Common::take(&mut fields, model.text.generation_defaults())?;
     let logprobs = fields.take("logprobs")?.unwrap_or(false);
     let top_logprobs = fields.take_count("top_logprobs")?;
@@ -102,28 +99,19 @@ async fn parse(
         return Err(GenerateError::limit("max_completion_tokens", "at least 1", 0).into());
     }
     let add_special = fields.take("add_special_tokens")?.unwrap_or(false);
-    let conversation = Conversation::take(&mut fields, settings)?;
+    let conversation = Conversation::take(&mut fields, intake.settings)?;
     fields.finish()?;
     may_ask(common.n)?;
-    legs.enter(Leg::Tokenize);
-    let rendered = conversation.render(&model, settings, pool, lifetime).await?;
-    let grammar = rendered.grammar(&model, common.sampling.grammar.as_ref())?;
-    let Rendered { prompt, format, .. } = rendered;
-    let tokens = pool.encode(&model.text, prompt, add_special, lifetime).await?;
-    let tokens: Arc<[u32]> = common.truncate(&model, tokens, max_tokens).0.into();
-    legs.leave();
-    let batch = Batch {
-        sampling: SamplingParams { logprobs: of_output.or(prompt_scores), grammar, ..common.sampling.clone() },
-        max_tokens,
-        default_max_tokens: model.text.generation_defaults().max_new_tokens.unwrap_or(u32::MAX),
-        prompt_logprobs: prompt_scores.is_some(),
-        shown_special: model.text.special_ids(format.markers()).into(),
-        model,
+    let asked = Asked {
         common,
-        lifetime,
-        spent: legs.times(),
+        max_tokens,
+        at_most_tokens: None,
+        logprobs: of_output.or(prompt_scores),
+        prompt_logprobs: prompt_scores.is_some(),
+        add_special,
     };
-    Ok(Chat { id, batch, prompt: Prompt { tokens, text: String::new() }, format, logprobs })
+    let Prepared { id, batch, prompt, format } = conversation.prepare(asked, model, intake).await?;
+    Ok(Chat { id, batch, prompt, format, logprobs })
 }
 
 impl Chat {

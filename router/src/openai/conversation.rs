@@ -1,12 +1,21 @@
 //! A chat: what its template turns into a prompt, and what its answer may be made of.
 
-use overfill_kv::Grammar;
+use std::sync::Arc;
+
+use overfill_kv::{Grammar, SamplingParams};
 use overfill_text::{AnswerFormat, ReasoningPosition};
 use serde_json::{Map, Value};
 
-use super::{fields::Fields, messages, tools::Tools};
+use super::{
+    Intake,
+    batch::{Batch, Prompt},
+    fields::{Common, Fields},
+    messages,
+    tools::Tools,
+};
 use crate::{
     GenerateError, constraints,
+    legs::Leg,
     node::ServedModel,
     parsers::ChatSettings,
     prompt::{ChatPrompt, TextPool},
@@ -63,6 +72,35 @@ impl Rendered {
     }
 }
 
+/// What a request asks for besides its chat.
+pub struct Asked {
+    /// Fields that the APIs share.
+    pub common: Common,
+    /// Maximum number of tokens. They must fit the context together with the prompt.
+    pub max_tokens: Option<u32>,
+    /// Without `max_tokens`: the answer has as many tokens as fit the context, but at most this many. `None`: the model's
+    /// default.
+    pub at_most_tokens: Option<u32>,
+    /// Number of alternatives reported per token. `None`: no log-probabilities.
+    pub logprobs: Option<u32>,
+    /// Whether the tokens of the prompt have log-probabilities as well.
+    pub prompt_logprobs: bool,
+    /// Whether the tokenizer adds its special tokens to the rendered chat.
+    pub add_special: bool,
+}
+
+/// A chat that is ready to be answered.
+pub struct Prepared {
+    /// The id that the client sees.
+    pub id: String,
+    /// How to answer.
+    pub batch: Batch,
+    /// The rendered chat.
+    pub prompt: Prompt,
+    /// What to look for in the answers.
+    pub format: AnswerFormat,
+}
+
 impl Conversation {
     /// Takes the fields of a chat completion.
     pub fn take(fields: &mut Fields, settings: &ChatSettings) -> Result<Self, GenerateError> {
@@ -112,6 +150,36 @@ impl Conversation {
             continue_final_message,
         };
         Ok(Self { chat, tools })
+    }
+
+    /// Renders and tokenizes the chat, so that it can be answered.
+    pub async fn prepare(
+        self,
+        asked: Asked,
+        model: Arc<ServedModel>,
+        intake: Intake<'_>,
+    ) -> Result<Prepared, GenerateError> {
+        let Intake { id, pool, settings, lifetime, mut legs } = intake;
+        let Asked { common, max_tokens, at_most_tokens, logprobs, prompt_logprobs, add_special } = asked;
+        legs.enter(Leg::Tokenize);
+        let rendered = self.render(&model, settings, pool, lifetime).await?;
+        let grammar = rendered.grammar(&model, common.sampling.grammar.as_ref())?;
+        let Rendered { prompt, format, .. } = rendered;
+        let tokens = pool.encode(&model.text, prompt, add_special, lifetime).await?;
+        let tokens: Arc<[u32]> = common.truncate(&model, tokens, max_tokens.or(at_most_tokens)).0.into();
+        legs.leave();
+        let batch = Batch {
+            sampling: SamplingParams { logprobs, grammar, ..common.sampling.clone() },
+            max_tokens,
+            default_max_tokens: at_most_tokens.or(model.text.generation_defaults().max_new_tokens).unwrap_or(u32::MAX),
+            prompt_logprobs,
+            shown_special: model.text.special_ids(format.markers()).into(),
+            model,
+            common,
+            lifetime,
+            spent: legs.times(),
+        };
+        Ok(Prepared { id, batch, prompt: Prompt { tokens, text: String::new() }, format })
     }
 
     /// Renders the prompt, and says what to look for in its answer.

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 
 use crate::GenerateError;
 
-/// An error response to an HTTP client.
-#[derive(Debug)]
+/// An error response to an HTTP client. It is an extension of its response, for middleware.
+#[derive(Clone, Debug)]
 pub struct ApiError {
     status: StatusCode,
     kind: &'static str,
@@ -22,7 +22,7 @@ pub struct ApiError {
     refusal: Option<Box<Refusal>>,
 }
 
-/// Response extension of an [`ApiError`]: a request that was refused, for metrics.
+/// A request that was refused, for metrics.
 #[derive(Clone, Debug)]
 pub struct Refusal {
     /// Why it was refused.
@@ -64,6 +64,21 @@ impl ApiError {
     /// An error that ended a sequence. Metrics have counted the sequence.
     pub fn of_sequence(e: GenerateError) -> Self {
         Self { refusal: None, ..e.into() }
+    }
+
+    /// What metrics count.
+    pub fn refusal(&self) -> Option<&Refusal> {
+        self.refusal.as_deref()
+    }
+
+    /// The HTTP status.
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// What is wrong.
+    pub fn message(&self) -> &str {
+        &self.message
     }
 
     /// The JSON form `{"error": {...}}`, for a response body or an event of a stream.
@@ -115,9 +130,6 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = Response::new(Body::from(self.body().to_string()));
         *response.status_mut() = self.status;
-        if let Some(refusal) = self.refusal {
-            response.extensions_mut().insert(*refusal);
-        }
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(seconds) = self.retry_after_seconds {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
@@ -125,6 +137,7 @@ impl IntoResponse for ApiError {
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        response.extensions_mut().insert(self);
         response
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use axum::body::Bytes;
-use overfill_kv::SamplingParams;
+use overfill_kv::{Grammar, SamplingParams};
 use overfill_text::GenerationDefaults;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
@@ -86,11 +86,16 @@ impl Fields {
         ids.map(|ids| ids.into_iter().map(check).collect()).transpose()
     }
 
-    /// Checks the remaining fields. An unsupported field with a value other than the neutral one is an error. Unknown fields
-    /// are ignored, as in vLLM.
+    /// Checks the remaining fields of a completion or a chat completion.
     pub fn finish(self) -> Result<(), GenerateError> {
+        self.finish_without(UNSUPPORTED)
+    }
+
+    /// Checks the remaining fields. A field of `unsupported` with a value other than the neutral one there is an error.
+    /// Unknown fields are ignored, as in vLLM.
+    pub fn finish_without(self, unsupported: &[(&str, &str)]) -> Result<(), GenerateError> {
         for (name, value) in self.0 {
-            let Some((_, neutral)) = UNSUPPORTED.iter().find(|(known, _)| *known == name) else {
+            let Some((_, neutral)) = unsupported.iter().find(|(known, _)| *known == name) else {
                 debug!(field = %name, "ignoring an unknown field");
                 continue;
             };
@@ -245,6 +250,16 @@ impl Common {
 }
 
 impl Common {
+    /// Makes the output match what `field` asks for.
+    pub fn match_also(&mut self, field: &'static str, grammar: Grammar) -> Result<(), GenerateError> {
+        if let Some(first) = self.structured.replace(field) {
+            let message = format!("{first} and {field}: only one form of structured output can be asked for");
+            return Err(GenerateError::invalid(field, message));
+        }
+        self.sampling.grammar = Some(grammar);
+        Ok(())
+    }
+
     /// The tokens of the prompt that are used: the last ones, as `truncate_prompt_tokens` says. Also returns whether it is
     /// shorter now.
     pub fn truncate(&self, model: &ServedModel, mut tokens: Vec<u32>, max_tokens: Option<u32>) -> (Vec<u32>, bool) {

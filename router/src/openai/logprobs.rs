@@ -3,6 +3,7 @@
 use overfill_kv::OutputToken;
 use overfill_text::TextModel;
 use serde::{Serialize, Serializer, ser::SerializeMap as _};
+use serde_json::Value;
 
 /// Stands for smaller log-probabilities and NaN, because JSON has no infinity.
 const LOWEST: f32 = -9999.0;
@@ -91,6 +92,13 @@ struct TokenLogprob {
 }
 
 impl ChatLogprobs {
+    /// The entry of one token.
+    pub fn of_token(token: &OutputToken, names: Names<'_>) -> Value {
+        let mut content = Self::new(std::slice::from_ref(token), names).content;
+        // Tokens are plain data, which always becomes JSON.
+        serde_json::to_value(content.pop()).unwrap_or_default()
+    }
+
     /// The log-probabilities of `tokens`.
     pub fn new(tokens: &[OutputToken], names: Names<'_>) -> Self {
         let entry = |id: u32, logprob: f32| TokenLogprob {

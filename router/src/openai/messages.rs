@@ -113,12 +113,17 @@ fn check_call(at: &str, call: &mut Value) -> Result<(), GenerateError> {
         return limit(".function.name", "the name of a function", &call["function"]["name"]);
     }
     let arguments = &mut call["function"]["arguments"];
-    *arguments = match arguments.take() {
+    *arguments = self::arguments(arguments.take());
+    Ok(())
+}
+
+/// The arguments of a call as templates take them: JSON text is parsed, and what is no JSON becomes an empty object.
+pub fn arguments(value: Value) -> Value {
+    match value {
         Value::String(text) => serde_json::from_str(&text).unwrap_or_else(|_| json!({})),
         value @ (Value::Object(_) | Value::Array(_)) => value,
         _ => json!({}),
-    };
-    Ok(())
+    }
 }
 
 #[cfg(test)]

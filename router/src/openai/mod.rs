@@ -2,18 +2,21 @@
 
 pub mod answer;
 pub mod batch;
+pub mod blocks;
 pub mod caller;
 mod chat;
 mod completions;
 pub mod conversation;
 pub mod error;
-mod fields;
+pub mod fields;
+pub mod history;
 mod logprobs;
-mod messages;
+pub mod messages;
 mod producers;
 mod prompt_logprobs;
-mod sse;
-mod structured;
+mod responses;
+pub mod sse;
+pub mod structured;
 mod tokens;
 pub mod tools;
 mod whole;
@@ -29,7 +32,7 @@ use axum::{
     body::Bytes,
     extract::{DefaultBodyLimit, Path, Request, State, rejection::BytesRejection},
     http::{HeaderMap, HeaderValue, StatusCode},
-    middleware::{Next, from_fn, from_fn_with_state},
+    middleware::{Next, from_fn, from_fn_with_state, map_response},
     response::Response,
     routing::{get, post},
 };
@@ -40,7 +43,7 @@ use serde_json::{Value, json};
 use tracing::{Instrument as _, Span, info_span};
 
 use crate::{
-    GenerateError,
+    GenerateError, anthropic,
     catalog::Listed,
     generate::Core,
     http,
@@ -53,21 +56,31 @@ use crate::{
 
 type Checked = Result<Vec<Generation>, ApiError>;
 
-/// The routes of the API.
+/// The routes of all APIs over HTTP.
 ///
 /// Layers run from the last one to the first one. So a client is identified before its body is unpacked.
 pub fn routes(core: Core, max_body_bytes: usize, allowed_origins: &[HeaderValue]) -> Router {
+    let layered = |routes: Router<Core>| {
+        routes
+            .route_layer(from_fn(http::decompress))
+            .route_layer(from_fn_with_state(core.clone(), caller::identify))
+            .route_layer(from_fn_with_state(core.clone(), count_refusals))
+    };
+    let messages = Router::new()
+        .route("/v1/messages", post(anthropic::messages))
+        .route("/v1/messages/count_tokens", post(anthropic::count_tokens));
+    let messages = layered(messages).route_layer(map_response(anthropic::rewrite));
     let routes = Router::new()
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/responses", post(responses))
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
-        .route("/version", get(async || Json(json!({"version": env!("CARGO_PKG_VERSION")}))))
-        .route_layer(from_fn(http::decompress))
-        .route_layer(from_fn_with_state(core.clone(), caller::identify))
-        .route_layer(from_fn_with_state(core.clone(), count_refusals))
+        .route("/version", get(async || Json(json!({"version": env!("CARGO_PKG_VERSION")}))));
+    let routes = layered(routes)
+        .merge(messages)
         .fallback(async || ApiError::bad_request("no such path").with_status(StatusCode::NOT_FOUND))
         .method_not_allowed_fallback(async || {
             ApiError::bad_request("no such method for this path").with_status(StatusCode::METHOD_NOT_ALLOWED)
@@ -81,7 +94,7 @@ pub fn routes(core: Core, max_body_bytes: usize, allowed_origins: &[HeaderValue]
 }
 
 /// Unwraps the body. A body that is too long gives status 413. A body that arrives too slowly gives 408.
-fn body(result: Result<Bytes, BytesRejection>) -> Result<Bytes, ApiError> {
+pub fn body(result: Result<Bytes, BytesRejection>) -> Result<Bytes, ApiError> {
     result.map_err(|e| {
         let status = if is_slow(&e) { StatusCode::REQUEST_TIMEOUT } else { e.status() };
         ApiError::bad_request(e.body_text()).with_status(status)
@@ -95,14 +108,15 @@ fn is_slow(e: &(dyn Error + 'static)) -> bool {
 /// Middleware that counts the requests that are answered with an error.
 async fn count_refusals(State(core): State<Core>, request: Request, next: Next) -> Response {
     let response = next.run(request).await;
-    if let Some(Refusal { reason, model }) = response.extensions().get() {
+    let error: Option<&ApiError> = response.extensions().get();
+    if let Some(Refusal { reason, model }) = error.and_then(ApiError::refusal) {
         core.metrics.refused(model, reason);
     }
     response
 }
 
 /// The span of a request. It continues the client's trace.
-fn request_span(name: &str, id: &str, headers: &HeaderMap) -> Span {
+pub fn request_span(name: &str, id: &str, headers: &HeaderMap) -> Span {
     let span =
         info_span!("request", otel.name = name, otel.kind = "server", request = id, trace_id = tracing::field::Empty);
     traces::continue_from(&span, headers);
@@ -131,6 +145,17 @@ async fn chat_completions(
     Box::pin(chat::create(core, caller, body(bytes)?, id)).instrument(span).await
 }
 
+async fn responses(
+    State(core): State<Core>,
+    Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
+    bytes: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    let id = format!("resp_{}", request::new_request_id());
+    let span = request_span("POST /v1/responses", &id, &headers);
+    Box::pin(responses::create(core, caller, body(bytes)?, id)).instrument(span).await
+}
+
 /// Limits of [`check_body`].
 #[derive(Clone, Copy, Debug)]
 pub struct BodyLimits {
@@ -150,11 +175,12 @@ impl BodyLimits {
 }
 
 /// A request while its fields are turned into sequences.
-struct Intake<'a> {
+pub struct Intake<'a> {
     /// The id that the client sees.
     id: String,
     pool: &'a TextPool,
-    settings: &'a ChatSettings,
+    /// Settings of chats.
+    pub settings: &'a ChatSettings,
     lifetime: Lifetime,
     /// Measures the first legs, which all sequences share.
     legs: Legs,
@@ -167,13 +193,13 @@ impl<'a> Intake<'a> {
     }
 
     /// A request of `caller`. Its time limit is the caller's, else the router's default.
-    fn at(core: &'a Core, caller: &Caller, id: String) -> Self {
+    pub fn at(core: &'a Core, caller: &Caller, id: String) -> Self {
         let lifetime = Lifetime { arrived: caller.arrived, time: caller.time.unwrap_or(core.default_time) };
         Self::new(id, &core.text_pool, &core.chat, lifetime)
     }
 
     /// The model `name`. Waits if no node serves it yet.
-    async fn model(&mut self, core: &Core, caller: &Caller, name: &str) -> Result<Arc<ServedModel>, GenerateError> {
+    pub async fn model(&mut self, core: &Core, caller: &Caller, name: &str) -> Result<Arc<ServedModel>, GenerateError> {
         self.legs.enter(Leg::Queue);
         let model = core.model(name, self.lifetime.arrived, caller.time).await?;
         self.legs.leave();
@@ -211,6 +237,6 @@ async fn model(State(core): State<Core>, Path(name): Path<String>) -> Result<Jso
 }
 
 /// Seconds since 1970.
-fn now() -> u64 {
+pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }

@@ -7,11 +7,12 @@ use axum::{
 };
 use futures::{Stream, StreamExt as _};
 use serde::Serialize;
+use serde_json::Value;
 
 use super::error::ApiError;
 use crate::GenerateError;
 
-/// The last event of every stream.
+/// The last event of a stream of completions.
 const DONE: &[u8] = b"data: [DONE]\n\n";
 
 /// Serialises one event.
@@ -22,16 +23,25 @@ pub fn event(data: &impl Serialize) -> Result<Bytes, GenerateError> {
     Ok(out.into())
 }
 
-/// A streaming response. An error is sent as the last event before `[DONE]`, so a stream never ends silently.
+/// Serialises an event with a name, which is its field `type` as well.
+pub fn named(data: &Value) -> Bytes {
+    format!("event: {}\ndata: {data}\n\n", data["type"].as_str().unwrap_or_default()).into()
+}
+
+/// A streaming response with completions. An error is sent as the last event before `[DONE]`, so a stream never ends silently.
 pub fn response(events: impl Stream<Item = Result<Bytes, GenerateError>> + Send + 'static) -> Response {
     let events = events
         .map(|event| match event {
             Ok(bytes) => bytes,
             Err(e) => Bytes::from(format!("data: {}\n\n", ApiError::from(e).body())),
         })
-        .chain(futures::stream::iter([Bytes::from_static(DONE)]))
-        .map(Ok::<_, std::convert::Infallible>);
-    let mut response = Response::new(Body::from_stream(events));
+        .chain(futures::stream::iter([Bytes::from_static(DONE)]));
+    respond(events)
+}
+
+/// A streaming response with these events.
+pub fn respond(events: impl Stream<Item = Bytes> + Send + 'static) -> Response {
+    let mut response = Response::new(Body::from_stream(events.map(Ok::<_, std::convert::Infallible>)));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));

@@ -80,7 +80,8 @@ fn response_format(ResponseFormat { r#type, json_schema }: ResponseFormat) -> Re
     }
 }
 
-fn any_object() -> Grammar {
+/// What an answer must match that is JSON without a schema.
+pub fn any_object() -> Grammar {
     Grammar::Json(json!({"type": "object"}).to_string())
 }
 

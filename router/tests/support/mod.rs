@@ -4,9 +4,9 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use overfill_cluster::Shutdown;
+use overfill_cluster::{ConfigError, Shutdown};
 use overfill_proto::v1::router_client::RouterClient;
-use overfill_router::{Config, Router};
+use overfill_router::{Args, Config, Router};
 use overfill_simulated::{Options, SimulatedNode};
 use serde_json::Value;
 use tokio::{
@@ -67,6 +67,15 @@ pub async fn unready_rig(prefill: &[Options], decode: &[Options], change: impl F
     Rig { prefill: prefills, decode: decodes, http, grpc, shutdown }
 }
 
+/// The settings of a router with these flags.
+pub fn flags(list: &[&str]) -> Result<Config, Vec<ConfigError>> {
+    use clap::{Args as _, FromArgMatches as _};
+    let urls = ["--prefill-url", "http://127.0.0.1:1", "--decode-url", "http://127.0.0.1:1"];
+    let command = Args::augment_args(clap::Command::new("router"));
+    let matches = command.get_matches_from([&["router"], &urls[..], list].concat());
+    Args::from_arg_matches(&matches).unwrap().validate()
+}
+
 /// Polls until `condition` holds.
 pub async fn wait_for(mut condition: impl AsyncFnMut() -> bool) {
     let limit = tokio::time::Instant::now() + Duration::from_secs(60);
@@ -91,6 +100,18 @@ impl Answer {
     pub fn header(&self, name: &str) -> &str {
         let start = format!("{name}: ");
         self.head.lines().find_map(|line| line.strip_prefix(&start)).unwrap_or_default()
+    }
+
+    /// The events of a stream whose events have names. Checks that each name is the event's type.
+    pub fn named_events(&self) -> Vec<Value> {
+        let event = |text: &str| {
+            let (name, data) = text.strip_prefix("event: ").unwrap().split_once("\ndata: ").unwrap();
+            let event: Value = serde_json::from_str(data).unwrap();
+            assert_eq!(event["type"], name);
+            event
+        };
+        assert!(self.body.ends_with("\n\n"), "{}", self.body);
+        self.body.trim_end().split("\n\n").map(event).collect()
     }
 
     /// The events of a stream. Checks that the stream ends with `[DONE]`, which is not included.

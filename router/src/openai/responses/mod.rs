@@ -1,0 +1,71 @@
+//! `POST /v1/responses`, OpenAI's Responses API. Nothing is stored, so each request has the whole conversation.
+
+mod input;
+mod output;
+
+use async_stream::stream;
+use axum::{
+    Json,
+    body::Bytes,
+    response::{IntoResponse as _, Response},
+};
+use futures::StreamExt as _;
+
+use self::{input::Ask, output::Writer};
+use super::{Intake, batch::Merged, caller::Caller, error::ApiError, fields::Fields, sse};
+use crate::{GenerateError, generate::Core};
+
+/// Handles a request.
+pub async fn create(core: Core, caller: Caller, body: Bytes, id: String) -> Result<Response, ApiError> {
+    let intake = Intake::at(&core, &caller, id);
+    let mut fields = Fields::parse(&body)?;
+    drop(body);
+    let name = fields.take::<String>("model")?.unwrap_or_default();
+    let answered = answer(&core, &caller, intake, &name, fields).await;
+    answered.map_err(|e| e.of_model(core.catalog.label(&name)))
+}
+
+async fn answer(
+    core: &Core,
+    caller: &Caller,
+    mut intake: Intake<'_>,
+    name: &str,
+    fields: Fields,
+) -> Result<Response, ApiError> {
+    let model = intake.model(core, caller, name).await?;
+    let Ask { asked, conversation, echo } = Ask::parse(fields, model.text.generation_defaults())?;
+    let prepared = conversation.prepare(asked, model, intake).await.map_err(input::renamed)?;
+    let mut merged = prepared.batch.start(core, &caller.tenant, std::slice::from_ref(&prepared.prompt)).await?;
+    let streamed = prepared.batch.common.stream;
+    let mut writer = Writer::new(prepared, echo);
+    if streamed {
+        return Ok(streamed_answer(writer, merged));
+    }
+    while let Some((_, output)) = merged.next().await {
+        writer.take(output.map_err(ApiError::of_sequence)?);
+    }
+    let whole = writer.ended().ok_or_else(|| GenerateError::Internal("the answer has no end".into()))?;
+    Ok(Json(whole).into_response())
+}
+
+/// The answer as events. A failure is the last event, `response.failed`.
+fn streamed_answer(mut writer: Writer, mut merged: Merged) -> Response {
+    sse::respond(stream! {
+        for event in writer.begin() {
+            yield sse::named(&event);
+        }
+        while let Some((_, output)) = merged.next().await {
+            match output {
+                Ok(output) => {
+                    for event in writer.take(output) {
+                        yield sse::named(&event);
+                    }
+                }
+                Err(e) => {
+                    yield sse::named(&writer.fail(&e.into()));
+                    break;
+                }
+            }
+        }
+    })
+}
