@@ -113,6 +113,8 @@ pub(crate) struct TensorLocation<'a> {
     pub shape: Vec<usize>,
     pub stored: Stored,
     pub data: &'a [u8],
+    /// What is added to the values that the file holds.
+    pub offset: f32,
     /// Head width if the file interleaves the two halves of every head's rows; see [`TensorLocation::stored_row`].
     pub interleaved: Option<usize>,
 }
@@ -168,7 +170,11 @@ impl TensorLocation<'_> {
         }
         let row_bytes = self.row_bytes()?;
         if self.interleaved.is_none() {
-            return Ok(self.stored.read(&self.data[rows.start * row_bytes..rows.end * row_bytes], out)?);
+            self.stored.read(&self.data[rows.start * row_bytes..rows.end * row_bytes], out)?;
+            if self.offset != 0.0 {
+                out.iter_mut().for_each(|value| *value += self.offset);
+            }
+            return Ok(());
         }
         for (row, out) in rows.zip(out.chunks_mut(elements.max(1))) {
             let at = self.stored_row(row) * row_bytes;
@@ -203,7 +209,15 @@ impl Weights {
                 let (file, mapped) = &files[*index];
                 let view = mapped.get(name).map_err(|e| ModelError::malformed(file, e))?;
                 let (shape, stored) = (view.shape().to_vec(), Stored::Plain(view.dtype()));
-                Ok(Some(TensorLocation { file, name, shape, stored, data: view.data(), interleaved: None }))
+                Ok(Some(TensorLocation {
+                    file,
+                    name,
+                    shape,
+                    stored,
+                    data: view.data(),
+                    offset: 0.0,
+                    interleaved: None,
+                }))
             }
         }
     }
@@ -253,8 +267,8 @@ impl Weights {
     pub fn info(&self, name: &str) -> Option<TensorInfo> {
         let place = self.find(name).ok().flatten()?;
         let dtype = match place.stored {
-            Stored::Plain(dtype) => dtype,
-            Stored::Blocks(_) => Dtype::F32,
+            Stored::Plain(dtype) if place.offset == 0.0 => dtype,
+            Stored::Plain(_) | Stored::Blocks(_) => Dtype::F32,
         };
         Some(TensorInfo { shape: place.shape, dtype })
     }
@@ -263,10 +277,10 @@ impl Weights {
     pub fn load(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor, ModelError> {
         let place = self.checked(name, shape)?;
         match place.stored {
-            Stored::Plain(dtype) => {
+            Stored::Plain(dtype) if place.offset == 0.0 => {
                 Ok(Tensor::from_raw_buffer(&place.ordered()?, DType::try_from(dtype)?, shape, device)?)
             }
-            Stored::Blocks(_) => {
+            Stored::Plain(_) | Stored::Blocks(_) => {
                 let mut values = vec![0.0; shape.iter().product()];
                 place.read_rows(0..shape.first().copied().unwrap_or(1), &mut values)?;
                 Ok(Tensor::from_vec(values, shape, device)?)
