@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor, bail};
-use overfill_model::Attention;
+use overfill_model::{Attention, LayerSpec, soft_cap};
 
 use crate::fused::{Visibility, masked_softmax};
 
@@ -51,6 +51,7 @@ impl<'a> DenseAttention<'a> {
             prompt_lengths: prompt.map_or_else(|| vec![0; batch], |p| p.lengths.clone()),
             past: 0,
             queries,
+            window: usize::MAX,
         };
         Self { batch, prompt, visibility: Arc::new(visibility), own: None }
     }
@@ -74,7 +75,7 @@ impl<'a> DenseAttention<'a> {
 }
 
 impl Attention for DenseAttention<'_> {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    fn attend(&mut self, layer: usize, spec: &LayerSpec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (n, heads, width) = q.dims3()?;
         let kv_heads = k.dim(1)?;
         let (batch, queries) = (self.batch, self.visibility.queries);
@@ -100,7 +101,15 @@ impl Attention for DenseAttention<'_> {
         let q = q.reshape((batch, queries, kv_heads, groups, width))?.permute((0, 2, 3, 1, 4))?.contiguous()?;
         let q = q.reshape((batch, kv_heads, groups * queries, width))?;
         let scores = q.matmul(&k.transpose(2, 3)?)?;
-        let weights = masked_softmax(&scores, &self.visibility, 1.0 / (width as f32).sqrt())?;
+        let visibility = match spec.window {
+            Some(window) => &Arc::new(Visibility { window, ..self.visibility.as_ref().clone() }),
+            None => &self.visibility,
+        };
+        let scale = 1.0 / (width as f32).sqrt();
+        let weights = match spec.score_cap {
+            Some(cap) => masked_softmax(&soft_cap(&(scores * f64::from(scale))?, cap)?, visibility, 1.0)?,
+            None => masked_softmax(&scores, visibility, scale)?,
+        };
         let out = weights.matmul(&v)?.reshape((batch, kv_heads, groups, queries, width))?;
         out.permute((0, 3, 1, 2, 4))?.contiguous()?.reshape((n, heads, width))
     }

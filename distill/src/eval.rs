@@ -45,7 +45,7 @@ impl Arm {
     pub fn two_stage(full: &Path, decode: &Path, dtype: DType, device: &Device) -> Result<Self> {
         let kept_layers = Provenance::from_folder(decode)?.and_then(|p| p.kept_layers);
         let (prefill, decode) = (load_frozen(full, dtype, device)?, load_frozen(decode, dtype, device)?);
-        check_pair(prefill.config(), decode.config())?;
+        check_pair(prefill.config(), decode.config(), kept_layers.as_deref())?;
         Ok(Self { prefill, decode: Some(decode), kept_layers })
     }
 

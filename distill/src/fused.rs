@@ -33,6 +33,8 @@ pub struct Visibility {
     pub past: usize,
     /// Number of queries, and of their own key columns, per batch row.
     pub queries: usize,
+    /// Number of tokens that a query sees, itself included; `usize::MAX`: all.
+    pub window: usize,
 }
 
 impl Visibility {
@@ -42,7 +44,10 @@ impl Visibility {
 
     /// Columns that query `t` of batch row `b` sees.
     fn visible(&self, b: usize, t: usize) -> [std::ops::Range<usize>; 2] {
-        [0..self.prompt_lengths[b], self.prompt..self.prompt + self.past + t + 1]
+        let (prompt, own) = (self.prompt_lengths[b], self.past + t + 1);
+        // Positions before this one are outside of the window.
+        let first = (prompt + own).saturating_sub(self.window);
+        [first.min(prompt)..prompt, self.prompt + first.saturating_sub(prompt)..self.prompt + own]
     }
 
     /// Additive mask, `[batch, 1, queries, columns]`: 0 if the key is visible, else `-inf`.
@@ -245,7 +250,8 @@ mod tests {
 
     #[test]
     fn softmax_equals_basic_operations_gradients_included() {
-        let visibility = Arc::new(Visibility { prompt: 3, prompt_lengths: vec![3, 1], past: 1, queries: 2 });
+        let visibility =
+            Arc::new(Visibility { prompt: 3, prompt_lengths: vec![3, 1], past: 1, queries: 2, window: usize::MAX });
         let scores = Var::randn(0f32, 1f32, (2, 2, 4, 6), &Device::Cpu).unwrap();
         let weights = Tensor::randn(0f32, 1f32, (2, 2, 4, 6), &Device::Cpu).unwrap();
         let run = |f: &dyn Fn() -> Tensor| {

@@ -110,7 +110,7 @@ pub fn load_frozen(folder: &Path, dtype: DType, device: &Device) -> Result<Decod
 }
 
 /// Random weights with standard deviation `1/sqrt(inputs)`, smaller for projections that add to the residual stream.
-/// Norms are 1, biases 0.
+/// Norms multiply by 1, biases are 0.
 fn random_params(config: &ModelConfig, seed: u64, device: &Device) -> Result<Params> {
     let residual = 1.0 / (2.0 * config.num_hidden_layers as f64).sqrt();
     let mut params = Params::new();
@@ -119,9 +119,10 @@ fn random_params(config: &ModelConfig, seed: u64, device: &Device) -> Result<Par
         let (count, inputs) = (shape.iter().product::<usize>(), *shape.last().unwrap_or(&1));
         let adds = module.parts.iter().any(|(p, _)| matches!(p, Parameter::AttentionOutput | Parameter::Down));
         let deviation = (inputs as f64).sqrt().recip() * if adds { residual } else { 1.0 };
+        let ones = if config.norms_around_zero() { 0.0 } else { 1.0 };
         let value = |_| match kind {
             Kind::Bias => 0.0,
-            Kind::Weight if module.columns.is_none() => 1.0,
+            Kind::Weight if module.columns.is_none() => ones,
             Kind::Weight => (random.normal() * deviation) as f32,
         };
         let values: Vec<f32> = (0..count).map(value).collect();
@@ -229,7 +230,7 @@ pub fn train(config: &TrainConfig) -> Result<Trained> {
     };
     let full = config.full.as_deref().map(|full| load_frozen(full, config.dtype.dtype(), &device)).transpose()?;
     if let Some(full) = &full {
-        check_pair(full.config(), &model)?;
+        check_pair(full.config(), &model, provenance.kept_layers.as_deref())?;
     }
     let (mut examples, left_out) = data::load(&config.data, &text, config.max_tokens)?;
     if full.is_some() {
@@ -311,19 +312,22 @@ pub fn train(config: &TrainConfig) -> Result<Trained> {
     Ok(done)
 }
 
-/// Checks that `student` can attend to the KV of `full`. An error names the field that differs.
-pub fn check_pair(full: &ModelConfig, student: &ModelConfig) -> Result<()> {
+/// Checks that `student` can attend to the KV of the layers of `full` that it keeps; `None`: all. An error names the field
+/// that differs.
+pub fn check_pair(full: &ModelConfig, student: &ModelConfig, kept_layers: Option<&[u32]>) -> Result<()> {
     let facts = |c: &ModelConfig| {
-        let rope = c.rope_spec();
         [
             ("num_key_value_heads", c.num_key_value_heads.to_string()),
             ("head_dim", c.head_dim.to_string()),
             ("vocab_size", c.vocab_size.to_string()),
-            ("rope_theta", rope.theta.to_string()),
-            ("rope_scaling", rope.scaling),
         ]
     };
-    for ((field, of_full), (_, of_student)) in facts(full).into_iter().zip(facts(student)) {
+    let kept = |layer: usize| kept_layers.map_or(layer, |kept| kept.get(layer).map_or(usize::MAX, |at| *at as usize));
+    let layers = (0..student.num_hidden_layers).map(|layer| {
+        let of_full = full.attention_of(kept(layer)).unwrap_or_else(|| "absent".into());
+        (("rope and window of a layer", of_full), ("", student.attention_of(layer).unwrap_or_default()))
+    });
+    for ((field, of_full), (_, of_student)) in facts(full).into_iter().zip(facts(student)).chain(layers) {
         if of_full != of_student {
             bail!(
                 "the student can't use the full model's KV: {field} is {of_student} in the student, {of_full} in the full model"

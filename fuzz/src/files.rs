@@ -140,13 +140,18 @@ fn check_config(config: &ModelConfig) {
     let shapes = config.tensor_shapes();
     assert!(shapes.iter().all(|(name, shape)| !name.is_empty() && !shape.contains(&0)));
     assert_eq!(config.layers.len(), config.num_hidden_layers);
-    assert!(config.inverse_frequencies().iter().all(|frequencies| frequencies.len() == config.head_dim / 2));
+    assert!(config.inverse_frequencies().iter().all(|frequencies| frequencies.len() == config.rotary_dim / 2));
+    assert!(config.inverse_frequencies().iter().flatten().all(|frequency| frequency.is_finite()));
     assert!(!config.rope_spec().scaling.is_empty());
+    assert!([0, config.num_hidden_layers].contains(&config.layer_attention().len()));
+    let cut = config.cut(1, 1, &[0]).to_json();
+    let cut = ModelConfig::from_json(Path::new("config.json"), cut).expect("a configuration that was cut here");
+    assert_eq!(cut.layers, config.layers[..1]);
     let json: Value = config.to_json();
     let again = ModelConfig::from_json(Path::new("config.json"), json).expect("a configuration that was written here");
     assert_eq!(again.tensor_shapes(), shapes);
     assert_eq!(
-        (again.rope_spec(), again.max_position_embeddings),
-        (config.rope_spec(), config.max_position_embeddings)
+        (again.rope_spec(), again.layers, again.scales, again.max_position_embeddings),
+        (config.rope_spec(), config.layers.clone(), config.scales, config.max_position_embeddings)
     );
 }

@@ -66,6 +66,14 @@ pub struct RopeSpec {
     pub scaling: String,
 }
 
+impl RopeSpec {
+    /// Canonical text of this rotation in a layer with a sliding window of `window` tokens, or without one.
+    pub fn of_layer(&self, window: Option<usize>) -> String {
+        let window = window.map_or("none".into(), |tokens| tokens.to_string());
+        format!("theta={} {} window={window}", self.theta, self.scaling)
+    }
+}
+
 /// Layout of KV, and identity of the model and tokenizer that it was computed with.
 ///
 /// One layer of one block is `[K|V][kv_heads][block_tokens][head_dim]`, elements little-endian.
@@ -79,6 +87,8 @@ pub struct KvSchema {
     pub head_dim: u32,
     /// Rotary embedding already applied to the keys.
     pub rope: RopeSpec,
+    /// If layers differ in rotation or have sliding windows: [`RopeSpec::of_layer`] of each of `layers`. Else empty.
+    pub layer_attention: Vec<String>,
     /// Element type.
     pub dtype: KvDtype,
     /// Tokens per block.
@@ -114,8 +124,18 @@ impl KvSchema {
     /// All fields must be equal, except that the consumer may use a subset of the layers and may leave `full_model`
     /// unset. The error names the first field that differs.
     pub fn check_consumer(&self, consumer: &Self) -> Result<(), SchemaMismatch> {
-        let Self { layers, kv_heads, head_dim, rope, dtype, block_tokens, vocab_size, tokenizer_sha256, full_model } =
-            self;
+        let Self {
+            layers,
+            kv_heads,
+            head_dim,
+            rope,
+            layer_attention,
+            dtype,
+            block_tokens,
+            vocab_size,
+            tokenizer_sha256,
+            full_model,
+        } = self;
         fn same<T: PartialEq + fmt::Debug>(field: &'static str, p: &T, c: &T) -> Result<(), SchemaMismatch> {
             if p == c {
                 return Ok(());
@@ -127,8 +147,14 @@ impl KvSchema {
         }
         same("kv_heads", kv_heads, &consumer.kv_heads)?;
         same("head_dim", head_dim, &consumer.head_dim)?;
-        same("rope.theta", &rope.theta, &consumer.rope.theta)?;
-        same("rope.scaling", &rope.scaling, &consumer.rope.scaling)?;
+        if layer_attention.is_empty() && consumer.layer_attention.is_empty() {
+            same("rope.theta", &rope.theta, &consumer.rope.theta)?;
+            same("rope.scaling", &rope.scaling, &consumer.rope.scaling)?;
+        }
+        for layer in &consumer.layers {
+            let of = |schema: &Self| format!("layer {layer}: {}", schema.attention_of(*layer).unwrap_or_default());
+            same("layer_attention", &of(self), &of(consumer))?;
+        }
         same("dtype", dtype, &consumer.dtype)?;
         same("block_tokens", block_tokens, &consumer.block_tokens)?;
         same("vocab_size", vocab_size, &consumer.vocab_size)?;
@@ -140,14 +166,34 @@ impl KvSchema {
         }
     }
 
+    /// Text of what a layer's keys are; `None` if the layer is not stored.
+    fn attention_of(&self, layer: u32) -> Option<String> {
+        let at = self.layers.iter().position(|stored| *stored == layer)?;
+        Some(self.layer_attention.get(at).cloned().unwrap_or_else(|| self.rope.of_layer(None)))
+    }
+
     /// SHA-256 over all fields except `full_model`. Equal digests mean that both sides interpret KV bytes the same way.
     pub fn digest(&self) -> [u8; 32] {
-        let Self { layers, kv_heads, head_dim, rope, dtype, block_tokens, vocab_size, tokenizer_sha256, full_model: _ } =
-            self;
-        let text = format!(
+        let Self {
+            layers,
+            kv_heads,
+            head_dim,
+            rope,
+            layer_attention,
+            dtype,
+            block_tokens,
+            vocab_size,
+            tokenizer_sha256,
+            full_model: _,
+        } = self;
+        let mut text = format!(
             "{layers:?}|{kv_heads}|{head_dim}|{}|{}|{dtype}|{block_tokens}|{vocab_size}|{tokenizer_sha256}",
             rope.theta, rope.scaling
         );
+        // Earlier versions have no such field, and agree if it is empty.
+        if !layer_attention.is_empty() {
+            text += &format!("|{layer_attention:?}");
+        }
         Sha256::digest(text).into()
     }
 
@@ -173,6 +219,7 @@ mod tests {
             kv_heads: 2,
             head_dim: 16,
             rope: RopeSpec { theta: 10000.0, scaling: "none".into() },
+            layer_attention: Vec::new(),
             dtype: KvDtype::F32,
             block_tokens: 16,
             vocab_size: 320,
@@ -186,6 +233,27 @@ mod tests {
         let consumer = KvSchema { layers: vec![0, 2], full_model: None, ..schema() };
         schema().check_consumer(&consumer).unwrap();
         assert_eq!(schema().block_bytes(), 2 * 2 * 16 * 16 * 4);
+    }
+
+    #[test]
+    fn layers_may_differ_if_both_sides_agree_on_each() {
+        let texts = |windows: &[Option<usize>]| windows.iter().map(|w| schema().rope.of_layer(*w)).collect::<Vec<_>>();
+        let producer = KvSchema { layer_attention: texts(&[Some(8), None, Some(8)]), ..schema() };
+        let consumer = |layers: &[u32], windows: &[Option<usize>]| KvSchema {
+            layers: layers.to_vec(),
+            layer_attention: texts(windows),
+            ..schema()
+        };
+        producer.check_consumer(&producer).unwrap();
+        producer.check_consumer(&consumer(&[0, 1], &[Some(8), None])).unwrap();
+        // All of the consumer's layers are alike.
+        producer.check_consumer(&consumer(&[1], &[])).unwrap();
+        let mismatch = producer.check_consumer(&consumer(&[1, 2], &[])).unwrap_err();
+        assert_eq!(mismatch.field, "layer_attention");
+        assert!(mismatch.producer.contains("layer 2: theta=10000 none window=8"), "{mismatch}");
+        assert!(mismatch.consumer.contains("layer 2: theta=10000 none window=none"), "{mismatch}");
+        assert_eq!(schema().check_consumer(&producer).unwrap_err().field, "layer_attention");
+        assert_ne!(producer.digest(), schema().digest());
     }
 
     #[test]

@@ -8,11 +8,11 @@ use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, KvStore, blocks_for};
 use rayon::prelude::*;
 
 use crate::{
-    ModelConfig, ModelError, Rows, SequenceSlice, Want, WeightFormat,
+    LayerSpec, ModelConfig, ModelError, Rows, SequenceSlice, Want, WeightFormat,
     cpu::{
         CpuKv,
         kernels::{
-            attention::AttentionScratch,
+            attention::{AttentionScratch, Scoring},
             inputs::InputBuffer,
             matmul::multiply,
             packed::{Arithmetic, Packed},
@@ -249,7 +249,9 @@ pub fn attention(
         let (mut out, mut scratch) = (vec![0.0; q.len()], AttentionScratch::default());
         let all = best(runs, || {
             rayon::scope(|_| {
-                (0..layers).for_each(|layer| cache.attend(how, layer, &batch, &q, &mut out, &mut scratch));
+                (0..layers).for_each(|layer| {
+                    cache.attend(how, layer, &batch, Scoring::of(&LayerSpec::PLAIN), &q, &mut out, &mut scratch)
+                });
             });
         });
         let seconds = all / layers as f64;

@@ -1,6 +1,7 @@
 //! Parses config.json: the fields that all families share. Family-specific fields are in `family/`.
 
 mod fields;
+mod rope;
 
 use std::{fs, path::Path};
 
@@ -8,7 +9,12 @@ use serde_json::{Map, Value, json};
 
 use overfill_kv::RopeSpec;
 
-use crate::{Family, LayerSpec, ModelError, Rope, When, family::OwnFields, gguf::Gguf, weights::CONFIG_FIELDS};
+use crate::{
+    Activation, Family, LayerSpec, ModelError, Rope, Scales, When,
+    family::{OwnFields, Sizes},
+    gguf::Gguf,
+    weights::CONFIG_FIELDS,
+};
 
 pub(crate) use fields::Fields;
 
@@ -39,10 +45,11 @@ pub struct ModelConfig {
     /// Width of a head. `num_attention_heads * head_dim` may differ from `hidden_size`, because pruning cuts only the
     /// latter.
     pub head_dim: usize,
+    /// Number of leading channels of a head that rotary embeddings rotate; even.
+    pub rotary_dim: usize,
     /// Number of token ids; ids start at 0.
     pub vocab_size: usize,
-    /// Maximum sequence length in tokens. At most the smallest sliding window: windows are not implemented, but have no
-    /// effect on sequences up to their width.
+    /// Maximum sequence length in tokens.
     pub max_position_embeddings: usize,
     /// Added to the mean square in every norm.
     pub rms_norm_eps: f64,
@@ -50,6 +57,10 @@ pub struct ModelConfig {
     pub ropes: Vec<Rope>,
     /// Attention settings of each layer.
     pub layers: Vec<LayerSpec>,
+    /// Activation function of the MLP.
+    pub activation: Activation,
+    /// Factors of activations.
+    pub scales: Scales,
     /// Whether the embedding is also the output head.
     pub tie_word_embeddings: bool,
     /// Whether attention has biases, if the family leaves this to config.json.
@@ -99,9 +110,6 @@ impl ModelConfig {
         };
         let f = Fields { file, map: &raw };
         let family = Family::of_config(f)?;
-        if let Some(act) = f.present("hidden_act").filter(|a| a.as_str() != Some("silu")) {
-            return Err(ModelError::unsupported(file, "hidden_act", act, "silu"));
-        }
         if f.present(ROPE_FREQUENCY_DTYPE).is_some_and(|dtype| dtype.as_str() != Some("float32")) {
             return Err(f.bad(ROPE_FREQUENCY_DTYPE, "float32"));
         }
@@ -114,15 +122,18 @@ impl ModelConfig {
                 f.bad("num_key_value_heads", &format!("a divisor of num_attention_heads ({num_attention_heads})"))
             );
         }
-        let default = (family.head_dim)(hidden_size, num_attention_heads);
+        let default = (family.defaults.head_dim)(hidden_size, num_attention_heads);
         let head_dim = f.size_to(MAX_HEAD_DIM, "head_dim", Some(default))?;
         if head_dim % 2 != 0 {
             return Err(f.bad("head_dim", "an even number"));
         }
 
+        let rotary_dim = f.rotary_dim(head_dim, family.partial_rotation)?;
+
         let num_hidden_layers = f.size_to(MAX_LAYERS, "num_hidden_layers", None)?;
-        let OwnFields { ropes, layers } = (family.read)(f, num_hidden_layers, head_dim)?;
-        let context = f.size("max_position_embeddings", Some(2048))?;
+        let sizes = Sizes { layers: num_hidden_layers, rotary_dim };
+        let OwnFields { ropes, layers, activation, scales } = (family.read)(f, sizes)?;
+        let context = f.context()?;
         // A flag is ignored unless the family's table refers to it.
         let flag = |field: &str, when: When| {
             let set = f.flag(field, false)?;
@@ -136,12 +147,15 @@ impl ModelConfig {
             num_attention_heads,
             num_key_value_heads,
             head_dim,
+            rotary_dim,
             vocab_size: f.size("vocab_size", None)?,
-            max_position_embeddings: layers.iter().filter_map(|layer| layer.window).fold(context, usize::min),
-            rms_norm_eps: f.number("rms_norm_eps", Some(1e-6))?,
+            max_position_embeddings: ropes.first().map_or(context, |rope| rope.context(context)),
+            rms_norm_eps: f.number("rms_norm_eps", Some(family.defaults.rms_norm_eps))?,
             ropes,
             layers,
-            tie_word_embeddings: f.flag("tie_word_embeddings", false)?,
+            activation,
+            scales,
+            tie_word_embeddings: f.flag("tie_word_embeddings", family.defaults.tie_word_embeddings)?,
             attention_bias: flag("attention_bias", When::AttentionBias)?,
             mlp_bias: flag("mlp_bias", When::MlpBias)?,
             raw,
@@ -190,26 +204,53 @@ impl ModelConfig {
         Heads { heads: self.num_attention_heads, kv_heads: self.num_key_value_heads, head_dim: self.head_dim }
     }
 
-    /// The rotary embedding as a KV schema states it. If layers differ, its text describes each run of layers.
+    /// The rotary embedding as a KV schema states it. If layers differ in it, [`ModelConfig::layer_attention`] states it.
     pub fn rope_spec(&self) -> RopeSpec {
-        let runs: Vec<&[LayerSpec]> = self.layers.chunk_by(|a, b| a.rope == b.rope).collect();
-        if let ([rope], [[layer, ..]]) = (self.ropes.as_slice(), runs.as_slice())
-            && layer.rope.is_some()
-        {
-            return RopeSpec { theta: rope.theta, scaling: rope.scaling.to_string() };
+        match self.layers.as_slice() {
+            [first, rest @ ..] if rest.iter().all(|layer| layer.rope == first.rope) => self.rope_of(first),
+            _ => RopeSpec { theta: self.ropes.first().map_or(0.0, |rope| rope.theta), scaling: "by layer".into() },
         }
-        let of = |run: &&[LayerSpec]| match run[0].rope.and_then(|index| self.ropes.get(index)) {
-            Some(rope) => format!("{} layers theta={} {}", run.len(), rope.theta, rope.scaling),
-            None => format!("{} layers without", run.len()),
-        };
-        let theta = self.ropes.first().map_or(0.0, |rope| rope.theta);
-        let scaling = runs.iter().map(of).collect::<Vec<_>>().join("; ");
-        RopeSpec { theta, scaling }
     }
 
-    /// Rotary frequencies of each of `ropes`, in radians per token, `[head_dim / 2]` each.
+    /// What each layer's keys are, as a KV schema states it; empty if all layers have the same rotary embedding and no
+    /// window.
+    pub fn layer_attention(&self) -> Vec<String> {
+        let plain = |layer: &LayerSpec| layer.window.is_none() && layer.rope == self.layers[0].rope;
+        if self.layers.iter().all(plain) {
+            return Vec::new();
+        }
+        (0..self.layers.len()).filter_map(|layer| self.attention_of(layer)).collect()
+    }
+
+    fn rope_of(&self, layer: &LayerSpec) -> RopeSpec {
+        let Some(rope) = layer.rope.and_then(|rope| self.ropes.get(rope)) else {
+            return RopeSpec { theta: 0.0, scaling: "without rotation".into() };
+        };
+        let scaling = match self.rotary_dim == self.head_dim {
+            true => rope.scaling.to_string(),
+            false => format!("{} of {} channels", rope.scaling, self.rotary_dim),
+        };
+        RopeSpec { theta: rope.theta, scaling }
+    }
+
+    /// Canonical text of a layer's rotation and window; `None` if there is no such layer.
+    pub fn attention_of(&self, layer: usize) -> Option<String> {
+        self.layers.get(layer).map(|spec| self.rope_of(spec).of_layer(spec.window))
+    }
+
+    /// Whether a norm multiplies by 1 + its weights.
+    pub fn norms_around_zero(&self) -> bool {
+        self.family.norms_around_zero
+    }
+
+    /// Factor of token embeddings.
+    pub fn embedding_scale(&self) -> f64 {
+        self.scales.embedding.unwrap_or_else(|| (self.hidden_size as f64).sqrt())
+    }
+
+    /// Rotary frequencies of each of `ropes`, in radians per token, `[rotary_dim / 2]` each.
     pub fn inverse_frequencies(&self) -> Vec<Vec<f32>> {
-        self.ropes.iter().map(|rope| rope.inverse_frequencies(self.head_dim)).collect()
+        self.ropes.iter().map(|rope| rope.inverse_frequencies(self.rotary_dim)).collect()
     }
 }
 

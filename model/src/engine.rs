@@ -82,7 +82,20 @@ mod tests {
         tensor::TensorEngine,
     };
 
-    const PAIRS: [&str; 5] = ["llama-tied", "llama-untied", "llama-depth", "qwen2", "qwen3"];
+    const PAIRS: [&str; 12] = [
+        "llama-tied",
+        "llama-untied",
+        "llama-depth",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "smollm3",
+        "olmo2",
+        "granite",
+    ];
 
     fn engines(pair: &str) -> (ModelConfig, [Box<dyn Engine>; 2]) {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(pair).join("full");

@@ -131,6 +131,7 @@ impl Model {
             kv_heads: config.num_key_value_heads as u32,
             head_dim: config.head_dim as u32,
             rope: config.rope_spec(),
+            layer_attention: config.layer_attention(),
             dtype: self.kv_dtype,
             block_tokens: BLOCK_TOKENS as u32,
             vocab_size: config.vocab_size as u32,

@@ -57,14 +57,30 @@ impl<'a> Sources<'a> {
         Source { place, weights: self.weights }
     }
 
-    /// A norm's weights, `[hidden]`.
-    pub(crate) fn norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Vec<f32>, ModelError> {
-        self.at(self.find.norm(parameter, layer)?).values()
+    /// The factors of a norm over the residual stream, `[hidden]`; `None` if the family has none there.
+    pub(crate) fn norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Option<Vec<f32>>, ModelError> {
+        self.factors(self.find.norm(parameter, layer)?)
     }
 
-    /// The weights of a per-head norm, `[head_dim]`; `None` if the model has none.
+    /// The factors of the norm before the head, `[hidden]`, times that of the logits.
+    pub(crate) fn final_norm(&self, logit_scale: f64) -> Result<Vec<f32>, ModelError> {
+        self.find.weight(Parameter::FinalNorm, None)?;
+        let mut norm = self.norm(Parameter::FinalNorm, None)?.unwrap_or_default();
+        norm.iter_mut().for_each(|factor| *factor *= logit_scale as f32);
+        Ok(norm)
+    }
+
+    /// The factors of a norm over each head, `[head_dim]`, or over all heads at once, `[heads * head_dim]`; `None` if the
+    /// model has none.
     pub(crate) fn head_norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Option<Vec<f32>>, ModelError> {
-        self.find.head_norm(parameter, layer)?.map(|place| self.at(place).values()).transpose()
+        self.factors(self.find.head_norm(parameter, layer)?)
+    }
+
+    fn factors(&self, place: Option<TensorRows>) -> Result<Option<Vec<f32>>, ModelError> {
+        let Some(place) = place else { return Ok(None) };
+        let mut factors = self.at(place).values()?;
+        factors.iter_mut().for_each(|factor| *factor += self.find.norm_offset());
+        Ok(Some(factors))
     }
 
     /// Fails if the model has a tensor that was not used.

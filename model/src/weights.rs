@@ -146,7 +146,7 @@ impl Weights {
     pub fn info(&self, name: &str) -> Option<TensorInfo> {
         let place = self.find(name).ok().flatten()?;
         let dtype = match &place {
-            Place::Stored(TensorLocation { stored: Stored::Plain(dtype), .. }) => *dtype,
+            Place::Stored(TensorLocation { stored: Stored::Plain(dtype), offset: 0.0, .. }) => *dtype,
             Place::Stored(_) | Place::Quantised(_) => Dtype::F32,
         };
         Some(TensorInfo { shape: place.shape(), dtype })
@@ -157,6 +157,7 @@ impl Weights {
         let place = self.checked(name, shape)?;
         if let Place::Stored(place) = &place
             && let Stored::Plain(dtype) = place.stored
+            && place.offset == 0.0
         {
             return Ok(Tensor::from_raw_buffer(&place.ordered()?, DType::try_from(dtype)?, shape, device)?);
         }

@@ -29,7 +29,20 @@ struct Step {
     top: Vec<(u32, f32)>,
 }
 
-const PAIRS: [&str; 5] = ["llama-tied", "llama-untied", "llama-depth", "qwen2", "qwen3"];
+const PAIRS: [&str; 12] = [
+    "llama-tied",
+    "llama-untied",
+    "llama-depth",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "smollm3",
+    "olmo2",
+    "granite",
+];
 
 fn folder(pair: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(pair)
@@ -185,7 +198,7 @@ fn narrow_types_stay_near() {
 #[test]
 fn a_batch_gives_what_each_gives_alone() {
     let formats = [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::F16, WeightFormat::Int8, WeightFormat::Int4];
-    let pairs = ["llama-tied", "qwen3"].into_iter();
+    let pairs = ["llama-tied", "qwen3", "gemma2", "gemma3"].into_iter();
     let models = pairs.flat_map(|pair| [Rows::Few, Rows::Many].map(|rows| (pair, rows)));
     // KV in bf16, for which prefill may use bf16 arithmetic.
     for ((pair, rows), weights) in models.flat_map(|model| formats.map(|weights| (model, weights))) {

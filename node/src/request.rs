@@ -161,6 +161,7 @@ impl RequestLimits {
             kv_heads: 2,
             head_dim: 8,
             rope: RopeSpec { theta: 1e4, scaling: "none".into() },
+            layer_attention: Vec::new(),
             dtype: KvDtype::F32,
             block_tokens: 16,
             vocab_size: 100,

@@ -152,6 +152,7 @@ impl From<&KvSchema> for v1::KvSchema {
             kv_heads,
             head_dim,
             rope,
+            layer_attention,
             dtype,
             block_tokens,
             vocab_size,
@@ -163,6 +164,7 @@ impl From<&KvSchema> for v1::KvSchema {
             kv_heads: *kv_heads,
             head_dim: *head_dim,
             rope: Some(v1::RopeSpec { theta: rope.theta, scaling: rope.scaling.clone() }),
+            layer_attention: layer_attention.clone(),
             dtype: v1::KvDtype::from(*dtype).into(),
             block_tokens: *block_tokens,
             vocab_size: *vocab_size,
@@ -192,6 +194,10 @@ impl TryFrom<v1::KvSchema> for KvSchema {
         if wire.layers.windows(2).any(|pair| pair[0] >= pair[1]) {
             return Err(InvalidField::new("kv_schema.layers", "ascending", format!("{:?}", wire.layers)));
         }
+        if !wire.layer_attention.is_empty() && wire.layer_attention.len() != wire.layers.len() {
+            let expected = format!("empty or one for each layer ({})", wire.layers.len());
+            return Err(InvalidField::new("kv_schema.layer_attention", expected, wire.layer_attention.len()));
+        }
         for (field, value, max) in [
             ("kv_schema.kv_heads", wire.kv_heads, 4096),
             ("kv_schema.head_dim", wire.head_dim, 4096),
@@ -208,6 +214,7 @@ impl TryFrom<v1::KvSchema> for KvSchema {
             kv_heads: wire.kv_heads,
             head_dim: wire.head_dim,
             rope: RopeSpec { theta: rope.theta, scaling: rope.scaling },
+            layer_attention: wire.layer_attention,
             dtype,
             block_tokens: wire.block_tokens,
             vocab_size: wire.vocab_size,
@@ -356,6 +363,7 @@ mod tests {
             kv_heads: 2,
             head_dim: 16,
             rope: RopeSpec { theta: 1e4, scaling: "none".into() },
+            layer_attention: Vec::new(),
             dtype: KvDtype::Bf16,
             block_tokens: 16,
             vocab_size: 320,

@@ -232,6 +232,7 @@ fn schema() -> KvSchema {
         kv_heads: 1,
         head_dim: (ROW_BYTES / 8) as u32,
         rope: RopeSpec { theta: 1e4, scaling: "none".into() },
+        layer_attention: Vec::new(),
         dtype: KvDtype::F32,
         block_tokens: BLOCK_TOKENS as u32,
         full_model: Some(FULL.into()),

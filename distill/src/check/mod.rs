@@ -121,7 +121,11 @@ pub fn check(config: &CheckConfig) -> Result<Report> {
         reference_path.display(),
         reference_config.vocab_size
     );
-    let context = model_config.max_position_embeddings.min(reference_config.max_position_embeddings);
+    // candle-transformers' windows are one token wider than transformers', and ignored while decoding.
+    let context = |config: &ModelConfig| {
+        config.layers.iter().filter_map(|layer| layer.window).fold(config.max_position_embeddings, usize::min)
+    };
+    let context = context(&model_config).min(context(&reference_config));
     let (tokens, lengths) = prompts(config, context, model_config.vocab_size)?;
     let longest = tokens.len() + config.decode_tokens;
 

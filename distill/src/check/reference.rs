@@ -10,7 +10,7 @@ use candle_transformers::models::{
     llama::{self, Llama3RopeConfig, Llama3RopeType},
     mistral, qwen2, qwen3,
 };
-use overfill_model::{ModelConfig, ModelError, Rope, RopeScaling, Weights};
+use overfill_model::{LayerSpec, ModelConfig, ModelError, Rope, RopeScaling, Weights};
 
 use super::tensors::var_builder;
 
@@ -75,7 +75,8 @@ impl Plan {
         if plain && config.attention_bias {
             return Err(unsupported("attention_bias", &true, "false"));
         }
-        let alike = config.layers.iter().all(|layer| layer.rope == Some(0) && layer.score_scale.is_none());
+        let plain_scores = |layer: &LayerSpec| layer.score_scale.is_none() && layer.score_cap.is_none();
+        let alike = config.layers.iter().all(|layer| layer.rope == Some(0) && plain_scores(layer));
         let ([rope], true) = (config.ropes.as_slice(), alike) else {
             return Err(unsupported("rope", &config.rope_spec().scaling, "one for all layers"));
         };
@@ -251,7 +252,7 @@ fn llama_scaling(scaling: &RopeScaling) -> Option<Llama3RopeConfig> {
             original_max_position_embeddings: 0,
             rope_type: Llama3RopeType::Llama3,
         }),
-        RopeScaling::None | RopeScaling::Factors(_) => None,
+        _ => None,
     }
 }
 

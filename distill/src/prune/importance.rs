@@ -1,7 +1,7 @@
 //! Importance of each channel (Minitron's activation-based rule, as in OverFill).
 //!
-//! Score of a hidden channel: |mean over tokens of input_layernorm's output| plus the same for
-//! post_attention_layernorm, summed over the layers. Score of an intermediate channel: mean over tokens of down_proj's
+//! Score of a hidden channel: |mean over tokens of the attention's input| plus the same for the MLP's input, summed over
+//! the layers; in most families these are outputs of norms. Score of an intermediate channel: mean over tokens of down_proj's
 //! input. Importance is the L1 or L2 norm of the scores over samples. Sums are f64, one per channel, so samples are not
 //! kept.
 

@@ -4,7 +4,10 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::{ModelError, Rope, RopeScaling};
+use crate::ModelError;
+
+/// Greatest size that a configuration may state.
+pub(super) const MOST: usize = 1 << 24;
 
 /// config.json, or an object within it.
 #[derive(Clone, Copy)]
@@ -28,7 +31,7 @@ impl<'a> Fields<'a> {
 
     /// A whole number from 1 to 2^24.
     pub(crate) fn size(&self, field: &str, default: Option<usize>) -> Result<usize, ModelError> {
-        self.size_to(1 << 24, field, default)
+        self.size_to(MOST, field, default)
     }
 
     /// A whole number from 1 to `limit`.
@@ -54,6 +57,50 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A number from `least` to `most`.
+    pub(crate) fn number_in(
+        &self,
+        least: f64,
+        most: f64,
+        field: &str,
+        default: Option<f64>,
+    ) -> Result<f64, ModelError> {
+        match (self.present(field), default) {
+            (None, Some(default)) => Ok(default),
+            (value, _) => value
+                .and_then(Value::as_f64)
+                .filter(|n| (least..=most).contains(n))
+                .ok_or_else(|| self.bad(field, &format!("a number from {least} to {most}"))),
+        }
+    }
+
+    /// A number from `least` to `most`. `None` if the field is null; `default` if it is absent.
+    pub(crate) fn number_or_null(
+        &self,
+        least: f64,
+        most: f64,
+        field: &str,
+        default: Option<f64>,
+    ) -> Result<Option<f64>, ModelError> {
+        match self.map.get(field) {
+            None => Ok(default),
+            Some(Value::Null) => Ok(None),
+            Some(_) => self.number_in(least, most, field, None).map(Some),
+        }
+    }
+
+    /// A whole number from 0 to 2^24.
+    pub(crate) fn count(&self, field: &str, default: usize) -> Result<usize, ModelError> {
+        match self.present(field) {
+            None => Ok(default),
+            Some(value) => value
+                .as_u64()
+                .and_then(|n| usize::try_from(n).ok())
+                .filter(|n| *n <= MOST)
+                .ok_or_else(|| self.bad(field, &format!("a whole number from 0 to {MOST}"))),
+        }
+    }
+
     /// A boolean.
     pub(crate) fn flag(&self, field: &str, default: bool) -> Result<bool, ModelError> {
         match self.present(field) {
@@ -62,42 +109,20 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// The rotary embedding of a model with a single one. transformers 5 writes `rope_parameters`; earlier versions
-    /// write `rope_theta` and `rope_scaling`.
-    pub(crate) fn rope(&self, head_dim: usize) -> Result<Rope, ModelError> {
-        let object = self.present("rope_parameters").or(self.present("rope_scaling")).and_then(Value::as_object);
-        let empty = Map::new();
-        let rope = Fields { file: self.file, map: object.unwrap_or(&empty) };
-        let theta = rope.number("rope_theta", Some(self.number("rope_theta", Some(10_000.0))?))?;
-        Ok(Rope { theta, scaling: rope.scaling(head_dim)? })
-    }
-
-    fn scaling(&self, head_dim: usize) -> Result<RopeScaling, ModelError> {
-        let kind = self.present("rope_type").or(self.present("type")).and_then(Value::as_str).unwrap_or("default");
-        match kind {
-            "default" => Ok(RopeScaling::None),
-            "linear" => Ok(RopeScaling::Linear { factor: self.number("factor", None)? }),
-            "llama3" => Ok(RopeScaling::Llama3 {
-                factor: self.number("factor", None)?,
-                low_freq_factor: self.number("low_freq_factor", None)?,
-                high_freq_factor: self.number("high_freq_factor", None)?,
-                original_max_position_embeddings: self.size("original_max_position_embeddings", None)? as u32,
-            }),
-            "factors" => Ok(RopeScaling::Factors(self.factors(head_dim)?)),
-            other => Err(ModelError::unsupported(self.file, "rope_type", other, "default, linear, llama3, factors")),
+    /// Number of leading channels of a head that are rotated. `partial`: whether the family may leave some out.
+    pub(crate) fn rotary_dim(&self, head_dim: usize, partial: bool) -> Result<usize, ModelError> {
+        const FIELD: &str = "partial_rotary_factor";
+        let factor = self.number_in(0.0, 1.0, FIELD, Some(1.0))?;
+        let rotary_dim = (head_dim as f64 * factor) as usize;
+        if rotary_dim == head_dim {
+            return Ok(head_dim);
         }
-    }
-
-    fn factors(&self, head_dim: usize) -> Result<Vec<f32>, ModelError> {
-        let supported = "a list of numbers from 1e-6 to 1e6";
-        let factor = |value: &Value| value.as_f64().filter(|n| (1e-6..=1e6).contains(n)).map(|n| n as f32);
-        let factors = self.present("factors").and_then(Value::as_array);
-        let factors: Option<Vec<f32>> = factors.and_then(|list| list.iter().map(factor).collect());
-        let factors = factors.ok_or_else(|| self.bad("factors", supported))?;
-        if factors.len() != head_dim / 2 {
-            let (count, supported) = (factors.len(), format!("half of head_dim ({head_dim})"));
-            return Err(ModelError::unsupported(self.file, "number of rope factors", count, &supported));
+        if !partial {
+            return Err(self.bad(FIELD, "1 for this family"));
         }
-        Ok(factors)
+        if rotary_dim < 2 || !rotary_dim.is_multiple_of(2) {
+            return Err(self.bad(FIELD, &format!("a part of head_dim ({head_dim}) that is an even number")));
+        }
+        Ok(rotary_dim)
     }
 }

@@ -14,7 +14,7 @@ use overfill_kv::{
 use parking_lot::RwLock;
 
 use super::kernels::{
-    attention::{AttentionScratch, attend},
+    attention::{AttentionScratch, Scoring, attend},
     element::Element,
     memory::LargePages,
     packed::Arithmetic,
@@ -59,23 +59,25 @@ impl CpuKv {
 
     /// Causal attention of a batch's queries over the keys and values in its blocks. `q` and `out` are
     /// `[n, heads, head_dim]`.
+    #[allow(clippy::too_many_arguments, reason = "they are buffers of one step")]
     pub(crate) fn attend(
         &self,
         how: Arithmetic,
         layer: usize,
         batch: &[SequenceSlice<'_>],
+        scoring: Scoring,
         q: &[f32],
         out: &mut [f32],
         scratch: &mut AttentionScratch,
     ) {
         let cache = &**self.layers[layer].read();
         match self.dtype {
-            KvDtype::F32 => attend::<f32, f32>(how, q, cast_slice(cache), batch, self.sizes, out, scratch),
+            KvDtype::F32 => attend::<f32, f32>(how, q, cast_slice(cache), batch, self.sizes, scoring, out, scratch),
             KvDtype::Bf16 if how.isa.traits().fast_bf16 => {
-                attend::<bf16, bf16>(how, q, cast_slice(cache), batch, self.sizes, out, scratch);
+                attend::<bf16, bf16>(how, q, cast_slice(cache), batch, self.sizes, scoring, out, scratch);
             }
-            KvDtype::Bf16 => attend::<bf16, f32>(how, q, cast_slice(cache), batch, self.sizes, out, scratch),
-            KvDtype::F16 => attend::<f16, f32>(how, q, cast_slice(cache), batch, self.sizes, out, scratch),
+            KvDtype::Bf16 => attend::<bf16, f32>(how, q, cast_slice(cache), batch, self.sizes, scoring, out, scratch),
+            KvDtype::F16 => attend::<f16, f32>(how, q, cast_slice(cache), batch, self.sizes, scoring, out, scratch),
             KvDtype::Fp8 => unreachable!("the CPU engine refuses fp8"),
         }
     }

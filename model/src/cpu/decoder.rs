@@ -8,14 +8,15 @@ use rayon::prelude::*;
 use super::{
     cache::CpuKv,
     linear::{GatedLinear, Linear},
-    workspace::{Widths, Workspace},
+    workspace::{Rotation, Widths, Workspace},
 };
 use crate::{
     LayerSink, ModelConfig, ModelError, Parameter, SequenceSlice, Weights,
     cpu::kernels::{
-        attention::Heads,
+        attention::{Heads, Scoring},
+        inputs::InputBuffer,
         packed::{Arithmetic, Rows, WeightFormat},
-        rows::{rms_norm, rms_norm_in_place, rope},
+        rows::{SoftCap, rms_norm, rms_norm_in_place, rope},
         simd::Isa,
     },
     source::Sources,
@@ -31,26 +32,29 @@ struct Block {
     rope: Option<usize>,
     /// Factor of the queries.
     query_factor: Option<f32>,
-    input_norm: Vec<f32>,
+    scoring: Scoring,
+    attention_norm: Option<Vec<f32>>,
     /// The rows of q, k and v, in this order.
     qkv: Linear,
-    /// Norms of the heads of q and of k.
+    /// Norms of q and of k: of each head, or of all heads at once.
     qk_norm: [Option<Vec<f32>>; 2],
     o: Linear,
-    post_attention_norm: Vec<f32>,
+    attention_output_norm: Option<Vec<f32>>,
+    mlp_norm: Option<Vec<f32>>,
     gate_up: GatedLinear,
     down: Linear,
+    mlp_output_norm: Option<Vec<f32>>,
 }
 
 /// A model on the CPU.
 pub(crate) struct CpuDecoder {
     config: ModelConfig,
     how: Arithmetic,
-    /// Inverse frequencies of each rope.
-    ropes: Vec<Vec<f32>>,
+    ropes: Vec<Rotation>,
     /// `[vocab, hidden]`; `None` if tied to the head, which is then used instead.
     embedding: Option<Linear>,
     blocks: Vec<Block>,
+    /// The final norm, times the factor of the logits.
     norm: Vec<f32>,
     head: Linear,
 }
@@ -81,25 +85,28 @@ impl CpuDecoder {
             blocks.push(Block {
                 rope: spec.rope,
                 query_factor: spec.query_factor(config.head_dim),
-                input_norm: find.norm(Parameter::AttentionNorm, at)?,
+                scoring: Scoring::of(spec),
+                attention_norm: find.norm(Parameter::AttentionNorm, at)?,
                 qkv: Linear::load(&find, format, &[Parameter::Query, Parameter::Key, Parameter::Value], at)?,
                 qk_norm: [find.head_norm(Parameter::QueryNorm, at)?, find.head_norm(Parameter::KeyNorm, at)?],
                 o: Linear::load(&find, format, &[Parameter::AttentionOutput], at)?,
-                post_attention_norm: find.norm(Parameter::MlpNorm, at)?,
-                gate_up: GatedLinear::load(&find, format, at)?,
+                attention_output_norm: find.norm(Parameter::AttentionOutputNorm, at)?,
+                mlp_norm: find.norm(Parameter::MlpNorm, at)?,
+                gate_up: GatedLinear::load(&find, format, config.activation, at)?,
                 down: Linear::load(&find, format, &[Parameter::Down], at)?,
+                mlp_output_norm: find.norm(Parameter::MlpOutputNorm, at)?,
             });
             if reported.elapsed().as_secs_f64() > REPORT_SECONDS {
                 reported = Instant::now();
                 tracing::info!(layers = layer + 1, of = config.num_hidden_layers, "packing weights");
             }
         }
-        let norm = find.norm(Parameter::FinalNorm, None)?;
+        let norm = find.final_norm(config.scales.logits)?;
         find.all_used()?;
         Ok(Self {
             config: config.clone(),
             how: Arithmetic { isa: Isa::best(), rows },
-            ropes: config.inverse_frequencies(),
+            ropes: Rotation::all(config),
             embedding,
             blocks,
             norm,
@@ -145,17 +152,24 @@ impl CpuDecoder {
         w.prepare(batch, &widths, &self.ropes);
         self.embed(batch, &mut w.x);
         for (layer, block) in self.blocks.iter().enumerate() {
-            self.norm(&w.x, &block.input_norm, &mut w.normed);
-            block.qkv.forward(how, &w.normed, &mut w.inputs, &mut w.qkv);
+            let input = self.norm(&w.x, block.attention_norm.as_deref(), &mut w.normed);
+            block.qkv.forward(how, input, &mut w.inputs, &mut w.qkv);
             self.position(block, sizes, w);
             kv.put(layer, &w.slots, &w.qkv);
             layers.layer_ready(layer);
-            kv.attend(how, layer, batch, &w.q, &mut w.attended, &mut w.attention);
-            block.o.add(how, &w.attended, &mut w.inputs, &mut w.x);
+            kv.attend(how, layer, batch, block.scoring, &w.q, &mut w.attended, &mut w.attention);
+            self.add(
+                &block.o,
+                block.attention_output_norm.as_deref(),
+                &w.attended,
+                &mut w.inputs,
+                &mut w.normed,
+                &mut w.x,
+            );
 
-            self.norm(&w.x, &block.post_attention_norm, &mut w.normed);
-            block.gate_up.forward(how, &w.normed, &mut w.inputs, &mut w.inner);
-            block.down.add(how, &w.inner, &mut w.inputs, &mut w.x);
+            let input = self.norm(&w.x, block.mlp_norm.as_deref(), &mut w.normed);
+            block.gate_up.forward(how, input, &mut w.inputs, &mut w.inner);
+            self.add(&block.down, block.mlp_output_norm.as_deref(), &w.inner, &mut w.inputs, &mut w.normed, &mut w.x);
         }
         let hidden = self.config.hidden_size;
         w.normed.resize(w.wanted.len() * hidden, 0.0);
@@ -166,6 +180,9 @@ impl CpuDecoder {
         logits.resize(w.wanted.len() * self.head.outputs(), 0.0);
         if !w.wanted.is_empty() {
             self.head.forward(how, &w.normed, &mut w.inputs, logits);
+            if let Some(cap) = self.config.scales.logit_cap {
+                logits.par_chunks_mut(WORTH_SHARING).for_each(|x| how.isa.run(SoftCap { x, cap: cap as f32 }));
+            }
         }
     }
 
@@ -180,13 +197,19 @@ impl CpuDecoder {
 
     fn embed(&self, batch: &[SequenceSlice<'_>], x: &mut [f32]) {
         let table = self.embedding.as_ref().unwrap_or(&self.head);
+        let scale = self.config.embedding_scale() as f32;
         let tokens = batch.iter().flat_map(|slice| slice.tokens);
         for (token, x) in tokens.zip(x.chunks_exact_mut(self.config.hidden_size)) {
             table.row(*token as usize, x);
+            if scale != 1.0 {
+                x.iter_mut().for_each(|x| *x *= scale);
+            }
         }
     }
 
-    fn norm(&self, x: &[f32], weight: &[f32], out: &mut [f32]) {
+    /// Rows of the residual stream, normalised into `out` if there is a norm.
+    fn norm<'a>(&self, x: &'a [f32], weight: Option<&[f32]>, out: &'a mut [f32]) -> &'a [f32] {
+        let Some(weight) = weight else { return x };
         let (hidden, eps) = (self.config.hidden_size, self.config.rms_norm_eps as f32);
         if x.len() < WORTH_SHARING {
             let rows = x.chunks_exact(hidden).zip(out.chunks_exact_mut(hidden));
@@ -195,12 +218,38 @@ impl CpuDecoder {
             let rows = x.par_chunks_exact(hidden).zip(out.par_chunks_exact_mut(hidden));
             rows.for_each(|(x, out)| rms_norm(self.how.isa, x, weight, eps, out));
         }
+        out
     }
 
-    /// Normalises and rotates the heads of q and k, then copies q out.
+    /// Adds a layer's result to the residual stream `x`, normalised if there is a norm. `y`: a buffer of x's size.
+    fn add(
+        &self,
+        linear: &Linear,
+        norm: Option<&[f32]>,
+        input: &[f32],
+        buffer: &mut InputBuffer,
+        y: &mut [f32],
+        x: &mut [f32],
+    ) {
+        let (how, factor) = (self.how, self.config.scales.residual as f32);
+        let Some(norm) = norm else { return linear.add(how, input, buffer, factor, x) };
+        linear.forward(how, input, buffer, y);
+        let (hidden, eps) = (self.config.hidden_size, self.config.rms_norm_eps as f32);
+        let row = |(x, y): (&mut [f32], &mut [f32])| {
+            rms_norm_in_place(how.isa, y, norm, eps);
+            x.iter_mut().zip(y).for_each(|(x, y)| *x += factor * *y);
+        };
+        if x.len() < WORTH_SHARING {
+            x.chunks_exact_mut(hidden).zip(y.chunks_exact_mut(hidden)).for_each(row);
+        } else {
+            x.par_chunks_exact_mut(hidden).zip(y.par_chunks_exact_mut(hidden)).for_each(row);
+        }
+    }
+
+    /// Normalises and rotates q and k, then copies q out.
     fn position(&self, block: &Block, Heads { heads, kv_heads, head_dim }: Heads, w: &mut Workspace) {
         let eps = self.config.rms_norm_eps as f32;
-        let (width, q_width, half) = ((heads + 2 * kv_heads) * head_dim, heads * head_dim, head_dim / 2);
+        let (width, q_width, half) = ((heads + 2 * kv_heads) * head_dim, heads * head_dim, self.config.rotary_dim / 2);
         let Workspace { qkv, q, cos, sin, .. } = w;
         let tokens = qkv.len() / width;
         let rotation = block.rope.map(|rope| {
@@ -210,12 +259,14 @@ impl CpuDecoder {
         let row = |token: usize, qkv: &mut [f32], q: &mut [f32]| {
             let at = token * half..(token + 1) * half;
             let rotation = rotation.map(|(cos, sin)| (&cos[at.clone()], &sin[at]));
-            for (i, head) in qkv[..(heads + kv_heads) * head_dim].chunks_exact_mut(head_dim).enumerate() {
-                if let Some(norm) = &block.qk_norm[usize::from(i >= heads)] {
-                    rms_norm_in_place(self.how.isa, head, norm, eps);
+            let (queries, rest) = qkv.split_at_mut(q_width);
+            let keys = &mut rest[..kv_heads * head_dim];
+            for (part, norm) in [queries, keys].into_iter().zip(&block.qk_norm) {
+                if let Some(norm) = norm {
+                    part.chunks_exact_mut(norm.len()).for_each(|x| rms_norm_in_place(self.how.isa, x, norm, eps));
                 }
                 if let Some((cos, sin)) = rotation {
-                    rope(head, cos, sin);
+                    part.chunks_exact_mut(head_dim).for_each(|head| rope(&mut head[..2 * half], cos, sin));
                 }
             }
             q.copy_from_slice(&qkv[..q_width]);

@@ -1,12 +1,12 @@
 //! A linear layer: packed weights and a bias. Hides the weights' layout and type.
 
 use crate::{
-    ModelError, Parameter,
+    Activation, ModelError, Parameter,
     cpu::kernels::{
         inputs::InputBuffer,
         matmul::multiply,
         packed::{Arithmetic, PANEL, Packed, WeightFormat},
-        rows::SiluMul,
+        rows::GateMul,
     },
     source::{Source, Sources},
 };
@@ -71,12 +71,14 @@ impl Linear {
         });
     }
 
-    /// `out += x W^T + b`.
-    pub(crate) fn add(&self, how: Arithmetic, x: &[f32], buffer: &mut InputBuffer, out: &mut [f32]) {
+    /// `out += factor * (x W^T + b)`.
+    pub(crate) fn add(&self, how: Arithmetic, x: &[f32], buffer: &mut InputBuffer, factor: f32, out: &mut [f32]) {
         let inputs = how.inputs(&self.matrix, x, buffer);
         multiply(how.isa, &self.matrix, inputs, 1, out, self.matrix.rows(), |column, [sums, _], out| {
-            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
-            self.add_bias(column, out);
+            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += factor * sum);
+            if let Some(bias) = &self.bias {
+                out.iter_mut().zip(&bias[column..]).for_each(|(out, bias)| *out += factor * bias);
+            }
         });
     }
 
@@ -87,16 +89,22 @@ impl Linear {
     }
 }
 
-/// `silu(x G^T + g) * (x U^T + u)`, the first half of a gated MLP, in one pass: panels of gate and up alternate.
+/// `activation(x G^T + g) * (x U^T + u)`, the first half of a gated MLP, in one pass: panels of gate and up alternate.
 pub(crate) struct GatedLinear {
     matrix: Packed,
     outputs: usize,
+    activation: Activation,
     /// Biases of gate and up.
     bias: Option<[Vec<f32>; 2]>,
 }
 
 impl GatedLinear {
-    pub(crate) fn load(find: &Sources<'_>, format: WeightFormat, layer: Option<usize>) -> Result<Self, ModelError> {
+    pub(crate) fn load(
+        find: &Sources<'_>,
+        format: WeightFormat,
+        activation: Activation,
+        layer: Option<usize>,
+    ) -> Result<Self, ModelError> {
         let parameters = [Parameter::Gate, Parameter::Up];
         let sources = find.weights_of(&parameters, layer)?;
         let bias = find.biases(&parameters, &sources, layer)?.and_then(|biases| biases.try_into().ok());
@@ -107,7 +115,7 @@ impl GatedLinear {
             let source = if panel % 2 == 0 { gate } else { up };
             source.read(first..first + PANEL, out)
         })?;
-        Ok(Self { matrix, outputs, bias })
+        Ok(Self { matrix, outputs, activation, bias })
     }
 
     pub(crate) fn size_bytes(&self) -> usize {
@@ -116,16 +124,16 @@ impl GatedLinear {
 
     /// `[rows, in]` to `[rows, out]`.
     pub(crate) fn forward(&self, how: Arithmetic, x: &[f32], buffer: &mut InputBuffer, out: &mut [f32]) {
-        let inputs = how.inputs(&self.matrix, x, buffer);
+        let (inputs, activation) = (how.inputs(&self.matrix, x, buffer), self.activation);
         multiply(how.isa, &self.matrix, inputs, 2, out, self.outputs, |column, [gate, up], out| match &self.bias {
-            None => how.isa.run(SiluMul { gate, up, out }),
+            None => how.isa.run(GateMul { activation, gate, up, out }),
             Some(bias) => {
                 let mut biased = [[0.0; PANEL]; 2];
                 for ((biased, sums), bias) in biased.iter_mut().zip([gate, up]).zip(bias) {
                     let bias = bias[column..].iter().chain(std::iter::repeat(&0.0));
                     biased.iter_mut().zip(sums.iter().zip(bias)).for_each(|(to, (sum, bias))| *to = sum + bias);
                 }
-                how.isa.run(SiluMul { gate: &biased[0], up: &biased[1], out });
+                how.isa.run(GateMul { activation, gate: &biased[0], up: &biased[1], out });
             }
         });
     }

@@ -1,7 +1,7 @@
 //! Buffers of a forward pass. They are reused, so a step allocates nothing unless it is larger than all earlier steps.
 
 use crate::{
-    SequenceSlice,
+    ModelConfig, Rope, SequenceSlice,
     batch::Slot,
     cpu::kernels::{attention::AttentionScratch, inputs::InputBuffer},
 };
@@ -21,7 +21,7 @@ pub(crate) struct Workspace {
     pub(crate) attended: Vec<f32>,
     /// `[n, intermediate]`.
     pub(crate) inner: Vec<f32>,
-    /// `[ropes, n, head_dim / 2]` each.
+    /// `[ropes, n, rotary_dim / 2]` each.
     pub(crate) cos: Vec<f32>,
     pub(crate) sin: Vec<f32>,
     /// `[n]`: where each token's KV is stored.
@@ -30,6 +30,22 @@ pub(crate) struct Workspace {
     pub(crate) wanted: Vec<usize>,
     pub(crate) inputs: InputBuffer,
     pub(crate) attention: AttentionScratch,
+}
+
+/// How a rope rotates.
+pub(crate) struct Rotation {
+    /// Radians per token, `[rotary_dim / 2]`.
+    frequencies: Vec<f32>,
+    /// Factor of cosines and sines.
+    factor: f32,
+}
+
+impl Rotation {
+    /// All of a model's.
+    pub(crate) fn all(config: &ModelConfig) -> Vec<Self> {
+        let of = |(rope, frequencies): (&Rope, Vec<f32>)| Self { frequencies, factor: rope.attention_factor() };
+        config.ropes.iter().zip(config.inverse_frequencies()).map(of).collect()
+    }
 }
 
 /// Widths of a model's activations.
@@ -41,9 +57,9 @@ pub(crate) struct Widths {
 }
 
 impl Workspace {
-    /// Resizes the buffers for a batch, and computes its slots, requested rows and rotations. `ropes` holds the inverse
-    /// frequencies of each rope.
-    pub(crate) fn prepare(&mut self, batch: &[SequenceSlice<'_>], widths: &Widths, ropes: &[Vec<f32>]) {
+    /// Resizes the buffers for a batch, and computes its slots, requested rows and rotations. `ropes`: all of the
+    /// model's.
+    pub(crate) fn prepare(&mut self, batch: &[SequenceSlice<'_>], widths: &Widths, ropes: &[Rotation]) {
         let n: usize = batch.iter().map(|slice| slice.tokens.len()).sum();
         self.x.resize(n * widths.hidden, 0.0);
         self.normed.resize(n * widths.hidden, 0.0);
@@ -62,12 +78,12 @@ impl Workspace {
             }
             self.wanted.extend(first + slice.want.first_row(slice.tokens.len())..self.slots.len());
         }
-        for frequencies in ropes {
+        for Rotation { frequencies, factor } in ropes {
             for position in batch.iter().flat_map(|slice| slice.start..slice.start + slice.tokens.len()) {
                 for frequency in frequencies {
                     let (sin, cos) = (position as f32 * frequency).sin_cos();
-                    self.sin.push(sin);
-                    self.cos.push(cos);
+                    self.sin.push(sin * factor);
+                    self.cos.push(cos * factor);
                 }
             }
         }

@@ -14,7 +14,10 @@ use super::{
     step::{Arrays, Sizes},
     workspace::Workspace,
 };
-use crate::{DeviceSpec, ModelConfig, ModelError, Parameter, Weights, config::Heads, source::Sources};
+use crate::{
+    Activation, Axis, DeviceSpec, LayerSpec, ModelConfig, ModelError, Parameter, Weights, config::Heads,
+    source::Sources,
+};
 
 /// Head sizes with attention kernels of their own. Smaller ones than the last run in the next wider kernel.
 const HEAD_DIMS: [usize; 5] = [32, 64, 96, 128, 256];
@@ -80,6 +83,10 @@ impl Decoder {
             let reason = format!("head_dim is {head_dim}, supported on GPUs: even numbers up to 256");
             return Err(ModelError::Device { device: DeviceSpec::Cuda(index).to_string(), reason });
         };
+        if let Some(what) = unsupported(config) {
+            let reason = format!("{:?} models with {what} are supported on CPUs only", config.family);
+            return Err(ModelError::Device { device: DeviceSpec::Cuda(index).to_string(), reason });
+        }
         for (name, shape) in config.tensor_shapes() {
             weights.check(&name, &shape)?;
         }
@@ -108,16 +115,16 @@ impl Decoder {
             blocks.push(Block {
                 rope: spec.rope,
                 score_scale: (scale * std::f64::consts::LOG2_E) as f32,
-                input_norm: norm(find.norm(Parameter::AttentionNorm, at)?, hidden)?,
+                input_norm: norm(find.norm(Parameter::AttentionNorm, at)?.unwrap_or_default(), hidden)?,
                 qkv: linear(format, &[Parameter::Query, Parameter::Key, Parameter::Value], at, blas::Result::Half)?,
                 qk_norm: [head_norm(Parameter::QueryNorm)?, head_norm(Parameter::KeyNorm)?],
                 o: linear(format, &[Parameter::AttentionOutput], at, blas::Result::Added)?,
-                post_attention_norm: norm(find.norm(Parameter::MlpNorm, at)?, hidden)?,
+                post_attention_norm: norm(find.norm(Parameter::MlpNorm, at)?.unwrap_or_default(), hidden)?,
                 gate_up: linear(format, &[Parameter::Gate, Parameter::Up], at, blas::Result::Half)?,
                 down: linear(format, &[Parameter::Down], at, blas::Result::Added)?,
             });
         }
-        let last_norm = norm(find.norm(Parameter::FinalNorm, None)?, hidden)?;
+        let last_norm = norm(find.final_norm(config.scales.logits)?, hidden)?;
         find.all_used()?;
         let frequencies: Vec<f32> = config.inverse_frequencies().concat();
         Ok(Self {
@@ -286,6 +293,24 @@ impl Decoder {
         }
         Ok(())
     }
+}
+
+/// What a model needs that these kernels do not compute.
+fn unsupported(config: &ModelConfig) -> Option<&'static str> {
+    let has = |parameter| config.axes_of(parameter).is_some();
+    let any = |test: fn(&LayerSpec) -> bool| config.layers.iter().any(test);
+    [
+        (any(|layer| layer.window.is_some()), "sliding windows"),
+        (any(|layer| layer.score_cap.is_some()) || config.scales.logit_cap.is_some(), "soft caps"),
+        (config.activation != Activation::Silu, "other activations than silu"),
+        (!has(Parameter::AttentionNorm) || has(Parameter::AttentionOutputNorm), "norms after attention"),
+        (config.axes_of(Parameter::QueryNorm).is_some_and(|[axis, _]| axis != Axis::HeadDim), "norms over all heads"),
+        (config.embedding_scale() != 1.0 || config.scales.residual != 1.0, "factors of activations"),
+        (config.rotary_dim != config.head_dim, "heads that are rotated in part"),
+        (config.ropes.iter().any(|rope| rope.attention_factor() != 1.0), "factors of rotated queries and keys"),
+    ]
+    .into_iter()
+    .find_map(|(needed, what)| needed.then_some(what))
 }
 
 /// What stands for a head size in the names of attention kernels; `None` if there are none for it.

@@ -39,21 +39,27 @@ impl<'a> Finder<'a> {
         self.find(parameter, Kind::Bias, layer)
     }
 
-    /// A norm over the residual stream.
-    pub(crate) fn norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<TensorRows> {
-        self.check_axis(parameter, Axis::Hidden)?;
-        self.weight(parameter, layer)
-    }
-
-    /// A norm over each head; `None` if the model has none.
-    pub(crate) fn head_norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Option<TensorRows>> {
-        self.check_axis(parameter, Axis::HeadDim)?;
+    /// A norm over the residual stream; `None` if the family has none there.
+    pub(crate) fn norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Option<TensorRows>> {
+        self.check_axis(parameter, &[Axis::Hidden])?;
         Ok(self.find(parameter, Kind::Weight, layer))
     }
 
-    fn check_axis(&self, parameter: Parameter, supported: Axis) -> Result<()> {
+    /// A norm over each head of queries or keys, or over all of them at once; `None` if the model has none.
+    pub(crate) fn head_norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Option<TensorRows>> {
+        let whole = if parameter == Parameter::QueryNorm { Axis::QueryHeads } else { Axis::KvHeads };
+        self.check_axis(parameter, &[Axis::HeadDim, whole])?;
+        Ok(self.find(parameter, Kind::Weight, layer))
+    }
+
+    /// What a norm's weights are added to before they multiply.
+    pub(crate) fn norm_offset(&self) -> f32 {
+        if self.config.family.norms_around_zero { 1.0 } else { 0.0 }
+    }
+
+    fn check_axis(&self, parameter: Parameter, supported: &[Axis]) -> Result<()> {
         match self.config.axes_of(parameter) {
-            Some([found, _]) if found != supported => {
+            Some([found, _]) if !supported.contains(&found) => {
                 bail!("{parameter:?} of {:?} is over {found:?}, supported: {supported:?}", self.config.family)
             }
             _ => Ok(()),

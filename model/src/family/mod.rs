@@ -8,41 +8,20 @@
 //! separate head if the table contains the parameter. A norm at a new position is therefore a new [`Parameter`], not a
 //! flag, and the extent of a parameter is its [`Axis`]. Both decoders reject a table with a tensor that they do not
 //! use.
-//!
-//! What further families will need:
-//!
-//! - **Norms after attention and MLP** (Gemma 2 and 3, OLMo 2): two parameters, `AttentionOutputNorm` and
-//!   `MlpOutputNorm`, and a step in each decoder for them. OLMo 2's table omits `AttentionNorm` and `MlpNorm`, which
-//!   become optional. In Gemma, the module `post_attention_layernorm` is the output norm, and
-//!   `pre_feedforward_layernorm` is the `MlpNorm`.
-//! - **q/k norm over the whole width** (OLMo 2): its modules have the axes `QueryHeads` and `KvHeads`, where Qwen3's
-//!   have `HeadDim`. The decoders normalise over that axis.
-//! - **Norms with weights around 0** (Gemma): a field of [`Family`]; loading adds 1.
-//! - **gelu-tanh** (Gemma): config.rs reads `hidden_act` and rejects all values but silu. It becomes a field of
-//!   [`ModelConfig`](crate::ModelConfig), with a kernel like `SiluMul`.
-//! - **Embedding scale, residual multiplier, logit scale and cap** (Gemma, Granite): fields of [`OwnFields`] and `ModelConfig`,
-//!   and a multiplication in each decoder.
-//! - **A soft cap on scores** (Gemma 2): a field of [`LayerSpec`], and a kernel.
-//! - **Scale of scores** (Gemma's `query_pre_attn_scalar`, Granite's `attention_multiplier`): [`LayerSpec::score_scale`].
-//! - **Windows on some layers, two ropes** (Gemma 2 and 3): [`LayerSpec::window`] and [`LayerSpec::rope`] are set per
-//!   layer. Until the kernels support windows, the smallest window limits the context. A `KvSchema` states one rope;
-//!   [`rope_spec`] describes several in its text.
-//! - **Layers without rope** (SmolLM3): [`LayerSpec::rope`] is `None`.
-//! - **Fused tensors** (Phi-3's qkv_proj and gate_up_proj): a [`Module`] with several parts. Decoders locate each
-//!   part's rows, and pruning writes the whole tensor.
-//! - **Partial rotation of heads** (Phi-4): a field of [`Rope`], and a step in each decoder.
-//! - **Family-specific GGUF metadata** (Gemma's soft caps and windows): a field of [`GgufFamily`] that maps it to
-//!   fields of config.json.
-//! - **Fields of config.json that count layers**: [`Family::keep_layers`] edits them after a depth cut.
-//!
-//! [`rope_spec`]: crate::ModelConfig::rope_spec
 
 mod finder;
+mod gemma2;
+mod gemma3;
+mod granite;
+mod layers;
 mod llama;
 mod mistral;
+mod olmo2;
 mod parameters;
+mod phi3;
 mod qwen2;
 mod qwen3;
+mod smollm3;
 mod tensors;
 
 use std::fmt;
@@ -52,12 +31,24 @@ use serde_json::{Map, Value};
 use crate::{ModelError, Rope, config::Fields};
 
 pub(crate) use finder::Finder;
+pub use layers::LayerSpec;
 pub use parameters::{Axis, Kind, Module, Parameter, When};
 pub(crate) use tensors::TensorRows;
 pub use tensors::TensorSpec;
 
 /// All families, in the order in which errors list them.
-const FAMILIES: [&Family; 4] = [&llama::FAMILY, &mistral::FAMILY, &qwen2::FAMILY, &qwen3::FAMILY];
+const FAMILIES: [&Family; 10] = [
+    &llama::FAMILY,
+    &mistral::FAMILY,
+    &qwen2::FAMILY,
+    &qwen3::FAMILY,
+    &gemma2::FAMILY,
+    &gemma3::FAMILY,
+    &phi3::FAMILY,
+    &smollm3::FAMILY,
+    &olmo2::FAMILY,
+    &granite::FAMILY,
+];
 
 /// Everything that is specific to one model family.
 pub struct Family {
@@ -67,14 +58,41 @@ pub struct Family {
     pub model_type: &'static str,
     /// Its properties in GGUF files; `None` if GGUF files store it as another family.
     pub(crate) gguf: Option<GgufFamily>,
-    /// Computes the width of a head from the hidden size and the number of heads, if config.json does not state it.
-    pub(crate) head_dim: fn(usize, usize) -> usize,
+    /// Values of fields that config.json does not state.
+    pub(crate) defaults: Defaults,
     /// Table of its parameters, in model order.
     pub(crate) modules: &'static [Module],
-    /// Reads the family-specific fields of config.json. Arguments: the fields, the number of layers, head_dim.
-    pub(crate) read: fn(Fields<'_>, usize, usize) -> Result<OwnFields, ModelError>,
+    /// Whether a norm multiplies by 1 + its weights.
+    pub(crate) norms_around_zero: bool,
+    /// Whether config.json may leave a part of each head without rotation (`partial_rotary_factor`).
+    pub(crate) partial_rotation: bool,
+    /// Reads the family-specific fields of config.json. Arguments: the fields, and sizes that were read before.
+    pub(crate) read: fn(Fields<'_>, Sizes) -> Result<OwnFields, ModelError>,
     /// Updates the family-specific fields of config.json for a model that keeps only these layers.
     pub(crate) keep_layers: fn(&mut Map<String, Value>, &[u32]),
+}
+
+/// What transformers' configuration classes assume of absent fields, where families differ.
+pub(crate) struct Defaults {
+    /// Computes the width of a head from the hidden size and the number of heads.
+    pub(crate) head_dim: fn(usize, usize) -> usize,
+    pub(crate) rms_norm_eps: f64,
+    pub(crate) tie_word_embeddings: bool,
+}
+
+impl Defaults {
+    /// Llama's.
+    const LLAMA: Self =
+        Self { head_dim: |hidden, heads| (hidden / heads).max(1), rms_norm_eps: 1e-6, tie_word_embeddings: false };
+}
+
+/// Sizes that the fields of a family depend on.
+#[derive(Clone, Copy)]
+pub(crate) struct Sizes {
+    /// Number of layers.
+    pub(crate) layers: usize,
+    /// Rotated channels of a head.
+    pub(crate) rotary_dim: usize,
 }
 
 /// A family's properties in GGUF files.
@@ -83,6 +101,21 @@ pub(crate) struct GgufFamily {
     pub(crate) architecture: &'static str,
     /// Whether llama.cpp's converter interleaves the rows of q and k, so that rotation pairs neighbouring rows.
     pub(crate) interleaved: bool,
+    /// Further fields of config.json, and the metadata keys (after the architecture) that state them.
+    pub(crate) fields: &'static [(&'static str, &'static str)],
+    /// What a sliding window in the metadata means.
+    pub(crate) window: GgufWindow,
+}
+
+/// What `attention.sliding_window` in the metadata of a GGUF file means.
+#[derive(Clone, Copy)]
+pub(crate) enum GgufWindow {
+    /// The field `sliding_window` of the family with this class. Without it, no layer has a window.
+    Of(&'static str),
+    /// The file does not say which layers have it. It has no effect on sequences up to its width, so it limits the context.
+    LimitsContext,
+    /// Another model than this family's.
+    Refused,
 }
 
 impl PartialEq for Family {
@@ -119,51 +152,71 @@ impl Family {
     }
 }
 
-/// Attention settings that may differ between the layers of a model.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LayerSpec {
-    /// Index of the layer's rotary embedding in [`ModelConfig::ropes`](crate::ModelConfig::ropes); `None`: no rotation.
-    pub rope: Option<usize>,
-    /// Sliding window: number of tokens that a query attends to, itself included; `None` means all. The kernels do not
-    /// implement windows. A window has no effect on sequences up to its width, so
-    /// [`ModelConfig::max_position_embeddings`](crate::ModelConfig::max_position_embeddings) is limited to it.
-    pub window: Option<usize>,
-    /// Factor of the scores; `None` means `1 / sqrt(head_dim)`.
-    pub score_scale: Option<f64>,
+/// The activation function of the MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// GELU (Hendrycks & Gimpel, arXiv 1606.08415), approximated with tanh.
+    GeluTanh,
 }
 
-impl LayerSpec {
-    /// Factor for the queries that gives `score_scale` with attention that multiplies scores by `1 / sqrt(head_dim)`.
-    /// `None` leaves the queries as they are.
-    pub(crate) fn query_factor(&self, head_dim: usize) -> Option<f32> {
-        self.score_scale.map(|scale| (scale * (head_dim as f64).sqrt()) as f32)
+impl Activation {
+    /// The activation that `field` names.
+    fn read(fields: Fields<'_>, field: &str, default: &str) -> Result<Self, ModelError> {
+        match fields.present(field).map_or(Some(default), Value::as_str) {
+            Some("silu") => Ok(Self::Silu),
+            Some("gelu_pytorch_tanh") => Ok(Self::GeluTanh),
+            _ => Err(fields.bad(field, "silu, gelu_pytorch_tanh")),
+        }
     }
+}
+
+/// Factors of activations, outside of the linear layers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scales {
+    /// Factor of token embeddings; `None`: the square root of the hidden size.
+    pub embedding: Option<f64>,
+    /// Factor of what attention and MLP add to the residual stream.
+    pub residual: f64,
+    /// Factor of the logits.
+    pub logits: f64,
+    /// Logits are `cap * tanh(logits / cap)`, after the factor; `None`: as they are.
+    pub logit_cap: Option<f64>,
+}
+
+impl Scales {
+    /// No factors.
+    pub const ONE: Self = Self { embedding: Some(1.0), residual: 1.0, logits: 1.0, logit_cap: None };
 }
 
 /// The family-specific content of config.json.
 pub(crate) struct OwnFields {
-    /// The distinct rotary embeddings.
+    /// The distinct rotary embeddings. The first one is that of layers without windows.
     pub(crate) ropes: Vec<Rope>,
     /// Attention settings of every layer.
     pub(crate) layers: Vec<LayerSpec>,
+    pub(crate) activation: Activation,
+    pub(crate) scales: Scales,
 }
 
 impl OwnFields {
-    /// Identical layers, all with the rotary embedding that config.json states.
-    fn uniform(fields: Fields<'_>, layers: usize, head_dim: usize, window: Option<usize>) -> Result<Self, ModelError> {
-        let layer = LayerSpec { rope: Some(0), window, score_scale: None };
-        Ok(Self { ropes: vec![fields.rope(head_dim)?], layers: vec![layer; layers] })
+    /// A model without factors, whose layers differ at most in their windows: the rotary embedding that config.json
+    /// states, and `windows` for each layer.
+    fn with_windows(fields: Fields<'_>, sizes: Sizes, windows: Vec<Option<usize>>) -> Result<Self, ModelError> {
+        let layer = |window| LayerSpec { rope: Some(0), window, ..LayerSpec::PLAIN };
+        Ok(Self {
+            ropes: vec![fields.rope(10_000.0, sizes.rotary_dim)?],
+            layers: windows.into_iter().map(layer).collect(),
+            activation: Activation::read(fields, "hidden_act", "silu")?,
+            scales: Scales::ONE,
+        })
     }
-}
 
-/// The field `sliding_window`; `None` if absent.
-fn sliding_window(fields: Fields<'_>) -> Result<Option<usize>, ModelError> {
-    fields.present("sliding_window").map(|_| fields.size("sliding_window", None)).transpose()
-}
-
-/// The width of heads that together fill the hidden size.
-fn filling_heads(hidden_size: usize, heads: usize) -> usize {
-    (hidden_size / heads).max(1)
+    /// The same with one window, or none, for all layers.
+    fn uniform(fields: Fields<'_>, sizes: Sizes, window: Option<usize>) -> Result<Self, ModelError> {
+        Self::with_windows(fields, sizes, vec![window; sizes.layers])
+    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 pub enum Parameter {
     /// Token embeddings.
     Embedding,
-    /// Norm of attention's input.
+    /// Norm of attention's input. Without it, attention reads the residual stream as it is.
     AttentionNorm,
     /// Projection to queries.
     Query,
@@ -19,7 +19,9 @@ pub enum Parameter {
     KeyNorm,
     /// Projection from the heads back to the residual stream.
     AttentionOutput,
-    /// Norm of the MLP's input.
+    /// Norm of what attention adds to the residual stream.
+    AttentionOutputNorm,
+    /// Norm of the MLP's input. Without it, the MLP reads the residual stream as it is.
     MlpNorm,
     /// The MLP projection that the activation function is applied to.
     Gate,
@@ -27,6 +29,8 @@ pub enum Parameter {
     Up,
     /// Projection from the MLP back to the residual stream.
     Down,
+    /// Norm of what the MLP adds to the residual stream.
+    MlpOutputNorm,
     /// Norm before the head.
     FinalNorm,
     /// Projection to logits. Models without it use the embedding.
@@ -163,6 +167,13 @@ pub(super) const DOWN: Module =
 pub(super) const QUERY_NORM: Module = norm("self_attn.q_norm", "attn_q_norm", &[(Parameter::QueryNorm, Axis::HeadDim)]);
 
 pub(super) const KEY_NORM: Module = norm("self_attn.k_norm", "attn_k_norm", &[(Parameter::KeyNorm, Axis::HeadDim)]);
+
+/// `post_attention_layernorm` where it means what it says.
+pub(super) const ATTENTION_OUTPUT_NORM: Module =
+    norm("post_attention_layernorm", "post_attention_norm", &[(Parameter::AttentionOutputNorm, Axis::Hidden)]);
+
+pub(super) const MLP_OUTPUT_NORM: Module =
+    norm("post_feedforward_layernorm", "post_ffw_norm", &[(Parameter::MlpOutputNorm, Axis::Hidden)]);
 
 pub(super) const FINAL_NORM: Module =
     Module { in_layer: false, ..norm("model.norm", "output_norm", &[(Parameter::FinalNorm, Axis::Hidden)]) };

@@ -3,19 +3,24 @@
 use serde_json::{Map, Value};
 
 use super::{
-    Family, GgufFamily, Module, OwnFields, When, filling_heads,
+    Family, GgufFamily, GgufWindow, Module, OwnFields, Sizes, When, layers, llama,
     parameters::{
         ATTENTION_NORM, ATTENTION_OUTPUT, DOWN, EMBEDDING, FINAL_NORM, GATE, HEAD, KEY, MLP_NORM, QUERY, UP, VALUE,
     },
-    sliding_window,
 };
 use crate::{ModelError, config::Fields};
+
+const FULL_LAYERS: &str = "max_window_layers";
 
 pub(super) const FAMILY: Family = Family {
     class: "Qwen2ForCausalLM",
     model_type: "qwen2",
-    gguf: Some(GgufFamily { architecture: "qwen2", interleaved: false }),
-    head_dim: filling_heads,
+    gguf: Some(GgufFamily {
+        architecture: "qwen2",
+        interleaved: false,
+        fields: &[],
+        window: GgufWindow::LimitsContext,
+    }),
     modules: &[
         EMBEDDING,
         ATTENTION_NORM,
@@ -32,18 +37,22 @@ pub(super) const FAMILY: Family = Family {
     ],
     read,
     keep_layers,
+    ..llama::FAMILY
 };
 
-/// `use_sliding_window` says whether `sliding_window` applies. In transformers, only layers from `max_window_layers` on
-/// have the window. Here any window limits the context of the whole model, so every layer gets it.
-pub(super) fn read(fields: Fields<'_>, layers: usize, head_dim: usize) -> Result<OwnFields, ModelError> {
-    let window = if fields.flag("use_sliding_window", false)? { sliding_window(fields)? } else { None };
-    OwnFields::uniform(fields, layers, head_dim, window)
+/// `use_sliding_window` says whether `sliding_window` applies. Without `layer_types`, it applies to the layers from
+/// `max_window_layers` on.
+pub(super) fn read(fields: Fields<'_>, sizes: Sizes) -> Result<OwnFields, ModelError> {
+    let window = if fields.flag("use_sliding_window", false)? { layers::window(fields)? } else { None };
+    let full = fields.count(FULL_LAYERS, 28)?;
+    let sliding = layers::sliding(fields, sizes.layers, |layer| layer >= full)?;
+    OwnFields::with_windows(fields, sizes, sliding.into_iter().map(|sliding| window.filter(|_| sliding)).collect())
 }
 
 /// Updates `max_window_layers`, which counts layers.
 pub(super) fn keep_layers(raw: &mut Map<String, Value>, kept: &[u32]) {
-    if let Some(count) = raw.get_mut("max_window_layers").filter(|count| !count.is_null()) {
-        *count = kept.len().into();
+    if let Some(count) = raw.get_mut(FULL_LAYERS).filter(|count| !count.is_null()) {
+        let full = count.as_u64().unwrap_or(u64::MAX);
+        *count = kept.iter().filter(|layer| u64::from(**layer) < full).count().into();
     }
 }

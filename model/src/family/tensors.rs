@@ -155,6 +155,12 @@ impl Family {
         found.is_some_and(|(_, module, _)| module.parts.iter().any(|(parameter, _)| parameter.is_rotated()))
     }
 
+    /// Whether a GGUF tensor has the weights of a norm.
+    pub(crate) fn is_norm_in_gguf(&self, name: &str) -> bool {
+        let found = self.find(name, GGUF_LAYERS, |module| module.gguf);
+        found.is_some_and(|(_, module, kind)| module.columns.is_none() && kind == Kind::Weight.name())
+    }
+
     /// Splits a name into layer number, module, and `weight` or `bias`.
     fn find<'a>(
         &self,

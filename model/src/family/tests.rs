@@ -1,16 +1,16 @@
 use std::{collections::HashMap, path::Path};
 
 use candle_core::{DType, Device, Tensor};
-use overfill_kv::{BlockId, KvDtype};
+use overfill_kv::{BlockId, KvDtype, RopeSpec};
 use serde_json::{Value, json};
 
 use super::{
-    Axis, Family, Kind, LayerSpec, Module, Parameter, When, llama, mistral,
+    Axis, Family, Kind, LayerSpec, Module, Parameter, When, gemma2, gemma3, llama, mistral, olmo2,
     parameters::{
         ATTENTION_NORM, ATTENTION_OUTPUT, DOWN, EMBEDDING, FINAL_NORM, GATE, HEAD, KEY, KEY_NORM, MLP_NORM, QUERY,
         QUERY_NORM, UP, VALUE,
     },
-    qwen2, qwen3,
+    phi3, qwen2, qwen3, smollm3,
 };
 use crate::{
     Decoder, Engine, ModelConfig, ModelError, Ops, Outputs, Rope, RopeScaling, Rows, SequenceSlice, Want, WeightDtype,
@@ -94,6 +94,15 @@ fn names_are_translated_both_ways() {
     ] {
         assert_eq!(family.name_of_gguf(gguf), hugging_face);
         assert_eq!(family.name_in_gguf(hugging_face), gguf);
+    }
+    // The same name is another norm in another family.
+    for (family, gguf, hugging_face) in [
+        (&gemma2::FAMILY, "blk.1.ffn_norm.weight", "model.layers.1.pre_feedforward_layernorm.weight"),
+        (&gemma2::FAMILY, "blk.1.post_attention_norm.weight", "model.layers.1.post_attention_layernorm.weight"),
+        (&olmo2::FAMILY, "blk.1.post_ffw_norm.weight", "model.layers.1.post_feedforward_layernorm.weight"),
+        (&phi3::FAMILY, "blk.1.attn_qkv.weight", "model.layers.1.self_attn.qkv_proj.weight"),
+    ] {
+        assert_eq!((family.name_of_gguf(gguf), family.name_in_gguf(hugging_face)), (hugging_face.into(), gguf.into()));
     }
     let rotated = |name| family.is_rotated_in_gguf(name);
     assert!(rotated("blk.0.attn_q.weight") && rotated("blk.7.attn_k.bias"));
@@ -190,7 +199,7 @@ fn distance(a: &[f32], b: &[f32]) -> f32 {
 fn layers_may_differ_in_rope_and_scale() {
     let (plain, weights) = golden("qwen3");
     let [expected, _] = logits(&plain, &weights).unwrap();
-    let layer = |rope, score_scale| LayerSpec { rope, window: None, score_scale };
+    let layer = |rope, score_scale| LayerSpec { rope, score_scale, ..LayerSpec::PLAIN };
     let two_ropes = vec![plain.ropes[0].clone(), Rope { theta: 100.0, scaling: RopeScaling::Linear { factor: 2.0 } }];
     let own = 1.0 / (plain.head_dim as f64).sqrt();
     for (ropes, layers, differs) in [
@@ -241,11 +250,11 @@ fn parameters_may_be_rows_of_a_fused_tensor() {
     assert_eq!(logits(&config, &Weights::open(folder.path()).unwrap()).unwrap(), expected);
 }
 
-/// Neither decoder computes OLMo 2's norms or LayerNorm's bias, and both need all weights of the block.
+/// Neither decoder computes LayerNorm's bias or norms over other axes, and both need a final norm.
 #[test]
 fn decoders_refuse_tables_that_they_cannot_compute() {
-    static WHOLE_WIDTH: Family = Family {
-        model_type: "whole-width",
+    static WRONG_WIDTH: Family = Family {
+        model_type: "wrong-width",
         modules: &[
             EMBEDDING,
             ATTENTION_NORM,
@@ -257,7 +266,7 @@ fn decoders_refuse_tables_that_they_cannot_compute() {
             GATE,
             UP,
             DOWN,
-            Module { parts: &[(Parameter::QueryNorm, Axis::QueryHeads)], ..QUERY_NORM },
+            Module { parts: &[(Parameter::QueryNorm, Axis::KvHeads)], ..QUERY_NORM },
             KEY_NORM,
             FINAL_NORM,
             HEAD,
@@ -266,7 +275,7 @@ fn decoders_refuse_tables_that_they_cannot_compute() {
     };
     static NO_NORM: Family = Family {
         model_type: "no-norm",
-        modules: &[EMBEDDING, MLP_NORM, QUERY, KEY, VALUE, ATTENTION_OUTPUT, GATE, UP, DOWN, FINAL_NORM, HEAD],
+        modules: &[EMBEDDING, ATTENTION_NORM, MLP_NORM, QUERY, KEY, VALUE, ATTENTION_OUTPUT, GATE, UP, DOWN, HEAD],
         ..llama::FAMILY
     };
     static NORM_BIAS: Family = Family {
@@ -290,8 +299,8 @@ fn decoders_refuse_tables_that_they_cannot_compute() {
     let folder = tempfile::tempdir().unwrap();
     for (family, expected) in [
         (&NORM_BIAS, "norm-bias has model.norm.bias, which the decoder does not use"),
-        (&WHOLE_WIDTH, "QueryNorm of whole-width is over QueryHeads, supported: HeadDim"),
-        (&NO_NORM, "no-norm has no AttentionNorm"),
+        (&WRONG_WIDTH, "QueryNorm of wrong-width is over KvHeads, supported: [HeadDim, QueryHeads]"),
+        (&NO_NORM, "no-norm has no FinalNorm"),
     ] {
         let config = ModelConfig { family, ..config(&qwen3::FAMILY) };
         let zeros =
@@ -313,13 +322,23 @@ fn decoders_refuse_tables_that_they_cannot_compute() {
 fn a_schema_states_the_rope_of_all_layers() {
     let plain = config(&llama::FAMILY);
     assert_eq!((plain.rope_spec().theta, plain.rope_spec().scaling.as_str()), (10_000.0, "none"));
-    let layer = |rope| LayerSpec { rope, window: None, score_scale: None };
+    let layer = |rope| LayerSpec { rope, ..LayerSpec::PLAIN };
     let layers = vec![layer(Some(1)), layer(Some(1)), layer(None), layer(Some(0))];
     let other = Rope { theta: 1e6, scaling: RopeScaling::Linear { factor: 8.0 } };
     let ropes = vec![plain.ropes[0].clone(), other];
-    let spec = ModelConfig { ropes, layers, num_hidden_layers: 4, ..plain }.rope_spec();
-    assert_eq!(spec.theta, 10_000.0);
-    assert_eq!(spec.scaling, "2 layers theta=1000000 linear factor=8; 1 layers without; 1 layers theta=10000 none");
+    assert!(plain.layer_attention().is_empty());
+    let config = ModelConfig { ropes, layers, num_hidden_layers: 4, ..plain };
+    assert_eq!(config.rope_spec(), RopeSpec { theta: 10_000.0, scaling: "by layer".into() });
+    let [linear, without, none] = [
+        "theta=1000000 linear factor=8 window=none",
+        "theta=0 without rotation window=none",
+        "theta=10000 none window=none",
+    ];
+    assert_eq!(config.layer_attention(), [linear, linear, without, none]);
+    let windows = config.layers[..2].iter().map(|layer| LayerSpec { window: Some(7), ..layer.clone() }).collect();
+    let config = ModelConfig { layers: windows, rotary_dim: 4, head_dim: 8, ..config };
+    assert_eq!(config.rope_spec(), RopeSpec { theta: 1e6, scaling: "linear factor=8 of 4 channels".into() });
+    assert_eq!(config.layer_attention(), ["theta=1000000 linear factor=8 of 4 channels window=7"; 2]);
 }
 
 #[test]
@@ -341,4 +360,28 @@ fn a_cut_edits_what_counts_layers() {
     let json: Value = short.to_json();
     assert_eq!((&json["num_hidden_layers"], &json["max_window_layers"]), (&json!(2), &json!(2)));
     assert_eq!(json["layer_types"], json!(["sliding_attention", "full_attention"]));
+}
+
+/// A pruned model's config.json states the attention of each kept layer, even if the full one's states a rule.
+#[test]
+fn a_cut_keeps_the_attention_of_its_layers() {
+    for family in [&gemma2::FAMILY, &gemma3::FAMILY, &smollm3::FAMILY, &qwen2::FAMILY, &mistral::FAMILY] {
+        let mut value = config(family).to_json();
+        for (field, set) in [
+            ("num_hidden_layers", json!(9)),
+            ("sliding_window", json!(8)),
+            ("use_sliding_window", json!(true)),
+            ("max_window_layers", json!(4)),
+            ("sliding_window_pattern", json!(3)),
+        ] {
+            value[field] = set;
+        }
+        let full = ModelConfig::from_json(Path::new("config.json"), value).unwrap();
+        assert!(full.layers.iter().any(|layer| layer.window == Some(8)), "{family:?}");
+        let kept = [0, 1, 3, 4, 5, 8];
+        let short = full.cut(4, 5, &kept);
+        let read = ModelConfig::from_json(Path::new("config.json"), short.to_json()).unwrap();
+        assert_eq!(read.layers, short.layers, "{family:?}");
+        assert_eq!(read.layers, kept.map(|layer| full.layers[layer as usize].clone()), "{family:?}");
+    }
 }

@@ -4,7 +4,11 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::{Gguf, header::Metadata, text, tokenizer::Vocabulary};
-use crate::{Family, Kind, ModelConfig, ModelError, Parameter, Rope, RopeScaling, family::GgufFamily, weights::Stored};
+use crate::{
+    Family, Kind, ModelConfig, ModelError, Parameter, Rope, RopeScaling,
+    family::{GgufFamily, GgufWindow},
+    weights::Stored,
+};
 
 /// Fields of config.json, the corresponding metadata keys (after the architecture), and whether a file must have the
 /// key. config.json has defaults for the optional fields.
@@ -20,7 +24,14 @@ const FIELDS: [(&str, &str, bool); 9] = [
     ("rope_theta", "rope.freq_base", false),
 ];
 
+const WINDOW: &str = "attention.sliding_window";
+const PATTERN: &str = "sliding_window_pattern";
 const ROPE_FACTORS: &str = "rope_freqs.weight";
+/// LongRoPE's, for contexts up to the original one and beyond.
+const LONGROPE_FACTORS: [&str; 2] = ["rope_factors_short.weight", "rope_factors_long.weight"];
+/// Numbers of layers of Gemma 2 27B and Gemma 3 27B, and the square of their inverse factor of scores. llama.cpp knows them
+/// by these numbers too, since no key states the factor.
+const GEMMA_27B: [(&str, usize, f64); 2] = [("gemma2", 46, 144.0), ("gemma3", 62, 168.0)];
 
 /// The family, and its properties in GGUF files.
 fn found(metadata: &Metadata<'_>) -> Result<(&'static Family, &'static GgufFamily), ModelError> {
@@ -58,7 +69,7 @@ pub(super) fn family(metadata: &Metadata<'_>) -> Result<(&'static Family, Option
 /// The configuration. Errors about numbers name the metadata key, because the generated config.json exists in no file.
 pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
     let metadata = gguf.metadata();
-    let (family, GgufFamily { architecture, .. }) = found(&metadata)?;
+    let (family, GgufFamily { architecture, fields, window, .. }) = found(&metadata)?;
     let key = |key: &str| format!("{architecture}.{key}");
     let mut json = Map::new();
     for (field, name, required) in FIELDS {
@@ -68,28 +79,63 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
         }
         json.insert(field.into(), value);
     }
+    for (field, name) in *fields {
+        let value = metadata.json(&key(name));
+        if !value.is_null() {
+            json.insert((*field).into(), value);
+        }
+    }
     // Every layer has tensors. Rejects an excessive layer count before allocating the list of required tensors.
     let tensors = gguf.header.tensors.len();
     if metadata.index(&key("block_count"))?.is_some_and(|layers| layers > tensors) {
         return Err(metadata.bad(&key("block_count"), &format!("no more than the file's {tensors} tensors")));
     }
     let head_dim = head_dim(&metadata, architecture)?;
-    json.insert("architectures".into(), json!([family.class]));
     json.insert("head_dim".into(), json!(head_dim));
 
-    // Partial rotation and a different width of v are not supported.
-    for same in ["rope.dimension_count", "attention.value_length"] {
-        if metadata.index(&key(same))?.is_some_and(|n| n != head_dim) {
+    // A different width of v is not supported.
+    let rotated = metadata.index(&key("rope.dimension_count"))?;
+    for (same, found, free) in [
+        ("rope.dimension_count", rotated, family.partial_rotation),
+        ("attention.value_length", metadata.index(&key("attention.value_length"))?, false),
+    ] {
+        if found.is_some_and(|n| n != head_dim && !(free && n < head_dim)) {
             return Err(metadata.bad(&key(same), &format!("the width of a head ({head_dim})")));
         }
+    }
+    if family.partial_rotation
+        && let Some(rotated) = rotated
+    {
+        json.insert("partial_rotary_factor".into(), json!(rotated as f64 / head_dim as f64));
     }
     if metadata.index(&key("expert_count"))?.is_some_and(|n| n > 0) {
         return Err(metadata.bad(&key("expert_count"), "0"));
     }
-    // Sliding windows are not implemented. A window has no effect up to its width, so the context is limited to it.
-    let window = metadata.index(&key("attention.sliding_window"))?.filter(|window| *window > 0);
-    if let (Some(window), Some(context)) = (window, metadata.index(&key("context_length"))?) {
-        json.insert("max_position_embeddings".into(), json!(context.min(window)));
+    let stated = metadata.index(&key(WINDOW))?.filter(|window| *window > 0);
+    let mut class = family.class;
+    match (stated, window) {
+        (stated, GgufWindow::Of(windowed)) => {
+            json.insert("sliding_window".into(), json!(stated));
+            if stated.is_some() {
+                class = windowed;
+            } else if fields.iter().any(|(field, _)| *field == PATTERN) {
+                // Layers without windows all have the same rope.
+                json.insert(PATTERN.into(), json!(1));
+            }
+        }
+        (Some(window), GgufWindow::LimitsContext) => {
+            if let Some(context) = metadata.index(&key("context_length"))? {
+                json.insert("max_position_embeddings".into(), json!(context.min(window)));
+            }
+        }
+        (Some(_), GgufWindow::Refused) => return Err(metadata.bad(&key(WINDOW), "0")),
+        (None, _) => {}
+    }
+    json.insert("architectures".into(), json!([class]));
+    if family.norms_around_zero {
+        let layers = metadata.index(&key("block_count"))?;
+        let known = GEMMA_27B.iter().find(|(name, count, _)| name == architecture && layers == Some(*count));
+        json.insert("query_pre_attn_scalar".into(), json!(known.map_or(head_dim as f64, |(.., scalar)| *scalar)));
     }
 
     let has = |parameter, kind| family.first_name(parameter, kind).is_some_and(|name| gguf.place(&name).is_some());
@@ -107,8 +153,9 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
 
     let config = ModelConfig::from_json(&gguf.file, Value::Object(json)).map_err(|e| match e {
         ModelError::Unsupported { file, field, value, supported } => {
-            let field = match FIELDS.iter().find(|(name, ..)| *name == field) {
-                Some((_, name, _)) => key(name),
+            let common = FIELDS.iter().map(|(field, name, _)| (*field, *name)).chain([("sliding_window", WINDOW)]);
+            let field = match common.chain(fields.iter().copied()).find(|(name, _)| *name == field) {
+                Some((_, name)) => key(name),
                 None => field,
             };
             ModelError::Unsupported { file, field, value, supported }
@@ -121,7 +168,10 @@ pub(super) fn read(gguf: &Gguf) -> Result<ModelConfig, ModelError> {
 /// Converts factors back to Llama 3.x's scaling, if llama.cpp's converter computed them from its parameters. The KV
 /// schema is then the same as for safetensors, so the two models of a pair may use different formats.
 fn as_llama3(config: &ModelConfig) -> Option<ModelConfig> {
-    let [Rope { theta, scaling: RopeScaling::Factors(factors) }] = config.ropes.as_slice() else { return None };
+    let [Rope { theta, scaling: RopeScaling::Factors { factors, attention_factor: 1.0 } }] = config.ropes.as_slice()
+    else {
+        return None;
+    };
     // All published models share the other three parameters. `factor` is the factor of the longest wave.
     let factor = f64::from(*factors.last()?);
     let json = json!({
@@ -144,25 +194,36 @@ fn as_llama3(config: &ModelConfig) -> Option<ModelConfig> {
 
 fn rope_scaling(gguf: &Gguf, metadata: &Metadata<'_>, architecture: &str) -> Result<Value, ModelError> {
     let key = |key: &str| format!("{architecture}.rope.scaling.{key}");
-    let linear = match metadata.text(&key("type"))?.as_deref() {
-        None | Some("none") => None,
-        Some("linear") => Some(metadata.json(&key("factor"))),
-        Some(_) => return Err(metadata.bad(&key("type"), "none, linear")),
+    if let [Some(short), Some(long)] = LONGROPE_FACTORS.map(|name| factors(gguf, name)) {
+        return Ok(json!({
+            "type": "longrope", "short_factor": short?, "long_factor": long?,
+            "attention_factor": metadata.json(&key("attn_factor")),
+        }));
+    }
+    let kind = metadata.text(&key("type"))?.filter(|kind| kind != "none");
+    let scaling = match kind.as_deref() {
+        None => Value::Null,
+        Some("linear") => json!({"rope_type": "linear", "factor": metadata.json(&key("factor"))}),
+        Some("yarn") => json!({
+            "rope_type": "yarn", "factor": metadata.json(&key("factor")),
+            "original_max_position_embeddings": metadata.json(&key("original_context_length")),
+        }),
+        Some(_) => return Err(metadata.bad(&key("type"), "none, linear, yarn")),
     };
-    let Some(place) = gguf.place(ROPE_FACTORS) else {
-        return Ok(match linear {
-            Some(factor) => json!({"rope_type": "linear", "factor": factor}),
-            None => Value::Null,
-        });
-    };
-    if linear.is_some() {
+    let Some(factors) = factors(gguf, ROPE_FACTORS) else { return Ok(scaling) };
+    if kind.is_some() {
         return Err(metadata.bad(&key("type"), &format!("none, because the file has {ROPE_FACTORS}")));
     }
+    Ok(json!({"rope_type": "factors", "factors": factors?}))
+}
+
+/// The elements of a tensor with factors of rotary frequencies; `None` if there is no such tensor.
+fn factors(gguf: &Gguf, name: &str) -> Option<Result<Vec<f32>, ModelError>> {
+    let place = gguf.place(name)?;
     if place.shape.len() != 1 || place.stored != Stored::Plain(Dtype::F32) {
         let found = format!("{:?} of shape {:?}", place.stored, place.shape);
-        return Err(ModelError::unsupported(&gguf.file, ROPE_FACTORS, found, "F32 of one dimension"));
+        return Some(Err(ModelError::unsupported(&gguf.file, name, found, "F32 of one dimension")));
     }
     let mut factors = vec![0.0; place.shape[0]];
-    place.read_rows(0..factors.len(), &mut factors)?;
-    Ok(json!({"rope_type": "factors", "factors": factors}))
+    Some(place.read_rows(0..factors.len(), &mut factors).map(|()| factors))
 }

@@ -98,6 +98,8 @@ impl Gguf {
             shape: entry.shape.clone(),
             stored: entry.stored,
             data: &self.map[entry.bytes.clone()],
+            // llama.cpp's converter adds the 1 that the norms of these families add to their weights.
+            offset: if self.family.norms_around_zero && self.family.is_norm_in_gguf(&entry.name) { -1.0 } else { 0.0 },
             interleaved: self.interleaved.filter(|_| self.family.is_rotated_in_gguf(&entry.name)),
         })
     }

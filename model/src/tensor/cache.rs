@@ -4,7 +4,7 @@ use bytemuck::cast_slice;
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
 use overfill_kv::{BLOCK_TOKENS, BlockId, KvDtype, KvMemory, KvStore, StoreError, store::check_range};
 
-use crate::{SequenceSlice, batch::Slot, config::Heads, error::plain};
+use crate::{LayerSpec, SequenceSlice, batch::Slot, config::Heads, error::plain, tensor::soft_cap};
 
 /// The KV of all layers of one model on one device. Each tensor has its own lock.
 pub(crate) struct TensorKv {
@@ -53,7 +53,13 @@ impl TensorKv {
 
     /// Causal attention of a batch's queries `[n, heads, head_dim]`. It gathers each sequence's blocks, then
     /// multiplies.
-    pub(crate) fn attend(&self, layer: usize, batch: &[SequenceSlice<'_>], q: &Tensor) -> Result<Tensor> {
+    pub(crate) fn attend(
+        &self,
+        layer: usize,
+        spec: &LayerSpec,
+        batch: &[SequenceSlice<'_>],
+        q: &Tensor,
+    ) -> Result<Tensor> {
         let Heads { heads, kv_heads, head_dim } = self.sizes;
         let group = heads / kv_heads;
         let cache = &self.layers[layer];
@@ -82,8 +88,13 @@ impl TensorKv {
                 head_dim,
             ))?;
             let scores = (queries.matmul(&k.t()?)? * (1.0 / (head_dim as f64).sqrt()))?.to_dtype(DType::F32)?;
-            let mask: Vec<f32> = (0..tokens)
-                .flat_map(|t| (0..context).map(move |c| if c <= slice.start + t { 0.0 } else { f32::NEG_INFINITY }))
+            let scores = match spec.score_cap {
+                Some(cap) => soft_cap(&scores, cap)?,
+                None => scores,
+            };
+            let seen = |position: usize| spec.first_visible(position)..=position;
+            let mask: Vec<f32> = (slice.start..context)
+                .flat_map(|t| (0..context).map(move |c| if seen(t).contains(&c) { 0.0 } else { f32::NEG_INFINITY }))
                 .collect();
             let mask = Tensor::from_vec(mask, (1, 1, tokens, context), cache.device())?;
             let scores = scores.reshape((kv_heads, group, tokens, context))?.broadcast_add(&mask)?;

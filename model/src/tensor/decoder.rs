@@ -5,20 +5,21 @@
 
 use std::collections::HashMap;
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Error, Result, Tensor, bail};
 use candle_nn::{ops, rotary_emb};
 
 use super::{differentiable, linear::Linear};
 use crate::{
-    Axis, ModelConfig, ModelError, Parameter,
+    Activation, Axis, LayerSpec, ModelConfig, ModelError, Parameter,
     family::{Finder, TensorRows},
 };
 
 /// Computes attention, with keys and values from any source.
 pub trait Attention {
     /// Attention of one layer. `q` is `[n, heads, head_dim]`, `k` and `v` are `[n, kv_heads, head_dim]`, with rope
-    /// already applied to q and k. The result is `[n, heads, head_dim]`, contiguous.
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
+    /// already applied to q and k, and the factor of the scores to q: scores are the products times `1 / sqrt(head_dim)`.
+    /// `spec` has the window and the soft cap. The result is `[n, heads, head_dim]`, contiguous.
+    fn attend(&mut self, layer: usize, spec: &LayerSpec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
 }
 
 /// A point in a layer whose activations, `[n, channels]`, importance scores are computed from.
@@ -56,21 +57,20 @@ pub enum Ops {
 }
 
 struct Block {
-    /// Index of the rope that rotates q and k; `None`: no rotation.
-    rope: Option<usize>,
-    /// Factor of the queries.
-    query_factor: Option<f32>,
-    input_norm: Tensor,
+    spec: LayerSpec,
+    attention_norm: Option<Tensor>,
     q: Linear,
     k: Linear,
     v: Linear,
     o: Linear,
     q_norm: Option<Tensor>,
     k_norm: Option<Tensor>,
-    post_attention_norm: Tensor,
+    attention_output_norm: Option<Tensor>,
+    mlp_norm: Option<Tensor>,
     gate: Linear,
     up: Linear,
     down: Linear,
+    mlp_output_norm: Option<Tensor>,
 }
 
 /// A model's weights and the forward pass over them, without any cache.
@@ -138,22 +138,24 @@ impl Decoder {
         for (layer, spec) in config.layers.iter().enumerate() {
             let at = Some(layer);
             blocks.push(Block {
-                rope: spec.rope,
-                query_factor: spec.query_factor(config.head_dim),
-                input_norm: parameters.norm(Parameter::AttentionNorm, at)?,
+                spec: spec.clone(),
+                attention_norm: parameters.norm(Parameter::AttentionNorm, at)?,
                 q: parameters.linear(Parameter::Query, at)?,
                 k: parameters.linear(Parameter::Key, at)?,
                 v: parameters.linear(Parameter::Value, at)?,
                 q_norm: parameters.head_norm(Parameter::QueryNorm, at)?,
                 k_norm: parameters.head_norm(Parameter::KeyNorm, at)?,
                 o: parameters.linear(Parameter::AttentionOutput, at)?,
-                post_attention_norm: parameters.norm(Parameter::MlpNorm, at)?,
+                attention_output_norm: parameters.norm(Parameter::AttentionOutputNorm, at)?,
+                mlp_norm: parameters.norm(Parameter::MlpNorm, at)?,
                 gate: parameters.linear(Parameter::Gate, at)?,
                 up: parameters.linear(Parameter::Up, at)?,
                 down: parameters.linear(Parameter::Down, at)?,
+                mlp_output_norm: parameters.norm(Parameter::MlpOutputNorm, at)?,
             });
         }
-        let norm = parameters.norm(Parameter::FinalNorm, None)?;
+        parameters.find.weight(Parameter::FinalNorm, None)?;
+        let norm = parameters.norm(Parameter::FinalNorm, None)?.ok_or_else(|| Error::Msg("no final norm".into()))?;
         parameters.find.all_used()?;
         Ok(Self {
             config: config.clone(),
@@ -189,51 +191,71 @@ impl Decoder {
             Some(observe) => observe(site, layer, x),
             None => Ok(()),
         };
-        let rotations = self.ropes.iter().map(|rope| self.rotation(rope, positions)).collect::<Result<Vec<_>>>()?;
+        let rotations = (0..self.ropes.len()).map(|rope| self.rotation(rope, positions)).collect::<Result<Vec<_>>>()?;
         let mut x = self.embedding.index_select(tokens, 0)?.to_dtype(self.compute)?;
+        x = scaled(x, self.config.embedding_scale())?;
         for (layer, block) in self.blocks.iter().enumerate() {
-            let normed = self.rms_norm(&x, &block.input_norm)?;
-            see(Site::Output(Parameter::AttentionNorm), layer, &normed)?;
-            let mut q = self.heads(block.q.forward(&normed)?, block.q_norm.as_ref())?;
-            let mut k = self.heads(block.k.forward(&normed)?, block.k_norm.as_ref())?;
-            let v = self.heads(block.v.forward(&normed)?, None)?;
-            if let Some(rope) = block.rope {
+            let input = self.normed(&x, block.attention_norm.as_ref())?;
+            see(Site::Input(Parameter::Query), layer, &input)?;
+            let mut q = self.heads(block.q.forward(&input)?, block.q_norm.as_ref())?;
+            let mut k = self.heads(block.k.forward(&input)?, block.k_norm.as_ref())?;
+            let v = self.heads(block.v.forward(&input)?, None)?;
+            if let Some(rope) = block.spec.rope {
                 let (cos, sin) = &rotations[rope];
                 (q, k) = (self.rope(&q, cos, sin)?, self.rope(&k, cos, sin)?);
             }
-            if let Some(factor) = block.query_factor {
+            if let Some(factor) = block.spec.query_factor(self.config.head_dim) {
                 q = (q * f64::from(factor))?;
             }
-            let attended = attention.attend(layer, &q, &k, &v)?;
-            x = (x + block.o.forward(&attended.flatten_from(1)?)?)?;
+            let attended = attention.attend(layer, &block.spec, &q, &k, &v)?;
+            let added = block.o.forward(&attended.flatten_from(1)?)?;
+            let added = self.normed(&added, block.attention_output_norm.as_ref())?;
+            x = (x + scaled(added, self.config.scales.residual)?)?;
 
-            let normed = self.rms_norm(&x, &block.post_attention_norm)?;
-            see(Site::Output(Parameter::MlpNorm), layer, &normed)?;
-            let inner = self.gated(&block.gate.forward(&normed)?, &block.up.forward(&normed)?)?;
+            let input = self.normed(&x, block.mlp_norm.as_ref())?;
+            see(Site::Input(Parameter::Gate), layer, &input)?;
+            let inner = self.gated(&block.gate.forward(&input)?, &block.up.forward(&input)?)?;
             see(Site::Input(Parameter::Down), layer, &inner)?;
-            x = (x + block.down.forward(&inner)?)?;
+            let added = self.normed(&block.down.forward(&inner)?, block.mlp_output_norm.as_ref())?;
+            x = (x + scaled(added, self.config.scales.residual)?)?;
         }
         Ok(x)
     }
 
     /// Applies the final norm and the head: hidden states `[rows, hidden]` to logits `[rows, vocab]`.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.head.forward(&self.rms_norm(hidden, &self.norm)?)
-    }
-
-    /// Reshapes `[n, heads * head_dim]` to `[n, heads, head_dim]`, and normalises each head if there is a norm.
-    fn heads(&self, x: Tensor, norm: Option<&Tensor>) -> Result<Tensor> {
-        let x = x.reshape((x.dim(0)?, (), self.config.head_dim))?;
-        match norm {
-            Some(weight) => self.rms_norm(&x, weight),
-            None => Ok(x),
+        let logits = scaled(self.head.forward(&self.rms_norm(hidden, &self.norm)?)?, self.config.scales.logits)?;
+        match self.config.scales.logit_cap {
+            Some(cap) => soft_cap(&logits, cap),
+            None => Ok(logits),
         }
     }
 
+    /// Normalised, if there is a norm.
+    fn normed(&self, x: &Tensor, norm: Option<&Tensor>) -> Result<Tensor> {
+        match norm {
+            Some(weight) => self.rms_norm(x, weight),
+            None => Ok(x.clone()),
+        }
+    }
+
+    /// Reshapes `[n, heads * head_dim]` to `[n, heads, head_dim]`. If there is a norm, it is over as many channels as it
+    /// has weights: each head, or all of them.
+    fn heads(&self, x: Tensor, norm: Option<&Tensor>) -> Result<Tensor> {
+        let n = x.dim(0)?;
+        let x = match norm {
+            Some(weight) => self.rms_norm(&x.reshape((n, (), weight.dim(0)?))?, weight)?,
+            None => x,
+        };
+        x.reshape((n, (), self.config.head_dim))
+    }
+
     fn gated(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-        match self.ops {
-            Ops::Fused => gate.silu()? * up,
-            Ops::Differentiable => differentiable::silu_mul(gate, up),
+        match (self.config.activation, self.ops) {
+            (Activation::Silu, Ops::Fused) => gate.silu()? * up,
+            (Activation::Silu, Ops::Differentiable) => differentiable::silu_mul(gate, up),
+            // candle's `gelu` is the approximation with tanh.
+            (Activation::GeluTanh, _) => gate.gelu()? * up,
         }
     }
 
@@ -245,21 +267,44 @@ impl Decoder {
         }
     }
 
-    /// Cosines and sines of a rope's rotations at `positions`, each `[n, head_dim / 2]`.
-    fn rotation(&self, frequencies: &[f32], positions: &[u32]) -> Result<(Tensor, Tensor)> {
+    /// Cosines and sines of a rope's rotations at `positions`, each `[n, rotary_dim / 2]`.
+    fn rotation(&self, rope: usize, positions: &[u32]) -> Result<(Tensor, Tensor)> {
+        let (frequencies, factor) = (&self.ropes[rope], self.config.ropes[rope].attention_factor());
         let angles = || positions.iter().flat_map(|p| frequencies.iter().map(move |f| *p as f32 * f));
         let shape = (positions.len(), frequencies.len());
         let table = |values: Vec<f32>| Tensor::from_vec(values, shape, self.device())?.to_dtype(self.compute);
-        Ok((table(angles().map(f32::cos).collect())?, table(angles().map(f32::sin).collect())?))
+        let cos = angles().map(|angle| angle.cos() * factor).collect();
+        let sin = angles().map(|angle| angle.sin() * factor).collect();
+        Ok((table(cos)?, table(sin)?))
     }
 
-    /// Rotates `[n, heads, head_dim]`: the first half of a head with its second (Hugging Face's order).
+    /// Rotates the leading channels of heads `[n, heads, head_dim]`: their first half with their second (Hugging Face's
+    /// order).
     fn rope(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+        let (head_dim, rotary_dim) = (self.config.head_dim, self.config.rotary_dim);
+        if rotary_dim < head_dim {
+            let rotated = self.rope_all(&x.narrow(2, 0, rotary_dim)?, cos, sin)?;
+            return Tensor::cat(&[rotated, x.narrow(2, rotary_dim, head_dim - rotary_dim)?], 2);
+        }
+        self.rope_all(x, cos, sin)
+    }
+
+    fn rope_all(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         match self.ops {
             Ops::Fused => rotary_emb::rope_thd(&x.contiguous()?.unsqueeze(0)?, cos, sin)?.squeeze(0),
             Ops::Differentiable => differentiable::rope(x, cos, sin),
         }
     }
+}
+
+/// `x * factor`, without an operation if the factor is 1.
+fn scaled(x: Tensor, factor: f64) -> Result<Tensor> {
+    if factor == 1.0 { Ok(x) } else { x * factor }
+}
+
+/// `cap * tanh(x / cap)`.
+pub fn soft_cap(x: &Tensor, cap: f64) -> Result<Tensor> {
+    (x / cap)?.tanh()? * cap
 }
 
 /// Finds a model's parameters in the tensors of its files.
@@ -285,12 +330,21 @@ impl Parameters<'_> {
         Linear::new(self.weight(parameter, layer)?, bias, self.compute)
     }
 
-    fn norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Tensor> {
-        self.take(self.find.norm(parameter, layer)?)?.to_dtype(self.compute)
+    /// The factors of a norm over the residual stream.
+    fn norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Option<Tensor>> {
+        self.factors(self.find.norm(parameter, layer)?)
     }
 
     fn head_norm(&self, parameter: Parameter, layer: Option<usize>) -> Result<Option<Tensor>> {
-        let place = self.find.head_norm(parameter, layer)?;
-        place.map(|place| self.take(place)?.to_dtype(self.compute)).transpose()
+        self.factors(self.find.head_norm(parameter, layer)?)
+    }
+
+    fn factors(&self, place: Option<TensorRows>) -> Result<Option<Tensor>> {
+        let Some(place) = place else { return Ok(None) };
+        let weights = self.take(place)?.to_dtype(self.compute)?;
+        match self.find.norm_offset() {
+            0.0 => Ok(Some(weights)),
+            offset => Ok(Some((weights + f64::from(offset))?)),
+        }
     }
 }

@@ -10,7 +10,7 @@ use super::{
     decoder::{Attention, Decoder, Ops},
 };
 use crate::{
-    Engine, LayerSink, ModelConfig, ModelError, Outputs, Rows, SequenceSlice, WeightDtype, Weights,
+    Engine, LayerSink, LayerSpec, ModelConfig, ModelError, Outputs, Rows, SequenceSlice, WeightDtype, Weights,
     batch::{self, Slot},
 };
 
@@ -102,9 +102,9 @@ struct Paged<'a> {
 }
 
 impl Attention for Paged<'_> {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    fn attend(&mut self, layer: usize, spec: &LayerSpec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         self.kv.put(layer, &self.slots, k, v)?;
         self.layers.layer_ready(layer);
-        self.kv.attend(layer, self.batch, q)
+        self.kv.attend(layer, spec, self.batch, q)
     }
 }

@@ -9,6 +9,6 @@ mod differentiable;
 mod engine;
 mod linear;
 
-pub use decoder::{Attention, Decoder, Observer, Ops, Site};
+pub use decoder::{Attention, Decoder, Observer, Ops, Site, soft_cap};
 #[cfg(test)]
 pub(crate) use engine::TensorEngine;

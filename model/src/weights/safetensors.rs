@@ -99,7 +99,7 @@ impl Safetensors {
         let (file, mapped) = &self.files[*index];
         let view = mapped.get(name).map_err(|e| ModelError::malformed(file, e))?;
         let (shape, stored) = (view.shape().to_vec(), Stored::Plain(view.dtype()));
-        Ok(Some(TensorLocation { file, name, shape, stored, data: view.data(), interleaved: None }))
+        Ok(Some(TensorLocation { file, name, shape, stored, data: view.data(), offset: 0.0, interleaved: None }))
     }
 
     /// The matrix `name` if the files have it quantised. `name` ends with `.weight`.

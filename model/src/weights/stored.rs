@@ -82,6 +82,8 @@ pub(crate) struct TensorLocation<'a> {
     pub shape: Vec<usize>,
     pub stored: Stored,
     pub data: &'a [u8],
+    /// What is added to the values that the file holds.
+    pub offset: f32,
     /// Head width if the file interleaves the two halves of every head's rows; see [`TensorLocation::stored_row`].
     pub interleaved: Option<usize>,
 }
@@ -137,7 +139,11 @@ impl TensorLocation<'_> {
         }
         let row_bytes = self.row_bytes()?;
         if self.interleaved.is_none() {
-            return Ok(self.stored.read(&self.data[rows.start * row_bytes..rows.end * row_bytes], out)?);
+            self.stored.read(&self.data[rows.start * row_bytes..rows.end * row_bytes], out)?;
+            if self.offset != 0.0 {
+                out.iter_mut().for_each(|value| *value += self.offset);
+            }
+            return Ok(());
         }
         for (row, out) in rows.zip(out.chunks_mut(elements.max(1))) {
             let at = self.stored_row(row) * row_bytes;

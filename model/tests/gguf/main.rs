@@ -18,6 +18,7 @@ use candle_core::{
 };
 use overfill_kv::BlockId;
 use overfill_model::{LoadOptions, Model, ModelConfig, Outputs, RopeScaling, SequenceSlice, Want, Weights, no_layers};
+use serde_json::json;
 use tempfile::TempDir;
 use write::{Parts, parts};
 
@@ -74,6 +75,68 @@ fn the_stored_type_gives_the_same_logits() {
         let distance = compare(&folder, &parts(&folder, dtype));
         println!("{pair}/{which} {dtype:?}: {distance}");
         assert!(distance <= limit, "{pair}/{which} {dtype:?}: {distance}");
+    }
+}
+
+/// A copy of a golden model with some fields of its config.json changed.
+fn edited(pair: &str, fields: &serde_json::Value) -> TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(golden(pair, "full")).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+    }
+    let file = copy.path().join("config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    config.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    fs::write(&file, config.to_string()).unwrap();
+    copy
+}
+
+/// What metadata can't state is changed to what llama.cpp assumes: Gemma's scale of scores, and which of SmolLM3's layers
+/// have no rotation.
+#[test]
+fn families_are_read_as_the_folders_that_they_were_made_from() {
+    for (pair, fields, dtype, limit) in [
+        ("mistral", json!({}), GgmlDType::BF16, 0.0),
+        // The 1 that the converter adds to norms is taken away again.
+        ("gemma2", json!({"query_pre_attn_scalar": 16}), GgmlDType::BF16, 1e-5),
+        ("gemma3", json!({"query_pre_attn_scalar": 16}), GgmlDType::BF16, 1e-5),
+        ("phi3", json!({}), GgmlDType::BF16, 0.0),
+        ("smollm3", json!({"no_rope_layers": [1, 1, 1, 0]}), GgmlDType::BF16, 0.0),
+        ("olmo2", json!({}), GgmlDType::BF16, 0.0),
+        // Factors are f32.
+        ("granite", json!({}), GgmlDType::BF16, 1e-5),
+        ("gemma2", json!({"query_pre_attn_scalar": 16}), GgmlDType::Q8_0, 0.05),
+        ("phi3", json!({}), GgmlDType::Q8_0, 0.05),
+    ] {
+        let folder = edited(pair, &fields);
+        let parts = parts(folder.path(), dtype);
+        let distance = compare(folder.path(), &parts);
+        println!("{pair} {dtype:?}: {distance}");
+        assert!(distance <= limit, "{pair} {dtype:?}: {distance}");
+        // A pair may have one model of each kind.
+        let options = LoadOptions::default();
+        let of_folder = Model::load(folder.path(), &options, 1).unwrap();
+        let of_file = Model::load(written(&parts).path(), &options, 1).unwrap();
+        of_folder.producer_schema().check_consumer(&of_file.kv_schema()).unwrap();
+        assert_eq!(of_file.config().layers.len(), of_folder.config().layers.len());
+        for (a, b) in of_file.config().layers.iter().zip(&of_folder.config().layers) {
+            assert_eq!((a.rope, a.window, a.score_cap), (b.rope, b.window, b.score_cap), "{pair}");
+        }
+        // What pruning writes is the same model.
+        let config = of_file.config();
+        let again = ModelConfig::from_json(Path::new("config.json"), config.to_json()).unwrap();
+        assert_eq!((&again.layers, &again.ropes, &again.scales), (&config.layers, &config.ropes, &config.scales));
+    }
+}
+
+#[test]
+fn gemma_27b_has_a_scale_of_its_own() {
+    for (pair, layers, scalar) in [("gemma2", 46, 144.0_f64), ("gemma3", 62, 168.0)] {
+        let mut parts = parts(&golden(pair, "full"), GgmlDType::F16);
+        parts.set(&format!("{pair}.block_count"), Value::U32(layers));
+        let config = ModelConfig::from_folder(written(&parts).path()).unwrap();
+        assert_eq!(config.layers[0].score_scale, Some(scalar.sqrt().recip()));
     }
 }
 
@@ -148,7 +211,7 @@ fn the_configuration_is_that_of_the_folder() {
         let mut expected = ModelConfig::from_folder(&folder).unwrap();
         let file = written(&parts(&folder, GgmlDType::F32));
         let got = ModelConfig::from_folder(file.path()).unwrap();
-        if let RopeScaling::Factors(_) = got.ropes[0].scaling {
+        if let RopeScaling::Factors { .. } = got.ropes[0].scaling {
             assert_eq!(pair, "llama-tied");
             expected.ropes = got.ropes.clone();
         }
@@ -245,8 +308,8 @@ fn faults_name_file_key_and_values() {
             "qwen3.rope.dimension_count is 16, supported: the width of a head (32)",
         ),
         (
-            set("qwen3.rope.scaling.type", Value::String("yarn".into())),
-            "qwen3.rope.scaling.type is \"yarn\", supported: none, linear",
+            set("qwen3.rope.scaling.type", Value::String("longrope".into())),
+            "qwen3.rope.scaling.type is \"longrope\", supported: none, linear, yarn",
         ),
         (set("qwen3.expert_count", Value::U32(8)), "qwen3.expert_count is 8, supported: 0"),
         (
@@ -282,7 +345,15 @@ fn a_linear_factor_and_a_window_are_read() {
     parts.set("llama.attention.sliding_window", Value::U32(256));
     let config = ModelConfig::from_folder(written(&parts).path()).unwrap();
     assert_eq!(config.ropes[0].scaling, RopeScaling::Linear { factor: 2.5 });
-    assert_eq!(config.max_position_embeddings, 256);
+    assert!(config.layers.iter().all(|layer| layer.window == Some(256)));
+    // It is not stated which of these layers have a window.
+    let mut parts = crate::parts(&golden("qwen2", "full"), GgmlDType::F32);
+    parts.set("qwen2.attention.sliding_window", Value::U32(256));
+    assert_eq!(ModelConfig::from_folder(written(&parts).path()).unwrap().max_position_embeddings, 256);
+    let mut parts = crate::parts(&golden("olmo2", "full"), GgmlDType::F32);
+    parts.set("olmo2.attention.sliding_window", Value::U32(256));
+    let error = ModelConfig::from_folder(written(&parts).path()).unwrap_err().to_string();
+    assert!(error.contains("olmo2.attention.sliding_window is 256, supported: 0"), "{error}");
 }
 
 #[test]

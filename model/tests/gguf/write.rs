@@ -3,7 +3,7 @@
 use std::{collections::HashMap, fs, path::Path};
 
 use candle_core::{
-    Device, Tensor,
+    DType, Device, Tensor,
     quantized::{
         GgmlDType, QTensor,
         gguf_file::{self, Value},
@@ -46,7 +46,7 @@ fn permute(tensor: &Tensor, head_dim: usize) -> Tensor {
     split.transpose(1, 2).unwrap().contiguous().unwrap().reshape(shape).unwrap()
 }
 
-fn gguf_name(name: &str) -> String {
+fn gguf_name(name: &str, architecture: &str) -> String {
     let fixed = [("model.embed_tokens.", "token_embd."), ("model.norm.", "output_norm."), ("lm_head.", "output.")];
     for (from, to) in fixed {
         if let Some(rest) = name.strip_prefix(from) {
@@ -54,9 +54,15 @@ fn gguf_name(name: &str) -> String {
         }
     }
     let mut name = name.replace("model.layers.", "blk.");
+    // The norm of the MLP's input, unless there is another one for it.
+    let norm = if matches!(architecture, "gemma2" | "gemma3" | "olmo2") { "post_attention_norm" } else { "ffn_norm" };
     for (from, to) in [
         ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
+        ("post_attention_layernorm", norm),
+        ("pre_feedforward_layernorm", "ffn_norm"),
+        ("post_feedforward_layernorm", "post_ffw_norm"),
+        ("self_attn.qkv_proj", "attn_qkv"),
+        ("mlp.gate_up_proj", "ffn_up"),
         ("self_attn.q_proj", "attn_q"),
         ("self_attn.k_proj", "attn_k"),
         ("self_attn.v_proj", "attn_v"),
@@ -76,17 +82,31 @@ fn gguf_name(name: &str) -> String {
 pub fn parts(folder: &Path, dtype: GgmlDType) -> Parts {
     let (config, weights) = (ModelConfig::from_folder(folder).unwrap(), Weights::open(folder).unwrap());
     let class = config.raw["architectures"][0].as_str().unwrap();
-    let architecture =
-        HashMap::from([("LlamaForCausalLM", "llama"), ("Qwen2ForCausalLM", "qwen2"), ("Qwen3ForCausalLM", "qwen3")])
-            [class];
+    let architecture = HashMap::from([
+        ("LlamaForCausalLM", "llama"),
+        ("MistralForCausalLM", "llama"),
+        ("Qwen2ForCausalLM", "qwen2"),
+        ("Qwen3ForCausalLM", "qwen3"),
+        ("Gemma2ForCausalLM", "gemma2"),
+        ("Gemma3ForCausalLM", "gemma3"),
+        ("Phi3ForCausalLM", "phi3"),
+        ("SmolLM3ForCausalLM", "smollm3"),
+        ("Olmo2ForCausalLM", "olmo2"),
+        ("GraniteForCausalLM", "granite"),
+    ])[class];
     let mut tensors = Vec::new();
     for (name, shape) in config.tensor_shapes() {
         let mut tensor = weights.load(&name, &shape, &Device::Cpu).unwrap();
-        if architecture == "llama" && (name.contains("q_proj") || name.contains("k_proj")) {
+        if matches!(architecture, "llama" | "smollm3" | "granite")
+            && (name.contains("q_proj") || name.contains("k_proj"))
+        {
             tensor = permute(&tensor, config.head_dim);
         }
+        if architecture.starts_with("gemma") && shape.len() == 1 {
+            tensor = (tensor.to_dtype(DType::F32).unwrap() + 1.0).unwrap();
+        }
         let stored = if shape.len() == 1 { GgmlDType::F32 } else { dtype };
-        tensors.push((gguf_name(&name), QTensor::quantize(&tensor, stored).unwrap()));
+        tensors.push((gguf_name(&name, architecture), QTensor::quantize(&tensor, stored).unwrap()));
     }
     let mut metadata: Vec<(String, Value)> = Vec::new();
     let mut add = |key: &str, value: Value| metadata.push((key.replace("ARCH", architecture), value));
@@ -99,11 +119,33 @@ pub fn parts(folder: &Path, dtype: GgmlDType) -> Parts {
     add("ARCH.attention.head_count_kv", size(config.num_key_value_heads));
     add("ARCH.attention.key_length", size(config.head_dim));
     add("ARCH.attention.value_length", size(config.head_dim));
-    add("ARCH.rope.dimension_count", size(config.head_dim));
+    add("ARCH.rope.dimension_count", size(config.rotary_dim));
     add("ARCH.context_length", size(config.max_position_embeddings));
     add("ARCH.attention.layer_norm_rms_epsilon", Value::F32(config.rms_norm_eps as f32));
     add("ARCH.rope.freq_base", Value::F32(config.ropes[0].theta as f32));
     add_tokenizer(folder, &mut add);
+    // Fields of config.json that some families have.
+    for (key, field) in [
+        ("attn_logit_softcapping", "attn_logit_softcapping"),
+        ("final_logit_softcapping", "final_logit_softcapping"),
+        ("attention.scale", "attention_multiplier"),
+        ("embedding_scale", "embedding_multiplier"),
+        ("residual_scale", "residual_multiplier"),
+        ("logit_scale", "logits_scaling"),
+    ] {
+        if let Some(value) = config.raw.get(field).and_then(Json::as_f64) {
+            add(&format!("ARCH.{key}"), Value::F32(value as f32));
+        }
+    }
+    for (key, field) in [
+        ("attention.sliding_window", "sliding_window"),
+        ("attention.sliding_window_pattern", "sliding_window_pattern"),
+        ("rope.scaling.original_context_length", "original_max_position_embeddings"),
+    ] {
+        if let Some(value) = config.raw.get(field).and_then(Json::as_u64) {
+            add(&format!("ARCH.{key}"), Value::U32(value as u32));
+        }
+    }
     match &config.ropes[0].scaling {
         RopeScaling::None => {}
         RopeScaling::Linear { factor } => {
@@ -111,7 +153,21 @@ pub fn parts(folder: &Path, dtype: GgmlDType) -> Parts {
             add("ARCH.rope.scaling.factor", Value::F32(*factor as f32));
         }
         RopeScaling::Llama3 { .. } => tensors.push(rope_factors(&config)),
-        RopeScaling::Factors(_) => panic!("not in a Hugging Face folder"),
+        RopeScaling::Yarn { factor, original_max_position_embeddings, .. } => {
+            add("ARCH.rope.scaling.type", Value::String("yarn".into()));
+            add("ARCH.rope.scaling.factor", Value::F32(*factor as f32));
+            add("ARCH.rope.scaling.original_context_length", Value::U32(*original_max_position_embeddings));
+        }
+        RopeScaling::Factors { attention_factor, .. } => {
+            add("ARCH.rope.scaling.attn_factor", Value::F32(*attention_factor as f32));
+            for length in ["short", "long"] {
+                let factors = config.raw["rope_scaling"][format!("{length}_factor")].as_array().unwrap();
+                let factors: Vec<f32> = factors.iter().map(|factor| factor.as_f64().unwrap() as f32).collect();
+                let tensor = QTensor::quantize(&Tensor::new(factors, &Device::Cpu).unwrap(), GgmlDType::F32).unwrap();
+                tensors.push((format!("rope_factors_{length}.weight"), tensor));
+            }
+        }
+        _ => panic!("the test does not write {:?}", config.ropes[0].scaling),
     }
     Parts { metadata, tensors }
 }

@@ -71,6 +71,7 @@ impl Default for Options {
                 kv_heads: 1,
                 head_dim: 8,
                 rope: RopeSpec { theta: 1e4, scaling: "none".into() },
+                layer_attention: Vec::new(),
                 dtype: KvDtype::F32,
                 block_tokens: 16,
                 vocab_size: 259,

@@ -30,6 +30,7 @@ pub fn schema(layers: &[u32]) -> KvSchema {
         kv_heads: 1,
         head_dim: 2,
         rope: RopeSpec { theta: 1e4, scaling: "none".into() },
+        layer_attention: Vec::new(),
         dtype: KvDtype::F32,
         block_tokens: BLOCK_TOKENS as u32,
         vocab_size: 259,

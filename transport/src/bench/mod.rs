@@ -99,6 +99,7 @@ fn schema() -> KvSchema {
         kv_heads: 8,
         head_dim: 128,
         rope: RopeSpec { theta: 500_000.0, scaling: "none".into() },
+        layer_attention: Vec::new(),
         dtype: KvDtype::Bf16,
         block_tokens: BLOCK_TOKENS as u32,
         vocab_size: 128_256,

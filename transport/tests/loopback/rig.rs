@@ -44,6 +44,7 @@ fn schema() -> KvSchema {
         kv_heads: 2,
         head_dim: 64,
         rope: RopeSpec { theta: 1e4, scaling: "none".into() },
+        layer_attention: Vec::new(),
         dtype: KvDtype::F32,
         block_tokens: 16,
         vocab_size: 320,

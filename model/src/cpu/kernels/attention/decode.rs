@@ -5,7 +5,7 @@
 //! flash decoding). If a slice has a single token, its segments are computed in parallel. The arithmetic does not
 //! depend on the rest of the batch or on the number of threads.
 
-use std::cell::RefCell;
+use std::{cell::RefCell, ops::Range};
 
 use overfill_kv::BLOCK_TOKENS;
 use rayon::prelude::*;
@@ -22,8 +22,9 @@ struct Task {
     slice: usize,
     /// Row of the token in the batch.
     row: usize,
-    /// Number of keys that it attends to.
-    visible: usize,
+    /// Positions of the keys that it attends to.
+    first: usize,
+    end: usize,
     /// The segment to compute; `None` means all.
     segment: Option<usize>,
 }
@@ -103,15 +104,15 @@ pub(super) fn attend<T: Element>(batch: &Batch<'_, T>, shared: bool, out: &mut [
     let mut row = 0;
     for (i, slice) in batch.slices.iter().enumerate() {
         for token in 0..slice.tokens.len() {
-            let visible = slice.start + token + 1;
-            // For a whole prompt, partial results of all segments would need more memory than its KV.
-            let segments = match slice.tokens.len() {
-                1 => visible.div_ceil(BLOCK_TOKENS * SEGMENT_BLOCKS),
-                _ => 1,
-            };
-            let task = |segment| Task { slice: i, row, visible, segment: (segments > 1).then_some(segment) };
+            let position = slice.start + token;
+            let (first, end) = (batch.scoring.first_visible(position), position + 1);
+            let task = |segment| Task { slice: i, row, first, end, segment };
             firsts.push(tasks.len());
-            tasks.extend((0..segments).map(task));
+            // For a whole prompt, partial results of all segments would need more memory than its KV.
+            match slice.tokens.len() {
+                1 => tasks.extend(segments(first, end).map(|segment| task(Some(segment)))),
+                _ => tasks.push(task(None)),
+            }
             row += 1;
         }
     }
@@ -136,6 +137,11 @@ pub(super) fn attend<T: Element>(batch: &Batch<'_, T>, shared: bool, out: &mut [
     }
 }
 
+/// The segments that contain keys from position `first` to `end`.
+fn segments(first: usize, end: usize) -> Range<usize> {
+    first / (BLOCK_TOKENS * SEGMENT_BLOCKS)..end.div_ceil(BLOCK_TOKENS * SEGMENT_BLOCKS)
+}
+
 fn run<T: Element>(batch: &Batch<'_, T>, task: &Task, partial: &mut [f32]) {
     let sizes = batch.sizes;
     let (dim, padded) = (sizes.head_dim, padded_dim(sizes));
@@ -154,18 +160,22 @@ fn run<T: Element>(batch: &Batch<'_, T>, task: &Task, partial: &mut [f32]) {
             query[..dim].iter_mut().zip(q).for_each(|(to, q)| *to = q * scale);
             query[dim..].fill(0.0);
         }
-        let blocks = &batch.slices[task.slice].blocks[..task.visible.div_ceil(BLOCK_TOKENS)];
+        let blocks = &batch.slices[task.slice].blocks[..task.end.div_ceil(BLOCK_TOKENS)];
         let mut all = Partial::over(partial, sizes);
         all.clear();
-        let chosen = task.segment.map_or(0..usize::MAX, |s| s..s + 1);
-        for (i, blocks) in blocks.chunks(SEGMENT_BLOCKS).enumerate().filter(|(i, _)| chosen.contains(i)) {
+        for segment in task.segment.map_or_else(|| segments(task.first, task.end), |s| s..s + 1) {
+            // Blocks before the first key are skipped.
+            let from = (segment * SEGMENT_BLOCKS).max(task.first / BLOCK_TOKENS);
+            let blocks = &blocks[from..blocks.len().min((segment + 1) * SEGMENT_BLOCKS)];
             let mut partial = Partial::over(local, sizes);
             partial.clear();
             batch.isa.run(Segment {
                 cache: batch.cache,
                 sizes,
                 blocks,
-                visible: task.visible - i * SEGMENT_BLOCKS * BLOCK_TOKENS,
+                hidden: task.first.saturating_sub(from * BLOCK_TOKENS),
+                visible: task.end - from * BLOCK_TOKENS,
+                cap: batch.scoring.cap,
                 queries,
                 scores,
                 block,

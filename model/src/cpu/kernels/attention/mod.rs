@@ -22,13 +22,33 @@ use super::{
     packed::{Arithmetic, Rows},
     simd::Isa,
 };
-use crate::SequenceSlice;
 pub(crate) use crate::config::Heads;
+use crate::{LayerSpec, SequenceSlice};
 
 /// Multiple of the vector length of every instruction set.
 const PADDING: usize = 16;
 /// Minimum number of multiplications for which work is distributed to several threads.
 const WORTH_SHARING: usize = 1 << 16;
+
+/// What a layer's attention does with scores.
+#[derive(Clone, Copy)]
+pub(crate) struct Scoring {
+    /// Number of tokens that a query attends to, itself included.
+    pub(crate) window: usize,
+    /// Scores are `cap * tanh(score / cap)`; `None`: as they are.
+    pub(crate) cap: Option<f32>,
+}
+
+impl Scoring {
+    pub(crate) fn of(layer: &LayerSpec) -> Self {
+        Self { window: layer.window.unwrap_or(usize::MAX), cap: layer.score_cap.map(|cap| cap as f32) }
+    }
+
+    /// Position of the first token that a query at `position` attends to.
+    fn first_visible(&self, position: usize) -> usize {
+        (position + 1).saturating_sub(self.window)
+    }
+}
 
 /// Buffers that are reused between calls.
 #[derive(Default)]
@@ -39,12 +59,14 @@ pub(crate) struct AttentionScratch {
 
 /// Causal attention of q `[n, heads, head_dim]` over a cache layer `[blocks, 2, kv_heads, 16, head_dim]` into `out`,
 /// which has q's shape. `O` is the operand type of prefill's products.
+#[allow(clippy::too_many_arguments, reason = "they are buffers of one step")]
 pub(crate) fn attend<T: Element, O: Operand<T>>(
     how: Arithmetic,
     q: &[f32],
     cache: &[T],
     batch: &[SequenceSlice<'_>],
     sizes: Heads,
+    scoring: Scoring,
     out: &mut [f32],
     scratch: &mut AttentionScratch,
 ) {
@@ -59,10 +81,10 @@ pub(crate) fn attend<T: Element, O: Operand<T>>(
         let end = slice.start + slice.tokens.len();
         let blocks = &slice.blocks[..end.div_ceil(BLOCK_TOKENS)];
         assert!(blocks.iter().all(|block| (block.0 as usize + 1) * block_elements <= cache.len()), "no such block");
-        work += slice.tokens.len() * end * width;
+        work += slice.tokens.len() * end.min(scoring.window) * width;
     }
     let shared = work >= WORTH_SHARING;
-    let batch = Batch { isa: how.isa, q, cache, slices: batch, sizes };
+    let batch = Batch { isa: how.isa, q, cache, slices: batch, sizes, scoring };
     match how.rows {
         Rows::Few => decode::attend(&batch, shared, out, &mut scratch.decode),
         Rows::Many => prefill::attend::<T, O>(&batch, shared, out, &mut scratch.prefill),
@@ -76,4 +98,5 @@ struct Batch<'a, T> {
     cache: &'a [T],
     slices: &'a [SequenceSlice<'a>],
     sizes: Heads,
+    scoring: Scoring,
 }

@@ -77,6 +77,7 @@ pub(super) fn attend<T: Element, O: Operand<T>>(
                 blocks,
                 position,
                 end,
+                scoring: batch.scoring,
                 memory: &mut memory,
             });
             for row in 0..rows {

@@ -1,5 +1,7 @@
 //! The decode kernel: a token's queries over a run of blocks.
 
+use std::ops::Range;
+
 use overfill_kv::{BLOCK_TOKENS, BlockId};
 
 use super::{
@@ -9,6 +11,7 @@ use super::{
 use crate::cpu::kernels::{
     element::Element,
     inputs::tile_rows,
+    rows::soft_cap,
     simd::{Kernel, Simd, load_tile, store_tile},
 };
 
@@ -17,8 +20,12 @@ pub(super) struct Segment<'a, 'p, T> {
     pub(super) cache: &'a [T],
     pub(super) sizes: Heads,
     pub(super) blocks: &'a [BlockId],
-    /// Number of keys that the token attends to, counted from the first of these blocks.
+    /// Number of keys before those that the token attends to, all in the first of these blocks.
+    pub(super) hidden: usize,
+    /// Number of keys up to the last one that the token attends to, counted from the first of these blocks.
     pub(super) visible: usize,
+    /// Soft cap of the scores.
+    pub(super) cap: Option<f32>,
     /// `[heads][padded]`.
     pub(super) queries: &'a [f32],
     /// `[query heads per KV head][16]`.
@@ -54,6 +61,7 @@ impl<T: Element> Kernel for Segment<'_, '_, T> {
             let (i, head) = (place / kv_heads, place % kv_heads);
             // Data past the last token may be left over from another sequence. It gets no weight.
             let filled = self.visible.saturating_sub(i * BLOCK_TOKENS).min(BLOCK_TOKENS);
+            let from = if i == 0 { self.hidden } else { 0 };
             let [keys, values] = [0, 1].map(|part| of(place, part));
             // SAFETY: there are keys and values of 16 tokens, `stride` elements apart, and `stride` is a multiple of
             // LANES.
@@ -63,12 +71,13 @@ impl<T: Element> Kernel for Segment<'_, '_, T> {
                     widen(&keys[..filled * dim], dim, wide_keys, padded);
                     widen(&values[..filled * dim], dim, wide_values, padded);
                     let at = [wide_keys.as_ptr(), wide_values.as_ptr()];
-                    let block = Block { keys: at[0], values: at[1], filled, next: at, stride: padded };
+                    let block = Block { keys: at[0], values: at[1], from, filled, next: at, stride: padded };
                     self.attend::<S, f32>(head, block);
                 } else {
                     let next = (place + 1).min(blocks.len() * kv_heads - 1);
                     let next = [0, 1].map(|part| of(next, part).as_ptr());
-                    let block = Block { keys: keys.as_ptr(), values: values.as_ptr(), filled, next, stride: dim };
+                    let (keys, values) = (keys.as_ptr(), values.as_ptr());
+                    let block = Block { keys, values, from, filled, next, stride: dim };
                     self.attend::<S, T>(head, block);
                 }
             }
@@ -81,7 +90,8 @@ impl<T: Element> Kernel for Segment<'_, '_, T> {
 struct Block<E> {
     keys: *const E,
     values: *const E,
-    /// Number of tokens that are filled and attended to.
+    /// The tokens that are attended to: from this one, up to this one.
+    from: usize,
     filled: usize,
     /// Keys and values that will be read next, for prefetching.
     next: [*const E; 2],
@@ -115,7 +125,12 @@ impl<T: Element> Segment<'_, '_, T> {
                 let mut shrink = [0.0; 4];
                 for (i, scores) in scores.chunks_exact_mut(BLOCK_TOKENS).enumerate() {
                     let (greatest, total) = (&mut self.partial.greatest[at + i], &mut self.partial.total[at + i]);
-                    shrink[i] = weigh::<S>(scores, block.filled, greatest, total);
+                    if let Some(cap) = self.cap {
+                        for i in (0..BLOCK_TOKENS).step_by(S::LANES) {
+                            soft_cap::<S>(scores.as_mut_ptr().add(i), cap);
+                        }
+                    }
+                    shrink[i] = weigh::<S>(scores, block.from..block.filled, greatest, total);
                 }
                 let out = self.partial.values.as_mut_ptr().add(at * padded);
                 with_rows!(n, gather, S, E, (scores.as_ptr(), shrink.as_ptr(), block, width, out, padded), 1 2 3 4);
@@ -146,7 +161,7 @@ unsafe fn prefetch<S: Simd, E: Element, const COUNT: usize>(from: *const E, at: 
     }
 }
 
-/// Computes the scores of ROWS queries for the 16 keys of a block. Scores past the last token are meaningless; `weigh`
+/// Computes the scores of ROWS queries for the 16 keys of a block. Scores of other tokens are meaningless; `weigh`
 /// clears them.
 ///
 /// # Safety
@@ -188,15 +203,15 @@ unsafe fn score<S: Simd, E: Element, const ROWS: usize>(
     }
 }
 
-/// Turns the first `seen` of 16 scores into weights and the others into 0. Returns the factor for earlier weights.
+/// Turns those of 16 scores that are `seen` into weights and the others into 0. Returns the factor for earlier weights.
 ///
 /// # Safety
 /// The processor has the instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn weigh<S: Simd>(scores: &mut [f32], seen: usize, greatest: &mut f32, total: &mut f32) -> f32 {
+unsafe fn weigh<S: Simd>(scores: &mut [f32], seen: Range<usize>, greatest: &mut f32, total: &mut f32) -> f32 {
     let scores = &mut scores[..BLOCK_TOKENS];
-    let best = scores[..seen].iter().fold(*greatest, |a, b| a.max(*b));
+    let best = scores[seen.clone()].iter().fold(*greatest, |a, b| a.max(*b));
     for i in (0..BLOCK_TOKENS).step_by(S::LANES) {
         // SAFETY: LANES divides 16, and the slice above has 16 scores.
         unsafe {
@@ -204,7 +219,8 @@ unsafe fn weigh<S: Simd>(scores: &mut [f32], seen: usize, greatest: &mut f32, to
             S::store(at, S::exp(S::sub(S::load(at), S::splat(best))));
         }
     }
-    scores[seen..].fill(0.0);
+    scores[seen.end..].fill(0.0);
+    scores[..seen.start].fill(0.0);
     let shrink = (*greatest - best).exp();
     *greatest = best;
     *total = *total * shrink + scores.iter().sum::<f32>();
@@ -265,7 +281,7 @@ unsafe fn gather_lanes<S: Simd, E: Element, const ROWS: usize, const VECS: usize
                 *sum = S::mul(*sum, shrink);
             }
         }
-        for key in 0..block.filled {
+        for key in block.from..block.filled {
             prefetch::<S, E, VECS>(block.next[1], first * BLOCK_TOKENS + key * VECS * S::LANES);
             let mut values = [S::splat(0.0); VECS];
             for (v, value) in values.iter_mut().enumerate() {

@@ -16,7 +16,7 @@ fn random(count: usize, mut state: u64) -> Vec<f32> {
 }
 
 /// The formula in f64; blocks are used only to look up keys and values.
-fn reference(q: &[f32], cache: &[f32], batch: &[SequenceSlice<'_>], sizes: Heads) -> Vec<f64> {
+fn reference(q: &[f32], cache: &[f32], batch: &[SequenceSlice<'_>], sizes: Heads, scoring: Scoring) -> Vec<f64> {
     let Heads { heads, kv_heads, head_dim } = sizes;
     let element = |block: BlockId, part: usize, head: usize, token: usize, d: usize| {
         let row = ((block.0 as usize * 2 + part) * kv_heads + head) * BLOCK_TOKENS + token;
@@ -30,11 +30,14 @@ fn reference(q: &[f32], cache: &[f32], batch: &[SequenceSlice<'_>], sizes: Heads
                 let q = &q[(row * heads + head) * head_dim..][..head_dim];
                 let kv_head = head / sizes.group();
                 let place = |p: usize| (slice.blocks[p / BLOCK_TOKENS], p % BLOCK_TOKENS);
-                let scores: Vec<f64> = (0..=slice.start + token)
+                let position = slice.start + token;
+                let first = scoring.first_visible(position);
+                let scores: Vec<f64> = (first..=position)
                     .map(|p| {
                         let (block, t) = place(p);
                         let dot: f64 = (0..head_dim).map(|d| f64::from(q[d]) * element(block, 0, kv_head, t, d)).sum();
-                        (dot / (head_dim as f64).sqrt()).exp()
+                        let score = dot / (head_dim as f64).sqrt();
+                        scoring.cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh()).exp()
                     })
                     .collect();
                 let total: f64 = scores.iter().sum();
@@ -43,7 +46,7 @@ fn reference(q: &[f32], cache: &[f32], batch: &[SequenceSlice<'_>], sizes: Heads
                         .iter()
                         .enumerate()
                         .map(|(p, score)| {
-                            let (block, t) = place(p);
+                            let (block, t) = place(first + p);
                             score * element(block, 1, kv_head, t, d)
                         })
                         .sum();
@@ -73,13 +76,15 @@ struct Case<'a> {
     q: &'a [f32],
     batch: &'a [SequenceSlice<'a>],
     sizes: Heads,
+    scoring: Scoring,
 }
 
 impl Case<'_> {
     fn run<T: Element, O: Operand<T>>(&self, isa: Isa, rows: Rows, cache: &[T]) -> Vec<f32> {
         let mut out = vec![f32::NAN; self.q.len()];
         let how = Arithmetic { isa, rows };
-        attend::<T, O>(how, self.q, cache, self.batch, self.sizes, &mut out, &mut AttentionScratch::default());
+        let mut scratch = AttentionScratch::default();
+        attend::<T, O>(how, self.q, cache, self.batch, self.sizes, self.scoring, &mut out, &mut scratch);
         out
     }
 }
@@ -93,7 +98,10 @@ proptest! {
         // If head_dim consists of whole vectors, decode reads the cache without copying.
         head_dim in prop_oneof![(1_usize..36).prop_map(|half| 2 * half), prop::sample::select(vec![32, 64, 128])],
         lengths in prop::collection::vec((tokens(), starts()), 1..3), seed: u64,
+        window in prop_oneof![2 => Just(usize::MAX), 2 => 1_usize..200, 1 => prop::sample::select(vec![1, 16, 64, 128])],
+        cap in prop_oneof![2 => Just(None), 1 => (0.5_f32..5.0).prop_map(Some)],
     ) {
+        let scoring = Scoring { window, cap };
         let sizes = Heads { heads: group * kv_heads, kv_heads, head_dim };
         let mut tables = Vec::new();
         let mut count = 0;
@@ -112,12 +120,13 @@ proptest! {
         let mut cache = random(count * 2 * kv_heads * BLOCK_TOKENS * sizes.head_dim, !seed);
         // Rounded to bf16 beforehand, so that all types hold the same values.
         cache.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
-        let expected = reference(&q, &cache, &batch, sizes);
-        // Data past a sequence's end must not affect the result.
+        let expected = reference(&q, &cache, &batch, sizes, scoring);
+        // Data past a sequence's end, and before the first window, must not affect the result.
         for slice in &batch {
             let end = slice.start + slice.tokens.len();
-            let block = slice.blocks[(end - 1) / BLOCK_TOKENS].0 as usize;
-            for token in end - (end - 1) / BLOCK_TOKENS * BLOCK_TOKENS..BLOCK_TOKENS {
+            let unseen = (0..scoring.first_visible(slice.start)).chain(end..end.next_multiple_of(BLOCK_TOKENS));
+            for position in unseen {
+                let (block, token) = (slice.blocks[position / BLOCK_TOKENS].0 as usize, position % BLOCK_TOKENS);
                 for part in 0..2 * kv_heads {
                     let at = ((block * 2 * kv_heads + part) * BLOCK_TOKENS + token) * sizes.head_dim;
                     cache[at..at + sizes.head_dim].fill(f32::NAN);
@@ -126,14 +135,14 @@ proptest! {
         }
         let narrow: Vec<bf16> = cache.iter().map(|x| bf16::from_f32(*x)).collect();
         let half: Vec<f16> = cache.iter().map(|x| f16::from_f32(*x)).collect();
-        let case = Case { q: &q, batch: &batch, sizes };
+        let case = Case { q: &q, batch: &batch, sizes, scoring };
         // A single token, with everything before it already in the cache.
         let first = batch[0];
         let before = first.tokens.len() - 1;
         let last = SequenceSlice { tokens: &tokens[..1], start: first.start + before, ..first };
         let width = sizes.heads * sizes.head_dim;
         let at = before * width..(before + 1) * width;
-        let alone = Case { q: &q[at.clone()], batch: &[last], sizes };
+        let alone = Case { q: &q[at.clone()], batch: &[last], sizes, scoring };
         for (isa, rows) in Isa::available().iter().flat_map(|isa| [(*isa, Rows::Few), (*isa, Rows::Many)]) {
             let got = case.run::<f32, f32>(isa, rows, &cache);
             prop_assert_eq!(&got, &case.run::<bf16, f32>(isa, rows, &narrow));

@@ -4,10 +4,11 @@ use bytemuck::Pod;
 use half::bf16;
 use overfill_kv::{BLOCK_TOKENS, BlockId};
 
-use super::{Heads, PADDING};
+use super::{Heads, PADDING, Scoring};
 use crate::cpu::kernels::{
     element::Element,
     inputs::{round_bf16, tile_rows},
+    rows::soft_cap,
     simd::{Kernel, Simd, load_tile, store_tile},
 };
 
@@ -122,7 +123,8 @@ impl<'a, O> Memory<'a, O> {
         let (total, rest) = rest.split_at_mut(rows);
         let (shrink, rest) = rest.split_at_mut(rows);
         let attended = &mut rest[..dim * rows];
-        greatest.fill(f32::NEG_INFINITY);
+        // Not -inf: a query may attend to none of the first keys, and its score less this one must be a number.
+        greatest.fill(f32::MIN);
         total.fill(0.0);
         attended.fill(0.0);
         Self { queries, keys, values, weights, scores, greatest, total, shrink, attended, rows, dim }
@@ -165,6 +167,7 @@ pub(super) struct Tile<'a, 'm, T, O> {
     pub(super) position: usize,
     /// Position past the last token.
     pub(super) end: usize,
+    pub(super) scoring: Scoring,
     pub(super) memory: &'a mut Memory<'m, O>,
 }
 
@@ -176,7 +179,9 @@ impl<T: Element, O: Operand<T>> Kernel for Tile<'_, '_, T, O> {
     unsafe fn run<S: Simd>(mut self) {
         // SAFETY: the caller guarantees the instruction set.
         unsafe {
-            for first in (0..self.end).step_by(CHUNK_TOKENS) {
+            // Chunks begin at the same positions whatever the tile: a token's result must not depend on it.
+            let start = self.scoring.first_visible(self.position) / CHUNK_TOKENS * CHUNK_TOKENS;
+            for first in (start..self.end).step_by(CHUNK_TOKENS) {
                 let count = CHUNK_TOKENS.min(self.end - first);
                 self.take_chunk::<S>(first, count);
                 // Skips whole vectors of queries that attend to none of these keys.
@@ -195,17 +200,24 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
         key.saturating_sub(self.position) * self.sizes.group()
     }
 
-    /// Loads the keys and values of `count` tokens, and zeros past the last token, where the cache may hold data of
-    /// another sequence.
+    /// Number of leading queries whose windows have not left `key` behind. Queries are in token order.
+    fn remembering(&self, key: usize) -> usize {
+        let tokens = key.saturating_add(self.scoring.window).saturating_sub(self.position);
+        tokens.saturating_mul(self.sizes.group()).min(self.memory.rows)
+    }
+
+    /// Loads the keys and values of `count` tokens, and zeros past the last token and before the first token that any
+    /// query attends to, where the cache may hold data of another sequence.
     ///
     /// # Safety
     /// The processor has the instruction set.
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn take_chunk<S: Simd>(&mut self, first: usize, count: usize) {
+        let hidden = self.scoring.first_visible(self.position).saturating_sub(first);
         let Memory { keys, values, dim, .. } = &mut *self.memory;
         let dim = *dim;
-        if count < CHUNK_TOKENS {
+        if count < CHUNK_TOKENS || hidden > 0 {
             keys.fill(O::zeroed());
             values.fill(O::zeroed());
         }
@@ -216,11 +228,12 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
                 &self.cache[at..at + filled * dim]
             });
             let at = i * BLOCK_TOKENS * dim;
-            for (from, to) in from_keys.chunks_exact(dim).zip(keys[at..].chunks_exact_mut(dim)) {
+            let skipped = hidden.saturating_sub(i * BLOCK_TOKENS);
+            for (from, to) in from_keys.chunks_exact(dim).zip(keys[at..].chunks_exact_mut(dim)).skip(skipped) {
                 // SAFETY: guaranteed by the caller.
                 unsafe { O::convert::<S>(from, to, 1) }
             }
-            for (i, from) in from_values.chunks_exact(dim).enumerate() {
+            for (i, from) in from_values.chunks_exact(dim).enumerate().skip(skipped) {
                 let to = &mut values[at + i / O::PER_LANE * O::PER_LANE * dim..][..O::PER_LANE * dim];
                 // SAFETY: guaranteed by the caller.
                 unsafe { O::convert::<S>(from, &mut to[i % O::PER_LANE..], O::PER_LANE) }
@@ -258,13 +271,28 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn weigh<S: Simd>(&mut self, first: usize, count: usize, first_row: usize) {
-        let hidden = |key: usize| (self.unseeing(first + key), key);
-        let hidden: [(usize, usize); CHUNK_TOKENS] = std::array::from_fn(hidden);
+        let seeing = |key: usize| (self.unseeing(first + key), self.remembering(first + key));
+        let seeing: [(usize, usize); CHUNK_TOKENS] = std::array::from_fn(seeing);
+        let cap = self.scoring.cap;
         let Memory { scores, weights, greatest, total, shrink, rows, .. } = &mut *self.memory;
         let rows = *rows;
-        for (unseeing, key) in &hidden[..count] {
-            scores[key * rows + first_row..][..unseeing.saturating_sub(first_row)].fill(f32::NEG_INFINITY);
+        // Replaces the scores of queries that do not attend to a key.
+        let hide = |scores: &mut [f32], value: f32| {
+            for ((unseeing, remembering), scores) in seeing[..count].iter().zip(scores.chunks_exact_mut(rows)) {
+                let scores = &mut scores[first_row..];
+                scores[..unseeing.saturating_sub(first_row)].fill(value);
+                scores[remembering.saturating_sub(first_row)..].fill(value);
+            }
+        };
+        if let Some(cap) = cap {
+            for scores in scores.chunks_exact_mut(rows).take(count) {
+                for chunk in scores[first_row..].chunks_exact_mut(S::LANES) {
+                    // SAFETY: a chunk holds LANES values.
+                    unsafe { soft_cap::<S>(chunk.as_mut_ptr(), cap) }
+                }
+            }
         }
+        hide(scores, f32::NEG_INFINITY);
         assert!(scores.len() == CHUNK_TOKENS * rows && weights.len() == scores.len() && rows.is_multiple_of(PADDING));
         assert!(greatest.len() == rows && total.len() == rows && shrink.len() == rows && count <= CHUNK_TOKENS);
         // SAFETY: the asserts check the sizes, and LANES divides PADDING.
@@ -289,9 +317,7 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
                 S::store(all, S::mul_add(S::load(all), factor, sum));
             }
         }
-        for (unseeing, key) in &hidden[..count] {
-            scores[key * rows + first_row..][..unseeing.saturating_sub(first_row)].fill(0.0);
-        }
+        hide(scores, 0.0);
         if !count.is_multiple_of(O::PER_LANE) {
             scores[count * rows..][..rows].fill(0.0);
         }
