@@ -12,7 +12,7 @@ use llguidance::{
 };
 use overfill_kv::Grammar;
 use parking_lot::Mutex;
-use serde_json::Value;
+use serde_json::{Value, json};
 use toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 
 use crate::{TextFiles, TextModel};
@@ -23,6 +23,8 @@ const MAX_TOKEN_BYTES: usize = 512;
 const MAX_TRIE_NODES: usize = 1 << 22;
 /// Limit of a grammar's automaton. A state takes about 2 kB.
 const MAX_LEXER_STATES: usize = 50_000;
+/// Maximum white space between two elements of JSON, in characters.
+const MAX_GAP: usize = 64;
 /// Grammars that are kept compiled.
 const KEPT: usize = 8;
 
@@ -157,7 +159,7 @@ fn translate(grammar: &Grammar) -> Result<TopLevelGrammar, GrammarError> {
         Grammar::Json(schema) => {
             let schema: Value = serde_json::from_str(schema).map_err(GrammarError::new)?;
             match schema {
-                Value::Object(_) | Value::Bool(_) => Ok(TopLevelGrammar::from_json_schema(schema)),
+                Value::Object(_) | Value::Bool(_) => Ok(TopLevelGrammar::from_json_schema(with_short_gaps(schema))),
                 _ => Err(GrammarError::new("a JSON schema must be an object")),
             }
         }
@@ -170,6 +172,18 @@ fn translate(grammar: &Grammar) -> Result<TopLevelGrammar, GrammarError> {
         }
         Grammar::Lark(lark) => Ok(TopLevelGrammar::from_lark(lark.clone())),
     }
+}
+
+/// The schema with at most [`MAX_GAP`] white space in a row: some models would go on with it until their last token.
+pub(crate) fn with_short_gaps(mut schema: Value) -> Value {
+    const OPTIONS: &str = "x-guidance";
+    if let Value::Object(fields) = &mut schema
+        && !fields.contains_key(OPTIONS)
+    {
+        let pattern = format!("[\\x20\\x0A\\x0D\\x09]{{1,{MAX_GAP}}}");
+        fields.insert(OPTIONS.into(), json!({"whitespace_pattern": pattern}));
+    }
+    schema
 }
 
 /// The state of one output that must match a grammar.

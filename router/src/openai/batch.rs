@@ -118,10 +118,10 @@ impl Batch {
     /// Starts every sequence in its place in the queue, and waits for the first output. A request that fails at once can
     /// then be answered with an error status instead of a stream.
     pub async fn start(&self, core: &Core, tenant: &Arc<Tenant>, prompts: &[Prompt]) -> Result<Merged, ApiError> {
-        let generations = self.generations(prompts)?;
         if let (Some(grammar), Some(field)) = (&self.common.sampling.grammar, self.common.structured) {
             constraints::check_grammar(&core.text_pool, field, grammar, self.lifetime).await?;
         }
+        let generations = self.generations(prompts)?;
         let places = core.enter(tenant, &generations)?;
         let failure = RequestFailure::default();
         let streams = places.into_iter().zip(generations).enumerate().map(|(index, (place, generation))| {

@@ -6,6 +6,8 @@ use llguidance::regex_to_lark;
 use overfill_kv::Grammar;
 use serde_json::{Value as Json, json};
 
+use crate::grammar::with_short_gaps;
+
 use super::{
     AnswerFormat,
     formats::{ReasoningFormat, ToolFormat},
@@ -65,9 +67,11 @@ pub(crate) fn after_reasoning(
         return grammar.clone();
     }
     let answer = match grammar {
-        Grammar::Json(schema) if schema.trim_start().starts_with('{') => format!("%json {schema}"),
-        // True or false.
-        Grammar::Json(schema) => format!("%json {{\"allOf\": [{schema}]}}"),
+        Grammar::Json(schema) => match serde_json::from_str::<Json>(schema) {
+            Ok(schema @ Json::Object(_)) => format!("%json {}", with_short_gaps(schema)),
+            // True or false.
+            _ => format!("%json {{\"allOf\": [{schema}]}}"),
+        },
         Grammar::Regex(regex) => format!("/{}/", regex_to_lark(regex, "")),
         Grammar::Choice(texts) => texts.iter().map(|text| quoted(text)).collect::<Vec<_>>().join(" | "),
         Grammar::Lark(lark) => format!("%lark {{\n{lark}\n}}"),
