@@ -12,6 +12,7 @@ use candle_core::{Device, Tensor};
 use overfill_distill::prune::{Norm, PruneConfig, Width, prune};
 use overfill_model::{DeviceSpec, ModelConfig, Provenance, Weights};
 use overfill_text::{TextFiles, TextModel};
+use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 
 fn golden(pair: &str) -> PathBuf {
@@ -138,6 +139,55 @@ fn the_folder_holds_the_kept_part_of_every_tensor() {
     for file in ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"] {
         assert_eq!(std::fs::read(out.join(file)).unwrap(), std::fs::read(model.join(file)).unwrap(), "{file}");
     }
+}
+
+/// Copies a golden folder with all layers' matrices in fp8, or with what these matrices mean.
+fn copied(from: &Path, to: &Path, quantised: bool) {
+    for file in ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"] {
+        std::fs::copy(from.join(file), to.join(file)).unwrap();
+    }
+    let mut config: Value = serde_json::from_slice(&std::fs::read(from.join("config.json")).unwrap()).unwrap();
+    let mut stored = Vec::new();
+    let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+    for (index, (name, shape)) in ModelConfig::from_folder(from).unwrap().tensor_shapes().into_iter().enumerate() {
+        let (count, scale) = (shape.iter().product::<usize>(), 0.0625 * (index + 1) as f32);
+        if shape.len() == 1 || !name.contains("layers") {
+            let values: Vec<f32> = load(from, &name).flatten_all().unwrap().to_vec1().unwrap();
+            stored.push((name, Dtype::F32, shape, bytes(&values)));
+        } else if quantised {
+            // Numbers from 1 to 1.875, negative in two of three places.
+            let number = |i: usize| (0x38 + i * 7 % 8) as u8 | if i % 3 == 0 { 0 } else { 0x80 };
+            stored.push((name.clone() + "_scale", Dtype::F32, vec![], scale.to_le_bytes().into()));
+            stored.push((name, Dtype::F8_E4M3, shape, (0..count).map(number).collect()));
+        } else {
+            let number = |i: usize| (1.0 + (i * 7 % 8) as f32 / 8.0) * if i % 3 == 0 { scale } else { -scale };
+            stored.push((name, Dtype::F32, shape, bytes(&(0..count).map(number).collect::<Vec<_>>())));
+        }
+    }
+    if quantised {
+        config["quantization_config"] = json!({"quant_method": "fp8", "activation_scheme": "dynamic"});
+    }
+    std::fs::write(to.join("config.json"), config.to_string()).unwrap();
+    let view = |(name, dtype, shape, bytes)| (name, TensorView::new(dtype, shape, bytes).unwrap());
+    let views =
+        stored.iter().map(|(name, dtype, shape, bytes)| view((name.as_str(), *dtype, shape.clone(), bytes.as_slice())));
+    safetensors::serialize_to_file(views, None, &to.join("model.safetensors")).unwrap();
+}
+
+#[test]
+fn a_quantised_model_is_pruned_as_its_dequantised_one() {
+    let pruned = [true, false].map(|quantised| {
+        let folder = tempfile::tempdir().unwrap();
+        let model = folder.path().join("model");
+        std::fs::create_dir(&model).unwrap();
+        copied(&golden("llama-untied"), &model, quantised);
+        let config = config(&model, folder.path(), Norm::L2);
+        prune(&config).unwrap();
+        let read = |file: &str| std::fs::read(config.out.join(file)).unwrap();
+        (read("model.safetensors"), serde_json::from_slice::<Value>(&read("config.json")).unwrap())
+    });
+    assert_eq!(pruned[0].1, pruned[1].1);
+    assert!(pruned[0].0 == pruned[1].0 && pruned[0].1.get("quantization_config").is_none());
 }
 
 #[test]

@@ -16,8 +16,20 @@ pub(crate) const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidd
     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2, "vocab_size": 8,
     "tie_word_embeddings": true, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}"#;
 
+/// Values of `quantization_config` for [`safetensors`].
+pub(crate) const QUANTISATIONS: [&str; 6] = [
+    "null",
+    r#"{"quant_method": "fp8", "weight_block_size": [3, 2]}"#,
+    r#"{"quant_method": "fp8"}"#,
+    r#"{"quant_method": "gptq", "bits": 8, "group_size": 2}"#,
+    r#"{"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"weights":
+        {"num_bits": 8, "type": "int", "symmetric": false, "strategy": "group", "group_size": 2}}}}"#,
+    r#"{"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": {"weights":
+        {"num_bits": 8, "type": "int", "symmetric": false, "strategy": "channel"}}}}"#,
+];
+
 /// Files that [`model_folder`] may write the input to. The first byte selects one.
-pub(crate) const FILES: [&str; 7] = [
+pub(crate) const FILES: [&str; 8] = [
     "config.json",
     "overfill.json",
     "model.safetensors.index.json",
@@ -25,6 +37,7 @@ pub(crate) const FILES: [&str; 7] = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "tokenizer.json",
+    "tokenizer.model",
 ];
 
 thread_local! {
@@ -67,13 +80,21 @@ fn read_weights(path: &Path) -> Result<(), ModelError> {
     Ok(())
 }
 
-/// Reads the input as model.safetensors, with a valid config.json.
+/// Reads the input as model.safetensors, with a valid config.json. The first byte selects how the weights are quantised.
 pub fn safetensors(data: &[u8]) {
-    with_folder(&[("config.json", CONFIG.as_bytes()), ("model.safetensors", data)], |folder| {
-        if let Err(error) = read_weights(folder) {
-            check_error(&error);
-        }
-    });
+    if let Err(error) = with_quantised(data, read_weights) {
+        check_error(&error);
+    }
+}
+
+fn with_quantised(data: &[u8], using: fn(&Path) -> Result<(), ModelError>) -> Result<(), ModelError> {
+    let mut input = Input::new(data);
+    let quantisation = QUANTISATIONS[usize::from(input.byte()) % QUANTISATIONS.len()];
+    let config = CONFIG.replacen('{', &format!("{{\"quantization_config\": {quantisation},"), 1);
+    let mut result = Ok(());
+    let files = [("config.json", config.as_bytes()), ("model.safetensors", input.rest())];
+    with_folder(&files, |folder| result = using(folder));
+    result
 }
 
 /// Reads the input as a .gguf file: weights, configuration, tokenizer and template.
@@ -110,6 +131,11 @@ pub fn model_folder(data: &[u8]) {
             if let Some(error) = Weights::open(folder).err() {
                 check_error(&error);
             }
+        }),
+        "tokenizer.model" => with_folder(&[(name, bytes)], |folder| match TextFiles::from_folder(folder) {
+            // What was converted must be a valid tokenizer.json.
+            Ok(files) => drop(TextModel::from_files(&files).expect("a tokenizer that was made here")),
+            Err(error) => assert!(!error.to_string().is_empty(), "the error has no message"),
         }),
         // The tokenizer reader panics on some inputs. The code catches this, but libFuzzer would abort.
         "tokenizer.json" if cfg!(feature = "libfuzzer") => {}
@@ -154,4 +180,29 @@ fn check_config(config: &ModelConfig) {
         (again.rope_spec(), again.layers, again.scales, again.max_position_embeddings),
         (config.rope_spec(), config.layers.clone(), config.scales, config.max_position_embeddings)
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Otherwise the mutations of a seed would test little.
+    #[test]
+    fn seeds_of_weights_are_read() {
+        for (name, data) in crate::seeds::seeds("safetensors") {
+            let read = with_quantised(&data, read_weights);
+            assert!(read.is_ok(), "{name}: {read:?}");
+        }
+    }
+
+    #[test]
+    fn the_seed_of_a_tokenizer_is_converted() {
+        let seeds = crate::seeds::seeds("model_folder");
+        let (_, data) = seeds.iter().find(|(name, _)| name == "sentencepiece").expect("the seed");
+        with_folder(&[("tokenizer.model", &data[1..])], |folder| {
+            let files = TextFiles::from_folder(folder).expect("a valid tokenizer.model");
+            let model = TextModel::from_files(&files).expect("a valid tokenizer.json");
+            assert_eq!(model.encode("ab", false).expect("known letters"), [4]);
+        });
+    }
 }

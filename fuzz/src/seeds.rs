@@ -28,7 +28,7 @@ pub fn seeds(target: &str) -> Vec<Seed> {
         "handoff" => handoff(),
         "messages" => messages(),
         "http_bodies" => http_bodies(),
-        "safetensors" => vec![("model", safetensors())],
+        "safetensors" => safetensors(),
         "gguf" => vec![("model", gguf())],
         "model_folder" => model_folder(),
         "chat_messages" => chat_messages(),
@@ -211,16 +211,60 @@ fn config() -> ModelConfig {
     ModelConfig::from_json(std::path::Path::new("config.json"), value).expect("the configuration above")
 }
 
-fn safetensors() -> Vec<u8> {
-    let mut header = Map::new();
-    let mut end = 0;
-    for (name, shape) in config().tensor_shapes() {
-        let start = end;
-        end += 2 * shape.iter().product::<usize>();
-        header.insert(name, json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}));
-    }
-    let header = Value::Object(header).to_string();
-    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &vec![1; end]].concat()
+/// A checkpoint in each format of [`QUANTISATIONS`](crate::files::QUANTISATIONS).
+fn safetensors() -> Vec<(&'static str, Vec<u8>)> {
+    const ONES: [u8; 64] = [1; 64];
+    let shape = |rows: usize, columns: usize| [(rows as u64).to_le_bytes(), (columns as u64).to_le_bytes()].concat();
+    let names = ["model", "fp8-blocks", "fp8", "gptq", "packed", "bytes"];
+    names
+        .into_iter()
+        .zip(0..)
+        .map(|(name, number)| {
+            let mut tensors = Vec::new();
+            for (name, dimensions) in config().tensor_shapes() {
+                let ([rows, columns], true) = (dimensions.as_slice(), number > 0 && name.contains("layers")) else {
+                    tensors.push((name, "BF16", dimensions.clone(), vec![1; 2 * dimensions.iter().product::<usize>()]));
+                    continue;
+                };
+                let (rows, columns) = (*rows, *columns);
+                let mut part = |part: &str, dtype, shape: &[usize], bytes: &[u8]| {
+                    tensors.push((name.replace("weight", part), dtype, shape.to_vec(), bytes.to_vec()));
+                };
+                match number {
+                    1 | 2 => {
+                        part("weight", "F8_E4M3", &[rows, columns], &ONES[..rows * columns]);
+                        let scales = if number == 1 { vec![rows.div_ceil(3), 2] } else { vec![] };
+                        part("weight_scale", "BF16", &scales, &ONES[..2 * scales.iter().product::<usize>()]);
+                    }
+                    3 => {
+                        part("qweight", "I32", &[1, rows], &ONES[..4 * rows]);
+                        part("qzeros", "I32", &[2, 1], &ONES[..8]);
+                        part("scales", "F16", &[2, rows], &ONES[..4 * rows]);
+                        part("g_idx", "I32", &[columns], &[0; 16]);
+                    }
+                    4 => {
+                        part("weight_packed", "I32", &[rows, 1], &ONES[..4 * rows]);
+                        part("weight_scale", "BF16", &[rows, 2], &ONES[..4 * rows]);
+                        part("weight_zero_point", "I32", &[1, 2], &ONES[..8]);
+                        part("weight_shape", "I64", &[2], &shape(rows, columns));
+                    }
+                    _ => {
+                        part("weight", "I8", &[rows, columns], &ONES[..rows * columns]);
+                        part("weight_scale", "F32", &[rows, 1], &ONES[..4 * rows]);
+                        part("weight_zero_point", "I8", &[rows, 1], &ONES[..rows]);
+                    }
+                }
+            }
+            let (mut header, mut data) = (Map::new(), Vec::new());
+            for (name, dtype, shape, bytes) in tensors {
+                let start = data.len();
+                data.extend(bytes);
+                header.insert(name, json!({"dtype": dtype, "shape": shape, "data_offsets": [start, data.len()]}));
+            }
+            let header = Value::Object(header).to_string();
+            (name, [&[number], &(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat())
+        })
+        .collect()
 }
 
 fn gguf() -> Vec<u8> {
@@ -281,7 +325,7 @@ fn model_folder() -> Vec<(&'static str, Vec<u8>)> {
     let mut scaled: Value = serde_json::from_str(CONFIG).expect("the configuration above");
     scaled["rope_scaling"] = llama3;
     scaled["layer_types"] = json!(["full_attention"]);
-    let contents: [(&str, Vec<u8>); 8] = [
+    let contents: [(&str, Vec<u8>); 9] = [
         ("config.json", CONFIG.into()),
         ("config.json", scaled.to_string().into()),
         (
@@ -298,11 +342,35 @@ fn model_folder() -> Vec<(&'static str, Vec<u8>)> {
         ),
         ("special_tokens_map.json", br#"{"bos_token": "<s>"}"#.to_vec()),
         ("tokenizer.json", TOKENIZER.into()),
+        ("tokenizer.model", sentencepiece()),
     ];
-    let names =
-        ["config", "config-scaled", "overfill", "index", "generation", "tokenizer-config", "special", "tokenizer"];
+    let names = [
+        "config",
+        "config-scaled",
+        "overfill",
+        "index",
+        "generation",
+        "tokenizer-config",
+        "special",
+        "tokenizer",
+        "sentencepiece",
+    ];
     let file = |name: &str| FILES.iter().position(|file| *file == name).expect("one of the files") as u8;
     names.into_iter().zip(contents).map(|(name, (of, content))| (name, [vec![file(of)], content].concat())).collect()
+}
+
+/// A BPE model without rules of normalisation.
+fn sentencepiece() -> Vec<u8> {
+    let field = |number: u8, content: &[u8]| [&[number << 3 | 2, content.len() as u8], content].concat();
+    let piece = |text: &str, score: f32, kind: u8| {
+        let score = [&[0x15], &score.to_le_bytes()[..]].concat();
+        field(1, &[field(1, text.as_bytes()), score, vec![0x18, kind]].concat())
+    };
+    let pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("\u{2581}", -5.0, 1), ("ab", 0.0, 1)];
+    let letters = [("a", -6.0, 1), ("b", -7.0, 1)];
+    let pieces = pieces.iter().chain(&letters).map(|(text, score, kind)| piece(text, *score, *kind));
+    // Type BPE; no dummy prefix, no removal of spaces.
+    [pieces.collect::<Vec<_>>().concat(), field(2, &[0x18, 2]), field(3, &[0x18, 0, 0x20, 0])].concat()
 }
 
 fn chat_messages() -> Vec<(&'static str, Vec<u8>)> {

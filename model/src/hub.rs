@@ -32,7 +32,7 @@ pub fn resolve(model: &str) -> Result<PathBuf, ModelError> {
         return Err(fault(model, "neither a folder nor a .gguf file"));
     }
     let repo = open(model, ApiBuilder::from_env())?;
-    let config = download(model, &repo)?.swap_remove(0);
+    let (_, config) = download(model, &repo)?.swap_remove(0);
     let folder = config.parent().map(PathBuf::from);
     folder.ok_or_else(|| fault(model, "the Hugging Face cache path has no parent folder"))
 }
@@ -49,11 +49,14 @@ pub fn pull(model: &str, folder: &Path) -> Result<(), ModelError> {
     let downloads = folder.join(DOWNLOADS);
     fs::create_dir_all(&downloads).map_err(write)?;
     let repo = open(model, ApiBuilder::from_env().with_cache_dir(downloads.clone()))?;
-    for file in download(model, &repo)? {
-        let Some(name) = file.file_name() else { continue };
+    for (name, file) in download(model, &repo)? {
+        let to = folder.join(name);
+        if let Some(parent) = to.parent() {
+            fs::create_dir_all(parent).map_err(write)?;
+        }
         // The hub's cache has links to the contents. Moving the contents needs no second copy of the weights.
         let contents = file.canonicalize().map_err(write)?;
-        fs::rename(contents, folder.join(name)).map_err(write)?;
+        fs::rename(contents, to).map_err(write)?;
     }
     fs::remove_dir_all(&downloads).map_err(write)?;
     fs::write(folder.join(COMPLETE), model).map_err(write)
@@ -106,17 +109,25 @@ fn open(model: &str, builder: ApiBuilder) -> Result<ApiRepo, ModelError> {
     Ok(api.repo(Repo::with_revision(id.into(), RepoType::Model, revision.into())))
 }
 
-/// Downloads the files that are needed to serve the model. Returns their paths, config.json first.
-fn download(model: &str, repo: &ApiRepo) -> Result<Vec<PathBuf>, ModelError> {
-    let get = |file: &str| repo.get(file).map_err(|e| unreachable(model, e));
-    let mut paths = vec![get("config.json")?];
-    for file in repo.info().map_err(|e| unreachable(model, e))?.siblings.iter().map(|s| s.rfilename.as_str()) {
-        let wanted = !file.contains('/') && [".safetensors", ".json", ".jinja"].iter().any(|end| file.ends_with(end));
-        if wanted && file != "config.json" {
-            paths.push(get(file)?);
+/// Downloads the files that are needed to serve the model. Returns their names and paths, config.json first.
+fn download(model: &str, repo: &ApiRepo) -> Result<Vec<(String, PathBuf)>, ModelError> {
+    let info = repo.info().map_err(|e| unreachable(model, e))?;
+    let there: Vec<&str> = info.siblings.iter().map(|sibling| sibling.rfilename.as_str()).collect();
+    let others = there.iter().filter(|file| is_needed(file, &there)).copied();
+    let get = |file: &str| Ok((file.to_owned(), repo.get(file).map_err(|e| unreachable(model, e))?));
+    std::iter::once("config.json").chain(others).map(get).collect()
+}
+
+/// Whether serving needs a file other than config.json. `there` are all files of the repository.
+fn is_needed(file: &str, there: &[&str]) -> bool {
+    let ends = |ends: &[&str]| ends.iter().any(|end| file.ends_with(end));
+    match file.split_once('/') {
+        None => {
+            let wanted = file != "config.json" && ends(&[".safetensors", ".json", ".jinja"]);
+            wanted || file == "tokenizer.model" && !there.contains(&"tokenizer.json")
         }
+        Some((folder, name)) => folder == "additional_chat_templates" && !name.contains('/') && ends(&[".jinja"]),
     }
-    Ok(paths)
 }
 
 #[cfg(test)]
@@ -126,6 +137,17 @@ mod tests {
     #[test]
     fn a_folder_that_is_not_there_is_named() {
         assert!(resolve("/no/such/folder").unwrap_err().to_string().starts_with("model /no/such/folder: no such"));
+    }
+
+    #[test]
+    fn files_of_a_tokenizer_and_of_templates_are_needed() {
+        let there =
+            ["config.json", "model.safetensors", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"];
+        assert!(there[1..].iter().all(|file| is_needed(file, &there)) && !is_needed(there[0], &there));
+        assert!(is_needed("tokenizer.model", &there) && !is_needed("tokenizer.model", &["tokenizer.json"]));
+        for file in ["pytorch_model.bin", "onnx/config.json", "additional_chat_templates/a/b.jinja", "README.md"] {
+            assert!(!is_needed(file, &there), "{file}");
+        }
     }
 
     #[test]

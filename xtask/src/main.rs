@@ -1,4 +1,4 @@
-//! The project's commands: `cargo xtask demo | test | ci | chart | kubernetes | monitoring | rdma | gpu | page | tidy | images | neon`.
+//! The project's commands: `cargo xtask demo | test | ci | chart | kubernetes | monitoring | rdma | real | gpu | page | tidy | images | neon`.
 
 mod apt;
 mod built;
@@ -15,6 +15,7 @@ mod page;
 mod process;
 mod python;
 mod rdma;
+mod real;
 mod test;
 mod tidy;
 
@@ -34,6 +35,7 @@ usage: cargo xtask COMMAND
                  Further arguments go to pytest
   monitoring     the tests of dashboards and alert rules, with a real Prometheus and the binaries in target/debug
   rdma           the tests of KV over RDMA, in a virtual machine with soft-RoCE
+  real           published checkpoints, downloaded from the package index, compared with transformers' results
   gpu [OPTIONS]  build (release), then tests of the kernels and of clusters on this machine's NVIDIA GPU, and figures of it:
                  `overfill bench gpu OPTIONS`
   gpu collect DIR
@@ -64,6 +66,7 @@ fn main() -> ExitCode {
         ["gpu", "run", folder, ref options @ ..] => gpu::test(folder.as_ref(), options),
         ["gpu", ref options @ ..] => gpu::run(options),
         ["rdma"] => rdma::run(),
+        ["real"] => real::run(),
         ["neon"] => neon::run(),
         _ => {
             eprintln!("{USAGE}");

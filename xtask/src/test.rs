@@ -1,9 +1,9 @@
 //! `cargo xtask test`: what CI runs. Fast checks come first.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::process::{cargo, phase, run as sh, together};
-use crate::{apt, cuda, images, memory, python, rdma, tidy};
+use crate::{apt, cuda, images, memory, python, rdma, real, tidy};
 
 /// What to do if a program that tests need is missing and can't be installed.
 #[derive(Clone, Copy, PartialEq)]
@@ -49,6 +49,9 @@ pub fn run(programs: Programs) -> Result<()> {
         interpreter = Some(python::prepare()?);
         Ok(())
     })?;
+    // Downloads depend on the package index, so these tests are never required.
+    let models = interpreter.as_deref().context("no interpreter").and_then(real::download);
+    let models = models.map_err(|error| left_out.push(format!("tests of published checkpoints: {error:#}"))).ok();
     phase("lints", || {
         let mut command = cargo(&["clippy", "--locked", "--workspace", "--all-targets"]);
         sh(command.arg(&features).args(["--", "-D", "warnings"]))
@@ -69,6 +72,9 @@ pub fn run(programs: Programs) -> Result<()> {
         command.arg(&features);
         if let Some(python) = &interpreter {
             command.env("OVERFILL_PYTHON", python);
+        }
+        if let Some(models) = &models {
+            command.env(real::FOLDER, models);
         }
         // Tests whose programs are present must not be skipped by mistake.
         let needs =

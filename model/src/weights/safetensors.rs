@@ -15,6 +15,17 @@ use crate::ModelError;
 /// A name that every model has, and that is never quantised.
 const FINAL_NORM: &str = "model.norm.weight";
 
+const SINGLE: &str = "model.safetensors";
+
+/// Files of weights in formats that are not read.
+const OTHERS: [&str; 5] = [
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "consolidated.safetensors",
+    "consolidated.00.pth",
+    "adapter_model.safetensors",
+];
+
 /// Memory-mapped safetensors files.
 pub(super) struct Safetensors {
     files: Vec<(PathBuf, MmapedSafetensors)>,
@@ -58,13 +69,18 @@ impl Safetensors {
     pub(super) fn open(folder: &Path) -> Result<Self, ModelError> {
         let scheme = Scheme::from_folder(folder)?;
         let index_file = folder.join("model.safetensors.index.json");
+        let other = OTHERS.iter().find(|file| folder.join(file).exists());
+        if let Some(other) = other.filter(|_| !index_file.exists() && !folder.join(SINGLE).exists()) {
+            let supported = format!("{SINGLE}, model.safetensors.index.json, a .gguf file");
+            return Err(ModelError::unsupported(folder, "the file of weights", other, &supported));
+        }
         let mut names: Vec<String> = if index_file.exists() {
             let bytes = fs::read(&index_file).map_err(|e| ModelError::io(&index_file, e))?;
             let index: ShardIndex =
                 serde_json::from_slice(&bytes).map_err(|e| ModelError::malformed(&index_file, e))?;
             index.weight_map.into_values().collect()
         } else {
-            vec!["model.safetensors".into()]
+            vec![SINGLE.into()]
         };
         names.sort();
         names.dedup();

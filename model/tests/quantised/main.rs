@@ -232,3 +232,16 @@ fn tensors_that_do_not_fit_are_refused() {
     let error = fault("fp8-tensor", |config| *config = Value::Null, None);
     assert!(error.contains("q_proj.weight is F8_E4M3, supported: BF16, F16, F32, F64; others with quant"), "{error}");
 }
+
+#[test]
+fn other_files_of_weights_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let error = || Weights::open(folder.path()).err().unwrap().to_string();
+    assert!(error().contains("model.safetensors: "), "{}", error());
+    fs::write(folder.path().join("pytorch_model.bin"), "").unwrap();
+    assert!(
+        error().contains("the file of weights is pytorch_model.bin, supported: model.safetensors, "),
+        "{}",
+        error()
+    );
+}
