@@ -222,10 +222,10 @@ impl Chat {
     }
 }
 
-/// The message of a whole answer. Its content is null if the answer is nothing but calls.
+/// The message of a whole answer. Its content is null if the answer is nothing but reasoning and calls.
 fn message(answer: &Answer) -> Value {
     let Answer { reasoning, content, calls, finish_reason: _ } = answer;
-    let content = (!content.is_empty() || calls.is_empty()).then_some(content);
+    let content = (!content.is_empty() || calls.is_empty() && reasoning.is_none()).then_some(content);
     let mut message = json!({"role": "assistant", "content": content, "refusal": null});
     if let Some(reasoning) = reasoning {
         message["reasoning_content"] = json!(reasoning);

@@ -193,7 +193,8 @@ impl Conversation {
         let Self { chat, tools } = self;
         let reasoning = settings.reasoning_parsers.of(&model.name).flatten();
         // Before the template runs, so that a fault costs little.
-        let format = tools.complete(AnswerFormat { reasoning, ..AnswerFormat::default() }, model, settings)?;
+        let format = AnswerFormat { reasoning, ..AnswerFormat::default() };
+        let format = tools.complete(format, chat.template.as_deref(), model, settings)?;
         for (field, schema) in tools.schemas() {
             constraints::check_grammar(pool, &field, &schema, lifetime).await?;
         }

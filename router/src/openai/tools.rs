@@ -79,10 +79,11 @@ impl Tools {
         matches!(self.choice, ToolChoice::Required | ToolChoice::Function(_))
     }
 
-    /// Completes `format` with how calls are written and who can be called.
+    /// Completes `format` with how calls are written and who can be called. `template`: the request's own chat template.
     pub fn complete(
         &self,
         format: AnswerFormat,
+        template: Option<&str>,
         model: &ServedModel,
         settings: &ChatSettings,
     ) -> Result<AnswerFormat, GenerateError> {
@@ -91,7 +92,7 @@ impl Tools {
         }
         let known = match settings.tool_parsers.of(&model.name) {
             Some(given) => given,
-            None => match model.text.tool_format() {
+            None => match template.map_or(model.text.tool_format(), ToolFormat::of_template) {
                 None if !self.is_forced() => {
                     let fault = "tools: the format in which this model calls tools is not known; the router's \
                                  --tool-call-parser names it";
