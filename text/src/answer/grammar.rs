@@ -91,7 +91,7 @@ fn reasoning_rules(lark: &mut String, format: &AnswerFormat, special: &impl Fn(&
         None => writeln!(lark, "thoughts[suffix={}]: /(.|\\n)*/", quoted(close)),
     };
     let open = special(open).map_or_else(|| quoted(open), |id| format!("<[{id}]>"));
-    let _ = writeln!(lark, "open: {open}\ngap: /\\n+/");
+    let _ = writeln!(lark, "open: {open}\ngap: /\\n{{1,4}}/");
 }
 
 /// The schema with a layout: a space after commas and colons, as templates write it, or none, and no other white space. Without
