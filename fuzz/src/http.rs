@@ -1,16 +1,18 @@
-//! Target for the bodies of HTTP requests: `router/src/openai/`.
+//! Target for the bodies of HTTP requests: `router/src/openai/` and `router/src/anthropic/`.
 
 use std::cell::RefCell;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use axum::body::Bytes;
-use overfill_router::parts::{BodyLimits, ServedModel, check_body};
+use overfill_router::parts::{BodyLimits, HttpApi, ServedModel, check_body};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::text::model;
 
 const LIMITS: BodyLimits = BodyLimits { sequences: 256, time: Duration::from_secs(9) };
+
+const APIS: [HttpApi; 4] = [HttpApi::Completions, HttpApi::ChatCompletions, HttpApi::Responses, HttpApi::Messages];
 
 /// A served model with a golden tokenizer.
 pub(crate) static MODEL: LazyLock<Arc<ServedModel>> = LazyLock::new(|| {
@@ -31,7 +33,7 @@ thread_local! {
     static RUNTIME: RefCell<Option<Runtime>> = const { RefCell::new(None) };
 }
 
-/// Reads a completion body, or a chat completion body if the first byte is odd. Every accepted sequence must keep the
+/// Reads a body of the API that the first byte names. Every accepted sequence must keep the
 /// limits, and every rejection must have a message.
 pub fn http_bodies(data: &[u8]) {
     let Some((first, body)) = data.split_first() else { return };
@@ -40,7 +42,7 @@ pub fn http_bodies(data: &[u8]) {
         let runtime = runtime.get_or_insert_with(|| {
             Builder::new_current_thread().enable_time().build().expect("a runtime for this thread")
         });
-        runtime.block_on(check_body(&body, first % 2 == 1, &MODEL, LIMITS))
+        runtime.block_on(check_body(&body, APIS[usize::from(first % 4)], &MODEL, LIMITS))
     });
     match checked {
         Ok(generations) => {

@@ -197,7 +197,28 @@ fn http_bodies() -> Vec<(&'static str, Vec<u8>)> {
                      {"role": "assistant", "content": "We"}],
         "continue_final_message": true, "chat_template_kwargs": {"enable_thinking": false}, "documents": [{"title": "t"}],
     });
+    let responses = json!({
+        "model": "m", "max_output_tokens": 4, "instructions": "Be brief.", "tool_choice": {"type": "function", "name": "f"},
+        "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}], "reasoning": {"effort": "none"},
+        "input": [{"role": "developer", "content": "x"}, {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+                  {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "r"}]},
+                  {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{\"a\": 1.0}"},
+                  {"type": "function_call_output", "call_id": "c", "output": "x"}],
+        "include": ["message.output_text.logprobs"], "top_logprobs": 2, "store": true,
+    });
+    let messages = json!({
+        "model": "m", "max_tokens": 4, "system": [{"type": "text", "text": "Be brief."}], "stop_sequences": ["x"],
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}], "tool_choice": {"type": "any"},
+        "thinking": {"type": "enabled", "budget_tokens": 1024}, "output_config": {"effort": "low"},
+        "messages": [{"role": "user", "content": "hi"},
+                     {"role": "assistant", "content": [{"type": "thinking", "thinking": "r", "signature": ""},
+                      {"type": "text", "text": "t"}, {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}]},
+                     {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "x"}]},
+                     {"role": "assistant", "content": "We"}],
+    });
     vec![
+        ("responses", of(2, responses)),
+        ("messages", of(3, messages)),
         ("tools", of(1, tools)),
         ("text", of(0, json!({"prompt": "hello"}))),
         ("texts", of(0, json!({"prompt": ["hello", "world"], "max_tokens": 0, "echo": true}))),

@@ -59,7 +59,7 @@ pub mod parts {
         metrics::Metrics,
         node::{NodeInfo, ServedModel},
         nodes::Nodes,
-        openai::{BodyLimits, check_body},
+        openai::{BodyLimits, HttpApi, check_body},
         pick::{DecodeCandidate, PrefillCandidate, decode as pick_decode, prefill as pick_prefill},
         request::{Finished, Generation, MAX_STOPS, Output, check_length, check_prompt, check_stops, new_request_id},
         scaling::PoolWork,

@@ -18,7 +18,7 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 
 use super::models::{ModelArgs, Models};
 use super::report::median;
-use super::serve::client::{Api, Failure};
+use super::serve::client::{Api, Failure, Prompts};
 use super::serve::load::Request;
 use crate::plan::curve::Point;
 use crate::plan::profile::{FORMAT, ModelProfile, Overhead, Profile};
@@ -257,7 +257,7 @@ async fn serving(models: &Models, args: &ModelArgs, profile: &Profile) -> Result
     let ready: serde_json::Value = serde_json::from_str(&line).context("the cluster's first line is not JSON")?;
     let http = ready["http"].as_str().context("the cluster's first line has no \"http\"")?;
     let url = if http.contains("://") { http.to_owned() } else { format!("http://{http}") };
-    let api = Api::new(&url, None, None, "", Duration::from_secs(600))?;
+    let api = Api::new(&url, None, None, "", Prompts::Ids, Duration::from_secs(600))?;
     let measured = measure_serving(&api, profile).await;
     // The processes of the cluster end with it.
     cluster.kill().await.context("stopping the cluster")?;
@@ -281,7 +281,7 @@ impl Client<'_> {
         });
         let outcomes = join_all(requests.collect::<Vec<_>>()).await;
         let answered = outcomes.into_iter().map(|outcome| match outcome.result {
-            Ok(tokens) => Ok((outcome.sent, tokens)),
+            Ok(arrivals) => Ok((outcome.sent, arrivals.times)),
             Err(Failure { kind, message }) => bail!("a request through the router failed: {kind}: {message}"),
         });
         answered.collect()

@@ -4,6 +4,8 @@ mod error;
 mod input;
 mod output;
 
+use std::sync::Arc;
+
 use async_stream::stream;
 use axum::{
     Extension, Json,
@@ -21,6 +23,7 @@ use self::{input::Ask, output::Writer};
 use crate::{
     GenerateError,
     generate::Core,
+    node::ServedModel,
     openai::{
         Intake, batch::Merged, body, caller::Caller, conversation::Prepared, error::ApiError, fields::Fields,
         request_span, sse,
@@ -54,8 +57,9 @@ pub async fn count_tokens(
     let (fields, name) = fields(bytes)?;
     let counted = async {
         let _counted = caller.tenant.count(0)?;
-        let intake = Intake::at(&core, &caller, String::new());
-        let Prepared { prompt, .. } = prepare(&core, &caller, intake, &name, fields, false).await?.0;
+        let mut intake = Intake::at(&core, &caller, String::new());
+        let model = intake.model(&core, &caller, &name).await?;
+        let Prepared { prompt, .. } = prepare(fields, model, intake, false).await?.0;
         Ok(Json(json!({"input_tokens": prompt.tokens.len()})))
     };
     counted.await.map_err(|e: GenerateError| ApiError::from(e).of_model(core.catalog.label(&name)))
@@ -68,16 +72,14 @@ fn fields(bytes: Result<Bytes, BytesRejection>) -> Result<(Fields, String), ApiE
     Ok((fields, name))
 }
 
-/// A chat that is ready to be answered, and the request's `max_tokens`.
-async fn prepare(
-    core: &Core,
-    caller: &Caller,
-    mut intake: Intake<'_>,
-    name: &str,
+/// A chat that is ready to be answered, and the request's `max_tokens`. Takes every field except `model`. `generates`: whether
+/// an answer is wanted, not only a count of tokens.
+pub async fn prepare(
     fields: Fields,
+    model: Arc<ServedModel>,
+    intake: Intake<'_>,
     generates: bool,
 ) -> Result<(Prepared, u32), GenerateError> {
-    let model = intake.model(core, caller, name).await?;
     let Ask { asked, conversation, max_tokens } = Ask::parse(fields, model.text.generation_defaults(), generates)?;
     Ok((conversation.prepare(asked, model, intake).await.map_err(input::renamed)?, max_tokens))
 }
@@ -85,11 +87,12 @@ async fn prepare(
 async fn answer(
     core: &Core,
     caller: &Caller,
-    intake: Intake<'_>,
+    mut intake: Intake<'_>,
     name: &str,
     fields: Fields,
 ) -> Result<Response, ApiError> {
-    let (prepared, max_tokens) = prepare(core, caller, intake, name, fields, true).await?;
+    let model = intake.model(core, caller, name).await?;
+    let (prepared, max_tokens) = prepare(fields, model, intake, true).await?;
     let mut merged = prepared.batch.start(core, &caller.tenant, std::slice::from_ref(&prepared.prompt)).await?;
     let streamed = prepared.batch.common.stream;
     let mut writer = Writer::new(&prepared, max_tokens);

@@ -23,14 +23,7 @@ use super::{
     logprobs::{ChatLogprobs, Names},
     producers, prompt_logprobs, sse,
 };
-use crate::{
-    GenerateError,
-    generate::Core,
-    node::ServedModel,
-    parsers::ChatSettings,
-    prompt::TextPool,
-    request::{Lifetime, Output},
-};
+use crate::{GenerateError, generate::Core, node::ServedModel, request::Output};
 
 struct Chat {
     id: String,
@@ -68,13 +61,14 @@ async fn answer(
     Ok(Json(chat.whole(&choices)).into_response())
 }
 
-/// Checks a body and returns its sequences, without starting them.
-pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: BodyLimits) -> Checked {
-    let mut fields = Fields::parse(body)?;
-    fields.take::<String>("model")?;
-    let (pool, settings) = (TextPool::default(), ChatSettings::default());
-    let intake = Intake::new(String::new(), &pool, &settings, Lifetime::now(limits.time));
-    let chat = parse(fields, model.clone(), intake, |count| limits.allow(count)).await?;
+/// Checks the fields and returns the sequences, without starting them.
+pub(super) async fn generations(
+    fields: Fields,
+    model: Arc<ServedModel>,
+    intake: Intake<'_>,
+    limits: BodyLimits,
+) -> Checked {
+    let chat = parse(fields, model, intake, |count| limits.allow(count)).await?;
     Ok(chat.batch.generations(std::slice::from_ref(&chat.prompt))?)
 }
 

@@ -28,9 +28,7 @@ use crate::{
     generate::Core,
     legs::Leg,
     node::ServedModel,
-    parsers::ChatSettings,
-    prompt::TextPool,
-    request::{self, Lifetime, Output},
+    request::{self, Output},
 };
 
 /// Default of `max_tokens`, as in OpenAI's API.
@@ -101,13 +99,14 @@ async fn answer(
     Ok(Json(completion.whole(&choices)).into_response())
 }
 
-/// Checks a body and returns its sequences, without starting them.
-pub(super) async fn generations(body: &Bytes, model: &Arc<ServedModel>, limits: BodyLimits) -> Checked {
-    let mut fields = Fields::parse(body)?;
-    fields.take::<String>("model")?;
-    let (pool, settings) = (TextPool::default(), ChatSettings::default());
-    let intake = Intake::new(String::new(), &pool, &settings, Lifetime::now(limits.time));
-    let completion = parse(fields, model.clone(), intake, |count| limits.allow(count)).await?;
+/// Checks the fields and returns the sequences, without starting them.
+pub(super) async fn generations(
+    fields: Fields,
+    model: Arc<ServedModel>,
+    intake: Intake<'_>,
+    limits: BodyLimits,
+) -> Checked {
+    let completion = parse(fields, model, intake, |count| limits.allow(count)).await?;
     Ok(completion.batch.generations(&completion.prompts)?)
 }
 

@@ -19,7 +19,7 @@ use crate::{
     node::ServedModel,
     parsers::ChatSettings,
     prompt::{ChatPrompt, TextPool},
-    request::Lifetime,
+    request::{Generation, Lifetime},
 };
 
 /// Variables of a chat template that have fields of their own in a request.
@@ -99,6 +99,13 @@ pub struct Prepared {
     pub prompt: Prompt,
     /// What to look for in the answers.
     pub format: AnswerFormat,
+}
+
+impl Prepared {
+    /// The sequences that answer the chat.
+    pub fn generations(&self) -> Result<Vec<Generation>, GenerateError> {
+        self.batch.generations(std::slice::from_ref(&self.prompt))
+    }
 }
 
 impl Conversation {

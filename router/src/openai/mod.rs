@@ -38,6 +38,7 @@ use axum::{
 };
 use caller::Caller;
 use error::{ApiError, Refusal};
+use fields::Fields;
 use overfill_cluster::{http::SlowBody, traces};
 use serde_json::{Value, json};
 use tracing::{Instrument as _, Span, info_span};
@@ -207,12 +208,31 @@ impl<'a> Intake<'a> {
     }
 }
 
-/// Checks the body of a completion, or of a chat completion with `chat`, and returns its sequences. The router does the
-/// same before it uses a node.
-pub async fn check_body(body: &Bytes, chat: bool, model: &Arc<ServedModel>, limits: BodyLimits) -> Checked {
-    match chat {
-        true => chat::generations(body, model, limits).await,
-        false => completions::generations(body, model, limits).await,
+/// An API over HTTP that generates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HttpApi {
+    /// OpenAI's completions.
+    Completions,
+    /// OpenAI's chat completions.
+    ChatCompletions,
+    /// OpenAI's responses.
+    Responses,
+    /// Anthropic's messages.
+    Messages,
+}
+
+/// Checks the body of a request and returns its sequences. The router does the same before it uses a node.
+pub async fn check_body(body: &Bytes, api: HttpApi, model: &Arc<ServedModel>, limits: BodyLimits) -> Checked {
+    let mut fields = Fields::parse(body)?;
+    fields.take::<String>("model")?;
+    let (pool, settings) = (TextPool::default(), ChatSettings::default());
+    let intake = Intake::new(String::new(), &pool, &settings, Lifetime::now(limits.time));
+    let model = model.clone();
+    match api {
+        HttpApi::Completions => completions::generations(fields, model, intake, limits).await,
+        HttpApi::ChatCompletions => chat::generations(fields, model, intake, limits).await,
+        HttpApi::Responses => Ok(responses::prepare(fields, model, intake).await?.0.generations()?),
+        HttpApi::Messages => Ok(anthropic::prepare(fields, model, intake, true).await?.0.generations()?),
     }
 }
 

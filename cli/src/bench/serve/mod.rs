@@ -1,4 +1,4 @@
-//! `overfill bench serve`: puts load on a running router over its OpenAI API, and reports latency and throughput.
+//! `overfill bench serve`: puts load on a running server over OpenAI's API, and reports latency and throughput.
 
 pub mod client;
 pub mod load;
@@ -16,7 +16,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
-use client::{Api, Outcome};
+use client::{Api, Outcome, Prompts};
 use load::{Lengths, Workload};
 use summary::{Limits, Summary};
 
@@ -29,13 +29,15 @@ Examples, while a cluster runs (overfill up):
   overfill bench serve --requests 50 --concurrency 4
   overfill bench serve --rate 4 --duration-seconds 30 --prompt-tokens lognormal:200,500,1500 --output-tokens uniform:16,256
   overfill bench serve --rate 4 --ttft-limit-seconds 1 --itl-limit-seconds 0.1 --plot run.svg
-  overfill bench serve --rate 4 --requests 500 --record run.jsonl";
+  overfill bench serve --rate 4 --requests 500 --record run.jsonl
+Any server that speaks OpenAI's API:
+  overfill bench serve --http-url http://127.0.0.1:8000 --model NAME --prompts text";
 
 /// The target and the kind of load.
 #[derive(Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct ServeArgs {
-    /// URL of the router's HTTP API, without /v1.
+    /// URL of the server's HTTP API, without /v1.
     #[arg(
         long,
         env = "OVERFILL_HTTP_URL",
@@ -50,7 +52,7 @@ pub struct ServeArgs {
     /// API key of the client.
     #[command(flatten, next_help_heading = "Connection")]
     key: ApiKey,
-    /// Name of the served model. Not needed if the router serves only one.
+    /// Name of the served model. A router that serves only one needs no name.
     #[arg(long, default_value = "", hide_default_value = true, value_name = "NAME", help_heading = "Connection")]
     model: String,
     /// Closed loop: number of concurrent requests. A new request starts when one ends.
@@ -77,6 +79,10 @@ pub struct ServeArgs {
     /// Number of unmeasured requests, sent one at a time before the load.
     #[arg(long, default_value_t = 2, value_name = "COUNT", help_heading = "Load")]
     warm_up_requests: usize,
+    /// How prompts are sent: as token ids or as text to /v1/completions, or as a message to /v1/chat/completions. A text has
+    /// one common word per token.
+    #[arg(long, value_enum, default_value_t = Prompts::Ids, value_name = "FORM", help_heading = "Prompts and answers")]
+    prompts: Prompts,
     /// Prompt length in tokens: N, uniform:LOW,HIGH or lognormal:MEDIAN,P95[,MAX].
     #[arg(long, default_value_t = Lengths::Fixed(512), value_name = "LENGTH", help_heading = "Prompts and answers")]
     prompt_tokens: Lengths,
@@ -125,7 +131,7 @@ pub struct ServeArgs {
 pub async fn run(args: ServeArgs) -> Result<()> {
     let (ca, key) = (args.tls_ca.as_deref(), args.key.authorization()?);
     let timeout = Duration::from_secs_f64(args.timeout_seconds);
-    let api = Arc::new(Api::new(&args.http_url, ca, key, &args.model, timeout)?);
+    let api = Arc::new(Api::new(&args.http_url, ca, key, &args.model, args.prompts, timeout)?);
     let mut workload = Workload::new(args.prompt_tokens, args.output_tokens, args.vocabulary, args.seed);
     for request in workload.by_ref().take(args.warm_up_requests) {
         let outcome = api.complete(request).await;

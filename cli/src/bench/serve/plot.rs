@@ -7,7 +7,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use tokio::time::Instant;
 
-use super::client::Outcome;
+use super::client::{Arrivals, Outcome};
 use super::summary::{Distribution, Summary, percentile};
 use crate::text;
 
@@ -62,9 +62,12 @@ fn shares(area: &Area<'_>, name: &str, distribution: &Distribution) -> Drawn {
 fn throughput(area: &Area<'_>, summary: &Summary, outcomes: &[Outcome], start: Instant) -> Drawn {
     let width = summary.elapsed_seconds / INTERVALS as f64;
     let mut rates = [0.0; INTERVALS];
-    for token in outcomes.iter().filter_map(|outcome| outcome.result.as_ref().ok()).flatten() {
-        let interval = (token.duration_since(start).as_secs_f64() / width) as usize;
-        rates[interval.min(INTERVALS - 1)] += 1.0 / width;
+    for Arrivals { tokens, times } in outcomes.iter().filter_map(|outcome| outcome.result.as_ref().ok()) {
+        let tokens_each = *tokens as f64 / times.len() as f64;
+        for time in times {
+            let interval = (time.duration_since(start).as_secs_f64() / width) as usize;
+            rates[interval.min(INTERVALS - 1)] += tokens_each / width;
+        }
     }
     let highest = rates.iter().copied().fold(1.0, f64::max);
     let caption = format!("Output tokens per second: {:.1} on average", summary.output_tokens_per_second);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio::time::Instant;
 
-use super::client::Outcome;
+use super::client::{Arrivals, Outcome};
 use crate::text;
 
 /// Values with their mean and exact percentiles.
@@ -62,25 +62,27 @@ pub struct Limits {
 #[derive(Clone, Debug)]
 struct Answer {
     ttft: f64,
-    /// Times from token to token.
+    /// Times from token to token, or from event to event.
     gaps: Vec<f64>,
     e2e: f64,
+    tokens: usize,
 }
 
 impl Answer {
     fn of(outcome: &Outcome) -> Option<Self> {
-        let tokens = outcome.result.as_ref().ok()?;
+        let Arrivals { tokens, times } = outcome.result.as_ref().ok()?;
         let since = |later: &Instant, earlier: &Instant| later.duration_since(*earlier).as_secs_f64();
         Some(Self {
-            ttft: since(tokens.first()?, &outcome.sent),
-            gaps: tokens.windows(2).map(|pair| since(&pair[1], &pair[0])).collect(),
-            e2e: since(tokens.last()?, &outcome.sent),
+            ttft: since(times.first()?, &outcome.sent),
+            gaps: times.windows(2).map(|pair| since(&pair[1], &pair[0])).collect(),
+            e2e: since(times.last()?, &outcome.sent),
+            tokens: *tokens,
         })
     }
 
     /// Returns whether the request is within both limits. An answer of one token has no ITL.
     fn is_good(&self, limits: &Limits) -> bool {
-        let itl = self.gaps.iter().sum::<f64>() / self.gaps.len().max(1) as f64;
+        let itl = self.gaps.iter().sum::<f64>() / self.tokens.saturating_sub(1).max(1) as f64;
         limits.ttft_limit_seconds.is_none_or(|limit| self.ttft <= limit)
             && limits.itl_limit_seconds.is_none_or(|limit| itl <= limit)
     }
@@ -128,7 +130,7 @@ impl Summary {
         }
         let succeeded = outcomes.iter().filter(|outcome| outcome.result.is_ok());
         let prompt_tokens = succeeded.map(|outcome| outcome.prompt_tokens).sum();
-        let output_tokens = answers.iter().map(|answer| answer.gaps.len() + 1).sum();
+        let output_tokens = answers.iter().map(|answer| answer.tokens).sum();
         let per_second = |count: usize| count as f64 / elapsed_seconds;
         let good = answers.iter().filter(|answer| answer.is_good(&limits)).count();
         Self {
@@ -193,8 +195,8 @@ mod tests {
     fn answered(tokens: &[u64]) -> Outcome {
         let sent = Instant::now();
         let at = |ms: &u64| sent + Duration::from_millis(*ms);
-        let tokens: Vec<Instant> = tokens.iter().map(at).collect();
-        Outcome { sent, prompt_tokens: 10, result: Ok(tokens) }
+        let times: Vec<Instant> = tokens.iter().map(at).collect();
+        Outcome { sent, prompt_tokens: 10, result: Ok(Arrivals { tokens: times.len(), times }) }
     }
 
     fn failed(kind: &str) -> Outcome {

@@ -3,6 +3,8 @@
 mod input;
 mod output;
 
+use std::sync::Arc;
+
 use async_stream::stream;
 use axum::{
     Json,
@@ -10,10 +12,11 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use futures::StreamExt as _;
+use serde_json::{Map, Value};
 
 use self::{input::Ask, output::Writer};
-use super::{Intake, batch::Merged, caller::Caller, error::ApiError, fields::Fields, sse};
-use crate::{GenerateError, generate::Core};
+use super::{Intake, batch::Merged, caller::Caller, conversation::Prepared, error::ApiError, fields::Fields, sse};
+use crate::{GenerateError, generate::Core, node::ServedModel};
 
 /// Handles a request.
 pub async fn create(core: Core, caller: Caller, body: Bytes, id: String) -> Result<Response, ApiError> {
@@ -25,6 +28,16 @@ pub async fn create(core: Core, caller: Caller, body: Bytes, id: String) -> Resu
     answered.map_err(|e| e.of_model(core.catalog.label(&name)))
 }
 
+/// A chat that is ready to be answered, and the fields that its answer repeats. Takes every field except `model`.
+pub async fn prepare(
+    fields: Fields,
+    model: Arc<ServedModel>,
+    intake: Intake<'_>,
+) -> Result<(Prepared, Map<String, Value>), GenerateError> {
+    let Ask { asked, conversation, echo } = Ask::parse(fields, model.text.generation_defaults())?;
+    Ok((conversation.prepare(asked, model, intake).await.map_err(input::renamed)?, echo))
+}
+
 async fn answer(
     core: &Core,
     caller: &Caller,
@@ -33,8 +46,7 @@ async fn answer(
     fields: Fields,
 ) -> Result<Response, ApiError> {
     let model = intake.model(core, caller, name).await?;
-    let Ask { asked, conversation, echo } = Ask::parse(fields, model.text.generation_defaults())?;
-    let prepared = conversation.prepare(asked, model, intake).await.map_err(input::renamed)?;
+    let (prepared, echo) = prepare(fields, model, intake).await?;
     let mut merged = prepared.batch.start(core, &caller.tenant, std::slice::from_ref(&prepared.prompt)).await?;
     let streamed = prepared.batch.common.stream;
     let mut writer = Writer::new(prepared, echo);

@@ -1,4 +1,4 @@
-//! The OpenAI Python client, unmodified, with tools and reasoning: models of every format that always give the same answer.
+//! Python clients, unmodified, with tools and reasoning: models of every format that always give the same answer.
 
 use std::process::Command;
 
@@ -49,8 +49,8 @@ const FLAGS: [&str; 7] = [
     "--reasoning-parser=deepseek_r1=deepseek_r1",
 ];
 
-#[tokio::test]
-async fn the_openai_client_calls_tools() -> Result<()> {
+/// Runs a script of tests/python against a router with these models.
+async fn run(script: &str) -> Result<()> {
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
     for (model, template, answer) in answers() {
         let script = bytes_as_tokens(&answer).into_iter().chain([EOS]).collect();
@@ -70,11 +70,25 @@ async fn the_openai_client_calls_tools() -> Result<()> {
     let url = format!("http://{}/v1", router.http_address());
     let shutdown = Shutdown::new();
     shutdown.spawn("router", router.run(shutdown.clone()));
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/python/test_openai_tools.py");
     let mut command = Command::new(python()?);
-    command.arg(script).env("OVERFILL_URL", url);
+    command.arg(format!("{}/python/{script}", env!("CARGO_MANIFEST_DIR"))).env("OVERFILL_URL", url);
     let output = tokio::task::spawn_blocking(move || command.output()).await??;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     shutdown.begin();
     Ok(())
+}
+
+#[tokio::test]
+async fn the_openai_client_calls_tools() -> Result<()> {
+    run("test_openai_tools.py").await
+}
+
+#[tokio::test]
+async fn the_openai_client_uses_the_responses_api() -> Result<()> {
+    run("test_openai_responses.py").await
+}
+
+#[tokio::test]
+async fn the_anthropic_client_works_unmodified() -> Result<()> {
+    run("test_anthropic_client.py").await
 }
