@@ -21,6 +21,8 @@ mod kv;
 mod sampling;
 
 const PAIRS: [&str; 5] = ["llama-tied", "llama-untied", "llama-depth", "qwen2", "qwen3"];
+/// Pairs of families with other blocks.
+const OTHER_PAIRS: [&str; 7] = ["mistral", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite"];
 const KV_BLOCKS: usize = 24;
 
 /// Chooses a fault of [`faults`] for the software GPU of this process.
@@ -125,7 +127,7 @@ fn all_families_agree_with_the_cpu() {
     if !gpu() {
         return;
     }
-    for pair in PAIRS {
+    for pair in PAIRS.into_iter().chain(OTHER_PAIRS) {
         let (config, _) = open(pair);
         let layers = config.num_hidden_layers;
         let mut cpu = on_cpu(pair, WeightFormat::F32, KvDtype::F32);
