@@ -91,6 +91,10 @@ impl Plan {
         if gemma && !config.tie_word_embeddings {
             return Err(unsupported("tie_word_embeddings", &false, "true"));
         }
+        if of_family == Implementation::Gemma3 && config.num_key_value_heads > 1 {
+            // Its cache refuses the values of several heads, because they are not contiguous.
+            return Err(unsupported("num_key_value_heads", &config.num_key_value_heads, "1, for gemma3"));
+        }
         let own_scale = 1.0 / (config.head_dim as f64).sqrt();
         let other = config.layers.iter().filter_map(|layer| layer.score_scale).find(|s| (s - own_scale).abs() > 1e-9);
         if let Some(scale) = other {
