@@ -104,6 +104,46 @@ fn linear_scaling_has_a_reference_too() {
     }
 }
 
+/// Removes the second of two KV heads of 16 channels from every layer.
+fn keep_one_kv_head(folder: &Path) {
+    let file = folder.join("model.safetensors");
+    let mut tensors = candle_core::safetensors::load(&file, &candle_core::Device::Cpu).unwrap();
+    for (name, tensor) in &mut tensors {
+        if name.contains("k_proj") || name.contains("v_proj") {
+            *tensor = tensor.narrow(0, 0, 16).unwrap().contiguous().unwrap();
+        }
+    }
+    candle_core::safetensors::save(&tensors, &file).unwrap();
+}
+
+/// candle's Gemma has the scale of scores of most published models, and no scaled rope.
+#[test]
+fn gemma_passes() {
+    for (name, fields) in [
+        ("gemma2/full", json!({"query_pre_attn_scalar": 16})),
+        ("gemma2/decode", json!({"query_pre_attn_scalar": 16})),
+        ("gemma3/full", json!({"query_pre_attn_scalar": 16, "rope_scaling": null, "num_key_value_heads": 1})),
+    ] {
+        let folder = copy(name, fields);
+        if name == "gemma3/full" {
+            keep_one_kv_head(folder.path());
+        }
+        let report = check(&config(folder.path())).unwrap();
+        let implementation = name.split_once('/').unwrap().0;
+        assert_eq!((report.verdict, report.implementation), (Verdict::Pass, implementation), "{}", text(&report));
+        // Not beyond the windows: candle's are one token wider.
+        assert!(report.prompts.iter().all(|prompt| prompt.prompt_tokens + 16 <= 37), "{}", text(&report));
+    }
+    for (name, fields, expected) in [
+        ("gemma2/full", json!({}), "factor of the scores is 0.22360679774997896, supported: 1 / sqrt(head_dim)"),
+        ("gemma3/full", json!({}), "num_key_value_heads is 2, supported: 1, for gemma3"),
+        ("olmo2/full", json!({}), "model_type is olmo2, supported: llama, mistral, qwen2, qwen3, gemma2, gemma3_text"),
+    ] {
+        let error = check(&config(copy(name, fields).path())).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
 /// The engine runs a changed copy, the reference the original.
 #[test]
 fn planted_faults_fail() {

@@ -9,7 +9,20 @@ use serde::{Deserialize, de::DeserializeOwned};
 use crate::Completion;
 
 /// All pairs in `golden/`.
-pub const PAIRS: [&str; 5] = ["llama-tied", "llama-untied", "qwen2", "qwen3", "llama-depth"];
+pub const PAIRS: [&str; 12] = [
+    "llama-tied",
+    "llama-untied",
+    "qwen2",
+    "qwen3",
+    "llama-depth",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "smollm3",
+    "olmo2",
+    "granite",
+];
 
 /// How far an answer may be from the reference, in nats.
 #[derive(Clone, Copy, Debug)]

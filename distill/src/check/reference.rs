@@ -7,6 +7,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::Activation;
 use candle_transformers::models::{
+    gemma2, gemma3,
     llama::{self, Llama3RopeConfig, Llama3RopeType},
     mistral, qwen2, qwen3,
 };
@@ -24,11 +25,18 @@ enum Implementation {
     Mistral,
     Qwen2,
     Qwen3,
+    Gemma2,
+    Gemma3,
 }
 
 impl Implementation {
-    /// All implementations. The name of each is the `model_type` of its family.
-    const ALL: [Self; 4] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3];
+    /// All implementations.
+    const ALL: [Self; 6] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3, Self::Gemma2, Self::Gemma3];
+
+    /// `model_type` of its family.
+    fn model_type(self) -> &'static str {
+        if self == Self::Gemma3 { "gemma3_text" } else { self.name() }
+    }
 
     /// Name of the module in candle-transformers.
     fn name(self) -> &'static str {
@@ -37,6 +45,8 @@ impl Implementation {
             Self::Mistral => "mistral",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::Gemma2 => "gemma2",
+            Self::Gemma3 => "gemma3",
         }
     }
 }
@@ -47,6 +57,8 @@ pub struct Plan {
     implementation: Implementation,
     config: ModelConfig,
     rope: Rope,
+    /// Gemma 3: every layer of this number has no window.
+    pattern: usize,
     /// Hidden size of the reference: the model's own, or wider.
     hidden_size: usize,
     /// Limitations to report.
@@ -65,9 +77,9 @@ impl Plan {
         if config.mlp_bias {
             return Err(unsupported("mlp_bias", &true, "false"));
         }
-        let of_family = Implementation::ALL.into_iter().find(|i| i.name() == config.family.model_type);
+        let of_family = Implementation::ALL.into_iter().find(|i| i.model_type() == config.family.model_type);
         let Some(of_family) = of_family else {
-            let supported = Implementation::ALL.map(Implementation::name).join(", ");
+            let supported = Implementation::ALL.map(Implementation::model_type).join(", ");
             return Err(unsupported("model_type", &config.family.model_type, &supported));
         };
         // Two implementations have Llama's block.
@@ -75,10 +87,27 @@ impl Plan {
         if plain && config.attention_bias {
             return Err(unsupported("attention_bias", &true, "false"));
         }
-        let plain_scores = |layer: &LayerSpec| layer.score_scale.is_none() && layer.score_cap.is_none();
-        let alike = config.layers.iter().all(|layer| layer.rope == Some(0) && plain_scores(layer));
-        let ([rope], true) = (config.ropes.as_slice(), alike) else {
-            return Err(unsupported("rope", &config.rope_spec().scaling, "one for all layers"));
+        let gemma = matches!(of_family, Implementation::Gemma2 | Implementation::Gemma3);
+        if gemma && !config.tie_word_embeddings {
+            return Err(unsupported("tie_word_embeddings", &false, "true"));
+        }
+        if of_family == Implementation::Gemma3 && config.num_key_value_heads > 1 {
+            // Its cache refuses the values of several heads, because they are not contiguous.
+            return Err(unsupported("num_key_value_heads", &config.num_key_value_heads, "1, for gemma3"));
+        }
+        let own_scale = 1.0 / (config.head_dim as f64).sqrt();
+        let other = config.layers.iter().filter_map(|layer| layer.score_scale).find(|s| (s - own_scale).abs() > 1e-9);
+        if let Some(scale) = other {
+            return Err(unsupported("factor of the scores", &scale, "1 / sqrt(head_dim)"));
+        }
+        let pattern = gemma3_pattern(&config.layers);
+        let alike = match of_family {
+            Implementation::Gemma3 => pattern.is_some(),
+            _ => config.layers.iter().all(|layer| layer.rope == Some(0)),
+        };
+        let (Some(rope), true) = (config.ropes.first(), alike) else {
+            let supported = if gemma { "every nth layer without a window" } else { "one for all layers" };
+            return Err(unsupported("rope", &config.rope_spec().scaling, supported));
         };
         match &rope.scaling {
             RopeScaling::None => {}
@@ -116,7 +145,8 @@ impl Plan {
                 config.hidden_size
             ));
         }
-        Ok(Self { implementation, config: config.clone(), rope: rope.clone(), hidden_size, notes })
+        let pattern = pattern.unwrap_or(1);
+        Ok(Self { implementation, config: config.clone(), rope: rope.clone(), pattern, hidden_size, notes })
     }
 
     /// Name of the implementation in candle-transformers.
@@ -223,6 +253,52 @@ impl Plan {
                 };
                 Reference::Qwen3(qwen3::ModelForCausalLM::new(&config, vb)?)
             }
+            Implementation::Gemma2 => {
+                let config = gemma2::Config {
+                    attention_bias: c.attention_bias,
+                    head_dim: c.head_dim,
+                    hidden_activation: activation(c),
+                    hidden_size,
+                    intermediate_size: c.intermediate_size,
+                    num_attention_heads: c.num_attention_heads,
+                    num_hidden_layers: c.num_hidden_layers,
+                    num_key_value_heads: c.num_key_value_heads,
+                    rms_norm_eps: c.rms_norm_eps,
+                    rope_theta: self.rope.theta,
+                    vocab_size: c.vocab_size,
+                    final_logit_softcapping: c.scales.logit_cap,
+                    attn_logit_softcapping: c.layers.first().and_then(|layer| layer.score_cap),
+                    query_pre_attn_scalar: c.head_dim,
+                    // Sequences are not longer than the window.
+                    sliding_window: None,
+                    max_position_embeddings,
+                };
+                Reference::Gemma2(gemma2::Model::new(false, &config, vb)?)
+            }
+            Implementation::Gemma3 => {
+                let config = gemma3::Config {
+                    attention_bias: c.attention_bias,
+                    head_dim: c.head_dim,
+                    hidden_activation: activation(c),
+                    hidden_size,
+                    intermediate_size: c.intermediate_size,
+                    num_attention_heads: c.num_attention_heads,
+                    num_hidden_layers: c.num_hidden_layers,
+                    num_key_value_heads: c.num_key_value_heads,
+                    rms_norm_eps: c.rms_norm_eps,
+                    rope_theta: self.rope.theta,
+                    rope_local_base_freq: c.ropes.last().map_or(self.rope.theta, |rope| rope.theta),
+                    vocab_size: c.vocab_size,
+                    final_logit_softcapping: c.scales.logit_cap,
+                    attn_logit_softcapping: None,
+                    query_pre_attn_scalar: c.head_dim,
+                    // A layer is told from others by its window. Sequences are not longer than it.
+                    sliding_window: max_position_embeddings,
+                    sliding_window_pattern: self.pattern,
+                    max_position_embeddings,
+                };
+                Reference::Gemma3(gemma3::Model::new(false, &config, vb)?)
+            }
         })
     }
 
@@ -231,6 +307,19 @@ impl Plan {
     fn rms_norm_eps(&self) -> f64 {
         self.config.rms_norm_eps * self.config.hidden_size as f64 / self.hidden_size as f64
     }
+}
+
+fn activation(config: &ModelConfig) -> Activation {
+    match config.activation {
+        overfill_model::Activation::Silu => Activation::Silu,
+        overfill_model::Activation::GeluTanh => Activation::GeluPytorchTanh,
+    }
+}
+
+/// The number n for which each nth layer has the first rope, and all others the second.
+fn gemma3_pattern(layers: &[LayerSpec]) -> Option<usize> {
+    let fits = |n: &usize| layers.iter().enumerate().all(|(i, l)| l.rope == Some(usize::from((i + 1) % n != 0)));
+    (1..=layers.len() + 1).find(fits)
 }
 
 fn llama_scaling(scaling: &RopeScaling) -> Option<Llama3RopeConfig> {
@@ -268,6 +357,10 @@ pub enum Reference {
     Qwen2(qwen2::ModelForCausalLM),
     /// Qwen3.
     Qwen3(qwen3::ModelForCausalLM),
+    /// Gemma 2.
+    Gemma2(gemma2::Model),
+    /// Gemma 3.
+    Gemma3(gemma3::Model),
 }
 
 /// Logits of the reference for a prompt and its greedy continuation.
@@ -314,6 +407,8 @@ impl Reference {
             Self::Mistral(model) => model.forward(&tokens, start),
             Self::Qwen2(model) => model.forward(&tokens, start),
             Self::Qwen3(model) => model.forward(&tokens, start),
+            Self::Gemma2(model) => model.forward(&tokens, start),
+            Self::Gemma3(model) => model.forward(&tokens, start),
         };
         Ok(logits?.flatten_all()?.to_vec1()?)
     }

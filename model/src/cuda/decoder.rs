@@ -7,12 +7,15 @@ use super::{
     blas,
     cache::CudaKv,
     device::{Fault, Gpu},
-    launch::{Attention, DECODE_HEADS, POSITION_HEADS, Position, RmsNorm, RopeTable, SiluMul, blocks_across},
+    launch::{
+        AddNorm, Attention, DECODE_HEADS, GateMul, POSITION_HEADS, Position, QueryKeyNorm, RmsNorm, RopeTable, SoftCap,
+        blocks_across,
+    },
     linear::{FormatKernels, Linear, Rows},
     memory::{Buffer, Pointer},
     pack::{Format, Half, padded},
     step::{Arrays, Sizes},
-    workspace::Workspace,
+    workspace::{Workspace, adds_directly},
 };
 use crate::{
     Activation, Axis, DeviceSpec, LayerSpec, ModelConfig, ModelError, Parameter, Weights, config::Heads,
@@ -27,25 +30,49 @@ const WIDTHS: [usize; 4] = [32, 64, 128, 256];
 struct Block {
     /// Index of the rope that rotates q and k; `None`: no rotation.
     rope: Option<usize>,
-    /// Factor of the scores, times log2(e).
-    score_scale: f32,
-    input_norm: Buffer,
+    scoring: Scoring,
+    attention_norm: Option<Buffer>,
     /// The rows of q, k and v, in this order.
     qkv: Linear,
-    /// Norms of the heads of q and of k.
+    /// Norms of q and of k: of each head, or of all heads at once.
     qk_norm: [Option<Buffer>; 2],
     o: Linear,
-    post_attention_norm: Buffer,
+    attention_output_norm: Option<Buffer>,
+    mlp_norm: Option<Buffer>,
     /// The rows of gate and up, each padded.
     gate_up: Linear,
     down: Linear,
+    mlp_output_norm: Option<Buffer>,
+}
+
+/// What a layer does with scores, in units of log2(e).
+#[derive(Clone, Copy)]
+struct Scoring {
+    window: i32,
+    scale: f32,
+    /// 0: none.
+    cap: f32,
+}
+
+impl Scoring {
+    fn of(spec: &LayerSpec, head_dim: usize) -> Self {
+        let scale = spec.score_scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
+        Self {
+            window: spec.window.and_then(|window| i32::try_from(window).ok()).unwrap_or(i32::MAX),
+            scale: (scale * std::f64::consts::LOG2_E) as f32,
+            cap: (spec.score_cap.unwrap_or(0.0) * std::f64::consts::LOG2_E) as f32,
+        }
+    }
 }
 
 struct Functions {
     rms_norm: CudaFunction,
     rope_table: CudaFunction,
     position: CudaFunction,
-    silu_mul: CudaFunction,
+    gate_mul: CudaFunction,
+    add_norm: CudaFunction,
+    query_key_norm: CudaFunction,
+    soft_cap: CudaFunction,
     decode_attention: CudaFunction,
     combine: CudaFunction,
     prefill_attention: CudaFunction,
@@ -58,8 +85,9 @@ struct Functions {
 pub(super) struct Decoder {
     config: ModelConfig,
     functions: Functions,
-    /// Inverse frequencies, f32 `[ropes, head_dim / 2]`.
+    /// Inverse frequencies, f32 `[ropes, rotary_dim / 2]`, and factors of cosines and sines, f32 `[ropes]`.
     frequencies: Buffer,
+    rope_factors: Buffer,
     /// `None` if tied to the head, which is then used instead.
     embedding: Option<Linear>,
     blocks: Vec<Block>,
@@ -83,10 +111,6 @@ impl Decoder {
             let reason = format!("head_dim is {head_dim}, supported on GPUs: even numbers up to 256");
             return Err(ModelError::Device { device: DeviceSpec::Cuda(index).to_string(), reason });
         };
-        if let Some(what) = unsupported(config) {
-            let reason = format!("{:?} models with {what} are supported on CPUs only", config.family);
-            return Err(ModelError::Device { device: DeviceSpec::Cuda(index).to_string(), reason });
-        }
         for (name, shape) in config.tensor_shapes() {
             weights.check(&name, &shape)?;
         }
@@ -110,27 +134,34 @@ impl Decoder {
         let mut blocks = Vec::with_capacity(config.num_hidden_layers);
         for (layer, spec) in config.layers.iter().enumerate() {
             let at = Some(layer);
-            let head_norm = |parameter| find.head_norm(parameter, at)?.map(|values| norm(values, head_dim)).transpose();
-            let scale = spec.score_scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
+            let block_norm = |parameter| find.norm(parameter, at)?.map(|values| norm(values, hidden)).transpose();
+            let head_norm = |parameter| {
+                let values = find.head_norm(parameter, at)?;
+                values.map(|values| Buffer::of(gpu.launcher.stream(), &values).map_err(fault)).transpose()
+            };
             blocks.push(Block {
                 rope: spec.rope,
-                score_scale: (scale * std::f64::consts::LOG2_E) as f32,
-                input_norm: norm(find.norm(Parameter::AttentionNorm, at)?.unwrap_or_default(), hidden)?,
+                scoring: Scoring::of(spec, head_dim),
+                attention_norm: block_norm(Parameter::AttentionNorm)?,
                 qkv: linear(format, &[Parameter::Query, Parameter::Key, Parameter::Value], at, blas::Result::Half)?,
                 qk_norm: [head_norm(Parameter::QueryNorm)?, head_norm(Parameter::KeyNorm)?],
                 o: linear(format, &[Parameter::AttentionOutput], at, blas::Result::Added)?,
-                post_attention_norm: norm(find.norm(Parameter::MlpNorm, at)?.unwrap_or_default(), hidden)?,
+                attention_output_norm: block_norm(Parameter::AttentionOutputNorm)?,
+                mlp_norm: block_norm(Parameter::MlpNorm)?,
                 gate_up: linear(format, &[Parameter::Gate, Parameter::Up], at, blas::Result::Half)?,
                 down: linear(format, &[Parameter::Down], at, blas::Result::Added)?,
+                mlp_output_norm: block_norm(Parameter::MlpOutputNorm)?,
             });
         }
         let last_norm = norm(find.final_norm(config.scales.logits)?, hidden)?;
         find.all_used()?;
         let frequencies: Vec<f32> = config.inverse_frequencies().concat();
+        let rope_factors: Vec<f32> = config.ropes.iter().map(|rope| rope.attention_factor()).collect();
         Ok(Self {
             functions: Functions::new(gpu, half, kv, [format, head_format], &head_name).map_err(fault)?,
             config: config.clone(),
             frequencies: Buffer::of(gpu.launcher.stream(), &frequencies).map_err(fault)?,
+            rope_factors: Buffer::of(gpu.launcher.stream(), &rope_factors).map_err(fault)?,
             embedding,
             blocks,
             norm: last_norm,
@@ -175,16 +206,17 @@ impl Decoder {
     ) -> Result<(), Fault> {
         let f = &self.functions;
         let Heads { heads, kv_heads, head_dim } = self.config.heads();
-        let (rows, half, eps) = (sizes.rows, head_dim / 2, self.config.rms_norm_eps as f32);
+        let (rows, half, eps) = (sizes.rows, self.config.rotary_dim / 2, self.config.rms_norm_eps as f32);
         let (x, normed, qkv, q) = (w.x.pointer(), w.normed.pointer(), w.qkv.pointer(), w.q.pointer());
         let (attended, inner, gate_up) = (w.attended.pointer(), w.inner.pointer(), w.gate_up.pointer());
         let scratch = w.scratch.pointer();
         let table = self.embedding.as_ref().unwrap_or(&self.head);
-        table.embed(gpu, &f.head_format, [arrays.tokens, x], rows)?;
+        table.embed(gpu, &f.head_format, [arrays.tokens, x], rows, self.config.embedding_scale() as f32)?;
         if !self.config.ropes.is_empty() {
             let angles = RopeTable {
                 positions: arrays.positions,
                 frequencies: self.frequencies.pointer(),
+                factors: self.rope_factors.pointer(),
                 cos: w.cos.pointer(),
                 sin: w.sin.pointer(),
                 rows: rows as i32,
@@ -193,14 +225,27 @@ impl Decoder {
             gpu.launcher.launch(&f.rope_table, [rows, self.config.ropes.len(), 1], &angles)?;
         }
         for (layer, block) in self.blocks.iter().enumerate() {
-            self.queue_norm(gpu, &block.input_norm, [x, normed], Pointer::NULL, rows)?;
+            self.queue_norm(gpu, block.attention_norm.as_ref(), [x, normed], Pointer::NULL, rows)?;
             block.qkv.multiply(gpu, &f.format, [normed, qkv, scratch], rows, blas::Result::Half)?;
-            let norm = |i: usize| block.qk_norm[i].as_ref().map_or(Pointer::NULL, Buffer::pointer);
+            let mut norms = block.qk_norm.each_ref().map(pointer_of);
+            if self.norms_all_heads() {
+                let params = QueryKeyNorm {
+                    qkv,
+                    query_norm: norms[0],
+                    key_norm: norms[1],
+                    query_width: (heads * head_dim) as i32,
+                    key_width: (kv_heads * head_dim) as i32,
+                    stride: block.qkv.outputs() as i32,
+                    eps,
+                };
+                gpu.launcher.launch(&f.query_key_norm, [rows, 2, 1], &params)?;
+                norms = [Pointer::NULL; 2];
+            }
             let angles = |of: &Buffer| block.rope.map_or(Pointer::NULL, |r| of.pointer().offset(r * rows * half * 4));
             let position = Position {
                 qkv,
-                query_norm: norm(0),
-                key_norm: norm(1),
+                query_norm: norms[0],
+                key_norm: norms[1],
                 cos: angles(&w.cos),
                 sin: angles(&w.sin),
                 slots: arrays.slots,
@@ -209,44 +254,82 @@ impl Decoder {
                 heads: heads as i32,
                 kv_heads: kv_heads as i32,
                 head_dim: head_dim as i32,
+                rotary_dim: 2 * half as i32,
                 stride: block.qkv.outputs() as i32,
                 eps,
             };
             let across = (heads + 2 * kv_heads).div_ceil(POSITION_HEADS);
             gpu.launcher.launch(&f.position, [rows, across, 1], &position)?;
             layer_queued(layer)?;
-            self.queue_attention(gpu, kv.layer(layer), w, sizes, arrays, block.score_scale)?;
-            block.o.multiply(gpu, &f.format, [attended, x, scratch], rows, blas::Result::Added)?;
+            self.queue_attention(gpu, kv.layer(layer), w, sizes, arrays, block.scoring)?;
+            self.queue_added(gpu, w, &block.o, block.attention_output_norm.as_ref(), attended, rows)?;
 
-            self.queue_norm(gpu, &block.post_attention_norm, [x, normed], Pointer::NULL, rows)?;
+            self.queue_norm(gpu, block.mlp_norm.as_ref(), [x, normed], Pointer::NULL, rows)?;
             block.gate_up.multiply(gpu, &f.format, [normed, gate_up, scratch], rows, blas::Result::Half)?;
             let width = padded(self.config.intermediate_size);
-            let silu = SiluMul { gate_up, out: inner, width: width as i32 };
-            gpu.launcher.launch(&f.silu_mul, [rows, blocks_across(width), 1], &silu)?;
-            block.down.multiply(gpu, &f.format, [inner, x, scratch], rows, blas::Result::Added)?;
+            let gelu = i32::from(self.config.activation == Activation::GeluTanh);
+            let gated = GateMul { gate_up, out: inner, width: width as i32, gelu };
+            gpu.launcher.launch(&f.gate_mul, [rows, blocks_across(width), 1], &gated)?;
+            self.queue_added(gpu, w, &block.down, block.mlp_output_norm.as_ref(), inner, rows)?;
         }
         Ok(())
+    }
+
+    /// Whether queries and keys have norms over all heads at once.
+    fn norms_all_heads(&self) -> bool {
+        self.config.axes_of(Parameter::QueryNorm).is_some_and(|[axis, _]| axis == Axis::QueryHeads)
+    }
+
+    /// Queues what a layer's product adds to the residual stream.
+    fn queue_added(
+        &self,
+        gpu: &Gpu,
+        w: &Workspace,
+        linear: &Linear,
+        norm: Option<&Buffer>,
+        input: Pointer,
+        rows: usize,
+    ) -> Result<(), Fault> {
+        let (f, x, y, scratch) = (&self.functions, w.x.pointer(), w.added.pointer(), w.scratch.pointer());
+        if adds_directly(&self.config) {
+            return linear.multiply(gpu, &f.format, [input, x, scratch], rows, blas::Result::Added);
+        }
+        linear.multiply(gpu, &f.format, [input, y, scratch], rows, blas::Result::Float)?;
+        let params = AddNorm {
+            y,
+            weight: norm.map_or(Pointer::NULL, Buffer::pointer),
+            x,
+            width: self.config.hidden_size as i32,
+            padded: padded(self.config.hidden_size) as i32,
+            eps: self.config.rms_norm_eps as f32,
+            factor: self.config.scales.residual as f32,
+        };
+        Ok(gpu.launcher.launch(&f.add_norm, [rows, 1, 1], &params)?)
     }
 
     /// Queues the logits of `count` rows whose numbers are at `wanted`.
     pub(super) fn queue_logits(&self, gpu: &Gpu, w: &Workspace, wanted: Pointer, count: usize) -> Result<(), Fault> {
         let (normed, logits) = (w.normed.pointer(), w.logits.pointer());
-        self.queue_norm(gpu, &self.norm, [w.x.pointer(), normed], wanted, count)?;
+        self.queue_norm(gpu, Some(&self.norm), [w.x.pointer(), normed], wanted, count)?;
         let operands = [normed, logits, w.scratch.pointer()];
-        self.head.multiply(gpu, &self.functions.head_format, operands, count, blas::Result::Float)
+        self.head.multiply(gpu, &self.functions.head_format, operands, count, blas::Result::Float)?;
+        let Some(cap) = self.config.scales.logit_cap else { return Ok(()) };
+        let params = SoftCap { x: logits, count: self.head.outputs() as i32, cap: cap as f32 };
+        let across = blocks_across(self.head.outputs());
+        Ok(gpu.launcher.launch(&self.functions.soft_cap, [count, across, 1], &params)?)
     }
 
     fn queue_norm(
         &self,
         gpu: &Gpu,
-        weight: &Buffer,
+        weight: Option<&Buffer>,
         [x, out]: [Pointer; 2],
         numbers: Pointer,
         rows: usize,
     ) -> Result<(), Fault> {
         let params = RmsNorm {
             x,
-            weight: weight.pointer(),
+            weight: weight.map_or(Pointer::NULL, Buffer::pointer),
             out,
             rows: numbers,
             width: self.config.hidden_size as i32,
@@ -263,7 +346,7 @@ impl Decoder {
         w: &Workspace,
         sizes: &Sizes,
         arrays: &Arrays,
-        scale: f32,
+        Scoring { window, scale, cap }: Scoring,
     ) -> Result<(), Fault> {
         let f = &self.functions;
         let Heads { heads, kv_heads, head_dim } = self.config.heads();
@@ -281,7 +364,9 @@ impl Decoder {
             splits: splits as i32,
             head_dim: head_dim as i32,
             out_stride: padded(heads * head_dim) as i32,
+            window,
             scale,
+            cap,
         };
         if sizes.single > 0 {
             let across = kv_heads * (heads / kv_heads).div_ceil(DECODE_HEADS);
@@ -295,22 +380,8 @@ impl Decoder {
     }
 }
 
-/// What a model needs that these kernels do not compute.
-fn unsupported(config: &ModelConfig) -> Option<&'static str> {
-    let has = |parameter| config.axes_of(parameter).is_some();
-    let any = |test: fn(&LayerSpec) -> bool| config.layers.iter().any(test);
-    [
-        (any(|layer| layer.window.is_some()), "sliding windows"),
-        (any(|layer| layer.score_cap.is_some()) || config.scales.logit_cap.is_some(), "soft caps"),
-        (config.activation != Activation::Silu, "other activations than silu"),
-        (!has(Parameter::AttentionNorm) || has(Parameter::AttentionOutputNorm), "norms after attention"),
-        (config.axes_of(Parameter::QueryNorm).is_some_and(|[axis, _]| axis != Axis::HeadDim), "norms over all heads"),
-        (config.embedding_scale() != 1.0 || config.scales.residual != 1.0, "factors of activations"),
-        (config.rotary_dim != config.head_dim, "heads that are rotated in part"),
-        (config.ropes.iter().any(|rope| rope.attention_factor() != 1.0), "factors of rotated queries and keys"),
-    ]
-    .into_iter()
-    .find_map(|(needed, what)| needed.then_some(what))
+fn pointer_of(buffer: &Option<Buffer>) -> Pointer {
+    buffer.as_ref().map_or(Pointer::NULL, Buffer::pointer)
 }
 
 /// What stands for a head size in the names of attention kernels; `None` if there are none for it.
@@ -330,7 +401,10 @@ impl Functions {
             rms_norm: of(format!("rms_norm_{t}"))?,
             rope_table: of("rope_table_f32".into())?,
             position: of(format!("position_{t}_{kv}"))?,
-            silu_mul: of(format!("silu_mul_{t}"))?,
+            gate_mul: of(format!("gate_mul_{t}"))?,
+            add_norm: of("add_norm_f32".into())?,
+            query_key_norm: of(format!("query_key_norm_{t}"))?,
+            soft_cap: of("soft_cap_f32".into())?,
             decode_attention: of(format!("decode_attention_{t}_{kv}_{head}"))?,
             combine: of(format!("combine_{t}"))?,
             prefill_attention: of(format!("prefill_attention_{t}_{kv}_{head}"))?,

@@ -56,31 +56,43 @@ params!(
     Dequantize, 128, { weights: Matrix, out: Pointer, });
 params!(
     /// Rows of the embedding.
-    Embed, 128, { table: Matrix, tokens: Pointer, out: Pointer, });
+    Embed, 128, { table: Matrix, tokens: Pointer, out: Pointer, factor: f32, });
 params!(
 /// RMS norm.
 RmsNorm, 256, {
     x: Pointer, weight: Pointer, out: Pointer, rows: Pointer, width: i32, padded: i32, eps: f32,
 });
 params!(
+/// What attention or MLP add to the residual stream.
+AddNorm, 256, { y: Pointer, weight: Pointer, x: Pointer, width: i32, padded: i32, eps: f32, factor: f32, });
+params!(
+/// Norms over all heads.
+QueryKeyNorm, 256, {
+    qkv: Pointer, query_norm: Pointer, key_norm: Pointer, query_width: i32, key_width: i32, stride: i32, eps: f32,
+});
+params!(
+    /// The soft cap of logits.
+    SoftCap, 128, { x: Pointer, count: i32, cap: f32, });
+params!(
 /// Cosines and sines of all rows.
 RopeTable, 128, {
-    positions: Pointer, frequencies: Pointer, cos: Pointer, sin: Pointer, rows: i32, half: i32,
+    positions: Pointer, frequencies: Pointer, factors: Pointer, cos: Pointer, sin: Pointer, rows: i32, half: i32,
 });
 params!(
 /// Norms and rotation of heads; keys and values go to the cache.
 Position, 128, {
     qkv: Pointer, query_norm: Pointer, key_norm: Pointer, cos: Pointer, sin: Pointer, slots: Pointer, q: Pointer,
-    kv: Pointer, heads: i32, kv_heads: i32, head_dim: i32, stride: i32, eps: f32,
+    kv: Pointer, heads: i32, kv_heads: i32, head_dim: i32, rotary_dim: i32, stride: i32, eps: f32,
 });
 params!(
     /// The gated activation.
-    SiluMul, 128, { gate_up: Pointer, out: Pointer, width: i32, });
+    GateMul, 128, { gate_up: Pointer, out: Pointer, width: i32, gelu: i32, });
 params!(
 /// Attention of both kinds, and the combination of splits.
 Attention, 128, {
     q: Pointer, kv: Pointer, slices: Pointer, tables: Pointer, partial: Pointer, tiles: Pointer, out: Pointer,
-    heads: i32, kv_heads: i32, splits: i32, head_dim: i32, out_stride: i32, scale: f32,
+    heads: i32, kv_heads: i32, splits: i32, head_dim: i32, out_stride: i32, window: i32, scale: f32,
+    cap: f32,
 });
 params!(
 /// Choices of tokens.

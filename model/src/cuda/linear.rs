@@ -183,15 +183,16 @@ impl Linear {
         gpu.blas.multiply(gpu.launcher.stream(), &product)
     }
 
-    /// Queues the look-up of `rows` tokens at `tokens`, as f32 at `out`.
+    /// Queues the look-up of `rows` tokens at `tokens`, as f32 at `out`, times `factor`.
     pub(super) fn embed(
         &self,
         gpu: &Gpu,
         kernels: &FormatKernels,
         [tokens, out]: [Pointer; 2],
         rows: usize,
+        factor: f32,
     ) -> Result<(), Fault> {
-        let params = Embed { table: self.matrix(), tokens, out };
+        let params = Embed { table: self.matrix(), tokens, out, factor };
         Ok(gpu.launcher.launch(&kernels.embed, [rows, blocks_across(self.inputs), 1], &params)?)
     }
 }

@@ -7,7 +7,7 @@ use super::{
     memory::Buffer,
     pack::padded,
 };
-use crate::{ModelConfig, config::Heads};
+use crate::{ModelConfig, Parameter, config::Heads};
 
 /// Thread blocks of decode attention per multiprocessor to aim for.
 const BLOCKS_PER_MULTIPROCESSOR: usize = 2;
@@ -39,7 +39,9 @@ pub(super) struct Workspace {
     pub(super) gate_up: Buffer,
     /// 16 bits, `[rows, intermediate]`.
     pub(super) inner: Buffer,
-    /// f32, `[ropes, rows, head_dim / 2]`.
+    /// f32, `[rows, hidden]`: what is added to `x` after a norm or with a factor. Empty if the model has neither.
+    pub(super) added: Buffer,
+    /// f32, `[ropes, rows, rotary_dim / 2]`.
     pub(super) cos: Buffer,
     pub(super) sin: Buffer,
     /// Partial results of decode attention, f32 `[sequences, heads, splits, head_dim + 2]`.
@@ -65,6 +67,12 @@ impl Splits {
     }
 }
 
+/// Whether products are added to the residual stream as they are.
+pub(super) fn adds_directly(config: &ModelConfig) -> bool {
+    let normed = [Parameter::AttentionOutputNorm, Parameter::MlpOutputNorm].map(|norm| config.axes_of(norm).is_some());
+    normed == [false; 2] && config.scales.residual == 1.0
+}
+
 impl Workspace {
     /// Allocates buffers for steps up to `limits`. `scratch_bytes`: for weights without quantisation.
     pub(super) fn new(gpu: &Gpu, config: &ModelConfig, limits: Limits, scratch_bytes: usize) -> Result<Self, Fault> {
@@ -77,7 +85,8 @@ impl Workspace {
         let (hidden, inner) = (padded(config.hidden_size), padded(config.intermediate_size));
         let partials = (1..=limits.sequences).map(|n| n * splits.of(n)).max().unwrap_or(1);
         let buffer = |elements: usize, bytes: usize| Buffer::zeroed(gpu.launcher.stream(), elements * bytes);
-        let angles = || buffer(config.ropes.len() * rows * head_dim / 2, 4);
+        let angles = || buffer(config.ropes.len() * rows * config.rotary_dim / 2, 4);
+        let added = if adds_directly(config) { 0 } else { rows * hidden };
         Ok(Self {
             x: buffer(rows * hidden, 4)?,
             normed: buffer(rows.max(sequences) * hidden, 2)?,
@@ -86,6 +95,7 @@ impl Workspace {
             attended: buffer(rows * padded(heads * head_dim), 2)?,
             gate_up: buffer(rows * 2 * inner, 2)?,
             inner: buffer(rows * inner, 2)?,
+            added: buffer(added, 4)?,
             cos: angles()?,
             sin: angles()?,
             partial: buffer(partials * heads * (head_dim + 2), 4)?,

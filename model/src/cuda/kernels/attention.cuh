@@ -35,9 +35,24 @@ struct Attention {
     int head_dim;
     // Elements from one row of `out` to the next.
     int out_stride;
+    // Number of keys that a query attends to, itself included.
+    int window;
     // Factor of the scores, times log2(e): exponentials have base 2.
     float scale;
+    // Soft cap of the scores, times log2(e); 0: none.
+    float cap;
 };
+
+// cap * tanh(score / cap), where score and cap are multiplied by log2(e).
+__device__ inline float soft_cap(float score, float cap) {
+    constexpr float TWICE = 2.88539008f;
+    return cap - 2.f * cap / (1.f + exp2f(score * (TWICE / cap)));
+}
+
+// Position of the first key that the query at a position attends to.
+__device__ inline int first_visible(const Attention &p, int position) {
+    return position < p.window ? 0 : position + 1 - p.window;
+}
 
 // How the elements of a head are read. `D` is the width that a kernel computes with. EXACT: it is the head's width, and
 // rows are multiples of 16 bytes. Otherwise the head is narrower, and elements are read one by one.

@@ -31,8 +31,10 @@ template <class T, class Kv, class H> __device__ void decode_attention(const Att
     const int heads = group - first < DECODE_HEADS ? group - first : DECODE_HEADS, head = kv_head * group + first;
     const Slice slice = p.slices[blockIdx.z];
     const int length = slice.count == 0 ? 0 : slice.start + 1, blocks = (length + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-    const int each = (blocks + p.splits - 1) / p.splits;
-    const int end = (int(blockIdx.x) + 1) * each < blocks ? (blockIdx.x + 1) * each : blocks;
+    // Keys before this one are outside of the window.
+    const int visible = first_visible(p, slice.start), begin = visible / BLOCK_TOKENS;
+    const int each = (blocks - begin + p.splits - 1) / p.splits;
+    const int end = begin + (int(blockIdx.x) + 1) * each < blocks ? begin + (blockIdx.x + 1) * each : blocks;
 
     // The queries are the right side of the product: column g is head g. They stay in registers.
     uint32_t queries[READS][E / 4][2];
@@ -50,9 +52,9 @@ template <class T, class Kv, class H> __device__ void decode_attention(const Att
     float values[DECODE_HEADS][V];
     UNROLL(8) for (int h = 0; h < DECODE_HEADS; h++) UNROLL(V) for (int i = 0; i < V; i++) values[h][i] = 0;
 
-    for (int block = blockIdx.x * each + warp; block < end; block += DECODE_WARPS) {
+    for (int block = begin + blockIdx.x * each + warp; block < end; block += DECODE_WARPS) {
         const int id = p.tables[slice.table + block], left = length - block * BLOCK_TOKENS;
-        const int tokens = left < BLOCK_TOKENS ? left : BLOCK_TOKENS;
+        const int tokens = left < BLOCK_TOKENS ? left : BLOCK_TOKENS, hidden = visible - block * BLOCK_TOKENS;
         const Kv *keys = static_cast<const Kv *>(p.kv) + (size_t(id) * 2 * p.kv_heads + kv_head) * BLOCK_TOKENS * width;
         float scores[4] = {0, 0, 0, 0};
         UNROLL(READS) for (int i = 0; i < READS; i++) {
@@ -66,7 +68,12 @@ template <class T, class Kv, class H> __device__ void decode_attention(const Att
             }
         }
         // scores: keys g, g, g + 8, g + 8 of heads 2t, 2t + 1, 2t, 2t + 1. Keys past the end may be anything.
-        UNROLL(4) for (int i = 0; i < 4; i++) scores[i] = g + i / 2 * 8 < tokens ? scores[i] * p.scale : -INFINITY;
+        UNROLL(4) for (int i = 0; i < 4; i++) scores[i] *= p.scale;
+        if (p.cap > 0) UNROLL(4) for (int i = 0; i < 4; i++) scores[i] = soft_cap(scores[i], p.cap);
+        UNROLL(4) for (int i = 0; i < 4; i++) {
+            const int key = g + i / 2 * 8;
+            scores[i] = key < tokens && key >= hidden ? scores[i] : -INFINITY;
+        }
         UNROLL(2) for (int i = 0; i < 2; i++) {
             float most = fmaxf(scores[i], scores[i + 2]);
             UNROLL(3) for (int o = 4; o < WARP; o *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
@@ -84,7 +91,7 @@ template <class T, class Kv, class H> __device__ void decode_attention(const Att
             if (h < heads) UNROLL(V) for (int i = 0; i < V; i++) values[h][i] *= shared.factor[warp][h];
         }
         const Kv *rows = keys + size_t(p.kv_heads) * BLOCK_TOKENS * width;
-        for (int token = 0; token < tokens; token++) {
+        for (int token = hidden > 0 ? hidden : 0; token < tokens; token++) {
             const typename H::template Elements<V, float, Kv> of(p, rows + token * width, lane * V);
             UNROLL(8) for (int h = 0; h < DECODE_HEADS; h++) {
                 if (h < heads) UNROLL(V) for (int i = 0; i < V; i++) values[h][i] += shared.weights[warp][token][h] * of.v[i];

@@ -114,13 +114,15 @@ struct Embed {
     const int *tokens;
     // [rows, inputs] of f32.
     float *out;
+    // Factor of the values.
+    float factor;
 };
 
 // Looks up the rows of tokens. Grid: rows, inputs / 8 / threads rounded up.
 template <class F> __device__ void embed(const Embed &p) {
     const int at = (blockIdx.y * blockDim.x + threadIdx.x) * 8, row = p.tokens[blockIdx.x];
     if (at >= p.table.inputs) return;
-    const float scale = scale_of<F>(p.table, row, at);
+    const float scale = p.factor * scale_of<F>(p.table, row, at);
     const auto values = eight_of<F>(p.table, row, at);
     UNROLL(8) for (int j = 0; j < 8; j++) p.out[size_t(blockIdx.x) * p.table.inputs + at + j] = scale * to_float(values.v[j]);
 }

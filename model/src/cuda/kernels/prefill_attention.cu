@@ -38,19 +38,20 @@ template <class T, class Kv, class H> __device__ void prefill_attention(const At
     }
     float out[D / 8][4];
     UNROLL(32) for (int n = 0; n < D / 8; n++) UNROLL(4) for (int i = 0; i < 4; i++) out[n][i] = 0;
-    // Of rows g and g + 8.
-    float greatest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    // Of rows g and g + 8. Not -inf: a row may see none of the first keys, and its score less this one must be a number.
+    float greatest[2] = {-1e30f, -1e30f}, sum[2] = {0, 0};
 
     const int last = tile.y + PREFILL_QUERIES < slice.count ? tile.y + PREFILL_QUERIES : slice.count;
     const int visible = slice.start + last;
-    for (int key = 0; key < visible; key += KEYS) {
+    const int first = first_visible(p, slice.start + tile.y);
+    for (int key = first / KEYS * KEYS; key < visible; key += KEYS) {
         for (int i = threadIdx.x; i < KEYS * (D / 8); i += PREFILL_WARPS * WARP) {
             const int row = i / (D / 8), column = i % (D / 8) * 8, at = key + row;
-            // Zeros past the end: a weight of 0 times what happens to be in memory may be NaN.
+            // Zeros outside of all windows: a weight of 0 times what happens to be in memory may be NaN.
             Eight<T> k, v;
             memset(&k, 0, sizeof k);
             memset(&v, 0, sizeof v);
-            if (at < visible) {
+            if (at >= first && at < visible) {
                 const int id = p.tables[slice.table + at / BLOCK_TOKENS];
                 const size_t page = (size_t(id) * 2 * p.kv_heads + kv_head) * BLOCK_TOKENS + at % BLOCK_TOKENS;
                 const Kv *from = static_cast<const Kv *>(p.kv) + page * width;
@@ -72,18 +73,22 @@ template <class T, class Kv, class H> __device__ void prefill_attention(const At
                 mma<T>(scores[n], queries[k], keys);
             }
         }
+        UNROLL(8) for (int n = 0; n < KEYS / 8; n++) UNROLL(4) for (int i = 0; i < 4; i++) scores[n][i] *= p.scale;
+        if (p.cap > 0) {
+            UNROLL(8) for (int n = 0; n < KEYS / 8; n++) UNROLL(4) for (int i = 0; i < 4; i++) scores[n][i] = soft_cap(scores[n][i], p.cap);
+        }
         UNROLL(2) for (int half = 0; half < 2; half++) {
-            const int position = slice.start + token + half * 8;
+            const int position = slice.start + token + half * 8, from = first_visible(p, position);
             float most = greatest[half];
             UNROLL(8) for (int n = 0; n < KEYS / 8; n++) UNROLL(2) for (int i = 0; i < 2; i++) {
                 float &score = scores[n][2 * half + i];
-                score = key + n * 8 + 2 * t + i <= position ? score * p.scale : -INFINITY;
+                const int at = key + n * 8 + 2 * t + i;
+                score = at <= position && at >= from ? score : -INFINITY;
                 most = fmaxf(most, score);
             }
             // The four lanes with the same g share a row.
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-            // Key 0 is visible to every token, so this is a number from the first keys on.
             const float factor = exp2f(greatest[half] - most);
             greatest[half] = most;
             sum[half] *= factor;
