@@ -108,7 +108,6 @@ fn smollm2_knows_the_capital_of_france() -> Result<()> {
 }
 
 #[test]
-#[ignore = "the family Gemma 3 is not there yet"]
 fn gemma3_gives_the_log_probabilities_of_transformers() -> Result<()> {
     compare("gemma3", EXACT)
 }

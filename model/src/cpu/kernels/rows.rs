@@ -98,7 +98,7 @@ impl Kernel for GateMul<'_> {
 #[inline(always)]
 #[allow(unsafe_code)]
 unsafe fn gelu_argument<S: Simd>(x: S::F) -> S::F {
-    const FACTOR: f32 = 1.595_769_1;
+    const FACTOR: f32 = 1.595_769;
     // SAFETY: guaranteed by the caller.
     unsafe {
         let cube = S::mul_add(S::mul(x, x), S::splat(0.044_715 * FACTOR), S::splat(FACTOR));

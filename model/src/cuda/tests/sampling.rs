@@ -64,6 +64,10 @@ impl Case {
             repetition_penalty: random.one_of(&[1.0, 1.0, 1.3, 0.8]),
             logit_bias: (0..random.one_of(&[0, 0, 3])).map(|i| (random.below(vocab_size) as u32, i as f32)).collect(),
             logprobs: random.one_of(&[None, Some(0), Some(3), Some(20)]),
+            bad_words: (0..random.one_of(&[0, 0, 4])).map(|_| vec![random.below(vocab_size) as u32]).collect(),
+            min_tokens: random.one_of(&[0, 0, 1 << 20]),
+            end_token_ids: (0..3).map(|_| random.below(vocab_size) as u32).collect(),
+            ..SamplingParams::default()
         };
         // Some tokens of a prompt may be outside of the vocabulary.
         let mut tokens = |count: usize| (0..count).map(|_| random.below(vocab_size + 3) as u32).collect();
