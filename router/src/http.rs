@@ -5,7 +5,7 @@ use std::io;
 
 use async_compression::tokio::bufread::GzipDecoder;
 use axum::{
-    Router,
+    RequestExt as _, Router,
     body::Body,
     extract::Request,
     http::{HeaderValue, Method, StatusCode, Uri, header, uri::PathAndQuery},
@@ -27,7 +27,7 @@ const MAX_AGE: std::time::Duration = std::time::Duration::from_secs(2 * 3600);
 const FILES: &str = "/page/";
 
 /// Middleware that unpacks bodies with `content-encoding: gzip` while they are read, so the limits of size and time of a
-/// body hold for the unpacked body. Other encodings give status 415.
+/// body hold for the packed and for the unpacked body. Other encodings give status 415.
 pub async fn decompress(mut request: Request, next: Next) -> Result<Response, ApiError> {
     let mut encodings = request.headers().get_all(header::CONTENT_ENCODING).iter();
     let (encoding, second) = (encodings.next(), encodings.next());
@@ -43,7 +43,8 @@ pub async fn decompress(mut request: Request, next: Next) -> Result<Response, Ap
     request.headers_mut().remove(header::CONTENT_ENCODING);
     // The length of the compressed body says nothing about the other.
     request.headers_mut().remove(header::CONTENT_LENGTH);
-    let request = request.map(|body| {
+    // A packed body that unpacks to nothing could be endless.
+    let request = request.with_limited_body().map(|body| {
         let packed = StreamReader::new(body.into_data_stream().map_err(io::Error::other));
         let mut unpacked = GzipDecoder::new(packed);
         unpacked.multiple_members(true);

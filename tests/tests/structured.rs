@@ -90,6 +90,22 @@ fn outputs_match_their_grammars() -> Result<()> {
 }
 
 #[test]
+fn all_apis_have_structured_output() -> Result<()> {
+    let cluster = Cluster::start(&Golden::up_args(PAIR))?;
+    let format = json!({"type": "json_schema", "name": "n", "schema": schema()});
+    let response = json!({"model": "small", "input": "hello", "text": {"format": format}, "max_output_tokens": 300});
+    let answer = post(&cluster, "/v1/responses", &response)?;
+    check_object(answer["output"][0]["content"][0]["text"].as_str().context("no text")?)?;
+    ensure!(answer["status"] == "completed", "{answer}");
+    let message = json!({"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 300,
+                         "output_config": {"format": format}});
+    let answer = post(&cluster, "/v1/messages", &message)?;
+    check_object(answer["content"][0]["text"].as_str().context("no text")?)?;
+    ensure!(answer["stop_reason"] == "end_turn", "{answer}");
+    cluster.wait_idle()
+}
+
+#[test]
 fn tokens_are_held_back() -> Result<()> {
     let cluster = Cluster::start(&Golden::up_args(PAIR))?;
     let free = complete(&cluster, &[("ignore_eos", json!(true))])?;
