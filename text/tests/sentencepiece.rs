@@ -155,7 +155,7 @@ fn what_would_not_be_exact_is_refused_in_one_line() {
             [piece("qz", 1), piece("zq", 1)].concat(),
             "the score of the pieces \"qz\" and \"zq\" is the same",
         ),
-        ("bpe-prefix", vec![0x0a, 9], "tokenizer.model: failed to decode"),
+        ("bpe-prefix", vec![0x0a, 9], "not a model of SentencePiece: failed to decode"),
         ("unigram-user-defined", piece("a</b>", 1), "piece \"a</b>\", with the user-defined piece \"</b>\" inside"),
     ] {
         let error = files(&[model(name), more].concat(), &[]).unwrap_err().to_string();

@@ -81,7 +81,7 @@ impl<'a> Settings<'a> {
         self.present(field).and_then(Value::as_str).map(str::to_lowercase)
     }
 
-    /// The first field that is present must be one of `supported`.
+    /// A number of bits, one of `supported`.
     fn bits(&self, field: &str, supported: &[usize]) -> Result<usize, ModelError> {
         let found = self.present(field).and_then(Value::as_u64).and_then(|bits| usize::try_from(bits).ok());
         let names: Vec<String> = supported.iter().map(usize::to_string).collect();

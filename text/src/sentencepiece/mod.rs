@@ -53,7 +53,7 @@ struct Vocabulary {
 impl Vocabulary {
     fn read(bytes: &[u8]) -> Result<Self, TextError> {
         let Model { pieces, trainer_spec, normalizer_spec } =
-            Model::decode(bytes).map_err(|e| invalid(e.to_string()))?;
+            Model::decode(bytes).map_err(|e| invalid(format!("not a model of SentencePiece: {e}")))?;
         let (trainer, normalizer) = (trainer_spec.unwrap_or_default(), normalizer_spec.unwrap_or_default());
         let mut seen = HashSet::new();
         let mut read = Vec::with_capacity(pieces.len());
