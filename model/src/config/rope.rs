@@ -14,7 +14,8 @@ impl Fields<'_> {
     /// rotated channels of a head.
     pub(crate) fn rope(&self, theta: f64, rotary_dim: usize) -> Result<Rope, ModelError> {
         // Where layers have different ropes, transformers 5 writes one object for each kind of layer.
-        let parameters = self.present(PARAMETERS).map(|parameters| parameters.get("full_attention").unwrap_or(parameters));
+        let parameters =
+            self.present(PARAMETERS).map(|parameters| parameters.get("full_attention").unwrap_or(parameters));
         let object = parameters.or(self.present("rope_scaling")).and_then(Value::as_object);
         let empty = Map::new();
         let rope = Fields { file: self.file, map: object.unwrap_or(&empty) };
