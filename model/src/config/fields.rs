@@ -108,21 +108,4 @@ impl<'a> Fields<'a> {
             Some(value) => value.as_bool().ok_or_else(|| self.bad(field, "true or false")),
         }
     }
-
-    /// Number of leading channels of a head that are rotated. `partial`: whether the family may leave some out.
-    pub(crate) fn rotary_dim(&self, head_dim: usize, partial: bool) -> Result<usize, ModelError> {
-        const FIELD: &str = "partial_rotary_factor";
-        let factor = self.number_in(0.0, 1.0, FIELD, Some(1.0))?;
-        let rotary_dim = (head_dim as f64 * factor) as usize;
-        if rotary_dim == head_dim {
-            return Ok(head_dim);
-        }
-        if !partial {
-            return Err(self.bad(FIELD, "1 for this family"));
-        }
-        if rotary_dim < 2 || !rotary_dim.is_multiple_of(2) {
-            return Err(self.bad(FIELD, &format!("a part of head_dim ({head_dim}) that is an even number")));
-        }
-        Ok(rotary_dim)
-    }
 }

@@ -13,7 +13,10 @@ impl Fields<'_> {
     /// earlier versions write `rope_theta` and `rope_scaling`. `theta` is the default base, `rotary_dim` the number of
     /// rotated channels of a head.
     pub(crate) fn rope(&self, theta: f64, rotary_dim: usize) -> Result<Rope, ModelError> {
-        let object = self.present("rope_parameters").or(self.present("rope_scaling")).and_then(Value::as_object);
+        // Where layers have different ropes, transformers 5 writes one object for each kind of layer.
+        let parameters =
+            self.present(PARAMETERS).map(|parameters| parameters.get("full_attention").unwrap_or(parameters));
+        let object = parameters.or(self.present("rope_scaling")).and_then(Value::as_object);
         let empty = Map::new();
         let rope = Fields { file: self.file, map: object.unwrap_or(&empty) };
         let theta = rope.number("rope_theta", Some(self.number("rope_theta", Some(theta))?))?;
@@ -23,6 +26,38 @@ impl Fields<'_> {
             return Err(self.bad(field, "values that give finite frequencies"));
         }
         Ok(rope)
+    }
+
+    /// Base of the rotary embedding of layers with windows, if they have one of their own.
+    pub(crate) fn local_theta(&self) -> Result<f64, ModelError> {
+        let theta = self.number("rope_local_base_freq", Some(10_000.0))?;
+        let parameters = self.present(PARAMETERS).and_then(|parameters| parameters.get("sliding_attention"));
+        match parameters.and_then(Value::as_object) {
+            Some(map) => Fields { file: self.file, map }.number("rope_theta", Some(theta)),
+            None => Ok(theta),
+        }
+    }
+
+    /// Number of leading channels of a head that are rotated. `partial`: whether the family may leave some out.
+    pub(crate) fn rotary_dim(&self, head_dim: usize, partial: bool) -> Result<usize, ModelError> {
+        const FIELD: &str = "partial_rotary_factor";
+        let factor = self.number_in(0.0, 1.0, FIELD, Some(1.0))?;
+        let factor = match self.present(PARAMETERS).and_then(Value::as_object) {
+            Some(map) => Fields { file: self.file, map }.number_in(0.0, 1.0, FIELD, Some(factor))?,
+            None => factor,
+        };
+        let rotary_dim = (head_dim as f64 * factor) as usize;
+        if rotary_dim == head_dim {
+            return Ok(head_dim);
+        }
+        let unsupported = |supported: &str| Err(ModelError::unsupported(self.file, FIELD, factor, supported));
+        if !partial {
+            return unsupported("1 for this family");
+        }
+        if rotary_dim < 2 || !rotary_dim.is_multiple_of(2) {
+            return unsupported(&format!("a part of head_dim ({head_dim}) that is an even number"));
+        }
+        Ok(rotary_dim)
     }
 
     /// The scaling that this object states. `model` has the fields of the whole model.
@@ -141,4 +176,5 @@ impl Fields<'_> {
     }
 }
 
+const PARAMETERS: &str = "rope_parameters";
 const ORIGINAL: &str = "original_max_position_embeddings";

@@ -1,4 +1,5 @@
 use super::*;
+use crate::RopeScaling;
 
 fn llama() -> Value {
     json!({
@@ -141,6 +142,22 @@ fn absent_fields_have_the_values_of_transformers() {
     assert_eq!((granite.scales.logits, granite.layers[0].score_scale), (0.125, Some(1.0)));
     let phi = with("Phi3ForCausalLM", json!({"partial_rotary_factor": 0.75, "rms_norm_eps": null})).unwrap();
     assert_eq!((phi.rotary_dim, phi.head_dim, phi.rms_norm_eps), (96, 128, 1e-5));
+}
+
+/// transformers 5 writes all of this into `rope_parameters`.
+#[test]
+fn parameters_of_ropes_may_be_nested() {
+    let linear = json!({"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5});
+    let parameters = json!({"full_attention": linear, "sliding_attention": {"rope_theta": 2e4}});
+    let config = with("Gemma3ForCausalLM", json!({ "rope_parameters": parameters })).unwrap();
+    let scaling = [RopeScaling::Linear { factor: 8.0 }, RopeScaling::None];
+    let expected = [5e5, 2e4].into_iter().zip(scaling).map(|(theta, scaling)| Rope { theta, scaling });
+    assert_eq!(config.ropes, expected.collect::<Vec<_>>());
+    let parameters = json!({"partial_rotary_factor": 0.75, "rope_theta": 1e5});
+    let config = with("Phi3ForCausalLM", json!({ "rope_parameters": parameters })).unwrap();
+    assert_eq!((config.rotary_dim, config.ropes[0].theta), (96, 1e5));
+    let error = with("LlamaForCausalLM", json!({ "rope_parameters": parameters })).unwrap_err().to_string();
+    assert!(error.contains("partial_rotary_factor is 0.75, supported: 1 for this family"), "{error}");
 }
 
 #[test]

@@ -73,7 +73,7 @@ fn read(fields: Fields<'_>, sizes: Sizes) -> Result<OwnFields, ModelError> {
         score_scale,
         score_cap: None,
     };
-    let local = Rope { theta: fields.number("rope_local_base_freq", Some(10_000.0))?, scaling: RopeScaling::None };
+    let local = Rope { theta: fields.local_theta()?, scaling: RopeScaling::None };
     Ok(OwnFields {
         ropes: vec![fields.rope(1e6, sizes.rotary_dim)?, local],
         layers: sliding.into_iter().map(layer).collect(),
