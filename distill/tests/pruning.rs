@@ -156,11 +156,11 @@ fn copied(from: &Path, to: &Path, quantised: bool) {
             stored.push((name, Dtype::F32, shape, bytes(&values)));
         } else if quantised {
             // Numbers from 1 to 1.875, negative in two of three places.
-            let number = |i: usize| (0x38 + i * 7 % 8) as u8 | if i % 3 == 0 { 0 } else { 0x80 };
+            let number = |i: usize| (0x38 + i * 7 % 8) as u8 | if i.is_multiple_of(3) { 0 } else { 0x80 };
             stored.push((name.clone() + "_scale", Dtype::F32, vec![], scale.to_le_bytes().into()));
             stored.push((name, Dtype::F8_E4M3, shape, (0..count).map(number).collect()));
         } else {
-            let number = |i: usize| (1.0 + (i * 7 % 8) as f32 / 8.0) * if i % 3 == 0 { scale } else { -scale };
+            let number = |i: usize| (1.0 + (i * 7 % 8) as f32 / 8.0) * if i.is_multiple_of(3) { scale } else { -scale };
             stored.push((name, Dtype::F32, shape, bytes(&(0..count).map(number).collect::<Vec<_>>())));
         }
     }

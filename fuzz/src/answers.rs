@@ -32,7 +32,7 @@ pub fn answers(data: &[u8]) {
         pieces.push(input.text());
     }
     let text = pieces.concat();
-    let whole = read(&format, &[text.clone()]);
+    let whole = read(&format, std::slice::from_ref(&text));
     assert_eq!(read(&format, &pieces), whole, "{pieces:?}");
     let characters: Vec<String> = text.chars().map(String::from).collect();
     assert_eq!(read(&format, &characters), whole, "{text:?}");
