@@ -33,7 +33,7 @@ fn check_object(text: &str) -> Result<()> {
 
 /// The text and finish reason of each choice.
 fn chat(cluster: &Cluster, fields: &Value) -> Result<Vec<(String, String)>> {
-    let mut body = json!({"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 300});
+    let mut body = json!({"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 800});
     for (field, value) in fields.as_object().context("fields must be an object")? {
         body[field] = value.clone();
     }
@@ -82,7 +82,7 @@ fn outputs_match_their_grammars() -> Result<()> {
     // The whole of an answer may be one token of the prefill node, and its end the only token of the decode node.
     let one = complete(&cluster, &[("guided_choice", json!(["a"]))])?;
     ensure!(one.text == "a" && one.tokens.len() == 2 && one.finish_reason == "stop", "{one:?}");
-    let streamed = Request::text("x", 60).with("model", json!("small")).with("guided_json", schema());
+    let streamed = Request::text("x", 800).with("model", json!("small")).with("guided_json", schema());
     let whole = streamed.send(&cluster)?;
     let stream = streamed.stream(&cluster)?.collect_completion(|| ())?;
     ensure!(whole.text == stream.text && whole.tokens == stream.tokens, "{stream:?} is not {whole:?}");

@@ -41,7 +41,7 @@ async fn chat(
             grammar,
             ..Default::default()
         }),
-        max_tokens: 200,
+        max_tokens: 600,
         deadline_seconds: 60.0,
         ..Default::default()
     };
