@@ -27,7 +27,7 @@ def chat(router, model, text, grammar=None, **chat_fields):
         messages=router_pb2.Messages(messages=[router_pb2.Message(role="user", content=text)], **chat_fields),
         # Without this message, the temperature is 1 and the seed is random.
         sampling=common_pb2.SamplingParams(temperature=0.7, top_p=1, repetition_penalty=1, seed=1, grammar=grammar),
-        max_tokens=600,
+        max_tokens=900,
         deadline_seconds=60,
     )
     for event in router.Generate(request):

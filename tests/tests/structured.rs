@@ -9,8 +9,10 @@ use serde_json::{Value, json};
 
 const PAIR: &str = "qwen3";
 
+/// Without white space, with which a random model would fill its answer.
 fn schema() -> Value {
     json!({
+        "x-guidance": {"whitespace_flexible": false},
         "type": "object", "additionalProperties": false, "required": ["z", "count", "tags"],
         "properties": {
             "z": {"type": "string", "maxLength": 6},

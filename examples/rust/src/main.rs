@@ -41,7 +41,7 @@ async fn chat(
             grammar,
             ..Default::default()
         }),
-        max_tokens: 600,
+        max_tokens: 900,
         deadline_seconds: 60.0,
         ..Default::default()
     };
