@@ -105,7 +105,7 @@ impl Constraint {
         self.matcher.as_mut().map_or(Ok(()), |matcher| matcher.accept(token))
     }
 
-    /// Finds out which tokens may come next. With a grammar, this takes some 10 to 100 microseconds.
+    /// Finds out which tokens may come next.
     ///
     /// # Errors
     /// No token may come next, or the grammar is too complex.
