@@ -291,7 +291,7 @@ impl<C: Compute> Engine<C> {
                     Some(finish) => sequence.tell(SequenceEvent::Finished(finish)),
                     None => match sequence.constrain() {
                         Ok(()) => self.seat(sequence),
-                        Err(e) => sequence.fail(&format!("grammar: {e}")),
+                        Err(e) => sequence.refuse(&e),
                     },
                 }
             }
@@ -409,7 +409,7 @@ impl<C: Compute> Engine<C> {
             if let Some(finish) = sequence.finish() {
                 self.running.remove(i).tell(SequenceEvent::Finished(finish));
             } else if let Err(e) = sequence.constrain() {
-                self.running.remove(i).fail(&format!("grammar: {e}"));
+                self.running.remove(i).refuse(&e);
             }
         }
     }

@@ -64,6 +64,8 @@ pub enum SequenceEvent {
     Finished(FinishReason),
     /// The request failed in the engine, for the given reason. The last event.
     Failed(String),
+    /// The request's grammar can't be followed any further, for the given reason: the fault of the request. The last event.
+    Refused(String),
 }
 
 /// A request in the engine's queue.
@@ -244,6 +246,11 @@ impl Sequence {
         let (Some(constraint), Some(last)) = (&mut self.request.constraint, self.tokens.last()) else { return Ok(()) };
         constraint.accept(*last)?;
         constraint.prepare()
+    }
+
+    /// Ends the request because of its grammar: sends [`SequenceEvent::Refused`].
+    pub fn refuse(self, error: &GrammarError) {
+        self.tell(SequenceEvent::Refused(format!("sampling.grammar: {error}")));
     }
 
     /// Ends the request with an error: logs it and sends [`SequenceEvent::Failed`].

@@ -152,6 +152,11 @@ impl v1::decode_server::Decode for DecodeService {
                         ending.because("error");
                         Err(Status::internal(reason))?;
                     }
+                    Next::Engine(Some(SequenceEvent::Refused(reason))) => {
+                        ending.because("error");
+                        // No node is to blame, and no other one would go on with it.
+                        Err(Status::invalid_argument(reason))?;
+                    }
                     Next::Engine(None) => {
                         ending.because("error");
                         Err(ended_early(deadline, "the engine dropped the request"))?;

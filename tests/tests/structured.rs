@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use overfill_tests::completion::{post, post_raw};
 use overfill_tests::golden::Golden;
-use overfill_tests::{Cluster, Completion, Request};
+use overfill_tests::{Cluster, Completion, Request, Router as _};
 use serde_json::{Value, json};
 
 const PAIR: &str = "qwen3";
@@ -171,5 +171,22 @@ fn bad_requests_name_the_place() -> Result<()> {
         let (status, answer) = post_raw(&cluster, "/v1/completions", body.to_string().as_bytes())?;
         ensure!(status == 400 && answer.contains(wanted), "{field}: {status} {answer}");
     }
+    cluster.check_undisturbed()
+}
+
+/// Nobody can know before the first token that there will be no second one. The nodes are not to blame, so no other node is tried.
+#[test]
+fn an_output_that_can_not_go_on_is_the_requests_fault() -> Result<()> {
+    let cluster = Cluster::start(&Golden::up_args(PAIR))?;
+    let body = json!({"model": "small", "prompt": "a", "add_special_tokens": false});
+    let ids = post(&cluster, "/tokenize", &body)?["tokens"].clone();
+    let body =
+        json!({"model": "small", "prompt": "x", "max_tokens": 8, "guided_choice": ["aaaa{"], "allowed_token_ids": ids});
+    let (status, answer) = post_raw(&cluster, "/v1/completions", body.to_string().as_bytes())?;
+    ensure!(status == 400 && answer.contains("it allows none of allowed_token_ids"), "{status} {answer}");
+    let metrics = ureq::get(&format!("{}/metrics", cluster.http())).call()?.into_string()?;
+    let moved = metrics.lines().find(|line| line.starts_with("overfill_migrations_total"));
+    ensure!(moved.is_some_and(|line| line.ends_with(" 0")), "{moved:?}");
+    cluster.wait_idle()?;
     cluster.check_undisturbed()
 }
