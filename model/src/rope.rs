@@ -34,8 +34,8 @@ pub enum RopeScaling {
         /// Context length in tokens that is served.
         context_tokens: u32,
     },
-    /// YaRN (Peng et al., arXiv 2309.00071): frequencies that turn less than `beta_slow` times over the original
-    /// context are divided by `factor`, those that turn more than `beta_fast` times are kept, with a ramp between.
+    /// YaRN (Peng et al., arXiv 2309.00071). Frequencies that turn less than `beta_slow` times over the original context
+    /// are divided by `factor`. Frequencies that turn more than `beta_fast` times are kept. Between the two is a ramp.
     Yarn {
         /// The divisor of low frequencies.
         factor: f64,
@@ -50,8 +50,8 @@ pub enum RopeScaling {
         /// Factor of the rotated queries and keys.
         attention_factor: f64,
     },
-    /// Each frequency divided by its own factor, `[rotary_dim / 2]`: the factors of LongRoPE (Ding et al., arXiv
-    /// 2402.13753) for the context that is served, or those that GGUF files store.
+    /// Each frequency is divided by a factor of its own, `[rotary_dim / 2]`. The factors are LongRoPE's (Ding et al., arXiv
+    /// 2402.13753) for the context that is served, or a GGUF file stores them.
     Factors {
         /// The divisors.
         factors: Vec<f32>,

@@ -62,7 +62,7 @@ impl<'a> Sources<'a> {
         self.factors(self.find.norm(parameter, layer)?)
     }
 
-    /// The factors of the norm before the head, `[hidden]`, times that of the logits.
+    /// The factors of the norm before the head, `[hidden]`, each multiplied by `logit_scale`.
     pub(crate) fn final_norm(&self, logit_scale: f64) -> Result<Vec<f32>, ModelError> {
         self.find.weight(Parameter::FinalNorm, None)?;
         let mut norm = self.norm(Parameter::FinalNorm, None)?.unwrap_or_default();

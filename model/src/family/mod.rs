@@ -192,7 +192,7 @@ impl Scales {
 
 /// The family-specific content of config.json.
 pub(crate) struct OwnFields {
-    /// The distinct rotary embeddings. The first one is that of layers without windows.
+    /// The distinct rotary embeddings. The first one belongs to layers without windows.
     pub(crate) ropes: Vec<Rope>,
     /// Attention settings of every layer.
     pub(crate) layers: Vec<LayerSpec>,

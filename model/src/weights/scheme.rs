@@ -1,6 +1,6 @@
 //! Formats of quantised checkpoints: `quantization_config` of config.json, and the tensors that store a matrix.
 //!
-//! The meaning of each format is that of the libraries that write it: compressed-tensors (`compressors/`), AutoGPTQ and
+//! The libraries that write a format define what it means: compressed-tensors (`compressors/`), AutoGPTQ and
 //! GPTQModel (`qlinear`), AutoAWQ (`WQLinear_GEMM`), and for fp8 the FineGrainedFP8 and FBGEMM layers of transformers.
 //! Settings of activations are ignored: activations are not quantised here.
 

@@ -25,7 +25,7 @@ pub fn body(error: &ApiError) -> Value {
     json!({"type": "error", "error": {"type": kind, "message": error.message()}})
 }
 
-/// Middleware: a response with an error gets a body in this format, whoever has made it. Status and headers stay.
+/// Middleware: every response with an error gets a body in this format. Its status and headers stay.
 pub async fn rewrite(mut response: Response) -> Response {
     let error: Option<&ApiError> = response.extensions().get();
     if let Some(body) = error.map(body) {

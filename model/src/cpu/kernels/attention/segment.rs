@@ -20,7 +20,7 @@ pub(super) struct Segment<'a, 'p, T> {
     pub(super) cache: &'a [T],
     pub(super) sizes: Heads,
     pub(super) blocks: &'a [BlockId],
-    /// Number of keys before those that the token attends to, all in the first of these blocks.
+    /// Number of keys that lie before the token's window. All of them are in the first of these blocks.
     pub(super) hidden: usize,
     /// Number of keys up to the last one that the token attends to, counted from the first of these blocks.
     pub(super) visible: usize,
