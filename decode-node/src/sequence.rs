@@ -4,19 +4,20 @@
 use std::{sync::Arc, time::Duration};
 
 use overfill_kv::{
-    BlockHash, BlockId, BlockLease, BlockPool, FinishReason, KvStore, OutputToken, RequestId, SamplingParams,
+    BlockHash, BlockId, BlockLease, BlockPool, FinishReason, KvStore, Mode, OutputToken, RequestId, SamplingParams,
     StoreError, blocks_for,
 };
-use overfill_node::{Constraint, GrammarError, LoadState, load::Counted};
+use overfill_node::{Constraint, LoadState, load::Counted};
 use tokio::{sync::mpsc, time::Instant};
-use tracing::error;
 
-use crate::scheduler::{self, Occupancy, Seat};
+use crate::{
+    extension::Ask,
+    flow::Flow,
+    scheduler::{self, Occupancy, Seat},
+};
 
 /// Capacity of the event channel to a client. A sequence skips steps while its channel is nearly full.
 pub const CLIENT_EVENTS: usize = 64;
-/// Free places in the channel that a sequence needs for a step: one for the token, one for the last event.
-const STEP_EVENTS: usize = 2;
 
 /// A checked request.
 #[derive(Clone, Debug)]
@@ -39,6 +40,8 @@ pub struct Request {
     pub producer: Option<String>,
     /// Time at which the request fails if it has not ended.
     pub deadline: Instant,
+    /// What the full model does after the first token.
+    pub mode: Mode,
 }
 
 impl Request {
@@ -62,6 +65,15 @@ pub enum SequenceEvent {
     Token(OutputToken),
     /// The output is complete. The last event.
     Finished(FinishReason),
+    /// The full model is to go on with the sequence.
+    Extension {
+        /// What it is to do.
+        ask: Ask,
+        /// The block for its KV, if that is wanted.
+        place: Option<Arc<BlockLease>>,
+    },
+    /// The place of the last extension's KV is not needed any more.
+    LandingOver,
     /// The request failed in the engine, for the given reason. The last event.
     Failed(String),
     /// The request's grammar can't be followed any further, for the given reason: the fault of the request. The last event.
@@ -83,7 +95,7 @@ pub struct Job {
 
 /// Whether a request is over: its client is gone or its deadline has passed. The service checks the deadline too, but
 /// not while its client does not read.
-fn is_over(events: &mpsc::Sender<SequenceEvent>, request: &Request) -> bool {
+pub(crate) fn is_over(events: &mpsc::Sender<SequenceEvent>, request: &Request) -> bool {
     events.is_closed() || Instant::now() >= request.deadline
 }
 
@@ -149,127 +161,75 @@ impl Reserved {
     /// Begins decoding, after the KV has arrived and is verified (KV-5). Publishes the full blocks of the prompt in the
     /// prefix cache. They hold only KV of the full model, because this node's model writes only to later positions.
     pub fn ready(self, first_token: u32, pool: &BlockPool) -> Sequence {
-        let Self { arrival, request, hashes, events, held, to_fill, seat } = self;
-        let blocks: Vec<BlockId> = held.blocks().iter().chain(to_fill.blocks()).copied().collect();
+        let Self { arrival, request, hashes, events, held: mut lease, to_fill, seat } = self;
+        // The transport may still hold its own share of the received blocks.
+        lease.append(to_fill.share());
+        let blocks = lease.blocks().to_vec();
         pool.publish(&blocks, &hashes);
-        let mut tokens = request.tokens.clone();
-        tokens.push(first_token);
-        Sequence {
-            arrival,
-            request,
-            tokens,
-            blocks,
-            events,
-            last_token_at: Instant::now(),
-            _prompt: Some((held, to_fill)),
-            grown: None,
-            _seat: seat,
-        }
+        let flow = Flow::new(arrival, request, first_token, events);
+        Sequence { flow, blocks, lease, _seat: seat }
     }
 }
 
 /// A request in the decode batch.
 pub struct Sequence {
-    /// Arrival number.
-    pub arrival: u64,
-    /// The request.
-    pub request: Request,
-    /// Token ids of prompt and output. `blocks` holds the KV of all but the last token.
-    pub tokens: Vec<u32>,
+    /// The request and its output.
+    pub flow: Flow,
     /// KV blocks, in order of position.
     pub blocks: Vec<BlockId>,
-    events: mpsc::Sender<SequenceEvent>,
-    last_token_at: Instant,
-    /// Leases of the prompt's blocks: cached and received. `None` after a preemption.
-    _prompt: Option<(BlockLease, Arc<BlockLease>)>,
-    /// Lease of all other blocks.
-    grown: Option<BlockLease>,
+    /// Lease of the blocks.
+    lease: BlockLease,
     _seat: Counted,
 }
 
 impl Sequence {
-    /// Whether the request is over: its client is gone or its deadline has passed.
-    pub fn is_over(&self) -> bool {
-        is_over(&self.events, &self.request)
-    }
-
-    /// State of the sequence, as input of the scheduler.
-    pub fn seat(&self) -> Seat {
+    /// State of the sequence, as input of the scheduler. `step`: duration of a step.
+    pub fn seat(&self, step: Duration) -> Seat {
+        let flow = &self.flow;
+        let waits = flow.waits(step);
         Seat {
-            lacks_block: self.blocks.len() < blocks_for(self.tokens.len()),
-            sits_out: self.events.capacity() < STEP_EVENTS,
+            // A sequence that waits does not grow: the full model's KV may need the block.
+            lacks_block: self.lacks_landing() || (!waits && self.blocks.len() < blocks_for(flow.tokens.len())),
+            sits_out: !flow.is_heard(),
+            waits,
         }
     }
 
     /// Whether the next token can be computed now.
-    pub fn steps(&self) -> bool {
-        let Seat { lacks_block, sits_out } = self.seat();
-        !lacks_block && !sits_out
+    pub fn steps(&self, step: Duration) -> bool {
+        let Seat { lacks_block, sits_out, waits } = self.seat(step);
+        !lacks_block && !sits_out && !waits
+    }
+
+    /// Whether the sequence needs a block for KV of the full model. In mode refresh, it can't go on without that. In mode
+    /// exact, it only drafts better with it.
+    pub fn lacks_landing(&self) -> bool {
+        self.flow.extensions.mode() == Mode::Refresh && self.flow.wants_landing()
     }
 
     /// Appends the blocks of `lease` to the sequence.
     pub fn grow(&mut self, lease: BlockLease) {
         self.blocks.extend_from_slice(lease.blocks());
-        match &mut self.grown {
-            Some(grown) => grown.append(lease),
-            None => self.grown = Some(lease),
+        self.lease.append(lease);
+    }
+
+    /// Uses the KV of the full model that has arrived, if it is time.
+    pub fn refresh(&mut self) {
+        let flow = &mut self.flow;
+        while let Some((index, place)) = flow.extensions.take_landed(flow.tokens.len()) {
+            // The prompt's blocks are there, and blocks follow one another. So the block exists, or is the next one.
+            self.lease.replace(index, place.share());
+            self.blocks = self.lease.blocks().to_vec();
+            let known = flow.extensions.refreshed_tokens().min(flow.tokens.len() - 1);
+            flow.computed = flow.computed.max(known);
         }
-    }
-
-    /// Splits the tokens into prompt and output for penalties. Earlier output in the request counts as output.
-    pub fn prompt_and_output(&self) -> (&[u32], &[u32]) {
-        self.tokens.split_at(self.request.tokens.len() - self.request.generated)
-    }
-
-    /// Returns the finish reason if the output is complete.
-    pub fn finish(&self) -> Option<FinishReason> {
-        let output = &self.tokens[self.request.tokens.len()..];
-        match output.last() {
-            Some(last) if self.request.stop_token_ids.contains(last) => Some(FinishReason::Stop),
-            _ => (output.len() >= self.request.max_tokens).then_some(FinishReason::Length),
-        }
-    }
-
-    /// Appends the next output token and sends it to the client. Returns the time since the last token.
-    pub fn push(&mut self, token: OutputToken) -> Duration {
-        self.tokens.push(token.token);
-        self.tell(SequenceEvent::Token(token));
-        let now = Instant::now();
-        now - std::mem::replace(&mut self.last_token_at, now)
-    }
-
-    /// Finds out which tokens may follow the last one.
-    ///
-    /// # Errors
-    /// The last token was not allowed, or none may follow it, or the grammar is too complex.
-    pub fn constrain(&mut self) -> Result<(), GrammarError> {
-        let (Some(constraint), Some(last)) = (&mut self.request.constraint, self.tokens.last()) else { return Ok(()) };
-        constraint.accept(*last)?;
-        constraint.prepare()
-    }
-
-    /// Ends the request because of its grammar: sends [`SequenceEvent::Refused`].
-    pub fn refuse(self, error: &GrammarError) {
-        self.tell(SequenceEvent::Refused(format!("sampling.grammar: {error}")));
-    }
-
-    /// Ends the request with an error: logs it and sends [`SequenceEvent::Failed`].
-    pub fn fail(self, reason: &str) {
-        error!(request = %self.request.id, reason, "the request failed in the engine");
-        self.tell(SequenceEvent::Failed(reason.to_owned()));
-    }
-
-    /// Sends an event to the client.
-    pub fn tell(&self, event: SequenceEvent) {
-        // Never full, because the room was checked before the step. If the channel is closed, the client is gone.
-        let _ = self.events.try_send(event);
     }
 
     /// Preempts the sequence: copies its KV to host memory and frees its blocks.
     ///
     /// # Errors
     /// Reading the KV failed: returns the sequence unchanged.
-    pub fn swap_out(self, store: &dyn KvStore, load: &Arc<LoadState>) -> Result<Swapped, (Box<Self>, StoreError)> {
+    pub fn swap_out(mut self, store: &dyn KvStore, load: &Arc<LoadState>) -> Result<Swapped, (Box<Self>, StoreError)> {
         let size = store.block_bytes();
         let mut layers = Vec::with_capacity(store.num_layers());
         for layer in 0..store.num_layers() {
@@ -281,40 +241,23 @@ impl Sequence {
             layers.push(bytes);
         }
         load.metrics().preemptions.inc();
-        Ok(Swapped {
-            arrival: self.arrival,
-            blocks: self.blocks.len(),
-            layers,
-            request: self.request,
-            tokens: self.tokens,
-            events: self.events,
-            last_token_at: self.last_token_at,
-            _waiting: load.count_waiting(),
-        })
+        self.flow.extensions.give_up_landed();
+        Ok(Swapped { blocks: self.blocks.len(), layers, flow: self.flow, _waiting: load.count_waiting() })
     }
 }
 
 /// A preempted request. Its KV is in host memory.
 pub struct Swapped {
-    /// Arrival number.
-    pub arrival: u64,
+    /// The request and its output.
+    pub flow: Flow,
     /// Number of blocks that the request had and needs to resume.
     pub blocks: usize,
     /// Bytes of the blocks, for each layer.
     layers: Vec<Vec<u8>>,
-    request: Request,
-    tokens: Vec<u32>,
-    events: mpsc::Sender<SequenceEvent>,
-    last_token_at: Instant,
     _waiting: Counted,
 }
 
 impl Swapped {
-    /// Whether the request is over: its client is gone or its deadline has passed.
-    pub fn is_over(&self) -> bool {
-        is_over(&self.events, &self.request)
-    }
-
     /// Resumes the request: copies its KV into the blocks of `lease`, which must have [`blocks`](Self::blocks) blocks.
     ///
     /// # Errors
@@ -329,144 +272,14 @@ impl Swapped {
         for (layer, bytes) in self.layers.iter().enumerate() {
             let mut copy = |i: usize, block: &mut [u8]| block.copy_from_slice(&bytes[i * size..][..size]);
             if let Err(e) = store.write(layer, lease.blocks(), &mut copy) {
-                let reason = format!("copying KV back from host memory: {e}");
-                error!(request = %self.request.id, reason, "the request failed in the engine");
-                let _ = self.events.try_send(SequenceEvent::Failed(reason));
+                self.flow.fail(&format!("copying KV back from host memory: {e}"));
                 return Err(e);
             }
         }
-        Ok(Sequence {
-            arrival: self.arrival,
-            request: self.request,
-            tokens: self.tokens,
-            blocks: lease.blocks().to_vec(),
-            events: self.events,
-            last_token_at: self.last_token_at,
-            _prompt: None,
-            grown: Some(lease),
-            _seat: load.count_running(),
-        })
+        let blocks = lease.blocks().to_vec();
+        Ok(Sequence { flow: self.flow, blocks, lease, _seat: load.count_running() })
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use overfill_kv::block_hashes;
-    use overfill_node::NodeMetrics;
-    use overfill_transport::MemoryStore;
-
-    use super::*;
-
-    struct Node {
-        pool: BlockPool,
-        load: Arc<LoadState>,
-    }
-
-    fn node(blocks: usize) -> Node {
-        let pool = BlockPool::new(blocks);
-        Node { load: LoadState::new(pool.clone(), NodeMetrics::new("m", "p").unwrap(), None, Duration::MAX), pool }
-    }
-
-    fn job(node: &Node, tokens: Vec<u32>) -> (Box<Job>, mpsc::Receiver<SequenceEvent>) {
-        let (events, receiver) = mpsc::channel(CLIENT_EVENTS);
-        let request = Request {
-            id: RequestId("r".into()),
-            generated: 0,
-            sampling: SamplingParams::greedy(),
-            constraint: None,
-            max_tokens: 200,
-            stop_token_ids: vec![9],
-            producer: Some("full".into()),
-            deadline: Instant::now(),
-            tokens,
-        };
-        let hashes = block_hashes(&request.tokens, "full");
-        let waiting = node.load.try_wait(1).unwrap();
-        (Box::new(Job { arrival: 0, request, hashes, events, waiting }), receiver)
-    }
-
-    fn decoding(node: &Node, tokens: Vec<u32>) -> (Sequence, mpsc::Receiver<SequenceEvent>) {
-        let (job, mut receiver) = job(node, tokens);
-        let Ok(reserved) = job.reserve(&node.pool, 0, 4, &node.load) else { panic!("no room") };
-        assert!(matches!(receiver.try_recv(), Ok(SequenceEvent::Reserved { .. })));
-        (reserved.ready(5, &node.pool), receiver)
-    }
-
-    fn token(token: u32) -> OutputToken {
-        OutputToken { token, logprob: f32::NAN, top: Vec::new() }
-    }
-
-    #[test]
-    fn a_request_waits_for_room_and_gives_all_back() {
-        let node = node(3);
-        let (first, _first_client) = decoding(&node, vec![1; 32]);
-        let (second, second_client) = job(&node, vec![2; 32]);
-        let Err(second) = second.reserve(&node.pool, 1, 4, &node.load) else { panic!("there is no room") };
-        assert_eq!((node.load.load().running, node.load.load().waiting), (1, 1));
-        drop(first);
-        let Ok(second) = second.reserve(&node.pool, 0, 4, &node.load) else { panic!("there is room") };
-        assert_eq!((node.pool.in_use(), node.load.load().running), (2, 1));
-        drop((second, second_client));
-        assert_eq!(node.pool.in_use(), 0);
-        assert_eq!((node.load.load().running, node.load.load().waiting), (0, 0));
-    }
-
-    #[test]
-    fn a_prompt_is_found_again_but_not_what_was_decoded_behind_it() {
-        let node = node(8);
-        let (mut sequence, _client) = decoding(&node, vec![1; 40]);
-        for _ in 0..30 {
-            sequence.push(token(1));
-        }
-        drop(sequence);
-        let hashes = block_hashes(&[1; 70], "full");
-        assert_eq!(node.pool.lookup(&hashes).len(), 2);
-        assert!(node.pool.lookup(&block_hashes(&[1; 70], "another")).is_empty());
-    }
-
-    #[test]
-    fn a_client_that_does_not_read_makes_its_sequence_sit_out() {
-        let node = node(8);
-        let (mut sequence, mut client) = decoding(&node, vec![1; 3]);
-        while sequence.steps() {
-            sequence.push(token(2));
-            if sequence.seat().lacks_block {
-                sequence.grow(node.pool.allocate(1).unwrap());
-            }
-        }
-        assert!(sequence.seat().sits_out);
-        for _ in 0..2 {
-            client.try_recv().unwrap();
-        }
-        assert!(sequence.steps());
-        sequence.push(token(9));
-        assert_eq!(sequence.finish(), Some(FinishReason::Stop));
-        sequence.tell(SequenceEvent::Finished(FinishReason::Stop));
-        let heard = std::iter::from_fn(|| client.try_recv().ok()).last();
-        assert!(matches!(heard, Some(SequenceEvent::Finished(FinishReason::Stop))), "{heard:?}");
-    }
-
-    #[test]
-    fn kv_survives_host_memory() {
-        let node = node(6);
-        let store = MemoryStore::new(2, 6, 64);
-        let (sequence, _client) = decoding(&node, vec![1; 40]);
-        for layer in 0..2 {
-            let fill = &mut |i: usize, block: &mut [u8]| block.fill((layer * 10 + i) as u8);
-            store.write(layer, &sequence.blocks, fill).unwrap();
-        }
-        let tokens = sequence.tokens.clone();
-        let Ok(swapped) = sequence.swap_out(&store, &node.load) else { panic!("reading failed") };
-        assert_eq!((node.pool.in_use(), node.load.load().running, node.load.load().waiting), (0, 0, 1));
-        let elsewhere = node.pool.allocate(2).unwrap();
-        let lease = node.pool.allocate(swapped.blocks).unwrap();
-        let sequence = swapped.swap_in(lease, &store, &node.load).unwrap();
-        drop(elsewhere);
-        assert_eq!(sequence.tokens, tokens);
-        assert_eq!((node.load.load().running, node.load.load().waiting), (1, 0));
-        for layer in 0..2 {
-            let check = &mut |i: usize, block: &[u8]| assert!(block.iter().all(|b| *b == (layer * 10 + i) as u8));
-            store.read(layer, &sequence.blocks, check).unwrap();
-        }
-    }
-}
+mod tests;
