@@ -1,10 +1,12 @@
 //! Modes refresh and exact on running clusters, against references of PyTorch and against the full model alone.
 
 use anyhow::{Context, Result, ensure};
+use overfill_tests::cluster::IDLE_GAUGES;
 use overfill_tests::completion::post;
 use overfill_tests::golden::{check, check_refresh, refresh_cases};
 use overfill_tests::rig::{RUNNING, Role, wait_phase};
-use overfill_tests::{Cluster, Completion, Golden, Request, Rig};
+use overfill_tests::service::{decode_args_of, prefill_args, router_args};
+use overfill_tests::{Cluster, Completion, Golden, Request, Rig, Router, Service};
 use serde_json::{Value, json};
 
 /// The pairs with references for mode refresh.
@@ -106,39 +108,65 @@ fn sampled() -> Result<()> {
     cluster.check_undisturbed()
 }
 
-/// Requests of all modes at once, in pools that are too small for them, have the answers that each has alone.
-#[test]
-fn small_pools() -> Result<()> {
-    let mut args = Golden::up_args("llama-tied");
-    args.iter_mut().filter(|arg| *arg == "16384").for_each(|arg| "512".clone_into(arg));
-    let cluster = Cluster::start(&args)?;
+/// Sends requests of all modes at once. Each must have the answer that it has alone, after a restart of an attempt too if
+/// `restarts`: in mode refresh, the full model has then computed other blocks.
+fn crowded(router: &(impl Router + Sync), restarts: bool) -> Result<()> {
     let asked = |i: usize| {
         let prompt: Vec<u32> = (0..30 + i * 7).map(|at| (5 + (at * 11 + i * 17) % 300) as u32).collect();
-        let (model, mode) = ([("small", "exact"), ("small", "refresh"), ("big", "exact"), ("small", "draft")])[i % 4];
-        let asked = Request::tokens(&prompt, 90).with("model", json!(model)).with("overfill_mode", json!(mode));
+        let asked =
+            Request::tokens(&prompt, 90).with("overfill_mode", json!(["exact", "refresh", "exact", "draft"][i % 4]));
         if i % 3 == 0 { asked.with("temperature", json!(0.8)).with("seed", json!(i)) } else { asked }
     };
-    let alone: Vec<Completion> = (0..12).map(|i| asked(i).send(&cluster)).collect::<Result<_>>()?;
+    let alone: Vec<Completion> = (0..12).map(|i| asked(i).send(router)).collect::<Result<_>>()?;
     std::thread::scope(|scope| {
-        let (cluster, asked, alone) = (&cluster, &asked, &alone);
-        let threads: Vec<_> = (0..12)
-            .map(|i| {
-                scope.spawn(move || -> Result<()> {
-                    for _ in 0..2 {
-                        let answer = asked(i).send(cluster)?;
-                        ensure!(answer == alone[i], "request {i}: {answer:?} instead of {:?}", alone[i]);
-                    }
-                    Ok(())
-                })
-            })
-            .collect();
+        let (asked, alone) = (&asked, &alone);
+        let client = |i: usize| {
+            move || -> Result<()> {
+                for _ in 0..2 {
+                    let answer = asked(i).send(router)?;
+                    let is_same = answer == alone[i] || (restarts && i % 4 == 1);
+                    ensure!(is_same, "request {i}: {answer:?} instead of {:?}", alone[i]);
+                }
+                Ok(())
+            }
+        };
+        let threads: Vec<_> = (0..12).map(|i| scope.spawn(client(i))).collect();
         threads.into_iter().try_for_each(|thread| thread.join().map_err(|_| anyhow::anyhow!("a client panicked"))?)
-    })?;
-    let preempted = cluster.processes().iter().filter(|process| process.name.contains("decode"));
-    let preempted: f64 =
-        preempted.map(|process| cluster.gauge(process, "vllm:num_preemptions_total")).sum::<Result<f64>>()?;
-    ensure!(preempted > 0.0, "no request was preempted");
-    cluster.wait_idle()
+    })
+}
+
+fn with_pool(args: Vec<String>, tokens: &str) -> Vec<String> {
+    args.into_iter().map(|arg| if arg == "8192" { tokens.to_owned() } else { arg }).collect()
+}
+
+/// Requests of all modes in a small pool of the decode node, where they are preempted.
+#[test]
+fn preempted() -> Result<()> {
+    let prefill = Service::start::<&str>(prefill_args("llama-tied"), &[])?;
+    let decode = Service::start::<&str>(with_pool(decode_args_of("llama-tied", "decode"), "512"), &[])?;
+    let router = Service::start(router_args(), &["--prefill-url", &prefill.url(), "--decode-url", &decode.url()])?;
+    router.wait_nodes(1, 1)?;
+    crowded(&router, false)?;
+    ensure!(decode.metric("vllm:num_preemptions_total", "")? > Some(0.0), "no request was preempted");
+    ensure!(decode.metric("vllm:spec_decode_num_draft_tokens_total", "")? > Some(0.0), "nothing was drafted");
+    for (node, gauge) in [&prefill, &decode].into_iter().flat_map(|node| IDLE_GAUGES.map(|gauge| (node, gauge))) {
+        node.wait_metric(gauge, "", 0.0)?;
+    }
+    Ok(())
+}
+
+/// The prefill node has no room to keep all requests open, so they are opened again and again.
+#[test]
+fn evicted() -> Result<()> {
+    let prefill = Service::start::<&str>(with_pool(prefill_args("llama-tied"), "512"), &[])?;
+    let decode = Service::start::<&str>(decode_args_of("llama-tied", "decode"), &[])?;
+    let router = Service::start(router_args(), &["--prefill-url", &prefill.url(), "--decode-url", &decode.url()])?;
+    router.wait_nodes(1, 1)?;
+    crowded(&router, true)?;
+    for (node, gauge) in [&prefill, &decode].into_iter().flat_map(|node| IDLE_GAUGES.map(|gauge| (node, gauge))) {
+        node.wait_metric(gauge, "", 0.0)?;
+    }
+    Ok(())
 }
 
 /// Nodes are killed under load. The decode model drafts other tokens than the full model would, and still no answer changes.

@@ -126,7 +126,7 @@ impl Prompts {
         let tail = rng.random_range(1..30);
         prompt.extend(letters(rng, tail));
         // The smallest node has KV for 128 tokens.
-        prompt.truncate(100);
+        prompt.truncate(100.min(126 - max_tokens as usize));
         self.said.push([&*prompt, &output(&prompt, max_tokens, false)].concat());
         prompt.into()
     }
