@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, Role, block_hashes};
+use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, Role, Windows, block_hashes};
 use overfill_model::{
     Choice, Engine as ModelEngine, LayerSink, ModelError, Outputs, SamplingContext, SequenceSlice, Want, no_layers,
 };
@@ -38,6 +38,8 @@ pub struct EngineLimits {
     pub max_running: usize,
     /// Maximum number of waiting requests.
     pub max_waiting: usize,
+    /// Windows of the model's layers. KV that no layer needs is not kept.
+    pub windows: Windows,
 }
 
 enum Command {
@@ -286,7 +288,7 @@ impl<C: Compute> Engine<C> {
             Command::Ready { arrival, first_token } => {
                 // Absent if the request has ended meanwhile.
                 let Some(reserved) = self.reserved.remove(&arrival) else { return };
-                let mut sequence = reserved.ready(first_token, &self.pool);
+                let mut sequence = reserved.ready(first_token, &self.pool, self.limits.windows);
                 match sequence.finish() {
                     Some(finish) => sequence.tell(SequenceEvent::Finished(finish)),
                     None => match sequence.constrain() {
@@ -328,7 +330,7 @@ impl<C: Compute> Engine<C> {
     fn reserve(&mut self) {
         while self.swapped.is_empty() {
             let Some(job) = self.waiting.pop_front() else { return };
-            match job.reserve(&self.pool, self.seated(), self.limits.max_running, &self.load) {
+            match job.reserve(&self.pool, self.seated(), &self.limits, &self.load) {
                 Ok(reserved) => drop(self.reserved.insert(reserved.arrival, reserved)),
                 Err(job) => return self.waiting.push_front(job),
             }

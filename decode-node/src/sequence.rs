@@ -5,13 +5,16 @@ use std::{sync::Arc, time::Duration};
 
 use overfill_kv::{
     BlockHash, BlockId, BlockLease, BlockPool, FinishReason, KvStore, OutputToken, RequestId, SamplingParams,
-    StoreError, blocks_for,
+    StoreError, Windows, blocks_for,
 };
 use overfill_node::{Constraint, GrammarError, LoadState, load::Counted};
 use tokio::{sync::mpsc, time::Instant};
 use tracing::error;
 
-use crate::scheduler::{self, Occupancy, Seat};
+use crate::{
+    engine::EngineLimits,
+    scheduler::{self, Occupancy, Seat},
+};
 
 /// Capacity of the event channel to a client. A sequence skips steps while its channel is nearly full.
 pub const CLIENT_EVENTS: usize = 64;
@@ -55,8 +58,11 @@ pub enum SequenceEvent {
     Reserved {
         /// Blocks that the prefill node must fill.
         to_fill: Arc<BlockLease>,
-        /// Number of leading blocks of the prompt that were found in the prefix cache.
+        /// Number of leading blocks of the prompt that are not needed: they were found in the prefix cache, or no layer
+        /// attends to them.
         held_blocks: usize,
+        /// Number of blocks that were found in the prefix cache.
+        cached_blocks: usize,
     },
     /// The next token of the output, from the second one on. The first one comes from the prefill node.
     Token(OutputToken),
@@ -101,13 +107,15 @@ impl Job {
         self: Box<Self>,
         pool: &BlockPool,
         seated: usize,
-        max_seated: usize,
+        limits: &EngineLimits,
         load: &Arc<LoadState>,
     ) -> Result<Reserved, Box<Self>> {
         let tokens = self.request.tokens.len();
-        let held = pool.lookup(&self.hashes[..scheduler::holdable_blocks(tokens).min(self.hashes.len())]);
-        let missing = blocks_for(tokens) - held.len();
-        let node = Occupancy { available: pool.available(), seated, max_seated };
+        let unneeded = limits.windows.unneeded_blocks(tokens);
+        let held = self.cached(pool, limits.windows);
+        let (cached_blocks, held_blocks) = (held.len(), unneeded + held.len());
+        let missing = blocks_for(tokens) - held_blocks;
+        let node = Occupancy { available: pool.available(), seated, max_seated: limits.max_running };
         let to_fill = match node.admits(missing).then(|| pool.allocate(missing)) {
             Some(Ok(lease)) => Arc::new(lease),
             _ => return Err(self),
@@ -115,11 +123,24 @@ impl Job {
         let metrics = load.metrics();
         metrics.prompt_tokens.inc_by(tokens as u64);
         metrics.prefix_cache_queries.inc_by(tokens as u64);
-        metrics.prefix_cache_hits.inc_by((held.len() * overfill_kv::BLOCK_TOKENS) as u64);
+        metrics.prefix_cache_hits.inc_by((cached_blocks * overfill_kv::BLOCK_TOKENS) as u64);
         let Self { arrival, request, hashes, events, waiting } = *self;
         drop(waiting);
-        let _ = events.try_send(SequenceEvent::Reserved { to_fill: to_fill.clone(), held_blocks: held.len() });
-        Ok(Reserved { arrival, request, hashes, events, held, to_fill, seat: load.count_running() })
+        let reserved = SequenceEvent::Reserved { to_fill: to_fill.clone(), held_blocks, cached_blocks };
+        let _ = events.try_send(reserved);
+        Ok(Reserved { arrival, request, hashes, events, unneeded, held, to_fill, seat: load.count_running() })
+    }
+
+    /// Cached blocks of the prompt, from the first one that a layer needs.
+    fn cached(&self, pool: &BlockPool, windows: Windows) -> BlockLease {
+        let tokens = self.request.tokens.len();
+        let end = scheduler::holdable_blocks(tokens).min(self.hashes.len());
+        let start = windows.unneeded_blocks(tokens).min(end);
+        let hashes = &self.hashes[start..end];
+        // Layers with windows do not need the blocks before theirs, so those may lack their KV.
+        let before = windows.windowed_from(tokens).saturating_sub(start);
+        let partial: Vec<_> = hashes.iter().take(before).map(BlockHash::without_windows).collect();
+        pool.lookup_either(hashes, &partial)
     }
 }
 
@@ -130,6 +151,8 @@ pub struct Reserved {
     request: Request,
     hashes: Vec<BlockHash>,
     events: mpsc::Sender<SequenceEvent>,
+    /// Leading blocks of the prompt that no layer needs.
+    unneeded: usize,
     held: BlockLease,
     to_fill: Arc<BlockLease>,
     seat: Counted,
@@ -148,10 +171,17 @@ impl Reserved {
 
     /// Begins decoding, after the KV has arrived and is verified (KV-5). Publishes the full blocks of the prompt in the
     /// prefix cache. They hold only KV of the full model, because this node's model writes only to later positions.
-    pub fn ready(self, first_token: u32, pool: &BlockPool) -> Sequence {
-        let Self { arrival, request, hashes, events, held, to_fill, seat } = self;
-        let blocks: Vec<BlockId> = held.blocks().iter().chain(to_fill.blocks()).copied().collect();
-        pool.publish(&blocks, &hashes);
+    pub fn ready(self, first_token: u32, pool: &BlockPool, windows: Windows) -> Sequence {
+        let Self { arrival, request, hashes, events, unneeded, held: mut lease, to_fill, seat } = self;
+        // The transport may still hold its own share of the received blocks.
+        lease.append(to_fill.share());
+        let blocks = block_table(unneeded, &lease);
+        // Earlier blocks lack the KV of layers whose windows have left them behind. Those layers of a longer prompt do not
+        // need it either.
+        let complete = windows.complete_from(request.tokens.len()).min(blocks.len() - 1);
+        let name = |(i, hash): (usize, &BlockHash)| if i < complete { hash.without_windows() } else { *hash };
+        let names: Vec<_> = hashes.iter().enumerate().skip(unneeded).map(name).collect();
+        pool.publish(lease.blocks(), &names);
         let mut tokens = request.tokens.clone();
         tokens.push(first_token);
         Sequence {
@@ -161,11 +191,18 @@ impl Reserved {
             blocks,
             events,
             last_token_at: Instant::now(),
-            _prompt: Some((held, to_fill)),
-            grown: None,
+            forgotten: unneeded,
+            lease,
             _seat: seat,
         }
     }
+}
+
+/// The block table of a sequence whose first blocks are not kept. Nothing reads them, but each place needs the id of some
+/// block.
+fn block_table(forgotten: usize, lease: &BlockLease) -> Vec<BlockId> {
+    let kept = lease.blocks();
+    kept.iter().take(1).cycle().take(forgotten).chain(kept).copied().collect()
 }
 
 /// A request in the decode batch.
@@ -176,14 +213,14 @@ pub struct Sequence {
     pub request: Request,
     /// Token ids of prompt and output. `blocks` holds the KV of all but the last token.
     pub tokens: Vec<u32>,
-    /// KV blocks, in order of position.
+    /// KV blocks, in order of position. The first [`forgotten`](Self::forgotten) ones are other blocks.
     pub blocks: Vec<BlockId>,
+    /// Number of leading blocks that are not kept, because no layer needs them.
+    pub forgotten: usize,
     events: mpsc::Sender<SequenceEvent>,
     last_token_at: Instant,
-    /// Leases of the prompt's blocks: cached and received. `None` after a preemption.
-    _prompt: Option<(BlockLease, Arc<BlockLease>)>,
-    /// Lease of all other blocks.
-    grown: Option<BlockLease>,
+    /// Lease of the other blocks, at least one.
+    lease: BlockLease,
     _seat: Counted,
 }
 
@@ -210,10 +247,7 @@ impl Sequence {
     /// Appends the blocks of `lease` to the sequence.
     pub fn grow(&mut self, lease: BlockLease) {
         self.blocks.extend_from_slice(lease.blocks());
-        match &mut self.grown {
-            Some(grown) => grown.append(lease),
-            None => self.grown = Some(lease),
-        }
+        self.lease.append(lease);
     }
 
     /// Splits the tokens into prompt and output for penalties. Earlier output in the request counts as output.
@@ -273,9 +307,9 @@ impl Sequence {
         let size = store.block_bytes();
         let mut layers = Vec::with_capacity(store.num_layers());
         for layer in 0..store.num_layers() {
-            let mut bytes = vec![0; self.blocks.len() * size];
+            let mut bytes = vec![0; self.lease.len() * size];
             let mut copy = |i: usize, block: &[u8]| bytes[i * size..][..size].copy_from_slice(block);
-            if let Err(e) = store.read(layer, &self.blocks, &mut copy) {
+            if let Err(e) = store.read(layer, self.lease.blocks(), &mut copy) {
                 return Err((Box::new(self), e));
             }
             layers.push(bytes);
@@ -283,7 +317,8 @@ impl Sequence {
         load.metrics().preemptions.inc();
         Ok(Swapped {
             arrival: self.arrival,
-            blocks: self.blocks.len(),
+            blocks: self.lease.len(),
+            forgotten: self.forgotten,
             layers,
             request: self.request,
             tokens: self.tokens,
@@ -300,6 +335,7 @@ pub struct Swapped {
     pub arrival: u64,
     /// Number of blocks that the request had and needs to resume.
     pub blocks: usize,
+    forgotten: usize,
     /// Bytes of the blocks, for each layer.
     layers: Vec<Vec<u8>>,
     request: Request,
@@ -339,11 +375,11 @@ impl Swapped {
             arrival: self.arrival,
             request: self.request,
             tokens: self.tokens,
-            blocks: lease.blocks().to_vec(),
+            blocks: block_table(self.forgotten, &lease),
+            forgotten: self.forgotten,
             events: self.events,
             last_token_at: self.last_token_at,
-            _prompt: None,
-            grown: Some(lease),
+            lease,
             _seat: load.count_running(),
         })
     }
@@ -367,6 +403,14 @@ mod tests {
         Node { load: LoadState::new(pool.clone(), NodeMetrics::new("m", "p").unwrap(), None, Duration::MAX), pool }
     }
 
+    /// Limits of a node whose layers have these windows.
+    fn limits(windows: &[Option<usize>]) -> EngineLimits {
+        let limits = overfill_node::RequestLimits::of_a_small_node(overfill_kv::Role::Decode);
+        let mut schema = limits.identity.schema.clone();
+        schema.layer_attention = windows.iter().map(|window| schema.rope.of_layer(*window)).collect();
+        EngineLimits { max_running: 4, max_waiting: 1, windows: schema.windows() }
+    }
+
     fn job(node: &Node, tokens: Vec<u32>) -> (Box<Job>, mpsc::Receiver<SequenceEvent>) {
         let (events, receiver) = mpsc::channel(CLIENT_EVENTS);
         let request = Request {
@@ -387,9 +431,9 @@ mod tests {
 
     fn decoding(node: &Node, tokens: Vec<u32>) -> (Sequence, mpsc::Receiver<SequenceEvent>) {
         let (job, mut receiver) = job(node, tokens);
-        let Ok(reserved) = job.reserve(&node.pool, 0, 4, &node.load) else { panic!("no room") };
+        let Ok(reserved) = job.reserve(&node.pool, 0, &limits(&[]), &node.load) else { panic!("no room") };
         assert!(matches!(receiver.try_recv(), Ok(SequenceEvent::Reserved { .. })));
-        (reserved.ready(5, &node.pool), receiver)
+        (reserved.ready(5, &node.pool, Windows::NONE), receiver)
     }
 
     fn token(token: u32) -> OutputToken {
@@ -401,10 +445,10 @@ mod tests {
         let node = node(3);
         let (first, _first_client) = decoding(&node, vec![1; 32]);
         let (second, second_client) = job(&node, vec![2; 32]);
-        let Err(second) = second.reserve(&node.pool, 1, 4, &node.load) else { panic!("there is no room") };
+        let Err(second) = second.reserve(&node.pool, 1, &limits(&[]), &node.load) else { panic!("there is no room") };
         assert_eq!((node.load.load().running, node.load.load().waiting), (1, 1));
         drop(first);
-        let Ok(second) = second.reserve(&node.pool, 0, 4, &node.load) else { panic!("there is room") };
+        let Ok(second) = second.reserve(&node.pool, 0, &limits(&[]), &node.load) else { panic!("there is room") };
         assert_eq!((node.pool.in_use(), node.load.load().running), (2, 1));
         drop((second, second_client));
         assert_eq!(node.pool.in_use(), 0);

@@ -92,10 +92,10 @@ impl v1::decode_server::Decode for DecodeService {
             let mut is_here = false;
             loop {
                 match next(&mut events, handoff.as_mut().filter(|_| !is_here), deadline, &drain).await {
-                    Next::Engine(Some(SequenceEvent::Reserved { to_fill, held_blocks })) => {
+                    Next::Engine(Some(SequenceEvent::Reserved { to_fill, held_blocks, cached_blocks })) => {
                         let ticket = Ticket(rand::random());
                         phase = Span::none();
-                        span.record("cached_tokens", held_blocks * BLOCK_TOKENS);
+                        span.record("cached_tokens", cached_blocks * BLOCK_TOKENS);
                         handoff = Some(span.in_scope(|| receiver.reserve(Reservation {
                             ticket,
                             request_id: id.clone(),

@@ -141,8 +141,14 @@ impl BlockPool {
     /// Other leases may hold the blocks too, so they must not be written. A caller that must compute the last token of
     /// a prompt should look up only the full blocks before that token.
     pub fn lookup(&self, hashes: &[BlockHash]) -> BlockLease {
+        self.lookup_either(hashes, &[])
+    }
+
+    /// Like [`Self::lookup`]. Where the block of `hashes[i]` is unknown, that of `others[i]` serves as well, if there is one.
+    pub fn lookup_either(&self, hashes: &[BlockHash], others: &[BlockHash]) -> BlockLease {
         let mut state = self.state.lock();
-        let blocks: Vec<BlockId> = hashes.iter().map_while(|hash| state.index.get(hash).copied()).collect();
+        let find = |(i, hash)| state.index.get(hash).or_else(|| state.index.get(others.get(i)?)).copied();
+        let blocks: Vec<BlockId> = hashes.iter().enumerate().map_while(find).collect();
         for id in &blocks {
             state.hold(*id);
         }
@@ -231,6 +237,15 @@ impl BlockLease {
     pub fn append(&mut self, mut other: BlockLease) {
         assert!(Arc::ptr_eq(&self.pool.state, &other.pool.state), "leases belong to different pools");
         self.blocks.append(&mut other.blocks);
+    }
+
+    /// Another lease of the same blocks.
+    pub fn share(&self) -> BlockLease {
+        let mut state = self.pool.state.lock();
+        for id in &self.blocks {
+            state.hold(*id);
+        }
+        BlockLease { pool: self.pool.clone(), blocks: self.blocks.clone() }
     }
 
     /// Keeps the first `at` blocks and returns the others as a new lease, which may be empty.

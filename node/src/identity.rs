@@ -1,7 +1,7 @@
 //! The identity of a node, and its forms for routers and for etcd.
 
 use overfill_cluster::discovery::Registration;
-use overfill_kv::{KvEndpoint, KvSchema, PROTOCOL, Role};
+use overfill_kv::{KvEndpoint, KvSchema, Role};
 use overfill_proto::v1;
 
 /// Identity and capacity of a node. Fixed for the life of the process.
@@ -58,7 +58,7 @@ impl Identity {
             version: env!("CARGO_PKG_VERSION").into(),
             weights: self.weights.clone(),
             eos_token_ids: self.eos_token_ids.clone(),
-            protocol: Some(PROTOCOL.into()),
+            protocol: Some(self.schema.protocol().into()),
             pool: self.pool.clone(),
             cluster: self.cluster.clone(),
             kv_transports: self.kv_transports.clone(),
