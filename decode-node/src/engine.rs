@@ -247,6 +247,7 @@ impl<C: Compute> Engine<C> {
         self.swapped.retain(|request| !request.is_over());
         self.reserved.retain(|_, request| !request.is_over());
         self.running.retain(|sequence| !sequence.is_over());
+        self.running.iter_mut().for_each(|sequence| sequence.forget(self.limits.windows));
         self.resume();
         self.reserve();
         let computed = self.step();

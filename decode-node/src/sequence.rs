@@ -250,6 +250,16 @@ impl Sequence {
         self.lease.append(lease);
     }
 
+    /// Gives back the blocks that no layer needs any more.
+    pub fn forget(&mut self, windows: Windows) {
+        let needed = windows.needed_from(self.tokens.len() - 1).min(self.blocks.len() - 1);
+        if needed > self.forgotten {
+            self.lease = self.lease.split_off(needed - self.forgotten);
+            self.forgotten = needed;
+            self.blocks = block_table(needed, &self.lease);
+        }
+    }
+
     /// Splits the tokens into prompt and output for penalties. Earlier output in the request counts as output.
     pub fn prompt_and_output(&self) -> (&[u32], &[u32]) {
         self.tokens.split_at(self.request.tokens.len() - self.request.generated)
