@@ -43,6 +43,18 @@ impl Windows {
     pub fn unneeded_blocks(self, prompt_tokens: usize) -> usize {
         self.needed_from(prompt_tokens).min(blocks_for(prompt_tokens).saturating_sub(1))
     }
+
+    /// Number of blocks that a decode node keeps of a sequence of `tokens` tokens.
+    pub fn needed_blocks(self, tokens: usize) -> usize {
+        blocks_for(tokens) - self.unneeded_blocks(tokens)
+    }
+
+    /// Number of tokens of a sequence that a decode node with `blocks` blocks can keep, as far as blocks limit it.
+    pub fn max_context_tokens(self, blocks: usize) -> usize {
+        // The longest window covers most blocks if it begins with the last token of a block.
+        let most = self.longest.saturating_add(BLOCK_TOKENS - 2) / BLOCK_TOKENS + 1;
+        if self.everywhere && most <= blocks { usize::MAX } else { blocks * BLOCK_TOKENS }
+    }
 }
 
 /// Index of the block with the first token that a layer with a window of `window` tokens attends to from `position`.
@@ -93,6 +105,20 @@ mod tests {
         assert_eq!(schema.due_blocks(0, 48), [0..3, 2..3, 0..3]);
         assert_eq!(schema.due_blocks(0, 1), [0..1, 0..1, 0..1]);
         assert_eq!(schema.windows().unneeded_blocks(100), 0);
+    }
+
+    #[test]
+    fn a_few_blocks_are_enough_for_windows() {
+        let windows = schema(&[Some(40), Some(16)]).windows();
+        let most = (0..200).map(|position| position / BLOCK_TOKENS + 1 - windows.needed_from(position)).max();
+        assert_eq!(most, Some(4));
+        assert_eq!([3, 4].map(|blocks| windows.max_context_tokens(blocks)), [48, usize::MAX]);
+        assert_eq!([17, 100].map(|tokens| windows.needed_blocks(tokens)), [2, 4]);
+        let [mixed, none] = [schema(&[Some(40), None]).windows(), Windows::NONE];
+        assert_eq!(
+            [mixed, none].map(|windows| (windows.max_context_tokens(4), windows.needed_blocks(100))),
+            [(64, 7); 2]
+        );
     }
 
     #[test]

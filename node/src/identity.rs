@@ -21,7 +21,8 @@ pub struct Identity {
     pub model: String,
     /// KV schema. Prefill nodes: the KV that the model computes. Decode nodes: the KV that the model attends to.
     pub schema: KvSchema,
-    /// Maximum length of prompt and output together, in tokens: the lower of the model's limit and the KV capacity.
+    /// Maximum length of prompt and output together, in tokens: the lower of the model's limit and what fits into the KV
+    /// cache.
     pub max_context_tokens: usize,
     /// Capacity of its KV cache, in blocks.
     pub total_blocks: usize,
