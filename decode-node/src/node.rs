@@ -41,11 +41,10 @@ impl DecodeNode {
         let stop = CancellationToken::new();
         let listener = KvListener::new(kv, host.config.tls.clone());
         let schema = host.model.kv_schema();
-        let windows = schema.windows();
+        let limits = EngineLimits { max_running, max_waiting, windows: schema.windows() };
         let transfer = TransferConfig { transports: host.transports.clone(), ..TransferConfig::default() };
         let (receiver, receiving) = KvReceiver::start(listener, schema, host.model.kv(), transfer, stop.clone());
         let counted = receiver.clone();
-        let limits = EngineLimits { max_running, max_waiting, windows };
         let counted: Receiving = Box::new(move || (counted.open_handoffs(), counted.stranded_bytes()));
         Ok(Self {
             load: host.load(Some(counted))?,
