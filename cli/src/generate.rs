@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use overfill_kv::Role;
+use overfill_kv::{Mode, Role};
 use overfill_proto::v1::{self, generate_event::Event, generate_request::Prompt};
 
 use crate::router_client::{Client, RouterUrl, refusal};
@@ -73,6 +73,9 @@ pub struct Options {
     /// Continue past the end-of-text token.
     #[arg(long, help_heading = "Sampling")]
     ignore_eos: bool,
+    /// What the full model does after the first token: draft (nothing), refresh or exact [default: the router's]
+    #[arg(long, value_name = "MODE", help_heading = "Sampling")]
+    mode: Option<Mode>,
     /// Print the timings as one line of JSON.
     #[arg(long, help_heading = "Output")]
     json: bool,
@@ -203,7 +206,7 @@ fn extend(spans: &mut Vec<Span>, position: usize, token: &v1::GeneratedToken) {
 
 impl Options {
     fn request(&self, prompt: Prompt) -> v1::GenerateRequest {
-        let Self { model, max_tokens, temperature, top_p, top_k, min_p, seed, stop, ignore_eos, json: _ } = self;
+        let Self { model, max_tokens, temperature, top_p, top_k, min_p, seed, stop, ignore_eos, mode, json: _ } = self;
         v1::GenerateRequest {
             model: model.clone(),
             prompt: Some(prompt),
@@ -219,6 +222,7 @@ impl Options {
             max_tokens: *max_tokens,
             stop: stop.clone(),
             ignore_eos: *ignore_eos,
+            mode: mode.map_or(v1::Mode::Unspecified, Into::into).into(),
             ..Default::default()
         }
     }
@@ -249,7 +253,10 @@ impl Answer {
             text::bytes(handoff.bytes),
             text::seconds(handoff.seconds),
             text::seconds(handoff.exposed_seconds),
-            spans.join(", "),
+            match timings.drafted_tokens {
+                0 => spans.join(", "),
+                drafted => format!("{} of {drafted} drafts accepted", timings.accepted_tokens),
+            },
             if timings.migrations > 0 { format!(" | {} migrations", timings.migrations) } else { String::new() },
         )
     }
@@ -277,6 +284,8 @@ impl Answer {
             "prefill_node": timings.prefill_node,
             "decode_node": timings.decode_node,
             "migrations": timings.migrations,
+            "drafted_tokens": timings.drafted_tokens,
+            "accepted_tokens": timings.accepted_tokens,
             "tokens": spans,
         })
         .to_string()

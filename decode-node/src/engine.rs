@@ -4,28 +4,27 @@
 use std::{
     collections::{HashMap, VecDeque},
     io,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-        mpsc as std_mpsc,
-    },
+    ops::Range,
+    sync::{Arc, mpsc as std_mpsc},
     time::Duration,
 };
 
-use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, Role, Windows, block_hashes};
+use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, Role, Windows};
 use overfill_model::{
     Choice, Engine as ModelEngine, LayerSink, ModelError, Outputs, SamplingContext, SequenceSlice, Want, no_layers,
 };
-use overfill_node::{Constraint, LoadState, Refused, Turn, spawn_engine};
+use overfill_node::{Constraint, LoadState, Turn, spawn_engine};
 use tokio::{
-    sync::{Notify, mpsc, oneshot},
+    sync::{Notify, oneshot},
     time::Instant,
 };
 use tracing::debug;
 
 use crate::{
+    flow::Flow,
+    handle::{Command, EngineHandle},
     scheduler::{self, Growth, Occupancy},
-    sequence::{CLIENT_EVENTS, Job, Request, Reserved, Sequence, SequenceEvent, Swapped},
+    sequence::{Job, Request, Reserved, Sequence, SequenceEvent, Swapped},
 };
 
 /// Polling interval while the engine has requests but can compute none of them.
@@ -42,67 +41,28 @@ pub struct EngineLimits {
     pub windows: Windows,
 }
 
-enum Command {
-    Submit(Box<Job>),
-    Ready { arrival: u64, first_token: u32 },
-}
-
-/// Handle for submitting requests to the engine. The engine ends when all handles are dropped and its work is done.
-#[derive(Clone)]
-pub struct EngineHandle {
-    commands: std_mpsc::SyncSender<Command>,
-    commanded: Arc<Notify>,
-    load: Arc<LoadState>,
-    arrivals: Arc<AtomicU64>,
-    max_waiting: usize,
-}
-
-impl EngineHandle {
-    /// Queues a request. Returns its arrival number and the receiver of its events. Dropping the receiver cancels the
-    /// request.
-    ///
-    /// # Errors
-    /// The queue is full, or the node is draining.
-    pub fn submit(&self, request: Request) -> Result<(u64, mpsc::Receiver<SequenceEvent>), Refused> {
-        if self.load.is_draining() {
-            return Err(Refused::Draining);
-        }
-        let waiting = self.load.try_wait(self.max_waiting).ok_or(Refused::QueueFull(self.max_waiting))?;
-        let (events, receiver) = mpsc::channel(CLIENT_EVENTS);
-        let hashes = request.producer.as_ref().map(|producer| block_hashes(&request.tokens, producer));
-        let arrival = self.arrivals.fetch_add(1, Ordering::Relaxed);
-        let job = Job { arrival, request, hashes: hashes.unwrap_or_default(), events, waiting };
-        self.send(Command::Submit(Box::new(job)))?;
-        self.load.publish();
-        Ok((arrival, receiver))
-    }
-
-    /// Tells the engine that the KV of the request `arrival` is complete and verified (KV-5). `first_token` is the
-    /// token that the prefill node sampled.
-    ///
-    /// # Errors
-    /// The queue is full, or the engine has ended.
-    pub fn ready(&self, arrival: u64, first_token: u32) -> Result<(), Refused> {
-        self.send(Command::Ready { arrival, first_token })
-    }
-
-    fn send(&self, command: Command) -> Result<(), Refused> {
-        self.commands.try_send(command).map_err(|e| match e {
-            std_mpsc::TrySendError::Full(_) => Refused::QueueFull(self.max_waiting),
-            std_mpsc::TrySendError::Disconnected(_) => Refused::Draining,
-        })?;
-        self.commanded.notify_one();
-        Ok(())
-    }
-}
-
 /// The computation of tokens: by the model's engine, or simulated in tests.
 pub trait Compute {
-    /// Computes the KV of the last token of each sequence, and returns the next token of each.
+    /// Computes the KV of tokens of each sequence, and returns the next token of each whose last token it has computed.
     ///
     /// # Errors
     /// The computation failed. Then all sequences of the batch have failed.
-    fn step(&mut self, sequences: &[&Sequence]) -> Result<Vec<OutputToken>, ModelError>;
+    fn step(&mut self, sequences: &[Stepping<'_>]) -> Result<Vec<Option<OutputToken>>, ModelError>;
+}
+
+/// A sequence in a step.
+pub struct Stepping<'a> {
+    /// The sequence.
+    pub sequence: &'a Sequence,
+    /// Positions of the tokens to compute, at least one. Nearly always, this is the last token alone.
+    pub tokens: Range<usize>,
+}
+
+impl Stepping<'_> {
+    /// Whether the next token of the sequence is to be chosen.
+    pub fn is_last(&self) -> bool {
+        self.tokens.end == self.sequence.flow.tokens.len()
+    }
 }
 
 struct ModelCompute {
@@ -112,20 +72,24 @@ struct ModelCompute {
 }
 
 impl Compute for ModelCompute {
-    fn step(&mut self, sequences: &[&Sequence]) -> Result<Vec<OutputToken>, ModelError> {
-        let slices: Vec<_> = sequences.iter().map(|sequence| slice(sequence)).collect();
+    fn step(&mut self, sequences: &[Stepping<'_>]) -> Result<Vec<Option<OutputToken>>, ModelError> {
+        let slices: Vec<_> = sequences.iter().map(slice).collect();
         self.engine.run(&slices, &self.layers, &mut self.outputs)?;
-        (0..slices.len()).map(|i| self.outputs.take_next(i)).collect()
+        let outputs = sequences.iter().enumerate();
+        outputs.map(|(i, stepping)| stepping.is_last().then(|| self.outputs.take_next(i)).transpose()).collect()
     }
 }
 
-fn slice(sequence: &Sequence) -> SequenceSlice<'_> {
-    let start = sequence.tokens.len() - 1;
-    let (prompt, output) = sequence.prompt_and_output();
-    let allowed = sequence.request.constraint.as_ref().map(Constraint::mask);
+fn slice<'a>(stepping: &Stepping<'a>) -> SequenceSlice<'a> {
+    let (Sequence { flow, blocks, .. }, positions) = (stepping.sequence, &stepping.tokens);
+    let (prompt, output) = flow.prompt_and_output();
+    let allowed = flow.request.constraint.as_ref().map(Constraint::mask);
     let context = SamplingContext { allowed, ..SamplingContext::following(prompt, output) };
-    let want = Want::Next(Choice { params: &sequence.request.sampling, context });
-    SequenceSlice { tokens: &sequence.tokens[start..], start, blocks: &sequence.blocks, want }
+    let want = match stepping.is_last() {
+        true => Want::Next(Choice { params: &flow.request.sampling, context }),
+        false => Want::Nothing,
+    };
+    SequenceSlice { tokens: &flow.tokens[positions.clone()], start: positions.start, blocks, want }
 }
 
 /// Starts the engine thread. The returned receiver resolves when the thread has ended, also after a panic.
@@ -164,16 +128,20 @@ pub struct Engine<C> {
     running: Vec<Sequence>,
     /// The step whose results have not been applied yet.
     computed: Option<Step>,
+    /// Recent mean of the duration of a step.
+    step_mean: Duration,
+    /// Origin of the times of verdicts.
+    origin: Instant,
     /// The device has failed. Then the engine ends, and with it the process.
     lost: bool,
 }
 
 /// A computed step.
 struct Step {
-    /// Indices of its sequences in the batch, in ascending order.
-    stepping: Vec<usize>,
+    /// Indices of its sequences in the batch, in ascending order, and the end of what it computes of each.
+    stepping: Vec<(usize, usize)>,
     began: Instant,
-    result: Result<Vec<OutputToken>, ModelError>,
+    result: Result<Vec<Option<OutputToken>>, ModelError>,
 }
 
 impl<C: Compute> Engine<C> {
@@ -186,16 +154,11 @@ impl<C: Compute> Engine<C> {
         load: Arc<LoadState>,
         limits: EngineLimits,
     ) -> (EngineHandle, Self) {
-        // Enough for every message: `Submit` of each waiting request, and `Ready` of each request that holds blocks.
-        let (sender, commands) = std_mpsc::sync_channel(limits.max_waiting + limits.max_running);
+        // Enough for every message: `Submit` of each waiting request, and one of every other kind for
+        // each seated request.
+        let (sender, commands) = std_mpsc::sync_channel(limits.max_waiting + 4 * limits.max_running);
         let commanded = Arc::new(Notify::new());
-        let handle = EngineHandle {
-            commands: sender,
-            commanded: commanded.clone(),
-            load: load.clone(),
-            arrivals: Arc::default(),
-            max_waiting: limits.max_waiting,
-        };
+        let handle = EngineHandle::new(sender, commanded.clone(), load.clone(), limits.max_waiting);
         let engine = Self {
             compute,
             store,
@@ -209,6 +172,8 @@ impl<C: Compute> Engine<C> {
             reserved: HashMap::new(),
             running: Vec::new(),
             computed: None,
+            step_mean: Duration::ZERO,
+            origin: Instant::now(),
             lost: false,
         };
         (handle, engine)
@@ -244,12 +209,13 @@ impl<C: Compute> Engine<C> {
         };
         self.load.step_began();
         self.waiting.retain(|job| !job.is_over());
-        self.swapped.retain(|request| !request.is_over());
+        self.swapped.retain(|request| !request.flow.is_over());
         self.reserved.retain(|_, request| !request.is_over());
-        self.running.retain(|sequence| !sequence.is_over());
+        self.running.retain(|sequence| !sequence.flow.is_over());
         self.running.iter_mut().for_each(|sequence| sequence.forget(self.limits.windows));
         self.resume();
         self.reserve();
+        self.extend();
         let computed = self.step();
         match (computed, can_come || !self.is_idle()) {
             (true, _) => Turn::Computed,
@@ -266,6 +232,15 @@ impl<C: Compute> Engine<C> {
     /// Requests whose KV has not arrived yet, and the blocks reserved for it.
     pub fn reserved(&self) -> impl Iterator<Item = (&Request, &Arc<BlockLease>)> {
         self.reserved.values().map(Reserved::to_fill)
+    }
+
+    /// Requests that the full model's KV for a block is on its way to: the tokens, the index of the block, and its place.
+    pub fn landings(&self) -> impl Iterator<Item = (&[u32], usize, &Arc<BlockLease>)> {
+        let running = self.running.iter().map(|sequence| &sequence.flow);
+        running.chain(self.swapped.iter().map(|swapped| &swapped.flow)).filter_map(|flow| {
+            let extensions = &flow.extensions;
+            Some((&flow.tokens[..], extensions.refreshed_blocks(), extensions.landing()?))
+        })
     }
 
     /// Blocks until a command arrives, or for at most [`POLL`] if there are requests.
@@ -290,19 +265,90 @@ impl<C: Compute> Engine<C> {
                 // Absent if the request has ended meanwhile.
                 let Some(reserved) = self.reserved.remove(&arrival) else { return };
                 let mut sequence = reserved.ready(first_token, &self.pool, self.limits.windows);
-                match sequence.finish() {
-                    Some(finish) => sequence.tell(SequenceEvent::Finished(finish)),
-                    None => match sequence.constrain() {
+                let flow = &mut sequence.flow;
+                match flow.finish() {
+                    Some(finish) => flow.tell(SequenceEvent::Finished(finish)),
+                    None => match flow.constrain() {
                         Ok(()) => self.seat(sequence),
-                        Err(e) => sequence.refuse(&e),
+                        Err(e) => flow.refuse(&e),
                     },
+                }
+            }
+            Command::Verdict { arrival, position, tokens } => self.verdict(arrival, position, &tokens),
+            Command::Lost { arrival } => {
+                let Some(flow) = self.flow(arrival) else { return };
+                flow.tell(SequenceEvent::LandingOver);
+                if !flow.extensions.lost() {
+                    flow.fail("the full model's KV did not arrive");
+                    self.remove(arrival);
+                }
+            }
+            Command::Landed { arrival, number, ok } => {
+                let is_running = self.running.iter().any(|sequence| sequence.flow.arrival == arrival);
+                let Some(flow) = self.flow(arrival).filter(|flow| flow.extensions.is_landing(number)) else { return };
+                if !is_running {
+                    // Its block is needed to resume. The full model is asked again then.
+                    flow.extensions.give_up_landing();
+                } else if ok {
+                    flow.extensions.landed();
+                } else if !flow.extensions.not_landed() {
+                    flow.fail("the full model's KV did not arrive");
+                    self.remove(arrival);
                 }
             }
         }
     }
 
+    /// The request `arrival`, if it decodes or is preempted.
+    fn flow(&mut self, arrival: u64) -> Option<&mut Flow> {
+        let running = self.running.iter_mut().map(|sequence| &mut sequence.flow);
+        let mut flows = running.chain(self.swapped.iter_mut().map(|swapped| &mut swapped.flow));
+        flows.find(|flow| flow.arrival == arrival)
+    }
+
+    fn remove(&mut self, arrival: u64) {
+        self.running.retain(|sequence| sequence.flow.arrival != arrival);
+        self.swapped.retain(|swapped| swapped.flow.arrival != arrival);
+    }
+
+    fn verdict(&mut self, arrival: u64, position: usize, tokens: &[u32]) {
+        let origin = self.origin;
+        let Some(flow) = self.flow(arrival) else { return };
+        let verdict = match flow.verdict(position, tokens, origin) {
+            Ok(verdict) => verdict,
+            Err(e) => {
+                flow.refuse(&e);
+                return self.remove(arrival);
+            }
+        };
+        if let Some(finish) = flow.finish() {
+            flow.tell(SequenceEvent::Finished(finish));
+            self.remove(arrival);
+        }
+        if let Some(verdict) = verdict {
+            let metrics = self.load.metrics();
+            metrics.drafts.inc();
+            metrics.draft_tokens.inc_by(verdict.drafted as u64);
+            metrics.accepted_tokens.inc_by(verdict.accepted as u64);
+        }
+    }
+
+    /// Uses the full model's KV that has arrived, and asks it to go on where it is time.
+    fn extend(&mut self) {
+        let (step, origin, seated) = (self.step_mean, self.origin, self.seated());
+        for sequence in self.running.iter_mut().filter(|sequence| sequence.flow.request.mode.extends()) {
+            sequence.refresh();
+            // A block in reserve for each request is left alone. In mode refresh, `make_room` gets a block in any case.
+            let spare = self.pool.available() > seated;
+            let place =
+                if spare && sequence.flow.wants_landing() { self.pool.allocate(1).ok().map(Arc::new) } else { None };
+            sequence.flow.ask(place, step, origin);
+        }
+    }
+
     fn seat(&mut self, sequence: Sequence) {
-        let place = self.running.partition_point(|other| other.arrival < sequence.arrival);
+        let arrival = sequence.flow.arrival;
+        let place = self.running.partition_point(|other| other.flow.arrival < arrival);
         self.running.insert(place, sequence);
     }
 
@@ -342,10 +388,14 @@ impl<C: Compute> Engine<C> {
     /// youngest sequence.
     fn make_room(&mut self) {
         loop {
-            let seats: Vec<_> = self.running.iter().map(Sequence::seat).collect();
+            let (step, origin) = (self.step_mean, self.origin);
+            let seats: Vec<_> = self.running.iter().map(|sequence| sequence.seat(step)).collect();
             // Only this thread allocates blocks, so an available block stays available.
             match scheduler::next_growth(&seats, self.pool.available() > 0) {
                 Some(Growth::Grow(i)) => match self.pool.allocate(1) {
+                    Ok(lease) if self.running[i].lacks_landing() => {
+                        self.running[i].flow.ask(Some(Arc::new(lease)), step, origin);
+                    }
                     Ok(lease) => self.running[i].grow(lease),
                     Err(_) => self.swap_out(self.running.len() - 1),
                 },
@@ -357,26 +407,40 @@ impl<C: Compute> Engine<C> {
 
     fn swap_out(&mut self, i: usize) {
         let sequence = self.running.remove(i);
-        debug!(request = %sequence.request.id, blocks = sequence.blocks.len(), "request preempted");
+        debug!(request = %sequence.flow.request.id, blocks = sequence.blocks.len(), "request preempted");
         match sequence.swap_out(&*self.store, &self.load) {
             Ok(request) => {
-                let place = self.swapped.partition_point(|other| other.arrival < request.arrival);
+                let place = self.swapped.partition_point(|other| other.flow.arrival < request.flow.arrival);
                 self.swapped.insert(place, request);
             }
             Err((sequence, e)) => {
-                sequence.fail(&format!("copying KV to host memory: {e}"));
+                sequence.flow.fail(&format!("copying KV to host memory: {e}"));
             }
         }
     }
 
-    /// Computes one token for every sequence whose client keeps up. Returns false if there is no such sequence.
+    /// Computes the next token of every sequence that can go on. Returns false if there is no such sequence.
     fn step(&mut self) -> bool {
         self.make_room();
-        let stepping: Vec<usize> = (0..self.running.len()).filter(|i| self.running[*i].steps()).collect();
-        if stepping.is_empty() {
+        let step = self.step_mean;
+        let indices: Vec<usize> = (0..self.running.len()).filter(|i| self.running[*i].steps(step)).collect();
+        if indices.is_empty() {
             return false;
         }
-        let sequences: Vec<&Sequence> = stepping.iter().map(|i| &self.running[*i]).collect();
+        // Some sequences have more than one token to compute, after a verdict. An engine has room for a row per request.
+        let mut spare_rows = self.limits.max_running - indices.len();
+        let stepping = indices.into_iter().map(|i| {
+            let flow = &self.running[i].flow;
+            let more = (flow.tokens.len() - flow.computed - 1).min(spare_rows);
+            spare_rows -= more;
+            (i, flow.computed + 1 + more)
+        });
+        let stepping: Vec<(usize, usize)> = stepping.collect();
+        let sequence = |(i, end): &(usize, usize)| {
+            let sequence = &self.running[*i];
+            Stepping { sequence, tokens: sequence.flow.computed..*end }
+        };
+        let sequences: Vec<Stepping<'_>> = stepping.iter().map(sequence).collect();
         let began = Instant::now();
         let result = self.compute.step(&sequences);
         self.computed = Some(Step { stepping, began, result });
@@ -388,13 +452,15 @@ impl<C: Compute> Engine<C> {
         match self.computed.take() {
             None => {}
             Some(Step { stepping, began, result: Ok(tokens) }) => {
-                self.load.decoded(stepping.len(), began.elapsed());
+                let took = began.elapsed();
+                self.step_mean = if self.step_mean.is_zero() { took } else { (self.step_mean * 7 + took) / 8 };
+                self.load.decoded(stepping.len(), took);
                 self.advance(&stepping, tokens);
             }
             Some(Step { stepping, result: Err(e), .. }) => {
                 self.lost = e.is_lost_device();
-                for i in stepping.into_iter().rev() {
-                    self.running.remove(i).fail(&format!("computing a token: {e}"));
+                for (i, _) in stepping.into_iter().rev() {
+                    self.running.remove(i).flow.fail(&format!("computing a token: {e}"));
                 }
             }
         }
@@ -402,17 +468,25 @@ impl<C: Compute> Engine<C> {
         self.load.publish();
     }
 
-    fn advance(&mut self, stepping: &[usize], tokens: Vec<OutputToken>) {
+    fn advance(&mut self, stepping: &[(usize, usize)], tokens: Vec<Option<OutputToken>>) {
         let metrics = self.load.metrics();
         // In reverse order, because removing a sequence shifts the indices behind it.
-        for (&i, token) in stepping.iter().zip(tokens).rev() {
-            let sequence = &mut self.running[i];
-            metrics.inter_token_latency_seconds.observe(sequence.push(token).as_secs_f64());
-            metrics.generation_tokens.inc();
-            if let Some(finish) = sequence.finish() {
-                self.running.remove(i).tell(SequenceEvent::Finished(finish));
-            } else if let Err(e) = sequence.constrain() {
-                self.running.remove(i).refuse(&e);
+        for (&(i, end), token) in stepping.iter().zip(tokens).rev() {
+            let flow = &mut self.running[i].flow;
+            let Some(token) = token else {
+                flow.computed = end;
+                continue;
+            };
+            if let Some(since) = flow.push(token) {
+                metrics.inter_token_latency_seconds.observe(since.as_secs_f64());
+                metrics.generation_tokens.inc();
+            }
+            if let Some(finish) = flow.finish() {
+                flow.tell(SequenceEvent::Finished(finish));
+                self.running.remove(i);
+            } else if let Err(e) = flow.constrain() {
+                flow.refuse(&e);
+                self.running.remove(i);
             }
         }
     }

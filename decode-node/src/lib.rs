@@ -7,6 +7,9 @@
 
 pub mod args;
 pub mod engine;
+pub mod extension;
+pub mod flow;
+pub mod handle;
 pub mod node;
 pub mod request;
 pub mod scheduler;

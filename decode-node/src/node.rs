@@ -14,7 +14,7 @@ use tonic::service::Routes;
 use crate::{
     args::Config,
     engine::{self, EngineLimits},
-    service::DecodeService,
+    service::{DecodeService, ExtendedRequests},
 };
 
 /// A decode node whose listeners are bound and whose model is loaded.
@@ -88,7 +88,14 @@ impl DecodeNode {
         let (pool, constraints) = (host.pool.clone(), core.constraints(host.files.clone()));
         let (front, model) = host.into_parts();
         let (engine, engine_end) = engine::start(model.into_engine(), pool, load, limits)?;
-        let service = DecodeService { engine, limits: request_limits, constraints, receiver, core: core.clone() };
+        let service = DecodeService {
+            engine,
+            limits: request_limits,
+            constraints,
+            receiver,
+            core: core.clone(),
+            extended: ExtendedRequests::default(),
+        };
         if front.serve(&core, service.into_role_service(), engine_end).await? == Served::Drained {
             drop(receiver_stop);
             receiving.await.map_err(NodeError::Receiving)?;

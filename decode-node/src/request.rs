@@ -1,12 +1,12 @@
 //! Converts a decode request from its wire form to a checked [`Request`]. An error names the field, its limit and its
 //! value. Nothing is allocated for a request before it has passed.
 
-use overfill_kv::{KvSchema, SchemaMismatch, sampling::MAX_STOP_TOKENS};
+use overfill_kv::{KvSchema, SchemaMismatch, Ticket, sampling::MAX_STOP_TOKENS};
 use overfill_node::{
     RequestError, RequestLimits,
     request::{Common, CommonFields},
 };
-use overfill_proto::{InvalidField, v1};
+use overfill_proto::{InvalidField, ticket_from_wire, v1};
 use tokio::time::Instant;
 
 use crate::sequence::Request;
@@ -27,7 +27,9 @@ pub fn check(limits: &RequestLimits, wire: v1::DecodeRequest, now: Instant) -> R
         generated_tokens,
         producer,
         incarnation,
+        mode,
     } = wire;
+    let mode = v1::Mode::try_from(mode).map_err(|e| InvalidField::new("mode", "a known mode", e))?;
     let fields = CommonFields { request_id, prompt_tokens, sampling, deadline_seconds, generated_tokens, incarnation };
     let Common { id, tokens, sampling, generated, deadline } = limits.check(fields, now)?;
     let (count, max) = (tokens.len(), limits.identity.max_context_tokens);
@@ -42,7 +44,37 @@ pub fn check(limits: &RequestLimits, wire: v1::DecodeRequest, now: Instant) -> R
         return Err(InvalidField::new("stop_token_ids", limit, format!("{} ids", stop_token_ids.len())).into());
     }
     let producer = check_producer(&limits.identity.schema, producer)?;
-    Ok(Request { id, tokens, generated, sampling, constraint: None, max_tokens, stop_token_ids, producer, deadline })
+    let mode = mode.named().unwrap_or_default();
+    Ok(Request {
+        id,
+        tokens,
+        generated,
+        sampling,
+        constraint: None,
+        max_tokens,
+        stop_token_ids,
+        producer,
+        deadline,
+        mode,
+    })
+}
+
+/// Checks a verdict. Returns the ticket of its request, and the position of the first chosen token and the tokens; `None`
+/// if the extension was lost.
+///
+/// # Errors
+/// A field has an invalid value, or the request names another incarnation.
+pub fn check_verdict(
+    limits: &RequestLimits,
+    wire: v1::VerdictRequest,
+) -> Result<(Ticket, Option<(usize, Vec<u32>)>), RequestError> {
+    let v1::VerdictRequest { request_id, incarnation, ticket, position, tokens, lost } = wire;
+    let ticket = ticket_from_wire(&ticket)?;
+    // Nothing was chosen then, but the other fields are checked.
+    let prompt_tokens = if lost { vec![0] } else { tokens };
+    let fields = CommonFields { request_id, prompt_tokens, incarnation, ..Default::default() };
+    let Common { tokens, .. } = limits.check(fields, Instant::now())?;
+    Ok((ticket, (!lost).then_some((position as usize, tokens))))
 }
 
 /// Fingerprint of the full model that computes the prompt's KV: the one that the request names, else the one in this

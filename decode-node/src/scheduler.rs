@@ -11,6 +11,8 @@ pub struct Seat {
     pub lacks_block: bool,
     /// The client has not read the last tokens, so the sequence skips this step.
     pub sits_out: bool,
+    /// The sequence waits for the full model, so it skips this step.
+    pub waits: bool,
 }
 
 /// An action that is needed before the next step. The value is the index of the sequence in the batch.
@@ -67,7 +69,7 @@ mod tests {
     use super::*;
 
     fn seat(lacks_block: bool, sits_out: bool) -> Seat {
-        Seat { lacks_block, sits_out }
+        Seat { lacks_block, sits_out, waits: false }
     }
 
     #[test]

@@ -4,22 +4,21 @@
 use std::{sync::Arc, time::Duration};
 
 use overfill_kv::{
-    BlockHash, BlockId, BlockLease, BlockPool, FinishReason, KvStore, OutputToken, RequestId, SamplingParams,
+    BlockHash, BlockId, BlockLease, BlockPool, FinishReason, KvStore, Mode, OutputToken, RequestId, SamplingParams,
     StoreError, Windows, blocks_for,
 };
-use overfill_node::{Constraint, GrammarError, LoadState, load::Counted};
+use overfill_node::{Constraint, LoadState, load::Counted};
 use tokio::{sync::mpsc, time::Instant};
-use tracing::error;
 
 use crate::{
     engine::EngineLimits,
+    extension::Ask,
+    flow::Flow,
     scheduler::{self, Occupancy, Seat},
 };
 
 /// Capacity of the event channel to a client. A sequence skips steps while its channel is nearly full.
 pub const CLIENT_EVENTS: usize = 64;
-/// Free places in the channel that a sequence needs for a step: one for the token, one for the last event.
-const STEP_EVENTS: usize = 2;
 
 /// A checked request.
 #[derive(Clone, Debug)]
@@ -42,6 +41,8 @@ pub struct Request {
     pub producer: Option<String>,
     /// Time at which the request fails if it has not ended.
     pub deadline: Instant,
+    /// What the full model does after the first token.
+    pub mode: Mode,
 }
 
 impl Request {
@@ -68,6 +69,15 @@ pub enum SequenceEvent {
     Token(OutputToken),
     /// The output is complete. The last event.
     Finished(FinishReason),
+    /// The full model is to go on with the sequence.
+    Extension {
+        /// What it is to do.
+        ask: Ask,
+        /// The block for its KV, if that is wanted.
+        place: Option<Arc<BlockLease>>,
+    },
+    /// The place of the last extension's KV is not needed any more.
+    LandingOver,
     /// The request failed in the engine, for the given reason. The last event.
     Failed(String),
     /// The request's grammar can't be followed any further, for the given reason: the fault of the request. The last event.
@@ -89,7 +99,7 @@ pub struct Job {
 
 /// Whether a request is over: its client is gone or its deadline has passed. The service checks the deadline too, but
 /// not while its client does not read.
-fn is_over(events: &mpsc::Sender<SequenceEvent>, request: &Request) -> bool {
+pub(crate) fn is_over(events: &mpsc::Sender<SequenceEvent>, request: &Request) -> bool {
     events.is_closed() || Instant::now() >= request.deadline
 }
 
@@ -182,19 +192,8 @@ impl Reserved {
         let name = |(i, hash): (usize, &BlockHash)| if i < complete { hash.without_windows() } else { *hash };
         let names: Vec<_> = hashes.iter().enumerate().skip(unneeded).map(name).collect();
         pool.publish(lease.blocks(), &names);
-        let mut tokens = request.tokens.clone();
-        tokens.push(first_token);
-        Sequence {
-            arrival,
-            request,
-            tokens,
-            blocks,
-            events,
-            last_token_at: Instant::now(),
-            forgotten: unneeded,
-            lease,
-            _seat: seat,
-        }
+        let flow = Flow::new(arrival, request, first_token, events);
+        Sequence { flow, blocks, forgotten: unneeded, lease, _seat: seat }
     }
 }
 
@@ -207,41 +206,40 @@ fn block_table(forgotten: usize, lease: &BlockLease) -> Vec<BlockId> {
 
 /// A request in the decode batch.
 pub struct Sequence {
-    /// Arrival number.
-    pub arrival: u64,
-    /// The request.
-    pub request: Request,
-    /// Token ids of prompt and output. `blocks` holds the KV of all but the last token.
-    pub tokens: Vec<u32>,
+    /// The request and its output.
+    pub flow: Flow,
     /// KV blocks, in order of position. The first [`forgotten`](Self::forgotten) ones are other blocks.
     pub blocks: Vec<BlockId>,
     /// Number of leading blocks that are not kept, because no layer needs them.
     pub forgotten: usize,
-    events: mpsc::Sender<SequenceEvent>,
-    last_token_at: Instant,
     /// Lease of the other blocks, at least one.
     lease: BlockLease,
     _seat: Counted,
 }
 
 impl Sequence {
-    /// Whether the request is over: its client is gone or its deadline has passed.
-    pub fn is_over(&self) -> bool {
-        is_over(&self.events, &self.request)
-    }
-
-    /// State of the sequence, as input of the scheduler.
-    pub fn seat(&self) -> Seat {
+    /// State of the sequence, as input of the scheduler. `step`: duration of a step.
+    pub fn seat(&self, step: Duration) -> Seat {
+        let flow = &self.flow;
+        let waits = flow.waits(step);
         Seat {
-            lacks_block: self.blocks.len() < blocks_for(self.tokens.len()),
-            sits_out: self.events.capacity() < STEP_EVENTS,
+            // A sequence that waits does not grow: the full model's KV may need the block.
+            lacks_block: self.lacks_landing() || (!waits && self.blocks.len() < blocks_for(flow.tokens.len())),
+            sits_out: !flow.is_heard(),
+            waits,
         }
     }
 
     /// Whether the next token can be computed now.
-    pub fn steps(&self) -> bool {
-        let Seat { lacks_block, sits_out } = self.seat();
-        !lacks_block && !sits_out
+    pub fn steps(&self, step: Duration) -> bool {
+        let Seat { lacks_block, sits_out, waits } = self.seat(step);
+        !lacks_block && !sits_out && !waits
+    }
+
+    /// Whether the sequence needs a block for KV of the full model. In mode refresh, it can't go on without that. In mode
+    /// exact, it only drafts better with it.
+    pub fn lacks_landing(&self) -> bool {
+        self.flow.extensions.mode() == Mode::Refresh && self.flow.wants_landing()
     }
 
     /// Appends the blocks of `lease` to the sequence.
@@ -252,7 +250,10 @@ impl Sequence {
 
     /// Gives back the blocks that no layer needs any more.
     pub fn forget(&mut self, windows: Windows) {
-        let needed = windows.needed_from(self.tokens.len() - 1).min(self.blocks.len() - 1);
+        let Flow { tokens, computed, extensions, .. } = &self.flow;
+        // A verdict may drop drafts. Then the last standing token is the first one that is fed again.
+        let next = (*computed).min(extensions.standing(tokens.len()) - 1);
+        let needed = windows.needed_from(next).min(self.blocks.len() - 1);
         if needed > self.forgotten {
             self.lease = self.lease.split_off(needed - self.forgotten);
             self.forgotten = needed;
@@ -260,60 +261,26 @@ impl Sequence {
         }
     }
 
-    /// Splits the tokens into prompt and output for penalties. Earlier output in the request counts as output.
-    pub fn prompt_and_output(&self) -> (&[u32], &[u32]) {
-        self.tokens.split_at(self.request.tokens.len() - self.request.generated)
-    }
-
-    /// Returns the finish reason if the output is complete.
-    pub fn finish(&self) -> Option<FinishReason> {
-        let output = &self.tokens[self.request.tokens.len()..];
-        match output.last() {
-            Some(last) if self.request.stop_token_ids.contains(last) => Some(FinishReason::Stop),
-            _ => (output.len() >= self.request.max_tokens).then_some(FinishReason::Length),
+    /// Uses the KV of the full model that has arrived, if it is time.
+    pub fn refresh(&mut self) {
+        let flow = &mut self.flow;
+        while let Some((index, place)) = flow.extensions.take_landed(flow.tokens.len()) {
+            // If a window has left the block behind, nothing attends to it.
+            if let Some(index) = index.checked_sub(self.forgotten) {
+                // The prompt's blocks are there, and blocks follow one another. So the block exists, or is the next one.
+                self.lease.replace(index, place.share());
+                self.blocks = block_table(self.forgotten, &self.lease);
+            }
+            let known = flow.extensions.refreshed_tokens().min(flow.tokens.len() - 1);
+            flow.computed = flow.computed.max(known);
         }
-    }
-
-    /// Appends the next output token and sends it to the client. Returns the time since the last token.
-    pub fn push(&mut self, token: OutputToken) -> Duration {
-        self.tokens.push(token.token);
-        self.tell(SequenceEvent::Token(token));
-        let now = Instant::now();
-        now - std::mem::replace(&mut self.last_token_at, now)
-    }
-
-    /// Finds out which tokens may follow the last one.
-    ///
-    /// # Errors
-    /// The last token was not allowed, or none may follow it, or the grammar is too complex.
-    pub fn constrain(&mut self) -> Result<(), GrammarError> {
-        let (Some(constraint), Some(last)) = (&mut self.request.constraint, self.tokens.last()) else { return Ok(()) };
-        constraint.accept(*last)?;
-        constraint.prepare()
-    }
-
-    /// Ends the request because of its grammar: sends [`SequenceEvent::Refused`].
-    pub fn refuse(self, error: &GrammarError) {
-        self.tell(SequenceEvent::Refused(format!("sampling.grammar: {error}")));
-    }
-
-    /// Ends the request with an error: logs it and sends [`SequenceEvent::Failed`].
-    pub fn fail(self, reason: &str) {
-        error!(request = %self.request.id, reason, "the request failed in the engine");
-        self.tell(SequenceEvent::Failed(reason.to_owned()));
-    }
-
-    /// Sends an event to the client.
-    pub fn tell(&self, event: SequenceEvent) {
-        // Never full, because the room was checked before the step. If the channel is closed, the client is gone.
-        let _ = self.events.try_send(event);
     }
 
     /// Preempts the sequence: copies its KV to host memory and frees its blocks.
     ///
     /// # Errors
     /// Reading the KV failed: returns the sequence unchanged.
-    pub fn swap_out(self, store: &dyn KvStore, load: &Arc<LoadState>) -> Result<Swapped, (Box<Self>, StoreError)> {
+    pub fn swap_out(mut self, store: &dyn KvStore, load: &Arc<LoadState>) -> Result<Swapped, (Box<Self>, StoreError)> {
         let size = store.block_bytes();
         let mut layers = Vec::with_capacity(store.num_layers());
         for layer in 0..store.num_layers() {
@@ -325,42 +292,25 @@ impl Sequence {
             layers.push(bytes);
         }
         load.metrics().preemptions.inc();
-        Ok(Swapped {
-            arrival: self.arrival,
-            blocks: self.lease.len(),
-            forgotten: self.forgotten,
-            layers,
-            request: self.request,
-            tokens: self.tokens,
-            events: self.events,
-            last_token_at: self.last_token_at,
-            _waiting: load.count_waiting(),
-        })
+        self.flow.extensions.give_up_landed();
+        let (blocks, forgotten) = (self.lease.len(), self.forgotten);
+        Ok(Swapped { blocks, forgotten, layers, flow: self.flow, _waiting: load.count_waiting() })
     }
 }
 
 /// A preempted request. Its KV is in host memory.
 pub struct Swapped {
-    /// Arrival number.
-    pub arrival: u64,
+    /// The request and its output.
+    pub flow: Flow,
     /// Number of blocks that the request had and needs to resume.
     pub blocks: usize,
     forgotten: usize,
     /// Bytes of the blocks, for each layer.
     layers: Vec<Vec<u8>>,
-    request: Request,
-    tokens: Vec<u32>,
-    events: mpsc::Sender<SequenceEvent>,
-    last_token_at: Instant,
     _waiting: Counted,
 }
 
 impl Swapped {
-    /// Whether the request is over: its client is gone or its deadline has passed.
-    pub fn is_over(&self) -> bool {
-        is_over(&self.events, &self.request)
-    }
-
     /// Resumes the request: copies its KV into the blocks of `lease`, which must have [`blocks`](Self::blocks) blocks.
     ///
     /// # Errors
@@ -375,23 +325,12 @@ impl Swapped {
         for (layer, bytes) in self.layers.iter().enumerate() {
             let mut copy = |i: usize, block: &mut [u8]| block.copy_from_slice(&bytes[i * size..][..size]);
             if let Err(e) = store.write(layer, lease.blocks(), &mut copy) {
-                let reason = format!("copying KV back from host memory: {e}");
-                error!(request = %self.request.id, reason, "the request failed in the engine");
-                let _ = self.events.try_send(SequenceEvent::Failed(reason));
+                self.flow.fail(&format!("copying KV back from host memory: {e}"));
                 return Err(e);
             }
         }
-        Ok(Sequence {
-            arrival: self.arrival,
-            request: self.request,
-            tokens: self.tokens,
-            blocks: block_table(self.forgotten, &lease),
-            forgotten: self.forgotten,
-            events: self.events,
-            last_token_at: self.last_token_at,
-            lease,
-            _seat: load.count_running(),
-        })
+        let blocks = block_table(self.forgotten, &lease);
+        Ok(Sequence { flow: self.flow, blocks, forgotten: self.forgotten, lease, _seat: load.count_running() })
     }
 }
 

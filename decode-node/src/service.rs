@@ -1,9 +1,12 @@
 //! The gRPC service `overfill.v1.Decode`.
 
+use std::{collections::HashMap, sync::Arc};
+
 use overfill_kv::{BLOCK_TOKENS, KvSchema, Role, Ticket};
 use overfill_node::{Constraints, Drain, Ending, EventStream, NodeCore, RequestLimits, ended_early, request_span};
 use overfill_proto::v1;
 use overfill_transport::{Committed, FailureReason, HandoffError, IncomingHandoff, KvReceiver, Reservation};
+use parking_lot::Mutex;
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until},
@@ -11,7 +14,12 @@ use tokio::{
 use tonic::{Request, Response, Status};
 use tracing::{Span, debug, info_span, warn};
 
-use crate::{engine::EngineHandle, request, sequence::SequenceEvent};
+use crate::{
+    extension::{Ask, Landing},
+    handle::EngineHandle,
+    request,
+    sequence::SequenceEvent,
+};
 
 /// Implementation of the gRPC service `overfill.v1.Decode`.
 pub struct DecodeService {
@@ -25,6 +33,31 @@ pub struct DecodeService {
     pub receiver: KvReceiver,
     /// Shared state of the node.
     pub core: NodeCore,
+    /// The requests with extensions.
+    pub extended: ExtendedRequests,
+}
+
+/// Arrival numbers of the requests with extensions, by ticket.
+#[derive(Clone, Debug, Default)]
+pub struct ExtendedRequests(Arc<Mutex<HashMap<Ticket, u64>>>);
+
+impl ExtendedRequests {
+    fn insert(&self, ticket: Ticket, arrival: u64) -> ExtendedRequest {
+        self.0.lock().insert(ticket, arrival);
+        ExtendedRequest { all: self.clone(), ticket }
+    }
+}
+
+/// Keeps a request in [`ExtendedRequests`].
+struct ExtendedRequest {
+    all: ExtendedRequests,
+    ticket: Ticket,
+}
+
+impl Drop for ExtendedRequest {
+    fn drop(&mut self) {
+        self.all.0.lock().remove(&self.ticket);
+    }
 }
 
 fn event(event: v1::decode_event::Event) -> v1::DecodeEvent {
@@ -35,28 +68,35 @@ fn event(event: v1::decode_event::Event) -> v1::DecodeEvent {
 enum Next {
     Engine(Option<SequenceEvent>),
     Handoff(Result<Committed, HandoffError>),
+    /// KV of the full model has arrived in the place of an extension, or not.
+    Landed(Result<Committed, HandoffError>),
     Deadline,
     /// The node is draining and the drain timeout is over. The router moves the request to another node.
     Moved,
 }
 
-/// Waits for the next event. `handoff` is the handoff whose KV has not arrived yet, if any.
+/// Waits until the KV of a handoff has arrived, if there is one.
+async fn committed(handoff: Option<&mut IncomingHandoff>) -> Result<Committed, HandoffError> {
+    match handoff {
+        Some(handoff) => handoff.ready().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits for the next event. `handoff` is the handoff whose KV has not arrived yet, if any, and `landing` that of an
+/// extension.
 async fn next(
     events: &mut mpsc::Receiver<SequenceEvent>,
     handoff: Option<&mut IncomingHandoff>,
+    landing: Option<&mut IncomingHandoff>,
     deadline: Instant,
     drain: &Drain,
 ) -> Next {
-    let committed = async {
-        match handoff {
-            Some(handoff) => handoff.ready().await,
-            None => std::future::pending().await,
-        }
-    };
     tokio::select! {
         biased;
         event = events.recv() => Next::Engine(event),
-        outcome = committed => Next::Handoff(outcome),
+        outcome = committed(handoff) => Next::Handoff(outcome),
+        outcome = committed(landing) => Next::Landed(outcome),
         () = sleep_until(deadline) => Next::Deadline,
         () = drain.is_over() => Next::Moved,
     }
@@ -78,7 +118,9 @@ impl v1::decode_server::Decode for DecodeService {
         // The reservation's schema names the producer, and the prefill node checks it. So the blocks held here and the
         // blocks that it sends come from the same model.
         let kv_schema = KvSchema { full_model: request.producer.clone(), ..self.core.identity.schema.clone() };
+        let mode = request.mode;
         let (arrival, mut events) = self.engine.submit(request)?;
+        let extended = self.extended.clone();
         let (engine, receiver, load) = (self.engine.clone(), self.receiver.clone(), self.core.load.clone());
         let drain = self.core.drain.clone();
         let kv_endpoint = self.core.identity.kv_endpoint.clone();
@@ -90,27 +132,71 @@ impl v1::decode_server::Decode for DecodeService {
             let mut phase = info_span!(parent: &span, "reserve");
             let mut handoff: Option<IncomingHandoff> = None;
             let mut is_here = false;
+            let mut landing: Option<(u64, IncomingHandoff)> = None;
+            let mut listed = None;
+            // Reserves a place for KV, and says how it can be filled.
+            let reserve = |lease, held_blocks: usize, tokens: u32| {
+                let ticket = Ticket(rand::random());
+                let handoff = span.in_scope(|| receiver.reserve(Reservation {
+                    ticket,
+                    request_id: id.clone(),
+                    lease,
+                    held_blocks: held_blocks as u32,
+                    prompt_tokens: tokens,
+                    deadline,
+                }));
+                let reserved = v1::Reserved {
+                    ticket: ticket.0.to_vec(),
+                    kv_endpoint: kv_endpoint.clone().map(Into::into),
+                    held_tokens: (held_blocks * BLOCK_TOKENS) as u32,
+                    kv_schema: Some((&kv_schema).into()),
+                };
+                (ticket, handoff, reserved)
+            };
             loop {
-                match next(&mut events, handoff.as_mut().filter(|_| !is_here), deadline, &drain).await {
+                let waiting = handoff.as_mut().filter(|_| !is_here);
+                match next(&mut events, waiting, landing.as_mut().map(|(_, landing)| landing), deadline, &drain).await {
                     Next::Engine(Some(SequenceEvent::Reserved { to_fill, held_blocks, cached_blocks })) => {
-                        let ticket = Ticket(rand::random());
                         phase = Span::none();
                         span.record("cached_tokens", cached_blocks * BLOCK_TOKENS);
-                        handoff = Some(span.in_scope(|| receiver.reserve(Reservation {
-                            ticket,
-                            request_id: id.clone(),
-                            lease: to_fill,
-                            held_blocks: held_blocks as u32,
-                            prompt_tokens,
-                            deadline,
-                        })));
+                        let (ticket, begun, reserved) = reserve(to_fill, held_blocks, prompt_tokens);
+                        handoff = Some(begun);
+                        listed = mode.extends().then(|| extended.insert(ticket, arrival));
                         load.publish();
-                        yield event(Wire::Reserved(v1::Reserved {
-                            ticket: ticket.0.to_vec(),
-                            kv_endpoint: kv_endpoint.clone().map(Into::into),
-                            held_tokens: (held_blocks * BLOCK_TOKENS) as u32,
-                            kv_schema: Some((&kv_schema).into()),
+                        yield event(Wire::Reserved(reserved));
+                    }
+                    Next::Engine(Some(SequenceEvent::Extension { ask, place })) => {
+                        let Ask { position, tokens, standing, choose, landing: wanted } = ask;
+                        let end = wanted.map_or(0, |Landing { block, .. }| (block + 1) * BLOCK_TOKENS) as u32;
+                        let place = wanted.zip(place).map(|(Landing { block, number }, place)| {
+                            let (_, begun, reserved) = reserve(place, block, end);
+                            landing = Some((number, begun));
+                            reserved
+                        });
+                        yield event(Wire::Extension(v1::Extension {
+                            position: position as u32,
+                            tokens,
+                            standing_tokens: standing as u32,
+                            choose,
+                            landing: place,
+                            handoff_end_tokens: end,
                         }));
+                    }
+                    Next::Engine(Some(SequenceEvent::LandingOver)) => landing = None,
+                    Next::Landed(outcome) => {
+                        let Some((number, ended)) = landing.take() else { continue };
+                        match &outcome {
+                            Ok(Committed { stats, .. }) => {
+                                load.metrics().transfer_bytes.inc_by(stats.bytes);
+                                ended.decode_started();
+                                ended.finished();
+                            }
+                            Err(error) => {
+                                load.metrics().transfer_failed(error.reason());
+                                debug!(request = %id, %error, "an extension's KV has not arrived");
+                            }
+                        }
+                        engine.landed(arrival, number, outcome.is_ok())?;
                     }
                     Next::Handoff(Ok(Committed { first_token, stats })) if first_token < vocab_size => {
                         is_here = true;
@@ -142,7 +228,7 @@ impl v1::decode_server::Decode for DecodeService {
                         if let Some(handoff) = &handoff {
                             handoff.finished();
                         }
-                        drop(std::mem::replace(&mut phase, Span::none()));
+                        drop((std::mem::replace(&mut phase, Span::none()), listed));
                         ending.because(reason.as_str());
                         let reason = v1::FinishReason::from(reason).into();
                         yield event(Wire::Finished(v1::DecodeFinished { reason }));
@@ -172,5 +258,16 @@ impl v1::decode_server::Decode for DecodeService {
                 }
             }
         })))
+    }
+
+    async fn verdict(&self, request: Request<v1::VerdictRequest>) -> Result<Response<v1::VerdictResponse>, Status> {
+        let (ticket, verdict) = request::check_verdict(&self.limits, request.into_inner())?;
+        let arrival = self.extended.0.lock().get(&ticket).copied();
+        let arrival = arrival.ok_or_else(|| Status::not_found("no request with extensions has this ticket"))?;
+        match verdict {
+            Some((position, tokens)) => self.engine.verdict(arrival, position, tokens)?,
+            None => self.engine.lost(arrival)?,
+        }
+        Ok(Response::new(v1::VerdictResponse {}))
     }
 }

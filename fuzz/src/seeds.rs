@@ -123,6 +123,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         generated_tokens: 2,
         producer: "f".into(),
         incarnation: "1".into(),
+        mode: v1::Mode::Unspecified.into(),
     };
     let prefill = v1::PrefillRequest {
         request_id: "r".into(),

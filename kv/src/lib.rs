@@ -3,6 +3,7 @@
 
 pub mod handoff;
 pub mod ids;
+mod mode;
 mod outcome;
 pub mod pool;
 pub mod prefix;
@@ -13,6 +14,7 @@ pub mod store;
 mod windows;
 
 pub use ids::{BlockId, KvEndpoint, KvTransport, RequestId, Role, Ticket, TransportSet};
+pub use mode::Mode;
 pub use outcome::{FinishReason, TransferStats};
 pub use pool::{BlockLease, BlockPool, NoRoom};
 pub use prefix::{BlockHash, block_hashes};

@@ -248,6 +248,19 @@ impl BlockLease {
         BlockLease { pool: self.pool.clone(), blocks: self.blocks.clone() }
     }
 
+    /// Puts the blocks of `other` in the place of the blocks from index `at` on, or behind the last one. The replaced blocks
+    /// are released.
+    ///
+    /// # Panics
+    /// If the leases belong to different pools, because their block ids are unrelated.
+    pub fn replace(&mut self, at: usize, mut other: BlockLease) {
+        let mut rest = self.split_off(at);
+        let behind = rest.split_off(other.len());
+        assert!(Arc::ptr_eq(&self.pool.state, &other.pool.state), "leases belong to different pools");
+        self.blocks.append(&mut other.blocks);
+        self.append(behind);
+    }
+
     /// Keeps the first `at` blocks and returns the others as a new lease, which may be empty.
     pub fn split_off(&mut self, at: usize) -> BlockLease {
         let blocks = if at < self.blocks.len() { self.blocks.split_off(at) } else { Vec::new() };

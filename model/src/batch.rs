@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::{
     ModelError,
-    sampler::{SamplingContext, report, sample},
+    sampler::{SamplingContext, TokenMask, report, sample},
 };
 
 /// The next tokens of one sequence in a batch.
@@ -38,6 +38,19 @@ pub enum Want<'a> {
         /// How to choose the token after the slice's last one; `None` unless the slice ends its prompt.
         next: Option<Choice<'a>>,
     },
+    /// The tokens that the model chooses after each of the last tokens of the slice, each as if the slice ended there.
+    Each {
+        /// The request's sampling parameters.
+        params: &'a SamplingParams,
+        /// The request's prompt.
+        prompt: &'a [u32],
+        /// The output up to the end of the slice.
+        output: &'a [u32],
+        /// Number of tokens to choose; no more than the slice and the output have tokens, but for the prompt's last one.
+        count: usize,
+        /// The tokens allowed in each place; empty allows all.
+        allowed: &'a [Vec<u32>],
+    },
     /// Logits after the slice's last token. For tests, benchmarks and checks: the logits are copied to the host.
     LastLogits,
     /// Logits after every token of the slice. Also copied to the host.
@@ -61,6 +74,7 @@ impl Want<'_> {
             Self::Nothing => count,
             Self::Next(_) | Self::LastLogits => count - 1,
             Self::AllLogits => 0,
+            Self::Each { count: places, .. } => count - places,
             Self::Scores { following: [], next, .. } => count - usize::from(next.is_some()),
             Self::Scores { .. } => 0,
         }
@@ -78,6 +92,8 @@ pub struct Outputs {
 struct Output {
     next: Option<OutputToken>,
     scores: Vec<OutputToken>,
+    /// Tokens chosen in each place.
+    each: Vec<OutputToken>,
     /// End of this slice's rows in the batch's logits.
     end: usize,
 }
@@ -95,6 +111,11 @@ impl Outputs {
     /// Takes the log-probabilities that slice `i` requested with [`Want::Scores`]; empty if it requested none.
     pub fn take_scores(&mut self, i: usize) -> Vec<OutputToken> {
         self.slices.get_mut(i).map(|output| std::mem::take(&mut output.scores)).unwrap_or_default()
+    }
+
+    /// Takes the tokens that slice `i` requested with [`Want::Each`]; empty if it requested none.
+    pub fn take_each(&mut self, i: usize) -> Vec<OutputToken> {
+        self.slices.get_mut(i).map(|output| std::mem::take(&mut output.each)).unwrap_or_default()
     }
 
     /// Logits of all slices that requested them, in batch order.
@@ -123,6 +144,7 @@ impl Outputs {
         let mut end = 0;
         for (i, (slice, output)) in batch.iter().zip(&mut self.slices).enumerate() {
             output.next = chosen(i);
+            output.each.clear();
             if output.next.is_some() {
                 output.scores.clear();
                 continue;
@@ -135,6 +157,16 @@ impl Outputs {
                 Want::Scores { following, top, .. } => {
                     let rows = own.par_chunks_exact(vocab_size).zip(following);
                     rows.map(|(row, token)| report(row, *token, top)).collect_into_vec(&mut output.scores);
+                }
+                Want::Each { params, prompt, output: before, count, allowed } => {
+                    output.scores.clear();
+                    let rows = own.par_chunks_exact(vocab_size).enumerate();
+                    let choose = |(place, row): (usize, &[f32])| {
+                        let before = &before[..before.len() + 1 + place - count];
+                        let allowed = allowed.get(place).map(|words| TokenMask { words });
+                        sample(row, params, &SamplingContext { allowed, ..SamplingContext::following(prompt, before) })
+                    };
+                    rows.map(choose).collect_into_vec(&mut output.each);
                 }
                 Want::LastLogits | Want::AllLogits => {
                     output.scores.clear();
@@ -150,7 +182,7 @@ impl Outputs {
             let choice = match slice.want {
                 Want::Next(choice) => Some(choice),
                 Want::Scores { next, .. } => next,
-                Want::Nothing | Want::LastLogits | Want::AllLogits => None,
+                Want::Nothing | Want::Each { .. } | Want::LastLogits | Want::AllLogits => None,
             };
             output.next = choice.map(|Choice { params, context }| {
                 sample(&logits[(output.end - 1) * vocab_size..][..vocab_size], params, &context)
@@ -205,10 +237,14 @@ pub(crate) fn check(batch: &[SequenceSlice<'_>], vocab_size: usize) -> candle_co
         if let Some(token) = slice.tokens.iter().find(|t| **t as usize >= vocab_size) {
             bail!("token {token} is not in the vocabulary of {vocab_size}");
         }
-        if let Want::Scores { following, .. } = slice.want
-            && following.len() > count
-        {
-            bail!("{} scores are requested for a slice of {count} tokens", following.len());
+        match slice.want {
+            Want::Scores { following, .. } if following.len() > count => {
+                bail!("{} scores are requested for a slice of {count} tokens", following.len());
+            }
+            Want::Each { count: places, output, .. } if places > count || places > output.len() + 1 => {
+                bail!("{places} choices are requested after {count} tokens, {} of them output", output.len());
+            }
+            _ => {}
         }
     }
     Ok(())

@@ -51,6 +51,12 @@ pub struct NodeMetrics {
     pub prefix_cache_queries: IntCounter,
     /// Prompt tokens found in the prefix cache.
     pub prefix_cache_hits: IntCounter,
+    /// Rounds of drafts that the full model has judged.
+    pub drafts: IntCounter,
+    /// Drafts that the full model was given.
+    pub draft_tokens: IntCounter,
+    /// Drafts that the full model has accepted.
+    pub accepted_tokens: IntCounter,
     /// Routers connected to the node.
     pub routers: IntGauge,
     /// Handoffs between reservation and end.
@@ -118,6 +124,21 @@ impl NodeMetrics {
             preemptions: counter(r, "vllm:num_preemptions_total", "Requests removed from the batch to free blocks.")?,
             prefix_cache_queries: counter(r, "vllm:prefix_cache_queries_total", "Prompt tokens looked up.")?,
             prefix_cache_hits: counter(r, "vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")?,
+            drafts: counter(
+                r,
+                "vllm:spec_decode_num_drafts_total",
+                "Rounds of drafts that the full model has judged.",
+            )?,
+            draft_tokens: counter(
+                r,
+                "vllm:spec_decode_num_draft_tokens_total",
+                "Drafts that the full model was given.",
+            )?,
+            accepted_tokens: counter(
+                r,
+                "vllm:spec_decode_num_accepted_tokens_total",
+                "Drafts that the full model has accepted.",
+            )?,
             routers: int_gauge(r, "overfill_routers", "Routers connected to the node.")?,
             open_handoffs: int_gauge(r, "overfill_open_handoffs", "Handoffs between reservation and end.")?,
             stranded_bytes: int_gauge(

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use overfill_kv::{BlockPool, OutputToken, Role, block_hashes};
+use overfill_kv::{BlockPool, OutputToken, Role, Ticket, block_hashes};
 use overfill_model::{
     Choice, Engine as ModelEngine, LayerSink, ModelError, Outputs, SamplingContext, SequenceSlice, Want,
 };
@@ -23,13 +23,18 @@ use tokio::{
 use tracing::{debug, info_span};
 
 use crate::{
-    job::{ChunkLayers, HandoffContext, JOB_EVENTS, Job, JobEvent, Request, Running},
+    extension::{ExtendError, Extension, OpenLimits, OpenPrefills},
+    handoff::HandoffContext,
+    job::{ChunkLayers, JOB_EVENTS, Job, JobEvent, Request, Running},
     scheduler::{self, Chunk, Pace},
 };
 
 /// Polling interval while prompts wait but none can run. The engine must poll, because no message tells it that a
 /// handoff has freed blocks.
 const POLL: Duration = Duration::from_millis(5);
+
+/// Polling interval while nothing but open prefills is there. No message tells the engine that one of them is over.
+const OPEN_POLL: Duration = Duration::from_millis(50);
 
 /// Limits of the engine.
 #[derive(Clone, Copy, Debug)]
@@ -42,12 +47,22 @@ pub struct EngineLimits {
     pub max_running: usize,
     /// Maximum number of waiting prompts.
     pub max_waiting: usize,
+    /// Limits of idle open prefills.
+    pub open: OpenLimits,
+}
+
+/// Capacity of the engine's queue for extensions. Each open prefill has at most one.
+const MAX_EXTENSIONS: usize = 1024;
+
+enum Command {
+    Prefill(Box<Job>),
+    Extend(Box<Extension>),
 }
 
 /// Handle for submitting requests to the engine. The engine ends when all handles are dropped and its work is done.
 #[derive(Clone)]
 pub struct EngineHandle {
-    jobs: std_mpsc::SyncSender<Job>,
+    commands: std_mpsc::SyncSender<Command>,
     load: Arc<LoadState>,
     producer: Arc<str>,
     max_waiting: usize,
@@ -68,12 +83,24 @@ impl EngineHandle {
         let hashes = block_hashes(&request.tokens, &self.producer);
         let queued = info_span!(parent: &request.span, "queue");
         let job = Job { request, hashes, arrived: Instant::now(), events, waiting, queued_tokens, queued };
-        self.jobs.try_send(job).map_err(|e| match e {
-            std_mpsc::TrySendError::Full(_) => Refused::QueueFull(self.max_waiting),
-            std_mpsc::TrySendError::Disconnected(_) => Refused::Draining,
-        })?;
+        self.send(Command::Prefill(Box::new(job)), self.max_waiting)?;
         self.load.publish();
         Ok(receiver)
+    }
+
+    /// Queues an extension of an open prefill. A draining node takes it, because the request is one that it finishes.
+    ///
+    /// # Errors
+    /// The queue is full, or the engine has ended.
+    pub fn extend(&self, extension: Extension) -> Result<(), Refused> {
+        self.send(Command::Extend(Box::new(extension)), MAX_EXTENSIONS)
+    }
+
+    fn send(&self, command: Command, capacity: usize) -> Result<(), Refused> {
+        self.commands.try_send(command).map_err(|e| match e {
+            std_mpsc::TrySendError::Full(_) => Refused::QueueFull(capacity),
+            std_mpsc::TrySendError::Disconnected(_) => Refused::Draining,
+        })
     }
 }
 
@@ -86,9 +113,16 @@ pub struct PromptChunk<'a> {
 }
 
 impl PromptChunk<'_> {
-    /// Whether this is the last chunk of the prompt.
+    /// Whether the first token of the output follows this chunk.
     pub fn is_last(&self) -> bool {
-        self.tokens.end == self.job.request.tokens.len()
+        self.job.extending.is_none() && self.tokens.end == self.job.request.tokens.len()
+    }
+
+    /// Number of tokens to choose: after each of the last tokens of the chunk.
+    pub fn choices(&self) -> usize {
+        let wanting = self.job.extending.as_ref().filter(|extending| extending.choose);
+        wanting
+            .map_or(0, |extending| (self.tokens.end + 1).saturating_sub(extending.standing_end).min(self.tokens.len()))
     }
 }
 
@@ -99,6 +133,9 @@ pub struct ChunkOutput {
     pub logprobs: Vec<OutputToken>,
     /// First token of the output, if this was the last chunk of the prompt.
     pub first_token: Option<OutputToken>,
+    /// Tokens chosen after each of the last tokens of the chunk, if this is part of an extension that wants them. There are
+    /// [`PromptChunk::choices`].
+    pub choices: Vec<OutputToken>,
 }
 
 /// The computation of prompts: by the model's engine, or simulated in tests.
@@ -122,7 +159,8 @@ impl Compute for ModelCompute {
         self.engine.run(&slices, &layers, &mut self.outputs)?;
         let outputs = chunks.iter().enumerate().map(|(i, chunk)| {
             let first_token = chunk.is_last().then(|| self.outputs.take_next(i)).transpose()?;
-            Ok(ChunkOutput { logprobs: self.outputs.take_scores(i), first_token })
+            let (logprobs, choices) = (self.outputs.take_scores(i), self.outputs.take_each(i));
+            Ok(ChunkOutput { logprobs, first_token, choices })
         });
         outputs.collect()
     }
@@ -130,6 +168,20 @@ impl Compute for ModelCompute {
 
 fn slice<'a>(chunk: &'a PromptChunk<'_>) -> SequenceSlice<'a> {
     let (request, tokens) = (&chunk.job.request, &chunk.tokens);
+    if let Some(extending) = &chunk.job.extending {
+        let (count, output) = (chunk.choices(), tokens.end - request.prompt().len());
+        let begin = (tokens.end + 1).saturating_sub(extending.standing_end + count);
+        let want = Want::Each {
+            params: &request.sampling,
+            prompt: request.prompt(),
+            output: &request.output()[..output],
+            count,
+            allowed: extending.allowed.get(begin..begin + count).unwrap_or_default(),
+        };
+        let want = if count > 0 { want } else { Want::Nothing };
+        let tokens_of = &request.tokens[tokens.clone()];
+        return SequenceSlice { tokens: tokens_of, start: tokens.start, blocks: &chunk.job.blocks, want };
+    }
     let context = SamplingContext {
         allowed: request.constraint.as_ref().map(Constraint::mask),
         ..SamplingContext::following(request.prompt(), request.output())
@@ -182,11 +234,12 @@ pub fn start(
     let context = HandoffContext {
         runtime: runtime::Handle::current(),
         store: engine.kv(),
+        pool,
         config: transfer,
         load: load.clone(),
     };
     let compute = ModelCompute { engine, outputs: Outputs::default() };
-    let (handle, engine) = Engine::new(compute, producer, pool, limits, context);
+    let (handle, engine) = Engine::new(compute, producer, limits, context);
     let end = spawn_engine(Role::Prefill, move || engine.run())?;
     Ok((handle, end))
 }
@@ -194,15 +247,17 @@ pub fn start(
 /// State of the engine: the waiting and the running prompts.
 pub struct Engine<C> {
     compute: C,
-    pool: BlockPool,
+    producer: Arc<str>,
     load: Arc<LoadState>,
     limits: EngineLimits,
     context: HandoffContext,
-    jobs: std_mpsc::Receiver<Job>,
+    commands: std_mpsc::Receiver<Command>,
     /// Prompts without blocks, in order of arrival.
     waiting: VecDeque<Job>,
-    /// Prompts in the batch, in order of arrival.
+    /// Prompts and extensions in the batch, in order of arrival.
     running: Vec<Running>,
+    /// Open prefills that wait for an extension.
+    open: OpenPrefills,
     pace: Pace,
     /// The step whose results have not been applied yet.
     computed: Option<Step>,
@@ -220,25 +275,21 @@ struct Step {
 impl<C: Compute> Engine<C> {
     /// Creates an engine and its handle, without a thread. The caller must call [`turn`](Self::turn) repeatedly;
     /// [`start`] does so on a thread.
-    pub fn new(
-        compute: C,
-        producer: Arc<str>,
-        pool: BlockPool,
-        limits: EngineLimits,
-        context: HandoffContext,
-    ) -> (EngineHandle, Self) {
-        let (sender, jobs) = std_mpsc::sync_channel(limits.max_waiting);
+    pub fn new(compute: C, producer: Arc<str>, limits: EngineLimits, context: HandoffContext) -> (EngineHandle, Self) {
+        let (commands, queue) = std_mpsc::sync_channel(limits.max_waiting + MAX_EXTENSIONS);
         let load = context.load.clone();
-        let handle = EngineHandle { jobs: sender, load: load.clone(), producer, max_waiting: limits.max_waiting };
+        let (max_waiting, names) = (limits.max_waiting, producer.clone());
+        let handle = EngineHandle { commands, load: load.clone(), producer: names, max_waiting };
         let engine = Self {
             compute,
-            pool,
+            producer,
             load,
             limits,
             context,
-            jobs,
+            commands: queue,
             waiting: VecDeque::new(),
             running: Vec::new(),
+            open: OpenPrefills::new(limits.open),
             pace: Pace::default(),
             computed: None,
             lost: false,
@@ -269,14 +320,15 @@ impl<C: Compute> Engine<C> {
     /// simulation lets the time of the step pass in between.
     pub fn begin(&mut self) -> Turn {
         let can_come = loop {
-            match self.jobs.try_recv() {
-                Ok(job) => self.waiting.push_back(job),
+            match self.commands.try_recv() {
+                Ok(command) => self.take(command),
                 Err(e) => break e == std_mpsc::TryRecvError::Empty,
             }
         };
         self.load.step_began();
         self.waiting.retain(|job| !job.is_over());
         self.running.retain(|job| !job.is_over());
+        self.open.settle();
         self.admit();
         let computes = !self.running.is_empty();
         if computes {
@@ -289,24 +341,66 @@ impl<C: Compute> Engine<C> {
         }
     }
 
-    /// Blocks until a request arrives, or for at most [`POLL`] if prompts are waiting.
+    /// Blocks until a command arrives, or for at most [`POLL`] if prompts are waiting.
     fn wait(&mut self) {
-        let received = match self.is_idle() {
-            true => self.jobs.recv().ok(),
-            false => self.jobs.recv_timeout(POLL).ok(),
+        let received = match (self.is_idle(), self.waiting.is_empty()) {
+            (true, _) => self.commands.recv().ok(),
+            (false, true) => self.commands.recv_timeout(OPEN_POLL).ok(),
+            (false, false) => self.commands.recv_timeout(POLL).ok(),
         };
-        self.waiting.extend(received);
+        if let Some(command) = received {
+            self.take(command);
+        }
     }
 
     fn is_idle(&self) -> bool {
-        self.running.is_empty() && self.waiting.is_empty()
+        self.running.is_empty() && self.waiting.is_empty() && self.open.is_empty()
+    }
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Prefill(job) => self.waiting.push_back(*job),
+            Command::Extend(extension) => self.extend(*extension),
+        }
+    }
+
+    /// Begins an extension. The prefill leaves the open ones until it is computed.
+    fn extend(&mut self, extension: Extension) {
+        let Some(job) = self.open.take(&extension.lease) else {
+            let _ = extension.reply.send(Err(ExtendError::NotOpen(extension.position)));
+            return;
+        };
+        let (open, pool) = (&mut self.open, &self.context.pool);
+        let allocate = |blocks| loop {
+            match pool.allocate(blocks) {
+                Ok(lease) => return Some(lease),
+                Err(_) if open.evict() => {}
+                Err(_) => return None,
+            }
+        };
+        match job.extend(extension, &self.producer, allocate, &self.context) {
+            Ok(job) if job.is_computed() => self.keep_open(job.extended(&self.load)),
+            Ok(job) => self.running.push(job),
+            Err(job) => job.evict(),
+        }
+    }
+
+    fn keep_open(&mut self, open: Option<(Ticket, Running)>) {
+        if let Some((lease, job)) = open {
+            self.open.keep(lease, job);
+        }
     }
 
     /// Moves waiting prompts into the batch, first come, first served. A prompt that does not fit blocks those behind
     /// it; otherwise smaller prompts could overtake it forever.
     fn admit(&mut self) {
         while self.running.len() < self.limits.max_running {
-            let Some((lease, cached)) = self.waiting.front().and_then(|job| job.take_blocks(&self.pool)) else {
+            let Some(first) = self.waiting.front() else { return };
+            let Some((lease, cached)) = first.take_blocks(&self.context.pool) else {
+                // Open prefills make room for prompts.
+                if self.open.evict() {
+                    continue;
+                }
                 return;
             };
             let Some(job) = self.waiting.pop_front() else { return };
@@ -325,7 +419,7 @@ impl<C: Compute> Engine<C> {
             .collect();
         let layers = StepLayers {
             chunks: chunks.iter().map(|chunk| chunk.job.chunk_layers(&chunk.tokens)).collect(),
-            pool: self.pool.clone(),
+            pool: self.context.pool.clone(),
             last_layer: self.context.store.num_layers() - 1,
         };
         let result = self.compute.step(&chunks, Arc::new(layers));
@@ -361,8 +455,15 @@ impl<C: Compute> Engine<C> {
             let job = &mut self.running[chunk.job];
             job.advance(chunk.tokens.end);
             job.logprobs.extend(output.logprobs);
-            if let Some(token) = output.first_token {
-                self.running.remove(chunk.job).finish(token, &self.load);
+            if let Some(extending) = &mut job.extending {
+                extending.choices.extend(output.choices);
+                if job.is_computed() {
+                    let open = self.running.remove(chunk.job).extended(&self.load);
+                    self.keep_open(open);
+                }
+            } else if let Some(token) = output.first_token {
+                let open = self.running.remove(chunk.job).finish(token, &self.load);
+                self.keep_open(open);
             }
         }
     }

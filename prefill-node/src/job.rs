@@ -3,31 +3,33 @@
 use std::{ops::Range, sync::Arc, time::Duration};
 
 use overfill_kv::{
-    BLOCK_TOKENS, BlockHash, BlockId, BlockLease, BlockPool, KvEndpoint, KvSchema, KvStore, OutputToken, RequestId,
-    SamplingParams, Ticket, TransferStats, blocks_for,
-    handoff::{Failure, RefuseReason},
+    BLOCK_TOKENS, BlockHash, BlockId, BlockLease, BlockPool, KvEndpoint, KvSchema, OutputToken, RequestId,
+    SamplingParams, Ticket, TransferStats, block_hashes, blocks_for,
 };
 use overfill_node::{
     Constraint,
     load::{Counted, LoadState, QueuedTokens},
 };
-use overfill_transport::{FailureReason, HandoffError, KvLayers, KvSender, SendPlan, TransferConfig};
+use overfill_transport::{HandoffError, KvLayers, KvSender};
 use tokio::{
-    runtime,
     sync::{mpsc, oneshot},
     time::Instant,
 };
 use tracing::{Span, error, info_span};
 
-use crate::scheduler::{self, PromptProgress};
+use crate::{
+    extension::{ExtendError, ExtendReply, Extending, Extension, Followed},
+    handoff::HandoffContext,
+    scheduler::{self, PromptProgress},
+};
 
 /// Maximum chunk length of a prompt with log-probabilities. Each token needs a row of logits, which takes 0.5 MB at a
 /// vocabulary of 128 k.
 const PROMPT_LOGPROBS_CHUNK: usize = 128;
 
-/// Capacity of a job's event channel: started, log-probabilities, first token, and one spare. It holds all events of a
+/// Capacity of a job's event channel: started, log-probabilities, first token, evicted, and one spare. It holds all events of a
 /// job, so the engine never waits for a requester.
-pub const JOB_EVENTS: usize = 4;
+pub const JOB_EVENTS: usize = 5;
 
 /// A checked request.
 #[derive(Clone, Debug)]
@@ -46,6 +48,8 @@ pub struct Request {
     pub prompt_logprobs: bool,
     /// Receiver of the KV; `None`: the KV is not sent.
     pub handoff: Option<Handoff>,
+    /// Name of the request in extensions; `None`: the request ends with its first token.
+    pub lease: Option<Ticket>,
     /// Time at which the request fails if it has not ended.
     pub deadline: Instant,
     /// Span of the request.
@@ -101,6 +105,8 @@ pub enum JobEvent {
     },
     /// The computation failed, for the given reason. The last event.
     Failed(String),
+    /// The open prefill was ended to make room. The last event.
+    Evicted,
 }
 
 /// Resolves with the outcome when a handoff has ended.
@@ -145,18 +151,6 @@ impl Job {
     }
 }
 
-/// Resources of the node that handoffs use.
-pub struct HandoffContext {
-    /// Runtime that runs the transfers.
-    pub runtime: runtime::Handle,
-    /// KV store of the model.
-    pub store: Arc<dyn KvStore>,
-    /// Settings of the transfers.
-    pub config: TransferConfig,
-    /// Load counters and metrics of the node.
-    pub load: Arc<LoadState>,
-}
-
 /// A prompt in the batch.
 pub struct Running {
     /// The request.
@@ -169,15 +163,20 @@ pub struct Running {
     pub computed: usize,
     /// Log-probabilities of the prompt tokens, so far.
     pub logprobs: Vec<OutputToken>,
+    /// The extension that is computed; `None` while the prompt is.
+    pub extending: Option<Extending>,
+    /// The grammar, in an open prefill that has one.
+    followed: Option<Followed>,
     arrived: Instant,
     started: Instant,
     events: mpsc::Sender<JobEvent>,
     sender: Option<KvSender>,
     queued_tokens: QueuedTokens,
     lease: Arc<BlockLease>,
-    _running: Counted,
+    /// `None` while the prefill is open and idle.
+    running: Option<Counted>,
     /// Span of the computation.
-    _computing: Span,
+    computing: Span,
 }
 
 impl Running {
@@ -208,6 +207,8 @@ impl Running {
         let running = Self {
             computed: cached * BLOCK_TOKENS,
             logprobs: Vec::new(),
+            extending: None,
+            followed: None,
             request,
             hashes,
             blocks,
@@ -217,8 +218,8 @@ impl Running {
             sender,
             queued_tokens,
             lease,
-            _running: context.load.count_running(),
-            _computing: info_span!("compute", cached_tokens = cached * BLOCK_TOKENS),
+            running: Some(context.load.count_running()),
+            computing: info_span!("compute", cached_tokens = cached * BLOCK_TOKENS),
         };
         let cached_tokens = running.computed;
         running.tell(JobEvent::Started { cached_tokens, queued: started - arrived, transfer });
@@ -238,8 +239,14 @@ impl Running {
 
     /// Creates the receiver of layer announcements for a step that computes `tokens` of the prompt.
     pub(crate) fn chunk_layers(&self, tokens: &Range<usize>) -> ChunkLayers {
-        let last = scheduler::final_blocks(tokens, self.request.tokens.len());
-        let full = tokens.start / BLOCK_TOKENS..tokens.end / BLOCK_TOKENS;
+        let mut last = scheduler::final_blocks(tokens, self.request.tokens.len());
+        let mut full = tokens.start / BLOCK_TOKENS..tokens.end / BLOCK_TOKENS;
+        if let Some(extending) = &self.extending {
+            // Which tokens stand is known only after the step, so the next extension publishes blocks.
+            full = 0..0;
+            last.end = last.end.min(extending.handoff_end_blocks);
+            last.start = last.start.min(last.end);
+        }
         ChunkLayers {
             sender: self.sender.as_ref().map(|sender| sender.layers().clone()),
             announced: last.start as u32..last.end as u32,
@@ -255,8 +262,9 @@ impl Running {
         self.computed = end;
     }
 
-    /// Ends the prompt: sends the first token to the requester and commits the handoff with it.
-    pub fn finish(mut self, token: OutputToken, load: &LoadState) {
+    /// Ends the prompt: sends the first token to the requester and commits the handoff with it. Returns the request if it
+    /// stays open.
+    pub fn finish(mut self, token: OutputToken, load: &LoadState) -> Option<(Ticket, Self)> {
         if self.request.prompt_logprobs {
             let tokens = std::mem::take(&mut self.logprobs);
             self.tell(JobEvent::PromptLogprobs(tokens));
@@ -269,12 +277,133 @@ impl Running {
         if let Some(sender) = &self.sender {
             sender.commit(first_token);
         }
+        let lease = self.request.lease?;
+        let tokens = self.request.tokens.len();
+        self.followed = self.request.constraint.take().map(|constraint| Followed { constraint, tokens });
+        self.rest();
+        Some((lease, self))
+    }
+
+    /// Gives up what only a computed request has.
+    fn rest(&mut self) {
+        (self.sender, self.running, self.computing) = (None, None, Span::none());
+    }
+
+    /// Begins an extension of an open prefill. Sends those of its blocks that are computed already.
+    ///
+    /// # Errors
+    /// The extension does not continue the sequence, or there is no room for its tokens: returns the prefill, which can't go
+    /// on.
+    pub fn extend(
+        mut self,
+        extension: Extension,
+        producer: &str,
+        allocate: impl FnOnce(usize) -> Option<BlockLease>,
+        context: &HandoffContext,
+    ) -> Result<Self, Box<Self>> {
+        let Extension { position, tokens, standing, choose, handoff, handoff_end_blocks, reply, .. } = extension;
+        let known = self.request.tokens.len();
+        let is_behind = self.followed.as_ref().is_some_and(|followed| choose && position < followed.tokens);
+        let prompt = known - self.request.generated;
+        if !(prompt..=known).contains(&position) || is_behind {
+            return self.refuse(ExtendError::NotOpen(position), reply);
+        }
+        let _in_span = self.request.span.clone().entered();
+        self.publish(position, producer, &context.pool);
+        let same = self.request.tokens[position..].iter().zip(&tokens).take_while(|(a, b)| a == b).count();
+        // The last standing token is computed even if it is known: what follows it is wanted.
+        let kept = position + if choose { same.min(standing - 1) } else { same };
+        self.request.tokens.truncate(position);
+        self.request.tokens.extend(tokens);
+        let standing_end = position + standing;
+        let mut allowed = Vec::new();
+        if let Some(followed) = self.followed.as_mut().filter(|_| choose) {
+            match followed.allowed(&self.request.tokens, position, standing_end) {
+                Ok(sets) => allowed = sets,
+                Err(e) => return self.refuse(e.into(), reply),
+            }
+            self.request.tokens.truncate(standing_end + allowed.len() - 1);
+        }
+        self.computed = self.computed.min(kept);
+        self.request.generated = self.request.tokens.len() - prompt;
+        let missing = blocks_for(self.request.tokens.len()).saturating_sub(self.blocks.len());
+        if missing > 0 {
+            let Some(grown) = allocate(missing) else { return self.refuse(ExtendError::Evicted, reply) };
+            self.blocks.extend_from_slice(grown.blocks());
+            let mut lease = self.lease.share();
+            lease.append(grown);
+            self.lease = Arc::new(lease);
+        }
+        if let Some(handoff) = handoff {
+            let computed = (self.computed / BLOCK_TOKENS).min(handoff_end_blocks);
+            let sender = context.extend(&self.request, &handoff, &self.blocks[..handoff_end_blocks], &self.lease);
+            for layer in handoff.schema.layers.iter().filter(|_| handoff.held_blocks < computed) {
+                sender.layers().ready(*layer as usize, handoff.held_blocks as u32..computed as u32);
+            }
+            self.sender = Some(sender);
+        }
+        self.queued_tokens = context.load.count_tokens(self.request.tokens.len() - self.computed);
+        self.running = Some(context.load.count_running());
+        self.computing = info_span!("extend", tokens = self.request.tokens.len() - self.computed);
+        let choices = Vec::new();
+        self.extending = Some(Extending { standing_end, choose, allowed, choices, handoff_end_blocks, reply });
+        Ok(self)
+    }
+
+    fn refuse(self, error: ExtendError, reply: ExtendReply) -> Result<Self, Box<Self>> {
+        let _ = reply.send(Err(error));
+        Err(Box::new(self))
+    }
+
+    /// Whether all tokens are computed.
+    pub fn is_computed(&self) -> bool {
+        self.computed == self.request.tokens.len()
+    }
+
+    /// Publishes the full blocks before `position`, whose tokens stand.
+    fn publish(&mut self, position: usize, producer: &str, pool: &BlockPool) {
+        let full = position.min(self.computed) / BLOCK_TOKENS;
+        if full > self.hashes.len() {
+            self.hashes = block_hashes(&self.request.tokens[..full * BLOCK_TOKENS], producer);
+            pool.publish(&self.blocks[..full], &self.hashes);
+        }
+    }
+
+    /// Ends an extension: replies, commits its handoff, and drops the drafts that do not stand.
+    pub fn extended(mut self, load: &LoadState) -> Option<(Ticket, Self)> {
+        let extending = self.extending.take()?;
+        if let Some(sender) = &self.sender {
+            sender.commit(0);
+        }
+        if extending.choose {
+            let accepted = extending.accepted(&self.request.tokens);
+            let end = extending.standing_end + accepted;
+            self.request.generated -= self.request.tokens.len() - end;
+            self.request.tokens.truncate(end);
+            self.computed = self.computed.min(end);
+            let mut tokens = extending.choices;
+            tokens.truncate(accepted + 1);
+            load.metrics().generation_tokens.inc_by(tokens.len() as u64);
+            let _ = extending.reply.send(Ok(tokens));
+        } else {
+            let _ = extending.reply.send(Ok(Vec::new()));
+        }
+        self.rest();
+        Some((self.request.lease?, self))
+    }
+
+    /// Ends an open prefill to make room.
+    pub fn evict(self) {
+        self.tell(JobEvent::Evicted);
     }
 
     /// Ends the prompt with an error: logs it and sends [`JobEvent::Failed`].
     pub fn fail(self, reason: &str) {
         error!(request = %self.request.id, reason, "the prompt failed in the engine");
         self.tell(JobEvent::Failed(reason.to_owned()));
+        if let Some(extending) = self.extending {
+            let _ = extending.reply.send(Err(ExtendError::Failed(reason.to_owned())));
+        }
     }
 
     fn tell(&self, event: JobEvent) {
@@ -308,66 +437,5 @@ impl ChunkLayers {
     /// earlier, because another prompt that finds them hands them over at once.
     pub(crate) fn publish(&self, pool: &BlockPool) {
         pool.publish(&self.blocks, &self.hashes);
-    }
-}
-
-impl HandoffContext {
-    /// Starts the sending side of a handoff, and a task that counts its outcome.
-    fn start(
-        &self,
-        request: &Request,
-        handoff: &Handoff,
-        blocks: &[BlockId],
-        lease: &Arc<BlockLease>,
-    ) -> (KvSender, Transfer) {
-        let to_send = blocks.len().saturating_sub(handoff.held_blocks);
-        let plan = SendPlan {
-            endpoint: handoff.endpoint.clone(),
-            ticket: handoff.ticket,
-            request_id: request.id.clone(),
-            schema: handoff.schema.clone(),
-            blocks: blocks.to_vec(),
-            lease: lease.clone(),
-            held_blocks: handoff.held_blocks as u32,
-            prompt_tokens: request.tokens.len() as u32,
-            // Per layer: each chunk completes at least one block, and the cached blocks are one more piece.
-            max_pieces: handoff.schema.layers.len() * (to_send + 1),
-            deadline: request.deadline,
-        };
-        let bytes = (to_send * handoff.schema.layers.len() * handoff.schema.block_bytes()) as u64;
-        let open = self.load.count_handoff();
-        let load = self.load.clone();
-        let _runtime = self.runtime.enter();
-        let (sender, mut ended) = KvSender::start(plan, self.store.clone(), self.config.clone());
-        let (mut tell, transfer) = oneshot::channel();
-        self.runtime.spawn(async move {
-            let outcome = tokio::select! {
-                outcome = &mut ended => outcome,
-                () = tell.closed() => {
-                    // KV-2: the sender keeps the blocks until the receiver has confirmed or the deadline has passed.
-                    let _stranded = load.count_stranded(bytes);
-                    (&mut ended).await
-                }
-            };
-            drop(open);
-            match &outcome {
-                Ok(Ok(stats)) => {
-                    load.metrics().transfer_bytes.inc_by(stats.bytes);
-                    load.metrics().transfer_seconds.observe(stats.seconds);
-                    load.metrics().transfer_exposed_seconds.observe(stats.exposed_seconds);
-                }
-                Ok(Err(e)) => {
-                    // A ticket ends with its request on the receiver.
-                    let is_void = *e == HandoffError::Failed(Failure::Refused(RefuseReason::Ticket));
-                    let is_over = tell.is_closed() && is_void;
-                    load.metrics().transfer_failed(if is_over { FailureReason::Cancelled } else { e.reason() });
-                }
-                Err(_) => load.metrics().transfer_failed(FailureReason::Internal),
-            }
-            if let Ok(outcome) = outcome {
-                let _ = tell.send(outcome);
-            }
-        });
-        (sender, transfer)
     }
 }

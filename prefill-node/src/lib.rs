@@ -3,10 +3,12 @@
 //! Path of a request: [`service`] checks it ([`request`]) and queues it in the [`engine`], whose thread owns the model.
 //! The request waits for KV blocks. Then its prompt is computed in chunks, batched with those of other prompts
 //! ([`scheduler`]). As soon as a layer of a chunk is computed, its KV is sent to the decode node ([`job`]). The logits
-//! of the last chunk give the first token.
+//! of the last chunk give the first token. A request whose prefill stays open then waits for extensions ([`extension`]).
 
 pub mod args;
 pub mod engine;
+pub mod extension;
+pub mod handoff;
 pub mod job;
 pub mod node;
 pub mod request;

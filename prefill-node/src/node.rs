@@ -12,6 +12,7 @@ use tonic::service::Routes;
 use crate::{
     args::Config,
     engine::{self, EngineLimits},
+    extension::OpenLimits,
     service::PrefillService,
 };
 
@@ -25,9 +26,11 @@ pub struct PrefillNode {
 impl PrefillNode {
     /// Binds the listeners, then loads the model.
     pub async fn bind(config: Config) -> Result<Self, NodeError> {
-        let Config { node, max_batch_tokens, step_target, max_running } = config;
-        let limits = EngineLimits { max_batch_tokens, step_target, max_running, max_waiting: node.max_waiting };
+        let Config { node, max_batch_tokens, step_target, max_running, open_kv_share, open_idle } = config;
+        let max_waiting = node.max_waiting;
         let host = Host::bind(Role::Prefill, node).await?;
+        let open = OpenLimits { max_blocks: (host.pool.total() as f64 * open_kv_share) as usize, max_idle: open_idle };
+        let limits = EngineLimits { max_batch_tokens, step_target, max_running, max_waiting, open };
         Ok(Self { load: host.load(None)?, host, limits })
     }
 

@@ -1,7 +1,7 @@
 //! Converts a prefill request from its wire form to a checked [`Request`]. An error names the field, its limit and its
 //! value. Nothing is allocated for a request before it has passed.
 
-use overfill_kv::{BLOCK_TOKENS, KvEndpoint, KvSchema};
+use overfill_kv::{BLOCK_TOKENS, KvEndpoint, KvSchema, Ticket};
 use overfill_node::{
     RequestError, RequestLimits,
     request::{Common, CommonFields},
@@ -10,7 +10,10 @@ use overfill_proto::{InvalidField, ticket_from_wire, v1};
 use tokio::time::Instant;
 use tracing::Span;
 
-use crate::job::{Handoff, Request};
+use crate::{
+    extension::{ExtendReply, Extension, MAX_DRAFTS, MAX_EXTENSION_TOKENS},
+    job::{Handoff, Request},
+};
 
 /// Checks a request that arrived at `now`.
 ///
@@ -26,12 +29,69 @@ pub fn check(limits: &RequestLimits, wire: v1::PrefillRequest, now: Instant) -> 
         deadline_seconds,
         generated_tokens,
         incarnation,
+        lease,
     } = wire;
     let fields = CommonFields { request_id, prompt_tokens, sampling, deadline_seconds, generated_tokens, incarnation };
     let Common { id, tokens, sampling, generated, deadline } = limits.check(fields, now)?;
     let handoff = handoff.map(|handoff| check_handoff(limits, handoff, tokens.len())).transpose()?;
+    let lease = if lease.is_empty() { None } else { Some(check_lease(&lease)?) };
     let span = Span::current();
-    Ok(Request { id, tokens, generated, sampling, constraint: None, prompt_logprobs, handoff, deadline, span })
+    Ok(Request { id, tokens, generated, sampling, constraint: None, prompt_logprobs, handoff, lease, deadline, span })
+}
+
+fn check_lease(bytes: &[u8]) -> Result<Ticket, InvalidField> {
+    Ticket::from_bytes(bytes).ok_or_else(|| InvalidField::new("lease", "16 bytes", format!("{} bytes", bytes.len())))
+}
+
+/// Checks an extension that arrived at `now`. `reply` receives its result.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_extension(
+    limits: &RequestLimits,
+    wire: v1::ExtendRequest,
+    now: Instant,
+    reply: ExtendReply,
+) -> Result<Extension, RequestError> {
+    let v1::ExtendRequest {
+        request_id,
+        incarnation,
+        lease,
+        position,
+        tokens,
+        standing_tokens,
+        choose,
+        handoff,
+        handoff_end_tokens,
+        deadline_seconds,
+    } = wire;
+    let (position, standing) = (position as usize, standing_tokens as usize);
+    let room = limits.identity.max_context_tokens.saturating_sub(position).min(MAX_EXTENSION_TOKENS);
+    if tokens.is_empty() || tokens.len() > room {
+        let limit = format!("1 to {room} tokens behind position {position}");
+        return Err(InvalidField::new("tokens", limit, format!("{} tokens", tokens.len())).into());
+    }
+    let least = if choose { tokens.len().saturating_sub(MAX_DRAFTS).max(1) } else { tokens.len() };
+    if !(least..=tokens.len()).contains(&standing) {
+        let limit = format!("in [{least}, {}]", tokens.len());
+        return Err(InvalidField::new("standing_tokens", limit, standing).into());
+    }
+    let fields =
+        CommonFields { request_id, prompt_tokens: tokens, deadline_seconds, incarnation, ..Default::default() };
+    let Common { id, tokens, deadline, .. } = limits.check(fields, now)?;
+    let end = handoff_end_tokens as usize;
+    let handoff = handoff.map(|handoff| {
+        // The last standing token may be computed again, so the block that it completes can't be sent meanwhile.
+        let most = position + standing - usize::from(choose);
+        if !end.is_multiple_of(BLOCK_TOKENS) || end > most {
+            let limit = format!("a multiple of {BLOCK_TOKENS} up to {most}");
+            return Err(InvalidField::new("handoff_end_tokens", limit, end).into());
+        }
+        check_handoff(limits, handoff, end)
+    });
+    let (handoff, lease) = (handoff.transpose()?, check_lease(&lease)?);
+    let handoff_end_blocks = if handoff.is_some() { end / BLOCK_TOKENS } else { 0 };
+    Ok(Extension { id, lease, position, tokens, standing, choose, handoff, handoff_end_blocks, deadline, reply })
 }
 
 fn check_handoff(

@@ -10,12 +10,12 @@ use overfill_text::TextFiles;
 use overfill_transport::HandoffError;
 use tokio::{
     sync::oneshot,
-    time::{Instant, sleep_until},
+    time::{Instant, sleep_until, timeout_at},
 };
 use tonic::{Code, Request, Response, Status};
 use tracing::{debug, warn};
 
-use crate::{engine::EngineHandle, job::JobEvent, request};
+use crate::{engine::EngineHandle, extension::ExtendError, job::JobEvent, request};
 
 /// Implementation of the gRPC service `overfill.v1.Prefill`.
 pub struct PrefillService {
@@ -91,6 +91,7 @@ impl v1::prefill_server::Prefill for PrefillService {
         span.record("request", tracing::field::display(&request.id));
         span.record("prompt_tokens", request.tokens.len());
         let (id, deadline, has_handoff) = (request.id.clone(), request.deadline, request.handoff.is_some());
+        let stays_open = request.lease.is_some();
         let mut events = self.engine.submit(request)?;
         let drain = self.core.drain.clone();
         let mut ending = Ending::new(self.core.load.clone(), arrived, span.clone());
@@ -99,17 +100,19 @@ impl v1::prefill_server::Prefill for PrefillService {
             let mut transfer = None;
             let mut computed = false;
             let mut handed_over = None;
-            while !computed || has_handoff {
+            while !computed || has_handoff || stays_open {
                 // `Transferred` must follow the first token. The engine sends the first token earlier, but this task
                 // may see the outcome of the handoff first.
                 if let Some(stats) = handed_over.take_if(|_| computed) {
                     ending.because("length");
                     yield event(Wire::Transferred(v1::TransferStats::from(stats)));
-                    break;
+                    if !stays_open {
+                        break;
+                    }
                 }
                 let next = tokio::select! {
                     biased;
-                    next = events.recv(), if !computed => Next::Engine(next),
+                    next = events.recv(), if !computed || stays_open => Next::Engine(next),
                     stats = outcome(&mut transfer, deadline) => Next::Handoff(stats),
                     () = sleep_until(deadline) => Next::Deadline,
                     () = drain.is_over() => Next::Moved,
@@ -130,13 +133,17 @@ impl v1::prefill_server::Prefill for PrefillService {
                     }
                     Next::Engine(Some(JobEvent::FirstToken { token, computed_in })) => {
                         computed = true;
-                        if !has_handoff {
+                        if !has_handoff || stays_open {
                             ending.because("length");
                         }
                         yield event(Wire::FirstToken(v1::FirstToken {
                             token: Some(token.into()),
                             prefill_seconds: computed_in.as_secs_f64(),
                         }));
+                    }
+                    Next::Engine(Some(JobEvent::Evicted)) => {
+                        debug!(request = %id, "the open prefill makes room");
+                        Err(Status::aborted("the open prefill has made room for others"))?;
                     }
                     Next::Engine(Some(JobEvent::Failed(reason))) => {
                         ending.because("error");
@@ -170,5 +177,25 @@ impl v1::prefill_server::Prefill for PrefillService {
                 }
             }
         })))
+    }
+
+    async fn extend(&self, request: Request<v1::ExtendRequest>) -> Result<Response<v1::ExtendResponse>, Status> {
+        let arrived = Instant::now();
+        let (reply, answer) = oneshot::channel();
+        let extension = request::check_extension(&self.limits, request.into_inner(), arrived, reply)?;
+        let deadline = extension.deadline;
+        self.engine.extend(extension)?;
+        let late = |_| Status::deadline_exceeded("the deadline of the extension has passed");
+        let chosen = match timeout_at(deadline, answer).await.map_err(late)? {
+            Ok(Ok(chosen)) => chosen,
+            Ok(Err(e @ ExtendError::NotOpen(_))) => return Err(Status::not_found(e.to_string())),
+            Ok(Err(e @ ExtendError::Evicted)) => return Err(Status::aborted(e.to_string())),
+            Ok(Err(e @ ExtendError::Failed(_))) => return Err(Status::internal(e.to_string())),
+            Ok(Err(e @ ExtendError::Grammar(_))) => return Err(Status::invalid_argument(e.to_string())),
+            // Its stream has ended.
+            Err(_) => return Err(Status::not_found("the prefill was closed")),
+        };
+        let tokens = chosen.into_iter().map(Into::into).collect();
+        Ok(Response::new(v1::ExtendResponse { tokens, seconds: arrived.elapsed().as_secs_f64() }))
     }
 }

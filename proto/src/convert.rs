@@ -2,7 +2,7 @@
 //! type does not allow.
 
 use overfill_kv::{
-    FinishReason, Grammar, KvDtype, KvEndpoint, KvSchema, OutputToken, ProtocolVersions, Role, RopeSpec,
+    FinishReason, Grammar, KvDtype, KvEndpoint, KvSchema, Mode, OutputToken, ProtocolVersions, Role, RopeSpec,
     SamplingParams, Ticket, TransferStats,
 };
 
@@ -58,6 +58,28 @@ impl TryFrom<v1::Role> for Role {
             v1::Role::Prefill => Ok(Self::Prefill),
             v1::Role::Decode => Ok(Self::Decode),
             v1::Role::Unspecified => Err(InvalidField::new("role", "prefill or decode", wire.as_str_name())),
+        }
+    }
+}
+
+impl From<Mode> for v1::Mode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Draft => Self::Draft,
+            Mode::Refresh => Self::Refresh,
+            Mode::Exact => Self::Exact,
+        }
+    }
+}
+
+impl v1::Mode {
+    /// The mode that the message names; `None` if it names none.
+    pub fn named(self) -> Option<Mode> {
+        match self {
+            Self::Unspecified => None,
+            Self::Draft => Some(Mode::Draft),
+            Self::Refresh => Some(Mode::Refresh),
+            Self::Exact => Some(Mode::Exact),
         }
     }
 }

@@ -210,7 +210,9 @@ impl Core {
         generation: Generation,
         mut legs: Legs,
     ) -> impl Stream<Item = Result<Output, GenerateError>> + Send {
-        let generation = Arc::new(generation);
+        let default = self.chat.modes.of(&generation.model.name).flatten();
+        let mode = Some(generation.mode.or(default).unwrap_or_default());
+        let generation = Arc::new(Generation { mode, ..generation });
         try_stream! {
             let waiter = self.waiting.begin(&generation);
             let mut running = place.run().await?;
@@ -281,6 +283,30 @@ impl Core {
                                         self.metrics.history.handoff(prefill_node, decode_node, stats);
                                     }
                                     None
+                                }
+                                AttemptEvent::Judged { drafted, accepted } => {
+                                    sequence.timings.drafted_tokens += drafted;
+                                    sequence.timings.accepted_tokens += accepted;
+                                    None
+                                }
+                                AttemptEvent::Chosen(token, stage) => {
+                                    let (text, end) = sequence.push(token.token)?;
+                                    match &end {
+                                        None => legs.enter(Leg::Decode),
+                                        Some(_) => legs.leave(),
+                                    }
+                                    running.token();
+                                    retries.progressed(generation.deadline().min(Instant::now() + self.max_queue));
+                                    yield Output::Token { token, text, stage };
+                                    end
+                                }
+                                AttemptEvent::Asked => None,
+                                AttemptEvent::Closed => {
+                                    let plan = sequence.plan(Vec::new(), self.progress_timeout);
+                                    match attempt.reopen(&self.nodes.view(), &self.affinity, plan) {
+                                        Ok(()) => None,
+                                        Err(failure) => break failure,
+                                    }
                                 }
                                 AttemptEvent::Finished(reason) => Some((reason, None)),
                             };

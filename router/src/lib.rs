@@ -49,6 +49,7 @@ mod wire;
 pub use args::Args;
 pub use config::Config;
 pub use error::GenerateError;
+pub use parsers::{ChatArgs, ChatSettings};
 pub use service::{Router, RouterError, main};
 pub use tenants::ApiKeys;
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use overfill_cluster::ConfigError;
+use overfill_kv::Mode;
 use overfill_text::{ReasoningFormat, ToolFormat};
 
 /// Flags of chats.
@@ -28,6 +29,17 @@ pub struct ChatArgs {
         help_heading = "Chats"
     )]
     pub reasoning_parser: Vec<String>,
+    /// What the full model does after the first token of requests that do not say: draft (nothing), refresh (it computes the KV
+    /// of generated tokens too), or exact (it decides on every token). MODEL=MODE is for one model. Comma-separated or
+    /// repeated [default: draft]
+    #[arg(
+        long = "mode",
+        env = "OVERFILL_MODE",
+        value_delimiter = ',',
+        value_name = "[MODEL=]MODE",
+        help_heading = "Requests"
+    )]
+    pub mode: Vec<String>,
     /// Allow requests with a chat template of their own. Templates are programs. Their time, memory and output are limited.
     #[arg(long, env = "OVERFILL_TRUST_REQUEST_CHAT_TEMPLATE", help_heading = "Chats")]
     pub trust_request_chat_template: bool,
@@ -36,12 +48,13 @@ pub struct ChatArgs {
 impl ChatArgs {
     /// Validates the flags. Adds what is wrong to `faults`.
     pub fn validate(self, faults: &mut Vec<ConfigError>) -> ChatSettings {
-        let Self { tool_call_parser, reasoning_parser, trust_request_chat_template } = self;
+        let Self { tool_call_parser, reasoning_parser, mode, trust_request_chat_template } = self;
         let tools = ToolFormat::ALL.map(|format| (format.as_str(), format));
         let reasoning = ReasoningFormat::ALL.map(|format| (format.as_str(), format));
         ChatSettings {
             tool_parsers: ByModel::parse("tool-call-parser", &tool_call_parser, &tools, faults),
             reasoning_parsers: ByModel::parse("reasoning-parser", &reasoning_parser, &reasoning, faults),
+            modes: ByModel::parse("mode", &mode, &Mode::ALL.map(|mode| (mode.as_str(), mode)), faults),
             trust_request_chat_template,
         }
     }
@@ -54,6 +67,8 @@ pub struct ChatSettings {
     pub tool_parsers: ByModel<ToolFormat>,
     /// How models mark their reasoning.
     pub reasoning_parsers: ByModel<ReasoningFormat>,
+    /// What the full model does after the first token.
+    pub modes: ByModel<Mode>,
     /// Whether a request may bring a chat template of its own.
     pub trust_request_chat_template: bool,
 }
@@ -85,7 +100,7 @@ impl<T: Copy> ByModel<T> {
             let known = formats.iter().find(|(known, _)| *known == name).map(|(_, format)| Some(*format));
             let Some(format) = known.or((name == "none").then_some(None)) else {
                 let names: Vec<&str> = formats.iter().map(|(name, _)| *name).collect();
-                let limit = format!("[MODEL=]PARSER with one of {} and none", names.join(", "));
+                let limit = format!("[MODEL=]NAME with one of {} and none", names.join(", "));
                 faults.push(ConfigError::new(flag, limit, value));
                 continue;
             };
@@ -109,6 +124,7 @@ mod tests {
         let args = ChatArgs {
             tool_call_parser: list(&["hermes", "a=mistral", "b=none", "c=qwen"]),
             reasoning_parser: list(&["x=deepseek_r1"]),
+            mode: list(&["exact", "x=refresh"]),
             trust_request_chat_template: false,
         };
         let settings = args.validate(&mut faults);
@@ -116,8 +132,10 @@ mod tests {
         assert_eq!(tools, [Some(Some(ToolFormat::Mistral)), Some(None), Some(Some(ToolFormat::Hermes))]);
         let reasoning = ["x", "other"].map(|model| settings.reasoning_parsers.of(model));
         assert_eq!(reasoning, [Some(Some(ReasoningFormat::DeepseekR1)), None]);
+        let modes = ["x", "other"].map(|model| settings.modes.of(model).flatten());
+        assert_eq!(modes, [Some(Mode::Refresh), Some(Mode::Exact)]);
         let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
         let names = "hermes, llama3_json, pythonic, mistral and none";
-        assert_eq!(faults, [format!("--tool-call-parser must be [MODEL=]PARSER with one of {names}, got c=qwen")]);
+        assert_eq!(faults, [format!("--tool-call-parser must be [MODEL=]NAME with one of {names}, got c=qwen")]);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use overfill_kv::{FinishReason, OutputToken, RequestId, Role, SamplingParams, TransferStats};
+use overfill_kv::{FinishReason, Mode, OutputToken, RequestId, Role, SamplingParams, TransferStats};
 use rand::Rng as _;
 use tokio::time::Instant;
 
@@ -38,6 +38,8 @@ pub struct Generation {
     pub shown_special: Arc<[u32]>,
     /// Whether to report the prompt's log-probabilities.
     pub prompt_logprobs: bool,
+    /// What the full model does after the first token; `None`: the model's default.
+    pub mode: Option<Mode>,
     /// Priority. Requests with lower numbers go first.
     pub priority: i32,
     /// Arrival of the request.
@@ -68,6 +70,11 @@ impl Lifetime {
 }
 
 impl Generation {
+    /// What the full model does after the first token.
+    pub fn mode(&self) -> Mode {
+        self.mode.unwrap_or_default()
+    }
+
     /// Deadline of the sequence.
     pub fn deadline(&self) -> Instant {
         self.arrived + self.time
@@ -134,6 +141,12 @@ pub struct Timings {
     pub decode_node: String,
     /// Number of times that the sequence was computed again on other nodes.
     pub migrations: u32,
+    /// What the full model did after the first token.
+    pub mode: Mode,
+    /// Drafts that the full model has judged, in mode exact.
+    pub drafted_tokens: u32,
+    /// Drafts that it has accepted.
+    pub accepted_tokens: u32,
     /// Time spent in each leg, summed over all attempts.
     pub legs: LegTimes,
 }

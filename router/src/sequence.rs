@@ -47,7 +47,11 @@ impl Sequence {
             prompt_logprobs: generation.prompt_logprobs,
             first_token: None,
             last_token: generation.arrived,
-            timings: Timings { queue_seconds: generation.arrived.elapsed().as_secs_f64(), ..Timings::default() },
+            timings: Timings {
+                queue_seconds: generation.arrived.elapsed().as_secs_f64(),
+                mode: generation.mode(),
+                ..Timings::default()
+            },
             generation,
         })
     }

@@ -209,6 +209,9 @@ impl From<Timings> for v1::Timings {
             prefill_node,
             decode_node,
             migrations,
+            mode,
+            drafted_tokens,
+            accepted_tokens,
             legs,
         } = timings;
         Self {
@@ -222,6 +225,9 @@ impl From<Timings> for v1::Timings {
             prefill_node,
             decode_node,
             migrations,
+            mode: v1::Mode::from(mode).into(),
+            drafted_tokens,
+            accepted_tokens,
             legs: Some(legs.into()),
         }
     }

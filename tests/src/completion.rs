@@ -53,6 +53,14 @@ impl Request {
         self
     }
 
+    /// Sets fields to their values in another request.
+    pub fn with_all(mut self, other: &Self, fields: &[&str]) -> Self {
+        for field in fields {
+            self.0[*field] = other.0[*field].clone();
+        }
+        self
+    }
+
     /// Sends the request to `/v1/completions` and waits for the whole answer.
     pub fn send(&self, router: &impl Router) -> Result<Completion> {
         let body = post(router, "/v1/completions", &self.0)?;

@@ -103,6 +103,41 @@ fn read<T: DeserializeOwned>(pair: &str, file: &str) -> Result<T> {
     serde_json::from_str(&text).context(path)
 }
 
+/// A prompt with its expected continuation in mode refresh.
+#[derive(Debug, Deserialize)]
+pub struct RefreshCase {
+    /// Token ids of the prompt.
+    pub prompt: Vec<u32>,
+    /// The greedy steps: the token, its log-probability, and the distance to that of the second best token.
+    pub refresh: Vec<(u32, f32, f32)>,
+}
+
+/// Content of `refresh.json` of a pair.
+#[derive(Deserialize)]
+struct Refresh {
+    cases: Vec<RefreshCase>,
+}
+
+/// Reads the expected outputs of a pair in mode refresh.
+pub fn refresh_cases(pair: &str) -> Result<Vec<RefreshCase>> {
+    Ok(read::<Refresh>(pair, "refresh.json")?.cases)
+}
+
+/// Checks that an answer in mode refresh matches the reference within [`EXACT`].
+pub fn check_refresh(expected: &[(u32, f32, f32)], actual: &Completion) -> Result<()> {
+    let got = (actual.tokens.len(), actual.logprobs.len());
+    ensure!(got == (expected.len(), expected.len()), "{got:?} tokens and log-probabilities, not {}", expected.len());
+    for (i, &(token, logprob, distance)) in expected.iter().enumerate() {
+        if actual.tokens[i] != token {
+            ensure!(distance < EXACT.close_call, "step {i}: token {} instead of {token}", actual.tokens[i]);
+            return Ok(());
+        }
+        let own = actual.logprobs[i];
+        ensure!((own - logprob).abs() <= EXACT.logprob, "step {i}: reported {own}, reference {logprob}");
+    }
+    Ok(())
+}
+
 /// Returns a model folder of a pair. `OVERFILL_GOLDEN` names the folder of all pairs where the repository is not.
 pub fn folder(pair: &str, which: &str) -> String {
     let pairs = std::env::var_os("OVERFILL_GOLDEN");

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::cluster::IDLE_GAUGES;
 use crate::metrics::At;
-use crate::service::{decode_args, prefill_args, router_args};
+use crate::service::{decode_args_of, prefill_args, router_args};
 use crate::{Completion, Network, Request, Router, Service, wait_for};
 
 const PAIR: &str = "llama-tied";
@@ -64,6 +64,12 @@ pub struct Rig {
 impl Rig {
     /// Starts the cluster. With `network`, each node runs on its own host.
     pub fn start(network: Option<&Network>) -> Result<Self> {
+        Self::start_with(network, "full", "draft")
+    }
+
+    /// Starts the cluster with the pair's decode model (`decode`) or its full model (`full`) on the decode nodes, and with a
+    /// default mode. In mode exact, tokens don't depend on the decode model either.
+    pub fn start_with(network: Option<&Network>, decoder: &str, mode: &str) -> Result<Self> {
         let node = |mut args: Vec<String>, more: &[&str], ports: &[&str]| {
             args.extend(more.iter().map(|&arg| arg.to_owned()));
             let host = network.map(Network::host).transpose()?;
@@ -76,10 +82,20 @@ impl Rig {
             Service::start_on(host, args)
         };
         let prefill = || node(prefill_args(PAIR), &["--max-batch-tokens", "16"], &["--listen", "--admin"]);
-        let decode = || node(decode_args(PAIR), &["--max-running", "4"], &["--listen", "--admin", "--kv-listen"]);
+        let decode =
+            || node(decode_args_of(PAIR, decoder), &["--max-running", "4"], &["--listen", "--admin", "--kv-listen"]);
         let (prefill, decode) = ([prefill()?, prefill()?], [decode()?, decode()?]);
         let urls = |nodes: &[Service; 2]| format!("{},{}", nodes[0].url(), nodes[1].url());
-        let args = ["--prefill-url", &urls(&prefill), "--decode-url", &urls(&decode), "--node-timeout-seconds", "3"];
+        let args = [
+            "--prefill-url",
+            &urls(&prefill),
+            "--decode-url",
+            &urls(&decode),
+            "--node-timeout-seconds",
+            "3",
+            "--mode",
+            mode,
+        ];
         let router = Service::start(router_args(), &args)?;
         router.wait_nodes(2, 2)?;
         Ok(Self { prefill, decode, router })

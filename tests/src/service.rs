@@ -44,7 +44,12 @@ pub fn prefill_args(pair: &str) -> Vec<String> {
 
 /// Arguments of a decode node over the same model. Every token is then the same on all nodes.
 pub fn decode_args(pair: &str) -> Vec<String> {
-    node_args("decode", &folder(pair, "full"))
+    decode_args_of(pair, "full")
+}
+
+/// Arguments of a decode node over a golden pair's model: `full` or `decode`.
+pub fn decode_args_of(pair: &str, which: &str) -> Vec<String> {
+    node_args("decode", &folder(pair, which))
 }
 
 fn node_args(role: &str, model: &str) -> Vec<String> {

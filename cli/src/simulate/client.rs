@@ -82,6 +82,7 @@ impl Client {
             skip_special: true,
             shown_special: [].into(),
             prompt_logprobs: false,
+            mode: None,
             priority: 0,
             arrived,
             time,

@@ -4,12 +4,17 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::Result;
 use overfill_cluster::{Shutdown, discovery::Registration};
-use overfill_decode_node::{engine as decode_engine, service::DecodeService};
+use overfill_decode_node::{
+    engine as decode_engine,
+    service::{DecodeService, ExtendedRequests},
+};
 use overfill_kv::{
     BLOCK_TOKENS, BlockId, BlockPool, KvDtype, KvEndpoint, KvMemory, KvSchema, KvStore, Role, RopeSpec, StoreError,
 };
 use overfill_node::{Identity, LoadState, NodeCore, NodeMetrics, RoleService, load::Receiving, new_incarnation};
-use overfill_prefill_node::{engine as prefill_engine, job::HandoffContext, service::PrefillService};
+use overfill_prefill_node::{
+    engine as prefill_engine, extension::OpenLimits, handoff::HandoffContext, service::PrefillService,
+};
 use overfill_simulated::Options;
 use overfill_text::TextFiles;
 use overfill_transport::{KvReceiver, TransferConfig};
@@ -153,15 +158,17 @@ impl NodeSetup {
             step_target: self.steps.clock.real(self.limits.step_target.as_secs_f64()),
             max_running: self.limits.prefill_running,
             max_waiting: self.max_waiting,
+            open: OpenLimits { max_blocks: self.kv_blocks / 2, max_idle: self.deadline },
         };
         let context = HandoffContext {
             runtime: tokio::runtime::Handle::current(),
             store: Arc::new(NoKv { blocks: self.kv_blocks }),
+            pool,
             config: self.transfer(&off),
             load: core.load.clone(),
         };
         let model = Prefiller::new(self.steps.clone());
-        let (handle, engine) = prefill_engine::Engine::new(model.clone(), FULL.into(), pool, limits, context);
+        let (handle, engine) = prefill_engine::Engine::new(model.clone(), FULL.into(), limits, context);
         let engine = tokio::spawn(model.drive(engine, core.load.clone()));
         let limits = core.request_limits(self.deadline);
         let service = PrefillService {
@@ -198,6 +205,7 @@ impl NodeSetup {
             constraints: core.constraints(self.files.clone()),
             receiver,
             core: core.clone(),
+            extended: ExtendedRequests::default(),
         };
         Ok(serve(name, core, listener, service.into_role_service(), engine, off))
     }

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use overfill_decode_node::{engine as decode, sequence::Sequence};
+use overfill_decode_node::engine::{self as decode, Stepping};
 use overfill_kv::OutputToken;
 use overfill_model::{LayerSink, ModelError};
 use overfill_node::{LoadState, Turn};
@@ -135,6 +135,7 @@ impl prefill::Compute for Prefiller {
         let output = |chunk: &prefill::PromptChunk<'_>| prefill::ChunkOutput {
             logprobs: Vec::new(),
             first_token: chunk.is_last().then(token),
+            choices: (0..chunk.choices()).map(|_| token()).collect(),
         };
         Ok(chunks.iter().map(output).collect())
     }
@@ -180,9 +181,9 @@ impl Decoder {
 }
 
 impl decode::Compute for Decoder {
-    fn step(&mut self, sequences: &[&Sequence]) -> Result<Vec<OutputToken>, ModelError> {
-        let context = sequences.iter().map(|sequence| sequence.tokens.len()).sum();
+    fn step(&mut self, sequences: &[Stepping<'_>]) -> Result<Vec<Option<OutputToken>>, ModelError> {
+        let context = sequences.iter().map(|stepping| stepping.tokens.end).sum();
         *self.taken.lock() = Some(self.steps.decode(sequences.len(), context));
-        Ok(sequences.iter().map(|_| token()).collect())
+        Ok(sequences.iter().map(|stepping| stepping.is_last().then(token)).collect())
     }
 }

@@ -33,6 +33,7 @@ fn job(node: &Node, tokens: Vec<u32>) -> (Box<Job>, mpsc::Receiver<SequenceEvent
         stop_token_ids: vec![9],
         producer: Some("full".into()),
         deadline: Instant::now(),
+        mode: Mode::Draft,
         tokens,
     };
     let hashes = block_hashes(&request.tokens, "full");
@@ -71,7 +72,7 @@ fn a_prompt_is_found_again_but_not_what_was_decoded_behind_it() {
     let node = node(8);
     let (mut sequence, _client) = decoding(&node, vec![1; 40]);
     for _ in 0..30 {
-        sequence.push(token(1));
+        sequence.flow.push(token(1));
     }
     drop(sequence);
     let hashes = block_hashes(&[1; 70], "full");
@@ -83,20 +84,20 @@ fn a_prompt_is_found_again_but_not_what_was_decoded_behind_it() {
 fn a_client_that_does_not_read_makes_its_sequence_sit_out() {
     let node = node(8);
     let (mut sequence, mut client) = decoding(&node, vec![1; 3]);
-    while sequence.steps() {
-        sequence.push(token(2));
-        if sequence.seat().lacks_block {
+    while sequence.steps(Duration::ZERO) {
+        sequence.flow.push(token(2));
+        if sequence.seat(Duration::ZERO).lacks_block {
             sequence.grow(node.pool.allocate(1).unwrap());
         }
     }
-    assert!(sequence.seat().sits_out);
-    for _ in 0..2 {
+    assert!(sequence.seat(Duration::ZERO).sits_out);
+    for _ in 0..3 {
         client.try_recv().unwrap();
     }
-    assert!(sequence.steps());
-    sequence.push(token(9));
-    assert_eq!(sequence.finish(), Some(FinishReason::Stop));
-    sequence.tell(SequenceEvent::Finished(FinishReason::Stop));
+    assert!(sequence.steps(Duration::ZERO));
+    sequence.flow.push(token(9));
+    assert_eq!(sequence.flow.finish(), Some(FinishReason::Stop));
+    sequence.flow.tell(SequenceEvent::Finished(FinishReason::Stop));
     let heard = std::iter::from_fn(|| client.try_recv().ok()).last();
     assert!(matches!(heard, Some(SequenceEvent::Finished(FinishReason::Stop))), "{heard:?}");
 }
@@ -110,14 +111,14 @@ fn kv_survives_host_memory() {
         let fill = &mut |i: usize, block: &mut [u8]| block.fill((layer * 10 + i) as u8);
         store.write(layer, &sequence.blocks, fill).unwrap();
     }
-    let tokens = sequence.tokens.clone();
+    let tokens = sequence.flow.tokens.clone();
     let Ok(swapped) = sequence.swap_out(&store, &node.load) else { panic!("reading failed") };
     assert_eq!((node.pool.in_use(), node.load.load().running, node.load.load().waiting), (0, 0, 1));
     let elsewhere = node.pool.allocate(2).unwrap();
     let lease = node.pool.allocate(swapped.blocks).unwrap();
     let sequence = swapped.swap_in(lease, &store, &node.load).unwrap();
     drop(elsewhere);
-    assert_eq!(sequence.tokens, tokens);
+    assert_eq!(sequence.flow.tokens, tokens);
     assert_eq!((node.load.load().running, node.load.load().waiting), (1, 0));
     for layer in 0..2 {
         let check = &mut |i: usize, block: &[u8]| assert!(block.iter().all(|b| *b == (layer * 10 + i) as u8));
@@ -138,7 +139,7 @@ fn blocks_that_no_layer_needs_are_neither_reserved_nor_kept() {
     let store = MemoryStore::new(1, 8, 64);
     for tokens in 101..=400 {
         sequence.forget(limits.windows);
-        if sequence.seat().lacks_block {
+        if sequence.seat(Duration::ZERO).lacks_block {
             sequence.grow(node.pool.allocate(1).unwrap());
         }
         let position = tokens - 1;
@@ -159,7 +160,8 @@ fn blocks_that_no_layer_needs_are_neither_reserved_nor_kept() {
             store.read(0, &sequence.blocks[needed..], &mut |i, block| assert_eq!(block, [mark(i); 64])).unwrap();
         }
         let _ = client.try_recv();
-        sequence.push(token(1));
+        sequence.flow.computed = sequence.flow.tokens.len();
+        sequence.flow.push(token(1));
     }
     drop(sequence);
     assert_eq!(node.pool.in_use(), 0);

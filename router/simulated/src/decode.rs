@@ -28,6 +28,15 @@ impl Drop for Reservation {
     }
 }
 
+/// Name of a request that may wait for verdicts.
+struct Awaiting(Vec<u8>, Arc<State>);
+
+impl Drop for Awaiting {
+    fn drop(&mut self) {
+        self.1.verdicts.lock().remove(&self.0);
+    }
+}
+
 #[tonic::async_trait]
 impl decode_server::Decode for Service {
     type DecodeStream = Events<v1::DecodeEvent>;
@@ -42,6 +51,7 @@ impl decode_server::Decode for Service {
             let (sender, receiver) = oneshot::channel();
             HANDOFFS.lock().insert(ticket.clone(), sender);
             let reservation = Reservation(ticket.clone());
+            let named = Awaiting(ticket.clone(), state.clone());
             yield event(decode_event::Event::Reserved(v1::Reserved {
                 ticket,
                 kv_endpoint: None,
@@ -59,11 +69,53 @@ impl decode_server::Decode for Service {
             yield event(decode_event::Event::Ready(v1::HandoffReady {
                 transfer: Some(v1::TransferStats { bytes: 1024, seconds: 0.001, exposed_seconds: 0.0 }),
             }));
+            let mut tokens: Vec<u32> = request.prompt_tokens.iter().copied().chain([handed]).collect();
+            let most = request.prompt_tokens.len() + request.max_tokens as usize;
+            while request.mode() == v1::Mode::Exact {
+                state.step(state.options.token_time).await?;
+                // Two drafts are right, and the third one is wrong.
+                let mut ahead = continuation.clone();
+                let mut drafts: Vec<u32> = (0..3).map(|_| ahead.next(None).token).collect();
+                drafts[2] ^= 1;
+                let (sender, verdict) = oneshot::channel();
+                state.verdicts.lock().insert(named.0.clone(), sender);
+                yield event(decode_event::Event::Extension(v1::Extension {
+                    position: tokens.len() as u32 - 1,
+                    tokens: tokens.last().copied().into_iter().chain(drafts).collect(),
+                    standing_tokens: 1,
+                    choose: true,
+                    landing: None,
+                    handoff_end_tokens: 0,
+                }));
+                let chosen = verdict.await.map_err(|_| Status::unavailable("the verdict did not come"))?;
+                for token in chosen {
+                    if continuation.next(None).token != token {
+                        Err(Status::internal("the verdict is not the one expected"))?;
+                    }
+                    tokens.push(token);
+                    let stops = request.stop_token_ids.contains(&token);
+                    if stops || tokens.len() >= most {
+                        yield finished(if stops { v1::FinishReason::Stop } else { v1::FinishReason::Length });
+                        return;
+                    }
+                }
+            }
             for _ in 1..request.max_tokens {
                 state.step(state.options.token_time).await?;
                 let token = continuation.next(logprobs);
                 let id = token.token;
+                tokens.push(id);
                 yield event(decode_event::Event::Token(token));
+                if request.mode() == v1::Mode::Refresh && tokens.len() % 4 == 0 {
+                    yield event(decode_event::Event::Extension(v1::Extension {
+                        position: tokens.len() as u32 - 1,
+                        tokens: vec![id],
+                        standing_tokens: 1,
+                        choose: false,
+                        landing: None,
+                        handoff_end_tokens: 0,
+                    }));
+                }
                 if request.stop_token_ids.contains(&id) {
                     yield finished(v1::FinishReason::Stop);
                     return;
@@ -71,5 +123,16 @@ impl decode_server::Decode for Service {
             }
             yield finished(v1::FinishReason::Length);
         })))
+    }
+
+    async fn verdict(&self, request: Request<v1::VerdictRequest>) -> Result<Response<v1::VerdictResponse>, Status> {
+        let v1::VerdictRequest { ticket, tokens, lost, .. } = request.into_inner();
+        if lost && !self.0.verdicts.lock().contains_key(&ticket) {
+            // In mode refresh, nothing waits for an extension here.
+            return Ok(Response::new(v1::VerdictResponse {}));
+        }
+        let waiting = self.0.verdicts.lock().remove(&ticket);
+        let told = waiting.and_then(|waiting| waiting.send(tokens).ok());
+        told.map(|()| Response::new(v1::VerdictResponse {})).ok_or_else(|| Status::not_found("no request waits for it"))
     }
 }

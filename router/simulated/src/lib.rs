@@ -204,6 +204,8 @@ impl SimulatedNode {
             paused: watch::Sender::new(false),
             paired: watch::Sender::new(false),
             losing: AtomicBool::new(false),
+            open: Mutex::default(),
+            verdicts: Mutex::default(),
             stop: CancellationToken::new(),
         });
         let routes = match role {
@@ -253,6 +255,11 @@ impl SimulatedNode {
         self.state.losing.store(losing, Ordering::SeqCst);
     }
 
+    /// Ends all open prefills of the node, as if their KV had made room.
+    pub fn close_prefills(&self) {
+        self.state.open.lock().clear();
+    }
+
     /// While set, the node generates no tokens.
     pub fn set_paused(&self, paused: bool) {
         self.state.paused.send_replace(paused);
@@ -272,6 +279,10 @@ struct State {
     /// Whether a router sends requests to this node, as it last said.
     paired: watch::Sender<bool>,
     losing: AtomicBool,
+    /// The open prefills by lease, with their tokens and the number of those that are output.
+    open: Mutex<HashMap<Vec<u8>, (Vec<u32>, u32)>>,
+    /// Requests that wait for a verdict, by ticket.
+    verdicts: Mutex<HashMap<Vec<u8>, oneshot::Sender<Vec<u32>>>>,
     stop: CancellationToken,
 }
 
@@ -317,6 +328,7 @@ impl State {
 }
 
 /// The artificial continuation of a prompt.
+#[derive(Clone)]
 struct Continuation {
     hash: u64,
     index: usize,

@@ -14,6 +14,15 @@ fn event(event: prefill_event::Event) -> v1::PrefillEvent {
     v1::PrefillEvent { event: Some(event) }
 }
 
+/// Keeps a prefill open.
+struct Open(Arc<State>, Vec<u8>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.lock().remove(&self.1);
+    }
+}
+
 #[tonic::async_trait]
 impl prefill_server::Prefill for Service {
     type PrefillStream = Events<v1::PrefillEvent>;
@@ -66,9 +75,42 @@ impl prefill_server::Prefill for Service {
                 tokio::time::sleep(delay).await;
                 yield first_token;
             }
+            let kept = (!request.lease.is_empty()).then(|| {
+                let tokens = (request.prompt_tokens.clone(), request.generated_tokens);
+                state.open.lock().insert(request.lease.clone(), tokens);
+                Open(state.clone(), request.lease)
+            });
             if with_handoff {
                 yield event(prefill_event::Event::Transferred(v1::TransferStats::default()));
             }
+            if let Some(_open) = kept {
+                state.stop.cancelled().await;
+            }
         })))
+    }
+
+    async fn extend(&self, request: Request<v1::ExtendRequest>) -> Result<Response<v1::ExtendResponse>, Status> {
+        let (state, request) = (self.0.clone(), request.into_inner());
+        state.step(state.options.prefill_time).await?;
+        let mut open = state.open.lock();
+        let known = open.get_mut(&request.lease).filter(|(tokens, _)| request.position as usize <= tokens.len());
+        let Some((tokens, generated)) = known else { return Err(Status::not_found("no open prefill has this lease")) };
+        let (standing, drafts) = request.tokens.split_at(request.standing_tokens as usize);
+        *generated = *generated + request.position + standing.len() as u32 - tokens.len() as u32;
+        tokens.truncate(request.position as usize);
+        tokens.extend(standing);
+        let mut chosen = Vec::new();
+        if request.choose {
+            let mut continuation = Continuation::new(&state.options, tokens, *generated);
+            loop {
+                let next = continuation.next(Some(0));
+                let stands = drafts.get(chosen.len()) == Some(&next.token);
+                chosen.push(next);
+                if !stands {
+                    break;
+                }
+            }
+        }
+        Ok(Response::new(v1::ExtendResponse { tokens: chosen, seconds: 0.0 }))
     }
 }

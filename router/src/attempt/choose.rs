@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use overfill_kv::{BLOCK_TOKENS, Role, block_hashes, protocol::CONSTRAINTS};
+use overfill_kv::{
+    BLOCK_TOKENS, Role, block_hashes,
+    protocol::{CONSTRAINTS, EXTEND},
+};
 use parking_lot::Mutex;
 
 use super::{Plan, blame::Pair};
@@ -83,7 +86,12 @@ fn prefill_node<'a>(
 
 /// Whether the node takes requests, knows the request's parameters, and the request fits its context.
 fn usable(node: &Node, plan: &Plan) -> bool {
-    let understands = node.info.protocol.newest >= CONSTRAINTS || !plan.generation.sampling.is_constrained();
+    let least = match (plan.generation.mode().extends(), plan.generation.sampling.is_constrained()) {
+        (true, _) => EXTEND,
+        (false, true) => CONSTRAINTS,
+        (false, false) => 0,
+    };
+    let understands = node.info.protocol.newest >= least;
     node.admits() && understands && !plan.avoid.contains(&node.key) && node.info.max_context_tokens >= plan.length()
 }
 
@@ -165,6 +173,7 @@ pub(crate) mod tests {
             skip_special: true,
             shown_special: [].into(),
             prompt_logprobs: false,
+            mode: None,
             priority: 0,
             arrived: Instant::now(),
             time: Duration::from_secs(9),

@@ -35,6 +35,8 @@ pub(super) enum DecodeEvent {
     /// The KV is complete and verified.
     Ready(Option<TransferStats>),
     Token(OutputToken),
+    /// The node wants the full model to go on.
+    Extension(v1::Extension),
     Finished(FinishReason),
 }
 
@@ -60,6 +62,7 @@ impl DecodeStream {
             generated_tokens: plan.generated,
             producer: prefiller.info.schema.full_model.clone().unwrap_or_default(),
             incarnation: node.info.incarnation.clone(),
+            mode: v1::Mode::from(generation.mode()).into(),
         };
         let (mut client, request) = (node.decode_client(), traced(request));
         Self {
@@ -80,7 +83,12 @@ impl DecodeStream {
             Some(decode_event::Event::Reserved(reserved)) => {
                 Reservation::try_from(reserved).map_err(|e| Fault::Unexpected(e.to_string()))
             }
-            Some(decode_event::Event::Ready(_) | decode_event::Event::Token(_) | decode_event::Event::Finished(_))
+            Some(
+                decode_event::Event::Ready(_)
+                | decode_event::Event::Token(_)
+                | decode_event::Event::Extension(_)
+                | decode_event::Event::Finished(_),
+            )
             | None => Err(Fault::unexpected("the stream did not begin with a reservation")),
         }
     }
@@ -109,6 +117,7 @@ impl DecodeStream {
         match message.and_then(|message| message.event) {
             Some(decode_event::Event::Ready(ready)) => Ok(DecodeEvent::Ready(ready.transfer.map(Into::into))),
             Some(decode_event::Event::Token(token)) => Ok(DecodeEvent::Token(token.into())),
+            Some(decode_event::Event::Extension(extension)) => Ok(DecodeEvent::Extension(extension)),
             Some(decode_event::Event::Finished(finished)) => {
                 let reason = FinishReason::try_from(finished.reason());
                 Ok(DecodeEvent::Finished(reason.map_err(|e| Fault::Unexpected(e.to_string()))?))

@@ -6,12 +6,13 @@
 mod blame;
 pub(crate) mod choose;
 mod decode;
+mod extension;
 mod prefill;
 mod stream;
 #[cfg(test)]
 mod tests;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use overfill_kv::{FinishReason, OutputToken, Role, TransferStats};
 use parking_lot::Mutex;
@@ -20,6 +21,7 @@ use tokio::time::{Instant, sleep_until};
 use self::{
     blame::{Fault, Pair},
     decode::{DecodeEvent, DecodeStream, Reservation},
+    extension::Extender,
     prefill::{PrefillEvent, PrefillStream},
 };
 use crate::{affinity::Affinity, node::View, request::Generation};
@@ -28,7 +30,7 @@ use crate::{affinity::Affinity, node::View, request::Generation};
 /// Possibly only the prefill node's last confirmation was lost.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// An event of an attempt. Events occur in the order of the variants; `Token` may repeat.
+/// An event of an attempt. Events occur in the order of the variants; those between `Started` and `Finished` may repeat.
 #[derive(Debug)]
 pub enum AttemptEvent {
     /// The decode node has reserved room.
@@ -51,6 +53,20 @@ pub enum AttemptEvent {
     Token(OutputToken, Role),
     /// The KV is complete on the decode node.
     Ready(Option<TransferStats>),
+    /// The full model has judged drafts. The tokens that stand follow.
+    Judged {
+        /// Number of drafts.
+        drafted: u32,
+        /// Number of drafts that stand.
+        accepted: u32,
+    },
+    /// The next token, which the full model has chosen. The role of the node that has proposed it: a draft that stands comes
+    /// from the decode node.
+    Chosen(OutputToken, Role),
+    /// The decode node has asked the full model to go on.
+    Asked,
+    /// No prefill node has the request open, and the full model is to go on. The caller calls [`Attempt::reopen`].
+    Closed,
     /// The decode node has ended the text. There is no such event if the first token ends it: the caller checks for that.
     Finished(FinishReason),
 }
@@ -88,6 +104,7 @@ pub enum AttemptError {
 }
 
 /// The task of an attempt.
+#[derive(Clone)]
 pub struct Plan {
     /// The request.
     pub generation: Arc<Generation>,
@@ -157,6 +174,12 @@ pub struct Attempt {
     /// Set when the prefill node fails after its first token. If the KV is not complete at the given time, the attempt fails
     /// with this error.
     trouble: Option<(AttemptError, Instant)>,
+    /// What the full model does after the first token.
+    extender: Extender,
+    /// Tokens that stand and were not returned yet.
+    chosen: VecDeque<(OutputToken, Role)>,
+    /// Set when the decode node has ended the text, and `chosen` was not empty.
+    finished: Option<FinishReason>,
 }
 
 impl Attempt {
@@ -172,6 +195,9 @@ impl Attempt {
             reservation: None,
             prefill: None,
             trouble: None,
+            extender: Extender::new(),
+            chosen: VecDeque::new(),
+            finished: None,
             plan,
         };
         if attempt.plan.remaining > 1 {
@@ -242,6 +268,7 @@ impl Attempt {
         let Some(stream) = &mut self.decode else { return Err(ended()) };
         let reservation = heard(&self.plan, &self.pair, Role::Decode, self.phase, None, stream.reserved()).await?;
         let held_tokens = reservation.held_tokens;
+        self.extender.ticket = reservation.ticket.0.to_vec();
         self.reservation = Some(reservation);
         self.enter(Phase::OpeningPrefill);
         Ok(AttemptEvent::Reserved { node: self.pair.decode.info.node_id.clone(), held_tokens })
@@ -249,7 +276,9 @@ impl Attempt {
 
     async fn opening_prefill(&mut self) -> Result<(), AttemptError> {
         let reservation = self.reservation.take();
-        let open = || PrefillStream::open(&self.pair.prefill, self.matched, &self.plan, reservation);
+        let extends = self.decode.is_some() && self.plan.generation.mode().extends();
+        let lease = if extends { self.extender.lease() } else { Vec::new() };
+        let open = || PrefillStream::open(&self.pair.prefill, self.matched, &self.plan, reservation, lease);
         let stream = self.prefill.get_or_insert_with(open);
         let until = self.last_progress + self.plan.progress_timeout;
         heard(&self.plan, &self.pair, Role::Prefill, self.phase, Some(until), stream.opened()).await?;
@@ -296,6 +325,17 @@ impl Attempt {
     /// The next event after the first token, from the decode node. Meanwhile the prefill node ends its transfer.
     async fn decoding(&mut self) -> Result<AttemptEvent, AttemptError> {
         let event = loop {
+            if let Some((token, proposer)) = self.chosen.pop_front() {
+                return Ok(AttemptEvent::Chosen(token, proposer));
+            }
+            if let Some(reason) = self.finished {
+                self.enter(Phase::Over);
+                return Ok(AttemptEvent::Finished(reason));
+            }
+            if self.extender.is_lost() {
+                return Ok(AttemptEvent::Closed);
+            }
+            let is_reopening = self.extender.is_reopening();
             let Some(decode) = &mut self.decode else { return Err(ended()) };
             let deadline = self.plan.generation.deadline();
             let give_up = match (self.phase, &self.trouble) {
@@ -314,7 +354,14 @@ impl Attempt {
                     }
                     Err(fault) => fault,
                 },
-                () = self.pair.prefill.left(), if self.prefill.is_some() => Fault::Left,
+                () = self.pair.prefill.left(), if self.prefill.is_some() || is_reopening => Fault::Left,
+                step = self.extender.step() => {
+                    self.last_progress = Instant::now();
+                    match self.stepped(step)? {
+                        Some(event) => return Ok(event),
+                        None => continue,
+                    }
+                }
                 () = sleep_until(give_up.min(deadline)) => {
                     if deadline <= give_up {
                         return Err(AttemptError::Deadline);
@@ -329,6 +376,10 @@ impl Attempt {
             // abandoned.
             let error = self.sentence(Role::Prefill, prefill_fault);
             self.prefill = None;
+            self.extender.lost();
+            if let AttemptError::Failed { nodes, .. } = &error {
+                self.plan.avoid.extend(nodes.iter().filter(|node| **node == self.pair.prefill.key));
+            }
             self.trouble = Some((error, Instant::now() + GRACE));
         };
         let event = event.map_err(|fault| self.sentence(Role::Decode, fault))?;
@@ -341,10 +392,22 @@ impl Attempt {
                 Ok(AttemptEvent::Ready(stats))
             }
             DecodeEvent::Token(token) => Ok(AttemptEvent::Token(token, Role::Decode)),
-            DecodeEvent::Finished(reason) => {
-                self.enter(Phase::Over);
-                Ok(AttemptEvent::Finished(reason))
+            DecodeEvent::Extension(extension) => {
+                let open = self.prefill.is_some().then_some(&*self.pair.prefill);
+                self.extender.ask(extension, open, &self.plan);
+                Ok(AttemptEvent::Asked)
             }
+            DecodeEvent::Finished(reason) => match self.told() {
+                // The node has ended the text because of a verdict, before it has answered the call. The tokens come first.
+                Some(judged) => {
+                    self.finished = Some(reason);
+                    Ok(judged)
+                }
+                None => {
+                    self.enter(Phase::Over);
+                    Ok(AttemptEvent::Finished(reason))
+                }
+            },
         }
     }
 

@@ -35,8 +35,9 @@ pub(super) struct PrefillStream {
 
 impl PrefillStream {
     /// Opens a stream on which `node` prefills the plan's tokens. `matched`: number of tokens that it has probably cached.
-    /// The KV is sent to `reservation`. Without a reservation only the first token is computed.
-    pub fn open(node: &Arc<Node>, matched: u64, plan: &Plan, reservation: Option<Reservation>) -> Self {
+    /// The KV is sent to `reservation`. Without a reservation only the first token is computed. With a `lease` that is not
+    /// empty, the node keeps the request open afterwards.
+    pub fn open(node: &Arc<Node>, matched: u64, plan: &Plan, reservation: Option<Reservation>, lease: Vec<u8>) -> Self {
         let request = v1::PrefillRequest {
             request_id: plan.generation.request_id.0.clone(),
             prompt_tokens: plan.tokens.to_vec(),
@@ -46,6 +47,7 @@ impl PrefillStream {
             deadline_seconds: plan.seconds_left(),
             generated_tokens: plan.generated,
             incarnation: node.info.incarnation.clone(),
+            lease,
         };
         let (mut client, request) = (node.prefill_client(), traced(request));
         Self {

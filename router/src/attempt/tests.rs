@@ -46,6 +46,9 @@ async fn tokens(view: &View, patience: Option<Duration>) -> (Vec<u32>, usize) {
             | AttemptEvent::Started { .. }
             | AttemptEvent::PromptLogprobs(_)
             | AttemptEvent::Ready(_) => {}
+            AttemptEvent::Judged { .. } | AttemptEvent::Chosen(..) | AttemptEvent::Asked | AttemptEvent::Closed => {
+                panic!("the full model has nothing to do in mode draft")
+            }
         }
     }
 }

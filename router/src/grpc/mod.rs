@@ -92,7 +92,10 @@ impl RouterService {
             bad_words,
             prompt_logprobs,
             truncate_prompt_tokens,
+            mode,
         } = wire;
+        let mode =
+            v1::Mode::try_from(mode).map_err(|e| GenerateError::limit("mode", "draft, refresh or exact", e.0))?.named();
         let time = match deadline_seconds {
             0.0 => self.core.default_time,
             seconds if seconds > 0.0 && seconds <= MAX_DEADLINE.as_secs_f64() => Duration::from_secs_f64(seconds),
@@ -173,6 +176,7 @@ impl RouterService {
             skip_special: !keep_special_tokens,
             shown_special: format.iter().flat_map(|format| model.text.special_ids(format.markers())).collect(),
             prompt_logprobs,
+            mode,
             priority,
             arrived,
             time,

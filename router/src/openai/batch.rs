@@ -106,6 +106,7 @@ impl Batch {
                     skip_special: common.skip_special,
                     shown_special: shown_special.clone(),
                     prompt_logprobs: *prompt_logprobs,
+                    mode: common.mode,
                     priority: common.priority,
                     arrived: lifetime.arrived,
                     time: lifetime.time,

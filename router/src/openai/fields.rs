@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use axum::body::Bytes;
-use overfill_kv::{Grammar, SamplingParams};
+use overfill_kv::{Grammar, Mode, SamplingParams};
 use overfill_text::GenerationDefaults;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
@@ -126,6 +126,8 @@ pub struct Common {
     pub include_usage: bool,
     /// Whether a stream says which stage made each token, and ends with timings.
     pub include_overfill: bool,
+    /// What the full model does after the first token; `None`: the model's default.
+    pub mode: Option<Mode>,
     /// Number of choices per prompt.
     pub n: usize,
     /// Seed of the first choice. `None`: every choice gets a random seed.
@@ -200,6 +202,10 @@ impl Common {
         if let Some(count) = truncate_prompt_tokens.filter(|count| *count != -1 && *count < 1) {
             return Err(GenerateError::limit("truncate_prompt_tokens", "-1 or at least 1", count));
         }
+        let mode: Option<String> = fields.take("overfill_mode")?;
+        let mode = mode.map(|mode| {
+            mode.parse().map_err(|_| GenerateError::limit("overfill_mode", "draft, refresh or exact", &mode))
+        });
         let structured = structured::take(fields)?;
         let min_tokens = fields.take_count("min_tokens")?.unwrap_or(0);
         let allowed_token_ids = fields.take_ids("allowed_token_ids")?;
@@ -232,6 +238,7 @@ impl Common {
             stream,
             include_usage: options.as_ref().and_then(|o| o.include_usage).unwrap_or(false),
             include_overfill: options.and_then(|o| o.include_overfill).unwrap_or(false),
+            mode: mode.transpose()?,
             n,
             seed: seed.map(|seed| seed as u64),
             sampling,
@@ -290,6 +297,8 @@ mod tests {
         assert_eq!(take(r#"{"logit_bias": {"x": 1}}"#), "logit_bias must be of token ids, got x");
         assert_eq!(take(r#"{"n": 1.5}"#), "n: invalid type: floating point `1.5`, expected an integer");
         assert_eq!(take(r#"{"stop_token_ids": [-1]}"#), "stop_token_ids must be of token ids, got -1");
+        let unknown = "overfill_mode must be draft, refresh or exact, got fast";
+        assert_eq!(take(r#"{"overfill_mode": "fast"}"#), unknown);
         assert!(take(r#"{"stop": 3}"#).contains("expected a string or a list of strings"));
     }
 

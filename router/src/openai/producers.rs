@@ -31,6 +31,9 @@ pub fn timings(finished: &Finished) -> Value {
         prefill_node,
         decode_node,
         migrations,
+        mode,
+        drafted_tokens,
+        accepted_tokens,
         legs,
     } = &finished.timings;
     let handoff = handoff.map(|handoff| {
@@ -43,6 +46,9 @@ pub fn timings(finished: &Finished) -> Value {
         "mean_itl_seconds": mean_itl_seconds,
         "total_seconds": total_seconds,
         "migrations": migrations,
+        "mode": mode.as_str(),
+        "drafted_tokens": drafted_tokens,
+        "accepted_tokens": accepted_tokens,
         "prefill_node": prefill_node,
         "decode_node": decode_node,
         "prefill_cached_tokens": prefill_cached_tokens,

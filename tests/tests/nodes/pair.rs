@@ -121,6 +121,8 @@ impl Pair {
             max_batch_tokens: sizes.max_batch_tokens,
             step_target: Duration::from_secs(1),
             max_running: sizes.max_running,
+            open_kv_share: 0.5,
+            open_idle: PATIENCE,
         })
         .await?;
         let decode = DecodeNode::bind(overfill_decode_node::Config {
@@ -172,6 +174,7 @@ impl Pair {
             generated_tokens: ask.generated,
             producer: self.producer.clone(),
             incarnation: String::new(),
+            mode: v1::Mode::Draft.into(),
         }
     }
 
@@ -190,6 +193,7 @@ impl Pair {
             deadline_seconds: 0.0,
             generated_tokens: ask.generated,
             incarnation: String::new(),
+            lease: Vec::new(),
         }
     }
 

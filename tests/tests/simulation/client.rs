@@ -11,7 +11,7 @@ use std::{
 
 use futures::StreamExt as _;
 use overfill_cluster::{Shutdown, discovery::Members};
-use overfill_kv::{FinishReason, SamplingParams};
+use overfill_kv::{FinishReason, Mode, SamplingParams};
 use overfill_router::{
     Config,
     parts::{Core, Generation, Metrics, Nodes, Output, follow_capacity, new_request_id},
@@ -42,6 +42,8 @@ pub struct Ask {
     pub prompt: Arc<[u32]>,
     /// Maximum number of tokens to generate.
     pub max_tokens: u32,
+    /// What the full model does after the first token.
+    pub mode: Mode,
     /// Time limit.
     pub time: Duration,
     /// Whether generation continues past the end-of-text token.
@@ -113,7 +115,7 @@ impl Record {
     }
 
     async fn receive(&self, core: &Core, witness: &Witness) -> End {
-        let Ask { prompt, max_tokens, time, ignore_eos, pause, tenant, priority } = &self.ask;
+        let Ask { prompt, max_tokens, mode, time, ignore_eos, pause, tenant, priority } = &self.ask;
         let arrived = Instant::now();
         let model = loop {
             match core.model(PRUNED, arrived, Some(*time)).await {
@@ -133,6 +135,7 @@ impl Record {
             skip_special: true,
             shown_special: [].into(),
             prompt_logprobs: false,
+            mode: Some(*mode),
             priority: *priority,
             arrived,
             time: *time,

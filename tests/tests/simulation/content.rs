@@ -58,6 +58,13 @@ pub fn next_token(tokens: &[u32]) -> u32 {
     if hash.is_multiple_of(60) { EOS } else { u32::from(b'a') + 3 + (hash % 26) as u32 }
 }
 
+/// Returns what the pruned model drafts after `tokens`: in three cases of four, what the full model would say.
+pub fn draft_token(tokens: &[u32]) -> u32 {
+    let token = next_token(tokens);
+    let other = tokens.iter().fold(7, |hash, token| mix(hash, u64::from(*token))).is_multiple_of(4);
+    if other { u32::from(b'a') + 3 + (token + 1) % 26 } else { token }
+}
+
 /// KV of a token sequence, as computed by a model.
 pub struct Content {
     /// For each position, the hash of all tokens up to it.

@@ -3,15 +3,15 @@
 use std::{sync::Arc, time::Duration};
 
 use overfill_decode_node::{
-    engine::{Compute, Engine},
+    engine::{Compute, Engine, Stepping},
     sequence::Sequence,
 };
-use overfill_kv::{BLOCK_TOKENS, BlockId, KvStore as _, OutputToken};
+use overfill_kv::{BLOCK_TOKENS, BlockId, KvStore as _, Mode, OutputToken};
 use overfill_model::ModelError;
 use overfill_node::Turn;
 
 use crate::{
-    content::{Content, FULL, LayerWindows, PRUNED, next_token, row_place},
+    content::{Content, FULL, LayerWindows, PRUNED, draft_token, next_token, row_place},
     guard::{Guard, Witness},
     pace::Pace,
 };
@@ -34,32 +34,48 @@ pub struct Decoder {
 }
 
 impl Compute for Decoder {
-    fn step(&mut self, sequences: &[&Sequence]) -> Result<Vec<OutputToken>, ModelError> {
-        let token = |sequence: &&Sequence| {
+    fn step(&mut self, sequences: &[Stepping<'_>]) -> Result<Vec<Option<OutputToken>>, ModelError> {
+        let token = |stepping: &Stepping<'_>| {
+            let Stepping { sequence, tokens } = stepping;
             self.guard.seal(&sequence.blocks[sequence.forgotten..]);
-            self.attend(sequence);
-            OutputToken { token: next_token(&sequence.tokens), logprob: f32::NAN, top: Vec::new() }
+            for position in tokens.clone() {
+                self.attend(sequence, position);
+            }
+            let drafted = |tokens: &[u32], exact| OutputToken {
+                token: if exact { draft_token(tokens) } else { next_token(tokens) },
+                logprob: f32::NAN,
+                top: Vec::new(),
+            };
+            let exact = sequence.flow.request.mode == Mode::Exact;
+            stepping.is_last().then(|| drafted(&sequence.flow.tokens, exact))
         };
         Ok(sequences.iter().map(token).collect())
     }
 }
 
 impl Decoder {
-    /// Checks KV-5: the prompt's KV is the full model's, the rest was written here. Then writes the KV of the last
-    /// token.
-    fn attend(&self, sequence: &Sequence) {
-        let prompt = sequence.request.tokens.len();
-        let last = sequence.tokens.len() - 1;
-        let [full, own] =
-            [(prompt, FULL), (last + 1, PRUNED)].map(|(n, model)| Content::new(&sequence.tokens[..n], model));
+    /// Checks KV-5: the prompt's KV is the full model's, and so is that of refreshed blocks. The rest was written here. Then
+    /// writes the KV of the token at `last`.
+    fn attend(&self, sequence: &Sequence, last: usize) {
+        let flow = &sequence.flow;
+        let (prompt, refreshed) = (flow.request.tokens.len(), flow.extensions.refreshed_tokens());
+        let sent = prompt.max(refreshed);
+        let [full, own] = [(sent, FULL), (last + 1, PRUNED)].map(|(n, model)| Content::new(&flow.tokens[..n], model));
+        let by_position = flow.request.mode == Mode::Refresh;
+        // The rule of mode refresh, exactly: no block too early, none too late.
+        let due = (last / BLOCK_TOKENS).saturating_sub(1).max(prompt / BLOCK_TOKENS) * BLOCK_TOKENS;
+        if by_position && refreshed != due {
+            self.witness.violated(format!("{} feeds {last} with {refreshed} refreshed tokens", self.name));
+        }
         // Until the first own token is written, the prompt's last block is entirely as it was sent.
-        let sent = if last == prompt { prompt.next_multiple_of(BLOCK_TOKENS) } else { prompt };
+        let end = if last == prompt { prompt.next_multiple_of(BLOCK_TOKENS) } else { last };
         for (layer, full_layer) in self.layers.iter().enumerate() {
             let visible = self.windows[*full_layer as usize].map_or(0, |window| (last + 1).saturating_sub(window));
             let mut wrong = None;
             let check = &mut |i: usize, bytes: &[u8]| {
-                for position in (i * BLOCK_TOKENS).max(visible)..((i + 1) * BLOCK_TOKENS).min(sent.max(last)) {
-                    let content = if position < sent { &full } else { &own };
+                for position in (i * BLOCK_TOKENS).max(visible)..((i + 1) * BLOCK_TOKENS).min(end) {
+                    let is_sent = position < sent || last == prompt;
+                    let content = if is_sent { &full } else { &own };
                     if bytes[row_place(position)] != content.row(*full_layer, position) {
                         wrong.get_or_insert(position);
                     }
@@ -67,9 +83,9 @@ impl Decoder {
             };
             self.guard.memory.read(layer, &sequence.blocks, check).expect("a sequence's blocks are the node's");
             if let Some(position) = wrong {
-                let (name, id) = (&self.name, &sequence.request.id);
+                let (name, id) = (&self.name, &flow.request.id);
                 let what = format!(
-                    "KV-5: {name} decodes {id} (prompt of {prompt}, now {last}) over wrong KV: layer {layer}, position {position}"
+                    "KV-5: {name} decodes {id} (prompt of {prompt}, {refreshed} refreshed, now {last}) over wrong KV: layer {layer}, position {position}"
                 );
                 self.witness.violated(what);
             }
@@ -89,6 +105,9 @@ pub async fn run(mut engine: Engine<Decoder>, guard: Arc<Guard>, pace: Pace) {
         for (request, lease) in engine.reserved() {
             let held = overfill_kv::blocks_for(request.tokens.len()) - lease.len();
             guard.will_fill(lease, held, || Content::new(&request.tokens, FULL));
+        }
+        for (tokens, block, place) in engine.landings() {
+            guard.will_fill(place, block, || Content::new(&tokens[..(block + 1) * BLOCK_TOKENS], FULL));
         }
         match turn {
             Turn::Computed => pace.step().await,

@@ -6,12 +6,17 @@ use overfill_cluster::{
     Shutdown,
     discovery::{Members, Registration},
 };
-use overfill_decode_node::{engine as decode_engine, service::DecodeService};
+use overfill_decode_node::{
+    engine as decode_engine,
+    service::{DecodeService, ExtendedRequests},
+};
 use overfill_kv::{BLOCK_TOKENS, BlockPool, KvEndpoint, Role};
 use overfill_node::{
     Identity, LoadState, NodeCore, NodeMetrics, RoleService, Served, load::Receiving, new_incarnation,
 };
-use overfill_prefill_node::{engine as prefill_engine, job::HandoffContext, service::PrefillService};
+use overfill_prefill_node::{
+    engine as prefill_engine, extension::OpenLimits, handoff::HandoffContext, service::PrefillService,
+};
 use overfill_transport::{KvReceiver, TransferConfig, Transports, tcp};
 use parking_lot::Mutex;
 use tokio::{
@@ -30,6 +35,9 @@ use crate::{
     pace::Pace,
     prefill::{self, LateLayers, Prefiller},
 };
+
+/// Longest idle time of an open prefill. Short, so that some end.
+const OPEN_IDLE: Duration = Duration::from_millis(300);
 
 /// Default deadline of requests.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -184,16 +192,18 @@ impl SimulatedHost {
             step_target: Duration::MAX,
             max_running,
             max_waiting,
+            open: OpenLimits { max_blocks: blocks / 2, max_idle: OPEN_IDLE },
         };
         let context = HandoffContext {
             runtime: tokio::runtime::Handle::current(),
             store: guard.clone(),
+            pool,
             config: self.around.transfer.clone(),
             load: core.load.clone(),
         };
         let late = LateLayers::default();
         let prefiller = Prefiller { guard: guard.clone(), late: late.clone() };
-        let (handle, engine) = prefill_engine::Engine::new(prefiller, FULL.into(), pool, limits, context);
+        let (handle, engine) = prefill_engine::Engine::new(prefiller, FULL.into(), limits, context);
         let engine = tokio::task::spawn_local(prefill::run(engine, guard, late, self.pace.clone()));
         let service = PrefillService {
             engine: handle,
@@ -230,7 +240,14 @@ impl SimulatedHost {
         let engine = tokio::task::spawn_local(decode::run(engine, guard, self.pace.clone()));
         let constraints = core.constraints(Arc::new(FILES.clone()));
         let limits = core.request_limits(DEADLINE);
-        let service = DecodeService { engine: handle, limits, constraints, receiver, core: core.clone() };
+        let service = DecodeService {
+            engine: handle,
+            limits,
+            constraints,
+            receiver,
+            core: core.clone(),
+            extended: ExtendedRequests::default(),
+        };
         if serve(&core, listener, service.into_role_service(), engine).await? == Served::Drained {
             stop.cancel();
             receiving.await?;

@@ -2,7 +2,7 @@
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
-use overfill_kv::Role;
+use overfill_kv::{Mode, Role};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
 use crate::{client::Ask, content::output, node::Size};
@@ -139,10 +139,13 @@ fn letters(rng: &mut StdRng, n: usize) -> Vec<u32> {
 /// Draws a request with time limit `time`.
 pub fn ask(rng: &mut StdRng, prompts: &mut Prompts, time: Duration) -> Ask {
     let pause = if rng.random_bool(0.1) { millis(rng, 5..150) } else { Duration::ZERO };
-    let max_tokens = if rng.random_bool(0.05) { 1 } else { rng.random_range(2..26) };
+    let mode = one(rng, &[Mode::Draft, Mode::Draft, Mode::Refresh, Mode::Exact]);
+    let most = if mode.extends() && rng.random_bool(0.5) { 80 } else { 26 };
+    let max_tokens = if rng.random_bool(0.05) { 1 } else { rng.random_range(2..most) };
     Ask {
         prompt: prompts.next(rng, max_tokens),
         max_tokens,
+        mode,
         time,
         ignore_eos: rng.random_bool(0.3),
         pause,

@@ -52,12 +52,15 @@ impl Compute for Prefiller {
             compute(&self.guard, layer, &written, &*layers);
         }
         *self.late.0.lock() = Some(Late { from: early, chunks: written, layers });
-        let output = |chunk: &PromptChunk<'_>| ChunkOutput {
-            logprobs: Vec::new(),
-            first_token: chunk.is_last().then(|| {
-                let token = next_token(&chunk.job.request.tokens);
-                OutputToken { token, logprob: f32::NAN, top: Vec::new() }
-            }),
+        let token = |tokens: &[u32]| OutputToken { token: next_token(tokens), logprob: f32::NAN, top: Vec::new() };
+        let output = |chunk: &PromptChunk<'_>| {
+            let tokens = &chunk.job.request.tokens;
+            let places = chunk.tokens.end + 1 - chunk.choices()..chunk.tokens.end + 1;
+            ChunkOutput {
+                logprobs: Vec::new(),
+                first_token: chunk.is_last().then(|| token(tokens)),
+                choices: places.map(|end| token(&tokens[..end])).collect(),
+            }
         };
         Ok(chunks.iter().map(output).collect())
     }

@@ -95,7 +95,11 @@ impl Seats {
     pub(super) fn make_room(&mut self, world: &mut World<'_>) {
         let lacks = |job: &usize| {
             let j = &world.jobs[*job];
-            Seat { lacks_block: j.blocks < blocks_for(j.ask.prompt_tokens + j.generated), sits_out: false }
+            Seat {
+                lacks_block: j.blocks < blocks_for(j.ask.prompt_tokens + j.generated),
+                sits_out: false,
+                waits: false,
+            }
         };
         let mut seats: Vec<Seat> = self.running.iter().map(lacks).collect();
         while let Some(growth) = next_growth(&seats, self.free_blocks > 0) {

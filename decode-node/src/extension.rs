@@ -1,0 +1,405 @@
+//! What the full model does for one sequence after its first token ([`Mode`]): which tokens it is given and when, which of
+//! them stand, and which blocks its KV has taken over. Pure decisions, without model, threads or clock.
+
+use std::{sync::Arc, time::Duration};
+
+use overfill_kv::{BLOCK_TOKENS, BlockLease, Mode};
+
+/// Maximum number of drafts given to the full model at a time.
+const MOST_DRAFTS: usize = 16;
+/// Maximum number of tokens that one verdict adds.
+pub const MOST_CHOSEN: usize = MOST_DRAFTS + 1;
+/// Weight of one round of drafts against all earlier ones.
+const FORGET: f64 = 0.9;
+/// A sequence that drafts nothing drafts again in every such round, to find out whether drafts are accepted by now.
+const PROBE_ROUNDS: u32 = 16;
+/// Attempts to land a block before the request fails.
+const MOST_FAILURES: u32 = 5;
+
+/// A request to the full model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ask {
+    /// Position of the first of `tokens`.
+    pub position: usize,
+    /// The next tokens of the sequence, at least one.
+    pub tokens: Vec<u32>,
+    /// Number of leading `tokens` that stand, at least one.
+    pub standing: usize,
+    /// Whether the sequence waits for a verdict.
+    pub choose: bool,
+    /// The block whose KV is wanted.
+    pub landing: Option<Landing>,
+}
+
+/// A block of the full model's KV that is on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Landing {
+    /// Index of the block in the sequence.
+    pub block: usize,
+    /// Number of the landing in the sequence, so that a late report is not taken for another one's.
+    pub number: u64,
+}
+
+/// State of one sequence's extensions.
+#[derive(Debug)]
+pub struct Extensions {
+    mode: Mode,
+    /// Maximum number of tokens of the sequence.
+    most: usize,
+    /// Number of tokens that stand.
+    standing: usize,
+    /// Number of leading blocks that hold KV of the full model.
+    refreshed: usize,
+    /// Number of tokens that the full model was given.
+    given: usize,
+    /// Drafts in the verdict that the sequence waits for, and the time of the request.
+    awaited: Option<(usize, Duration)>,
+    /// The number of the last landing.
+    number: u64,
+    /// The block that the full model's KV for block `refreshed` is on its way to.
+    landing: Option<Arc<BlockLease>>,
+    /// A block in which KV has landed that is not in use yet.
+    landed: Option<Arc<BlockLease>>,
+    failures: u32,
+    drafts: DraftLength,
+}
+
+impl Extensions {
+    /// For a sequence whose first `prompt` tokens were prefilled. One more token stands: the first one. There will be at most
+    /// `most` tokens.
+    pub fn new(mode: Mode, prompt: usize, most: usize) -> Self {
+        Self {
+            mode,
+            most,
+            standing: prompt + 1,
+            refreshed: prompt / BLOCK_TOKENS,
+            given: prompt,
+            awaited: None,
+            number: 0,
+            landing: None,
+            landed: None,
+            failures: 0,
+            drafts: DraftLength::default(),
+        }
+    }
+
+    /// The mode.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Number of tokens that stand, of `tokens`.
+    pub fn standing(&self, tokens: usize) -> usize {
+        if self.mode == Mode::Exact { self.standing } else { tokens }
+    }
+
+    /// Number of leading tokens whose KV is the full model's.
+    pub fn refreshed_tokens(&self) -> usize {
+        self.refreshed * BLOCK_TOKENS
+    }
+
+    /// Whether the next token can't be computed yet: the full model's KV for an earlier block is missing, or there are enough
+    /// drafts. `tokens`: number of tokens of the sequence, `step`: duration of a step.
+    pub fn waits(&self, tokens: usize, step: Duration) -> bool {
+        match self.mode {
+            Mode::Draft => false,
+            Mode::Refresh => (tokens - 1) / BLOCK_TOKENS >= self.refreshed + 2,
+            Mode::Exact => {
+                let (drafted, most) = (tokens - self.standing, self.drafts.length(step));
+                // While a verdict is under way, drafts for the next one are made, with the token that the verdict adds.
+                drafted >= if self.awaited.is_some() && most > 0 { 2 * most + 1 } else { most }
+            }
+        }
+    }
+
+    /// Whether the full model's KV for the next block is wanted and has no place to go to. `tokens`: number of tokens of the
+    /// sequence.
+    pub fn wants_landing(&self, tokens: usize) -> bool {
+        let known = match self.mode {
+            Mode::Draft => 0,
+            Mode::Refresh => tokens,
+            // The last standing token is computed again with the next drafts.
+            Mode::Exact => self.standing - 1,
+        };
+        // The last token is never fed, and no earlier step would attend to the block.
+        let is_used = (self.refreshed + 2) * BLOCK_TOKENS + 2 <= self.most;
+        let is_free = self.landing.is_none() && self.landed.is_none();
+        is_used && is_free && known >= (self.refreshed + 1) * BLOCK_TOKENS
+    }
+
+    /// What to ask the full model for now. `tokens`: the sequence; `is_over`: the draft has ended; `place`: a block for KV,
+    /// if [`Self::wants_landing`]. An unused place is given back.
+    pub fn ask(
+        &mut self,
+        tokens: &[u32],
+        is_over: bool,
+        place: Option<Arc<BlockLease>>,
+        step: Duration,
+        now: Duration,
+    ) -> Option<Ask> {
+        match self.mode {
+            Mode::Draft => None,
+            Mode::Refresh => {
+                let landing = self.land(place?);
+                let end = (landing.block + 1) * BLOCK_TOKENS;
+                // After a failure, the node that goes on may know fewer tokens. It is given at least one.
+                let position = self.given.min(end - 1);
+                self.given = end;
+                let tokens = tokens[position..end].to_vec();
+                Some(Ask { position, standing: tokens.len(), tokens, choose: false, landing: Some(landing) })
+            }
+            Mode::Exact => {
+                let drafted = tokens.len() - self.standing;
+                if self.awaited.is_some() || (drafted < self.drafts.length(step) && !is_over) {
+                    return None;
+                }
+                let drafted = drafted.min(MOST_DRAFTS);
+                self.awaited = Some((drafted, now));
+                let landing = place.map(|place| self.land(place));
+                let position = self.standing - 1;
+                let tokens = tokens[position..self.standing + drafted].to_vec();
+                Some(Ask { position, tokens, standing: 1, choose: true, landing })
+            }
+        }
+    }
+
+    fn land(&mut self, place: Arc<BlockLease>) -> Landing {
+        self.number += 1;
+        self.landing = Some(place);
+        Landing { block: self.refreshed, number: self.number }
+    }
+
+    /// Number of leading blocks that hold KV of the full model. The block that is on its way follows them.
+    pub fn refreshed_blocks(&self) -> usize {
+        self.refreshed
+    }
+
+    /// The block for the full model's KV of [`Ask::landing`].
+    pub fn landing(&self) -> Option<&Arc<BlockLease>> {
+        self.landing.as_ref()
+    }
+
+    /// Whether the full model's KV is on its way in the landing with this number.
+    pub fn is_landing(&self, number: u64) -> bool {
+        self.landing.is_some() && self.number == number
+    }
+
+    /// The full model's KV has arrived in its place.
+    pub fn landed(&mut self) {
+        self.failures = 0;
+        if let Some(place) = self.landing.take() {
+            self.landed = Some(place);
+        }
+    }
+
+    /// The full model's KV has arrived or not, but its place is needed for something else.
+    pub fn give_up_landing(&mut self) {
+        self.landing = None;
+    }
+
+    /// The last request to the full model was lost. It is made again. Returns false if the request must not go on.
+    pub fn lost(&mut self) -> bool {
+        self.awaited = None;
+        self.landing.is_none() || self.not_landed()
+    }
+
+    /// The place of the full model's KV that is not in use yet is needed for something else.
+    pub fn give_up_landed(&mut self) {
+        self.landed = None;
+    }
+
+    /// The full model's KV has not arrived. Returns false if the request must not go on.
+    pub fn not_landed(&mut self) -> bool {
+        self.landing = None;
+        self.failures += 1;
+        self.mode != Mode::Refresh || self.failures < MOST_FAILURES
+    }
+
+    /// A block of the full model's KV that takes the place of a block of the sequence now, and its index. `tokens`: number
+    /// of tokens of the sequence.
+    pub fn take_landed(&mut self, tokens: usize) -> Option<(usize, Arc<BlockLease>)> {
+        let due = match self.mode {
+            Mode::Refresh => (tokens - 1) / BLOCK_TOKENS >= self.refreshed + 2,
+            Mode::Draft | Mode::Exact => true,
+        };
+        let place = self.landed.take_if(|_| due)?;
+        self.refreshed += 1;
+        Some((self.refreshed - 1, place))
+    }
+
+    /// Takes the verdict: `chosen` follow the standing tokens, the first of them at `position`. Changes `tokens` accordingly.
+    /// Returns the verdict's effect; `None` if the sequence does not wait for it.
+    pub fn verdict(
+        &mut self,
+        tokens: &mut Vec<u32>,
+        position: usize,
+        chosen: &[u32],
+        now: Duration,
+    ) -> Option<Verdict> {
+        let (drafted, asked) = self.awaited?;
+        if position != self.standing || chosen.is_empty() || chosen.len() > drafted + 1 {
+            return None;
+        }
+        self.awaited = None;
+        let accepted = chosen.len() - 1;
+        self.drafts.observe(drafted, accepted, now.saturating_sub(asked));
+        self.standing = position + chosen.len();
+        let same = tokens[position..].iter().zip(chosen).take_while(|(draft, chosen)| draft == chosen).count();
+        let is_changed = same < chosen.len();
+        if is_changed {
+            tokens.truncate(position + same);
+            tokens.extend_from_slice(&chosen[same..]);
+        }
+        Some(Verdict { drafted, accepted, is_changed, valid: position + same })
+    }
+}
+
+/// Effect of a verdict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// Drafts that the full model was given.
+    pub drafted: usize,
+    /// Drafts that stand.
+    pub accepted: usize,
+    /// Whether tokens were dropped or added.
+    pub is_changed: bool,
+    /// Number of leading tokens that have not changed.
+    pub valid: usize,
+}
+
+/// Chooses how many tokens to draft for a verdict.
+///
+/// If a draft is accepted with probability `a`, a round with `k` drafts gives `(1 - a^(k + 1)) / (1 - a)` tokens on average
+/// (Leviathan et al., arXiv 2211.17192). It takes `k` steps of this node and one verdict. The best `k` gives most tokens per
+/// second. It is 0 where drafts do not pay off: then the full model decodes alone.
+#[derive(Clone, Debug)]
+struct DraftLength {
+    /// Weighted numbers of drafts that were judged and accepted.
+    judged: f64,
+    accepted: f64,
+    /// Weighted mean of the time until a verdict, in seconds.
+    verdict_seconds: Option<f64>,
+    /// Rounds since the last draft.
+    rounds: u32,
+}
+
+impl Default for DraftLength {
+    fn default() -> Self {
+        Self { judged: 4.0, accepted: 3.0, verdict_seconds: None, rounds: 0 }
+    }
+}
+
+impl DraftLength {
+    /// Records a round: `accepted` of `drafted` drafts stand.
+    fn observe(&mut self, drafted: usize, accepted: usize, took: Duration) {
+        // Drafts behind the first one that fell were not judged.
+        let judged = drafted.min(accepted + 1);
+        self.judged = self.judged * FORGET + judged as f64;
+        self.accepted = self.accepted * FORGET + accepted as f64;
+        let took = took.as_secs_f64();
+        self.verdict_seconds = Some(self.verdict_seconds.map_or(took, |mean| mean + (took - mean) / 8.0));
+        self.rounds = if drafted == 0 { self.rounds + 1 } else { 0 };
+    }
+
+    /// Number of tokens to draft, if a step takes `step`.
+    fn length(&self, step: Duration) -> usize {
+        let step = step.as_secs_f64();
+        let Some(verdict) = self.verdict_seconds.filter(|_| step > 0.0) else { return 4 };
+        let rate = self.accepted / self.judged.max(1e-9);
+        let gain = |k: usize| (0..=k as i32).map(|i| rate.powi(i)).sum::<f64>() / (k as f64 * step + verdict);
+        let best = (0..=MOST_DRAFTS).max_by(|a, b| gain(*a).total_cmp(&gain(*b))).unwrap_or(0);
+        if best == 0 && self.rounds >= PROBE_ROUNDS { 1 } else { best }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use overfill_kv::BlockPool;
+
+    use super::*;
+
+    const STEP: Duration = Duration::from_millis(1);
+
+    fn place(pool: &BlockPool) -> Option<Arc<BlockLease>> {
+        pool.allocate(1).ok().map(Arc::new)
+    }
+
+    #[test]
+    fn blocks_are_refreshed_one_block_late() {
+        let pool = BlockPool::new(4);
+        let mut extensions = Extensions::new(Mode::Refresh, 20, 66);
+        let mut tokens: Vec<u32> = (0..21).collect();
+        while !extensions.wants_landing(tokens.len()) {
+            assert_eq!(extensions.ask(&tokens, false, None, STEP, STEP), None);
+            tokens.push(7);
+        }
+        assert_eq!(tokens.len(), 32);
+        let ask = extensions.ask(&tokens, false, place(&pool), STEP, STEP).unwrap();
+        assert_eq!((ask.position, ask.tokens.len(), ask.standing, ask.landing.map(|l| l.block)), (20, 12, 12, Some(1)));
+        // Feeding position 48 attends to the refreshed block 1; all positions before it do not.
+        extensions.landed();
+        tokens.resize(48, 7);
+        assert!(!extensions.waits(48, STEP) && extensions.take_landed(48).is_none());
+        assert!(extensions.waits(49, STEP));
+        assert_eq!(extensions.take_landed(49).map(|(block, _)| block), Some(1));
+        assert!(!extensions.waits(49, STEP) && extensions.wants_landing(49));
+        let ask = extensions.ask(&tokens, false, place(&pool), STEP, STEP).unwrap();
+        assert_eq!((ask.position, ask.tokens.len(), ask.landing.map(|l| l.block)), (32, 16, Some(2)));
+        assert!(extensions.waits(65, STEP));
+        assert!(extensions.not_landed() && extensions.wants_landing(65));
+        let again = extensions.ask(&tokens, false, place(&pool), STEP, STEP).unwrap();
+        assert_eq!((again.position, again.tokens.len(), again.landing.map(|l| l.block)), (47, 1, Some(2)));
+        assert!(extensions.is_landing(3) && !extensions.is_landing(2));
+        // No step attends to block 3 of the full model.
+        extensions.landed();
+        assert!(extensions.take_landed(65).is_some() && !extensions.wants_landing(66));
+        drop(extensions);
+        assert_eq!(pool.in_use(), 0);
+    }
+
+    #[test]
+    fn drafts_stand_as_far_as_the_full_model_agrees() {
+        let mut extensions = Extensions::new(Mode::Exact, 3, 99);
+        let mut tokens = vec![0, 1, 2, 3, 10, 11, 12, 13];
+        let ask = extensions.ask(&tokens, false, None, STEP, STEP).unwrap();
+        assert_eq!((ask.position, ask.standing, &ask.tokens[..]), (3, 1, &[3, 10, 11, 12, 13][..]));
+        assert_eq!(extensions.ask(&tokens, false, None, STEP, STEP), None);
+        // Drafting goes on meanwhile.
+        assert!(!extensions.waits(8, STEP));
+        tokens.push(14);
+        assert_eq!(extensions.verdict(&mut tokens, 5, &[10], STEP), None);
+        let verdict = extensions.verdict(&mut tokens, 4, &[10, 11, 99], STEP).unwrap();
+        assert_eq!(verdict, Verdict { drafted: 4, accepted: 2, is_changed: true, valid: 6 });
+        assert_eq!((&tokens[..], extensions.standing(tokens.len())), (&[0, 1, 2, 3, 10, 11, 99][..], 7));
+        tokens.extend([20, 21]);
+        let ask = extensions.ask(&tokens, true, None, STEP, STEP).unwrap();
+        assert_eq!((ask.position, &ask.tokens[..]), (6, &[99, 20, 21][..]));
+        tokens.push(22);
+        let verdict = extensions.verdict(&mut tokens, 7, &[20, 21, 22], STEP).unwrap();
+        assert_eq!(verdict, Verdict { drafted: 2, accepted: 2, is_changed: false, valid: 10 });
+        assert_eq!((tokens.len(), extensions.standing(tokens.len())), (10, 10));
+    }
+
+    #[test]
+    fn drafts_are_as_many_as_pay_off() {
+        let length = |accepted: usize, step: u64, verdict: u64| {
+            let mut drafts = DraftLength::default();
+            for _ in 0..50 {
+                drafts.observe(4, accepted, Duration::from_millis(verdict));
+            }
+            drafts.length(Duration::from_millis(step))
+        };
+        assert_eq!(length(4, 1, 4), MOST_DRAFTS);
+        assert_eq!(length(0, 1, 4), 0);
+        let half = length(1, 1, 4);
+        assert!((1..4).contains(&half), "{half}");
+        // A decode model as slow as the full one is of no use.
+        assert_eq!(length(1, 4, 4), 0);
+        let mut idle = DraftLength::default();
+        for _ in 0..50 {
+            idle.observe(0, 0, STEP);
+            idle.accepted = 0.0;
+        }
+        assert_eq!(idle.length(STEP), 1);
+    }
+}
