@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, Role};
+use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, Role, Windows};
 use overfill_model::{
     Choice, Engine as ModelEngine, LayerSink, ModelError, Outputs, SamplingContext, SequenceSlice, Want, no_layers,
 };
@@ -37,6 +37,8 @@ pub struct EngineLimits {
     pub max_running: usize,
     /// Maximum number of waiting requests.
     pub max_waiting: usize,
+    /// Windows of the model's layers. KV that no layer needs is not kept.
+    pub windows: Windows,
 }
 
 /// The computation of tokens: by the model's engine, or simulated in tests.
@@ -210,6 +212,7 @@ impl<C: Compute> Engine<C> {
         self.swapped.retain(|request| !request.flow.is_over());
         self.reserved.retain(|_, request| !request.is_over());
         self.running.retain(|sequence| !sequence.flow.is_over());
+        self.running.iter_mut().for_each(|sequence| sequence.forget(self.limits.windows));
         self.resume();
         self.reserve();
         self.extend();
@@ -261,7 +264,7 @@ impl<C: Compute> Engine<C> {
             Command::Ready { arrival, first_token } => {
                 // Absent if the request has ended meanwhile.
                 let Some(reserved) = self.reserved.remove(&arrival) else { return };
-                let mut sequence = reserved.ready(first_token, &self.pool);
+                let mut sequence = reserved.ready(first_token, &self.pool, self.limits.windows);
                 let flow = &mut sequence.flow;
                 match flow.finish() {
                     Some(finish) => flow.tell(SequenceEvent::Finished(finish)),
@@ -374,7 +377,7 @@ impl<C: Compute> Engine<C> {
     fn reserve(&mut self) {
         while self.swapped.is_empty() {
             let Some(job) = self.waiting.pop_front() else { return };
-            match job.reserve(&self.pool, self.seated(), self.limits.max_running, &self.load) {
+            match job.reserve(&self.pool, self.seated(), &self.limits, &self.load) {
                 Ok(reserved) => drop(self.reserved.insert(reserved.arrival, reserved)),
                 Err(job) => return self.waiting.push_front(job),
             }

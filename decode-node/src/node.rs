@@ -34,13 +34,14 @@ impl DecodeNode {
     /// Binds the listeners, then loads the model.
     pub async fn bind(config: Config) -> Result<Self, NodeError> {
         let Config { node, kv_listen, advertise_kv, max_running } = config;
-        let limits = EngineLimits { max_running, max_waiting: node.max_waiting };
+        let max_waiting = node.max_waiting;
         let kv = grpc::bind("kv-listen", kv_listen).await?;
         let kv_address = kv.local_addr()?;
         let host = Host::bind(Role::Decode, node).await?;
         let stop = CancellationToken::new();
         let listener = KvListener::new(kv, host.config.tls.clone());
         let schema = host.model.kv_schema();
+        let limits = EngineLimits { max_running, max_waiting, windows: schema.windows() };
         let transfer = TransferConfig { transports: host.transports.clone(), ..TransferConfig::default() };
         let (receiver, receiving) = KvReceiver::start(listener, schema, host.model.kv(), transfer, stop.clone());
         let counted = receiver.clone();
@@ -78,8 +79,10 @@ impl DecodeNode {
     /// The operating system refused a thread, or the engine or another task ended unexpectedly.
     pub async fn run(self, shutdown: Shutdown) -> Result<(), NodeError> {
         let Self { host, limits, kv_address, advertise_kv, receiver, receiving, receiver_stop, load } = self;
-        let kv_endpoint = KvEndpoint::new(host.config.dialled(advertise_kv.as_deref(), kv_address));
-        let identity = host.identity(host.model.kv_schema(), limits.max_running, Some(kv_endpoint));
+        let schema = host.model.kv_schema();
+        let address = host.config.dialled(advertise_kv.as_deref(), kv_address);
+        let kv_endpoint = KvEndpoint { address, versions: schema.protocol() };
+        let identity = host.identity(schema, limits.max_running, Some(kv_endpoint));
         let core = NodeCore::new(identity, load.clone(), &shutdown, host.config.drain_timeout);
         let request_limits = core.request_limits(host.config.default_deadline);
         let (pool, constraints) = (host.pool.clone(), core.constraints(host.files.clone()));

@@ -5,12 +5,13 @@ use std::{sync::Arc, time::Duration};
 
 use overfill_kv::{
     BlockHash, BlockId, BlockLease, BlockPool, FinishReason, KvStore, Mode, OutputToken, RequestId, SamplingParams,
-    StoreError, blocks_for,
+    StoreError, Windows, blocks_for,
 };
 use overfill_node::{Constraint, LoadState, load::Counted};
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
+    engine::EngineLimits,
     extension::Ask,
     flow::Flow,
     scheduler::{self, Occupancy, Seat},
@@ -58,8 +59,11 @@ pub enum SequenceEvent {
     Reserved {
         /// Blocks that the prefill node must fill.
         to_fill: Arc<BlockLease>,
-        /// Number of leading blocks of the prompt that were found in the prefix cache.
+        /// Number of leading blocks of the prompt that are not needed: they were found in the prefix cache, or no layer
+        /// attends to them.
         held_blocks: usize,
+        /// Number of blocks that were found in the prefix cache.
+        cached_blocks: usize,
     },
     /// The next token of the output, from the second one on. The first one comes from the prefill node.
     Token(OutputToken),
@@ -113,13 +117,15 @@ impl Job {
         self: Box<Self>,
         pool: &BlockPool,
         seated: usize,
-        max_seated: usize,
+        limits: &EngineLimits,
         load: &Arc<LoadState>,
     ) -> Result<Reserved, Box<Self>> {
         let tokens = self.request.tokens.len();
-        let held = pool.lookup(&self.hashes[..scheduler::holdable_blocks(tokens).min(self.hashes.len())]);
-        let missing = blocks_for(tokens) - held.len();
-        let node = Occupancy { available: pool.available(), seated, max_seated };
+        let unneeded = limits.windows.unneeded_blocks(tokens);
+        let held = self.cached(pool, limits.windows);
+        let (cached_blocks, held_blocks) = (held.len(), unneeded + held.len());
+        let missing = blocks_for(tokens) - held_blocks;
+        let node = Occupancy { available: pool.available(), seated, max_seated: limits.max_running };
         let to_fill = match node.admits(missing).then(|| pool.allocate(missing)) {
             Some(Ok(lease)) => Arc::new(lease),
             _ => return Err(self),
@@ -127,11 +133,24 @@ impl Job {
         let metrics = load.metrics();
         metrics.prompt_tokens.inc_by(tokens as u64);
         metrics.prefix_cache_queries.inc_by(tokens as u64);
-        metrics.prefix_cache_hits.inc_by((held.len() * overfill_kv::BLOCK_TOKENS) as u64);
+        metrics.prefix_cache_hits.inc_by((cached_blocks * overfill_kv::BLOCK_TOKENS) as u64);
         let Self { arrival, request, hashes, events, waiting } = *self;
         drop(waiting);
-        let _ = events.try_send(SequenceEvent::Reserved { to_fill: to_fill.clone(), held_blocks: held.len() });
-        Ok(Reserved { arrival, request, hashes, events, held, to_fill, seat: load.count_running() })
+        let reserved = SequenceEvent::Reserved { to_fill: to_fill.clone(), held_blocks, cached_blocks };
+        let _ = events.try_send(reserved);
+        Ok(Reserved { arrival, request, hashes, events, unneeded, held, to_fill, seat: load.count_running() })
+    }
+
+    /// Cached blocks of the prompt, from the first one that a layer needs.
+    fn cached(&self, pool: &BlockPool, windows: Windows) -> BlockLease {
+        let tokens = self.request.tokens.len();
+        let end = scheduler::holdable_blocks(tokens).min(self.hashes.len());
+        let start = windows.unneeded_blocks(tokens).min(end);
+        let hashes = &self.hashes[start..end];
+        // Layers with windows do not need the blocks before theirs, so those may lack their KV.
+        let before = windows.windowed_from(tokens).saturating_sub(start);
+        let partial: Vec<_> = hashes.iter().take(before).map(BlockHash::without_windows).collect();
+        pool.lookup_either(hashes, &partial)
     }
 }
 
@@ -142,6 +161,8 @@ pub struct Reserved {
     request: Request,
     hashes: Vec<BlockHash>,
     events: mpsc::Sender<SequenceEvent>,
+    /// Leading blocks of the prompt that no layer needs.
+    unneeded: usize,
     held: BlockLease,
     to_fill: Arc<BlockLease>,
     seat: Counted,
@@ -160,24 +181,38 @@ impl Reserved {
 
     /// Begins decoding, after the KV has arrived and is verified (KV-5). Publishes the full blocks of the prompt in the
     /// prefix cache. They hold only KV of the full model, because this node's model writes only to later positions.
-    pub fn ready(self, first_token: u32, pool: &BlockPool) -> Sequence {
-        let Self { arrival, request, hashes, events, held: mut lease, to_fill, seat } = self;
+    pub fn ready(self, first_token: u32, pool: &BlockPool, windows: Windows) -> Sequence {
+        let Self { arrival, request, hashes, events, unneeded, held: mut lease, to_fill, seat } = self;
         // The transport may still hold its own share of the received blocks.
         lease.append(to_fill.share());
-        let blocks = lease.blocks().to_vec();
-        pool.publish(&blocks, &hashes);
+        let blocks = block_table(unneeded, &lease);
+        // Earlier blocks lack the KV of layers whose windows have left them behind. Those layers of a longer prompt do not
+        // need it either.
+        let complete = windows.complete_from(request.tokens.len()).min(blocks.len() - 1);
+        let name = |(i, hash): (usize, &BlockHash)| if i < complete { hash.without_windows() } else { *hash };
+        let names: Vec<_> = hashes.iter().enumerate().skip(unneeded).map(name).collect();
+        pool.publish(lease.blocks(), &names);
         let flow = Flow::new(arrival, request, first_token, events);
-        Sequence { flow, blocks, lease, _seat: seat }
+        Sequence { flow, blocks, forgotten: unneeded, lease, _seat: seat }
     }
+}
+
+/// The block table of a sequence whose first blocks are not kept. Nothing reads them, but each place needs the id of some
+/// block.
+fn block_table(forgotten: usize, lease: &BlockLease) -> Vec<BlockId> {
+    let kept = lease.blocks();
+    kept.iter().take(1).cycle().take(forgotten).chain(kept).copied().collect()
 }
 
 /// A request in the decode batch.
 pub struct Sequence {
     /// The request and its output.
     pub flow: Flow,
-    /// KV blocks, in order of position.
+    /// KV blocks, in order of position. The first [`forgotten`](Self::forgotten) ones are other blocks.
     pub blocks: Vec<BlockId>,
-    /// Lease of the blocks.
+    /// Number of leading blocks that are not kept, because no layer needs them.
+    pub forgotten: usize,
+    /// Lease of the other blocks, at least one.
     lease: BlockLease,
     _seat: Counted,
 }
@@ -213,13 +248,29 @@ impl Sequence {
         self.lease.append(lease);
     }
 
+    /// Gives back the blocks that no layer needs any more.
+    pub fn forget(&mut self, windows: Windows) {
+        let Flow { tokens, computed, extensions, .. } = &self.flow;
+        // A verdict may drop drafts. Then the last standing token is the first one that is fed again.
+        let next = (*computed).min(extensions.standing(tokens.len()) - 1);
+        let needed = windows.needed_from(next).min(self.blocks.len() - 1);
+        if needed > self.forgotten {
+            self.lease = self.lease.split_off(needed - self.forgotten);
+            self.forgotten = needed;
+            self.blocks = block_table(needed, &self.lease);
+        }
+    }
+
     /// Uses the KV of the full model that has arrived, if it is time.
     pub fn refresh(&mut self) {
         let flow = &mut self.flow;
         while let Some((index, place)) = flow.extensions.take_landed(flow.tokens.len()) {
-            // The prompt's blocks are there, and blocks follow one another. So the block exists, or is the next one.
-            self.lease.replace(index, place.share());
-            self.blocks = self.lease.blocks().to_vec();
+            // If a window has left the block behind, nothing attends to it.
+            if let Some(index) = index.checked_sub(self.forgotten) {
+                // The prompt's blocks are there, and blocks follow one another. So the block exists, or is the next one.
+                self.lease.replace(index, place.share());
+                self.blocks = block_table(self.forgotten, &self.lease);
+            }
             let known = flow.extensions.refreshed_tokens().min(flow.tokens.len() - 1);
             flow.computed = flow.computed.max(known);
         }
@@ -233,16 +284,17 @@ impl Sequence {
         let size = store.block_bytes();
         let mut layers = Vec::with_capacity(store.num_layers());
         for layer in 0..store.num_layers() {
-            let mut bytes = vec![0; self.blocks.len() * size];
+            let mut bytes = vec![0; self.lease.len() * size];
             let mut copy = |i: usize, block: &[u8]| bytes[i * size..][..size].copy_from_slice(block);
-            if let Err(e) = store.read(layer, &self.blocks, &mut copy) {
+            if let Err(e) = store.read(layer, self.lease.blocks(), &mut copy) {
                 return Err((Box::new(self), e));
             }
             layers.push(bytes);
         }
         load.metrics().preemptions.inc();
         self.flow.extensions.give_up_landed();
-        Ok(Swapped { blocks: self.blocks.len(), layers, flow: self.flow, _waiting: load.count_waiting() })
+        let (blocks, forgotten) = (self.lease.len(), self.forgotten);
+        Ok(Swapped { blocks, forgotten, layers, flow: self.flow, _waiting: load.count_waiting() })
     }
 }
 
@@ -252,6 +304,7 @@ pub struct Swapped {
     pub flow: Flow,
     /// Number of blocks that the request had and needs to resume.
     pub blocks: usize,
+    forgotten: usize,
     /// Bytes of the blocks, for each layer.
     layers: Vec<Vec<u8>>,
     _waiting: Counted,
@@ -276,8 +329,8 @@ impl Swapped {
                 return Err(e);
             }
         }
-        let blocks = lease.blocks().to_vec();
-        Ok(Sequence { flow: self.flow, blocks, lease, _seat: load.count_running() })
+        let blocks = block_table(self.forgotten, &lease);
+        Ok(Sequence { flow: self.flow, blocks, forgotten: self.forgotten, lease, _seat: load.count_running() })
     }
 }
 

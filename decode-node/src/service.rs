@@ -156,9 +156,9 @@ impl v1::decode_server::Decode for DecodeService {
             loop {
                 let waiting = handoff.as_mut().filter(|_| !is_here);
                 match next(&mut events, waiting, landing.as_mut().map(|(_, landing)| landing), deadline, &drain).await {
-                    Next::Engine(Some(SequenceEvent::Reserved { to_fill, held_blocks })) => {
+                    Next::Engine(Some(SequenceEvent::Reserved { to_fill, held_blocks, cached_blocks })) => {
                         phase = Span::none();
-                        span.record("cached_tokens", held_blocks * BLOCK_TOKENS);
+                        span.record("cached_tokens", cached_blocks * BLOCK_TOKENS);
                         let (ticket, begun, reserved) = reserve(to_fill, held_blocks, prompt_tokens);
                         handoff = Some(begun);
                         listed = mode.extends().then(|| extended.insert(ticket, arrival));

@@ -324,8 +324,9 @@ pub fn check_pair(full: &ModelConfig, student: &ModelConfig, kept_layers: Option
     };
     let kept = |layer: usize| kept_layers.map_or(layer, |kept| kept.get(layer).map_or(usize::MAX, |at| *at as usize));
     let layers = (0..student.num_hidden_layers).map(|layer| {
-        let of_full = full.attention_of(kept(layer)).unwrap_or_else(|| "absent".into());
-        (("rope and window of a layer", of_full), ("", student.attention_of(layer).unwrap_or_default()))
+        let text =
+            |config: &ModelConfig, layer| config.attention_of(layer).map_or("absent".into(), |of| of.to_string());
+        (("rope and window of a layer", text(full, kept(layer))), ("", text(student, layer)))
     });
     for ((field, of_full), (_, of_student)) in facts(full).into_iter().zip(facts(student)).chain(layers) {
         if of_full != of_student {

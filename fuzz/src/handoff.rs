@@ -41,12 +41,18 @@ struct Watched {
 /// those of ARCHITECTURE.md.
 pub fn handoff(data: &[u8]) {
     let mut input = Input::new(data);
+    let layers = input.byte();
+    let (held_blocks, blocks) = (u32::from(input.below(3)), 1 + u32::from(input.below(4)));
+    let end = held_blocks + blocks;
+    // Each layer may have a window, which leaves up to three blocks behind.
+    let left = |layer: u8| u32::from(layers / 3 / 4_u8.pow(layer.into()) % 4);
+    let due = (0..1 + layers % 3).map(|layer| (held_blocks + left(layer)).min(end - 1)..end).collect();
     let spec = HandoffSpec {
         ticket: TICKET,
         schema_digest: DIGEST,
-        layers: 1 + u32::from(input.below(3)),
-        held_blocks: u32::from(input.below(3)),
-        blocks: 1 + u32::from(input.below(4)),
+        due,
+        held_blocks,
+        blocks,
         block_bytes: BLOCK_BYTES,
         prompt_tokens: 100,
         deadline: DEADLINE,
@@ -166,7 +172,7 @@ impl Watched {
             if !self.committed {
                 self.first_token = Some(commit.first_token);
             }
-            let whole = self.landed.len() == self.spec.layers as usize * self.spec.blocks as usize;
+            let whole = self.landed.len() == self.spec.due.iter().map(|due| due.len()).sum::<usize>();
             let agreed = (commit.frames, commit.bytes) == (self.frames, self.bytes) && self.landing.is_none();
             // KV-5: a handoff is ready if and only if it is complete.
             let due = was_open && in_time && self.writer && whole && agreed;
@@ -206,9 +212,9 @@ impl Watched {
                 assert_eq!(*event, ReceiverEvent::Layer(piece));
                 // KV-1: writes go only to reserved blocks, by the only writer, and never over received data.
                 assert!(self.writer && !self.released && self.landing.is_none() && piece.blocks > 0);
-                let reserved = self.spec.held_blocks..self.spec.held_blocks + self.spec.blocks;
                 for (layer, block) in self.cells(&piece) {
-                    assert!(layer < self.spec.layers && reserved.contains(&block), "{piece:?} reaches outside");
+                    let due = self.spec.due.get(layer as usize);
+                    assert!(due.is_some_and(|due| due.contains(&block)), "{piece:?} reaches outside");
                     assert!(!self.landed.contains(&(layer, block)), "{piece:?} is there already");
                 }
                 self.landing = Some(piece);

@@ -22,6 +22,7 @@ pub(crate) static MODEL: LazyLock<Arc<ServedModel>> = LazyLock::new(|| {
         text: model(),
         vocab_size: 320,
         max_context_tokens: 512,
+        windows: overfill_kv::Windows::NONE,
         eos_token_ids: [1].into(),
         created: 0,
     })

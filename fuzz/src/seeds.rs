@@ -95,7 +95,9 @@ fn handoff() -> Vec<(&'static str, Vec<u8>)> {
     let short = [&head[..], &layer(0, 1, 2), &[25, 21]].concat();
     let outside = [&head[..], &layer(0, 0, 2), &[28]].concat();
     let slow = [&head[..], &layer(0, 1, 1), &[29, 29, 28]].concat();
-    vec![("whole", whole), ("short", short), ("outside", outside), ("slow", slow)]
+    // The window of the first layer has left block 1 behind.
+    let windowed = [&[4, 1, 1, 0][..], &layer(1, 1, 2), &layer(0, 2, 1), &[21, 26, 27, 28]].concat();
+    vec![("whole", whole), ("short", short), ("outside", outside), ("slow", slow), ("windowed", windowed)]
 }
 
 fn messages() -> Vec<(&'static str, Vec<u8>)> {

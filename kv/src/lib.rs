@@ -11,6 +11,7 @@ pub mod protocol;
 pub mod sampling;
 pub mod schema;
 pub mod store;
+mod windows;
 
 pub use ids::{BlockId, KvEndpoint, KvTransport, RequestId, Role, Ticket, TransportSet};
 pub use mode::Mode;
@@ -19,8 +20,9 @@ pub use pool::{BlockLease, BlockPool, NoRoom};
 pub use prefix::{BlockHash, block_hashes};
 pub use protocol::{PROTOCOL, ProtocolMismatch, ProtocolVersions};
 pub use sampling::{Grammar, OutputToken, SamplingParams};
-pub use schema::{KvDtype, KvSchema, RopeSpec, SchemaMismatch};
+pub use schema::{KvDtype, KvSchema, LayerAttention, RopeSpec, SchemaMismatch};
 pub use store::{GpuMemory, KvMemory, KvStore, StoreError};
+pub use windows::Windows;
 
 /// Tokens per KV block.
 pub const BLOCK_TOKENS: usize = 16;

@@ -141,8 +141,14 @@ impl BlockPool {
     /// Other leases may hold the blocks too, so they must not be written. A caller that must compute the last token of
     /// a prompt should look up only the full blocks before that token.
     pub fn lookup(&self, hashes: &[BlockHash]) -> BlockLease {
+        self.lookup_either(hashes, &[])
+    }
+
+    /// Like [`Self::lookup`]. Where the block of `hashes[i]` is unknown, that of `others[i]` serves as well, if there is one.
+    pub fn lookup_either(&self, hashes: &[BlockHash], others: &[BlockHash]) -> BlockLease {
         let mut state = self.state.lock();
-        let blocks: Vec<BlockId> = hashes.iter().map_while(|hash| state.index.get(hash).copied()).collect();
+        let find = |(i, hash)| state.index.get(hash).or_else(|| state.index.get(others.get(i)?)).copied();
+        let blocks: Vec<BlockId> = hashes.iter().enumerate().map_while(find).collect();
         for id in &blocks {
             state.hold(*id);
         }

@@ -21,7 +21,8 @@ pub struct ProtocolVersions {
 /// - Version 2: the hello of a handoff offers transports and checksums, and the answer chooses. Frames name a range of KV
 ///   heads, and the hello a rank, for prefill nodes with several GPUs.
 /// - Version 3: sampling parameters may say which tokens may be chosen ([`CONSTRAINTS`]).
-/// - Version 4: a prefill node keeps a request open, and its decode node has [`crate::Mode`]s ([`EXTEND`]).
+/// - Version 4: a prefill node keeps a request open, and its decode node has [`crate::Mode`]s ([`EXTEND`]). KV that no decode
+///   step attends to, because of a layer's window, is not sent ([`WINDOWS`]).
 pub const PROTOCOL: ProtocolVersions = ProtocolVersions { oldest: 1, newest: 4 };
 
 /// Version in which sampling parameters may have a grammar, allowed tokens, bad words and a minimum length. A node of an
@@ -31,6 +32,11 @@ pub const CONSTRAINTS: u32 = 3;
 /// Version in which prefill nodes have `Extend`, and decode nodes have `Verdict`. Both nodes of a request whose
 /// [`crate::Mode`] is not draft need it.
 pub const EXTEND: u32 = 4;
+
+/// Version in which a handoff leaves out what layers with sliding windows do not need
+/// ([`crate::KvSchema::due_blocks`]). Nodes of models with windows speak no earlier one ([`crate::KvSchema::protocol`]):
+/// their two sides would not agree on what is complete.
+pub const WINDOWS: u32 = 4;
 
 /// Two services have no version of the protocol in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -1,10 +1,10 @@
 //! KV schema: what must match for one model to attend to another model's KV.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 use sha2::{Digest, Sha256};
 
-use crate::BLOCK_TOKENS;
+use crate::{BLOCK_TOKENS, PROTOCOL, ProtocolVersions, protocol::WINDOWS};
 
 /// Element type of KV in memory and on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -44,7 +44,7 @@ impl fmt::Display for KvDtype {
     }
 }
 
-impl std::str::FromStr for KvDtype {
+impl FromStr for KvDtype {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
         match s {
@@ -67,10 +67,42 @@ pub struct RopeSpec {
 }
 
 impl RopeSpec {
-    /// Canonical text of this rotation in a layer with a sliding window of `window` tokens, or without one.
-    pub fn of_layer(&self, window: Option<usize>) -> String {
-        let window = window.map_or("none".into(), |tokens| tokens.to_string());
-        format!("theta={} {} window={window}", self.theta, self.scaling)
+    /// This rotation in a layer with a sliding window of `window` tokens, or without one.
+    pub fn of_layer(&self, window: Option<usize>) -> LayerAttention {
+        LayerAttention { rotation: format!("theta={} {}", self.theta, self.scaling), window }
+    }
+}
+
+/// What a layer's keys are, and which of them a query attends to. Its text is `theta=10000 none window=512`, or
+/// `window=none`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct LayerAttention {
+    /// Canonical text of the rotation.
+    pub rotation: String,
+    /// Sliding window: number of tokens that a query attends to, itself included, at least 1. `None`: all.
+    pub window: Option<usize>,
+}
+
+impl fmt::Display for LayerAttention {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.window {
+            Some(tokens) => write!(f, "{} window={tokens}", self.rotation),
+            None => write!(f, "{} window=none", self.rotation),
+        }
+    }
+}
+
+impl FromStr for LayerAttention {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let window = |text: &str| match text {
+            "none" => Some(None),
+            tokens => tokens.parse().ok().filter(|tokens| *tokens > 0).map(Some),
+        };
+        let parsed = text.rsplit_once(" window=").and_then(|(rotation, text)| Some((rotation, window(text)?)));
+        let (rotation, window) = parsed.ok_or("a text that ends with window=none or window=TOKENS")?;
+        Ok(Self { rotation: rotation.to_owned(), window })
     }
 }
 
@@ -87,8 +119,8 @@ pub struct KvSchema {
     pub head_dim: u32,
     /// Rotary embedding already applied to the keys.
     pub rope: RopeSpec,
-    /// If layers differ in rotation or have sliding windows: [`RopeSpec::of_layer`] of each of `layers`. Else empty.
-    pub layer_attention: Vec<String>,
+    /// If layers differ in rotation or have sliding windows: what each of `layers` attends to. Else empty.
+    pub layer_attention: Vec<LayerAttention>,
     /// Element type.
     pub dtype: KvDtype,
     /// Tokens per block.
@@ -169,7 +201,20 @@ impl KvSchema {
     /// Text of what a layer's keys are; `None` if the layer is not stored.
     fn attention_of(&self, layer: u32) -> Option<String> {
         let at = self.layers.iter().position(|stored| *stored == layer)?;
-        Some(self.layer_attention.get(at).cloned().unwrap_or_else(|| self.rope.of_layer(None)))
+        let attention = self.layer_attention.get(at).cloned();
+        Some(attention.unwrap_or_else(|| self.rope.of_layer(None)).to_string())
+    }
+
+    /// The versions of the protocol that a node with this schema speaks.
+    pub fn protocol(&self) -> ProtocolVersions {
+        // Nodes of an earlier version send and expect all blocks of layers with windows.
+        let oldest = if self.has_windows() { WINDOWS } else { PROTOCOL.oldest };
+        ProtocolVersions { oldest, ..PROTOCOL }
+    }
+
+    /// Whether a layer has a sliding window.
+    pub fn has_windows(&self) -> bool {
+        self.layer_attention.iter().any(|layer| layer.window.is_some())
     }
 
     /// SHA-256 over all fields except `full_model`. Equal digests mean that both sides interpret KV bytes the same way.
@@ -192,7 +237,7 @@ impl KvSchema {
         );
         // Earlier versions have no such field, and agree if it is empty.
         if !layer_attention.is_empty() {
-            text += &format!("|{layer_attention:?}");
+            text += &format!("|{:?}", layer_attention.iter().map(ToString::to_string).collect::<Vec<_>>());
         }
         Sha256::digest(text).into()
     }
@@ -210,7 +255,7 @@ impl KvSchema {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     pub(crate) fn schema() -> KvSchema {
@@ -228,6 +273,16 @@ mod tests {
         }
     }
 
+    /// A schema whose layers have these windows.
+    pub(crate) fn schema_with_windows(windows: &[Option<usize>]) -> KvSchema {
+        let count = if windows.is_empty() { 3 } else { windows.len() as u32 };
+        KvSchema { layers: (0..count).collect(), layer_attention: attention(windows), ..schema() }
+    }
+
+    fn attention(windows: &[Option<usize>]) -> Vec<LayerAttention> {
+        windows.iter().map(|window| schema().rope.of_layer(*window)).collect()
+    }
+
     #[test]
     fn a_subset_of_layers_may_share() {
         let consumer = KvSchema { layers: vec![0, 2], full_model: None, ..schema() };
@@ -237,11 +292,10 @@ mod tests {
 
     #[test]
     fn layers_may_differ_if_both_sides_agree_on_each() {
-        let texts = |windows: &[Option<usize>]| windows.iter().map(|w| schema().rope.of_layer(*w)).collect::<Vec<_>>();
-        let producer = KvSchema { layer_attention: texts(&[Some(8), None, Some(8)]), ..schema() };
+        let producer = schema_with_windows(&[Some(8), None, Some(8)]);
         let consumer = |layers: &[u32], windows: &[Option<usize>]| KvSchema {
             layers: layers.to_vec(),
-            layer_attention: texts(windows),
+            layer_attention: attention(windows),
             ..schema()
         };
         producer.check_consumer(&producer).unwrap();
@@ -254,6 +308,40 @@ mod tests {
         assert!(mismatch.consumer.contains("layer 2: theta=10000 none window=none"), "{mismatch}");
         assert_eq!(schema().check_consumer(&producer).unwrap_err().field, "layer_attention");
         assert_ne!(producer.digest(), schema().digest());
+    }
+
+    #[test]
+    fn the_attention_of_a_layer_is_a_text() {
+        let scaled = RopeSpec { theta: 1e6, scaling: "linear factor=8".into() };
+        for (attention, text) in [
+            (scaled.of_layer(Some(512)), "theta=1000000 linear factor=8 window=512"),
+            (scaled.of_layer(None), "theta=1000000 linear factor=8 window=none"),
+        ] {
+            assert_eq!(attention.to_string(), text);
+            assert_eq!(text.parse(), Ok(attention));
+        }
+        for wrong in ["", "theta=1 none", "theta=1 none window=", "theta=1 none window=0", "theta=1 none window=-1"] {
+            assert!(wrong.parse::<LayerAttention>().unwrap_err().contains("window=TOKENS"), "{wrong}");
+        }
+    }
+
+    /// Nodes of earlier releases compute the same digests.
+    #[test]
+    fn digests_do_not_change() {
+        let hex = |schema: KvSchema| schema.digest_hex();
+        assert_eq!(hex(schema()), "2e7aaad46ac246d5b79e65f0c98c2b8c3cbbf203dc7d087213e783c649d552e1");
+        assert_eq!(
+            hex(schema_with_windows(&[Some(8), None, None])),
+            "bbcdf9b46e07bdc812e391d85d8551fba06d9d491e3e2f5720b784f2fa9c50f3"
+        );
+    }
+
+    #[test]
+    fn nodes_with_windows_meet_only_nodes_that_know_what_is_due() {
+        assert_eq!(schema_with_windows(&[None, None, None]).protocol(), PROTOCOL);
+        let windowed = schema_with_windows(&[None, Some(8), None]).protocol();
+        let before = ProtocolVersions { oldest: 1, newest: WINDOWS - 1 };
+        assert!(windowed.check_peer(before).is_err() && windowed.check_peer(PROTOCOL).is_ok());
     }
 
     #[test]

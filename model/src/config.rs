@@ -7,7 +7,7 @@ use std::{fs, path::Path};
 
 use serde_json::{Map, Value, json};
 
-use overfill_kv::RopeSpec;
+use overfill_kv::{LayerAttention, RopeSpec};
 
 use crate::{
     Activation, Family, LayerSpec, ModelError, Rope, Scales, When,
@@ -214,7 +214,7 @@ impl ModelConfig {
 
     /// What each layer's keys are, as a KV schema states it; empty if all layers have the same rotary embedding and no
     /// window.
-    pub fn layer_attention(&self) -> Vec<String> {
+    pub fn layer_attention(&self) -> Vec<LayerAttention> {
         let plain = |layer: &LayerSpec| layer.window.is_none() && layer.rope == self.layers[0].rope;
         if self.layers.iter().all(plain) {
             return Vec::new();
@@ -233,8 +233,8 @@ impl ModelConfig {
         RopeSpec { theta: rope.theta, scaling }
     }
 
-    /// Canonical text of a layer's rotation and window; `None` if there is no such layer.
-    pub fn attention_of(&self, layer: usize) -> Option<String> {
+    /// A layer's rotation and window; `None` if there is no such layer.
+    pub fn attention_of(&self, layer: usize) -> Option<LayerAttention> {
         self.layers.get(layer).map(|spec| self.rope_of(spec).of_layer(spec.window))
     }
 

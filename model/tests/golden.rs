@@ -89,10 +89,13 @@ fn greedy(logits: &[f32]) -> OutputToken {
     report(logits, best, 5)
 }
 
-/// Copies the layers that `decode` uses from the full model's cache, like a handoff.
-fn hand_over(full: &Model, decode: &Model, blocks: &[BlockId]) {
-    let (from, to) = (full.kv(), decode.kv());
-    for (wire, layer) in decode.kv_schema().layers.iter().enumerate() {
+/// Copies what is due of a prompt of `tokens` tokens from the full model's cache, like a handoff. Everything else is NaN.
+fn hand_over(full: &Model, decode: &Model, blocks: &[BlockId], tokens: usize) {
+    let (from, to, schema) = (full.kv(), decode.kv(), decode.kv_schema());
+    let due = schema.due_blocks(0, tokens as u32);
+    for (wire, (layer, due)) in schema.layers.iter().zip(due).enumerate() {
+        to.write(wire, blocks, &mut |_, b| b.fill(0xff)).unwrap();
+        let blocks = &blocks[due.start as usize..due.end as usize];
         let mut bytes: Vec<Vec<u8>> = Vec::new();
         from.read(*layer as usize, blocks, &mut |_, b| bytes.push(b.to_vec())).unwrap();
         to.write(wire, blocks, &mut |i, b| b.copy_from_slice(&bytes[i])).unwrap();
@@ -105,7 +108,7 @@ fn generate(full: &mut Model, decode: &mut Model, prompt: &[u32], steps: usize, 
     let count = blocks_for(prompt.len() + steps);
     let blocks: Vec<BlockId> = (0..count as u32).map(|b| BlockId(count as u32 + 1 - b)).collect();
     let mut out = vec![prefill(full, prompt, &blocks, chunk)];
-    hand_over(full, decode, &blocks);
+    hand_over(full, decode, &blocks, prompt.len());
     for step in 1..steps {
         let tokens = [out[step - 1].token];
         let slice =

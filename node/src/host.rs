@@ -139,6 +139,10 @@ impl Host {
     /// drawn at random, so call this once per process.
     pub fn identity(&self, schema: KvSchema, max_running: usize, kv_endpoint: Option<KvEndpoint>) -> Identity {
         let default_id = || format!("{}-{}", self.role, self.grpc_address);
+        let room = match self.role {
+            Role::Prefill => self.config.kv_blocks * BLOCK_TOKENS,
+            Role::Decode => schema.windows().max_context_tokens(self.config.kv_blocks),
+        };
         Identity {
             role: self.role,
             node_id: self.config.node_id.clone().unwrap_or_else(default_id),
@@ -147,7 +151,7 @@ impl Host {
             cluster: self.config.cluster.clone(),
             model: self.served_model_name(),
             schema,
-            max_context_tokens: self.model.max_context_tokens().min(self.config.kv_blocks * BLOCK_TOKENS),
+            max_context_tokens: self.model.max_context_tokens().min(room),
             total_blocks: self.config.kv_blocks,
             max_running,
             kv_endpoint,

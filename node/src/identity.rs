@@ -1,7 +1,7 @@
 //! The identity of a node, and its forms for routers and for etcd.
 
 use overfill_cluster::discovery::Registration;
-use overfill_kv::{KvEndpoint, KvSchema, PROTOCOL, Role};
+use overfill_kv::{KvEndpoint, KvSchema, Role};
 use overfill_proto::v1;
 
 /// Identity and capacity of a node. Fixed for the life of the process.
@@ -21,7 +21,8 @@ pub struct Identity {
     pub model: String,
     /// KV schema. Prefill nodes: the KV that the model computes. Decode nodes: the KV that the model attends to.
     pub schema: KvSchema,
-    /// Maximum length of prompt and output together, in tokens: the lower of the model's limit and the KV capacity.
+    /// Maximum length of prompt and output together, in tokens: the lower of the model's limit and what fits into the KV
+    /// cache.
     pub max_context_tokens: usize,
     /// Capacity of its KV cache, in blocks.
     pub total_blocks: usize,
@@ -58,7 +59,7 @@ impl Identity {
             version: env!("CARGO_PKG_VERSION").into(),
             weights: self.weights.clone(),
             eos_token_ids: self.eos_token_ids.clone(),
-            protocol: Some(PROTOCOL.into()),
+            protocol: Some(self.schema.protocol().into()),
             pool: self.pool.clone(),
             cluster: self.cluster.clone(),
             kv_transports: self.kv_transports.clone(),

@@ -186,7 +186,7 @@ impl From<&KvSchema> for v1::KvSchema {
             kv_heads: *kv_heads,
             head_dim: *head_dim,
             rope: Some(v1::RopeSpec { theta: rope.theta, scaling: rope.scaling.clone() }),
-            layer_attention: layer_attention.clone(),
+            layer_attention: layer_attention.iter().map(ToString::to_string).collect(),
             dtype: v1::KvDtype::from(*dtype).into(),
             block_tokens: *block_tokens,
             vocab_size: *vocab_size,
@@ -231,12 +231,17 @@ impl TryFrom<v1::KvSchema> for KvSchema {
             }
         }
         let rope = wire.rope.ok_or_else(|| InvalidField::new("kv_schema.rope", "present", "nothing"))?;
+        let attention = |text: String| match text.parse() {
+            Ok(attention) => Ok(attention),
+            Err(limit) => Err(InvalidField::new("kv_schema.layer_attention", limit, text)),
+        };
+        let layer_attention = wire.layer_attention.into_iter().map(attention).collect::<Result<_, _>>()?;
         Ok(Self {
             layers: wire.layers,
             kv_heads: wire.kv_heads,
             head_dim: wire.head_dim,
             rope: RopeSpec { theta: rope.theta, scaling: rope.scaling },
-            layer_attention: wire.layer_attention,
+            layer_attention,
             dtype,
             block_tokens: wire.block_tokens,
             vocab_size: wire.vocab_size,
@@ -396,8 +401,10 @@ mod tests {
 
     #[test]
     fn a_schema_survives_the_wire() {
-        let schema = schema();
-        assert_eq!(KvSchema::try_from(v1::KvSchema::from(&schema)).unwrap(), schema);
+        let windows = [Some(512), None, Some(7)].map(|window| schema().rope.of_layer(window)).to_vec();
+        for schema in [schema(), KvSchema { layer_attention: windows, ..schema() }] {
+            assert_eq!(KvSchema::try_from(v1::KvSchema::from(&schema)).unwrap(), schema);
+        }
     }
 
     #[test]
@@ -414,6 +421,10 @@ mod tests {
         assert_eq!(refused(&|w| w.layers = vec![2, 1]), "kv_schema.layers");
         assert_eq!(refused(&|w| w.dtype = 99), "kv_schema.dtype");
         assert_eq!(refused(&|w| w.rope = None), "kv_schema.rope");
+        assert_eq!(
+            refused(&|w| w.layer_attention = vec!["theta=1 none window=0".into(); 3]),
+            "kv_schema.layer_attention"
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use overfill_kv::{Role, blocks_for};
+use overfill_kv::Role;
 use parking_lot::Mutex;
 
 use crate::request::Generation;
@@ -30,7 +30,7 @@ pub struct Work {
     pub sequences: u64,
     /// Number of tokens of their prompts.
     pub prompt_tokens: u64,
-    /// Number of KV blocks that their prompts need.
+    /// Number of KV blocks that their prompts need on decode nodes.
     pub blocks: u64,
 }
 
@@ -64,7 +64,8 @@ impl Waiting {
     /// Counts a sequence from now on. It waits for its turn.
     pub fn begin(&self, generation: &Generation) -> Waiter {
         let prompt_tokens = generation.prompt.len();
-        let work = Work { sequences: 1, prompt_tokens: prompt_tokens as u64, blocks: blocks_for(prompt_tokens) as u64 };
+        let blocks = generation.model.windows.needed_blocks(prompt_tokens) as u64;
+        let work = Work { sequences: 1, prompt_tokens: prompt_tokens as u64, blocks };
         self.count(&generation.model.name, work, WaitsFor::Turn)
     }
 

@@ -24,6 +24,9 @@ pub const PAIRS: [&str; 12] = [
     "granite",
 ];
 
+/// Tokens of a KV block.
+const BLOCK_TOKENS: usize = 16;
+
 /// How far an answer may be from the reference, in nats.
 #[derive(Clone, Copy, Debug)]
 pub struct Tolerance {
@@ -202,4 +205,27 @@ pub fn check_within(tolerance: Tolerance, expected: &[Step], actual: &Completion
         );
     }
     Ok(())
+}
+
+/// Sliding window of a pair's decode model in tokens.
+pub fn window(pair: &str) -> Result<usize> {
+    let config: serde_json::Value = read(pair, "decode/config.json")?;
+    config["sliding_window"].as_u64().map(|window| window as usize).with_context(|| format!("{pair} has no window"))
+}
+
+/// Bytes of KV in f32 that the handoff of a prompt takes, if the decode node holds `held_blocks` blocks: in each layer, those
+/// of the other blocks that have a token which the first decode step attends to, and the last block.
+pub fn handoff_bytes(pair: &str, prompt_tokens: usize, held_blocks: usize) -> Result<u64> {
+    let config: serde_json::Value = read(pair, "decode/config.json")?;
+    let size = |field: &str| config[field].as_u64().with_context(|| format!("{pair}: {field}"));
+    let (layers, window) = (size("num_hidden_layers")? as usize, window(pair)?);
+    let blocks = prompt_tokens.div_ceil(BLOCK_TOKENS);
+    let due = |layer: usize, block: usize| {
+        let is_full = config["layer_types"][layer] == "full_attention";
+        let end = prompt_tokens.min((block + 1) * BLOCK_TOKENS);
+        // The step at position `prompt_tokens` attends to that position and `window - 1` before it.
+        is_full || block + 1 == blocks || end - 1 + window > prompt_tokens
+    };
+    let due = (0..layers).flat_map(|layer| (held_blocks..blocks).filter(move |block| due(layer, *block))).count();
+    Ok(due as u64 * 2 * size("num_key_value_heads")? * size("head_dim")? * BLOCK_TOKENS as u64 * 4)
 }

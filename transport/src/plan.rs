@@ -23,7 +23,8 @@ pub struct SendPlan {
     pub blocks: Vec<BlockId>,
     /// Lease of the blocks. Dropped when the receiver has confirmed or the handoff has failed (KV-2).
     pub lease: Arc<BlockLease>,
-    /// Leading blocks of the prompt that the receiver already holds. They are not sent.
+    /// Leading blocks of the prompt that the receiver does not need. They are not sent. In layers with windows, more blocks
+    /// are left out ([`KvSchema::due_blocks`]).
     pub held_blocks: u32,
     /// Length of the whole prompt, held blocks included.
     pub prompt_tokens: u32,

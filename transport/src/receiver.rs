@@ -64,7 +64,7 @@ impl KvReceiver {
         let spec = HandoffSpec {
             ticket,
             schema_digest: shared.digest,
-            layers: shared.schema.layers.len() as u32,
+            due: shared.schema.due_blocks(held_blocks, prompt_tokens),
             held_blocks,
             blocks: due as u32,
             block_bytes: shared.schema.block_bytes(),

@@ -24,7 +24,8 @@ pub struct Reservation {
     /// The blocks to fill, in prompt order, without the held ones. The receiver keeps a share of the lease while a task
     /// may write to them (KV-1).
     pub lease: Arc<BlockLease>,
-    /// Leading blocks of the prompt whose KV this node already holds. They are not part of `lease`.
+    /// Leading blocks of the prompt that this node does not need: it holds them already, or no layer attends to them. They
+    /// are not part of `lease`.
     pub held_blocks: u32,
     /// Length of the whole prompt, held blocks included.
     pub prompt_tokens: u32,
@@ -137,7 +138,7 @@ impl Entry {
     pub fn try_blocks_of(&self, piece: &Piece) -> Option<&[BlockId]> {
         let from = piece.first_block.checked_sub(self.spec.held_blocks)? as usize;
         let blocks = self.blocks.get(from..from.checked_add(piece.blocks as usize)?)?;
-        (piece.layer < self.spec.layers && !blocks.is_empty()).then_some(blocks)
+        ((piece.layer as usize) < self.spec.due.len() && !blocks.is_empty()).then_some(blocks)
     }
 
     /// A share of the blocks' lease. `None` if the transport has released it.
@@ -151,7 +152,7 @@ impl Entry {
 
     pub fn stranded_bytes(&self) -> u64 {
         if self.inner.lock().machine.is_stranded() {
-            self.blocks.len() as u64 * u64::from(self.spec.layers) * self.spec.block_bytes as u64
+            (self.blocks.len() * self.spec.due.len() * self.spec.block_bytes) as u64
         } else {
             0
         }

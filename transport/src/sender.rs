@@ -42,9 +42,9 @@ pub struct KvSender {
 pub struct KvLayers {
     commands: mpsc::Sender<Command>,
     control: Arc<Control>,
-    /// Wire number of each layer of the local store. `None` for layers that are not sent.
-    wire_layers: Arc<[Option<u32>]>,
-    held_blocks: u32,
+    /// For each layer of the local store, its wire number and the index in the prompt of its first block that is due. `None`
+    /// for layers that are not sent.
+    wire_layers: Arc<[Option<(u32, u32)>]>,
     request_id: RequestId,
 }
 
@@ -65,16 +65,16 @@ impl KvSender {
             committed_at: Mutex::new(None),
         });
         let mut wire_layers = vec![None; store.num_layers()];
-        for (wire, layer) in plan.schema.layers.iter().enumerate() {
+        let due = plan.schema.due_blocks(plan.held_blocks, plan.prompt_tokens);
+        for (wire, (layer, due)) in plan.schema.layers.iter().zip(due).enumerate() {
             if let Some(slot) = wire_layers.get_mut(*layer as usize) {
-                *slot = Some(wire as u32);
+                *slot = Some((wire as u32, due.start));
             }
         }
         let layers = KvLayers {
             commands,
             control: control.clone(),
             wire_layers: wire_layers.into(),
-            held_blocks: plan.held_blocks,
             request_id: plan.request_id.clone(),
         };
         let span = info_span!("handoff", otel.kind = "producer", request = %plan.request_id);
@@ -109,11 +109,11 @@ impl KvLayers {
     /// Announces that the KV of one layer of the local store is final for these blocks (indices in the prompt), so that
     /// it can be sent.
     ///
-    /// Never blocks. Layers that are not in the receiver's schema and blocks that it already holds are ignored. The
-    /// handoff fails if a block is announced twice, or after more calls than planned.
+    /// Never blocks. Layers that are not in the receiver's schema and blocks that are not due are ignored. The handoff
+    /// fails if a block is announced twice, or after more calls than planned.
     pub fn ready(&self, layer: usize, blocks: Range<u32>) {
-        let first_block = blocks.start.max(self.held_blocks);
-        let Some(Some(layer)) = self.wire_layers.get(layer) else { return };
+        let Some(Some((layer, first_due))) = self.wire_layers.get(layer) else { return };
+        let first_block = blocks.start.max(*first_due);
         if first_block < blocks.end {
             self.send(Command::LayerReady(Piece { layer: *layer, first_block, blocks: blocks.end - first_block }));
         }

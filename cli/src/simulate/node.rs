@@ -191,8 +191,11 @@ impl NodeSetup {
             KvReceiver::start(kv, schema(), store.clone(), self.transfer(&off), off.child_token());
         let core = self.core(name, &pool, Some(&receiver))?;
         let model = Decoder::new(self.steps.clone());
-        let limits =
-            decode_engine::EngineLimits { max_running: self.limits.decode_running, max_waiting: self.max_waiting };
+        let limits = decode_engine::EngineLimits {
+            max_running: self.limits.decode_running,
+            max_waiting: self.max_waiting,
+            windows: schema().windows(),
+        };
         let (handle, engine) = decode_engine::Engine::new(model.clone(), store, pool, core.load.clone(), limits);
         let engine = tokio::spawn(model.drive(engine, core.load.clone()));
         let limits = core.request_limits(self.deadline);

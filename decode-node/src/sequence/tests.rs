@@ -14,6 +14,14 @@ fn node(blocks: usize) -> Node {
     Node { load: LoadState::new(pool.clone(), NodeMetrics::new("m", "p").unwrap(), None, Duration::MAX), pool }
 }
 
+/// Limits of a node whose layers have these windows.
+fn limits(windows: &[Option<usize>]) -> EngineLimits {
+    let limits = overfill_node::RequestLimits::of_a_small_node(overfill_kv::Role::Decode);
+    let mut schema = limits.identity.schema.clone();
+    schema.layer_attention = windows.iter().map(|window| schema.rope.of_layer(*window)).collect();
+    EngineLimits { max_running: 4, max_waiting: 1, windows: schema.windows() }
+}
+
 fn job(node: &Node, tokens: Vec<u32>) -> (Box<Job>, mpsc::Receiver<SequenceEvent>) {
     let (events, receiver) = mpsc::channel(CLIENT_EVENTS);
     let request = Request {
@@ -35,9 +43,9 @@ fn job(node: &Node, tokens: Vec<u32>) -> (Box<Job>, mpsc::Receiver<SequenceEvent
 
 fn decoding(node: &Node, tokens: Vec<u32>) -> (Sequence, mpsc::Receiver<SequenceEvent>) {
     let (job, mut receiver) = job(node, tokens);
-    let Ok(reserved) = job.reserve(&node.pool, 0, 4, &node.load) else { panic!("no room") };
+    let Ok(reserved) = job.reserve(&node.pool, 0, &limits(&[]), &node.load) else { panic!("no room") };
     assert!(matches!(receiver.try_recv(), Ok(SequenceEvent::Reserved { .. })));
-    (reserved.ready(5, &node.pool), receiver)
+    (reserved.ready(5, &node.pool, Windows::NONE), receiver)
 }
 
 fn token(token: u32) -> OutputToken {
@@ -49,10 +57,10 @@ fn a_request_waits_for_room_and_gives_all_back() {
     let node = node(3);
     let (first, _first_client) = decoding(&node, vec![1; 32]);
     let (second, second_client) = job(&node, vec![2; 32]);
-    let Err(second) = second.reserve(&node.pool, 1, 4, &node.load) else { panic!("there is no room") };
+    let Err(second) = second.reserve(&node.pool, 1, &limits(&[]), &node.load) else { panic!("there is no room") };
     assert_eq!((node.load.load().running, node.load.load().waiting), (1, 1));
     drop(first);
-    let Ok(second) = second.reserve(&node.pool, 0, 4, &node.load) else { panic!("there is room") };
+    let Ok(second) = second.reserve(&node.pool, 0, &limits(&[]), &node.load) else { panic!("there is room") };
     assert_eq!((node.pool.in_use(), node.load.load().running), (2, 1));
     drop((second, second_client));
     assert_eq!(node.pool.in_use(), 0);
@@ -116,4 +124,60 @@ fn kv_survives_host_memory() {
         let check = &mut |i: usize, block: &[u8]| assert!(block.iter().all(|b| *b == (layer * 10 + i) as u8));
         store.read(layer, &sequence.blocks, check).unwrap();
     }
+}
+
+/// The first decode step feeds position 100. A window of 40 tokens shows it the blocks from the fourth on.
+#[test]
+fn blocks_that_no_layer_needs_are_neither_reserved_nor_kept() {
+    let node = node(8);
+    let limits = limits(&[Some(40), Some(17)]);
+    let (job, mut client) = job(&node, vec![1; 100]);
+    let Ok(reserved) = job.reserve(&node.pool, 0, &limits, &node.load) else { panic!("no room") };
+    assert_eq!((reserved.to_fill().1.len(), node.pool.in_use()), (4, 4));
+    assert!(matches!(client.try_recv(), Ok(SequenceEvent::Reserved { held_blocks: 3, cached_blocks: 0, .. })));
+    let mut sequence = reserved.ready(5, &node.pool, limits.windows);
+    let store = MemoryStore::new(1, 8, 64);
+    for tokens in 101..=400 {
+        sequence.forget(limits.windows);
+        if sequence.seat(Duration::ZERO).lacks_block {
+            sequence.grow(node.pool.allocate(1).unwrap());
+        }
+        let position = tokens - 1;
+        let needed = limits.windows.needed_from(position);
+        let own = &sequence.blocks[needed..];
+        assert_eq!((sequence.forgotten, sequence.blocks.len()), (needed, position / 16 + 1));
+        assert_eq!(own.len(), node.pool.in_use());
+        // The KV of a position is where it was written, also after a preemption.
+        let mark = |i: usize| (needed + i) as u8;
+        store.write(0, &own[own.len() - 1..], &mut |_, block| block.fill(mark(own.len() - 1))).unwrap();
+        if tokens % 50 == 0 {
+            let Ok(swapped) = sequence.swap_out(&store, &node.load) else { panic!("reading failed") };
+            assert_eq!(node.pool.in_use(), 0);
+            let lease = node.pool.allocate(swapped.blocks).unwrap();
+            sequence = swapped.swap_in(lease, &store, &node.load).unwrap();
+        }
+        if tokens > 160 {
+            store.read(0, &sequence.blocks[needed..], &mut |i, block| assert_eq!(block, [mark(i); 64])).unwrap();
+        }
+        let _ = client.try_recv();
+        sequence.flow.computed = sequence.flow.tokens.len();
+        sequence.flow.push(token(1));
+    }
+    drop(sequence);
+    assert_eq!(node.pool.in_use(), 0);
+}
+
+/// Of a prompt of 100 tokens, a layer with a window of 40 has the blocks from the fourth on.
+#[test]
+fn a_block_without_all_layers_is_found_only_where_they_do_not_need_it() {
+    let node = node(32);
+    let limits = limits(&[Some(40), None]);
+    let cached = |tokens: usize| job(&node, vec![1; tokens]).0.cached(&node.pool, limits.windows).len();
+    let (job, _client) = job(&node, vec![1; 100]);
+    let Ok(reserved) = job.reserve(&node.pool, 0, &limits, &node.load) else { panic!("no room") };
+    drop(reserved.ready(5, &node.pool, limits.windows));
+    assert_eq!([100, 101, 130, 999].map(cached), [6; 4]);
+    // Position 80 sees the third block, position 87 does not.
+    assert_eq!([80, 86, 87, 99].map(cached), [2, 2, 5, 6]);
+    assert_eq!([40, 20].map(cached), [0, 0]);
 }

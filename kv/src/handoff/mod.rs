@@ -16,7 +16,8 @@
 //!   sending task reads the blocks, so the lease also ends when that task stops after a failure.)
 //! - **KV-3** After any crash, cancel or partition, both sides free every block within one lease.
 //! - **KV-4** Every attempt has its own single-use ticket. Frames of an earlier attempt are refused.
-//! - **KV-5** A request never decodes over KV that is incomplete, unverified or has a different schema.
+//! - **KV-5** A request never decodes over KV that is incomplete, unverified or has a different schema. Complete means:
+//!   every block that is due in a layer. A block that a layer's window has left behind is not due, and never read.
 //! - **KV-6** Each attempt has exactly one outcome, no later than its deadline. So no request hangs on a handoff.
 //!
 //! With one-sided writes ([`WriteMode::OneSided`]), the sender writes into the receiver's memory without asking. `Accept`
@@ -32,6 +33,7 @@ mod sender;
 mod tests;
 
 use std::fmt;
+use std::ops::Range;
 use std::time::Duration;
 
 pub use receiver::{ReceiverAction, ReceiverEvent, ReceiverHandoff};
@@ -52,11 +54,13 @@ pub struct HandoffSpec {
     pub ticket: Ticket,
     /// [`crate::KvSchema::digest`] of the receiver's schema.
     pub schema_digest: [u8; 32],
-    /// Number of layers sent. The wire numbers them from 0.
-    pub layers: u32,
-    /// Leading blocks of the prompt that the receiver already holds. They are not sent.
+    /// For each layer sent, the blocks that are due, as indices in the prompt ([`crate::KvSchema::due_blocks`]). The wire
+    /// numbers layers from 0.
+    pub due: Vec<Range<u32>>,
+    /// Leading blocks of the prompt that the receiver does not need: it holds them already, or no layer attends to them.
+    /// They are not sent.
     pub held_blocks: u32,
-    /// Blocks sent per layer.
+    /// Blocks of the prompt after the held ones.
     pub blocks: u32,
     /// Size of one block of one layer, in bytes.
     pub block_bytes: usize,
@@ -127,8 +131,7 @@ pub enum RefuseReason {
     Checksum = 4,
     /// The commit does not match the frames that arrived, or blocks are missing.
     Incomplete = 5,
-    /// Invalid frame: unknown, too long, damaged (ping or commit), or with a block sent twice or outside the
-    /// reservation.
+    /// Invalid frame: unknown, too long, damaged (ping or commit), or with a block that is sent twice or not due.
     Protocol = 6,
     /// The deadline has passed, or the sender was silent for longer than the idle timeout.
     Deadline = 7,
@@ -248,40 +251,40 @@ impl HandoffState {
     }
 }
 
-/// Set of the (layer, block) pairs of an attempt seen so far. Each call is O(blocks of the piece).
+/// Set of the due (layer, block) pairs of an attempt seen so far. Each call is O(blocks of the piece).
 #[derive(Clone, Debug)]
 struct Coverage {
+    /// The due blocks of all layers.
     seen: Vec<bool>,
     missing: usize,
-    layers: u32,
-    held_blocks: u32,
-    blocks: u32,
+    /// For each layer, its due blocks, and the index of the first one in `seen`.
+    layers: Vec<(Range<u32>, usize)>,
 }
 
 impl Coverage {
     fn new(spec: &HandoffSpec) -> Self {
-        let cells = spec.layers as usize * spec.blocks as usize;
-        Self {
-            seen: vec![false; cells],
-            missing: cells,
-            layers: spec.layers,
-            held_blocks: spec.held_blocks,
-            blocks: spec.blocks,
-        }
+        let mut cells = 0;
+        let layer = |due: &Range<u32>| {
+            let base = cells;
+            cells += due.len();
+            (due.clone(), base)
+        };
+        let layers = spec.due.iter().map(layer).collect();
+        Self { seen: vec![false; cells], missing: cells, layers }
     }
 
-    /// Indices of the piece into `seen`. `None` if the piece is empty or reaches outside the attempt.
-    fn cells(&self, piece: &Piece) -> Option<std::ops::Range<usize>> {
-        let from = piece.first_block.checked_sub(self.held_blocks)?;
+    /// Indices of the piece into `seen`. `None` if the piece is empty or has a block that is not due.
+    fn cells(&self, piece: &Piece) -> Option<Range<usize>> {
+        let (due, base) = self.layers.get(piece.layer as usize)?;
+        let from = piece.first_block.checked_sub(due.start)?;
         let to = from.checked_add(piece.blocks)?;
-        if piece.blocks == 0 || piece.layer >= self.layers || to > self.blocks {
+        if piece.blocks == 0 || to > due.len() as u32 {
             return None;
         }
-        let base = piece.layer as usize * self.blocks as usize;
         Some(base + from as usize..base + to as usize)
     }
 
-    /// Whether every block of the piece is inside the attempt and not seen yet.
+    /// Whether every block of the piece is due and not seen yet.
     fn admits(&self, piece: &Piece) -> bool {
         self.cells(piece).is_some_and(|cells| self.seen[cells].iter().all(|seen| !seen))
     }

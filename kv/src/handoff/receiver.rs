@@ -258,7 +258,7 @@ impl ReceiverHandoff {
         if !self.writer_is_welcome() {
             return;
         }
-        // KV-5: every layer of every block is verified, and the counts of both sides are equal.
+        // KV-5: every block that is due is verified, and the counts of both sides are equal.
         let agreed = commit.frames == self.frames && commit.bytes == self.bytes;
         if self.landing.is_some() || !agreed || !self.arrived.complete() {
             self.reject(RefuseReason::Incomplete, actions);

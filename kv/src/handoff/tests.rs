@@ -15,7 +15,7 @@ fn spec() -> HandoffSpec {
     HandoffSpec {
         ticket: Ticket([7; 16]),
         schema_digest: [1; 32],
-        layers: 2,
+        due: vec![1..4, 1..4],
         held_blocks: 1,
         blocks: 3,
         block_bytes: 100,
@@ -147,6 +147,41 @@ fn blocks_outside_or_twice_are_never_written() {
         let expected = stop(RefuseReason::Protocol, Failure::Rejected(RefuseReason::Protocol));
         assert_eq!(r.on_event(ReceiverEvent::Layer(piece), T0), expected, "{piece:?}");
     }
+}
+
+/// A layer with a window needs fewer blocks. It gets those, and no others.
+#[test]
+fn complete_means_all_that_is_due() {
+    let spec = || HandoffSpec { due: vec![3..4, 1..4], ..spec() };
+    let accepted = || {
+        let mut r = ReceiverHandoff::new(spec());
+        r.on_event(ReceiverEvent::Hello(hello(), WriteMode::Framed), T0);
+        land(&mut r, Piece { layer: 1, first_block: 1, blocks: 3 });
+        r
+    };
+    let refused = |reason| stop(reason, Failure::Rejected(reason));
+    for first_block in [1, 2] {
+        let piece = Piece { layer: 0, first_block, blocks: 2 };
+        assert_eq!(accepted().on_event(ReceiverEvent::Layer(piece), T0), refused(RefuseReason::Protocol));
+    }
+    let early = Commit { first_token: 42, frames: 1, bytes: 300 };
+    assert_eq!(accepted().on_event(ReceiverEvent::Commit(early), T0), refused(RefuseReason::Incomplete));
+    let mut r = accepted();
+    land(&mut r, Piece { layer: 0, first_block: 3, blocks: 1 });
+    let commit = Commit { first_token: 42, frames: 2, bytes: 400 };
+    assert!(r.on_event(ReceiverEvent::Commit(commit), T0).contains(&ReceiverAction::Confirm));
+
+    let mut s = SenderHandoff::new(spec(), 3, T0);
+    let event = SenderEvent::LayerReady(Piece { layer: 0, first_block: 2, blocks: 2 });
+    assert!(matches!(s.on_event(event, T0)[0], SenderAction::Finish(Err(Failure::Plan(_)))));
+    let mut s = SenderHandoff::new(spec(), 3, T0);
+    s.on_event(SenderEvent::Connected, T0);
+    s.on_event(SenderEvent::Accepted, T0);
+    s.on_event(SenderEvent::LayerReady(Piece { layer: 1, first_block: 1, blocks: 3 }), T0);
+    s.on_event(SenderEvent::Commit { first_token: 42 }, T0);
+    s.on_event(SenderEvent::LayerReady(Piece { layer: 0, first_block: 3, blocks: 1 }), T0);
+    s.on_event(SenderEvent::Sent, T0);
+    assert_eq!(s.on_event(SenderEvent::Sent, T0), [SenderAction::SendCommit(commit)]);
 }
 
 #[test]

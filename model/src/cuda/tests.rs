@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use super::CudaEngine;
 use crate::{
     Choice, Engine, LayerSink, LoadOptions, ModelConfig, Outputs, Rows, SamplingContext, SequenceSlice, Want,
-    WeightFormat, Weights, cpu::CpuEngine, no_layers,
+    WeightFormat, Weights, cpu::CpuEngine, engine::tests::spoil_unneeded, no_layers,
 };
 
 mod heads;
@@ -80,8 +80,10 @@ fn on_cpu(pair: &str, weights: WeightFormat, kv_dtype: KvDtype) -> CpuEngine {
 }
 
 /// A prompt in chunks next to another sequence, then decode steps of different sizes. Returns all logits.
-fn conversation(engine: &mut dyn Engine, vocab_size: usize, layers: usize) -> Vec<Vec<f32>> {
-    let tokens: Vec<u32> = (0..200).map(|i| i * 7 % vocab_size as u32).collect();
+/// What a layer's window has left behind is spoilt before each step.
+fn conversation(engine: &mut dyn Engine, config: &ModelConfig) -> Vec<Vec<f32>> {
+    let layers = config.num_hidden_layers;
+    let tokens: Vec<u32> = (0..200).map(|i| i * 7 % config.vocab_size as u32).collect();
     let blocks: Vec<BlockId> = (0..10).rev().map(BlockId).collect();
     let other: Vec<BlockId> = (10..14).map(BlockId).collect();
     let slice = |tokens, start, blocks, want| SequenceSlice { tokens, start, blocks, want };
@@ -103,6 +105,9 @@ fn conversation(engine: &mut dyn Engine, vocab_size: usize, layers: usize) -> Ve
     let mut out = Outputs::default();
     let mut logits = Vec::new();
     for batch in &steps {
+        for slice in batch {
+            spoil_unneeded(engine, config, slice.blocks, slice.start);
+        }
         let heard = Arc::new(Mutex::new(Vec::new()));
         let hears = heard.clone();
         let sink: Arc<dyn LayerSink> = Arc::new(move |layer| hears.lock().push(layer));
@@ -129,9 +134,8 @@ fn all_families_agree_with_the_cpu() {
     }
     for pair in PAIRS.into_iter().chain(OTHER_PAIRS) {
         let (config, _) = open(pair);
-        let layers = config.num_hidden_layers;
         let mut cpu = on_cpu(pair, WeightFormat::F32, KvDtype::F32);
-        let expected = conversation(&mut cpu, config.vocab_size, layers);
+        let expected = conversation(&mut cpu, &config);
         let scale = expected.iter().flatten().fold(0.0_f32, |most, l| most.max(l.abs()));
         let formats = [
             (WeightFormat::F16, KvDtype::F16, 0.01),
@@ -143,7 +147,7 @@ fn all_families_agree_with_the_cpu() {
         // Products are the same in all families, and the software GPU takes long.
         let count = if OTHER_PAIRS.contains(&pair) { 2 } else { formats.len() };
         for (weights, kv, tolerance) in formats.into_iter().take(count) {
-            let got = conversation(&mut on_gpu(pair, &options(weights, kv)), config.vocab_size, layers);
+            let got = conversation(&mut on_gpu(pair, &options(weights, kv)), &config);
             let difference = difference(&got, &expected);
             println!("{pair}, {weights}, kv {kv}: {:.4} of the greatest logit", difference / scale);
             assert!(difference < tolerance * scale, "{pair}, {weights}, kv {kv}: {difference} of {scale}");
@@ -159,10 +163,9 @@ fn quantisation_agrees_with_the_cpu() {
     }
     for weights in [WeightFormat::Int8, WeightFormat::Int4] {
         let (config, _) = open("llama-untied");
-        let (layers, vocab) = (config.num_hidden_layers, config.vocab_size);
-        let expected = conversation(&mut on_cpu("llama-untied", weights, KvDtype::F16), vocab, layers);
+        let expected = conversation(&mut on_cpu("llama-untied", weights, KvDtype::F16), &config);
         let scale = expected.iter().flatten().fold(0.0_f32, |most, l| most.max(l.abs()));
-        let got = conversation(&mut on_gpu("llama-untied", &options(weights, KvDtype::F16)), vocab, layers);
+        let got = conversation(&mut on_gpu("llama-untied", &options(weights, KvDtype::F16)), &config);
         let difference = difference(&got, &expected);
         // The CPU also rounds activations to 8 bits.
         assert!(difference < 0.05 * scale, "{weights}: {difference} of {scale}");
@@ -300,9 +303,8 @@ fn one_pair_agrees_closely() {
         return;
     }
     let (config, _) = open("llama-untied");
-    let (layers, vocab) = (config.num_hidden_layers, config.vocab_size);
-    let expected = conversation(&mut on_cpu("llama-untied", WeightFormat::F32, KvDtype::F32), vocab, layers);
-    let got = conversation(&mut on_gpu("llama-untied", &options(WeightFormat::F16, KvDtype::F16)), vocab, layers);
+    let expected = conversation(&mut on_cpu("llama-untied", WeightFormat::F32, KvDtype::F32), &config);
+    let got = conversation(&mut on_gpu("llama-untied", &options(WeightFormat::F16, KvDtype::F16)), &config);
     let scale = expected.iter().flatten().fold(0.0_f32, |most, l| most.max(l.abs()));
     let difference = difference(&got, &expected);
     assert!(difference < 0.01 * scale, "{difference} of {scale}");

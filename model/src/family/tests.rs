@@ -334,11 +334,12 @@ fn a_schema_states_the_rope_of_all_layers() {
         "theta=0 without rotation window=none",
         "theta=10000 none window=none",
     ];
-    assert_eq!(config.layer_attention(), [linear, linear, without, none]);
+    let texts = |config: &ModelConfig| config.layer_attention().iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(texts(&config), [linear, linear, without, none]);
     let windows = config.layers[..2].iter().map(|layer| LayerSpec { window: Some(7), ..layer.clone() }).collect();
     let config = ModelConfig { layers: windows, rotary_dim: 4, head_dim: 8, ..config };
     assert_eq!(config.rope_spec(), RopeSpec { theta: 1e6, scaling: "linear factor=8 of 4 channels".into() });
-    assert_eq!(config.layer_attention(), ["theta=1000000 linear factor=8 of 4 channels window=7"; 2]);
+    assert_eq!(texts(&config), ["theta=1000000 linear factor=8 of 4 channels window=7"; 2]);
 }
 
 #[test]

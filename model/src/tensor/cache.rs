@@ -67,18 +67,21 @@ impl TensorKv {
         let mut outputs = Vec::with_capacity(batch.len());
         for slice in batch {
             let (tokens, context) = (slice.tokens.len(), slice.start + slice.tokens.len());
-            let blocks: Vec<u32> = slice.blocks[..context.div_ceil(BLOCK_TOKENS)].iter().map(|b| b.0).collect();
-            let count = blocks.len();
+            // Blocks that no query attends to may hold anything: a weight of 0 times NaN is NaN.
+            let before = spec.first_visible(slice.start) / BLOCK_TOKENS;
+            let blocks = &slice.blocks[before..context.div_ceil(BLOCK_TOKENS)];
+            let (count, first) = (blocks.len(), before * BLOCK_TOKENS);
+            let (blocks, keys) = (blocks.iter().map(|b| b.0).collect::<Vec<_>>(), context - first);
             let gathered =
                 cache.index_select(&Tensor::from_vec(blocks, count, cache.device())?, 0)?.to_dtype(q.dtype())?;
-            // [blocks, kv_heads, 16, d] to [kv_heads, context, d]
+            // [blocks, kv_heads, 16, d] to [kv_heads, keys, d]
             let part = |kv: usize| {
                 gathered
                     .narrow(1, kv, 1)?
                     .squeeze(1)?
                     .transpose(0, 1)?
                     .reshape((kv_heads, count * BLOCK_TOKENS, head_dim))?
-                    .narrow(1, 0, context)?
+                    .narrow(1, 0, keys)?
                     .contiguous()
             };
             let (k, v) = (part(0)?, part(1)?);
@@ -94,12 +97,12 @@ impl TensorKv {
             };
             let seen = |position: usize| spec.first_visible(position)..=position;
             let mask: Vec<f32> = (slice.start..context)
-                .flat_map(|t| (0..context).map(move |c| if seen(t).contains(&c) { 0.0 } else { f32::NEG_INFINITY }))
+                .flat_map(|t| (first..context).map(move |c| if seen(t).contains(&c) { 0.0 } else { f32::NEG_INFINITY }))
                 .collect();
-            let mask = Tensor::from_vec(mask, (1, 1, tokens, context), cache.device())?;
-            let scores = scores.reshape((kv_heads, group, tokens, context))?.broadcast_add(&mask)?;
+            let mask = Tensor::from_vec(mask, (1, 1, tokens, keys), cache.device())?;
+            let scores = scores.reshape((kv_heads, group, tokens, keys))?.broadcast_add(&mask)?;
             let weights = candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(q.dtype())?;
-            let out = weights.reshape((kv_heads, group * tokens, context))?.matmul(&v)?;
+            let out = weights.reshape((kv_heads, group * tokens, keys))?.matmul(&v)?;
             outputs.push(out.reshape((heads, tokens, head_dim))?.transpose(0, 1)?.contiguous()?);
             row += tokens;
         }

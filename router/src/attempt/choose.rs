@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use overfill_kv::{
-    BLOCK_TOKENS, Role, block_hashes, blocks_for,
+    BLOCK_TOKENS, Role, block_hashes,
     protocol::{CONSTRAINTS, EXTEND},
 };
 use parking_lot::Mutex;
@@ -60,7 +60,7 @@ fn decode_node<'a>(view: &'a View, plan: &Plan, eligible: &dyn Fn(&Node) -> bool
     let nodes = view.decode.iter().filter(|node| node.info.model == plan.generation.model.name);
     let nodes: Vec<_> = nodes.filter(paired).filter(|node| usable(node, plan)).collect();
     let candidates: Vec<_> = nodes.iter().map(|node| node.decode_candidate()).collect();
-    let needed_blocks = blocks_for(plan.length() as usize) as u32;
+    let needed_blocks = plan.generation.model.windows.needed_blocks(plan.length() as usize) as u32;
     Some(nodes[pick::decode(needed_blocks, &candidates)?])
 }
 
@@ -101,7 +101,7 @@ pub(crate) mod tests {
 
     use std::time::Duration;
 
-    use overfill_kv::{KvDtype, KvSchema, PROTOCOL, RequestId, RopeSpec, SamplingParams};
+    use overfill_kv::{KvDtype, KvSchema, PROTOCOL, RequestId, RopeSpec, SamplingParams, Windows};
     use overfill_simulated::text_files;
     use overfill_text::TextModel;
     use tokio::time::Instant;
@@ -156,6 +156,7 @@ pub(crate) mod tests {
             text: Arc::new(TextModel::from_files(&text_files()).unwrap()),
             vocab_size: 259,
             max_context_tokens: 64,
+            windows: Windows::NONE,
             eos_token_ids: [].into(),
             created: 0,
         };

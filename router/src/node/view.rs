@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use overfill_kv::{ProtocolMismatch, Role, SchemaMismatch, TransportSet};
+use overfill_kv::{ProtocolMismatch, Role, SchemaMismatch, TransportSet, Windows};
 use overfill_text::TextModel;
 
 use super::Node;
@@ -23,6 +23,8 @@ pub struct ServedModel {
     pub vocab_size: u32,
     /// Maximum length of prompt and output together, in tokens.
     pub max_context_tokens: u32,
+    /// Sliding windows of the decode model's layers.
+    pub windows: Windows,
     /// End-of-text token ids of the model.
     pub eos_token_ids: Arc<[u32]>,
     /// When the model was first seen, in seconds since 1970.
@@ -128,6 +130,7 @@ impl View {
                 full_model: p.info.model.clone(),
                 vocab_size: p.info.schema.vocab_size,
                 max_context_tokens: context(&(p, d)),
+                windows: d.info.schema.windows(),
                 eos_token_ids: eos.into(),
                 created: before.get(name).map_or(now, |m| m.created),
                 text,

@@ -1,6 +1,7 @@
 //! Both nodes in one process, without a router: batching, handoff, cancellation, preemption, shutdown.
 
 mod pair;
+mod windows;
 
 use std::time::Duration;
 

@@ -22,15 +22,21 @@ pub const PRUNED: &str = "pruned";
 /// Tokenizer and templates, created once.
 pub static FILES: LazyLock<TextFiles> = LazyLock::new(text_files);
 
+/// Sliding window of each layer of the full model.
+pub type LayerWindows = [Option<usize>; LAYERS as usize];
+
 /// Returns the schema of a model that uses these layers of the full model's KV.
-pub fn schema(layers: &[u32]) -> KvSchema {
+pub fn schema(layers: &[u32], windows: &LayerWindows) -> KvSchema {
     static SHA256: LazyLock<String> = LazyLock::new(|| overfill_simulated::Options::default().schema.tokenizer_sha256);
+    let rope = RopeSpec { theta: 1e4, scaling: "none".into() };
+    let layer_attention: Vec<_> = layers.iter().map(|layer| rope.of_layer(windows[*layer as usize])).collect();
+    let plain = layer_attention.iter().all(|layer| layer.window.is_none());
     KvSchema {
         layers: layers.to_vec(),
         kv_heads: 1,
         head_dim: 2,
-        rope: RopeSpec { theta: 1e4, scaling: "none".into() },
-        layer_attention: Vec::new(),
+        rope,
+        layer_attention: if plain { Vec::new() } else { layer_attention },
         dtype: KvDtype::F32,
         block_tokens: BLOCK_TOKENS as u32,
         vocab_size: 259,

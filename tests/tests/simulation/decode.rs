@@ -11,7 +11,7 @@ use overfill_model::ModelError;
 use overfill_node::Turn;
 
 use crate::{
-    content::{Content, FULL, PRUNED, draft_token, next_token, row_place},
+    content::{Content, FULL, LayerWindows, PRUNED, draft_token, next_token, row_place},
     guard::{Guard, Witness},
     pace::Pace,
 };
@@ -25,6 +25,8 @@ pub struct Decoder {
     pub guard: Arc<Guard>,
     /// For each layer of this model, the corresponding layer of the full model.
     pub layers: Vec<u32>,
+    /// Sliding windows of the full model's layers.
+    pub windows: LayerWindows,
     /// Name of the node.
     pub name: String,
     /// Receives reports of wrong KV.
@@ -35,7 +37,7 @@ impl Compute for Decoder {
     fn step(&mut self, sequences: &[Stepping<'_>]) -> Result<Vec<Option<OutputToken>>, ModelError> {
         let token = |stepping: &Stepping<'_>| {
             let Stepping { sequence, tokens } = stepping;
-            self.guard.seal(&sequence.blocks);
+            self.guard.seal(&sequence.blocks[sequence.forgotten..]);
             for position in tokens.clone() {
                 self.attend(sequence, position);
             }
@@ -68,9 +70,10 @@ impl Decoder {
         // Until the first own token is written, the prompt's last block is entirely as it was sent.
         let end = if last == prompt { prompt.next_multiple_of(BLOCK_TOKENS) } else { last };
         for (layer, full_layer) in self.layers.iter().enumerate() {
+            let visible = self.windows[*full_layer as usize].map_or(0, |window| (last + 1).saturating_sub(window));
             let mut wrong = None;
             let check = &mut |i: usize, bytes: &[u8]| {
-                for position in i * BLOCK_TOKENS..((i + 1) * BLOCK_TOKENS).min(end) {
+                for position in (i * BLOCK_TOKENS).max(visible)..((i + 1) * BLOCK_TOKENS).min(end) {
                     let is_sent = position < sent || last == prompt;
                     let content = if is_sent { &full } else { &own };
                     if bytes[row_place(position)] != content.row(*full_layer, position) {

@@ -28,7 +28,7 @@ use turmoil::net::TcpListener;
 
 use crate::{
     MAX_ASKED,
-    content::{FILES, FULL, LAYERS, PRUNED, schema},
+    content::{FILES, FULL, LAYERS, LayerWindows, PRUNED, schema},
     decode::{self, Decoder},
     guard::{Guard, Witness},
     net::{GRPC_PORT, GrpcListener, KV_PORT, KvListener, Tap, listen},
@@ -57,6 +57,8 @@ pub struct Size {
     pub step: Duration,
     /// Layers of the full model that decode nodes use.
     pub layers: Vec<u32>,
+    /// Sliding windows of the full model's layers.
+    pub windows: LayerWindows,
 }
 
 /// Resources shared by all nodes of a simulation.
@@ -130,8 +132,8 @@ impl SimulatedHost {
         receiver: Option<&KvReceiver>,
     ) -> Result<NodeCore, overfill_cluster::MetricsError> {
         let (model, schema) = match self.role {
-            Role::Prefill => (FULL, schema(&(0..LAYERS).collect::<Vec<_>>())),
-            Role::Decode => (PRUNED, schema(&self.size.layers)),
+            Role::Prefill => (FULL, schema(&(0..LAYERS).collect::<Vec<_>>(), &self.size.windows)),
+            Role::Decode => (PRUNED, schema(&self.size.layers, &self.size.windows)),
         };
         let counted = receiver
             .cloned()
@@ -221,16 +223,18 @@ impl SimulatedHost {
         let Size { max_running, max_waiting, blocks, .. } = self.size;
         let pool = BlockPool::new(blocks);
         let guard = self.guard(&self.size.layers, &pool);
-        let (own, config) = (schema(&self.size.layers), self.around.transfer.clone());
+        let (own, config) = (schema(&self.size.layers, &self.size.windows), self.around.transfer.clone());
+        let windows = own.windows();
         let (receiver, receiving) = KvReceiver::start(kv, own, guard.clone(), config, stop.clone());
         let core = self.core(&pool, Some(&receiver))?;
         let decoder = Decoder {
             guard: guard.clone(),
             layers: self.size.layers.clone(),
+            windows: self.size.windows,
             name: self.name.clone(),
             witness: self.around.witness.clone(),
         };
-        let limits = decode_engine::EngineLimits { max_running, max_waiting };
+        let limits = decode_engine::EngineLimits { max_running, max_waiting, windows };
         let load = core.load.clone();
         let (handle, engine) = decode_engine::Engine::new(decoder, guard.memory.clone(), pool, load, limits);
         let engine = tokio::task::spawn_local(decode::run(engine, guard, self.pace.clone()));

@@ -194,6 +194,8 @@ fn nodes(rng: &mut StdRng) -> Vec<(String, Role, Size)> {
     let decoders = rng.random_range(2..=3);
     let names = (0..2).map(|i| (format!("prefill-{i}"), Role::Prefill));
     let layers = one(rng, &[vec![0, 1, 2], vec![0, 2], vec![1]]);
+    let windows =
+        one(rng, &[[None; 3], [Some(40), None, Some(24)], [None, Some(20), None], [Some(50), Some(17), Some(50)]]);
     names
         .chain((0..decoders).map(|i| (format!("decode-{i}"), Role::Decode)))
         .map(|(name, role)| {
@@ -206,6 +208,7 @@ fn nodes(rng: &mut StdRng) -> Vec<(String, Role, Size)> {
                 max_batch_tokens: rng.random_range(16..80),
                 step: millis(rng, 1..slowest),
                 layers: layers.clone(),
+                windows,
             };
             (name, role, size)
         })

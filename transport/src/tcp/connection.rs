@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use overfill_kv::handoff::{Piece, ReceiverAction, ReceiverEvent, RefuseReason, TRACE_TARGET};
-use overfill_kv::{BlockId, KvTransport, PROTOCOL};
+use overfill_kv::{BlockId, KvTransport, ProtocolVersions};
 use tokio::time::timeout;
 
 use super::format::{Format, HEADER_2_BYTES, Sums};
@@ -28,9 +28,10 @@ const LINGER: Duration = Duration::from_millis(500);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
 pub(crate) async fn serve(shared: &Shared, opening: Opening, peer: SocketAddr, newcomer: &Newcomer) {
+    let versions = shared.schema.protocol();
     let opened = async {
         let stream = opening.await?;
-        let first = read_hello(&stream).await?;
+        let first = read_hello(&stream, versions).await?;
         Ok::<_, std::io::Error>((stream, first))
     };
     let (stream, first) = match timeout(shared.config.hello_timeout, opened).await {
@@ -50,7 +51,7 @@ pub(crate) async fn serve(shared: &Shared, opening: Opening, peer: SocketAddr, n
     };
     let stream = &stream;
     let refused = match first {
-        First::OtherVersions => Some(Answer::RefuseVersion(PROTOCOL)),
+        First::OtherVersions => Some(Answer::RefuseVersion(versions)),
         First::Offer(version, offer) => {
             let refused = match shared.find(&offer.hello.ticket) {
                 // Checked before the attempt gets the hello: a connection that was evicted must not write.
@@ -71,20 +72,20 @@ pub(crate) async fn serve(shared: &Shared, opening: Opening, peer: SocketAddr, n
 
 /// The first message of a sender.
 enum First {
-    /// A hello of a sender that speaks none of this program's versions.
+    /// A hello of a sender that speaks none of this node's versions.
     OtherVersions,
     /// The version to use, and the hello.
     Offer(u32, Box<Offer>),
 }
 
-/// Reads a hello of any version. `None` if it is none.
-async fn read_hello(stream: &Link) -> std::io::Result<Option<First>> {
+/// Reads a hello of any version. `None` if it is none. `ours`: the versions that this node speaks.
+async fn read_hello(stream: &Link, ours: ProtocolVersions) -> std::io::Result<Option<First>> {
     let mut start = [0; hello::START_BYTES];
     read_full(stream, &mut start).await?;
     let (version, length) = match hello::decode_start(&start) {
         None => return Ok(None),
-        Some(Start::First(length)) => (Ok(1), length),
-        Some(Start::Later(versions, length)) => (PROTOCOL.common(versions), length),
+        Some(Start::First(length)) => (ours.common(ProtocolVersions::UNSTATED), length),
+        Some(Start::Later(theirs, length)) => (ours.common(theirs), length),
     };
     // Bounded by `decode_start`.
     let mut rest = vec![0; length];

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use overfill_kv::handoff::{Hello, Piece};
-use overfill_kv::{BlockId, KvStore, KvTransport, TransportSet};
+use overfill_kv::{BlockId, KvStore, KvTransport, ProtocolVersions, TransportSet};
 
 use super::answers::{AnswerReader, Reply};
 use super::format::Format;
@@ -65,8 +65,8 @@ impl Local {
         rdma.or(self.sender.map(|_| nccl::MAX_PIECE_BLOCKS))
     }
 
-    /// The first message of a handoff.
-    pub fn hello(&self, version: u32, hello: &Hello, mut usable: TransportSet) -> Vec<u8> {
+    /// The first message of a handoff. `versions`: those that this node speaks.
+    pub fn hello(&self, version: u32, versions: ProtocolVersions, hello: &Hello, mut usable: TransportSet) -> Vec<u8> {
         if version == 1 {
             return frame::encode_hello(hello).to_vec();
         }
@@ -74,7 +74,7 @@ impl Local {
             usable.0 &= !(KvTransport::Rdma as u8);
         }
         let address = self.queue.as_ref().map(rdma::Queue::address);
-        hello::encode(&Offer::new(*hello, usable, address, self.sender))
+        hello::encode(&Offer { versions, ..Offer::new(*hello, usable, address, self.sender) })
     }
 }
 

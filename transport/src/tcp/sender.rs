@@ -10,7 +10,7 @@ use overfill_kv::handoff::{
     Failure, HandoffSpec, Hello, Piece, RefuseReason, SenderAction, SenderEvent, SenderHandoff, SenderState,
     TRACE_TARGET,
 };
-use overfill_kv::{BlockId, BlockLease, KvStore, KvTransport, PROTOCOL, ProtocolVersions, RequestId, TransferStats};
+use overfill_kv::{BlockId, BlockLease, KvStore, KvTransport, ProtocolVersions, RequestId, TransferStats};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 
@@ -36,8 +36,9 @@ pub(crate) async fn send(
 ) -> Result<TransferStats, HandoffError> {
     let (endpoint, theirs) = (plan.endpoint.address.clone(), plan.endpoint.versions);
     let usable = config.transports.usable();
-    let Ok(version) = PROTOCOL.common(theirs) else {
-        return Err(HandoffError::Versions { ours: PROTOCOL, theirs, endpoint });
+    let ours = plan.schema.protocol();
+    let Ok(version) = ours.common(theirs) else {
+        return Err(HandoffError::Versions { ours, theirs, endpoint });
     };
     if version == 1 && !usable.contains(KvTransport::Tcp) {
         let problem = "it speaks version 1 of the wire format, which has only tcp".to_owned();
@@ -60,6 +61,8 @@ struct Shell {
     credits: Option<Arc<Semaphore>>,
     /// The same as in `mover`, also while a piece is being announced.
     sending: Option<Arc<nccl::Sending>>,
+    /// Versions that this node speaks.
+    versions: ProtocolVersions,
     peer_versions: Option<ProtocolVersions>,
     /// The transport that was chosen.
     transport: KvTransport,
@@ -109,7 +112,7 @@ impl Shell {
         let spec = HandoffSpec {
             ticket,
             schema_digest: schema.digest(),
-            layers: schema.layers.len() as u32,
+            due: schema.due_blocks(held_blocks, prompt_tokens),
             held_blocks,
             blocks: blocks.len() as u32 - held_blocks,
             block_bytes,
@@ -128,6 +131,7 @@ impl Shell {
             piece_blocks,
             credits: None,
             sending: None,
+            versions: schema.protocol(),
             peer_versions: None,
             transport: KvTransport::Tcp,
             machine: SenderHandoff::new(spec, piece_blocks, Duration::ZERO),
@@ -196,7 +200,7 @@ impl Shell {
         match (way, local) {
             (Way::Rdma(grant), Some(local)) => {
                 let spec = self.machine.spec();
-                let size = (spec.layers as usize, spec.blocks as usize);
+                let size = (spec.due.len(), spec.blocks as usize);
                 let piece_bytes = self.piece_blocks as usize * spec.block_bytes;
                 match rdma::Writer::new(local, grant, size, piece_bytes).await {
                     Ok(writer) => {
@@ -232,7 +236,7 @@ impl Shell {
 
     /// The first message.
     fn hello(&self, hello: &Hello) -> Vec<u8> {
-        self.local.hello(self.format.version(), hello, self.transports.usable())
+        self.local.hello(self.format.version(), self.versions, hello, self.transports.usable())
     }
 
     /// Ends what reads the blocks (KV-2).
@@ -422,7 +426,7 @@ impl Shell {
             }
             Some(Err(Failure::Refused(RefuseReason::Version))) if self.peer_versions.is_some() => {
                 let theirs = self.peer_versions.unwrap_or(ProtocolVersions::UNSTATED);
-                Err(HandoffError::Versions { ours: PROTOCOL, theirs, endpoint: self.address })
+                Err(HandoffError::Versions { ours: self.versions, theirs, endpoint: self.address })
             }
             Some(Err(Failure::Refused(RefuseReason::Transport))) => Err(HandoffError::Transport {
                 transports: self.transports.usable().to_string(),

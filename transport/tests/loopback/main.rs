@@ -6,6 +6,7 @@
 mod hostile;
 mod rig;
 mod versions;
+mod windows;
 
 use std::time::Duration;
 

@@ -85,7 +85,16 @@ impl Rig {
 
     /// A rig whose pools hold `requests` prompts.
     pub async fn with_room(config: TransferConfig, requests: usize) -> Self {
-        let schema = schema();
+        Self::with_schema(config, requests, schema()).await
+    }
+
+    /// A rig whose two layers have windows of these lengths in tokens.
+    pub async fn with_windows(config: TransferConfig, windows: [Option<usize>; 2]) -> Self {
+        let layer_attention = windows.map(|window| schema().rope.of_layer(window)).to_vec();
+        Self::with_schema(config, 2, KvSchema { layer_attention, ..schema() }).await
+    }
+
+    async fn with_schema(config: TransferConfig, requests: usize, schema: KvSchema) -> Self {
         let room = requests * BLOCKS;
         let source: Arc<dyn KvStore> = Arc::new(MemoryStore::new(SOURCE_LAYERS, room, schema.block_bytes()));
         let target: Arc<dyn KvStore> = Arc::new(MemoryStore::new(schema.layers.len(), room, schema.block_bytes()));
@@ -156,7 +165,7 @@ impl Rig {
     pub fn plan(&self, ticket: [u8; 16], held_blocks: u32) -> SendPlan {
         let lease = self.source_pool.allocate(BLOCKS).unwrap();
         SendPlan {
-            endpoint: KvEndpoint::new(self.endpoint.clone()),
+            endpoint: KvEndpoint { address: self.endpoint.clone(), versions: self.schema.protocol() },
             ticket: Ticket(ticket),
             request_id: RequestId("r".into()),
             schema: self.schema.clone(),
@@ -198,11 +207,15 @@ impl Rig {
         self.check_blocks(&ids, first_block);
     }
 
+    /// Blocks that are not due must not have been written.
     pub fn check_blocks(&self, ids: &[BlockId], first_block: u32) {
-        for (wire, layer) in self.schema.layers.iter().enumerate() {
+        let due = self.schema.due_blocks(first_block, PROMPT_TOKENS);
+        for (wire, (layer, due)) in self.schema.layers.iter().zip(due).enumerate() {
             let check = &mut |i: usize, bytes: &[u8]| {
                 let mut expected = vec![0; bytes.len()];
-                fill(&mut expected, *layer as usize, first_block as usize + i);
+                if due.contains(&(first_block + i as u32)) {
+                    fill(&mut expected, *layer as usize, first_block as usize + i);
+                }
                 assert!(bytes == expected, "layer {layer}, block {i} differs");
             };
             self.target.read(wire, ids, check).unwrap();

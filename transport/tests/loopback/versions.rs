@@ -56,7 +56,7 @@ async fn without_a_common_version_both_are_named() {
     assert_eq!(raw.answer().await, Some(Answer::Accepted));
 }
 
-fn offer(rig: &Rig) -> Offer {
+pub fn offer(rig: &Rig) -> Offer {
     Offer::new(rig.hello([2; 16]), TransportSet::of(&[KvTransport::Tcp]), None, None)
 }
 

@@ -67,6 +67,13 @@ pub fn faulty_op() -> impl Strategy<Value = Op> {
     ]
 }
 
+/// The blocks that are due in each layer. In some attempts, a layer has a window.
+fn due(attempt: usize) -> Vec<Range<u32>> {
+    let (start, end) = (spec().held_blocks, spec().held_blocks + BLOCKS);
+    let window = [start..end, end - 2..end, end - 1..end][attempt / 2 % 3].clone();
+    vec![start..end, window]
+}
+
 /// Expected content of a (layer, block) of an attempt. Never 0.
 fn content(attempt: usize, layer: u32, block: u32) -> u64 {
     1 + (attempt as u64 * 100 + u64::from(layer) * 10 + u64::from(block))
@@ -248,17 +255,17 @@ impl World {
         let id = self.attempts.len();
         let spec = HandoffSpec {
             ticket: Ticket([id as u8 + 1; 16]),
-            layers: LAYERS,
+            due: due(id),
             blocks: BLOCKS,
             deadline: self.now + Duration::from_secs(60),
             ..spec()
         };
-        let first = spec.held_blocks;
-        let to_announce = (0..LAYERS)
-            .flat_map(|layer| {
-                [Piece { layer, first_block: first, blocks: 2 }, Piece { layer, first_block: first + 2, blocks: 1 }]
-            })
-            .collect();
+        let end = spec.held_blocks + BLOCKS;
+        let piece = |layer, blocks: Range<u32>| Piece { layer, first_block: blocks.start, blocks: blocks.len() as u32 };
+        let pieces = spec.due.iter().zip(0..).flat_map(|(due, layer)| {
+            [piece(layer, due.start..due.end.min(end - 1)), piece(layer, due.start.max(end - 1)..end)]
+        });
+        let to_announce = pieces.filter(|piece| piece.blocks > 0).collect();
         let target = Arc::new(target);
         self.attempts.push(Attempt {
             id,

@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
-use super::{HandoffState, LAYERS, SCRIBBLE, World, content, steps::Step};
+use super::{HandoffState, LAYERS, SCRIBBLE, World, content, due, steps::Step};
 
 impl World {
     /// KV-5: the request decodes over exactly the KV that prefill computed for it.
     pub(super) fn check_content(&self, i: usize) {
         let a = &self.attempts[i];
-        for layer in 0..LAYERS {
-            for (k, id) in a.target.iter().enumerate() {
-                let block = a.receiver.spec().held_blocks + k as u32;
-                let got = self.receiver_memory.get(&(layer, *id));
+        for (due, layer) in due(a.id).into_iter().zip(0..LAYERS) {
+            for block in due {
+                let id = a.target[(block - a.receiver.spec().held_blocks) as usize];
+                let got = self.receiver_memory.get(&(layer, id));
                 assert_eq!(got, Some(&content(a.id, layer, block)), "KV-5: layer {layer}, block {block}");
             }
         }
