@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn every_fault_is_reported_at_once() {
-        let line = "x --model /no/such --listen nowhere --max-running 0 --max-batch-tokens 1 --step-target-seconds 0 --open-kv-share 2 --open-idle-seconds -1";
+        let line = "x --model /no/such --listen nowhere --max-running 0 --max-batch-tokens 1 --step-target-seconds 0 --open-kv-share 2 --open-idle-seconds 0";
         let faults = Cli::parse_from(line.split(' ')).args.validate().unwrap_err();
         let flags: Vec<_> = faults.iter().map(|f| f.flag).collect();
         assert_eq!(
