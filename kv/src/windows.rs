@@ -123,8 +123,8 @@ mod tests {
 
     #[test]
     fn the_last_block_is_always_due() {
-        let schema = schema(&[Some(1)]);
-        assert_eq!(schema.due_blocks(0, 48), [2..3]);
+        let schema = schema(&[Some(1), Some(1)]);
+        assert_eq!(schema.due_blocks(0, 48), [2..3, 2..3]);
         assert_eq!((schema.windows().needed_from(48), schema.windows().unneeded_blocks(48)), (3, 2));
     }
 
