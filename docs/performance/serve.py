@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import pathlib
+import resource
 import socket
 import statistics
 import subprocess
@@ -88,6 +89,14 @@ def theirs(args, weights):
         yield url
 
 
+def processor_seconds():
+    """Of all programs, and of those that this one started and that have ended."""
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, pathlib.Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy, children.ru_utime + children.ru_stime
+
+
 def measure(args, url, clients, seed):
     """Output tokens per second, mean TTFT and mean time between tokens, both in milliseconds."""
     requests = clients * args.requests_per_client
@@ -120,14 +129,18 @@ def main():
 
     print("Medians; the ratio is that of each round, median and range. Above 1, Overfill is better.\n")
     print("| | llama-server | Overfill | ratio | from | to |\n|---|---|---|---|---|---|")
+    others = []
     for weights in args.weights:
         rounds = []
         for number in range(args.rounds):
             sides = []
             for server in (theirs, ours):
+                began, (busy, own) = time.monotonic(), processor_seconds()
                 # A new server has no prompts in its caches.
                 with server(args, weights) as url:
                     sides.append([measure(args, url, clients, 100 * number + clients) for clients in args.clients])
+                wall, (busy_then, own_then) = time.monotonic() - began, processor_seconds()
+                others.append((busy_then - busy - (own_then - own)) / wall / os.cpu_count())
             rounds.append(sides)
         for at, clients in enumerate(args.clients):
             for which, what in enumerate(["tokens per second", "TTFT, ms", "time between tokens, ms"]):
@@ -139,6 +152,8 @@ def main():
                     f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} |",
                     flush=True,
                 )
+    # A server whose threads wait for each other loses more by this than its share.
+    print(f"\nOther programs used {100 * min(others):.0f} to {100 * max(others):.0f} % of the processors.")
 
 
 if __name__ == "__main__":
