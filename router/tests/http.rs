@@ -148,7 +148,7 @@ async fn keys_and_limits_hold_for_every_route() {
         let slow = [key, ("x-overfill-timeout-seconds", "0")];
         assert_eq!(send(&rig, "POST", path, &slow, &body).await.status, 400, "{path}");
     }
-    for path in ["/v1/models", "/v1/models/simulated", "/version"] {
+    for path in ["/v1/models", "/v1/models/simulated", "/version", "/tokenizer_info"] {
         assert_eq!(send(&rig, "GET", path, &[], &json!("")).await.status, 401, "{path}");
         assert_eq!(send(&rig, "GET", path, &[key], &json!("")).await.status, 200, "{path}");
     }
@@ -199,6 +199,12 @@ async fn text_to_tokens_and_back() {
     (request["max_tokens"], request["return_token_ids"]) = (json!(1), json!(true));
     let answer = rig.post("/v1/chat/completions", request).await.json();
     assert_eq!(answer["prompt_token_ids"], rendered["tokens"]);
+
+    let info = rig.get("/tokenizer_info?model=simulated").await.json();
+    assert_eq!((&info["bos_token"], &info["eos_token"]), (&json!("<|bos|>"), &json!("<|eos|>")));
+    assert_eq!(rig.get("/tokenizer_info").await.json(), info);
+    let unknown = rig.get("/tokenizer_info?model=b").await;
+    assert_eq!((unknown.status, &unknown.json()["error"]["param"]), (404, &json!("model")));
 
     let many: Vec<u32> = std::iter::repeat_n(70, 10_000).collect();
     let answer = rig.post("/detokenize", json!({"tokens": many})).await.json();

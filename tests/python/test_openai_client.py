@@ -3,12 +3,22 @@
 import json
 import os
 import unittest
+from typing import Literal
 
 import openai
+import pydantic
 
 MODEL = os.environ["OVERFILL_MODEL"]
 TEXT = "The river runs past the old mill"
 MESSAGES = [{"role": "user", "content": "How many bridges are there?"}]
+
+
+class Reading(pydantic.BaseModel):
+    """A reading of a thermometer."""
+
+    degrees: int = pydantic.Field(ge=0, le=9)
+    unit: Literal["celsius", "fahrenheit"]
+    signs: list[Literal["rain", "snow"]] = pydantic.Field(max_length=2)
 
 
 class Client(unittest.TestCase):
@@ -143,6 +153,32 @@ class Client(unittest.TestCase):
             deltas = [part.choices[0].delta for part in self.chat(**arguments, stream=True)]
             fragments = [one.function.arguments for delta in deltas for one in delta.tool_calls or []]
             self.assertEqual("".join(fragments), call.function.arguments)
+
+    def test_parsed_answers(self):
+        """The client makes a JSON schema of a pydantic model, and parses the answer into it."""
+        parse = lambda **changes: self.client.chat.completions.parse(
+            model=MODEL, messages=MESSAGES, temperature=0, max_tokens=300, **changes
+        )
+        choice = parse(response_format=Reading).choices[0]
+        self.assertEqual(choice.finish_reason, "stop")
+        self.assertIsInstance(choice.message.parsed, Reading)
+        self.assertIsNone(choice.message.refusal)
+        response = self.client.responses.parse(
+            model=MODEL, input=MESSAGES, text_format=Reading, temperature=0, max_output_tokens=300
+        )
+        self.assertEqual(response.output_parsed, choice.message.parsed)
+        with self.client.chat.completions.stream(
+            model=MODEL, messages=MESSAGES, response_format=Reading, temperature=0, max_tokens=300
+        ) as stream:
+            kinds = {event.type for event in stream}
+            self.assertEqual(stream.get_final_completion().choices[0].message.parsed, choice.message.parsed)
+        self.assertLessEqual({"content.delta", "content.done"}, kinds)
+        (call,) = parse(
+            tools=[openai.pydantic_function_tool(Reading)], tool_choice="required", parallel_tool_calls=False
+        ).choices[0].message.tool_calls
+        self.assertIsInstance(call.function.parsed_arguments, Reading)
+        with self.assertRaises(openai.LengthFinishReasonError):
+            self.client.chat.completions.parse(model=MODEL, messages=MESSAGES, response_format=Reading, max_tokens=3)
 
     def test_errors_are_the_clients_own_types(self):
         with self.assertRaises(openai.BadRequestError) as caught:

@@ -1,13 +1,11 @@
 //! Python clients, unmodified, with tools and reasoning: models of every format that always give the same answer.
 
-use std::process::Command;
-
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use clap::{Args as _, FromArgMatches as _};
 use overfill_cluster::Shutdown;
 use overfill_router::{Args, Config, Router};
 use overfill_simulated::{EOS, Options, SimulatedNode, bytes_as_tokens};
-use overfill_tests::python::python;
+use overfill_tests::python::run_script;
 
 const TEMPLATE: &str = "{% for m in messages %}<|turn|>{{ m | tojson }}\n{% endfor %}";
 /// `<think>` at the prompt's end opens the reasoning.
@@ -49,8 +47,8 @@ const FLAGS: [&str; 7] = [
     "--reasoning-parser=deepseek_r1=deepseek_r1",
 ];
 
-/// Runs a script of tests/python against a router with these models.
-async fn run(script: &str) -> Result<()> {
+/// Runs a script of a Python client against a router with these models.
+async fn run(script: &'static str) -> Result<()> {
     let (mut prefill, mut decode) = (Vec::new(), Vec::new());
     for (model, template, answer) in answers() {
         let script = bytes_as_tokens(&answer).into_iter().chain([EOS]).collect();
@@ -70,25 +68,27 @@ async fn run(script: &str) -> Result<()> {
     let url = format!("http://{}/v1", router.http_address());
     let shutdown = Shutdown::new();
     shutdown.spawn("router", router.run(shutdown.clone()));
-    let mut command = Command::new(python()?);
-    command.arg(format!("{}/python/{script}", env!("CARGO_MANIFEST_DIR"))).env("OVERFILL_URL", url);
-    let output = tokio::task::spawn_blocking(move || command.output()).await??;
-    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    tokio::task::spawn_blocking(move || run_script(script, &[("OVERFILL_URL", &url)])).await??;
     shutdown.begin();
     Ok(())
 }
 
 #[tokio::test]
 async fn the_openai_client_calls_tools() -> Result<()> {
-    run("test_openai_tools.py").await
+    run("python/test_openai_tools.py").await
 }
 
 #[tokio::test]
 async fn the_openai_client_uses_the_responses_api() -> Result<()> {
-    run("test_openai_responses.py").await
+    run("python/test_openai_responses.py").await
+}
+
+#[tokio::test]
+async fn langchain_calls_tools() -> Result<()> {
+    run("clients/test_langchain_tools.py").await
 }
 
 #[tokio::test]
 async fn the_anthropic_client_works_unmodified() -> Result<()> {
-    run("test_anthropic_client.py").await
+    run("python/test_anthropic_client.py").await
 }

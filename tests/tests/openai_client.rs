@@ -1,9 +1,7 @@
 //! The OpenAI Python client, unmodified, against a cluster.
 
-use std::process::Command;
-
-use anyhow::{Result, ensure};
-use overfill_tests::python::python;
+use anyhow::Result;
+use overfill_tests::python::run_script;
 use overfill_tests::{Cluster, Golden, Router as _};
 
 #[test]
@@ -11,13 +9,8 @@ fn the_openai_client_works_unmodified() -> Result<()> {
     let mut args = Golden::up_args("llama-untied");
     args.push("--router-arg=--tool-call-parser=hermes".into());
     let cluster = Cluster::start(&args)?;
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/python/test_openai_client.py");
-    let output = Command::new(python()?)
-        .arg(script)
-        .env("OVERFILL_URL", format!("{}/v1", cluster.http()))
-        .env("OVERFILL_MODEL", "small")
-        .output()?;
-    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let url = format!("{}/v1", cluster.http());
+    run_script("python/test_openai_client.py", &[("OVERFILL_URL", &url), ("OVERFILL_MODEL", "small")])?;
     cluster.check_undisturbed()?;
     cluster.wait_idle()
 }

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use overfill_tests::completion::post;
 use overfill_tests::golden::{EXACT, Step, Tolerance, check_within};
-use overfill_tests::{Cluster, Request};
+use overfill_tests::python::run_script;
+use overfill_tests::{Cluster, Request, Router as _};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -91,6 +92,16 @@ fn compare(model: &str, tolerance: Tolerance) -> Result<()> {
 #[test]
 fn smollm2_gives_the_log_probabilities_of_transformers() -> Result<()> {
     compare("smollm2", EXACT)
+}
+
+#[test]
+fn lm_evaluation_harness_gives_the_log_likelihoods_of_transformers() -> Result<()> {
+    let Some(file) = downloaded("smollm2")? else { return Ok(()) };
+    let cluster = start(&file, "f32")?;
+    let (url, expected) = (format!("{}/v1", cluster.http()), concat!(env!("CARGO_MANIFEST_DIR"), "/real/smollm2.json"));
+    let variables = [("OVERFILL_URL", url.as_str()), ("OVERFILL_MODEL", "m"), ("OVERFILL_EXPECTED", expected)];
+    run_script("clients/test_lm_eval_real.py", &variables)?;
+    cluster.wait_idle()
 }
 
 #[test]

@@ -107,6 +107,11 @@ impl TextModel {
         self.tokenizer.get_vocab_size(true)
     }
 
+    /// Texts of the special tokens that have a name in tokenizer_config.json, such as `eos_token`.
+    pub fn special_tokens(&self) -> &BTreeMap<String, String> {
+        &self.special_tokens
+    }
+
     /// Defaults of generation_config.json.
     pub fn generation_defaults(&self) -> &GenerationDefaults {
         &self.generation

@@ -1,8 +1,10 @@
-//! The project's commands: `cargo xtask demo | test | ci | chart | kubernetes | monitoring | rdma | real | gpu | page | tidy | images | neon`.
+//! The project's commands: `cargo xtask demo | test | ci | chart | kubernetes | monitoring | rdma | real | clients | gpu | page | tidy |
+//! images | neon`.
 
 mod apt;
 mod built;
 mod chart;
+mod clients;
 mod cluster;
 mod cuda;
 mod demo;
@@ -36,6 +38,7 @@ usage: cargo xtask COMMAND
   monitoring     the tests of dashboards and alert rules, with a real Prometheus and the binaries in target/debug
   rdma           the tests of KV over RDMA, in a virtual machine with soft-RoCE
   real           published checkpoints, downloaded from the package index, compared with transformers' results
+  clients        clients of others, unmodified, against clusters: OpenAI's, Anthropic's, LangChain, lm-evaluation-harness, AIPerf
   gpu [OPTIONS]  build (release), then tests of the kernels and of clusters on this machine's NVIDIA GPU, and figures of it:
                  `overfill bench gpu OPTIONS`
   gpu collect DIR
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         ["gpu", ref options @ ..] => gpu::run(options),
         ["rdma"] => rdma::run(),
         ["real"] => real::run(),
+        ["clients"] => clients::run(),
         ["neon"] => neon::run(),
         _ => {
             eprintln!("{USAGE}");

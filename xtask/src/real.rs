@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::process::{cargo, root, run as sh, target};
-use crate::python;
+use crate::{clients, python};
 
 /// Variable that names the folder of the downloaded models.
 pub const FOLDER: &str = "OVERFILL_REAL_MODELS";
@@ -33,5 +33,5 @@ pub fn run() -> Result<()> {
     sh(&mut cargo(&["build", "--locked", "--workspace", "--bins"]))?;
     let mut command =
         cargo(&["test", "--locked", "-p", "overfill-tests", "--test", "real", "--", "--test-threads", "1"]);
-    sh(command.env(FOLDER, folder))
+    sh(command.env(FOLDER, folder).env(clients::PYTHON, clients::prepare()?))
 }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 
 use crate::process::{cargo, phase, run as sh, together};
-use crate::{apt, cuda, images, memory, python, rdma, real, tidy};
+use crate::{apt, clients, cuda, images, memory, python, rdma, real, tidy};
 
 /// What to do if a program that tests need is missing and can't be installed.
 #[derive(Clone, Copy, PartialEq)]
@@ -44,9 +44,10 @@ pub fn run(programs: Programs) -> Result<()> {
     let features = [(gpu, cuda::FEATURES), (rdma, rdma::FEATURES)];
     let features: Vec<&str> = features.iter().filter(|(there, _)| *there).map(|(_, features)| *features).collect();
     let features = format!("--features={}", features.join(","));
-    let mut interpreter = None;
-    phase("python environment", || {
+    let (mut interpreter, mut of_clients) = (None, None);
+    phase("python environments", || {
         interpreter = Some(python::prepare()?);
+        of_clients = Some(clients::prepare()?);
         Ok(())
     })?;
     // Downloads depend on the package index, so these tests are never required.
@@ -72,6 +73,9 @@ pub fn run(programs: Programs) -> Result<()> {
         command.arg(&features);
         if let Some(python) = &interpreter {
             command.env("OVERFILL_PYTHON", python);
+        }
+        if let Some(python) = &of_clients {
+            command.env(clients::PYTHON, python);
         }
         if let Some(models) = &models {
             command.env(real::FOLDER, models);

@@ -79,6 +79,7 @@ pub fn routes(core: Core, max_body_bytes: usize, allowed_origins: &[HeaderValue]
         .route("/v1/models/{*name}", get(model))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
+        .route("/tokenizer_info", get(tokens::tokenizer_info))
         .route("/version", get(async || Json(json!({"version": env!("CARGO_PKG_VERSION")}))));
     let routes = layered(routes)
         .merge(messages)

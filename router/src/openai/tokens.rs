@@ -1,12 +1,16 @@
-//! `POST /tokenize` and `POST /detokenize`, as in vLLM.
+//! `POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info`, as in vLLM.
 
 use std::sync::Arc;
 
 use axum::{
     Extension, Json,
     body::Bytes,
-    extract::{State, rejection::BytesRejection},
+    extract::{
+        Query, State,
+        rejection::{BytesRejection, QueryRejection},
+    },
 };
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Intake, body, caller::Caller, conversation::Conversation, error::ApiError, fields::Fields};
@@ -62,6 +66,32 @@ pub async fn detokenize(
         Ok(json!({"prompt": text}))
     })
     .await
+}
+
+/// The query of `GET /tokenizer_info`.
+#[derive(Deserialize)]
+pub struct InfoQuery {
+    /// Name of the model. A router that serves only one needs no name.
+    model: Option<String>,
+}
+
+/// Handles `GET /tokenizer_info`: the special tokens by the names of tokenizer_config.json. Clients without the tokenizer's
+/// files, such as lm-evaluation-harness, need `eos_token`.
+pub async fn tokenizer_info(
+    State(core): State<Core>,
+    Extension(caller): Extension<Caller>,
+    query: Result<Query<InfoQuery>, QueryRejection>,
+) -> Result<Json<Value>, ApiError> {
+    let Query(query) = query.map_err(|e| ApiError::bad_request(e.body_text()))?;
+    let name = query.model.unwrap_or_default();
+    let mut intake = Intake::at(&core, &caller, String::new());
+    let model = intake.model(&core, &caller, &name).await;
+    let model = model.map_err(|e| ApiError::from(e).of_model(core.catalog.label(&name)))?;
+    let mut info = json!(model.text.special_tokens());
+    if info["eos_token"].is_null() {
+        info["eos_token"] = model.eos_token_ids.first().and_then(|id| model.text.token(*id)).into();
+    }
+    Ok(Json(info))
 }
 
 /// Answers a request for a model that needs no node. It counts against the requests of its tenant.
