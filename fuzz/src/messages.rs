@@ -24,7 +24,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 /// Decodes a message. The first byte selects its type.
 pub fn messages(data: &[u8]) {
     let mut input = Input::new(data);
-    match input.below(8) {
+    match input.below(10) {
         0 => decode_request(input.rest()),
         1 => prefill_request(input.rest()),
         2 => generate_request(input.rest()),
@@ -44,6 +44,8 @@ pub fn messages(data: &[u8]) {
             Some(v1::decode_event::Event::Token(token)) => drop(overfill_kv::OutputToken::from(token)),
             _ => {}
         }),
+        8 => extend_request(input.rest()),
+        9 => verdict_request(input.rest()),
         _ => same_again::<v1::PrefillEvent>(input.rest(), |event| {
             if let Some(v1::prefill_event::Event::FirstToken(v1::FirstToken { token: Some(token), .. })) = event.event {
                 drop(overfill_kv::OutputToken::from(token));
@@ -98,6 +100,39 @@ fn prefill_request(bytes: &[u8]) {
                     assert_eq!(SCHEMA.check_consumer(&handoff.schema), Ok(()));
                 }
             }
+            Err(e) => check_refusal(&e.to_string()),
+        }
+    });
+}
+
+fn extend_request(bytes: &[u8]) {
+    same_again::<v1::ExtendRequest>(bytes, |wire| {
+        let limits = RequestLimits::of_a_small_node(Role::Prefill);
+        let (reply, _answer) = tokio::sync::oneshot::channel();
+        let now = Instant::now();
+        match overfill_prefill_node::request::check_extension(&limits, wire, now, reply) {
+            Ok(extension) => {
+                check_tokens(&extension.tokens, 0, extension.deadline, now);
+                assert!(extension.position + extension.tokens.len() <= CONTEXT);
+                assert!((1..=extension.tokens.len()).contains(&extension.standing));
+                assert!(extension.choose || extension.standing == extension.tokens.len());
+                if let Some(handoff) = extension.handoff {
+                    let end = extension.handoff_end_blocks;
+                    assert!(handoff.held_blocks < end);
+                    assert!(end * overfill_kv::BLOCK_TOKENS <= extension.position + extension.standing);
+                }
+            }
+            Err(e) => check_refusal(&e.to_string()),
+        }
+    });
+}
+
+fn verdict_request(bytes: &[u8]) {
+    same_again::<v1::VerdictRequest>(bytes, |wire| {
+        let limits = RequestLimits::of_a_small_node(Role::Decode);
+        match overfill_decode_node::request::check_verdict(&limits, wire) {
+            Ok((_, Some((_, tokens)))) => check_tokens(&tokens, 0, Instant::now(), Instant::now()),
+            Ok((_, None)) => {}
             Err(e) => check_refusal(&e.to_string()),
         }
     });

@@ -137,6 +137,24 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         }),
         ..Default::default()
     };
+    let extend = v1::ExtendRequest {
+        request_id: "r".into(),
+        lease: vec![7; 16],
+        position: 20,
+        tokens: (1..20).collect(),
+        standing_tokens: 14,
+        choose: true,
+        handoff: prefill.handoff.clone(),
+        handoff_end_tokens: 32,
+        ..Default::default()
+    };
+    let verdict = v1::VerdictRequest {
+        request_id: "r".into(),
+        ticket: vec![7; 16],
+        position: 20,
+        tokens: vec![3, 4],
+        ..Default::default()
+    };
     let generate = v1::GenerateRequest {
         model: "m".into(),
         prompt: Some(v1::generate_request::Prompt::TokenIds(v1::TokenIds { ids: vec![1, 2, 3] })),
@@ -171,6 +189,8 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         ("info", of(5, &info.encode_to_vec())),
         ("decode-event", of(6, &decode_event.encode_to_vec())),
         ("prefill-event", of(7, &prefill_event.encode_to_vec())),
+        ("extend", of(8, &extend.encode_to_vec())),
+        ("verdict", of(9, &verdict.encode_to_vec())),
     ]
 }
 
