@@ -57,6 +57,16 @@
 {{- end }}
 - name: OVERFILL_PAGE
   value: {{ $v.router.page | toString | quote }}
+{{- range $name := list "allowedOrigins" "toolCallParser" "reasoningParser" }}
+{{- with get $v.router $name }}
+- name: OVERFILL_{{ $name | snakecase | upper }}
+  value: {{ join "," . | quote }}
+{{- end }}
+{{- end }}
+{{- if $v.router.trustRequestChatTemplate }}
+- name: OVERFILL_TRUST_REQUEST_CHAT_TEMPLATE
+  value: "true"
+{{- end }}
 {{- range list "defaultDeadlineSeconds" "drainTimeoutSeconds" "itlLimitSeconds" "maxQueueSeconds" "maxRunning" "maxWaiting" "maxBodyBytes" "maxConnections" "maxConnectionAgeSeconds" }}
 {{- $value := get $v.router . }}
 {{- if not (or (kindIs "invalid" $value) (eq (toString $value) "")) }}

@@ -25,6 +25,8 @@ SWITCHES = [
     "nodes.stepTimeoutSeconds=1,router.maxQueueSeconds=1,router.maxRunning=1,router.maxWaiting=1,router.maxBodyBytes=2048",
     "--set",
     "router.maxConnections=1,router.itlLimitSeconds=1",
+    "--set",
+    "router.allowedOrigins={*},router.toolCallParser={none},router.reasoningParser={none},router.trustRequestChatTemplate=true",
 ]
 # Folders with the flags of a service: its own and those that services share.
 SOURCES = {
