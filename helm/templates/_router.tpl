@@ -57,7 +57,7 @@
 {{- end }}
 - name: OVERFILL_PAGE
   value: {{ $v.router.page | toString | quote }}
-{{- range $name := list "allowedOrigins" "toolCallParser" "reasoningParser" }}
+{{- range $name := list "allowedOrigins" "mode" "toolCallParser" "reasoningParser" }}
 {{- with get $v.router $name }}
 - name: OVERFILL_{{ $name | snakecase | upper }}
   value: {{ join "," . | quote }}

@@ -101,6 +101,7 @@ CHOICE = {
     "decode.defaults": {"kvPoolTokens": 32},
     "nodes.resourceClaims": [{"name": "a", "resourceClaimName": "b"}],
     "router.allowedOrigins": ["https://example.com"],
+    "router.mode": ["demo=exact"],
     "router.toolCallParser": ["demo=hermes"],
     "router.reasoningParser": ["qwen3"],
     "router.apiKeys.keys": [{"name": "a", "key": "0123456789abcdef0"}],
