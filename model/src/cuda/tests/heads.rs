@@ -57,12 +57,12 @@ fn heads_of_all_widths_agree_with_the_cpu() {
         let (_folder, config, weights) = with_heads(head_dim);
         let (f32, few, kv) = (WeightFormat::F32, Rows::Few, KvDtype::F32);
         let mut cpu = CpuEngine::load(&config, &weights, f32, few, kv, KV_BLOCKS).unwrap();
-        let expected = conversation(&mut cpu, VOCAB_SIZE, 1);
+        let expected = conversation(&mut cpu, &config);
         let scale = expected.iter().flatten().fold(0.0_f32, |most, l| most.max(l.abs()));
         for (kv, tolerance) in [(KvDtype::F16, 0.01), (KvDtype::Fp8, 0.1)] {
             let options = options(WeightFormat::F16, kv);
             let mut gpu = CudaEngine::load(0, &config, &weights, &options, KV_BLOCKS).unwrap();
-            let difference = difference(&conversation(&mut gpu, VOCAB_SIZE, 1), &expected);
+            let difference = difference(&conversation(&mut gpu, &config), &expected);
             println!("heads of {head_dim}, kv {kv}: {:.4} of the greatest logit", difference / scale);
             assert!(difference < tolerance * scale, "heads of {head_dim}, kv {kv}: {difference} of {scale}");
         }
