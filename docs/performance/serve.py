@@ -25,14 +25,6 @@ START_SECONDS = 120
 END_SECONDS = 30
 
 
-def output(*command):
-    command = [str(part) for part in command]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
-    return done.stdout
-
-
 @contextlib.contextmanager
 def running(command, log, **options):
     """Runs a server until the block ends."""
@@ -66,7 +58,8 @@ def theirs(args, weights):
     model = args.work / f"smollm2-{kind}.gguf"
     if not model.exists():
         unfinished = model.with_suffix(".unfinished")
-        output(args.llama_server.with_name("llama-quantize"), "--allow-requantize", args.model, unfinished, kind)
+        quantize = args.llama_server.with_name("llama-quantize")
+        subprocess.run([quantize, "--allow-requantize", args.model, unfinished, kind], check=True, stdout=subprocess.DEVNULL)
         unfinished.rename(model)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -100,13 +93,16 @@ def processor_seconds():
 def measure(args, url, clients, seed):
     """Output tokens per second, mean TTFT and mean time between tokens, both in milliseconds."""
     requests = clients * args.requests_per_client
-    run = json.loads(output(
+    command = [
         args.overfill, "bench", "serve", "--http-url", url, "--model", "smollm2", "--prompts", "text", "--json",
         "--concurrency", clients, "--requests", requests, "--prompt-tokens", args.prompt_tokens,
         "--output-tokens", args.output_tokens, "--seed", seed,
-    ))
+    ]
+    # It shows why a request failed.
+    environment = {**os.environ, "RUST_LOG": "warn"}
+    run = json.loads(subprocess.run(map(str, command), check=True, stdout=subprocess.PIPE, env=environment).stdout)
     if run["output_tokens"] != requests * args.output_tokens:
-        sys.exit(f"{requests} requests gave {run['output_tokens']} tokens, not {args.output_tokens} each: {run['errors']}")
+        sys.exit(f"{url}: {requests} requests gave {run['output_tokens']} tokens, not {args.output_tokens} each: {run['errors']}")
     ttft = run["ttft_seconds"]["mean"]
     itl = (run["e2e_seconds"]["mean"] - ttft) / (args.output_tokens - 1)
     return run["output_tokens_per_second"], 1000 * ttft, 1000 * itl
