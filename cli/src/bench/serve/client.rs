@@ -184,7 +184,10 @@ impl Api {
         prompts: Prompts,
         timeout: Duration,
     ) -> Result<Self> {
-        let mut builder = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
+        // Each request has a connection of its own. A server may close one that is idle at the moment when the next request is
+        // sent on it, and llama-server does so after a number of requests.
+        let mut builder =
+            reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true).pool_max_idle_per_host(0);
         if url.starts_with("https://") {
             let ca =
                 ca.with_context(|| format!("{url} needs --tls-ca: the CA that signed the server's certificate"))?;
