@@ -123,7 +123,8 @@ async fn earlier_releases_get_no_such_request() {
         let rig = rig_with(&prefill, &decode, |config| config.max_queue = Duration::from_millis(50)).await;
         generate(&rig, v1::Mode::Draft).await.unwrap();
         let refused = generate(&rig, v1::Mode::Exact).await.err().unwrap();
-        assert_eq!(refused.code(), tonic::Code::ResourceExhausted, "{refused}");
+        let no_node = [tonic::Code::ResourceExhausted, tonic::Code::Unavailable];
+        assert!(no_node.contains(&refused.code()), "{refused}");
     }
 }
 
