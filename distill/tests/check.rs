@@ -137,10 +137,39 @@ fn gemma_passes() {
     for (name, fields, expected) in [
         ("gemma2/full", json!({}), "factor of the scores is 0.22360679774997896, supported: 1 / sqrt(head_dim)"),
         ("gemma3/full", json!({}), "num_key_value_heads is 2, supported: 1, for gemma3"),
-        ("olmo2/full", json!({}), "model_type is olmo2, supported: llama, mistral, qwen2, qwen3, gemma2, gemma3_text"),
+        ("phi3/full", json!({}), "rope_scaling is factors 1x1,1.15x1"),
+        ("granite/full", json!({}), "smollm3; the granite of candle-transformers has no multipliers"),
     ] {
         let error = check(&config(copy(name, fields).path())).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
+    }
+}
+
+/// candle's implementations of these have no scaled rope, so the copies have none.
+#[test]
+fn families_with_blocks_of_their_own_pass() {
+    for family in ["phi3", "olmo2", "smollm3"] {
+        for which in ["full", "decode"] {
+            let folder = copy(&format!("{family}/{which}"), json!({"rope_scaling": null}));
+            let report = check(&config(folder.path())).unwrap();
+            assert_eq!((report.verdict, report.implementation), (Verdict::Pass, family), "{}", text(&report));
+            assert!(report.total.greatest > 0.0, "{}", text(&report));
+        }
+    }
+    // What makes them their own: a part of each head is rotated, q is normalised, and a layer has no rotation.
+    for (family, changed) in [
+        ("phi3", json!({"partial_rotary_factor": 0.5})),
+        ("olmo2", json!({"rms_norm_eps": 0.1})),
+        ("smollm3", json!({"no_rope_layers": [1, 1, 1, 1]})),
+    ] {
+        let name = format!("{family}/full");
+        let original = copy(&name, json!({"rope_scaling": null}));
+        let mut fields = changed;
+        fields["rope_scaling"] = Value::Null;
+        let faulty = copy(&name, fields);
+        let reference = Some(original.path().into());
+        let report = check(&CheckConfig { reference, bound: Some(F32_BOUND), ..config(faulty.path()) }).unwrap();
+        assert_eq!(report.verdict, Verdict::Fail, "{}", text(&report));
     }
 }
 

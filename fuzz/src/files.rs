@@ -22,9 +22,9 @@ pub(crate) const QUANTISATIONS: [&str; 6] = [
     r#"{"quant_method": "fp8", "weight_block_size": [3, 2]}"#,
     r#"{"quant_method": "fp8"}"#,
     r#"{"quant_method": "gptq", "bits": 8, "group_size": 2}"#,
-    r#"{"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"weights":
+    r#"{"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"targets": ["Linear"], "weights":
         {"num_bits": 8, "type": "int", "symmetric": false, "strategy": "group", "group_size": 2}}}}"#,
-    r#"{"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": {"weights":
+    r#"{"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": {"targets": ["Linear"], "weights":
         {"num_bits": 8, "type": "int", "symmetric": false, "strategy": "channel"}}}}"#,
 ];
 

@@ -1,9 +1,11 @@
 //! The tensors of a model, memory-mapped: the safetensors files of a folder, single or sharded, or a GGUF file.
 
+mod compressed;
 mod matrix;
 mod packed;
 mod safetensors;
 mod scheme;
+mod settings;
 mod stored;
 
 use std::{

@@ -22,6 +22,7 @@ pub use files::TextFiles;
 pub use generation::{GenerationDefaults, token_ids};
 pub use grammar::{GrammarError, GrammarMatcher, Grammars, check_grammar};
 pub use model::{ChatMessage, TextModel};
+pub use sentencepiece::ranked_merges;
 pub use stop::{StopMatch, StopMatcher};
 pub use template::ChatInput;
 pub use vocabulary::Offsets;

@@ -9,7 +9,7 @@ use overfill_model::{
     WeightFormat, no_layers,
 };
 
-use super::{distance::Distance, reference::Continuation};
+use super::{continuation::Continuation, distance::Distance};
 
 /// Maximum number of prompt tokens per step: the default of a prefill node.
 const CHUNK: usize = 512;

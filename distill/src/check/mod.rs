@@ -2,6 +2,7 @@
 //! weights.
 
 pub mod cli;
+mod continuation;
 mod distance;
 mod engine;
 mod reference;

@@ -1,22 +1,19 @@
-//! The reference's side of a check: candle-transformers' implementation of the model's family. It shares only the file
-//! reader with the engine.
+//! The reference's side of a check: how candle-transformers' implementation of the model's family is loaded. It shares only the
+//! file reader with the engine.
 
 use std::path::Path;
 
-use anyhow::Result;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use candle_nn::Activation;
 use candle_transformers::models::{
     gemma2, gemma3,
     llama::{self, Llama3RopeConfig, Llama3RopeType},
-    mistral, qwen2, qwen3,
+    mistral, olmo2, phi3, qwen2, qwen3,
+    smol::smollm3,
 };
 use overfill_model::{LayerSpec, ModelConfig, ModelError, Rope, RopeScaling, Weights};
 
-use super::tensors::var_builder;
-
-/// Maximum number of tokens per forward pass. The reference allocates scores of CHUNK by context tokens for every head.
-const CHUNK: usize = 256;
+use super::{continuation::Reference, tensors::var_builder};
 
 /// An implementation in candle-transformers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,11 +24,24 @@ enum Implementation {
     Qwen3,
     Gemma2,
     Gemma3,
+    Phi3,
+    Olmo2,
+    SmolLm3,
 }
 
 impl Implementation {
     /// All implementations.
-    const ALL: [Self; 6] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3, Self::Gemma2, Self::Gemma3];
+    const ALL: [Self; 9] = [
+        Self::Llama,
+        Self::Mistral,
+        Self::Qwen2,
+        Self::Qwen3,
+        Self::Gemma2,
+        Self::Gemma3,
+        Self::Phi3,
+        Self::Olmo2,
+        Self::SmolLm3,
+    ];
 
     /// `model_type` of its family.
     fn model_type(self) -> &'static str {
@@ -47,6 +57,9 @@ impl Implementation {
             Self::Qwen3 => "qwen3",
             Self::Gemma2 => "gemma2",
             Self::Gemma3 => "gemma3",
+            Self::Phi3 => "phi3",
+            Self::Olmo2 => "olmo2",
+            Self::SmolLm3 => "smollm3",
         }
     }
 }
@@ -79,7 +92,10 @@ impl Plan {
         }
         let of_family = Implementation::ALL.into_iter().find(|i| i.model_type() == config.family.model_type);
         let Some(of_family) = of_family else {
-            let supported = Implementation::ALL.map(Implementation::model_type).join(", ");
+            let mut supported = Implementation::ALL.map(Implementation::model_type).join(", ");
+            if config.family.model_type == "granite" {
+                supported += "; the granite of candle-transformers has no multipliers";
+            }
             return Err(unsupported("model_type", &config.family.model_type, &supported));
         };
         // Two implementations have Llama's block.
@@ -103,6 +119,7 @@ impl Plan {
         let pattern = gemma3_pattern(&config.layers);
         let alike = match of_family {
             Implementation::Gemma3 => pattern.is_some(),
+            Implementation::SmolLm3 => true,
             _ => config.layers.iter().all(|layer| layer.rope == Some(0)),
         };
         let (Some(rope), true) = (config.ropes.first(), alike) else {
@@ -132,7 +149,11 @@ impl Plan {
             );
         }
         let mut hidden_size = config.hidden_size;
-        if !fills && matches!(implementation, Implementation::Llama | Implementation::Qwen2) {
+        let heads_fill = !matches!(
+            implementation,
+            Implementation::Mistral | Implementation::Qwen3 | Implementation::Gemma2 | Implementation::Gemma3
+        );
+        if !fills && heads_fill {
             if heads_width < config.hidden_size {
                 let name = implementation.name();
                 let supported = format!("hidden_size / num_attention_heads or more, for {name}");
@@ -144,6 +165,9 @@ impl Plan {
                  added channels are zeros, and the norms are scaled so that the zeros don't change the result",
                 config.hidden_size
             ));
+            if implementation == Implementation::Olmo2 {
+                notes.push("rms_norm_eps is made smaller for that, and with it that of q_norm and k_norm".into());
+            }
         }
         let pattern = pattern.unwrap_or(1);
         Ok(Self { implementation, config: config.clone(), rope: rope.clone(), pattern, hidden_size, notes })
@@ -299,6 +323,74 @@ impl Plan {
                 };
                 Reference::Gemma3(gemma3::Model::new(false, &config, vb)?)
             }
+            Implementation::Phi3 => {
+                let config = phi3::Config {
+                    vocab_size: c.vocab_size,
+                    hidden_act: Activation::Silu,
+                    hidden_size,
+                    intermediate_size: c.intermediate_size,
+                    num_hidden_layers: c.num_hidden_layers,
+                    num_attention_heads: c.num_attention_heads,
+                    num_key_value_heads: c.num_key_value_heads,
+                    rms_norm_eps: self.rms_norm_eps(),
+                    rope_theta: self.rope.theta,
+                    bos_token_id: None,
+                    eos_token_id: None,
+                    rope_scaling: None,
+                    max_position_embeddings,
+                    original_max_position_embeddings: None,
+                    // candle rounds the product with head_dim down.
+                    partial_rotary_factor: Some((c.rotary_dim as f64 + 0.5) / c.head_dim as f64),
+                    tie_word_embeddings: c.tie_word_embeddings,
+                };
+                Reference::Phi3(phi3::Model::new(&config, vb)?)
+            }
+            Implementation::Olmo2 => {
+                let config = olmo2::Config {
+                    vocab_size: c.vocab_size,
+                    hidden_size,
+                    intermediate_size: c.intermediate_size,
+                    attention_bias: c.attention_bias,
+                    num_hidden_layers: c.num_hidden_layers,
+                    num_attention_heads: c.num_attention_heads,
+                    num_key_value_heads: c.num_key_value_heads,
+                    rms_norm_eps: self.rms_norm_eps(),
+                    hidden_act: Activation::Silu,
+                    max_position_embeddings,
+                    rope_theta: self.rope.theta,
+                    tie_word_embeddings: c.tie_word_embeddings,
+                    clip_qkv: None,
+                };
+                Reference::Olmo2(olmo2::Model::new(&config, vb)?)
+            }
+            Implementation::SmolLm3 => {
+                let config = smollm3::Config {
+                    vocab_size: c.vocab_size,
+                    hidden_size,
+                    intermediate_size: c.intermediate_size,
+                    num_hidden_layers: c.num_hidden_layers,
+                    num_attention_heads: c.num_attention_heads,
+                    num_key_value_heads: c.num_key_value_heads,
+                    max_position_embeddings,
+                    tie_word_embeddings: c.tie_word_embeddings,
+                    rope_theta: self.rope.theta,
+                    rms_norm_eps: self.rms_norm_eps(),
+                    hidden_act: Activation::Silu,
+                    attention_bias: Some(c.attention_bias),
+                    attention_dropout: None,
+                    mlp_bias: None,
+                    sliding_window: None,
+                    use_sliding_window: None,
+                    rope_scaling: None,
+                    bos_token_id: None,
+                    eos_token_id: None,
+                    pad_token_id: None,
+                    max_window_layers: None,
+                    no_rope_layers: Some(c.layers.iter().map(|layer| usize::from(layer.rope.is_some())).collect()),
+                    no_rope_layer_interval: None,
+                };
+                Reference::SmolLm3(smollm3::ModelForCausalLM::new(&config, vb)?)
+            }
         })
     }
 
@@ -342,74 +434,5 @@ fn llama_scaling(scaling: &RopeScaling) -> Option<Llama3RopeConfig> {
             rope_type: Llama3RopeType::Llama3,
         }),
         _ => None,
-    }
-}
-
-/// A loaded model with the KV of the tokens it has read. Clones share the weights and the KV so far, and continue
-/// independently.
-#[derive(Clone)]
-pub enum Reference {
-    /// Llama and its cache.
-    Llama(llama::Llama, llama::Cache),
-    /// Mistral.
-    Mistral(mistral::Model),
-    /// Qwen2.
-    Qwen2(qwen2::ModelForCausalLM),
-    /// Qwen3.
-    Qwen3(qwen3::ModelForCausalLM),
-    /// Gemma 2.
-    Gemma2(gemma2::Model),
-    /// Gemma 3.
-    Gemma3(gemma3::Model),
-}
-
-/// Logits of the reference for a prompt and its greedy continuation.
-pub struct Continuation {
-    /// Length of the prompt in tokens.
-    pub prompt_tokens: usize,
-    /// Greedy tokens after the prompt.
-    pub tokens: Vec<u32>,
-    /// Logits after the prompt, then after each of `tokens`, each `[vocab]`.
-    pub logits: Vec<Vec<f32>>,
-}
-
-impl Reference {
-    /// Computes `decode` greedy steps after each prompt. The prompts are the first `length` tokens for each of
-    /// `lengths`, which must be ascending.
-    pub fn continuations(mut self, tokens: &[u32], lengths: &[usize], decode: usize) -> Result<Vec<Continuation>> {
-        let mut read = 0;
-        let mut out = Vec::new();
-        for &length in lengths {
-            let mut last = Vec::new();
-            while read < length {
-                let end = length.min(read + CHUNK);
-                last = self.forward(&tokens[read..end], read)?;
-                read = end;
-            }
-            let mut fork = self.clone();
-            let mut continuation = Continuation { prompt_tokens: length, tokens: Vec::new(), logits: vec![last] };
-            for step in 0..decode {
-                let token = super::distance::greedy(&continuation.logits[step]);
-                continuation.tokens.push(token);
-                continuation.logits.push(fork.forward(&[token], length + step)?);
-            }
-            tracing::info!(prompt_tokens = length, "reference computed a prompt and its continuation");
-            out.push(continuation);
-        }
-        Ok(out)
-    }
-
-    /// Reads `tokens` at position `start` and returns the logits of the last one.
-    fn forward(&mut self, tokens: &[u32], start: usize) -> Result<Vec<f32>, ModelError> {
-        let tokens = Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?;
-        let logits = match self {
-            Self::Llama(model, cache) => model.forward(&tokens, start, cache),
-            Self::Mistral(model) => model.forward(&tokens, start),
-            Self::Qwen2(model) => model.forward(&tokens, start),
-            Self::Qwen3(model) => model.forward(&tokens, start),
-            Self::Gemma2(model) => model.forward(&tokens, start),
-            Self::Gemma3(model) => model.forward(&tokens, start),
-        };
-        Ok(logits?.flatten_all()?.to_vec1()?)
     }
 }

@@ -1,10 +1,8 @@
 //! Builds a tokenizer.json from a GGUF file's metadata: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`).
 
-use std::{
-    borrow::Cow,
-    collections::{HashMap, HashSet},
-};
+use std::{borrow::Cow, collections::HashMap};
 
+use overfill_text::ranked_merges;
 use serde_json::{Map, Value, json};
 
 use super::header::Metadata;
@@ -215,7 +213,14 @@ fn sentence_piece(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Resul
     let key = "tokenizer.ggml.scores";
     let scores =
         metadata.numbers(key, vocabulary.tokens.len())?.ok_or_else(|| metadata.bad(key, "an array of numbers"))?;
-    let merges = merges_of_scores(vocabulary, &scores);
+    let normal = (0..scores.len()).filter(|id| vocabulary.kinds[*id] == Kind::Normal);
+    let pieces: Vec<(&str, f32)> = normal.map(|id| (&*vocabulary.tokens[id], scores[id] as f32)).collect();
+    let merges = ranked_merges(&pieces).map_err(|[one, two]| {
+        let field = format!("{key} of {one:?} and {two:?}");
+        let found = "the same, and both may merge in one place";
+        let supported = "different ones; for others, put tokenizer.json next to the file";
+        ModelError::unsupported(metadata.file, &field, found, supported)
+    })?;
     let unknown = vocabulary.kinds.iter().position(|kind| *kind == Kind::Unknown);
     let space = "\u{2581}";
     let prefix = metadata.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
@@ -239,26 +244,6 @@ fn sentence_piece(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Resul
             "unk_token": unknown.map(|id| &vocabulary.tokens[id]),
         },
     }))
-}
-
-/// SentencePiece merges the two neighbours whose piece has the best score. This expresses it as ranked merges: every
-/// split of every piece into two other pieces, ordered by the piece's score, splits of one piece in transformers'
-/// order.
-fn merges_of_scores<'a>(vocabulary: &'a Vocabulary<'_>, scores: &[f64]) -> Vec<(&'a str, &'a str)> {
-    let normal = |id: &usize| vocabulary.kinds[*id] == Kind::Normal;
-    let pieces: HashSet<&str> = (0..scores.len()).filter(normal).map(|id| &*vocabulary.tokens[id]).collect();
-    let mut found = Vec::new();
-    for id in (0..scores.len()).filter(normal) {
-        let piece = &*vocabulary.tokens[id];
-        for (length, (at, _)) in piece.char_indices().enumerate().skip(1) {
-            let (left, right) = piece.split_at(at);
-            if pieces.contains(left) && pieces.contains(right) {
-                found.push((scores[id], length, left, right));
-            }
-        }
-    }
-    found.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)));
-    found.into_iter().map(|(_, _, left, right)| (left, right)).collect()
 }
 
 /// The post-processor that prepends the begin-of-text token, if the file or the tokenizer's default asks for it; else

@@ -1,7 +1,9 @@
-//! Formats of quantised checkpoints: `quantization_config` of config.json, and the tensors that store a matrix.
+//! Formats of quantised checkpoints: `quantization_config` of config.json or a file of its own, and the tensors that
+//! store a matrix.
 //!
 //! The libraries that write a format define what it means: compressed-tensors (`compressors/`), AutoGPTQ and
-//! GPTQModel (`qlinear`), AutoAWQ (`WQLinear_GEMM`), and for fp8 the FineGrainedFP8 and FBGEMM layers of transformers.
+//! GPTQModel (`qlinear`), AutoAWQ (`WQLinear_GEMM`), and for fp8 the FineGrainedFP8 and FBGEMM layers of
+//! transformers, and Model Optimizer's export (`hf_quant_config.json`).
 //! Settings of activations are ignored: activations are not quantised here.
 
 use std::{fs, path::Path};
@@ -11,22 +13,23 @@ use serde_json::{Map, Value};
 
 use super::{
     Stored, TensorLocation,
+    compressed::{Compressed, Layout, Strategy},
     matrix::{Groups, Index, Matrix, Scales, Zero, check},
     packed::{IN_ORDER, Packed, Packs, Values},
+    settings::Settings,
 };
 use crate::{ModelError, config::Fields};
 
 /// Fields of config.json that describe quantised weights; older files of compressed-tensors have the second one.
 pub(crate) const CONFIG_FIELDS: [&str; 2] = ["quantization_config", "compression_config"];
 
-const METHODS: &str = "fp8, fbgemm_fp8, compressed-tensors, gptq, awq";
-const FORMATS: &str = "float-quantized, int-quantized, naive-quantized, pack-quantized";
+const METHODS: &str = "fp8, fbgemm_fp8, compressed-tensors, gptq, awq, modelopt";
 
 /// The place within a word of each of 8 neighbours in AWQ's GEMM layout.
 const AWQ_ORDER: [u8; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 
 /// How a checkpoint stores quantised matrices.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug)]
 pub(super) enum Scheme {
     /// `weight` in fp8, with `weight_scale_inv` or `weight_scale`.
     Fp8 {
@@ -34,7 +37,7 @@ pub(super) enum Scheme {
         block: Option<[usize; 2]>,
     },
     /// compressed-tensors: `weight` or `weight_packed`, `weight_scale`, `weight_zero_point`.
-    Compressed { bits: usize, packed: bool, symmetric: bool, strategy: Strategy },
+    Compressed(Compressed),
     /// AutoGPTQ and GPTQModel: `qweight`, `qzeros`, `scales`, `g_idx`.
     Gptq {
         bits: usize,
@@ -46,109 +49,47 @@ pub(super) enum Scheme {
     Awq { group_size: Option<usize> },
 }
 
-/// Which elements share a scale.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Strategy {
-    Tensor,
-    Channel,
-    Group(usize),
-    Block([usize; 2]),
-}
-
-/// `quantization_config`, or an object within it. Errors name the whole path of a field.
-struct Settings<'a> {
-    file: &'a Path,
-    path: String,
-    map: &'a Map<String, Value>,
-}
-
-impl<'a> Settings<'a> {
-    fn present(&self, field: &str) -> Option<&'a Value> {
-        self.map.get(field).filter(|value| !value.is_null())
-    }
-
-    fn bad(&self, field: &str, supported: &str) -> ModelError {
-        let value = self.map.get(field).map_or("absent".into(), Value::to_string);
-        ModelError::unsupported(self.file, &format!("{}.{field}", self.path), value, supported)
-    }
-
-    fn object(&self, field: &str) -> Result<Settings<'a>, ModelError> {
-        let map = self.map.get(field).and_then(Value::as_object).ok_or_else(|| self.bad(field, "an object"))?;
-        Ok(Settings { file: self.file, path: format!("{}.{field}", self.path), map })
-    }
-
-    fn text(&self, field: &str) -> Option<String> {
-        self.present(field).and_then(Value::as_str).map(str::to_lowercase)
-    }
-
-    /// A number of bits, one of `supported`.
-    fn bits(&self, field: &str, supported: &[usize]) -> Result<usize, ModelError> {
-        let found = self.present(field).and_then(Value::as_u64).and_then(|bits| usize::try_from(bits).ok());
-        let names: Vec<String> = supported.iter().map(usize::to_string).collect();
-        found.filter(|bits| supported.contains(bits)).ok_or_else(|| self.bad(field, &names.join(", ")))
-    }
-
-    /// A positive group size; `None` for -1, which means all columns.
-    fn group_size(&self, field: &str) -> Result<Option<usize>, ModelError> {
-        match self.present(field) {
-            Some(value) if value.as_i64() == Some(-1) => Ok(None),
-            value => match value.and_then(size) {
-                Some(size) => Ok(Some(size)),
-                None => Err(self.bad(field, "-1, or a whole number from 1 to 16777216")),
-            },
-        }
-    }
-
-    /// Rows and columns of a block; `None` if the field is absent.
-    fn block(&self, field: &str) -> Result<Option<[usize; 2]>, ModelError> {
-        match self.present(field) {
-            None => Ok(None),
-            Some(value) => match value.as_array().map(Vec::as_slice) {
-                Some([rows, columns]) => size(rows).zip(size(columns)).map(|(rows, columns)| [rows, columns]),
-                _ => None,
-            }
-            .map(Some)
-            .ok_or_else(|| self.bad(field, "two whole numbers from 1 to 16777216")),
-        }
-    }
-
-    fn is(&self, field: &str, flag: bool) -> bool {
-        self.present(field).and_then(Value::as_bool) == Some(flag)
-    }
-}
-
-fn size(value: &Value) -> Option<usize> {
-    value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=1 << 24).contains(n))
-}
-
 impl Scheme {
-    /// Reads the scheme from `folder/config.json`; `None` if the file has none, or if there is no such file.
+    /// Reads the scheme of a folder: from config.json, or from a file of its own where config.json has none. `None` if the
+    /// weights are not quantised, or if there is no config.json.
     pub(super) fn from_folder(folder: &Path) -> Result<Option<Self>, ModelError> {
         let file = folder.join("config.json");
-        if !file.exists() {
-            return Ok(None);
-        }
-        let bytes = fs::read(&file).map_err(|e| ModelError::io(&file, e))?;
-        let config: Map<String, Value> = serde_json::from_slice(&bytes).map_err(|e| ModelError::malformed(&file, e))?;
+        let Some(config) = read(&file)? else { return Ok(None) };
         let fields = Fields { file: &file, map: &config };
-        let Some(field) = CONFIG_FIELDS.into_iter().find(|field| fields.present(field).is_some()) else {
-            return Ok(None);
-        };
-        let map = config.get(field).and_then(Value::as_object).ok_or_else(|| fields.bad(field, "an object"))?;
-        let settings = Settings { file: &file, path: field.into(), map };
-        let scheme = match settings.text("quant_method").as_deref() {
+        if let Some(field) = CONFIG_FIELDS.into_iter().find(|field| fields.present(field).is_some()) {
+            let map = config.get(field).and_then(Value::as_object).ok_or_else(|| fields.bad(field, "an object"))?;
+            let method = (field == CONFIG_FIELDS[1]).then_some("compressed-tensors");
+            return Self::from_settings(&Settings { file: &file, path: field.into(), map }, method);
+        }
+        let file = folder.join("quantize_config.json");
+        if let Some(map) = read(&file)? {
+            return Self::from_settings(&Settings { file: &file, path: String::new(), map: &map }, Some("gptq"));
+        }
+        let file = folder.join("hf_quant_config.json");
+        let Some(map) = read(&file)? else { return Ok(None) };
+        let whole = Settings { file: &file, path: String::new(), map: &map };
+        Self::from_settings(&whole.object("quantization")?, Some("modelopt"))
+    }
+
+    /// `method`: what the settings mean if they don't say.
+    fn from_settings(settings: &Settings<'_>, method: Option<&str>) -> Result<Option<Self>, ModelError> {
+        let stated = settings.text("quant_method");
+        Ok(Some(match stated.as_deref().or(method) {
             Some("fp8") if settings.text("fmt").is_some_and(|format| format != "e4m3") => {
                 return Err(settings.bad("fmt", "e4m3"));
             }
             Some("fp8") => Self::Fp8 { block: settings.block("weight_block_size")? },
             Some("fbgemm_fp8") => Self::Fp8 { block: None },
-            Some("compressed-tensors") => compressed(&settings)?,
-            Some("gptq") => gptq(&settings)?,
-            Some("awq") => awq(&settings)?,
-            None if field == CONFIG_FIELDS[1] => compressed(&settings)?,
+            Some("compressed-tensors") => Self::Compressed(Compressed::new(settings)?),
+            Some("gptq") => gptq(settings)?,
+            Some("awq") => awq(settings)?,
+            // Such as a checkpoint with scales for an fp8 KV cache alone.
+            Some("modelopt") if settings.map.get("quant_algo").is_some_and(Value::is_null) => return Ok(None),
+            // Modules that the checkpoint leaves as they are (`ignore`, `exclude_modules`) have no fp8 weights.
+            Some("modelopt") if settings.text("quant_algo").as_deref() == Some("fp8") => Self::Fp8 { block: None },
+            Some("modelopt") => return Err(settings.bad("quant_algo", "FP8")),
             _ => return Err(settings.bad("quant_method", METHODS)),
-        };
-        Ok(Some(scheme))
+        }))
     }
 
     /// The weight of `module` (its name in the files); `None` if it isn't quantised. `find` finds a stored tensor.
@@ -157,71 +98,37 @@ impl Scheme {
         module: &str,
         find: impl Fn(&str) -> Result<Option<TensorLocation<'a>>, ModelError>,
     ) -> Result<Option<Matrix<'a>>, ModelError> {
+        let layout = match self {
+            Self::Compressed(compressed) => match compressed.layout(module)? {
+                Some(layout) => Some(layout),
+                None => return Ok(None),
+            },
+            _ => None,
+        };
         let main = match self {
-            Self::Fp8 { .. } | Self::Compressed { packed: false, .. } => "weight",
-            Self::Compressed { packed: true, .. } => "weight_packed",
+            Self::Fp8 { .. } => "weight",
+            Self::Compressed(_) if layout.is_some_and(|layout| layout.packed) => "weight_packed",
+            Self::Compressed(_) => "weight",
             Self::Gptq { .. } | Self::Awq { .. } => "qweight",
         };
         let Some(main) = find(&format!("{module}.{main}"))? else { return Ok(None) };
         let parts = Parts { module, file: main.file, find };
         match *self {
             Self::Fp8 { block } => parts.fp8(main, block),
-            Self::Compressed { packed: false, symmetric, strategy, .. } => parts.bytes(main, symmetric, strategy),
-            Self::Compressed { bits, symmetric, strategy, .. } => {
-                parts.compressed(main, bits, symmetric, strategy).map(Some)
-            }
+            Self::Compressed(_) => layout.map_or(Ok(None), |layout| parts.compressed(main, layout)),
             Self::Gptq { bits, group_size, zero_offset } => parts.gptq(main, bits, group_size, zero_offset).map(Some),
             Self::Awq { group_size } => parts.awq(main, group_size).map(Some),
         }
     }
 }
 
-fn compressed(settings: &Settings<'_>) -> Result<Scheme, ModelError> {
-    let groups = settings.object("config_groups")?;
-    let mut schemes = Vec::new();
-    for name in groups.map.keys() {
-        let group = groups.object(name)?;
-        let format =
-            group.text("format").map_or_else(|| (settings, settings.text("format")), |own| (&group, Some(own)));
-        let packed = match format.1.as_deref() {
-            Some("float-quantized" | "int-quantized" | "naive-quantized") => false,
-            Some("pack-quantized") => true,
-            _ => return Err(format.0.bad("format", FORMATS)),
-        };
-        let weights = group.object("weights")?;
-        let float = match weights.text("type").as_deref() {
-            Some("float") if !packed => true,
-            None | Some("int") => false,
-            _ => return Err(weights.bad("type", if packed { "int" } else { "int, float" })),
-        };
-        let bits = weights.bits("num_bits", if packed { &[4, 8] } else { &[8] })?;
-        let strategy = match weights.text("strategy").as_deref() {
-            Some("tensor") => Strategy::Tensor,
-            Some("channel") => Strategy::Channel,
-            Some("block") => {
-                let block = weights.block("block_structure")?;
-                Strategy::Block(block.ok_or_else(|| weights.bad("block_structure", "two whole numbers"))?)
-            }
-            Some("group") => weights.group_size("group_size")?.map_or(Strategy::Channel, Strategy::Group),
-            _ => return Err(weights.bad("strategy", "tensor, channel, group, block")),
-        };
-        if !weights.is("symmetric", true) && (float || matches!(strategy, Strategy::Tensor | Strategy::Block(_))) {
-            return Err(weights.bad("symmetric", "true for this type and strategy"));
-        }
-        schemes.push(Scheme::Compressed { bits, packed, symmetric: weights.is("symmetric", true), strategy });
+/// The object in a JSON file; `None` if there is no such file.
+fn read(file: &Path) -> Result<Option<Map<String, Value>>, ModelError> {
+    if !file.exists() {
+        return Ok(None);
     }
-    // Sparse weights, and weights that expect rotated inputs.
-    let sparsity = settings.present("sparsity_config").and_then(Value::as_object).filter(|map| !map.is_empty());
-    if sparsity.is_some_and(|map| map.get("format").and_then(Value::as_str) != Some("dense")) {
-        return Err(settings.object("sparsity_config")?.bad("format", "dense"));
-    }
-    if settings.present("transform_config").and_then(Value::as_object).is_some_and(|map| !map.is_empty()) {
-        return Err(settings.bad("transform_config", "absent or {}"));
-    }
-    match schemes.as_slice() {
-        [first, rest @ ..] if rest.iter().all(|other| other == first) => Ok(first.clone()),
-        _ => Err(settings.bad("config_groups", "one group, or several that store weights in the same way")),
-    }
+    let bytes = fs::read(file).map_err(|e| ModelError::io(file, e))?;
+    serde_json::from_slice(&bytes).map(Some).map_err(|e| ModelError::malformed(file, e))
 }
 
 fn gptq(settings: &Settings<'_>) -> Result<Scheme, ModelError> {
@@ -332,6 +239,15 @@ impl<'a, F: Fn(&str) -> Result<Option<TensorLocation<'a>>, ModelError>> Parts<'_
         }
     }
 
+    /// `Ok(None)` for a matrix that was left as it is.
+    fn compressed(&self, main: TensorLocation<'a>, layout: Layout) -> Result<Option<Matrix<'a>>, ModelError> {
+        let Layout { bits, packed, symmetric, strategy } = layout;
+        match packed {
+            true => self.packed(main, bits, symmetric, strategy).map(Some),
+            false => self.bytes(main, symmetric, strategy),
+        }
+    }
+
     /// compressed-tensors, a byte per element. `Ok(None)` for a matrix that was left as it is.
     fn bytes(
         &self,
@@ -360,7 +276,7 @@ impl<'a, F: Fn(&str) -> Result<Option<TensorLocation<'a>>, ModelError>> Parts<'_
     }
 
     /// compressed-tensors, packed along rows. Stored integers are 0 or more; half of their range is zero.
-    fn compressed(
+    fn packed(
         &self,
         main: TensorLocation<'a>,
         bits: usize,

@@ -131,3 +131,38 @@ fn sentence_piece_as_its_own_library() {
     }
     assert_eq!(model.eos_token_ids(), [2]);
 }
+
+/// SentencePiece metadata: the given pieces and scores, after the three tokens of its library.
+fn scored(pieces: &[(&str, f32)]) -> Parts {
+    let mut parts = write::parts(&golden("qwen2", "full"), GgmlDType::F32);
+    let special = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)];
+    let all = special.into_iter().chain(pieces.iter().map(|(text, score)| (*text, *score, 1)));
+    let (mut texts, mut scores, mut kinds) = (Vec::new(), Vec::new(), Vec::new());
+    for (text, score, kind) in all {
+        texts.push(text);
+        scores.push(Value::F32(score));
+        kinds.push(Value::I32(kind));
+    }
+    parts.set("tokenizer.ggml.model", Value::String("llama".into()));
+    parts.set("tokenizer.ggml.tokens", write::texts(texts));
+    parts.set("tokenizer.ggml.scores", Value::Array(scores));
+    parts.set("tokenizer.ggml.token_type", Value::Array(kinds));
+    parts.set("tokenizer.ggml.bos_token_id", Value::U32(1));
+    parts.set("tokenizer.ggml.eos_token_id", Value::U32(2));
+    parts.set("tokenizer.ggml.add_space_prefix", Value::Bool(false));
+    parts.set("tokenizer.ggml.add_bos_token", Value::Bool(false));
+    parts
+}
+
+/// Of two merges with the same score, SentencePiece takes the left one.
+#[test]
+fn pieces_of_the_same_score_merge_from_the_left() {
+    let letters = [("a", -9.0), ("b", -9.1), ("c", -9.2)];
+    let parts = scored(&[&letters[..], &[("bc", 0.0), ("ab", 0.0)]].concat());
+    assert_eq!(pieces(&parts, "abc"), ["ab", "c"]);
+    assert_eq!(pieces(&parts, "bcab"), ["bc", "ab"]);
+    // Which one is left depends on the text: ab in "aba", ba in "bab".
+    let error = text_files(written(&scored(&[&letters[..], &[("ab", 0.0), ("ba", 0.0)]].concat())).path());
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("tokenizer.ggml.scores of \"ab\" and \"ba\" is the same"), "{error}");
+}

@@ -93,6 +93,143 @@ fn models_give_the_logits_of_their_dequantised_weights() {
     }
 }
 
+/// The three kept matrices of a folder, as its own files give them, are those of `expected`.
+fn assert_kept(folder: &Path, expected: &[(String, Tensor)]) {
+    let weights = Weights::open(folder).unwrap();
+    assert_eq!(expected.len(), 3);
+    for (name, expected) in expected {
+        let got = weights.load(name, expected.dims(), &Device::Cpu).unwrap();
+        assert_eq!(values(&got), values(expected), "{name}");
+    }
+}
+
+fn kept(name: &str) -> Vec<(String, Tensor)> {
+    let all = load(case(name).join("expected.safetensors"), &Device::Cpu).unwrap();
+    all.into_iter().filter(|(name, _)| name != "logits").collect()
+}
+
+/// A copy of a case without `quantization_config`, and what that was.
+fn bare(name: &str) -> (TempDir, Value) {
+    let (from, folder) = (case(name), tempfile::tempdir().unwrap());
+    let mut config: Value = serde_json::from_slice(&fs::read(from.join("config.json")).unwrap()).unwrap();
+    let settings = config["quantization_config"].take();
+    fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    fs::copy(from.join("model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+    (folder, settings)
+}
+
+/// AutoGPTQ writes the same settings to a file of its own, in earlier versions without `quant_method`, and to no other.
+#[test]
+fn settings_of_gptq_may_be_in_a_file_of_their_own() {
+    for name in ["gptq-4", "gptq-4-order", "gptq-8-v2"] {
+        let (folder, mut settings) = bare(name);
+        let file = folder.path().join("quantize_config.json");
+        settings.as_object_mut().unwrap().remove("quant_method");
+        fs::write(&file, settings.to_string()).unwrap();
+        assert_kept(folder.path(), &kept(name));
+        settings["bits"] = json!(3);
+        fs::write(&file, settings.to_string()).unwrap();
+        let error = Weights::open(folder.path()).err().unwrap().to_string();
+        assert!(error.ends_with("quantize_config.json: bits is 3, supported: 4, 8"), "{error}");
+    }
+}
+
+/// Model Optimizer stores fp8 as `fp8-tensor` has it, and leaves the modules of `exclude_modules` as they are. Its settings are
+/// in hf_quant_config.json, and in config.json too since version 0.31.
+#[test]
+fn fp8_of_model_optimizer() {
+    let (folder, _) = bare("fp8-tensor");
+    let file = folder.path().join("hf_quant_config.json");
+    let write = |quantization: Value| {
+        let settings = json!({"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": quantization});
+        fs::write(&file, settings.to_string()).unwrap();
+    };
+    write(json!({"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}));
+    assert_kept(folder.path(), &kept("fp8-tensor"));
+    write(json!({"quant_algo": "NVFP4", "kv_cache_quant_algo": null, "group_size": 16}));
+    let error = Weights::open(folder.path()).err().unwrap().to_string();
+    assert!(error.ends_with("hf_quant_config.json: quantization.quant_algo is \"NVFP4\", supported: FP8"), "{error}");
+
+    let file = folder.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    config["quantization_config"] = json!({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"weights": {"dynamic": false, "num_bits": 8, "type": "float"}, "targets": ["Linear"]}}});
+    fs::write(&file, config.to_string()).unwrap();
+    assert_kept(folder.path(), &kept("fp8-tensor"));
+}
+
+/// Layer 0 of one case and layer 1 of another, with the groups of both.
+fn mixed(targets: [Value; 2], ignore: Value) -> (TempDir, Vec<(String, Tensor)>) {
+    let cases = ["compressed-float-tensor", "compressed-packed-4-group"];
+    // This case has the names of a model of text and images.
+    let plain = |name: &str| name.replace("model.language_model.", "model.");
+    let layer = |name: &str| usize::from(name.contains(".layers.1."));
+    let mut tensors = std::collections::HashMap::new();
+    let mut expected = Vec::new();
+    let mut groups = json!({});
+    let (folder, mut settings) = bare(cases[0]);
+    for (of, (name, targets)) in cases.into_iter().zip(targets).enumerate() {
+        let (from, own) = bare(name);
+        let stored = load(from.path().join("model.safetensors"), &Device::Cpu).unwrap();
+        tensors.extend(stored.into_iter().map(|(name, t)| (plain(&name), t)).filter(|(name, _)| layer(name) == of));
+        expected.extend(kept(name).into_iter().filter(|(name, _)| layer(name) == of));
+        let mut group = own["config_groups"]["group_0"].clone();
+        group["targets"] = targets;
+        group["format"] = own["format"].clone();
+        groups[format!("group_{of}")] = group;
+    }
+    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
+    settings["format"] = json!("mixed-precision");
+    settings["config_groups"] = groups;
+    settings["ignore"] = ignore;
+    let file = folder.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    config["quantization_config"] = settings;
+    fs::write(&file, config.to_string()).unwrap();
+    (folder, expected)
+}
+
+/// Names win over patterns, patterns over classes, and `ignore` over all.
+#[test]
+fn groups_of_compressed_tensors_apply_to_their_targets() {
+    let all = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ];
+    let names: Vec<String> = all.iter().map(|name| format!("model.layers.0.{name}")).collect();
+    for targets in [
+        [json!(["re:.*layers\\.0\\..*"]), json!(["re:.*layers\\.1\\.(self_attn|mlp)"])],
+        [json!(["Linear"]), json!(["re:model.layers.1."])],
+        [json!(["re:(?!.*layers.1).*proj$"]), json!(["Linear"])],
+        [json!(names), json!(["re:model.layers.[01]"])],
+    ] {
+        let (folder, expected) = mixed(targets, json!(["lm_head"]));
+        assert_kept(folder.path(), &expected);
+    }
+    // A pattern must match from the beginning of a name. Then the weights have no description.
+    let q_proj = "model.layers.0.self_attn.q_proj.weight";
+    for (first, ignore) in [(json!(["re:layers.0"]), json!([])), (json!(["Linear"]), json!(["re:.*q_proj"]))] {
+        let (folder, _) = mixed([first, json!(["re:.*layers.1.*"])], ignore);
+        let weights = Weights::open(folder.path()).unwrap();
+        let error = weights.load(q_proj, &[32, 32], &Device::Cpu).unwrap_err().to_string();
+        assert!(error.contains("q_proj.weight is F8_E4M3, supported: "), "{error}");
+    }
+    for (targets, needle) in [
+        (json!([]), "config_groups.group_0.targets is [], supported: names of modules"),
+        (json!(["re:("]), "config_groups.group_0.targets is [\"re:(\"], supported: regular expressions"),
+        (json!([1]), "config_groups.group_0.targets is [1], supported: a list of texts"),
+    ] {
+        let (folder, _) = mixed([targets, json!(["Linear"])], json!([]));
+        let error = Weights::open(folder.path()).err().unwrap().to_string();
+        assert!(error.contains(needle), "{error}");
+    }
+}
+
 /// What is written from a quantised model is plain, so the fields that describe its quantisation are gone.
 #[test]
 fn a_configuration_is_written_for_plain_weights() {

@@ -6,7 +6,6 @@ mod output;
 
 use std::sync::Arc;
 
-use async_stream::stream;
 use axum::{
     Extension, Json,
     body::Bytes,
@@ -25,8 +24,7 @@ use crate::{
     generate::Core,
     node::ServedModel,
     openai::{
-        Intake, batch::Merged, body, caller::Caller, conversation::Prepared, error::ApiError, fields::Fields,
-        request_span, sse,
+        Intake, body, caller::Caller, conversation::Prepared, error::ApiError, fields::Fields, request_span, sse,
     },
     request,
 };
@@ -97,33 +95,14 @@ async fn answer(
     let streamed = prepared.batch.common.stream;
     let mut writer = Writer::new(&prepared, max_tokens);
     if streamed {
-        return Ok(streamed_answer(writer, merged));
+        return Ok(sse::answer(writer.begin(), merged, move |output| match output {
+            Ok(output) => writer.take(&output),
+            Err(e) => vec![error::body(&e)],
+        }));
     }
     while let Some((_, output)) = merged.next().await {
         writer.take(&output.map_err(ApiError::of_sequence)?);
     }
     let whole = writer.ended().ok_or_else(|| GenerateError::Internal("the answer has no end".into()))?;
     Ok(Json(whole).into_response())
-}
-
-/// The answer as events. A failure is the last event, `error`.
-fn streamed_answer(mut writer: Writer, mut merged: Merged) -> Response {
-    sse::respond(stream! {
-        for event in writer.begin() {
-            yield sse::named(&event);
-        }
-        while let Some((_, output)) = merged.next().await {
-            match output {
-                Ok(output) => {
-                    for event in writer.take(&output) {
-                        yield sse::named(&event);
-                    }
-                }
-                Err(e) => {
-                    yield sse::named(&error::body(&e.into()));
-                    break;
-                }
-            }
-        }
-    })
 }

@@ -1,5 +1,6 @@
 //! Server-sent events.
 
+use async_stream::stream;
 use axum::{
     body::{Body, Bytes},
     http::{HeaderValue, header},
@@ -9,8 +10,8 @@ use futures::{Stream, StreamExt as _};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::error::ApiError;
-use crate::GenerateError;
+use super::{batch::Merged, error::ApiError};
+use crate::{GenerateError, request::Output};
 
 /// The last event of a stream of completions.
 const DONE: &[u8] = b"data: [DONE]\n\n";
@@ -24,7 +25,7 @@ pub fn event(data: &impl Serialize) -> Result<Bytes, GenerateError> {
 }
 
 /// Serialises an event with a name, which is its field `type` as well.
-pub fn named(data: &Value) -> Bytes {
+fn named(data: &Value) -> Bytes {
     format!("event: {}\ndata: {data}\n\n", data["type"].as_str().unwrap_or_default()).into()
 }
 
@@ -37,6 +38,28 @@ pub fn response(events: impl Stream<Item = Result<Bytes, GenerateError>> + Send 
         })
         .chain(futures::stream::iter([Bytes::from_static(DONE)]));
     respond(events)
+}
+
+/// An answer as named events: those of `begin`, then what `events` makes of each output. A failure is the last to make any.
+pub fn answer(
+    begin: [Value; 2],
+    mut merged: Merged,
+    mut events: impl FnMut(Result<Output, ApiError>) -> Vec<Value> + Send + 'static,
+) -> Response {
+    respond(stream! {
+        for event in begin {
+            yield named(&event);
+        }
+        while let Some((_, output)) = merged.next().await {
+            let failed = output.is_err();
+            for event in events(output.map_err(ApiError::from)) {
+                yield named(&event);
+            }
+            if failed {
+                break;
+            }
+        }
+    })
 }
 
 /// A streaming response with these events.

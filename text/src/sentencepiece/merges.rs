@@ -19,7 +19,7 @@ type Pair<'a> = (&'a str, &'a str);
 ///
 /// The splits of a text that repeats another, such as a run of spaces, have no such order: `x|xx` and `xx|x`. Such texts are
 /// merged from the left, so one of the two does not occur, and any order will do.
-pub(crate) fn ranked<'a>(pieces: &[(&'a str, f32)]) -> Result<Vec<Pair<'a>>, [&'a str; 2]> {
+pub fn ranked_merges<'a>(pieces: &[(&'a str, f32)]) -> Result<Vec<Pair<'a>>, [&'a str; 2]> {
     let scores: HashMap<&str, f32> = pieces.iter().copied().collect();
     let mut found: Vec<(f32, &str, Pair<'_>)> = Vec::new();
     // Pieces that merge into a piece with a better score than their own.
@@ -111,26 +111,26 @@ mod tests {
     fn overlapping_pairs_are_ranked_as_the_leftmost_merge() {
         // "anana" becomes an, a, na. The left pair of the overlapping ones is an|a.
         let pieces = [("a", -9.0), ("n", -9.1), ("an", -1.0), ("na", -1.5), ("ana", -2.0)];
-        assert_eq!(ranked(&pieces), Ok(vec![("a", "n"), ("n", "a"), ("an", "a"), ("a", "na")]));
+        assert_eq!(ranked_merges(&pieces), Ok(vec![("a", "n"), ("n", "a"), ("an", "a"), ("a", "na")]));
         // Nothing overlaps here.
         let pieces = [("xyz", 0.0), ("x", -1.0), ("yz", -2.0), ("xy", -3.0), ("z", -4.0), ("y", -5.0)];
-        assert_eq!(ranked(&pieces).unwrap()[..2], [("x", "yz"), ("xy", "z")]);
+        assert_eq!(ranked_merges(&pieces).unwrap()[..2], [("x", "yz"), ("xy", "z")]);
         // Runs of one character.
         for (pieces, first) in [
             ([("xx", -1.0), ("xxxx", -2.0), ("xxx", -3.0), ("x", -4.0)], ("x", "x")),
             ([("xx", -1.0), ("xxxx", -1.0), ("xxx", -1.0), ("x", -4.0)], ("x", "x")),
         ] {
-            let merges = ranked(&pieces).unwrap();
+            let merges = ranked_merges(&pieces).unwrap();
             assert_eq!((merges.len(), merges[0]), (6, first));
         }
         let pieces = [("ab", -1.0), ("abab", -2.0), ("ababab", -3.0), ("a", -4.0), ("b", -5.0)];
-        assert_eq!(ranked(&pieces).unwrap(), [("a", "b"), ("ab", "ab"), ("ab", "abab"), ("abab", "ab")]);
+        assert_eq!(ranked_merges(&pieces).unwrap(), [("a", "b"), ("ab", "ab"), ("ab", "abab"), ("abab", "ab")]);
     }
 
     #[test]
     fn pieces_may_have_the_same_score_if_there_is_an_order() {
         let letters = [("a", -9.0), ("b", -9.1), ("c", -9.2)];
-        let with = |more: &[(&'static str, f32)]| ranked(&[&letters, more].concat());
+        let with = |more: &[(&'static str, f32)]| ranked_merges(&[&letters, more].concat());
         assert_eq!(with(&[("bc", 0.0), ("ab", 0.0)]), Ok(vec![("a", "b"), ("b", "c")]));
         assert_eq!(with(&[("bc", 0.0), ("bb", 0.0), ("ab", 0.0)]), Ok(vec![("a", "b"), ("b", "b"), ("b", "c")]));
         // In "aba", either may be the left one.

@@ -5,7 +5,7 @@
 //! text that has the name of a byte, such as `<0x0A>`, may become that byte; and a text whose best segmentations differ by
 //! less than rounding may be split differently, as SentencePiece computes in f32.
 
-pub(crate) mod merges;
+mod merges;
 mod proto;
 
 use std::collections::{BTreeMap, HashSet};
@@ -14,6 +14,7 @@ use prost::Message;
 use serde_json::{Map, Value, json};
 
 use crate::{TextError, tokenizer};
+pub use merges::ranked_merges;
 use proto::{Kind, Model, NormalizerSpec, TrainerSpec, Type};
 
 pub(crate) const FILE: &str = "tokenizer.model";
@@ -164,7 +165,7 @@ impl Vocabulary {
                 ));
             }
         }
-        merges::ranked(&pieces).map_err(|[one, two]| {
+        ranked_merges(&pieces).map_err(|[one, two]| {
             let found = "the same, and both may merge in one place";
             unsupported(&format!("the score of the pieces {one:?} and {two:?}"), found, "different ones")
         })

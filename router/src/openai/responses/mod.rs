@@ -5,7 +5,6 @@ mod output;
 
 use std::sync::Arc;
 
-use async_stream::stream;
 use axum::{
     Json,
     body::Bytes,
@@ -15,7 +14,7 @@ use futures::StreamExt as _;
 use serde_json::{Map, Value};
 
 use self::{input::Ask, output::Writer};
-use super::{Intake, batch::Merged, caller::Caller, conversation::Prepared, error::ApiError, fields::Fields, sse};
+use super::{Intake, caller::Caller, conversation::Prepared, error::ApiError, fields::Fields, sse};
 use crate::{GenerateError, generate::Core, node::ServedModel};
 
 /// Handles a request.
@@ -51,33 +50,14 @@ async fn answer(
     let streamed = prepared.batch.common.stream;
     let mut writer = Writer::new(prepared, echo);
     if streamed {
-        return Ok(streamed_answer(writer, merged));
+        return Ok(sse::answer(writer.begin(), merged, move |output| match output {
+            Ok(output) => writer.take(output),
+            Err(e) => vec![writer.fail(&e)],
+        }));
     }
     while let Some((_, output)) = merged.next().await {
         writer.take(output.map_err(ApiError::of_sequence)?);
     }
     let whole = writer.ended().ok_or_else(|| GenerateError::Internal("the answer has no end".into()))?;
     Ok(Json(whole).into_response())
-}
-
-/// The answer as events. A failure is the last event, `response.failed`.
-fn streamed_answer(mut writer: Writer, mut merged: Merged) -> Response {
-    sse::respond(stream! {
-        for event in writer.begin() {
-            yield sse::named(&event);
-        }
-        while let Some((_, output)) = merged.next().await {
-            match output {
-                Ok(output) => {
-                    for event in writer.take(output) {
-                        yield sse::named(&event);
-                    }
-                }
-                Err(e) => {
-                    yield sse::named(&writer.fail(&e.into()));
-                    break;
-                }
-            }
-        }
-    })
 }
