@@ -105,6 +105,7 @@ fn nodes_of_quantised_weights_serve_together() -> Result<()> {
     }
     args.extend(["--prefill-weights", "int8"].map(str::to_owned));
     let cluster = Cluster::start(&args)?;
+    let mut greatest = 0.0_f32;
     for case in &Golden::load(pair)?.cases {
         let request = Request::tokens(&case.prompt, 24)
             .with("model", json!("small"))
@@ -112,13 +113,15 @@ fn nodes_of_quantised_weights_serve_together() -> Result<()> {
             .with("return_tokens_as_token_ids", json!(true));
         let answer = request.send(&cluster)?;
         ensure!(answer.tokens.len() == 24, "{answer:?}");
-        // The prefill node predicts the first token with int8 weights: close to the f32 reference, but not equal.
+        // The prefill node predicts the first token with int8 weights: close to the f32 reference, but not always equal.
         let (found, reference) = (answer.logprobs[0], case.two_stage[0].top[0].1);
         let distance = (found - reference).abs();
-        ensure!(distance > 1e-4 && distance < 3.0, "{found} in int8, {reference} in f32");
+        ensure!(distance < 3.0, "{found} in int8, {reference} in f32");
+        greatest = greatest.max(distance);
         // With the prompt's KV in the prefix cache, the result is the same.
         ensure!(request.send(&cluster)?.tokens == answer.tokens, "another answer the second time");
     }
+    ensure!(greatest > 1e-2, "at most {greatest} from f32: these are not int8 weights");
     cluster.check_undisturbed()?;
     cluster.wait_idle()
 }
