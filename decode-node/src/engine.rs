@@ -389,7 +389,7 @@ impl<C: Compute> Engine<C> {
     fn make_room(&mut self) {
         loop {
             let (step, origin) = (self.step_mean, self.origin);
-            let seats: Vec<_> = self.running.iter().map(|sequence| sequence.seat(step)).collect();
+            let seats: Vec<_> = self.running.iter().map(Sequence::seat).collect();
             // Only this thread allocates blocks, so an available block stays available.
             match scheduler::next_growth(&seats, self.pool.available() > 0) {
                 Some(Growth::Grow(i)) => match self.pool.allocate(1) {
@@ -422,8 +422,7 @@ impl<C: Compute> Engine<C> {
     /// Computes the next token of every sequence that can go on. Returns false if there is no such sequence.
     fn step(&mut self) -> bool {
         self.make_room();
-        let step = self.step_mean;
-        let indices: Vec<usize> = (0..self.running.len()).filter(|i| self.running[*i].steps(step)).collect();
+        let indices: Vec<usize> = (0..self.running.len()).filter(|i| self.running[*i].steps()).collect();
         if indices.is_empty() {
             return false;
         }

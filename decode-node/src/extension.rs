@@ -99,13 +99,13 @@ impl Extensions {
     }
 
     /// Whether the next token can't be computed yet: the full model's KV for an earlier block is missing, or there are enough
-    /// drafts. `tokens`: number of tokens of the sequence, `step`: duration of a step.
-    pub fn waits(&self, tokens: usize, step: Duration) -> bool {
+    /// drafts. `tokens`: number of tokens of the sequence.
+    pub fn waits(&self, tokens: usize) -> bool {
         match self.mode {
             Mode::Draft => false,
             Mode::Refresh => (tokens - 1) / BLOCK_TOKENS >= self.refreshed + 2,
             Mode::Exact => {
-                let (drafted, most) = (tokens - self.standing, self.drafts.length(step));
+                let (drafted, most) = (tokens - self.standing, self.drafts.best);
                 // While a verdict is under way, drafts for the next one are made, with the token that the verdict adds.
                 drafted >= if self.awaited.is_some() && most > 0 { 2 * most + 1 } else { most }
             }
@@ -150,7 +150,7 @@ impl Extensions {
             }
             Mode::Exact => {
                 let drafted = tokens.len() - self.standing;
-                if self.awaited.is_some() || (drafted < self.drafts.length(step) && !is_over) {
+                if self.awaited.is_some() || (drafted < self.drafts.choose(step) && !is_over) {
                     return None;
                 }
                 let drafted = drafted.min(MOST_DRAFTS);
@@ -281,11 +281,15 @@ struct DraftLength {
     verdict_seconds: Option<f64>,
     /// Rounds since the last draft.
     rounds: u32,
+    /// The best number of drafts.
+    best: usize,
+    /// Whether a round has ended since it was chosen.
+    is_stale: bool,
 }
 
 impl Default for DraftLength {
     fn default() -> Self {
-        Self { judged: 4.0, accepted: 3.0, verdict_seconds: None, rounds: 0 }
+        Self { judged: 4.0, accepted: 3.0, verdict_seconds: None, rounds: 0, best: 4, is_stale: false }
     }
 }
 
@@ -299,9 +303,18 @@ impl DraftLength {
         let took = took.as_secs_f64();
         self.verdict_seconds = Some(self.verdict_seconds.map_or(took, |mean| mean + (took - mean) / 8.0));
         self.rounds = if drafted == 0 { self.rounds + 1 } else { 0 };
+        self.is_stale = true;
     }
 
-    /// Number of tokens to draft, if a step takes `step`.
+    /// Number of tokens to draft. `step`: duration of a step.
+    fn choose(&mut self, step: Duration) -> usize {
+        if std::mem::take(&mut self.is_stale) {
+            self.best = self.length(step);
+        }
+        self.best
+    }
+
+    /// The best number of drafts, if a step takes `step`.
     fn length(&self, step: Duration) -> usize {
         let step = step.as_secs_f64();
         let Some(verdict) = self.verdict_seconds.filter(|_| step > 0.0) else { return 4 };
@@ -339,13 +352,13 @@ mod tests {
         // Feeding position 48 attends to the refreshed block 1; all positions before it do not.
         extensions.landed();
         tokens.resize(48, 7);
-        assert!(!extensions.waits(48, STEP) && extensions.take_landed(48).is_none());
-        assert!(extensions.waits(49, STEP));
+        assert!(!extensions.waits(48) && extensions.take_landed(48).is_none());
+        assert!(extensions.waits(49));
         assert_eq!(extensions.take_landed(49).map(|(block, _)| block), Some(1));
-        assert!(!extensions.waits(49, STEP) && extensions.wants_landing(49));
+        assert!(!extensions.waits(49) && extensions.wants_landing(49));
         let ask = extensions.ask(&tokens, false, place(&pool), STEP, STEP).unwrap();
         assert_eq!((ask.position, ask.tokens.len(), ask.landing.map(|l| l.block)), (32, 16, Some(2)));
-        assert!(extensions.waits(65, STEP));
+        assert!(extensions.waits(65));
         assert!(extensions.not_landed() && extensions.wants_landing(65));
         let again = extensions.ask(&tokens, false, place(&pool), STEP, STEP).unwrap();
         assert_eq!((again.position, again.tokens.len(), again.landing.map(|l| l.block)), (47, 1, Some(2)));
@@ -365,7 +378,7 @@ mod tests {
         assert_eq!((ask.position, ask.standing, &ask.tokens[..]), (3, 1, &[3, 10, 11, 12, 13][..]));
         assert_eq!(extensions.ask(&tokens, false, None, STEP, STEP), None);
         // Drafting goes on meanwhile.
-        assert!(!extensions.waits(8, STEP));
+        assert!(!extensions.waits(8));
         tokens.push(14);
         assert_eq!(extensions.verdict(&mut tokens, 5, &[10], STEP), None);
         let verdict = extensions.verdict(&mut tokens, 4, &[10, 11, 99], STEP).unwrap();

@@ -89,10 +89,10 @@ impl Flow {
         self.events.capacity() >= STEP_EVENTS
     }
 
-    /// Whether the sequence can't compute its next token yet, because it waits for the full model. `step`: duration of a step.
-    pub(crate) fn waits(&self, step: Duration) -> bool {
+    /// Whether the sequence can't compute its next token yet, because it waits for the full model.
+    pub(crate) fn waits(&self) -> bool {
         let exact = self.extensions.mode() == Mode::Exact;
-        self.extensions.waits(self.tokens.len(), step) || (exact && self.is_drafted())
+        self.extensions.waits(self.tokens.len()) || (exact && self.is_drafted())
     }
 
     /// Whether the full model's KV for a block is wanted and has no place to go to.

@@ -1,7 +1,7 @@
 //! A request in the engine, by stage: queued ([`Job`]), waiting for KV ([`Reserved`]), decoding ([`Sequence`]),
 //! preempted ([`Swapped`]).
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use overfill_kv::{
     BlockHash, BlockId, BlockLease, BlockPool, FinishReason, KvStore, Mode, OutputToken, RequestId, SamplingParams,
@@ -218,10 +218,10 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// State of the sequence, as input of the scheduler. `step`: duration of a step.
-    pub fn seat(&self, step: Duration) -> Seat {
+    /// State of the sequence, as input of the scheduler.
+    pub fn seat(&self) -> Seat {
         let flow = &self.flow;
-        let waits = flow.waits(step);
+        let waits = flow.waits();
         Seat {
             // A sequence that waits does not grow: the full model's KV may need the block.
             lacks_block: self.lacks_landing() || (!waits && self.blocks.len() < blocks_for(flow.tokens.len())),
@@ -231,8 +231,8 @@ impl Sequence {
     }
 
     /// Whether the next token can be computed now.
-    pub fn steps(&self, step: Duration) -> bool {
-        let Seat { lacks_block, sits_out, waits } = self.seat(step);
+    pub fn steps(&self) -> bool {
+        let Seat { lacks_block, sits_out, waits } = self.seat();
         !lacks_block && !sits_out && !waits
     }
 

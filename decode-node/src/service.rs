@@ -1,6 +1,6 @@
 //! The gRPC service `overfill.v1.Decode`.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use overfill_kv::{BLOCK_TOKENS, KvSchema, Role, Ticket};
 use overfill_node::{Constraints, Drain, Ending, EventStream, NodeCore, RequestLimits, ended_early, request_span};
@@ -20,6 +20,9 @@ use crate::{
     request,
     sequence::SequenceEvent,
 };
+
+/// Maximum time until KV of the full model arrives in the place of an extension. Then the node asks again.
+const LANDING_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Implementation of the gRPC service `overfill.v1.Decode`.
 pub struct DecodeService {
@@ -135,7 +138,7 @@ impl v1::decode_server::Decode for DecodeService {
             let mut landing: Option<(u64, IncomingHandoff)> = None;
             let mut listed = None;
             // Reserves a place for KV, and says how it can be filled.
-            let reserve = |lease, held_blocks: usize, tokens: u32| {
+            let reserve = |lease, held_blocks: usize, tokens: u32, deadline| {
                 let ticket = Ticket(rand::random());
                 let handoff = span.in_scope(|| receiver.reserve(Reservation {
                     ticket,
@@ -159,7 +162,7 @@ impl v1::decode_server::Decode for DecodeService {
                     Next::Engine(Some(SequenceEvent::Reserved { to_fill, held_blocks, cached_blocks })) => {
                         phase = Span::none();
                         span.record("cached_tokens", cached_blocks * BLOCK_TOKENS);
-                        let (ticket, begun, reserved) = reserve(to_fill, held_blocks, prompt_tokens);
+                        let (ticket, begun, reserved) = reserve(to_fill, held_blocks, prompt_tokens, deadline);
                         handoff = Some(begun);
                         listed = mode.extends().then(|| extended.insert(ticket, arrival));
                         load.publish();
@@ -169,7 +172,7 @@ impl v1::decode_server::Decode for DecodeService {
                         let Ask { position, tokens, standing, choose, landing: wanted } = ask;
                         let end = wanted.map_or(0, |Landing { block, .. }| (block + 1) * BLOCK_TOKENS) as u32;
                         let place = wanted.zip(place).map(|(Landing { block, number }, place)| {
-                            let (_, begun, reserved) = reserve(place, block, end);
+                            let (_, begun, reserved) = reserve(place, block, end, deadline.min(Instant::now() + LANDING_TIMEOUT));
                             landing = Some((number, begun));
                             reserved
                         });

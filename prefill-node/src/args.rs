@@ -67,7 +67,8 @@ impl Args {
         let open_idle = positive_seconds(f, "open-idle-seconds", open_idle_seconds);
         match (node, step_target, open_idle) {
             (Some(mut node), Some(step_target), Some(open_idle)) if f.is_empty() => {
-                (node.load.max_rows, node.load.max_sequences) = (max_batch_tokens, max_running);
+                // A step has at most this many prompts, and as many extensions.
+                (node.load.max_rows, node.load.max_sequences) = (max_batch_tokens, 2 * max_running);
                 Ok(Config { node, max_batch_tokens, step_target, max_running, open_kv_share, open_idle })
             }
             _ => Err(std::mem::take(f)),

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use overfill_kv::{BlockPool, OutputToken, Role, Ticket, block_hashes};
+use overfill_kv::{BlockPool, OutputToken, Role, Ticket, block_hashes, blocks_for};
 use overfill_model::{
     Choice, Engine as ModelEngine, LayerSink, ModelError, Outputs, SamplingContext, SequenceSlice, Want,
 };
@@ -394,11 +394,13 @@ impl<C: Compute> Engine<C> {
     /// Moves waiting prompts into the batch, first come, first served. A prompt that does not fit blocks those behind
     /// it; otherwise smaller prompts could overtake it forever.
     fn admit(&mut self) {
-        while self.running.len() < self.limits.max_running {
+        // Extensions have places of their own, so they keep no prompt out.
+        while self.running.iter().filter(|job| job.extending.is_none()).count() < self.limits.max_running {
             let Some(first) = self.waiting.front() else { return };
             let Some((lease, cached)) = first.take_blocks(&self.context.pool) else {
-                // Open prefills make room for prompts.
-                if self.open.evict() {
+                // Open prefills make room for prompts, if that is enough.
+                let needed = blocks_for(first.request.tokens.len());
+                if needed <= self.context.pool.available() + self.open.blocks() && self.open.evict() {
                     continue;
                 }
                 return;
@@ -411,7 +413,15 @@ impl<C: Compute> Engine<C> {
     /// Computes the next chunks in one forward pass.
     fn step(&mut self) {
         let tokens = self.pace.step_tokens(self.limits.step_target, self.limits.max_batch_tokens);
-        let plan = scheduler::plan(self.running.iter().map(Running::progress), tokens);
+        // As many extensions as prompts: a device has room for a limited number of slices.
+        let mut extensions = 0;
+        let takes_part = |(i, job): (usize, &Running)| {
+            extensions += usize::from(job.extending.is_some());
+            (job.extending.is_none() || extensions <= self.limits.max_running).then_some(i)
+        };
+        let jobs: Vec<usize> = self.running.iter().enumerate().filter_map(takes_part).collect();
+        let mut plan = scheduler::plan(jobs.iter().map(|job| self.running[*job].progress()), tokens);
+        plan.iter_mut().for_each(|chunk| chunk.job = jobs[chunk.job]);
         let began = Instant::now();
         let chunks: Vec<_> = plan
             .iter()

@@ -1,7 +1,10 @@
 //! Prefills that stay open: after its first token, a request keeps its blocks, and the full model goes on with tokens that
 //! the decode node made.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use overfill_kv::{OutputToken, RequestId, Ticket};
 use overfill_node::{Constraint, GrammarError};
@@ -152,10 +155,17 @@ impl OpenPrefills {
         self.idle.is_empty()
     }
 
-    /// Keeps a prefill until its next extension. Ends the ones that were idle for longest if too many blocks are held.
+    /// Keeps a prefill until its next extension. Ends the ones that were idle for longest if too many blocks are held. One
+    /// is always kept, however long it is.
     pub fn keep(&mut self, lease: Ticket, job: Running) {
         self.idle.insert(lease, (job, Instant::now()));
-        while self.blocks() > self.limits.max_blocks && self.evict() {}
+        while self.idle.len() > 1 && self.holds_too_many() && self.evict() {}
+    }
+
+    fn holds_too_many(&self) -> bool {
+        // The first sum is cheap. It counts a block several times that prefills share.
+        let distinct = || self.idle.values().flat_map(|(job, _)| &job.blocks).collect::<HashSet<_>>().len();
+        self.blocks() > self.limits.max_blocks && distinct() > self.limits.max_blocks
     }
 
     /// Takes the prefill with this lease, to extend it.
@@ -163,9 +173,11 @@ impl OpenPrefills {
         self.idle.remove(lease).map(|(job, _)| job)
     }
 
-    /// Ends the prefill that was idle for longest. Returns false if there is none.
+    /// Ends the prefill that was idle for longest. Returns false if there is none. One whose KV is still being sent would free
+    /// no block.
     pub fn evict(&mut self) -> bool {
-        let oldest = self.idle.iter().min_by_key(|(_, (_, since))| *since).map(|(lease, _)| *lease);
+        let free = self.idle.iter().filter(|(_, (job, _))| !job.is_being_sent());
+        let oldest = free.min_by_key(|(_, (_, since))| *since).map(|(lease, _)| *lease);
         match oldest.and_then(|lease| self.take(&lease)) {
             Some(job) => {
                 job.evict();
@@ -186,7 +198,7 @@ impl OpenPrefills {
         }
     }
 
-    /// Number of blocks that the idle prefills hold.
+    /// Number of blocks that the idle prefills hold. A block that several hold counts several times.
     pub fn blocks(&self) -> usize {
         self.idle.values().map(|(job, _)| job.blocks.len()).sum()
     }

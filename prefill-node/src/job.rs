@@ -355,6 +355,11 @@ impl Running {
         Err(Box::new(self))
     }
 
+    /// Whether the transfer still holds the blocks.
+    pub fn is_being_sent(&self) -> bool {
+        Arc::strong_count(&self.lease) > 1
+    }
+
     /// Whether all tokens are computed.
     pub fn is_computed(&self) -> bool {
         self.computed == self.request.tokens.len()

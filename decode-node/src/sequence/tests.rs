@@ -84,17 +84,17 @@ fn a_prompt_is_found_again_but_not_what_was_decoded_behind_it() {
 fn a_client_that_does_not_read_makes_its_sequence_sit_out() {
     let node = node(8);
     let (mut sequence, mut client) = decoding(&node, vec![1; 3]);
-    while sequence.steps(Duration::ZERO) {
+    while sequence.steps() {
         sequence.flow.push(token(2));
-        if sequence.seat(Duration::ZERO).lacks_block {
+        if sequence.seat().lacks_block {
             sequence.grow(node.pool.allocate(1).unwrap());
         }
     }
-    assert!(sequence.seat(Duration::ZERO).sits_out);
+    assert!(sequence.seat().sits_out);
     for _ in 0..3 {
         client.try_recv().unwrap();
     }
-    assert!(sequence.steps(Duration::ZERO));
+    assert!(sequence.steps());
     sequence.flow.push(token(9));
     assert_eq!(sequence.flow.finish(), Some(FinishReason::Stop));
     sequence.flow.tell(SequenceEvent::Finished(FinishReason::Stop));
@@ -139,7 +139,7 @@ fn blocks_that_no_layer_needs_are_neither_reserved_nor_kept() {
     let store = MemoryStore::new(1, 8, 64);
     for tokens in 101..=400 {
         sequence.forget(limits.windows);
-        if sequence.seat(Duration::ZERO).lacks_block {
+        if sequence.seat().lacks_block {
             sequence.grow(node.pool.allocate(1).unwrap());
         }
         let position = tokens - 1;

@@ -84,6 +84,11 @@ impl Extender {
         matches!(self.state, State::Lost(_))
     }
 
+    /// Whether the prefill node computes an extension.
+    pub fn is_computing(&self) -> bool {
+        matches!(self.state, State::Computing(..))
+    }
+
     /// Whether a prefill node is being opened.
     pub fn is_reopening(&self) -> bool {
         matches!(self.state, State::Reopening(..))
@@ -251,7 +256,12 @@ impl Attempt {
     pub fn reopen(&mut self, view: &View, affinity: &Mutex<Affinity>, plan: Plan) -> Result<(), AttemptError> {
         let avoid = std::mem::take(&mut self.plan.avoid);
         self.plan = Plan { avoid, ..plan };
-        let found = choose::prefill_again(view, &self.plan, &self.pair, affinity);
+        let mut found = choose::prefill_again(view, &self.plan, &self.pair, affinity);
+        if found.is_none() {
+            // A node that has failed is better than none.
+            self.plan.avoid.clear();
+            found = choose::prefill_again(view, &self.plan, &self.pair, affinity);
+        }
         let (node, matched) = found.ok_or(AttemptError::NoNode(Role::Prefill))?;
         self.pair.prefill = node;
         // The extension begins with the last token of the output, or with earlier ones.
@@ -273,6 +283,7 @@ impl Attempt {
         let open = self.prefill.is_some().then_some(&*self.pair.prefill);
         match step {
             Step::Computed(Ok(response)) => {
+                self.pair.prefill.succeeded();
                 let told = self.extender.computed(response, open, &self.pair.decode, &self.plan);
                 told.map(|()| None).map_err(|fault| self.sentence(Role::Prefill, fault))
             }
@@ -282,11 +293,14 @@ impl Attempt {
             }
             Step::Computed(Err(status)) => self.prefill_failed(status.into()),
             Step::Reopened(Ok(())) => {
+                self.pair.prefill.succeeded();
                 self.prefill = self.extender.reopened(&self.pair.prefill, &self.pair.decode, &self.plan);
                 Ok(None)
             }
             Step::Reopened(Err(fault)) => self.prefill_failed(fault),
             Step::Told(Ok(())) => Ok(self.told()),
+            // The request has just ended on the decode node, and its stream says how.
+            Step::Told(Err(status)) if status.code() == Code::NotFound => Ok(self.told()),
             Step::Told(Err(status)) => Err(self.sentence(Role::Decode, status.into())),
         }
     }
@@ -302,7 +316,7 @@ impl Attempt {
     }
 
     /// The prefill node has failed, and another one can go on. Some failures end the attempt.
-    fn prefill_failed(&mut self, fault: Fault) -> Result<Option<AttemptEvent>, AttemptError> {
+    pub(super) fn prefill_failed(&mut self, fault: Fault) -> Result<Option<AttemptEvent>, AttemptError> {
         match self.sentence(Role::Prefill, fault) {
             error @ (AttemptError::Refused(_) | AttemptError::Deadline | AttemptError::NoNode(_)) => Err(error),
             AttemptError::Failed { .. } | AttemptError::NoRoom { .. } | AttemptError::Moved { .. } => {

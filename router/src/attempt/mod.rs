@@ -339,6 +339,8 @@ impl Attempt {
             let Some(decode) = &mut self.decode else { return Err(ended()) };
             let deadline = self.plan.generation.deadline();
             let give_up = match (self.phase, &self.trouble) {
+                // A prompt may wait long on a prefill node.
+                (Phase::Decoding, _) if self.extender.is_reopening() => deadline,
                 (Phase::Decoding, _) => self.last_progress + self.plan.progress_timeout,
                 (_, Some((_, at))) => *at,
                 (_, None) => deadline,
@@ -347,6 +349,14 @@ impl Attempt {
                 biased;
                 event = decode.next() => break event,
                 () = self.pair.decode.left() => break Err(Fault::Left),
+                // Before the end of the prefill's stream: a verdict that has arrived counts.
+                step = self.extender.step() => {
+                    self.last_progress = Instant::now();
+                    match self.stepped(step)? {
+                        Some(event) => return Ok(event),
+                        None => continue,
+                    }
+                }
                 end = transferred(&mut self.prefill) => match end {
                     Ok(()) => {
                         self.prefill = None;
@@ -355,16 +365,15 @@ impl Attempt {
                     Err(fault) => fault,
                 },
                 () = self.pair.prefill.left(), if self.prefill.is_some() || is_reopening => Fault::Left,
-                step = self.extender.step() => {
-                    self.last_progress = Instant::now();
-                    match self.stepped(step)? {
-                        Some(event) => return Ok(event),
-                        None => continue,
-                    }
-                }
                 () = sleep_until(give_up.min(deadline)) => {
                     if deadline <= give_up {
                         return Err(AttemptError::Deadline);
+                    }
+                    if self.phase == Phase::Decoding && self.extender.is_computing() {
+                        self.last_progress = Instant::now();
+                        let silent = silent(&self.plan);
+                        self.prefill_failed(silent)?;
+                        continue;
                     }
                     match self.trouble.take() {
                         Some((error, _)) if self.phase == Phase::HandingOver => return Err(error),
