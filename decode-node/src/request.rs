@@ -59,15 +59,17 @@ pub fn check(limits: &RequestLimits, wire: v1::DecodeRequest, now: Instant) -> R
     })
 }
 
-/// Checks a verdict. Returns the ticket of its request, and the position of the first chosen token and the tokens; `None`
-/// if the extension was lost.
+/// The position of the first token that the full model has chosen, and the tokens.
+pub type Chosen = (usize, Vec<u32>);
+
+/// Checks a verdict. Returns the ticket of its request, and what was chosen; `None` if the extension was lost.
 ///
 /// # Errors
 /// A field has an invalid value, or the request names another incarnation.
 pub fn check_verdict(
     limits: &RequestLimits,
     wire: v1::VerdictRequest,
-) -> Result<(Ticket, Option<(usize, Vec<u32>)>), RequestError> {
+) -> Result<(Ticket, Option<Chosen>), RequestError> {
     let v1::VerdictRequest { request_id, incarnation, ticket, position, tokens, lost } = wire;
     let ticket = ticket_from_wire(&ticket)?;
     // Nothing was chosen then, but the other fields are checked.

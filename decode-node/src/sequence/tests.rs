@@ -3,6 +3,7 @@ use overfill_node::NodeMetrics;
 use overfill_transport::MemoryStore;
 
 use super::*;
+use std::time::Duration;
 
 struct Node {
     pool: BlockPool,

@@ -106,7 +106,7 @@ impl decode_server::Decode for Service {
                 let id = token.token;
                 tokens.push(id);
                 yield event(decode_event::Event::Token(token));
-                if request.mode() == v1::Mode::Refresh && tokens.len() % 4 == 0 {
+                if request.mode() == v1::Mode::Refresh && tokens.len().is_multiple_of(4) {
                     yield event(decode_event::Event::Extension(v1::Extension {
                         position: tokens.len() as u32 - 1,
                         tokens: vec![id],

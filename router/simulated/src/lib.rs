@@ -266,6 +266,9 @@ impl SimulatedNode {
     }
 }
 
+/// Tokens of an open prefill, and the number of those that are output.
+type OpenPrefill = (Vec<u32>, u32);
+
 struct State {
     options: Options,
     info: v1::NodeInfo,
@@ -279,8 +282,8 @@ struct State {
     /// Whether a router sends requests to this node, as it last said.
     paired: watch::Sender<bool>,
     losing: AtomicBool,
-    /// The open prefills by lease, with their tokens and the number of those that are output.
-    open: Mutex<HashMap<Vec<u8>, (Vec<u32>, u32)>>,
+    /// The open prefills by lease.
+    open: Mutex<HashMap<Vec<u8>, OpenPrefill>>,
     /// Requests that wait for a verdict, by ticket.
     verdicts: Mutex<HashMap<Vec<u8>, oneshot::Sender<Vec<u32>>>>,
     stop: CancellationToken,

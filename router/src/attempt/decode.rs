@@ -36,7 +36,7 @@ pub(super) enum DecodeEvent {
     Ready(Option<TransferStats>),
     Token(OutputToken),
     /// The node wants the full model to go on.
-    Extension(v1::Extension),
+    Extension(Box<v1::Extension>),
     Finished(FinishReason),
 }
 
@@ -117,7 +117,7 @@ impl DecodeStream {
         match message.and_then(|message| message.event) {
             Some(decode_event::Event::Ready(ready)) => Ok(DecodeEvent::Ready(ready.transfer.map(Into::into))),
             Some(decode_event::Event::Token(token)) => Ok(DecodeEvent::Token(token.into())),
-            Some(decode_event::Event::Extension(extension)) => Ok(DecodeEvent::Extension(extension)),
+            Some(decode_event::Event::Extension(extension)) => Ok(DecodeEvent::Extension(Box::new(extension))),
             Some(decode_event::Event::Finished(finished)) => {
                 let reason = FinishReason::try_from(finished.reason());
                 Ok(DecodeEvent::Finished(reason.map_err(|e| Fault::Unexpected(e.to_string()))?))

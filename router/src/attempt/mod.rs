@@ -403,7 +403,7 @@ impl Attempt {
             DecodeEvent::Token(token) => Ok(AttemptEvent::Token(token, Role::Decode)),
             DecodeEvent::Extension(extension) => {
                 let open = self.prefill.is_some().then_some(&*self.pair.prefill);
-                self.extender.ask(extension, open, &self.plan);
+                self.extender.ask(*extension, open, &self.plan);
                 Ok(AttemptEvent::Asked)
             }
             DecodeEvent::Finished(reason) => match self.told() {
