@@ -136,6 +136,13 @@ mod tests {
             .map_err(|e| e.to_string())
     }
 
+    /// Without serde_json's `float_roundtrip`, each of these numbers becomes one of its neighbours.
+    #[test]
+    fn numbers_in_arguments_keep_all_digits() {
+        let text = r#"{"x":[1.0189544801599961,1.2290127489411473,3.0777988738688586,1.1934073473931799]}"#;
+        assert_eq!(arguments(json!(text)).to_string(), text);
+    }
+
     #[test]
     fn templates_get_what_vllm_gives_them() {
         let call = |arguments: Value| json!({"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}});
