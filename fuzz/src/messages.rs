@@ -130,8 +130,9 @@ fn extend_request(bytes: &[u8]) {
 fn verdict_request(bytes: &[u8]) {
     same_again::<v1::VerdictRequest>(bytes, |wire| {
         let limits = RequestLimits::of_a_small_node(Role::Decode);
+        let now = Instant::now();
         match overfill_decode_node::request::check_verdict(&limits, wire) {
-            Ok((_, Some((_, tokens)))) => check_tokens(&tokens, 0, Instant::now(), Instant::now()),
+            Ok((_, Some((_, tokens)))) => check_tokens(&tokens, 0, now, now),
             Ok((_, None)) => {}
             Err(e) => check_refusal(&e.to_string()),
         }
