@@ -115,7 +115,7 @@ fn crowded(router: &(impl Router + Sync), restarts: bool) -> Result<()> {
         let prompt: Vec<u32> = (0..30 + i * 7).map(|at| (5 + (at * 11 + i * 17) % 300) as u32).collect();
         let asked =
             Request::tokens(&prompt, 90).with("overfill_mode", json!(["exact", "refresh", "exact", "draft"][i % 4]));
-        if i % 3 == 0 { asked.with("temperature", json!(0.8)).with("seed", json!(i)) } else { asked }
+        if i.is_multiple_of(3) { asked.with("temperature", json!(0.8)).with("seed", json!(i)) } else { asked }
     };
     let alone: Vec<Completion> = (0..12).map(|i| asked(i).send(router)).collect::<Result<_>>()?;
     std::thread::scope(|scope| {
