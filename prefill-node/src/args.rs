@@ -23,7 +23,7 @@ pub struct Args {
     /// Maximum number of prompts in progress.
     #[arg(long, env = "OVERFILL_MAX_RUNNING", default_value_t = 16, help_heading = "Scheduling")]
     pub max_running: usize,
-    /// Share of the KV blocks that idle open prefills may hold, in [0, 1]. Requests in mode refresh and exact have such
+    /// Share of the KV blocks that idle open prefills may hold, in [0, 1]. One prefill is always kept. Requests in mode refresh and exact have such
     /// prefills. Prompts that need room end them in any case.
     #[arg(long, env = "OVERFILL_OPEN_KV_SHARE", default_value_t = 0.5, help_heading = "Scheduling")]
     pub open_kv_share: f64,

@@ -129,7 +129,7 @@ impl Followed {
     }
 }
 
-/// Limits of idle open prefills. Those that wait for their next extension are idle.
+/// Limits of idle open prefills. A prefill is idle while it waits for its next extension.
 #[derive(Clone, Copy, Debug)]
 pub struct OpenLimits {
     /// Maximum number of blocks that they hold.
@@ -187,7 +187,7 @@ impl OpenPrefills {
         }
     }
 
-    /// Drops prefills whose requests are over, and ends those that were idle for too long.
+    /// Drops prefills whose requests are over, and ends prefills that were idle for too long.
     pub fn settle(&mut self) {
         self.idle.retain(|_, (job, _)| !job.is_over());
         let max_idle = self.limits.max_idle;

@@ -355,7 +355,7 @@ impl Running {
         Err(Box::new(self))
     }
 
-    /// Whether the transfer still holds the blocks.
+    /// Whether a transfer still holds the blocks. Dropping the prefill would then free none of them.
     pub fn is_being_sent(&self) -> bool {
         Arc::strong_count(&self.lease) > 1
     }

@@ -1,4 +1,4 @@
-//! Settings of chats: how the answers of models are parsed, and what a request may change.
+//! Settings of requests, by model: how the answers of chats are parsed, what the full model does, and what a request may change.
 
 use std::collections::BTreeMap;
 

@@ -266,7 +266,7 @@ impl SimulatedNode {
     }
 }
 
-/// Tokens of an open prefill, and the number of those that are output.
+/// Tokens of an open prefill, and how many of its last tokens are output.
 type OpenPrefill = (Vec<u32>, u32);
 
 struct State {

@@ -164,12 +164,12 @@ impl Extender {
             self.go_on(open, plan);
             return Ok(());
         }
-        let drafted = extension.tokens.len() as u32 - extension.standing_tokens;
+        let drafted = (extension.tokens.len() as u32).saturating_sub(extension.standing_tokens);
         let tokens: Vec<OutputToken> = response.tokens.into_iter().map(Into::into).collect();
         if tokens.is_empty() || tokens.len() > drafted as usize + 1 {
             return Err(Fault::unexpected(format!("{} tokens were chosen after {drafted} drafts", tokens.len())));
         }
-        let position = extension.position + extension.standing_tokens;
+        let position = extension.position.saturating_add(extension.standing_tokens);
         let chosen = tokens.iter().map(|token| token.token).collect();
         let call = self.tell(decode, plan, |request| (request.position, request.tokens) = (position, chosen));
         self.state = State::Telling(call, Some(Verdict { drafted, tokens }));
@@ -328,7 +328,7 @@ impl Attempt {
     }
 
     /// The prefill node does not have the request open any more.
-    fn closed(&mut self) {
+    pub(super) fn closed(&mut self) {
         self.prefill = None;
         self.extender.lost();
     }

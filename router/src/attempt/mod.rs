@@ -384,8 +384,7 @@ impl Attempt {
             // The stream, and its slot on the node, is dropped after the sentence. A probe then counts as failed and not as
             // abandoned.
             let error = self.sentence(Role::Prefill, prefill_fault);
-            self.prefill = None;
-            self.extender.lost();
+            self.closed();
             if let AttemptError::Failed { nodes, .. } = &error {
                 self.plan.avoid.extend(nodes.iter().filter(|node| **node == self.pair.prefill.key));
             }
