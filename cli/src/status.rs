@@ -63,7 +63,13 @@ async fn show(args: &StatusArgs) -> Result<String> {
         .iter()
         .map(|m| [m.name.clone(), m.full_model.clone(), m.max_context_tokens.to_string(), m.decode_nodes.to_string()])
         .collect();
-    Ok(format!("{nodes}\n{}", table(header, &rows)))
+    let models_table = table(header, &rows);
+    let watched: Vec<_> = models.iter().filter_map(watch_row).collect();
+    if watched.is_empty() {
+        return Ok(format!("{nodes}\n{models_table}"));
+    }
+    let header = ["WATCHED MODEL", "ANSWERS", "TOKENS", "AGREEMENT", "LOGPROB GAP", "PARTED", "PARTED AT"];
+    Ok(format!("{nodes}\n{models_table}\n{}", table(header, &watched)))
 }
 
 fn role(info: &v1::NodeInfo) -> &'static str {
@@ -94,6 +100,19 @@ fn node_row(node: &v1::ListedNode) -> [String; 10] {
     ]
 }
 
+fn watch_row(model: &v1::ServedModel) -> Option<[String; 7]> {
+    let watch = model.watch.as_ref()?;
+    Some([
+        model.name.clone(),
+        watch.answers.to_string(),
+        watch.tokens.to_string(),
+        format!("{:.2} %", 100.0 * watch.agreement),
+        format!("{:.4}", watch.logprob_gap_nats),
+        watch.parted_answers.to_string(),
+        watch.median_parted_at_tokens.to_string(),
+    ])
+}
+
 fn json(nodes: &[v1::ListedNode], models: &[v1::ServedModel]) -> serde_json::Value {
     let nodes: Vec<_> = nodes
         .iter()
@@ -115,6 +134,11 @@ fn json(nodes: &[v1::ListedNode], models: &[v1::ServedModel]) -> serde_json::Val
             serde_json::json!({
                 "name": m.name, "full_model": m.full_model, "max_context_tokens": m.max_context_tokens,
                 "decode_nodes": m.decode_nodes,
+                "watch": m.watch.as_ref().map(|watch| serde_json::json!({
+                    "answers": watch.answers, "tokens": watch.tokens, "agreement": watch.agreement,
+                    "logprob_gap_nats": watch.logprob_gap_nats, "parted_answers": watch.parted_answers,
+                    "median_parted_at_tokens": watch.median_parted_at_tokens,
+                })),
             })
         })
         .collect();

@@ -29,11 +29,10 @@ END_SECONDS = 30
 def running(command, log, **options):
     """Runs a server until the block ends."""
     with log.open("w") as file:
-        server = subprocess.Popen([str(part) for part in command], stdin=subprocess.PIPE, stderr=file, text=True, **options)
+        server = subprocess.Popen([str(part) for part in command], stderr=file, text=True, **options)
     try:
         yield server
     finally:
-        server.stdin.close()
         server.terminate()
         server.wait(END_SECONDS)
 
@@ -42,7 +41,7 @@ def running(command, log, **options):
 def ours(args, weights):
     """Our cluster. Yields its URL."""
     command = [args.overfill, "up", "--full", f"smollm2={args.model}", "--weights", weights, "--http", "127.0.0.1:0",
-               "--grpc", "127.0.0.1:0", "--print", "json", "--exit-with-stdin"]
+               "--grpc", "127.0.0.1:0", "--print", "json"]
     log = args.work / "overfill.log"
     with running(command, log, stdout=subprocess.PIPE) as server:
         line = server.stdout.readline()

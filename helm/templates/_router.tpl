@@ -63,6 +63,10 @@
   value: {{ join "," . | quote }}
 {{- end }}
 {{- end }}
+{{- with $v.router.watchShare }}
+- name: OVERFILL_WATCH_SHARE
+  value: {{ . | quote }}
+{{- end }}
 {{- if $v.router.trustRequestChatTemplate }}
 - name: OVERFILL_TRUST_REQUEST_CHAT_TEMPLATE
   value: "true"

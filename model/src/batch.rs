@@ -50,6 +50,9 @@ pub enum Want<'a> {
         count: usize,
         /// The tokens allowed in each place; empty allows all.
         allowed: &'a [Vec<u32>],
+        /// The token that another model has chosen in each place; empty, or `count` tokens. Their log-probabilities are
+        /// reported as scores.
+        following: &'a [u32],
     },
     /// Logits after the slice's last token. For tests, benchmarks and checks: the logits are copied to the host.
     LastLogits,
@@ -108,7 +111,7 @@ impl Outputs {
         self.slices.get_mut(i).and_then(|output| output.next.take()).ok_or(ModelError::NoToken { slice: i })
     }
 
-    /// Takes the log-probabilities that slice `i` requested with [`Want::Scores`]; empty if it requested none.
+    /// Takes the log-probabilities of given tokens that slice `i` requested; empty if it requested none.
     pub fn take_scores(&mut self, i: usize) -> Vec<OutputToken> {
         self.slices.get_mut(i).map(|output| std::mem::take(&mut output.scores)).unwrap_or_default()
     }
@@ -158,8 +161,9 @@ impl Outputs {
                     let rows = own.par_chunks_exact(vocab_size).zip(following);
                     rows.map(|(row, token)| report(row, *token, top)).collect_into_vec(&mut output.scores);
                 }
-                Want::Each { params, prompt, output: before, count, allowed } => {
-                    output.scores.clear();
+                Want::Each { params, prompt, output: before, count, allowed, following } => {
+                    let rows = own.par_chunks_exact(vocab_size).zip(following);
+                    rows.map(|(row, token)| report(row, *token, 0)).collect_into_vec(&mut output.scores);
                     let rows = own.par_chunks_exact(vocab_size).enumerate();
                     let choose = |(place, row): (usize, &[f32])| {
                         let before = &before[..before.len() + 1 + place - count];
@@ -243,6 +247,9 @@ pub(crate) fn check(batch: &[SequenceSlice<'_>], vocab_size: usize) -> candle_co
             }
             Want::Each { count: places, output, .. } if places > count || places > output.len() + 1 => {
                 bail!("{places} choices are requested after {count} tokens, {} of them output", output.len());
+            }
+            Want::Each { count: places, following, .. } if !following.is_empty() && following.len() != places => {
+                bail!("{} scores are requested with {places} choices", following.len());
             }
             _ => {}
         }

@@ -4,16 +4,13 @@
 use std::{
     collections::VecDeque,
     io,
-    ops::Range,
     sync::{Arc, mpsc as std_mpsc},
     time::Duration,
 };
 
-use overfill_kv::{BlockPool, OutputToken, Role, Ticket, block_hashes, blocks_for};
-use overfill_model::{
-    Choice, Engine as ModelEngine, LayerSink, ModelError, Outputs, SamplingContext, SequenceSlice, Want,
-};
-use overfill_node::{Constraint, LoadState, Refused, Turn, spawn_engine};
+use overfill_kv::{BlockPool, Role, Ticket, block_hashes, blocks_for};
+use overfill_model::{Engine as ModelEngine, ModelError};
+use overfill_node::{LoadState, Refused, Turn, spawn_engine};
 use overfill_transport::TransferConfig;
 use tokio::{
     runtime,
@@ -23,10 +20,12 @@ use tokio::{
 use tracing::{debug, info_span};
 
 use crate::{
+    compute::{ChunkOutput, Compute, ModelCompute, PromptChunk, StepLayers},
     extension::{ExtendError, Extension, OpenLimits, OpenPrefills},
     handoff::HandoffContext,
-    job::{ChunkLayers, JOB_EVENTS, Job, JobEvent, Request, Running},
+    job::{JOB_EVENTS, Job, JobEvent, Request, Running},
     scheduler::{self, Chunk, Pace},
+    score::{MAX_WAITING_SCORES, Score, ScoreReply, ScoreRequest, Scores},
 };
 
 /// Polling interval while prompts wait but none can run. The engine must poll, because no message tells it that a
@@ -57,6 +56,7 @@ const MAX_EXTENSIONS: usize = 1024;
 enum Command {
     Prefill(Box<Job>),
     Extend(Box<Extension>),
+    Score(Box<Score>),
 }
 
 /// Handle for submitting requests to the engine. The engine ends when all handles are dropped and its work is done.
@@ -96,125 +96,23 @@ impl EngineHandle {
         self.send(Command::Extend(Box::new(extension)), MAX_EXTENSIONS)
     }
 
+    /// Queues a score. `reply` receives its result; closing it cancels the score.
+    ///
+    /// # Errors
+    /// The queue is full, or the node is draining.
+    pub fn score(&self, request: ScoreRequest, reply: ScoreReply) -> Result<(), Refused> {
+        if self.load.is_draining() {
+            return Err(Refused::Draining);
+        }
+        let hashes = block_hashes(request.prompt(), &self.producer);
+        self.send(Command::Score(Box::new(Score { request, hashes, reply })), MAX_WAITING_SCORES)
+    }
+
     fn send(&self, command: Command, capacity: usize) -> Result<(), Refused> {
         self.commands.try_send(command).map_err(|e| match e {
             std_mpsc::TrySendError::Full(_) => Refused::QueueFull(capacity),
             std_mpsc::TrySendError::Disconnected(_) => Refused::Draining,
         })
-    }
-}
-
-/// The part of a prompt that a step computes.
-pub struct PromptChunk<'a> {
-    /// The prompt and its blocks.
-    pub job: &'a Running,
-    /// Token positions in the prompt.
-    pub tokens: Range<usize>,
-}
-
-impl PromptChunk<'_> {
-    /// Whether the first token of the output follows this chunk.
-    pub fn is_last(&self) -> bool {
-        self.job.extending.is_none() && self.tokens.end == self.job.request.tokens.len()
-    }
-
-    /// Number of tokens to choose: after each of the last tokens of the chunk.
-    pub fn choices(&self) -> usize {
-        let wanting = self.job.extending.as_ref().filter(|extending| extending.choose);
-        wanting
-            .map_or(0, |extending| (self.tokens.end + 1).saturating_sub(extending.standing_end).min(self.tokens.len()))
-    }
-}
-
-/// Result of computing a chunk.
-#[derive(Debug, Default)]
-pub struct ChunkOutput {
-    /// Log-probabilities of the prompt tokens one position after each chunk token, if the request wants them.
-    pub logprobs: Vec<OutputToken>,
-    /// First token of the output, if this was the last chunk of the prompt.
-    pub first_token: Option<OutputToken>,
-    /// Tokens chosen after each of the last tokens of the chunk, if this is part of an extension that wants them. There are
-    /// [`PromptChunk::choices`].
-    pub choices: Vec<OutputToken>,
-}
-
-/// The computation of prompts: by the model's engine, or simulated in tests.
-pub trait Compute {
-    /// Computes `chunks` in one batch and returns one output per chunk. Announces each computed layer to `layers`,
-    /// possibly after it has returned.
-    ///
-    /// # Errors
-    /// The computation failed. Then all chunks of the batch have failed.
-    fn step(&mut self, chunks: &[PromptChunk<'_>], layers: Arc<dyn LayerSink>) -> Result<Vec<ChunkOutput>, ModelError>;
-}
-
-struct ModelCompute {
-    engine: Box<dyn ModelEngine>,
-    outputs: Outputs,
-}
-
-impl Compute for ModelCompute {
-    fn step(&mut self, chunks: &[PromptChunk<'_>], layers: Arc<dyn LayerSink>) -> Result<Vec<ChunkOutput>, ModelError> {
-        let slices: Vec<_> = chunks.iter().map(slice).collect();
-        self.engine.run(&slices, &layers, &mut self.outputs)?;
-        let outputs = chunks.iter().enumerate().map(|(i, chunk)| {
-            let first_token = chunk.is_last().then(|| self.outputs.take_next(i)).transpose()?;
-            let (logprobs, choices) = (self.outputs.take_scores(i), self.outputs.take_each(i));
-            Ok(ChunkOutput { logprobs, first_token, choices })
-        });
-        outputs.collect()
-    }
-}
-
-fn slice<'a>(chunk: &'a PromptChunk<'_>) -> SequenceSlice<'a> {
-    let (request, tokens) = (&chunk.job.request, &chunk.tokens);
-    if let Some(extending) = &chunk.job.extending {
-        let (count, output) = (chunk.choices(), tokens.end - request.prompt().len());
-        let begin = (tokens.end + 1).saturating_sub(extending.standing_end + count);
-        let want = Want::Each {
-            params: &request.sampling,
-            prompt: request.prompt(),
-            output: &request.output()[..output],
-            count,
-            allowed: extending.allowed.get(begin..begin + count).unwrap_or_default(),
-        };
-        let want = if count > 0 { want } else { Want::Nothing };
-        let tokens_of = &request.tokens[tokens.clone()];
-        return SequenceSlice { tokens: tokens_of, start: tokens.start, blocks: &chunk.job.blocks, want };
-    }
-    let context = SamplingContext {
-        allowed: request.constraint.as_ref().map(Constraint::mask),
-        ..SamplingContext::following(request.prompt(), request.output())
-    };
-    let next = Choice { params: &request.sampling, context };
-    let next = chunk.is_last().then_some(next);
-    let want = match (request.prompt_logprobs, next) {
-        (true, next) => Want::Scores {
-            following: &request.tokens[tokens.start + 1..request.tokens.len().min(tokens.end + 1)],
-            top: request.sampling.logprobs.unwrap_or(0),
-            next,
-        },
-        (false, Some(next)) => Want::Next(next),
-        (false, None) => Want::Nothing,
-    };
-    SequenceSlice { tokens: &request.tokens[tokens.clone()], start: tokens.start, blocks: &chunk.job.blocks, want }
-}
-
-/// The [`LayerSink`] of one step: forwards each computed layer to all chunks of the step.
-struct StepLayers {
-    chunks: Vec<ChunkLayers>,
-    pool: BlockPool,
-    last_layer: usize,
-}
-
-impl LayerSink for StepLayers {
-    fn layer_ready(&self, layer: usize) {
-        for chunk in &self.chunks {
-            chunk.ready(layer);
-            if layer == self.last_layer {
-                chunk.publish(&self.pool);
-            }
-        }
     }
 }
 
@@ -238,8 +136,7 @@ pub fn start(
         config: transfer,
         load: load.clone(),
     };
-    let compute = ModelCompute { engine, outputs: Outputs::default() };
-    let (handle, engine) = Engine::new(compute, producer, limits, context);
+    let (handle, engine) = Engine::new(ModelCompute::new(engine), producer, limits, context);
     let end = spawn_engine(Role::Prefill, move || engine.run())?;
     Ok((handle, end))
 }
@@ -258,6 +155,8 @@ pub struct Engine<C> {
     running: Vec<Running>,
     /// Open prefills that wait for an extension.
     open: OpenPrefills,
+    /// Scores, which run while there is nothing else to compute.
+    scores: Scores,
     pace: Pace,
     /// The step whose results have not been applied yet.
     computed: Option<Step>,
@@ -276,7 +175,7 @@ impl<C: Compute> Engine<C> {
     /// Creates an engine and its handle, without a thread. The caller must call [`turn`](Self::turn) repeatedly;
     /// [`start`] does so on a thread.
     pub fn new(compute: C, producer: Arc<str>, limits: EngineLimits, context: HandoffContext) -> (EngineHandle, Self) {
-        let (commands, queue) = std_mpsc::sync_channel(limits.max_waiting + MAX_EXTENSIONS);
+        let (commands, queue) = std_mpsc::sync_channel(limits.max_waiting + MAX_EXTENSIONS + MAX_WAITING_SCORES);
         let load = context.load.clone();
         let (max_waiting, names) = (limits.max_waiting, producer.clone());
         let handle = EngineHandle { commands, load: load.clone(), producer: names, max_waiting };
@@ -290,6 +189,7 @@ impl<C: Compute> Engine<C> {
             waiting: VecDeque::new(),
             running: Vec::new(),
             open: OpenPrefills::new(limits.open),
+            scores: Scores::default(),
             pace: Pace::default(),
             computed: None,
             lost: false,
@@ -329,10 +229,16 @@ impl<C: Compute> Engine<C> {
         self.waiting.retain(|job| !job.is_over());
         self.running.retain(|job| !job.is_over());
         self.open.settle();
+        self.scores.settle();
         self.admit();
-        let computes = !self.running.is_empty();
+        let mut computes = !self.running.is_empty();
         if computes {
             self.step();
+        } else if self.load.is_draining() {
+            self.scores.clear();
+        } else if self.waiting.is_empty() && !self.scores.is_empty() {
+            computes = true;
+            self.lost |= self.scores.step(&mut self.compute, &self.context.pool).is_err();
         }
         match (computes, can_come || !self.is_idle()) {
             (true, _) => Turn::Computed,
@@ -354,13 +260,14 @@ impl<C: Compute> Engine<C> {
     }
 
     fn is_idle(&self) -> bool {
-        self.running.is_empty() && self.waiting.is_empty() && self.open.is_empty()
+        self.running.is_empty() && self.waiting.is_empty() && self.open.is_empty() && self.scores.is_empty()
     }
 
     fn take(&mut self, command: Command) {
         match command {
             Command::Prefill(job) => self.waiting.push_back(*job),
             Command::Extend(extension) => self.extend(*extension),
+            Command::Score(score) => self.scores.push(*score),
         }
     }
 
@@ -370,11 +277,11 @@ impl<C: Compute> Engine<C> {
             let _ = extension.reply.send(Err(ExtendError::NotOpen(extension.position)));
             return;
         };
-        let (open, pool) = (&mut self.open, &self.context.pool);
+        let (open, scores, pool) = (&mut self.open, &mut self.scores, &self.context.pool);
         let allocate = |blocks| loop {
             match pool.allocate(blocks) {
                 Ok(lease) => return Some(lease),
-                Err(_) if open.evict() => {}
+                Err(_) if scores.evict() || open.evict() => {}
                 Err(_) => return None,
             }
         };
@@ -398,6 +305,9 @@ impl<C: Compute> Engine<C> {
         while self.running.iter().filter(|job| job.extending.is_none()).count() < self.limits.max_running {
             let Some(first) = self.waiting.front() else { return };
             let Some((lease, cached)) = first.take_blocks(&self.context.pool) else {
+                if self.scores.evict() {
+                    continue;
+                }
                 // Open prefills make room for prompts, if that is enough.
                 let needed = blocks_for(first.request.tokens.len());
                 if needed <= self.context.pool.available() + self.open.blocks() && self.open.evict() {

@@ -4,8 +4,10 @@
 //! The request waits for KV blocks. Then its prompt is computed in chunks, batched with those of other prompts
 //! ([`scheduler`]). As soon as a layer of a chunk is computed, its KV is sent to the decode node ([`job`]). The logits
 //! of the last chunk give the first token. A request whose prefill stays open then waits for extensions ([`extension`]).
+//! While there is nothing else to compute, the model scores outputs of decode models ([`score`]).
 
 pub mod args;
+pub mod compute;
 pub mod engine;
 pub mod extension;
 pub mod handoff;
@@ -13,6 +15,7 @@ pub mod job;
 pub mod node;
 pub mod request;
 pub mod scheduler;
+pub mod score;
 pub mod service;
 
 use std::process::ExitCode;

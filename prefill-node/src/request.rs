@@ -13,6 +13,7 @@ use tracing::Span;
 use crate::{
     extension::{ExtendReply, Extension, MAX_DRAFTS, MAX_EXTENSION_TOKENS},
     job::{Handoff, Request},
+    score::ScoreRequest,
 };
 
 /// Checks a request that arrived at `now`.
@@ -92,6 +93,21 @@ pub fn check_extension(
     let (handoff, lease) = (handoff.transpose()?, check_lease(&lease)?);
     let handoff_end_blocks = if handoff.is_some() { end / BLOCK_TOKENS } else { 0 };
     Ok(Extension { id, lease, position, tokens, standing, choose, handoff, handoff_end_blocks, deadline, reply })
+}
+
+/// Checks a request to score an output that arrived at `now`.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_score(limits: &RequestLimits, wire: v1::ScoreRequest, now: Instant) -> Result<ScoreRequest, RequestError> {
+    let v1::ScoreRequest { request_id, incarnation, tokens, generated_tokens, sampling, deadline_seconds } = wire;
+    if generated_tokens == 0 {
+        return Err(InvalidField::new("generated_tokens", "1 or more", 0).into());
+    }
+    let fields =
+        CommonFields { request_id, prompt_tokens: tokens, sampling, deadline_seconds, generated_tokens, incarnation };
+    let Common { id, tokens, sampling, generated, deadline } = limits.check(fields, now)?;
+    Ok(ScoreRequest { id, tokens, generated, sampling, deadline })
 }
 
 fn check_handoff(

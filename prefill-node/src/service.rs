@@ -15,7 +15,13 @@ use tokio::{
 use tonic::{Code, Request, Response, Status};
 use tracing::{debug, warn};
 
-use crate::{engine::EngineHandle, extension::ExtendError, job::JobEvent, request};
+use crate::{
+    engine::EngineHandle,
+    extension::ExtendError,
+    job::JobEvent,
+    request,
+    score::{ScoreError, Scored},
+};
 
 /// Implementation of the gRPC service `overfill.v1.Prefill`.
 pub struct PrefillService {
@@ -197,5 +203,22 @@ impl v1::prefill_server::Prefill for PrefillService {
         };
         let tokens = chosen.into_iter().map(Into::into).collect();
         Ok(Response::new(v1::ExtendResponse { tokens, seconds: arrived.elapsed().as_secs_f64() }))
+    }
+
+    async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
+        let request = request::check_score(&self.limits, request.into_inner(), Instant::now())?;
+        let (deadline, (reply, result)) = (request.deadline, oneshot::channel());
+        self.engine.score(request, reply)?;
+        let late = |_| Status::deadline_exceeded("the deadline of the score has passed");
+        match timeout_at(deadline, result).await.map_err(late)? {
+            Ok(Ok(Scored { choices, logprobs })) => Ok(Response::new(v1::ScoreResponse {
+                choices: choices.into_iter().map(|choice| choice.token).collect(),
+                logprobs: logprobs.into_iter().map(|given| given.logprob).collect(),
+            })),
+            Ok(Err(e @ ScoreError::QueueFull)) => Err(Status::resource_exhausted(e.to_string())),
+            Ok(Err(e @ ScoreError::Evicted)) => Err(Status::aborted(e.to_string())),
+            Ok(Err(e @ ScoreError::Failed(_))) => Err(Status::internal(e.to_string())),
+            Err(_) => Err(ended_early(deadline, "the engine dropped the score")),
+        }
     }
 }

@@ -8,7 +8,7 @@ use overfill_cluster::{
     net,
 };
 
-use crate::{Config, config::scheme, http, parsers::ChatArgs, tenants::ApiKeys};
+use crate::{Config, config::scheme, http, settings::RequestArgs, tenants::ApiKeys};
 
 /// Maximum of all time settings: one day.
 const MAX_SECONDS: f64 = 86_400.0;
@@ -213,9 +213,9 @@ pub struct Args {
         help_heading = "Network"
     )]
     pub page: bool,
-    /// How chats are parsed.
+    /// What requests may change, and how the answers of chats are parsed.
     #[command(flatten)]
-    pub chat: ChatArgs,
+    pub requests: RequestArgs,
     /// TLS between the router and the nodes.
     #[command(flatten)]
     pub tls: TlsArgs,
@@ -258,7 +258,7 @@ impl Args {
             api_keys,
             allowed_origins,
             page,
-            chat,
+            requests,
             tls,
             dns,
             etcd,
@@ -352,7 +352,7 @@ impl Args {
         let max_connection_age = optional("max-connection-age-seconds", max_connection_age_seconds);
         let itl_limit = optional("itl-limit-seconds", itl_limit_seconds);
         let etcd = etcd.validate(&mut faults);
-        let chat = chat.validate(&mut faults);
+        let requests = requests.validate(&mut faults);
         let durations = (default_deadline, max_queue, node_timeout, progress_timeout);
         let (Some(default_deadline), Some(max_queue), Some(node_timeout), Some(progress_timeout)) = durations else {
             return Err(faults);
@@ -377,7 +377,7 @@ impl Args {
                 drain_timeout,
                 max_connection_age,
                 itl_limit,
-                chat,
+                requests,
                 serve_tls,
                 api_keys,
                 allowed_origins,

@@ -9,7 +9,7 @@ use overfill_cluster::{
     net::{self, Dialer},
 };
 
-use crate::{parsers::ChatSettings, tenants::ApiKeys};
+use crate::{settings::RequestSettings, tenants::ApiKeys};
 
 /// Validated settings.
 #[derive(Clone, Debug)]
@@ -51,7 +51,7 @@ pub struct Config {
     /// Limit of the inter-token latency for scaling decode pools. `None`: latency does not count.
     pub itl_limit: Option<Duration>,
     /// How answers are parsed, and what requests may change.
-    pub chat: ChatSettings,
+    pub requests: RequestSettings,
     /// TLS for clients. `None`: no encryption.
     pub serve_tls: Option<Tls>,
     /// API keys of clients. `None`: requests need no key.
@@ -94,7 +94,7 @@ impl Config {
             drain_timeout: Duration::from_secs(600),
             max_connection_age: None,
             itl_limit: None,
-            chat: ChatSettings::default(),
+            requests: RequestSettings::default(),
             serve_tls: None,
             api_keys: None,
             allowed_origins: Vec::new(),

@@ -20,14 +20,15 @@ use crate::{
     metrics::{Metrics, RequestFailure},
     node::ServedModel,
     nodes::Nodes,
-    parsers::ChatSettings,
     prompt::TextPool,
     request::{Generation, Output, Timings},
     retry::{Retries, Retry},
     scaling::{PoolWork, pool_work},
     sequence::Sequence,
+    settings::RequestSettings,
     tenants::{self, ApiKeys, Tenant},
     waiting::Waiting,
+    watch::Watch,
 };
 
 /// Prompt blocks whose prefill node is remembered: 64 Ki blocks are a million tokens.
@@ -52,8 +53,8 @@ pub struct Core {
     pub default_time: Duration,
     /// Renders chat templates and tokenizes prompts.
     pub text_pool: TextPool,
-    /// How answers of chats are parsed, and what requests may change.
-    pub chat: Arc<ChatSettings>,
+    /// What requests may change, and how the answers of chats are parsed.
+    pub settings: Arc<RequestSettings>,
     /// Start of the router.
     pub started: Instant,
     keys: Option<ApiKeys>,
@@ -63,6 +64,8 @@ pub struct Core {
     progress_timeout: Duration,
     /// The sequences that wait in this router.
     pub waiting: Waiting,
+    /// Has the full model score some answers.
+    pub watch: Watch,
     /// Retry budget. It prevents retries from overloading a failing cluster. Retries beyond the budget wait.
     budget: Arc<TpsBudget>,
 }
@@ -74,11 +77,12 @@ impl Core {
         Self {
             catalog: Catalog::new(nodes.clone(), &config.served_models, config.max_waiting, waiting.clone()),
             nodes,
+            watch: Watch::new(config.requests.watch_share, metrics.clone()),
             admission: Admission::new(config.max_running, config.max_waiting),
             metrics,
             default_time: config.default_deadline,
             text_pool: TextPool::default(),
-            chat: Arc::new(config.chat.clone()),
+            settings: Arc::new(config.requests.clone()),
             started: Instant::now(),
             keys: config.api_keys.clone(),
             affinity: Arc::new(Mutex::new(Affinity::new(AFFINITY_BLOCKS))),
@@ -210,9 +214,11 @@ impl Core {
         generation: Generation,
         mut legs: Legs,
     ) -> impl Stream<Item = Result<Output, GenerateError>> + Send {
-        let default = self.chat.modes.of(&generation.model.name).flatten();
+        let default = self.settings.modes.of(&generation.model.name).flatten();
         let mode = Some(generation.mode.or(default).unwrap_or_default());
-        let generation = Arc::new(Generation { mode, ..generation });
+        let mut generation = Generation { mode, ..generation };
+        let mut watched = self.watch.begin(&mut generation);
+        let generation = Arc::new(generation);
         try_stream! {
             let waiter = self.waiting.begin(&generation);
             let mut running = place.run().await?;
@@ -262,7 +268,10 @@ impl Core {
                                 }
                                 // Only the prompt's log-probabilities were requested. The token is discarded.
                                 AttemptEvent::Token(..) if generation.max_tokens == 0 => Some((FinishReason::Length, None)),
-                                AttemptEvent::Token(token, stage) => {
+                                AttemptEvent::Token(mut token, stage) => {
+                                    if let Some(watched) = &mut watched {
+                                        watched.token(&mut token, stage);
+                                    }
                                     sequence.producer.get_or_insert_with(|| attempt.producer().to_owned());
                                     let (text, end) = sequence.push(token.token)?;
                                     match (stage, &end) {
@@ -313,6 +322,12 @@ impl Core {
                             if let Some(end) = end {
                                 legs.leave();
                                 let finished = sequence.finish(end, legs.times())?;
+                                if let Some(watched) = watched.take() {
+                                    let producer = sequence.producer.as_deref().unwrap_or_default();
+                                    let node = &finished.timings.prefill_node;
+                                    let (view, output) = (self.nodes.view(), sequence.output());
+                                    self.watch.ended(&view, watched, &generation, output, producer, node);
+                                }
                                 // Release the nodes before the client has read the last output.
                                 drop((attempt, running, legs));
                                 yield Output::Finished(Box::new(finished));

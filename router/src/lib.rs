@@ -7,7 +7,8 @@
 //! attempt. An `attempt` is one pass of a request over one decode and one prefill node. `pick` chooses them from the view
 //! that `nodes` maintains, and a node's `breaker` stops requests to the node after failures. `join` connects to an address
 //! and creates a node. `legs` measures where the time goes, `waiting` counts who waits, and `scaling` computes how much work each
-//! pool has. `refresh` sets the gauges of `metrics`. `page` is the router's web page, `history` what it shows of the past.
+//! pool has. `refresh` sets the gauges of `metrics`. `watch` has the full model score
+//! some answers. `page` is the router's web page, `history` what it shows of the past.
 //!
 //! Generated protobuf types are used only at the edges: in `grpc` and `wire` towards clients, and in `join` and the two
 //! streams of an `attempt` towards nodes.
@@ -33,7 +34,6 @@ mod node;
 mod nodes;
 mod openai;
 mod page;
-mod parsers;
 mod pick;
 mod prompt;
 mod refresh;
@@ -42,15 +42,17 @@ mod retry;
 mod scaling;
 mod sequence;
 mod service;
+mod settings;
 mod tenants;
 mod waiting;
+mod watch;
 mod wire;
 
 pub use args::Args;
 pub use config::Config;
 pub use error::GenerateError;
-pub use parsers::{ChatArgs, ChatSettings};
 pub use service::{Router, RouterError, main};
+pub use settings::{RequestArgs, RequestSettings};
 pub use tenants::ApiKeys;
 
 /// Parts of the router that the simulation and the fuzz targets use separately.

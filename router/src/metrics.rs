@@ -9,7 +9,9 @@ use std::{
 };
 
 use overfill_cluster::metrics::{MetricsError, SECONDS_BUCKETS, discovery_success, new_registry, register};
-use prometheus::{GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
+use prometheus::{
+    CounterVec, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry, exponential_buckets,
+};
 
 use crate::{GenerateError, history::History, legs::Leg};
 
@@ -43,6 +45,8 @@ pub struct Metrics {
     pub history: Arc<History>,
     /// Running and waiting sequences by `tenant` and `state`.
     pub tenants: IntGaugeVec,
+    /// What the full model says about answers.
+    pub watch: WatchMetrics,
     refused: IntCounterVec,
     success: IntCounterVec,
     prompt_tokens: IntCounterVec,
@@ -86,6 +90,7 @@ impl Metrics {
                 "Sequences by tenant and state: running, waiting.",
                 &["tenant", "state"],
             )?,
+            watch: WatchMetrics::new(r)?,
             refused: counter(
                 "overfill_refused_requests_total",
                 "Requests answered with an error before their first token, by reason.",
@@ -138,6 +143,7 @@ impl Metrics {
         for histogram in [&self.first_token, &self.inter_token, &self.whole] {
             histogram.with_label_values(&[model]);
         }
+        self.watch.model_known(model);
         for leg in Leg::ALL {
             self.legs.with_label_values(&[model, leg.as_str()]);
         }
@@ -174,6 +180,100 @@ impl Metrics {
             failure,
             begun: false,
             ended: false,
+        }
+    }
+}
+
+/// Metrics of [`crate::watch`].
+#[derive(Clone)]
+pub struct WatchMetrics {
+    answers: IntCounterVec,
+    tokens: IntCounterVec,
+    agreed: IntCounterVec,
+    /// Sums of negative log-probabilities: under the decode model, under the full model.
+    nats: [CounterVec; 2],
+    parted_at: HistogramVec,
+}
+
+impl WatchMetrics {
+    /// Values of `result`.
+    const RESULTS: [&str; 4] = ["equal", "parted", "dropped", "failed"];
+
+    fn new(r: &Registry) -> Result<Self, MetricsError> {
+        let counter = |name, help, labels: &[&str]| register(r, IntCounterVec::new(Opts::new(name, help), labels)?);
+        let nats = |name, help| register(r, CounterVec::new(Opts::new(name, help), &["model_name"])?);
+        let options = HistogramOpts::new(
+            "overfill_watch_parted_at_tokens",
+            "Number of the first token of a watched answer that the full model would not have chosen.",
+        );
+        Ok(Self {
+            answers: counter(
+                "overfill_watch_answers_total",
+                "Watched answers by result: equal to the full model's choices, parted, dropped (not scored), failed.",
+                &["model_name", "result"],
+            )?,
+            tokens: counter(
+                "overfill_watch_tokens_total",
+                "Tokens of scored answers that the decode model has chosen.",
+                &["model_name"],
+            )?,
+            agreed: counter(
+                "overfill_watch_agreed_tokens_total",
+                "The part of overfill_watch_tokens_total that the full model would have chosen too.",
+                &["model_name"],
+            )?,
+            nats: [
+                nats(
+                    "overfill_watch_decode_nats_total",
+                    "Sum of the negative log-probabilities of these tokens under the decode model.",
+                )?,
+                nats(
+                    "overfill_watch_full_nats_total",
+                    "Sum of the negative log-probabilities of these tokens under the full model.",
+                )?,
+            ],
+            parted_at: register(
+                r,
+                HistogramVec::new(options.buckets(exponential_buckets(2.0, 2.0, 13)?), &["model_name"])?,
+            )?,
+        })
+    }
+
+    fn model_known(&self, model: &str) {
+        for result in Self::RESULTS {
+            self.answers.with_label_values(&[model, result]);
+        }
+        for counter in [&self.tokens, &self.agreed] {
+            counter.with_label_values(&[model]);
+        }
+        for counter in &self.nats {
+            counter.with_label_values(&[model]);
+        }
+        self.parted_at.with_label_values(&[model]);
+    }
+
+    /// Counts an answer that no node has scored.
+    pub fn dropped(&self, model: &str) {
+        self.answers.with_label_values(&[model, "dropped"]).inc();
+    }
+
+    /// Counts an answer whose score makes no sense.
+    pub fn failed(&self, model: &str) {
+        self.answers.with_label_values(&[model, "failed"]).inc();
+    }
+
+    /// Counts a scored answer: its tokens, those that agree, the sums of negative log-probabilities under the decode and the
+    /// full model, and the number of the first token that does not agree.
+    pub fn scored(&self, model: &str, tokens: u64, agreed: u64, nats: [f64; 2], parted_at: Option<u64>) {
+        let result = if parted_at.is_some() { "parted" } else { "equal" };
+        self.answers.with_label_values(&[model, result]).inc();
+        self.tokens.with_label_values(&[model]).inc_by(tokens);
+        self.agreed.with_label_values(&[model]).inc_by(agreed);
+        for (counter, nats) in self.nats.iter().zip(nats) {
+            counter.with_label_values(&[model]).inc_by(nats);
+        }
+        if let Some(parted_at) = parted_at {
+            self.parted_at.with_label_values(&[model]).observe(parted_at as f64);
         }
     }
 }

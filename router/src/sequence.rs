@@ -103,6 +103,11 @@ impl Sequence {
         Ok((text, self.full()))
     }
 
+    /// The tokens so far.
+    pub fn output(&self) -> &[u32] {
+        &self.output
+    }
+
     /// The end of an output that has its maximum length.
     fn full(&self) -> Option<End> {
         let full = self.output.len() as u32 >= self.generation.max_tokens;

@@ -151,6 +151,9 @@ impl Router {
         }
         shutdown.begin();
         membership.begin();
+        if !core.watch.close(MEMBERSHIP_END).await {
+            warn!(seconds = MEMBERSHIP_END.as_secs(), "tasks that wait for scores have not ended");
+        }
         if !membership.wait(MEMBERSHIP_END).await {
             warn!(seconds = MEMBERSHIP_END.as_secs(), "tasks that follow nodes have not ended");
         }

@@ -24,7 +24,7 @@ fn options(text: &str) -> [Options; 1] {
 
 async fn rig(text: &str) -> Rig {
     let flags = support::flags(&["--reasoning-parser=qwen3"]).unwrap();
-    rig_with(&options(text), &options(text), |c| c.chat = flags.chat).await
+    rig_with(&options(text), &options(text), |c| c.requests = flags.requests).await
 }
 
 fn request(changes: Value) -> Value {

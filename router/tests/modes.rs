@@ -130,10 +130,10 @@ async fn earlier_releases_get_no_such_request() {
 
 #[tokio::test]
 async fn the_default_is_set_by_model() {
-    let args = overfill_router::ChatArgs { mode: vec!["simulated=exact".into()], ..Default::default() };
-    let chat = args.validate(&mut Vec::new());
+    let args = overfill_router::RequestArgs { mode: vec!["simulated=exact".into()], ..Default::default() };
+    let requests = args.validate(&mut Vec::new());
     let nodes = [Options::default()];
-    let rig = rig_with(&nodes, &nodes, |config| config.chat = chat.clone()).await;
+    let rig = rig_with(&nodes, &nodes, |config| config.requests = requests.clone()).await;
     assert_eq!(generate(&rig, v1::Mode::Unspecified).await.unwrap().timings.mode(), v1::Mode::Exact);
     assert_eq!(generate(&rig, v1::Mode::Draft).await.unwrap().timings.mode(), v1::Mode::Draft);
 }

@@ -21,7 +21,7 @@ async fn rig(text: &str) -> Rig {
     options.files.chat_template = Some(TEMPLATE.as_bytes().to_vec());
     let options = [options];
     let flags = support::flags(&["--reasoning-parser=deepseek_r1"]).unwrap();
-    rig_with(&options, &options, |c| c.chat = flags.chat).await
+    rig_with(&options, &options, |c| c.requests = flags.requests).await
 }
 
 fn tool() -> Value {

@@ -199,7 +199,7 @@ async fn the_template_gets_the_history() {
 #[tokio::test]
 async fn reasoning_is_split_off() {
     let text = format!("Maybe {CALL}?\n</think>\n\nYes.\n{CALL}");
-    let rig = rig(&text, |c| c.chat = flags(&["--reasoning-parser", "simulated=qwen3"]).unwrap().chat).await;
+    let rig = rig(&text, |c| c.requests = flags(&["--reasoning-parser", "simulated=qwen3"]).unwrap().requests).await;
     let open = || request(json!({"chat_template_kwargs": {"enable_thinking": true}}));
     let (choice, _) = whole(&rig, open()).await;
     let message = &choice["message"];
@@ -249,7 +249,7 @@ async fn special_tokens_that_mark_calls_are_seen() {
 
 #[tokio::test]
 async fn a_request_may_bring_a_template_if_the_router_allows_it() {
-    let rig = rig("ok", |c| c.chat = flags(&["--trust-request-chat-template"]).unwrap().chat).await;
+    let rig = rig("ok", |c| c.requests = flags(&["--trust-request-chat-template"]).unwrap().requests).await;
     let with = |template: &str| request(json!({"tools": null, "chat_template": template}));
     assert_eq!(whole(&rig, with("{% for m in messages %}<{{ m.content }}>{% endfor %}")).await.1, "<Weather?>");
     for (template, fault) in [

@@ -56,6 +56,8 @@ def well():
         f"vllm:prompt_tokens_total{{{MODEL}}}": counter(10000),
         f"overfill_requests_without_nodes{{{MODEL}}}": gauge(0),
         f"overfill_migrations_total{{{MODEL}}}": counter(0),
+        f"overfill_watch_tokens_total{{{MODEL}}}": counter(100),
+        f"overfill_watch_agreed_tokens_total{{{MODEL}}}": counter(95),
         f'vllm:request_success_total{{{MODEL},finished_reason="length"}}': counter(100),
         f'vllm:request_success_total{{{MODEL},finished_reason="abort"}}': counter(5),
         f'overfill_refused_requests_total{{{MODEL},reason="queue_full"}}': counter(0),
@@ -193,6 +195,13 @@ CASES = [
          quiet=late("inter_token_latency", "0.1", 10000, 9500), labels={"model_name": "demo"}),
     Case("OverfillMigrations", "warning", fires={f"overfill_migrations_total{{{MODEL}}}": counter(0, 6)},
          quiet={f"overfill_migrations_total{{{MODEL}}}": counter(0, 3)}),
+    # The day before ends an hour before the look: then it was 95 %.
+    Case("OverfillAgreementFell", "warning", fires={f"overfill_watch_agreed_tokens_total{{{MODEL}}}": counter(95, 80)},
+         quiet={f"overfill_watch_agreed_tokens_total{{{MODEL}}}": counter(95, 91)}, labels={"model_name": "demo"}),
+    # As bad, but fewer than 1000 tokens in an hour.
+    Case("OverfillAgreementFell", "warning", fires={f"overfill_watch_agreed_tokens_total{{{MODEL}}}": counter(95, 60)},
+         quiet={f"overfill_watch_tokens_total{{{MODEL}}}": counter(10),
+                f"overfill_watch_agreed_tokens_total{{{MODEL}}}": counter(9.5, 6)}, labels={"model_name": "demo"}),
     Case("OverfillPrefillBehind", "warning",
          fires={f'overfill_prefill_backlog_seconds{{{ROUTER},pool="main",source="nodes"}}': gauge(0.5, 5)},
          quiet={f'overfill_prefill_backlog_seconds{{{ROUTER},pool="main",source="nodes"}}': gauge(0.5, 3)}, labels=MAIN),

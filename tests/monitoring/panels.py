@@ -121,6 +121,16 @@ CLUSTER = Dashboard(
             Panel("Legs, 95th percentile", percentiles("overfill_request_leg_seconds", ROUTER, "leg", (0.95,)),
                   "One leg in twenty takes longer.", unit="s", width=12),
         ]),
+        Row("Quality", [
+            Panel("Agreement with the full model", {"{{model_name}}": f"{rate('overfill_watch_agreed_tokens_total', ROUTER, 'model_name')} / {rate('overfill_watch_tokens_total', ROUTER, 'model_name')}"},
+                  "Share of the tokens of watched answers that the full model would have chosen too.", unit="percentunit", width=6),
+            Panel("Log-probability gap", {"{{model_name}}": f"({rate('overfill_watch_full_nats_total', ROUTER, 'model_name')} - {rate('overfill_watch_decode_nats_total', ROUTER, 'model_name')}) / {rate('overfill_watch_tokens_total', ROUTER, 'model_name')}"},
+                  "Mean log-probability of a token under the decode model less that under the full model, in nats.", width=6),
+            Panel("First token that differs", percentiles("overfill_watch_parted_at_tokens", ROUTER, "model_name", (0.5,)),
+                  "Where answers part from what the full model would have written: median, in tokens.", width=6),
+            Panel("Watched answers", {"{{result}}": rate("overfill_watch_answers_total", ROUTER, "result")},
+                  "Answers per second. dropped: no prefill node had time for them.", width=6, stacked=True),
+        ]),
         Row("Queue and refusals", [
             Panel("Time in the queue", percentiles("overfill_request_leg_seconds", ROUTER + ',leg="queue"'),
                   "Time that requests waited for nodes and for admission.", unit="s", width=6),

@@ -113,4 +113,18 @@ impl prefill_server::Prefill for Service {
         }
         Ok(Response::new(v1::ExtendResponse { tokens: chosen, seconds: 0.0 }))
     }
+
+    async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
+        let (state, request) = (self.0.clone(), request.into_inner());
+        state.step(state.options.prefill_time).await?;
+        let prompt = request.tokens.len() - request.generated_tokens as usize;
+        let choose = |generated: u32| {
+            let before = &request.tokens[..prompt + generated as usize];
+            Continuation::new(&state.options, before, generated).next(None).token
+        };
+        Ok(Response::new(v1::ScoreResponse {
+            choices: (0..request.generated_tokens).map(choose).collect(),
+            logprobs: vec![-1.5; request.generated_tokens as usize],
+        }))
+    }
 }

@@ -11,11 +11,11 @@ use crate::{
         conversation::{Conversation, TemplateFields},
         tools::{ToolChoice, Tools},
     },
-    parsers::ChatSettings,
+    settings::RequestSettings,
 };
 
 /// Checks a chat. Errors name the field, like `messages[3].tool_calls[0].function.name` in the HTTP API.
-pub fn conversation(wire: v1::Messages, settings: &ChatSettings) -> Result<Conversation, GenerateError> {
+pub fn conversation(wire: v1::Messages, settings: &RequestSettings) -> Result<Conversation, GenerateError> {
     let v1::Messages {
         messages,
         tools,

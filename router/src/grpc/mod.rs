@@ -113,7 +113,7 @@ impl RouterService {
             }
             Some(generate_request::Prompt::Messages(messages)) => {
                 legs.enter(Leg::Tokenize);
-                let settings = &self.core.chat;
+                let settings = &self.core.settings;
                 let conversation = chat::conversation(messages, settings)?;
                 let mut rendered = conversation.render(&model, settings, pool, lifetime).await?;
                 let text = std::mem::take(&mut rendered.prompt);
@@ -250,6 +250,7 @@ impl router_server::Router for RouterService {
             decode_nodes: view.decode.iter().filter(|node| node.info.model == listed.name).count() as u32,
             max_context_tokens: listed.served.as_ref().map_or(0, |model| model.max_context_tokens),
             full_model: listed.served.map_or_else(String::new, |model| model.full_model.clone()),
+            watch: self.core.watch.summary(&listed.name).map(Into::into),
             name: listed.name,
         });
         Ok(Response::new(v1::ListModelsResponse { models: models.collect() }))

@@ -17,9 +17,9 @@ use crate::{
     GenerateError, constraints,
     legs::Leg,
     node::ServedModel,
-    parsers::ChatSettings,
     prompt::{ChatPrompt, TextPool},
     request::{Generation, Lifetime},
+    settings::RequestSettings,
 };
 
 /// Variables of a chat template that have fields of their own in a request.
@@ -110,7 +110,7 @@ impl Prepared {
 
 impl Conversation {
     /// Takes the fields of a chat completion.
-    pub fn take(fields: &mut Fields, settings: &ChatSettings) -> Result<Self, GenerateError> {
+    pub fn take(fields: &mut Fields, settings: &RequestSettings) -> Result<Self, GenerateError> {
         let tools = Tools::take(fields)?;
         let continue_final_message = fields.take("continue_final_message")?.unwrap_or(false);
         let extras = TemplateFields {
@@ -130,7 +130,7 @@ impl Conversation {
         messages: Vec<Value>,
         tools: Tools,
         extras: TemplateFields,
-        settings: &ChatSettings,
+        settings: &RequestSettings,
     ) -> Result<Self, GenerateError> {
         let TemplateFields { continue_final_message, add_generation_prompt, template, variables, documents } = extras;
         if continue_final_message && add_generation_prompt {
@@ -193,7 +193,7 @@ impl Conversation {
     pub async fn render(
         self,
         model: &ServedModel,
-        settings: &ChatSettings,
+        settings: &RequestSettings,
         pool: &TextPool,
         lifetime: Lifetime,
     ) -> Result<Rendered, GenerateError> {

@@ -50,9 +50,9 @@ use crate::{
     http,
     legs::{Leg, Legs},
     node::ServedModel,
-    parsers::ChatSettings,
     prompt::TextPool,
     request::{self, Generation, Lifetime},
+    settings::RequestSettings,
 };
 
 type Checked = Result<Vec<Generation>, ApiError>;
@@ -182,7 +182,7 @@ pub struct Intake<'a> {
     id: String,
     pool: &'a TextPool,
     /// Settings of chats.
-    pub settings: &'a ChatSettings,
+    pub settings: &'a RequestSettings,
     lifetime: Lifetime,
     /// Measures the first legs, which all sequences share.
     legs: Legs,
@@ -190,14 +190,14 @@ pub struct Intake<'a> {
 
 impl<'a> Intake<'a> {
     /// A request with this lifetime.
-    fn new(id: String, pool: &'a TextPool, settings: &'a ChatSettings, lifetime: Lifetime) -> Self {
+    fn new(id: String, pool: &'a TextPool, settings: &'a RequestSettings, lifetime: Lifetime) -> Self {
         Self { id, pool, settings, lifetime, legs: Legs::new(Span::current()) }
     }
 
     /// A request of `caller`. Its time limit is the caller's, else the router's default.
     pub fn at(core: &'a Core, caller: &Caller, id: String) -> Self {
         let lifetime = Lifetime { arrived: caller.arrived, time: caller.time.unwrap_or(core.default_time) };
-        Self::new(id, &core.text_pool, &core.chat, lifetime)
+        Self::new(id, &core.text_pool, &core.settings, lifetime)
     }
 
     /// The model `name`. Waits if no node serves it yet.
@@ -226,7 +226,7 @@ pub enum HttpApi {
 pub async fn check_body(body: &Bytes, api: HttpApi, model: &Arc<ServedModel>, limits: BodyLimits) -> Checked {
     let mut fields = Fields::parse(body)?;
     fields.take::<String>("model")?;
-    let (pool, settings) = (TextPool::default(), ChatSettings::default());
+    let (pool, settings) = (TextPool::default(), RequestSettings::default());
     let intake = Intake::new(String::new(), &pool, &settings, Lifetime::now(limits.time));
     let model = model.clone();
     match api {

@@ -5,7 +5,7 @@ use overfill_text::{AnswerFormat, ToolFormat};
 use serde_json::{Value, json};
 
 use super::fields::Fields;
-use crate::{GenerateError, node::ServedModel, parsers::ChatSettings};
+use crate::{GenerateError, node::ServedModel, settings::RequestSettings};
 
 /// Maximum number of tools, as in OpenAI's API.
 const MAX_TOOLS: usize = 128;
@@ -85,7 +85,7 @@ impl Tools {
         format: AnswerFormat,
         template: Option<&str>,
         model: &ServedModel,
-        settings: &ChatSettings,
+        settings: &RequestSettings,
     ) -> Result<AnswerFormat, GenerateError> {
         if self.functions.is_empty() || self.choice == ToolChoice::None {
             return Ok(format);

@@ -6,6 +6,7 @@ use crate::{
     generate::Core,
     history::{self, Handoff, INTERVAL_SECONDS, Point},
     nodes::NodeStatus,
+    watch::Summary,
 };
 
 /// Maximum number of tenants that are listed.
@@ -16,7 +17,8 @@ pub fn state(core: &Core) -> Value {
     let models = core.catalog.list().into_iter().map(|model| {
         let served = model.served.as_ref();
         json!({"name": model.name, "served": served.is_some(), "full_model": served.map(|m| &m.full_model),
-               "max_context_tokens": served.map(|m| m.max_context_tokens)})
+               "max_context_tokens": served.map(|m| m.max_context_tokens),
+               "watch": core.watch.summary(&model.name).map(watch)})
     });
     let tenants = core.admission.tenants();
     let mut tenants: Vec<_> = tenants.into_iter().collect();
@@ -71,6 +73,12 @@ fn node(status: &NodeStatus) -> Value {
                    "decode_step_microseconds": load.decode_step_microseconds}));
     }
     Value::Object(all)
+}
+
+fn watch(summary: Summary) -> Value {
+    let Summary { answers, tokens, agreement, logprob_gap_nats, parted_answers, median_parted_at_tokens } = summary;
+    json!({"answers": answers, "tokens": tokens, "agreement": agreement, "logprob_gap_nats": logprob_gap_nats,
+           "parted_answers": parted_answers, "median_parted_at_tokens": median_parted_at_tokens})
 }
 
 fn handoff(handoff: &Handoff) -> Value {

@@ -2,10 +2,14 @@
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
-use overfill_kv::{BLOCK_TOKENS, BlockId, KvStore as _, OutputToken};
+use overfill_kv::{BLOCK_TOKENS, BlockId, BlockLease, KvStore as _, OutputToken};
 use overfill_model::{LayerSink, ModelError};
 use overfill_node::Turn;
-use overfill_prefill_node::engine::{ChunkOutput, Compute, Engine, PromptChunk};
+use overfill_prefill_node::{
+    compute::{ChunkOutput, Compute, PromptChunk},
+    engine::Engine,
+    score::{ScoreChunk, Scored},
+};
 use parking_lot::Mutex;
 use rand::Rng as _;
 
@@ -63,6 +67,16 @@ impl Compute for Prefiller {
             }
         };
         Ok(chunks.iter().map(output).collect())
+    }
+
+    fn score(&mut self, chunk: &ScoreChunk<'_>, _: &Arc<BlockLease>) -> Result<Scored, ModelError> {
+        // Its KV stays on the node, so none is written.
+        let tokens = &chunk.request.tokens;
+        let token = |token| OutputToken { token, logprob: -1.0, top: Vec::new() };
+        Ok(Scored {
+            choices: chunk.scored().map(|at| token(next_token(&tokens[..at]))).collect(),
+            logprobs: chunk.scored().map(|at| token(tokens[at])).collect(),
+        })
     }
 }
 

@@ -1,4 +1,4 @@
-//! Settings of requests, by model: how the answers of chats are parsed, what the full model does, and what a request may change.
+//! Settings of requests: how the answers of chats are parsed, what the full model does, and what a request may change.
 
 use std::collections::BTreeMap;
 
@@ -6,9 +6,9 @@ use overfill_cluster::ConfigError;
 use overfill_kv::Mode;
 use overfill_text::{ReasoningFormat, ToolFormat};
 
-/// Flags of chats.
+/// Flags that say what requests may change.
 #[derive(Clone, Debug, Default, clap::Args)]
-pub struct ChatArgs {
+pub struct RequestArgs {
     /// How models write tool calls: hermes, llama3_json, pythonic, mistral, or none to leave them as text. MODEL=PARSER is for
     /// one model. Comma-separated or repeated [default: as the chat template says]
     #[arg(
@@ -40,35 +40,43 @@ pub struct ChatArgs {
         help_heading = "Requests"
     )]
     pub mode: Vec<String>,
+    /// Share of the answers in mode draft that the full model scores when they have ended, in [0, 1]. It does so while prefill
+    /// nodes have nothing else to compute. No text is stored.
+    #[arg(long, env = "OVERFILL_WATCH_SHARE", default_value_t = 0.0, value_name = "SHARE", help_heading = "Requests")]
+    pub watch_share: f64,
     /// Allow requests with a chat template of their own. Templates are programs. Their time, memory and output are limited.
     #[arg(long, env = "OVERFILL_TRUST_REQUEST_CHAT_TEMPLATE", help_heading = "Chats")]
     pub trust_request_chat_template: bool,
 }
 
-impl ChatArgs {
+impl RequestArgs {
     /// Validates the flags. Adds what is wrong to `faults`.
-    pub fn validate(self, faults: &mut Vec<ConfigError>) -> ChatSettings {
-        let Self { tool_call_parser, reasoning_parser, mode, trust_request_chat_template } = self;
+    pub fn validate(self, faults: &mut Vec<ConfigError>) -> RequestSettings {
+        let Self { tool_call_parser, reasoning_parser, mode, watch_share, trust_request_chat_template } = self;
+        ConfigError::check(faults, (0.0..=1.0).contains(&watch_share), "watch-share", "in [0, 1]", watch_share);
         let tools = ToolFormat::ALL.map(|format| (format.as_str(), format));
         let reasoning = ReasoningFormat::ALL.map(|format| (format.as_str(), format));
-        ChatSettings {
+        RequestSettings {
             tool_parsers: ByModel::parse("tool-call-parser", &tool_call_parser, &tools, faults),
             reasoning_parsers: ByModel::parse("reasoning-parser", &reasoning_parser, &reasoning, faults),
             modes: ByModel::parse("mode", &mode, &Mode::ALL.map(|mode| (mode.as_str(), mode)), faults),
+            watch_share,
             trust_request_chat_template,
         }
     }
 }
 
-/// Validated settings of chats.
+/// Validated settings of requests.
 #[derive(Clone, Debug, Default)]
-pub struct ChatSettings {
+pub struct RequestSettings {
     /// How models write tool calls. A model without an entry is asked in the format that its chat template names.
     pub tool_parsers: ByModel<ToolFormat>,
     /// How models mark their reasoning.
     pub reasoning_parsers: ByModel<ReasoningFormat>,
     /// What the full model does after the first token.
     pub modes: ByModel<Mode>,
+    /// Share of the answers that the full model scores ([`crate::watch`]).
+    pub watch_share: f64,
     /// Whether a request may bring a chat template of its own.
     pub trust_request_chat_template: bool,
 }
@@ -121,10 +129,11 @@ mod tests {
     fn parsers_by_model() {
         let mut faults = Vec::new();
         let list = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect();
-        let args = ChatArgs {
+        let args = RequestArgs {
             tool_call_parser: list(&["hermes", "a=mistral", "b=none", "c=qwen"]),
             reasoning_parser: list(&["x=deepseek_r1"]),
             mode: list(&["exact", "x=refresh"]),
+            watch_share: 1.5,
             trust_request_chat_template: false,
         };
         let settings = args.validate(&mut faults);
@@ -136,6 +145,7 @@ mod tests {
         assert_eq!(modes, [Some(Mode::Refresh), Some(Mode::Exact)]);
         let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
         let names = "hermes, llama3_json, pythonic, mistral and none";
-        assert_eq!(faults, [format!("--tool-call-parser must be [MODEL=]NAME with one of {names}, got c=qwen")]);
+        let parser = format!("--tool-call-parser must be [MODEL=]NAME with one of {names}, got c=qwen");
+        assert_eq!(faults, ["--watch-share must be in [0, 1], got 1.5".to_owned(), parser]);
     }
 }
