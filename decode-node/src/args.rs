@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use overfill_cluster::ConfigError;
 use overfill_model::Rows;
-use overfill_node::{NodeArgs, NodeConfig};
+use overfill_node::{NodeArgs, NodeConfig, Variant};
 
 /// A node that decodes requests over the full model's KV.
 #[derive(Clone, Debug, clap::Args)]
@@ -12,6 +12,16 @@ pub struct Args {
     /// What both roles have.
     #[command(flatten)]
     pub node: NodeArgs,
+    /// Further model that this node serves over the same KV, as NAME=MODEL. Comma-separated or repeated. All must attend to
+    /// the KV of the same full model. The KV of a prompt is held once for all of them.
+    #[arg(
+        long = "variant",
+        env = "OVERFILL_VARIANT",
+        value_delimiter = ',',
+        value_name = "NAME=MODEL",
+        help_heading = "Model"
+    )]
+    pub variant: Vec<String>,
     /// Listen address for KV from prefill nodes. Port 0 picks a free port.
     #[arg(long, env = "OVERFILL_KV_LISTEN", default_value = "127.0.0.1:0", help_heading = "Network")]
     pub kv_listen: String,
@@ -42,11 +52,12 @@ impl Args {
     /// # Errors
     /// All invalid settings, not only the first one.
     pub fn validate(self) -> Result<Config, Vec<ConfigError>> {
-        let Self { node, kv_listen, advertise_kv, max_running } = self;
+        let Self { node, variant, kv_listen, advertise_kv, max_running } = self;
         let f = &mut Vec::new();
         let (process, has_tls) = (node.process.clone(), node.tls.tls_ca.is_some());
         let has_host = node.advertise_host.is_some();
         let node = node.validate(Rows::Few, f);
+        let variants = variants(&variant, f);
         let parsed = kv_listen.parse::<SocketAddr>();
         let kv_listen = ConfigError::collect(f, parsed, "kv-listen", "an IP address and port", &kv_listen);
         let dialled = kv_listen.filter(|_| !has_host);
@@ -55,12 +66,30 @@ impl Args {
         ConfigError::check(f, (1..=4096).contains(&max_running), "max-running", "in [1, 4096]", max_running);
         match (node, kv_listen) {
             (Some(mut node), Some(kv_listen)) if f.is_empty() => {
+                node.variants = variants;
                 (node.load.max_rows, node.load.max_sequences) = (max_running, max_running);
                 Ok(Config { node, kv_listen, advertise_kv, max_running })
             }
             _ => Err(std::mem::take(f)),
         }
     }
+}
+
+/// Parses the values of --variant.
+fn variants(values: &[String], f: &mut Vec<ConfigError>) -> Vec<Variant> {
+    let mut variants: Vec<Variant> = Vec::new();
+    for value in values {
+        let is_new = |name: &str| !name.trim().is_empty() && variants.iter().all(|other| other.name != name);
+        let Some((name, model)) = value.split_once('=').filter(|(name, _)| is_new(name)) else {
+            f.push(ConfigError::new("variant", "NAME=MODEL with different names", value));
+            continue;
+        };
+        match overfill_model::resolve(model) {
+            Ok(model) => variants.push(Variant { name: name.to_owned(), model }),
+            Err(e) => f.push(ConfigError::new("variant", "a model folder, .gguf file or hub id", e)),
+        }
+    }
+    variants
 }
 
 #[cfg(test)]
@@ -77,10 +106,13 @@ mod tests {
 
     #[test]
     fn every_fault_is_reported_at_once() {
-        let line = "x --model /no/such --device gpu --kv-listen nowhere --advertise-kv host --max-running 0";
-        let faults = Cli::parse_from(line.split(' ')).args.validate().unwrap_err();
+        let line = "x --model /no/such --device gpu --variant a=. --variant a=. --variant b --kv-listen nowhere \
+                    --advertise-kv host --max-running 0";
+        let faults = Cli::parse_from(line.split_whitespace()).args.validate().unwrap_err();
         let flags: Vec<_> = faults.iter().map(|f| f.flag).collect();
-        assert_eq!(flags, ["model", "device", "kv-listen", "advertise-kv", "max-running"]);
-        assert_eq!(faults[4].to_string(), "--max-running must be in [1, 4096], got 0");
+        let expected = ["model", "device", "variant", "variant", "variant", "kv-listen", "advertise-kv", "max-running"];
+        assert_eq!(flags, expected);
+        assert_eq!(faults[3].to_string(), "--variant must be NAME=MODEL with different names, got a=.");
+        assert_eq!(faults[7].to_string(), "--max-running must be in [1, 4096], got 0");
     }
 }

@@ -4,16 +4,13 @@
 use std::{
     collections::{HashMap, VecDeque},
     io,
-    ops::Range,
     sync::{Arc, mpsc as std_mpsc},
     time::Duration,
 };
 
 use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, Role, Windows};
-use overfill_model::{
-    Choice, Engine as ModelEngine, LayerSink, ModelError, Outputs, SamplingContext, SequenceSlice, Want, no_layers,
-};
-use overfill_node::{Constraint, LoadState, Turn, spawn_engine};
+use overfill_model::{Engine as ModelEngine, ModelError};
+use overfill_node::{LoadState, Turn, spawn_engine};
 use tokio::{
     sync::{Notify, oneshot},
     time::Instant,
@@ -21,6 +18,7 @@ use tokio::{
 use tracing::debug;
 
 use crate::{
+    compute::{Compute, ModelCompute, Stepping},
     flow::Flow,
     handle::{Command, EngineHandle},
     scheduler::{self, Growth, Occupancy},
@@ -41,69 +39,19 @@ pub struct EngineLimits {
     pub windows: Windows,
 }
 
-/// The computation of tokens: by the model's engine, or simulated in tests.
-pub trait Compute {
-    /// Computes the KV of tokens of each sequence, and returns the next token of each whose last token it has computed.
-    ///
-    /// # Errors
-    /// The computation failed. Then all sequences of the batch have failed.
-    fn step(&mut self, sequences: &[Stepping<'_>]) -> Result<Vec<Option<OutputToken>>, ModelError>;
-}
-
-/// A sequence in a step.
-pub struct Stepping<'a> {
-    /// The sequence.
-    pub sequence: &'a Sequence,
-    /// Positions of the tokens to compute, at least one. Nearly always, this is the last token alone.
-    pub tokens: Range<usize>,
-}
-
-impl Stepping<'_> {
-    /// Whether the next token of the sequence is to be chosen.
-    pub fn is_last(&self) -> bool {
-        self.tokens.end == self.sequence.flow.tokens.len()
-    }
-}
-
-struct ModelCompute {
-    engine: Box<dyn ModelEngine>,
-    layers: Arc<dyn LayerSink>,
-    outputs: Outputs,
-}
-
-impl Compute for ModelCompute {
-    fn step(&mut self, sequences: &[Stepping<'_>]) -> Result<Vec<Option<OutputToken>>, ModelError> {
-        let slices: Vec<_> = sequences.iter().map(slice).collect();
-        self.engine.run(&slices, &self.layers, &mut self.outputs)?;
-        let outputs = sequences.iter().enumerate();
-        outputs.map(|(i, stepping)| stepping.is_last().then(|| self.outputs.take_next(i)).transpose()).collect()
-    }
-}
-
-fn slice<'a>(stepping: &Stepping<'a>) -> SequenceSlice<'a> {
-    let (Sequence { flow, blocks, .. }, positions) = (stepping.sequence, &stepping.tokens);
-    let (prompt, output) = flow.prompt_and_output();
-    let allowed = flow.request.constraint.as_ref().map(Constraint::mask);
-    let context = SamplingContext { allowed, ..SamplingContext::following(prompt, output) };
-    let want = match stepping.is_last() {
-        true => Want::Next(Choice { params: &flow.request.sampling, context }),
-        false => Want::Nothing,
-    };
-    SequenceSlice { tokens: &flow.tokens[positions.clone()], start: positions.start, blocks, want }
-}
-
-/// Starts the engine thread. The returned receiver resolves when the thread has ended, also after a panic.
+/// Starts the engine thread over models that share their KV. The returned receiver resolves when the thread has ended, also
+/// after a panic.
 ///
 /// # Errors
 /// The operating system refused to start a thread.
 pub fn start(
-    engine: Box<dyn ModelEngine>,
+    engines: Vec<Box<dyn ModelEngine>>,
     pool: BlockPool,
     load: Arc<LoadState>,
     limits: EngineLimits,
 ) -> io::Result<(EngineHandle, oneshot::Receiver<()>)> {
-    let store = engine.kv();
-    let compute = ModelCompute { engine, layers: no_layers(), outputs: Outputs::default() };
+    let store = engines.first().ok_or_else(|| io::Error::other("a decode node has at least one model"))?.kv();
+    let compute = ModelCompute::new(engines);
     let (handle, engine) = Engine::new(compute, store, pool, load, limits);
     let end = spawn_engine(Role::Decode, move || engine.run())?;
     Ok((handle, end))

@@ -1,11 +1,13 @@
 //! The decode node: it generates the output of a request over the full model's KV of the prompt.
 //!
-//! Path of a request: [`service`] checks it ([`request`]) and queues it in the [`engine`], whose thread owns the model.
+//! Path of a request: [`service`] checks it ([`request`]) and queues it in the [`engine`], whose thread owns the model, or several
+//! models over the same KV ([`compute`]).
 //! The engine reserves KV blocks, and the prefill node sends the prompt's KV into them. When the KV is complete and
 //! verified, the request joins the running batch ([`scheduler`], [`sequence`]). When blocks run out, the youngest
 //! request is preempted: its KV moves to host memory until there is room again.
 
 pub mod args;
+pub mod compute;
 pub mod engine;
 pub mod extension;
 pub mod flow;

@@ -4,6 +4,7 @@ use std::{net::SocketAddr, sync::Arc};
 
 use overfill_cluster::{ReadyLine, Shutdown, grpc};
 use overfill_kv::{BlockPool, KvEndpoint, Role};
+use overfill_model::Model;
 use overfill_node::{Host, KvListener, LoadState, NodeCore, NodeError, RoleService, Served, load::Receiving};
 use overfill_proto::{MAX_MESSAGE_BYTES, v1::decode_server::DecodeServer};
 use overfill_transport::{KvReceiver, TransferConfig};
@@ -40,7 +41,7 @@ impl DecodeNode {
         let host = Host::bind(Role::Decode, node).await?;
         let stop = CancellationToken::new();
         let listener = KvListener::new(kv, host.config.tls.clone());
-        let schema = host.model.kv_schema();
+        let schema = host.kv_schema();
         let limits = EngineLimits { max_running, max_waiting, windows: schema.windows() };
         let transfer = TransferConfig { transports: host.transports.clone(), ..TransferConfig::default() };
         let (receiver, receiving) = KvReceiver::start(listener, schema, host.model.kv(), transfer, stop.clone());
@@ -79,15 +80,16 @@ impl DecodeNode {
     /// The operating system refused a thread, or the engine or another task ended unexpectedly.
     pub async fn run(self, shutdown: Shutdown) -> Result<(), NodeError> {
         let Self { host, limits, kv_address, advertise_kv, receiver, receiving, receiver_stop, load } = self;
-        let schema = host.model.kv_schema();
+        let schema = host.kv_schema();
         let address = host.config.dialled(advertise_kv.as_deref(), kv_address);
         let kv_endpoint = KvEndpoint { address, versions: schema.protocol() };
         let identity = host.identity(schema, limits.max_running, Some(kv_endpoint));
         let core = NodeCore::new(identity, load.clone(), &shutdown, host.config.drain_timeout);
         let request_limits = core.request_limits(host.config.default_deadline);
         let (pool, constraints) = (host.pool.clone(), core.constraints(host.files.clone()));
-        let (front, model) = host.into_parts();
-        let (engine, engine_end) = engine::start(model.into_engine(), pool, load, limits)?;
+        let (front, model, variants) = host.into_parts();
+        let engines = std::iter::once(model).chain(variants).map(Model::into_engine).collect();
+        let (engine, engine_end) = engine::start(engines, pool, load, limits)?;
         let service = DecodeService {
             engine,
             limits: request_limits,

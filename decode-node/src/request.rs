@@ -3,7 +3,7 @@
 
 use overfill_kv::{KvSchema, SchemaMismatch, Ticket, sampling::MAX_STOP_TOKENS};
 use overfill_node::{
-    RequestError, RequestLimits,
+    Identity, RequestError, RequestLimits,
     request::{Common, CommonFields},
 };
 use overfill_proto::{InvalidField, ticket_from_wire, v1};
@@ -28,6 +28,7 @@ pub fn check(limits: &RequestLimits, wire: v1::DecodeRequest, now: Instant) -> R
         producer,
         incarnation,
         mode,
+        model,
     } = wire;
     let mode = v1::Mode::try_from(mode).map_err(|e| InvalidField::new("mode", "a known mode", e))?;
     let fields = CommonFields { request_id, prompt_tokens, sampling, deadline_seconds, generated_tokens, incarnation };
@@ -43,10 +44,12 @@ pub fn check(limits: &RequestLimits, wire: v1::DecodeRequest, now: Instant) -> R
         let limit = format!("at most {MAX_STOP_TOKENS} ids");
         return Err(InvalidField::new("stop_token_ids", limit, format!("{} ids", stop_token_ids.len())).into());
     }
+    let variant = check_model(&limits.identity, &model)?;
     let producer = check_producer(&limits.identity.schema, producer)?;
     let mode = mode.named().unwrap_or_default();
     Ok(Request {
         id,
+        variant,
         tokens,
         generated,
         sampling,
@@ -57,6 +60,16 @@ pub fn check(limits: &RequestLimits, wire: v1::DecodeRequest, now: Instant) -> R
         deadline,
         mode,
     })
+}
+
+/// Which of the node's models a request names.
+fn check_model(identity: &Identity, model: &str) -> Result<usize, InvalidField> {
+    if model.is_empty() {
+        return Ok(0);
+    }
+    let names: Vec<&str> = std::iter::once(&identity.model).chain(&identity.variants).map(String::as_str).collect();
+    let place = names.iter().position(|name| *name == model);
+    place.ok_or_else(|| InvalidField::new("model", format!("one of {}", names.join(", ")), model))
 }
 
 /// The position of the first token that the full model has chosen, and the tokens.

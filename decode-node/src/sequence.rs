@@ -25,6 +25,8 @@ pub const CLIENT_EVENTS: usize = 64;
 pub struct Request {
     /// Id of the request.
     pub id: RequestId,
+    /// Which of the node's models decodes: 0 is the node's model, the others are its variants.
+    pub variant: usize,
     /// Token ids of the prompt; at least one.
     pub tokens: Vec<u32>,
     /// Number of tokens at the end of `tokens` that are earlier output. Penalties treat them as output.

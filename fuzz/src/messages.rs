@@ -46,6 +46,7 @@ pub fn messages(data: &[u8]) {
         }),
         8 => extend_request(input.rest()),
         9 => verdict_request(input.rest()),
+        10 => score_request(input.rest()),
         _ => same_again::<v1::PrefillEvent>(input.rest(), |event| {
             if let Some(v1::prefill_event::Event::FirstToken(v1::FirstToken { token: Some(token), .. })) = event.event {
                 drop(overfill_kv::OutputToken::from(token));
@@ -121,6 +122,20 @@ fn extend_request(bytes: &[u8]) {
                     assert!(handoff.held_blocks < end);
                     assert!(end * overfill_kv::BLOCK_TOKENS <= extension.position + extension.standing);
                 }
+            }
+            Err(e) => check_refusal(&e.to_string()),
+        }
+    });
+}
+
+fn score_request(bytes: &[u8]) {
+    same_again::<v1::ScoreRequest>(bytes, |wire| {
+        let limits = RequestLimits::of_a_small_node(Role::Prefill);
+        let now = Instant::now();
+        match overfill_prefill_node::request::check_score(&limits, wire, now) {
+            Ok(score) => {
+                check_tokens(&score.tokens, score.generated, score.deadline, now);
+                assert!((1..score.tokens.len()).contains(&score.generated));
             }
             Err(e) => check_refusal(&e.to_string()),
         }

@@ -124,6 +124,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         producer: "f".into(),
         incarnation: "1".into(),
         mode: v1::Mode::Unspecified.into(),
+        model: "m".into(),
     };
     let prefill = v1::PrefillRequest {
         request_id: "r".into(),
@@ -146,6 +147,13 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         choose: true,
         handoff: prefill.handoff.clone(),
         handoff_end_tokens: 32,
+        ..Default::default()
+    };
+    let score = v1::ScoreRequest {
+        request_id: "r".into(),
+        tokens: (1..20).collect(),
+        generated_tokens: 5,
+        sampling: Some(sampling.clone()),
         ..Default::default()
     };
     let verdict = v1::VerdictRequest {
@@ -191,6 +199,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         ("prefill-event", of(7, &prefill_event.encode_to_vec())),
         ("extend", of(8, &extend.encode_to_vec())),
         ("verdict", of(9, &verdict.encode_to_vec())),
+        ("score", of(10, &score.encode_to_vec())),
     ]
 }
 

@@ -61,6 +61,10 @@ affinity:
   value: {{ $pool.path | quote }}
 - name: OVERFILL_SERVED_MODEL_NAME
   value: {{ $pool.served | quote }}
+{{- with $pool.variantFlags }}
+- name: OVERFILL_VARIANT
+  value: {{ . | quote }}
+{{- end }}
 - name: OVERFILL_POOL
   value: {{ $pool.name | quote }}
 - name: OVERFILL_NODE_ID

@@ -43,6 +43,15 @@
 {{- else -}}
 {{- $_ := set $pool "served" (default $model.name $pool.servedName) -}}
 {{- $names = append $names $pool.served -}}
+{{- $variants := list -}}
+{{- if and $pool.variants $model.source.builtin -}}
+{{- fail (printf "%s.variants: the built-in pair has no other decode models." $pool.at) -}}
+{{- end -}}
+{{- range $pool.variants -}}
+{{- $names = append $names .servedName -}}
+{{- $variants = append $variants (printf "%s=%s" .servedName (include "overfill.model.path" (merge (dict "modelPath" .modelPath) $pool))) -}}
+{{- end -}}
+{{- $_ := set $pool "variantFlags" (join "," $variants) -}}
 {{- end -}}
 {{- $_ := set $pool "path" (include "overfill.model.path" $pool) -}}
 {{- /* The demo pair was trained and is compared in f32. */ -}}

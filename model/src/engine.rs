@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use overfill_kv::KvStore;
 
-use crate::{ModelError, Outputs, Rows, SequenceSlice};
+use crate::{LoadOptions, ModelConfig, ModelError, Outputs, Rows, SequenceSlice, Weights};
 
 /// Receives a notification for each layer whose KV is final for all tokens of one batch.
 ///
@@ -46,6 +46,18 @@ pub trait Engine: Send {
 
     /// The KV cache that [`Self::run`] reads and writes, `[layers][blocks][K|V][kv_heads][16][head_dim]`.
     fn kv(&self) -> Arc<dyn KvStore>;
+
+    /// Loads another model that reads and writes this engine's KV cache. The two engines must not run at the same time. The
+    /// caller has checked that the KV of both has the same layout.
+    ///
+    /// # Errors
+    /// The weights do not fit the device, or the configuration.
+    fn load_sibling(
+        &self,
+        config: &ModelConfig,
+        weights: &Weights,
+        options: &LoadOptions,
+    ) -> Result<Box<dyn Engine>, ModelError>;
 
     /// Changes the number of rows to optimise for, as if the model had been loaded with it.
     fn set_rows(&mut self, rows: Rows);

@@ -6,7 +6,7 @@ use std::{
     time::Instant,
 };
 
-use overfill_kv::{BLOCK_TOKENS, KvDtype, KvSchema, KvStore};
+use overfill_kv::{BLOCK_TOKENS, KvDtype, KvSchema, KvStore, SchemaMismatch};
 use overfill_text::{TextError, TextFiles, TextModel, token_ids};
 use sha2::{Digest, Sha256};
 
@@ -21,10 +21,8 @@ pub struct Model {
     name: String,
     config: ModelConfig,
     engine: Box<dyn Engine>,
-    kv_dtype: KvDtype,
-    provenance: Option<Provenance>,
+    schema: KvSchema,
     fingerprint: String,
-    tokenizer_sha256: String,
     eos_token_ids: Vec<u32>,
 }
 
@@ -32,6 +30,40 @@ impl Model {
     /// Loads a Hugging Face folder or a .gguf file, with a KV cache of `kv_blocks` blocks. Checks the configuration and
     /// all tensor shapes before it allocates memory.
     pub fn load(folder: &Path, options: &LoadOptions, kv_blocks: usize) -> Result<Self, ModelError> {
+        Self::load_with(folder, options, |config, weights, _| load_engine(config, weights, options, kv_blocks))
+    }
+
+    /// Loads another model that shares this one's KV cache: both attend to the same full model's KV, and a block of a prompt is
+    /// held once. The engines of the two must not run at the same time.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; or the two models' KV is not the same.
+    pub fn load_sibling(&self, folder: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
+        let own = self.kv_schema();
+        Self::load_with(folder, options, |config, weights, schema| {
+            let mismatch = |SchemaMismatch { field, producer, consumer }| {
+                let supported = format!("{producer}, as in {}: the two share their KV", self.name);
+                ModelError::unsupported(folder, field, consumer, &supported)
+            };
+            // All layers of both, whichever is named first.
+            own.check_consumer(&KvSchema { full_model: None, ..schema.clone() }).map_err(mismatch)?;
+            let reverse = KvSchema { layers: schema.layers.clone(), ..own.clone() }.check_consumer(&own);
+            reverse.map_err(|e| mismatch(SchemaMismatch { producer: e.consumer, consumer: e.producer, ..e }))?;
+            if let (Some(ours), Some(theirs)) = (&own.full_model, &schema.full_model)
+                && ours != theirs
+            {
+                let (producer, consumer) = (ours.clone(), theirs.clone());
+                return Err(mismatch(SchemaMismatch { field: "full_model", producer, consumer }));
+            }
+            self.engine.load_sibling(config, weights, options)
+        })
+    }
+
+    fn load_with(
+        folder: &Path,
+        options: &LoadOptions,
+        load: impl FnOnce(&ModelConfig, &Weights, &KvSchema) -> Result<Box<dyn Engine>, ModelError>,
+    ) -> Result<Self, ModelError> {
         let started = Instant::now();
         let (folder, name) = absolute(folder)?;
         let config = ModelConfig::from_folder(&folder)?;
@@ -40,22 +72,15 @@ impl Model {
         let text = text_files(&folder)?;
         let eos_token_ids = eos_token_ids(&folder, &text, &config)?;
         let weights = Weights::open(&folder)?;
-        let engine = load_engine(&config, &weights, options, kv_blocks)?;
+        let tokenizer_sha256: String =
+            Sha256::digest(text.tokenizer_json).iter().map(|byte| format!("{byte:02x}")).collect();
+        let schema = kv_schema(&config, provenance.as_ref(), options.kv_dtype, &tokenizer_sha256);
+        let engine = load(&config, &weights, &schema)?;
         tracing::info!(
             model = %folder.display(), weights = %options.weights, kv = %options.kv_dtype, device = %options.device,
             seconds = started.elapsed().as_secs_f64(), "loaded the model"
         );
-        Ok(Self {
-            fingerprint: weights.fingerprint()?,
-            folder,
-            name,
-            config,
-            engine,
-            kv_dtype: options.kv_dtype,
-            provenance,
-            tokenizer_sha256: Sha256::digest(text.tokenizer_json).iter().map(|byte| format!("{byte:02x}")).collect(),
-            eos_token_ids,
-        })
+        Ok(Self { fingerprint: weights.fingerprint()?, folder, name, config, engine, schema, eos_token_ids })
     }
 
     /// The model's configuration.
@@ -117,27 +142,7 @@ impl Model {
     /// Schema of this model's KV. Without overfill.json the model produces its own KV; with it, the model consumes the
     /// full model's KV.
     pub fn kv_schema(&self) -> KvSchema {
-        let config = &self.config;
-        let all = || (0..config.num_hidden_layers as u32).collect();
-        let (layers, full_model) = match &self.provenance {
-            Some(p) => (
-                p.kept_layers.clone().unwrap_or_else(all),
-                p.full_model.as_ref().and_then(|full| full.fingerprint.clone()),
-            ),
-            None => (all(), None),
-        };
-        KvSchema {
-            layers,
-            kv_heads: config.num_key_value_heads as u32,
-            head_dim: config.head_dim as u32,
-            rope: config.rope_spec(),
-            layer_attention: config.layer_attention(),
-            dtype: self.kv_dtype,
-            block_tokens: BLOCK_TOKENS as u32,
-            vocab_size: config.vocab_size as u32,
-            tokenizer_sha256: self.tokenizer_sha256.clone(),
-            full_model,
-        }
+        self.schema.clone()
     }
 
     /// Schema of the KV that this model produces as the full model on a prefill node.
@@ -149,7 +154,34 @@ impl Model {
     /// Size of one block over all layers, in bytes.
     pub fn block_bytes(&self) -> usize {
         let layers = self.config.num_hidden_layers;
-        layers * self.kv_schema().block_bytes()
+        layers * self.schema.block_bytes()
+    }
+}
+
+fn kv_schema(
+    config: &ModelConfig,
+    provenance: Option<&Provenance>,
+    dtype: KvDtype,
+    tokenizer_sha256: &str,
+) -> KvSchema {
+    let all = || (0..config.num_hidden_layers as u32).collect();
+    let (layers, full_model) = match provenance {
+        Some(p) => {
+            (p.kept_layers.clone().unwrap_or_else(all), p.full_model.as_ref().and_then(|full| full.fingerprint.clone()))
+        }
+        None => (all(), None),
+    };
+    KvSchema {
+        layers,
+        kv_heads: config.num_key_value_heads as u32,
+        head_dim: config.head_dim as u32,
+        rope: config.rope_spec(),
+        layer_attention: config.layer_attention(),
+        dtype,
+        block_tokens: BLOCK_TOKENS as u32,
+        vocab_size: config.vocab_size as u32,
+        tokenizer_sha256: tokenizer_sha256.to_owned(),
+        full_model,
     }
 }
 

@@ -144,6 +144,15 @@ pub struct NodeArgs {
     pub process: ProcessArgs,
 }
 
+/// A further model of a decode node.
+#[derive(Clone, Debug)]
+pub struct Variant {
+    /// Name under which it is served.
+    pub name: String,
+    /// Folder or GGUF file of the model.
+    pub model: PathBuf,
+}
+
 /// Checked settings of a node.
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
@@ -151,6 +160,8 @@ pub struct NodeConfig {
     pub model: PathBuf,
     /// Name under which the model is served; `None`: the name of its folder.
     pub served_model_name: Option<String>,
+    /// Further models that a decode node serves over the same KV.
+    pub variants: Vec<Variant>,
     /// Name of the node; `None`: its role and address.
     pub node_id: Option<String>,
     /// Name of its pool; `None`: its role.
@@ -258,6 +269,7 @@ impl NodeArgs {
         Some(NodeConfig {
             model: model?,
             served_model_name,
+            variants: Vec::new(),
             node_id,
             pool,
             cluster,

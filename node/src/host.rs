@@ -16,8 +16,8 @@ use overfill_transport::{TransportError, Transports};
 use tokio::{net::TcpListener, sync::oneshot, task::JoinError};
 
 use crate::{
-    Identity, LoadState, NodeConfig, NodeCore, NodeMetrics, RoleService, Served, load::Receiving, new_incarnation,
-    transport::TransportMetrics,
+    Identity, LoadState, NodeConfig, NodeCore, NodeMetrics, RoleService, Served, Variant, load::Receiving,
+    new_incarnation, transport::TransportMetrics,
 };
 
 /// Why a node failed to start or to keep running.
@@ -61,6 +61,8 @@ pub struct Host {
     pub config: NodeConfig,
     /// The loaded model.
     pub model: Model,
+    /// Further models over the same KV, in the order of their names in [`NodeConfig::variants`].
+    pub variants: Vec<Model>,
     /// Tokenizer, chat template and other text files of the model.
     pub files: Arc<TextFiles>,
     /// Pool of the blocks of the KV cache.
@@ -84,20 +86,23 @@ impl Host {
         // The admin port is served before the model is loaded, which may take minutes.
         let admin = Admin::default();
         let admin_server = AdminServer::start(admin_listener, admin.clone());
-        let NodeConfig { model: folder, load: options, kv_blocks, .. } = config.clone();
+        let NodeConfig { model: folder, variants, load: options, kv_blocks, .. } = config.clone();
         let transport = config.transport.clone();
         let load = move || {
             let model = Model::load(&folder, &options, kv_blocks)?;
+            let sibling = |variant: &Variant| model.load_sibling(&variant.model, &options);
+            let variants = variants.iter().map(sibling).collect::<Result<Vec<_>, _>>()?;
             let files = Arc::new(overfill_model::text_files(&folder)?);
             let transports = transport.open(model.kv())?;
-            Ok::<_, NodeError>((model, files, transports))
+            Ok::<_, NodeError>((model, variants, files, transports))
         };
-        let (model, files, transports) = tokio::task::spawn_blocking(load).await??;
+        let (model, variants, files, transports) = tokio::task::spawn_blocking(load).await??;
         let grpc_address = grpc.local_addr()?;
         let pool = BlockPool::new(kv_blocks);
         Ok(Self {
             config,
             model,
+            variants,
             files,
             pool,
             transports,
@@ -143,6 +148,14 @@ impl Host {
             Role::Prefill => self.config.kv_blocks * BLOCK_TOKENS,
             Role::Decode => schema.windows().max_context_tokens(self.config.kv_blocks),
         };
+        let models = || std::iter::once(&self.model).chain(&self.variants);
+        let context = models().map(Model::max_context_tokens).min().unwrap_or(room).min(room);
+        let mut eos_token_ids: Vec<u32> = Vec::new();
+        for id in models().flat_map(Model::eos_token_ids) {
+            if !eos_token_ids.contains(id) {
+                eos_token_ids.push(*id);
+            }
+        }
         Identity {
             role: self.role,
             node_id: self.config.node_id.clone().unwrap_or_else(default_id),
@@ -150,22 +163,31 @@ impl Host {
             pool: self.pool_name(),
             cluster: self.config.cluster.clone(),
             model: self.served_model_name(),
+            variants: self.config.variants.iter().map(|variant| variant.name.clone()).collect(),
             schema,
-            max_context_tokens: self.model.max_context_tokens().min(room),
+            max_context_tokens: context,
             total_blocks: self.config.kv_blocks,
             max_running,
             kv_endpoint,
             kv_transports: self.transports.usable().to_string(),
             weights: self.config.load.weights.to_string(),
-            eos_token_ids: self.model.eos_token_ids().to_vec(),
+            eos_token_ids,
         }
     }
 
-    /// Splits the host into its servers and the model, which the engine takes.
-    pub fn into_parts(self) -> (Front, Model) {
+    /// The schema of the KV that all models of the node attend to. It names the full model if one of them does.
+    pub fn kv_schema(&self) -> KvSchema {
+        let mut schemas = std::iter::once(&self.model).chain(&self.variants).map(Model::kv_schema);
+        let full_model = schemas.find_map(|schema| schema.full_model);
+        KvSchema { full_model, ..self.model.kv_schema() }
+    }
+
+    /// Splits the host into its servers, the model, and the variants, which the engine takes.
+    pub fn into_parts(self) -> (Front, Model, Vec<Model>) {
         let Self {
             config,
             model,
+            variants,
             files: _,
             pool: _,
             transports,
@@ -176,7 +198,7 @@ impl Host {
             admin_server,
             admin_address: _,
         } = self;
-        (Front { config, transports, grpc, grpc_address, admin, admin_server }, model)
+        (Front { config, transports, grpc, grpc_address, admin, admin_server }, model, variants)
     }
 }
 

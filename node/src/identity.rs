@@ -19,6 +19,8 @@ pub struct Identity {
     pub cluster: String,
     /// Name under which its model is served.
     pub model: String,
+    /// Names of further models that it serves over the same KV; decode nodes only.
+    pub variants: Vec<String>,
     /// KV schema. Prefill nodes: the KV that the model computes. Decode nodes: the KV that the model attends to.
     pub schema: KvSchema,
     /// Maximum length of prompt and output together, in tokens: the lower of the model's limit and what fits into the KV
@@ -63,6 +65,7 @@ impl Identity {
             pool: self.pool.clone(),
             cluster: self.cluster.clone(),
             kv_transports: self.kv_transports.clone(),
+            variants: self.variants.clone(),
         }
     }
 

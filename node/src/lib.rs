@@ -19,7 +19,7 @@ mod service;
 mod stream;
 mod transport;
 
-pub use args::{MAX_DEADLINE_SECONDS, NodeArgs, NodeConfig, positive_seconds};
+pub use args::{MAX_DEADLINE_SECONDS, NodeArgs, NodeConfig, Variant, positive_seconds};
 pub use constraint::{Constraint, Constraints};
 pub use drain::Drain;
 pub use engine::{Turn, spawn_engine};

@@ -174,6 +174,7 @@ impl RequestLimits {
             incarnation: "1".into(),
             pool: "pool".into(),
             cluster: String::new(),
+            variants: Vec::new(),
             model: "m".into(),
             schema,
             max_context_tokens: 64,

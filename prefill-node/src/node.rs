@@ -65,7 +65,7 @@ impl PrefillNode {
         };
         let (pool, files) = (host.pool.clone(), host.files.clone());
         let constraints = core.constraints(files.clone());
-        let (front, model) = host.into_parts();
+        let (front, model, _) = host.into_parts();
         let producer = model.fingerprint().into();
         let (engine, engine_end) = engine::start(model.into_engine(), producer, pool, load, limits, transfer)?;
         let service = PrefillService { engine, limits: request_limits, constraints, files, core: core.clone() };

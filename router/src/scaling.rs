@@ -59,7 +59,7 @@ pub fn pool_work(
         })
         .collect();
     for model in view.models.keys() {
-        let decode: Vec<&Node> = view.decode.iter().map(|node| &**node).filter(|d| d.info.model == *model).collect();
+        let decode: Vec<&Node> = view.decode.iter().map(|node| &**node).filter(|d| d.info.serves(model)).collect();
         let serves = |p: &&Node| decode.iter().any(|d| View::check_pair(p, d).is_ok());
         let prefill: Vec<&Node> = view.prefill.iter().map(|node| &**node).filter(serves).collect();
         let turn = waiting(model, WaitsFor::Turn);

@@ -30,6 +30,8 @@ fn count(field: &'static str, count: u32, max: u32) -> Result<u32, InvalidField>
     Ok(count)
 }
 
+/// Maximum number of further models of a node.
+const MAX_VARIANTS: usize = 256;
 /// Maximum length of a list of transports, in bytes.
 const MAX_TRANSPORTS_BYTES: usize = 64;
 
@@ -55,6 +57,7 @@ impl TryFrom<v1::NodeInfo> for NodeInfo {
             pool,
             cluster,
             kv_transports,
+            variants,
         } = wire;
         let schema = kv_schema.ok_or_else(|| InvalidField::new("kv_schema", "present", "nothing"))?;
         Ok(Self {
@@ -62,6 +65,12 @@ impl TryFrom<v1::NodeInfo> for NodeInfo {
             incarnation: name("incarnation", incarnation)?,
             role,
             model: name("model", model)?,
+            variants: match variants.len() {
+                0..=MAX_VARIANTS => {
+                    variants.into_iter().map(|variant| name("variants", variant)).collect::<Result<_, _>>()?
+                }
+                count => return Err(InvalidField::new("variants", format!("at most {MAX_VARIANTS}"), count)),
+            },
             schema: KvSchema::try_from(schema)?,
             max_context_tokens: count("max_context_tokens", max_context_tokens, u32::MAX)?,
             total_blocks: count("total_blocks", total_blocks, u32::MAX)?,
@@ -104,12 +113,14 @@ impl From<&NodeInfo> for v1::NodeInfo {
             pool,
             cluster,
             kv_transports,
+            variants,
         } = info;
         Self {
             node_id: node_id.clone(),
             incarnation: incarnation.clone(),
             role: v1::Role::from(*role).into(),
             model: model.clone(),
+            variants: variants.clone(),
             kv_schema: Some(schema.into()),
             max_context_tokens: *max_context_tokens,
             total_blocks: *total_blocks,
@@ -260,6 +271,7 @@ mod tests {
             incarnation: "1".into(),
             role: Role::Decode,
             model: "m".into(),
+            variants: vec!["v".into()],
             schema: KvSchema {
                 layers: vec![0],
                 kv_heads: 1,

@@ -185,6 +185,10 @@ def pool(settings, role):
         properties["modelPath"] = described(
             PATH, "Path of the decode model in the source. Default: the model's decodePath."
         )
+        properties["variants"] = described(
+            list_of(record({"servedName": SERVED, "modelPath": PATH}, ["servedName", "modelPath"])),
+            "Further decode models that each node of the pool serves over the same KV. Each has a `servedName` and a `modelPath`.",
+        )
     return record({**properties, **of_role(settings, role)}, ["name", "model"])
 
 

@@ -26,7 +26,7 @@ SWITCHES = [
     "--set",
     "router.maxConnections=1,router.itlLimitSeconds=1",
     "--set",
-    "router.allowedOrigins={*},router.mode={exact},router.watchShare=0.5,router.toolCallParser={none},router.reasoningParser={none},router.trustRequestChatTemplate=true",
+    "router.allowedOrigins={*},router.mode={exact},router.watchShare=1,router.toolCallParser={none},router.reasoningParser={none},router.trustRequestChatTemplate=true",
 ]
 # Folders with the flags of a service: its own and those that services share.
 SOURCES = {

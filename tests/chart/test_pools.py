@@ -72,6 +72,22 @@ def test_overrides(pools):
     }
 
 
+VARIANTS = """
+models: [{name: chat, source: {pvc: {claimName: models}}, fullPath: full, decodePath: decode}]
+prefill: {pools: [{name: a, model: chat}]}
+decode: {pools: [{name: a, model: chat, variants: [{servedName: code, modelPath: code/v2}, {servedName: full, modelPath: full}]}]}
+"""
+
+
+def test_variants_share_a_pool(helm4, tmp_path):
+    (tmp_path / "values.yaml").write_text(VARIANTS)
+    objects = helm4.objects("--values", tmp_path / "values.yaml")
+    decode = kube.env(objects, "Deployment", "overfill-decode-a")
+    assert (decode["OVERFILL_MODEL"], decode["OVERFILL_VARIANT"]) == ("/models/decode", "code=/models/code/v2,full=/models/full")
+    assert "OVERFILL_VARIANT" not in kube.env(objects, "Deployment", "overfill-prefill-a")
+    assert kube.env(objects, "Deployment", "overfill-router")["OVERFILL_SERVED_MODEL"] == "chat,code,full"
+
+
 def test_grace_covers_the_drain(pools):
     a, b = (deployment(pools, f"prefill-{name}")["spec"]["template"]["spec"] for name in "ab")
     assert a["terminationGracePeriodSeconds"] == 3 + 100 + 10

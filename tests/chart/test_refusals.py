@@ -31,6 +31,10 @@ FAULTS = [
         'decode.pools: two pools have the name "a".',
         ["--set-json", 'decode.pools=[{"name":"a","model":"demo"},{"name":"a","model":"demo"}]'],
     ),
+    (
+        "decode.pools[0] (a).variants: the built-in pair has no other decode models.",
+        ["--set-json", 'decode.pools=[{"name":"a","model":"demo","variants":[{"servedName":"b","modelPath":"c"}]}]'],
+    ),
     ("decode.pools is empty", ["--set-json", "decode.pools=[]"]),
     ("prefill.pools is empty", ["--set-json", "prefill.pools=[]"]),
     (

@@ -55,7 +55,9 @@ impl Counts {
 
 /// Greedy with seed 0. The penalty counts prompt and output alike.
 fn request(prompt: &[u32], tokens: usize, seed: usize) -> Request {
-    let request = Request::tokens(prompt, tokens as u32).with("logprobs", json!(0));
+    let request = Request::tokens(prompt, tokens as u32)
+        .with("logprobs", json!(0))
+        .with("return_tokens_as_token_ids", json!(true));
     match seed {
         0 => request,
         _ => request

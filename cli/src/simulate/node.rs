@@ -126,6 +126,7 @@ impl NodeSetup {
             pool: pool_name.into(),
             cluster: String::new(),
             model: model.into(),
+            variants: Vec::new(),
             schema: schema(),
             max_context_tokens: self.kv_blocks * BLOCK_TOKENS,
             total_blocks: self.kv_blocks,

@@ -8,11 +8,18 @@ use std::{
     time::Duration,
 };
 
-use overfill_decode_node::engine::{self as decode, Stepping};
-use overfill_kv::OutputToken;
+use overfill_decode_node::{
+    compute::{Compute as DecodeCompute, Stepping},
+    engine as decode,
+};
+use overfill_kv::{BlockLease, OutputToken};
 use overfill_model::{LayerSink, ModelError};
 use overfill_node::{LoadState, Turn};
-use overfill_prefill_node::engine as prefill;
+use overfill_prefill_node::{
+    compute::{ChunkOutput, Compute as PrefillCompute, PromptChunk},
+    engine as prefill,
+    score::{ScoreChunk, Scored},
+};
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -123,21 +130,23 @@ impl Prefiller {
     }
 }
 
-impl prefill::Compute for Prefiller {
-    fn step(
-        &mut self,
-        chunks: &[prefill::PromptChunk<'_>],
-        layers: Arc<dyn LayerSink>,
-    ) -> Result<Vec<prefill::ChunkOutput>, ModelError> {
+impl PrefillCompute for Prefiller {
+    fn step(&mut self, chunks: &[PromptChunk<'_>], layers: Arc<dyn LayerSink>) -> Result<Vec<ChunkOutput>, ModelError> {
         let rows = chunks.iter().map(|chunk| chunk.tokens.len()).sum();
         let context = chunks.iter().map(|chunk| (chunk.tokens.len() * chunk.tokens.start) as f64).sum();
         *self.taken.lock() = Some((self.steps.prefill(rows, context), layers));
-        let output = |chunk: &prefill::PromptChunk<'_>| prefill::ChunkOutput {
+        let output = |chunk: &PromptChunk<'_>| ChunkOutput {
             logprobs: Vec::new(),
             first_token: chunk.is_last().then(token),
             choices: (0..chunk.choices()).map(|_| token()).collect(),
         };
         Ok(chunks.iter().map(output).collect())
+    }
+
+    /// Takes no time: simulated routers watch no answers.
+    fn score(&mut self, chunk: &ScoreChunk<'_>, _: &Arc<BlockLease>) -> Result<Scored, ModelError> {
+        let tokens = || chunk.scored().map(|_| token()).collect();
+        Ok(Scored { choices: tokens(), logprobs: tokens() })
     }
 }
 
@@ -180,7 +189,7 @@ impl Decoder {
     }
 }
 
-impl decode::Compute for Decoder {
+impl DecodeCompute for Decoder {
     fn step(&mut self, sequences: &[Stepping<'_>]) -> Result<Vec<Option<OutputToken>>, ModelError> {
         let context = sequences.iter().map(|stepping| stepping.tokens.end).sum();
         *self.taken.lock() = Some(self.steps.decode(sequences.len(), context));

@@ -81,6 +81,9 @@ pub struct UpArgs {
         help_heading = "Cluster"
     )]
     decode_nodes: u32,
+    /// Serve all --decode models on the same decode nodes, which hold the KV of a prompt once for all of them.
+    #[arg(long, help_heading = "Cluster")]
+    shared_decode_nodes: bool,
     /// Extra argument for every prefill node, for example --prefill-arg=--max-batch-tokens=256. May be repeated.
     #[arg(long, allow_hyphen_values = true, value_name = "ARG", help_heading = "Cluster")]
     prefill_arg: Vec<String>,
@@ -149,11 +152,12 @@ async fn serve(args: &UpArgs, family: &mut Family) -> Result<()> {
     let pair = models::resolve(args.full.as_ref(), &args.decode)?;
     let mut launches = Vec::new();
     for i in 0..args.prefill_nodes {
-        launches.push(args.node("prefill", i, &pair.full));
+        launches.push(args.node("prefill", i, &pair.full, &[]));
     }
-    for (variant, model) in pair.decode.iter().enumerate() {
+    let with_variants = if args.shared_decode_nodes { pair.decode.len() } else { 1 };
+    for (group, models) in pair.decode.chunks(with_variants).enumerate() {
         for i in 0..args.decode_nodes {
-            launches.push(args.node("decode", variant as u32 * args.decode_nodes + i, model));
+            launches.push(args.node("decode", group as u32 * args.decode_nodes + i, &models[0], &models[1..]));
         }
     }
     let mut nodes = within_start(family.start_all(launches)).await?;
@@ -179,7 +183,8 @@ async fn within_start(start: impl Future<Output = Result<Vec<Started>>>) -> Resu
 }
 
 impl UpArgs {
-    fn node(&self, role: &'static str, index: u32, model: &Named) -> Launch {
+    /// `variants`: further models of a decode node.
+    fn node(&self, role: &'static str, index: u32, model: &Named, variants: &[Named]) -> Launch {
         let pool = self.kv_pool_tokens.to_string();
         let own = if role == "prefill" { &self.prefill_weights } else { &self.decode_weights };
         let default = if self.full.is_some() { "bf16" } else { "f32" };
@@ -193,6 +198,9 @@ impl UpArgs {
         if let Some(name) = &model.name {
             args.extend(["--served-model-name", name]);
         }
+        let variants: Vec<String> =
+            variants.iter().map(|variant| format!("--variant={}={}", variant.served_name(), variant.model)).collect();
+        args.extend(variants.iter().map(String::as_str));
         args.extend(if role == "prefill" { &self.prefill_arg } else { &self.decode_arg }.iter().map(String::as_str));
         Launch::new(format!("{role}-{index}"), &args, self.log_format, model.model.clone())
     }

@@ -33,6 +33,14 @@ impl FromStr for Named {
     }
 }
 
+impl Named {
+    /// The name under which it is served: without one, that of the folder or file.
+    pub fn served_name(&self) -> String {
+        let last = self.model.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
+        self.name.clone().unwrap_or_else(|| last.strip_suffix(".gguf").unwrap_or(last).to_owned())
+    }
+}
+
 /// A full model and its decode models.
 pub struct Pair {
     /// The model of the prefill nodes.
@@ -89,6 +97,8 @@ mod tests {
         assert_eq!(parse("small=/m/dir"), Named { name: Some("small".into()), model: "/m/dir".into() });
         assert_eq!(parse("/m/a=b"), Named { name: None, model: "/m/a=b".into() });
         assert_eq!(parse("org/name"), Named { name: None, model: "org/name".into() });
+        let names = ["small=/m/dir", "/m/dir/", "m/a.gguf", "org/name"].map(|s| parse(s).served_name());
+        assert_eq!(names, ["small", "dir", "a", "name"]);
     }
 
     #[test]

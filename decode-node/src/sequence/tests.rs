@@ -27,6 +27,7 @@ fn job(node: &Node, tokens: Vec<u32>) -> (Box<Job>, mpsc::Receiver<SequenceEvent
     let (events, receiver) = mpsc::channel(CLIENT_EVENTS);
     let request = Request {
         id: RequestId("r".into()),
+        variant: 0,
         generated: 0,
         sampling: SamplingParams::greedy(),
         constraint: None,

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use overfill_kv::{KvDtype, KvStore};
 
 use super::{cache::CpuKv, decoder::CpuDecoder, kernels::packed::WeightFormat, team, workspace::Workspace};
-use crate::{DeviceSpec, Engine, LayerSink, ModelConfig, ModelError, Outputs, Rows, SequenceSlice, Weights, batch};
+use crate::{
+    DeviceSpec, Engine, LayerSink, LoadOptions, ModelConfig, ModelError, Outputs, Rows, SequenceSlice, Weights, batch,
+};
 
 /// Reading this many bytes of weights takes about a millisecond, which makes waking all threads worthwhile.
 const WORTH_WAKING_BYTES: usize = 32 << 20;
@@ -36,7 +38,11 @@ impl CpuEngine {
         }
         let decoder = CpuDecoder::load(config, weights, format, rows)?;
         let kv = CpuKv::new(config.num_hidden_layers, kv_blocks, config.heads(), kv_dtype)?;
-        Ok(Self { decoder, kv: Arc::new(kv), workspace: Workspace::default(), logits: Vec::new() })
+        Ok(Self::new(decoder, Arc::new(kv)))
+    }
+
+    fn new(decoder: CpuDecoder, kv: Arc<CpuKv>) -> Self {
+        Self { decoder, kv, workspace: Workspace::default(), logits: Vec::new() }
     }
 }
 
@@ -59,6 +65,16 @@ impl Engine for CpuEngine {
 
     fn kv(&self) -> Arc<dyn KvStore> {
         self.kv.clone()
+    }
+
+    fn load_sibling(
+        &self,
+        config: &ModelConfig,
+        weights: &Weights,
+        options: &LoadOptions,
+    ) -> Result<Box<dyn Engine>, ModelError> {
+        let decoder = CpuDecoder::load(config, weights, options.weights, options.rows)?;
+        Ok(Box::new(Self::new(decoder, self.kv.clone())))
     }
 
     fn set_rows(&mut self, rows: Rows) {

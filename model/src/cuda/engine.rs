@@ -49,6 +49,14 @@ pub(crate) struct CudaEngine {
     gpu: Gpu,
 }
 
+/// The KV cache of an engine that is loaded.
+enum KvOf {
+    /// A new one.
+    New { blocks: usize },
+    /// That of another engine of the same device.
+    Other(Arc<CudaKv>),
+}
+
 impl CudaEngine {
     /// Copies a model's weights to device `index` and creates a cache of `kv_blocks` blocks there.
     pub(crate) fn load(
@@ -57,6 +65,17 @@ impl CudaEngine {
         weights: &Weights,
         options: &LoadOptions,
         kv_blocks: usize,
+    ) -> Result<Self, ModelError> {
+        Self::load_over(index, config, weights, options, KvOf::New { blocks: kv_blocks })
+    }
+
+    /// As [`Self::load`], with a new KV cache or that of another engine.
+    fn load_over(
+        index: usize,
+        config: &ModelConfig,
+        weights: &Weights,
+        options: &LoadOptions,
+        kv: KvOf,
     ) -> Result<Self, ModelError> {
         let unsupported = |reason: String| ModelError::Device { device: DeviceSpec::Cuda(index).to_string(), reason };
         let half = activations(options).map_err(unsupported)?;
@@ -75,15 +94,20 @@ impl CudaEngine {
         let table_blocks = limits.sequences * overfill_kv::blocks_for(config.max_position_embeddings);
         let arrays = StepArrays::new(&gpu, limits.rows, table_blocks).map_err(fault)?;
         let sampler = Sampler::new(&gpu, limits.sequences, config.vocab_size).map_err(fault)?;
-        let free_bytes = gpu.free_bytes().map_err(fault)?;
-        let needed_bytes = config.num_hidden_layers * kv_blocks * block_bytes;
-        if needed_bytes > free_bytes {
-            let fits = free_bytes / (config.num_hidden_layers * block_bytes) * overfill_kv::BLOCK_TOKENS;
-            return Err(unsupported(format!(
-                "the KV cache needs {needed_bytes} bytes, and {free_bytes} are free: --kv-pool-tokens up to {fits} would fit"
-            )));
-        }
-        let kv = CudaKv::new(&gpu, config.num_hidden_layers, kv_blocks, block_bytes).map_err(fault)?;
+        let kv = match kv {
+            KvOf::Other(kv) => kv,
+            KvOf::New { blocks } => {
+                let free_bytes = gpu.free_bytes().map_err(fault)?;
+                let needed_bytes = config.num_hidden_layers * blocks * block_bytes;
+                if needed_bytes > free_bytes {
+                    let fits = free_bytes / (config.num_hidden_layers * block_bytes) * overfill_kv::BLOCK_TOKENS;
+                    return Err(unsupported(format!(
+                        "the KV cache needs {needed_bytes} bytes, and {free_bytes} are free: --kv-pool-tokens up to {fits} would fit"
+                    )));
+                }
+                Arc::new(CudaKv::new(&gpu, config.num_hidden_layers, blocks, block_bytes).map_err(fault)?)
+            }
+        };
         let event = |_| Ok::<_, Fault>(gpu.context.new_event(Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC))?);
         let events = (0..config.num_hidden_layers).map(event).collect::<Result<_, _>>().map_err(fault)?;
         let downloaded =
@@ -101,7 +125,7 @@ impl CudaEngine {
             arrays,
             sampler,
             workspace,
-            kv: Arc::new(kv),
+            kv,
             decoder,
             gpu,
         })
@@ -253,6 +277,15 @@ impl Engine for CudaEngine {
 
     fn kv(&self) -> Arc<dyn KvStore> {
         self.kv.clone()
+    }
+
+    fn load_sibling(
+        &self,
+        config: &ModelConfig,
+        weights: &Weights,
+        options: &LoadOptions,
+    ) -> Result<Box<dyn Engine>, ModelError> {
+        Ok(Box::new(Self::load_over(self.index, config, weights, options, KvOf::Other(self.kv.clone()))?))
     }
 
     fn set_rows(&mut self, _: Rows) {

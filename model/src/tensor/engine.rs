@@ -10,14 +10,27 @@ use super::{
     decoder::{Attention, Decoder, Ops},
 };
 use crate::{
-    Engine, LayerSink, LayerSpec, ModelConfig, ModelError, Outputs, Rows, SequenceSlice, WeightDtype, Weights,
+    Engine, LayerSink, LayerSpec, LoadOptions, ModelConfig, ModelError, Outputs, Rows, SequenceSlice, WeightDtype,
+    Weights,
     batch::{self, Slot},
 };
 
 /// The reference engine.
 pub(crate) struct TensorEngine {
     decoder: Decoder,
+    dtype: DType,
     kv: Arc<TensorKv>,
+}
+
+fn build(
+    config: &ModelConfig,
+    weights: &Weights,
+    dtype: DType,
+    device: &Device,
+) -> std::result::Result<Decoder, ModelError> {
+    Decoder::build(config, Ops::Fused, dtype, &mut |name, shape| {
+        Ok(weights.load(name, shape, device)?.to_dtype(dtype)?)
+    })
 }
 
 impl TensorEngine {
@@ -31,11 +44,9 @@ impl TensorEngine {
         kv_blocks: usize,
     ) -> std::result::Result<Self, ModelError> {
         let dtype = dtype.dtype();
-        let decoder = Decoder::build(config, Ops::Fused, dtype, &mut |name, shape| {
-            Ok(weights.load(name, shape, device)?.to_dtype(dtype)?)
-        })?;
+        let decoder = build(config, weights, dtype, device)?;
         let kv = TensorKv::new(config.num_hidden_layers, kv_blocks, config.heads(), kv_dtype, device)?;
-        Ok(Self { decoder, kv: Arc::new(kv) })
+        Ok(Self { decoder, dtype, kv: Arc::new(kv) })
     }
 
     /// Logits of the rows that the batch requests, `[rows * vocab]`.
@@ -78,6 +89,16 @@ impl Engine for TensorEngine {
 
     fn kv(&self) -> Arc<dyn KvStore> {
         self.kv.clone()
+    }
+
+    fn load_sibling(
+        &self,
+        config: &ModelConfig,
+        weights: &Weights,
+        _: &LoadOptions,
+    ) -> std::result::Result<Box<dyn Engine>, ModelError> {
+        let decoder = build(config, weights, self.dtype, self.decoder.device())?;
+        Ok(Box::new(Self { decoder, dtype: self.dtype, kv: self.kv.clone() }))
     }
 
     fn set_rows(&mut self, _: Rows) {

@@ -182,6 +182,7 @@ impl SimulatedNode {
                 incarnation: format!("{:032x}", rand::random::<u128>()),
                 role: v1::Role::from(role).into(),
                 model: options.model.clone(),
+                variants: Vec::new(),
                 kv_schema: Some((&options.schema).into()),
                 max_context_tokens: options.max_context_tokens,
                 total_blocks: 1 << 20,

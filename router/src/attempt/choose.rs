@@ -57,7 +57,7 @@ fn pair_with(
 fn decode_node<'a>(view: &'a View, plan: &Plan, eligible: &dyn Fn(&Node) -> bool) -> Option<&'a Arc<Node>> {
     let prefill: Vec<_> = view.prefill.iter().filter(|prefill| eligible(prefill)).collect();
     let paired = |decode: &&Arc<Node>| prefill.iter().any(|prefill| View::check_pair(prefill, decode).is_ok());
-    let nodes = view.decode.iter().filter(|node| node.info.model == plan.generation.model.name);
+    let nodes = view.decode.iter().filter(|node| node.info.serves(&plan.generation.model.name));
     let nodes: Vec<_> = nodes.filter(paired).filter(|node| usable(node, plan)).collect();
     let candidates: Vec<_> = nodes.iter().map(|node| node.decode_candidate()).collect();
     let needed_blocks = plan.generation.model.windows.needed_blocks(plan.length() as usize) as u32;
@@ -119,6 +119,7 @@ pub(crate) mod tests {
             incarnation: key.to_string(),
             role,
             model: "m".into(),
+            variants: Vec::new(),
             schema: KvSchema {
                 layers: vec![0],
                 kv_heads: 1,

@@ -63,6 +63,7 @@ impl DecodeStream {
             producer: prefiller.info.schema.full_model.clone().unwrap_or_default(),
             incarnation: node.info.incarnation.clone(),
             mode: v1::Mode::from(generation.mode()).into(),
+            model: generation.model.name.clone(),
         };
         let (mut client, request) = (node.decode_client(), traced(request));
         Self {

@@ -247,7 +247,7 @@ impl router_server::Router for RouterService {
         self.identify(&request)?;
         let view = self.core.nodes.view();
         let models = self.core.catalog.list().into_iter().map(|listed| v1::ServedModel {
-            decode_nodes: view.decode.iter().filter(|node| node.info.model == listed.name).count() as u32,
+            decode_nodes: view.decode.iter().filter(|node| node.info.serves(&listed.name)).count() as u32,
             max_context_tokens: listed.served.as_ref().map_or(0, |model| model.max_context_tokens),
             full_model: listed.served.map_or_else(String::new, |model| model.full_model.clone()),
             watch: self.core.watch.summary(&listed.name).map(Into::into),

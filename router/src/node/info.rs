@@ -13,6 +13,8 @@ pub struct NodeInfo {
     pub role: Role,
     /// Name under which the node's model is served.
     pub model: String,
+    /// Names of further models that a decode node serves over the same KV.
+    pub variants: Vec<String>,
     /// Layout and producer of the node's KV.
     pub schema: KvSchema,
     /// Maximum length of prompt and output together, in tokens.
@@ -37,6 +39,18 @@ pub struct NodeInfo {
     pub cluster: String,
     /// Transports over which the node moves KV, the preferred one first. Empty if it does not say.
     pub kv_transports: String,
+}
+
+impl NodeInfo {
+    /// The names of the node's models.
+    pub fn models(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(&self.model).chain(&self.variants).map(String::as_str)
+    }
+
+    /// Whether the node serves a model of this name.
+    pub fn serves(&self, model: &str) -> bool {
+        self.models().any(|own| own == model)
+    }
 }
 
 /// A node's current load.

@@ -94,7 +94,7 @@ impl View {
     /// the model has nodes of both roles. A prefill node counts in full for every model that it serves. If it gets more
     /// sequences than it can compute, they wait on the node.
     pub fn capacity(&self, model: &str) -> Option<usize> {
-        let pairs = |p: &Arc<Node>, d: &Arc<Node>| d.info.model == model && Self::check_pair(p, d).is_ok();
+        let pairs = |p: &Arc<Node>, d: &Arc<Node>| d.info.serves(model) && Self::check_pair(p, d).is_ok();
         let decode = self.decode.iter().filter(|d| self.prefill.iter().any(|p| pairs(p, d)));
         let prefill = self.prefill.iter().filter(|p| self.decode.iter().any(|d| pairs(p, d)));
         let most: Vec<_> = decode.chain(prefill).map(|node| node.info.max_running_requests as usize).collect();
@@ -109,11 +109,11 @@ impl View {
         now: u64,
     ) -> Self {
         let mut models = before.clone();
-        let names: BTreeSet<&str> = decode.iter().map(|d| d.info.model.as_str()).collect();
+        let names: BTreeSet<&str> = decode.iter().flat_map(|d| d.info.models()).collect();
         for name in names {
             let pairs = decode
                 .iter()
-                .filter(|d| d.info.model == name)
+                .filter(|d| d.info.serves(name))
                 .flat_map(|d| prefill.iter().filter(|p| Self::check_pair(p, d).is_ok()).map(move |p| (p, d)));
             let context = |(p, d): &(&Arc<Node>, &Arc<Node>)| p.info.max_context_tokens.min(d.info.max_context_tokens);
             let Some((p, d)) = pairs.max_by_key(context) else { continue };

@@ -175,6 +175,7 @@ impl Pair {
             producer: self.producer.clone(),
             incarnation: String::new(),
             mode: v1::Mode::Draft.into(),
+            model: String::new(),
         }
     }
 

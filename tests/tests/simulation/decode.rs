@@ -3,7 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use overfill_decode_node::{
-    engine::{Compute, Engine, Stepping},
+    compute::{Compute, Stepping},
+    engine::Engine,
     sequence::Sequence,
 };
 use overfill_kv::{BLOCK_TOKENS, BlockId, KvStore as _, Mode, OutputToken};

@@ -146,6 +146,7 @@ impl SimulatedHost {
             pool: "pool".into(),
             cluster: String::new(),
             model: model.into(),
+            variants: Vec::new(),
             schema,
             max_context_tokens: self.size.blocks * BLOCK_TOKENS,
             total_blocks: self.size.blocks,
