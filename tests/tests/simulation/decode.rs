@@ -44,7 +44,7 @@ impl Compute for Decoder {
             }
             let drafted = |tokens: &[u32], exact| OutputToken {
                 token: if exact { draft_token(tokens) } else { next_token(tokens) },
-                logprob: f32::NAN,
+                logprob: -1.0,
                 top: Vec::new(),
             };
             let exact = sequence.flow.request.mode == Mode::Exact;

@@ -47,6 +47,8 @@ pub struct Plan {
     pub sheltered: bool,
     /// Fraction of the KV connections on which a bit is flipped.
     pub damage: f64,
+    /// Whether the full model scores the answers.
+    pub watched: bool,
     /// Events with their times.
     pub events: Vec<(Duration, Event)>,
     /// Time after which there are no more faults.
@@ -184,6 +186,7 @@ impl Plan {
             discovery,
             sheltered,
             damage: if rng.random_bool(0.3) { 0.2 } else { 0.0 },
+            watched: rng.random_bool(0.5),
             events,
             calm_from,
         }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use overfill_cluster::discovery::Members;
-use overfill_router::Config;
+use overfill_router::{Config, RequestSettings};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tokio::sync::{mpsc, watch};
 use turmoil::Sim;
@@ -436,6 +436,12 @@ impl Cluster {
 
     fn not_free(&self) -> Option<String> {
         let router = self.router.process.lock();
+        // The decode models write what the full model would, in mode draft. So a score that differs is of other tokens.
+        let models = router.as_ref().map(|router| router.core.catalog.list()).unwrap_or_default();
+        let summaries = models.iter().filter_map(|model| router.as_ref()?.core.watch.summary(&model.name));
+        if let Some(wrong) = summaries.into_iter().find(|summary| summary.parted_answers > 0) {
+            return Some(format!("scores of answers are wrong: {wrong:?}"));
+        }
         let admission =
             router.as_ref().map(|router| (router.core.admission.running(), router.core.admission.waiting()));
         if admission != Some((0, 0)) {
@@ -491,6 +497,7 @@ fn config(plan: &Plan) -> Config {
         min_retries_per_second: 1_000_000,
         node_timeout: plan.node_timeout,
         progress_timeout: plan.progress_timeout,
+        requests: RequestSettings { watch_share: if plan.watched { 1.0 } else { 0.0 }, ..RequestSettings::default() },
         dialer: grpc_dialer(),
         ..Config::local(urls(Prefill), urls(Decode))
     }
