@@ -94,6 +94,7 @@ fn node_config(pair: &str, model: &str, kv_blocks: usize, rows: Rows, sizes: &Si
     Ok(NodeConfig {
         model: folder(pair, model).into(),
         served_model_name: None,
+        variants: Vec::new(),
         node_id: None,
         pool: None,
         cluster: String::new(),
