@@ -62,7 +62,7 @@ async fn run(script: &'static str) -> Result<()> {
     let urls = |nodes: &[SimulatedNode]| nodes.iter().map(|node| node.url.clone()).collect();
     let matches = Args::augment_args(clap::Command::new("router")).get_matches_from(FLAGS);
     let flags = Args::from_arg_matches(&matches)?.validate().map_err(|faults| anyhow::anyhow!("{faults:?}"))?;
-    let config = Config { chat: flags.chat, ..Config::local(urls(&prefill), urls(&decode)) };
+    let config = Config { requests: flags.requests, ..Config::local(urls(&prefill), urls(&decode)) };
     let config = Config { served_models: answers().iter().map(|(model, ..)| (*model).to_owned()).collect(), ..config };
     let router = Router::bind(config).await?;
     let url = format!("http://{}/v1", router.http_address());
