@@ -216,3 +216,9 @@ impl AsyncWrite for TappedStream {
         Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
     }
 }
+
+/// The link of two hosts, whichever is named first.
+pub fn link(a: &str, b: &str) -> (String, String) {
+    let (a, b) = if a < b { (a, b) } else { (b, a) };
+    (a.to_owned(), b.to_owned())
+}

@@ -47,8 +47,8 @@ pub struct Plan {
     pub sheltered: bool,
     /// Fraction of the KV connections on which a bit is flipped.
     pub damage: f64,
-    /// Whether the full model scores the answers.
-    pub watched: bool,
+    /// Share of the answers that the full model scores.
+    pub watch_share: f64,
     /// Events with their times.
     pub events: Vec<(Duration, Event)>,
     /// Time after which there are no more faults.
@@ -186,7 +186,7 @@ impl Plan {
             discovery,
             sheltered,
             damage: if rng.random_bool(0.3) { 0.2 } else { 0.0 },
-            watched: rng.random_bool(0.5),
+            watch_share: if rng.random_bool(0.5) { 1.0 } else { 0.0 },
             events,
             calm_from,
         }

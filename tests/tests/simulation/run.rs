@@ -19,7 +19,7 @@ use crate::{
     entropy,
     ghost::ghost,
     guard::Witness,
-    net::{GRPC_PORT, Tap, grpc_dialer},
+    net::{GRPC_PORT, Tap, grpc_dialer, link},
     node::{SimulatedHost, Surroundings, transfer},
     plan::{self, Event, LONG, Plan, Prompts},
 };
@@ -478,11 +478,6 @@ impl Cluster {
     }
 }
 
-fn link(a: &str, b: &str) -> (String, String) {
-    let (a, b) = if a < b { (a, b) } else { (b, a) };
-    (a.to_owned(), b.to_owned())
-}
-
 fn config(plan: &Plan) -> Config {
     use overfill_kv::Role::{Decode, Prefill};
     let urls = |role| {
@@ -497,7 +492,7 @@ fn config(plan: &Plan) -> Config {
         min_retries_per_second: 1_000_000,
         node_timeout: plan.node_timeout,
         progress_timeout: plan.progress_timeout,
-        requests: RequestSettings { watch_share: if plan.watched { 1.0 } else { 0.0 }, ..RequestSettings::default() },
+        requests: RequestSettings { watch_share: plan.watch_share, ..RequestSettings::default() },
         dialer: grpc_dialer(),
         ..Config::local(urls(Prefill), urls(Decode))
     }
