@@ -65,10 +65,21 @@ impl Stepping<'_> {
     }
 }
 
-struct ModelCompute {
+/// The computation of tokens by the model's engine.
+pub struct ModelCompute {
     engine: Box<dyn ModelEngine>,
     layers: Arc<dyn LayerSink>,
     outputs: Outputs,
+}
+
+impl ModelCompute {
+    pub(crate) fn new(engine: Box<dyn ModelEngine>) -> Self {
+        Self { engine, layers: no_layers(), outputs: Outputs::default() }
+    }
+
+    pub(crate) fn store(&self) -> Arc<dyn KvStore> {
+        self.engine.kv()
+    }
 }
 
 impl Compute for ModelCompute {
@@ -97,13 +108,12 @@ fn slice<'a>(stepping: &Stepping<'a>) -> SequenceSlice<'a> {
 /// # Errors
 /// The operating system refused to start a thread.
 pub fn start(
-    engine: Box<dyn ModelEngine>,
+    compute: impl Compute + Send + 'static,
+    store: Arc<dyn KvStore>,
     pool: BlockPool,
     load: Arc<LoadState>,
     limits: EngineLimits,
 ) -> io::Result<(EngineHandle, oneshot::Receiver<()>)> {
-    let store = engine.kv();
-    let compute = ModelCompute { engine, layers: no_layers(), outputs: Outputs::default() };
     let (handle, engine) = Engine::new(compute, store, pool, load, limits);
     let end = spawn_engine(Role::Decode, move || engine.run())?;
     Ok((handle, end))
