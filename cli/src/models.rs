@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Subcommand;
 use overfill_cluster::{EXIT_FAILURE, LogFormat, init_telemetry, process::one_line};
-use overfill_distill::{check::cli::CheckArgs, cli};
+use overfill_distill::{check::cli::CheckArgs, cli, eval::cli::EvalArgs};
 
 /// Exit code of a check that could not run. A failed check has another one.
 const EXIT_NOT_CHECKED: u8 = 2;
@@ -17,7 +17,7 @@ pub enum ModelCommand {
     /// Fine-tune a pruned model over the KV of its frozen full model, or train a model alone.
     Distill(Box<cli::DistillArgs>),
     /// Score models on held-out prompts: greedy exact match and cross-entropy.
-    Eval(Box<cli::EvalArgs>),
+    Eval(Box<EvalArgs>),
     /// Check that a model is computed correctly, against an independent implementation.
     Check(Box<CheckArgs>),
     /// Write the data, tokenizer and configuration of the demo task.

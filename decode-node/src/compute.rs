@@ -35,7 +35,7 @@ impl Stepping<'_> {
 }
 
 /// The computation by the engines of the node's models, which share their KV.
-pub(crate) struct ModelCompute {
+pub struct ModelCompute {
     /// The engine of the node's model, then those of its variants.
     engines: Vec<Box<dyn ModelEngine>>,
     layers: Arc<dyn LayerSink>,

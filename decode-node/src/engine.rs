@@ -9,7 +9,7 @@ use std::{
 };
 
 use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, Role, Windows};
-use overfill_model::{Engine as ModelEngine, ModelError};
+use overfill_model::ModelError;
 use overfill_node::{LoadState, Turn, spawn_engine};
 use tokio::{
     sync::{Notify, oneshot},
@@ -18,7 +18,7 @@ use tokio::{
 use tracing::debug;
 
 use crate::{
-    compute::{Compute, ModelCompute, Stepping},
+    compute::{Compute, Stepping},
     flow::Flow,
     handle::{Command, EngineHandle},
     scheduler::{self, Growth, Occupancy},
@@ -39,19 +39,18 @@ pub struct EngineLimits {
     pub windows: Windows,
 }
 
-/// Starts the engine thread over models that share their KV. The returned receiver resolves when the thread has ended, also
-/// after a panic.
+/// Starts the engine thread, which computes over the KV in `store`. The returned receiver resolves when the thread has ended,
+/// also after a panic.
 ///
 /// # Errors
 /// The operating system refused to start a thread.
 pub fn start(
-    engines: Vec<Box<dyn ModelEngine>>,
+    compute: impl Compute + Send + 'static,
+    store: Arc<dyn KvStore>,
     pool: BlockPool,
     load: Arc<LoadState>,
     limits: EngineLimits,
 ) -> io::Result<(EngineHandle, oneshot::Receiver<()>)> {
-    let store = engines.first().ok_or_else(|| io::Error::other("a decode node has at least one model"))?.kv();
-    let compute = ModelCompute::new(engines);
     let (handle, engine) = Engine::new(compute, store, pool, load, limits);
     let end = spawn_engine(Role::Decode, move || engine.run())?;
     Ok((handle, end))

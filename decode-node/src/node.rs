@@ -14,6 +14,7 @@ use tonic::service::Routes;
 
 use crate::{
     args::Config,
+    compute::{Compute, ModelCompute},
     engine::{self, EngineLimits},
     service::{DecodeService, ExtendedRequests},
 };
@@ -79,6 +80,18 @@ impl DecodeNode {
     /// # Errors
     /// The operating system refused a thread, or the engine or another task ended unexpectedly.
     pub async fn run(self, shutdown: Shutdown) -> Result<(), NodeError> {
+        self.run_with(shutdown, |compute| compute).await
+    }
+
+    /// As [`Self::run`], with a computation around the model's. For measurements.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub async fn run_with<C: Compute + Send + 'static>(
+        self,
+        shutdown: Shutdown,
+        wrap: impl FnOnce(ModelCompute) -> C,
+    ) -> Result<(), NodeError> {
         let Self { host, limits, kv_address, advertise_kv, receiver, receiving, receiver_stop, load } = self;
         let schema = host.kv_schema();
         let address = host.config.dialled(advertise_kv.as_deref(), kv_address);
@@ -88,8 +101,9 @@ impl DecodeNode {
         let request_limits = core.request_limits(host.config.default_deadline);
         let (pool, constraints) = (host.pool.clone(), core.constraints(host.files.clone()));
         let (front, model, variants) = host.into_parts();
-        let engines = std::iter::once(model).chain(variants).map(Model::into_engine).collect();
-        let (engine, engine_end) = engine::start(engines, pool, load, limits)?;
+        let store = model.kv();
+        let compute = ModelCompute::new(std::iter::once(model).chain(variants).map(Model::into_engine).collect());
+        let (engine, engine_end) = engine::start(wrap(compute), store, pool, load, limits)?;
         let service = DecodeService {
             engine,
             limits: request_limits,

@@ -56,7 +56,7 @@ impl<'a> DenseAttention<'a> {
         Self { batch, prompt, visibility: Arc::new(visibility), own: None }
     }
 
-    /// Keeps the computed keys and values, for [`DenseAttention::into_prompt`] or [`DenseAttention::advance`].
+    /// Keeps the computed keys and values, for [`DenseAttention::into_prompt`].
     pub fn keeping(self) -> Self {
         Self { own: Some(Vec::new()), ..self }
     }
@@ -65,12 +65,6 @@ impl<'a> DenseAttention<'a> {
     /// row.
     pub fn into_prompt(self, lengths: Vec<usize>) -> PromptKv {
         PromptKv { layers: self.own.unwrap_or_default(), lengths, columns: self.visibility.queries }
-    }
-
-    /// Sets the next call to attend with `queries` new tokens per row, over everything kept so far.
-    pub fn advance(&mut self, queries: usize) {
-        let old = self.visibility.as_ref().clone();
-        self.visibility = Arc::new(Visibility { past: old.past + old.queries, queries, ..old });
     }
 }
 

@@ -40,18 +40,14 @@ impl Rectangle {
 pub struct Prefilled {
     /// Keys and values of the prompts.
     pub kv: PromptKv,
-    /// Logits after the last token of every prompt, `[rows, vocab]`.
-    pub logits: Tensor,
 }
 
 /// Runs prompts through a model and keeps their keys and values.
 pub fn prefill(model: &Decoder, prompts: &[&[u32]]) -> Result<Prefilled> {
     let batch = Rectangle::new(prompts, &vec![0; prompts.len()], model.device())?;
     let mut attention = DenseAttention::new(batch.rows, batch.columns, None).keeping();
-    let hidden = model.forward(&batch.tokens, &batch.positions, &mut attention, None)?;
-    let last: Vec<u32> = batch.lengths.iter().enumerate().map(|(r, n)| (r * batch.columns + n - 1) as u32).collect();
-    let logits = model.logits(&pick(&hidden, last)?)?;
-    Ok(Prefilled { kv: attention.into_prompt(batch.lengths), logits })
+    model.forward(&batch.tokens, &batch.positions, &mut attention, None)?;
+    Ok(Prefilled { kv: attention.into_prompt(batch.lengths) })
 }
 
 /// Selects rows of `hidden` by index.

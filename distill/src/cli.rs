@@ -1,20 +1,16 @@
-//! The subcommands `prune`, `distill`, `eval`, `demo-data`, `demo-pair` and `quality`: their arguments and their
-//! implementations.
+//! The subcommands `prune`, `distill`, `demo-data`, `demo-pair` and `quality`: their arguments and their implementations.
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 use overfill_model::{DeviceSpec, WeightDtype, resolve};
 
 use crate::{
-    data::load,
     demo::{self, data::DataConfig},
-    eval::Arm,
-    folder,
     optim::OptimConfig,
     prune::{Norm, PruneConfig, Width, prune},
-    train::{TrainConfig, load_text, train},
+    train::{TrainConfig, train},
 };
 
 const DISTILL_HELP: &str = "\
@@ -257,98 +253,6 @@ impl PruneArgs {
             config.out.display()
         );
         Ok(())
-    }
-}
-
-const EVAL_HELP: &str = "\
-Each model flag adds one row (arm) to the table of scores.
-
-Examples, from the root of the repository, after `overfill demo-data --out target/demo-data`:
-  overfill eval --full demo/full --decode demo/decode --data target/demo-data/held-out.jsonl
-  overfill eval --full demo/full --data target/demo-data/held-out.jsonl --json target/scores.json";
-
-/// Score models on held-out prompts: greedy exact match and cross-entropy.
-#[derive(Args, Clone, Debug)]
-#[command(after_help = EVAL_HELP)]
-pub struct EvalArgs {
-    /// Full model. It is scored alone as the arm `full`.
-    #[arg(long, value_name = "MODEL", help_heading = "Models")]
-    pub full: Option<String>,
-    /// Decode model. It is scored over the full model's KV as the arm `overfill`. Needs --full.
-    #[arg(long, requires = "full", value_name = "MODEL", help_heading = "Models")]
-    pub decode: Option<String>,
-    /// Pruned model that was fine-tuned alone: the arm `pruned-only`.
-    #[arg(long, value_name = "MODEL", help_heading = "Models")]
-    pub pruned: Option<String>,
-    /// Model that was trained from scratch: the arm `scratch`.
-    #[arg(long, value_name = "MODEL", help_heading = "Models")]
-    pub scratch: Option<String>,
-    /// JSONL file of {"messages": [..]} or {"prompt": .., "response": ..}. The last response of each line is scored.
-    #[arg(long, value_name = "FILE", help_heading = "Data")]
-    pub data: PathBuf,
-    /// Maximum number of examples.
-    #[arg(long, default_value_t = 1000, value_name = "COUNT", help_heading = "Data")]
-    pub limit: usize,
-    /// Maximum length of an example in tokens. Longer ones are cut.
-    #[arg(long, default_value_t = 2048, value_name = "TOKENS", help_heading = "Data")]
-    pub max_tokens: usize,
-    /// Prompts per batch.
-    #[arg(long, default_value_t = 32, value_name = "PROMPTS", help_heading = "Computation")]
-    pub batch: usize,
-    /// Type of the weights and the computation: f32, bf16 or f16.
-    #[arg(long, default_value = "f32", value_name = "TYPE", help_heading = "Computation")]
-    pub dtype: WeightDtype,
-    /// Device: cpu or cuda:N.
-    #[arg(long, default_value = "cpu", help_heading = "Computation")]
-    pub device: DeviceSpec,
-    /// Also write the scores to this JSON file.
-    #[arg(long, value_name = "FILE", help_heading = "Output")]
-    pub json: Option<PathBuf>,
-}
-
-impl EvalArgs {
-    /// Runs the subcommand.
-    pub fn run(self) -> Result<()> {
-        let device = self.device.open()?;
-        let dtype = self.dtype.dtype();
-        let alone = |model: &Option<String>| model.as_deref().map(resolve).transpose();
-        let folders =
-            [("full", alone(&self.full)?), ("pruned-only", alone(&self.pruned)?), ("scratch", alone(&self.scratch)?)];
-        let decode = alone(&self.decode)?;
-        let Some(any) = folders.iter().find_map(|(_, folder)| folder.clone()) else {
-            bail!("name at least one model: --full, --pruned or --scratch");
-        };
-        let (mut examples, left_out) = load(&self.data, &load_text(&any)?, self.max_tokens)?;
-        examples.truncate(self.limit);
-        if left_out > 0 {
-            tracing::warn!(
-                left_out,
-                max_tokens = self.max_tokens,
-                "skipped examples that have no response token within max_tokens"
-            );
-        }
-        let mut scores = Vec::new();
-        for (name, folder) in &folders {
-            if let Some(folder) = folder {
-                scores.push((*name, Arm::alone(folder, dtype, &device)?.score(&examples, self.batch)?));
-            }
-        }
-        if let (Some(full), Some(decode)) = (&folders[0].1, &decode) {
-            scores.push(("overfill", Arm::two_stage(full, decode, dtype, &device)?.score(&examples, self.batch)?));
-        }
-        println!("{:<12} {:>11} {:>26} {:>9}", "arm", "exact match", "cross-entropy (nats/token)", "examples");
-        for (name, score) in &scores {
-            println!("{name:<12} {:>11.4} {:>26.4} {:>9}", score.exact_match, score.cross_entropy, score.examples);
-        }
-        let json: serde_json::Map<_, _> = scores
-            .iter()
-            .map(|(name, score)| Ok(((*name).into(), serde_json::to_value(score)?)))
-            .collect::<Result<_>>()?;
-        println!("{}", serde_json::to_string(&json)?);
-        match &self.json {
-            Some(path) => folder::write_json(path, &json),
-            None => Ok(()),
-        }
     }
 }
 

@@ -2,8 +2,7 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device};
-use overfill_distill::{demo::data, eval::Arm, examples};
+use overfill_distill::demo::{data, recipe};
 
 #[test]
 fn the_demo_pair_answers_held_out_prompts() {
@@ -18,8 +17,6 @@ fn the_demo_pair_answers_held_out_prompts() {
         assert_eq!(written, std::fs::read(full.join(file)).unwrap(), "{file}");
         assert_eq!(written, std::fs::read(decode.join(file)).unwrap(), "{file}");
     }
-    let examples = examples(&dir.path().join("held-out.jsonl"), &full, 2048).unwrap();
-    let alone = Arm::alone(&full, DType::F32, &Device::Cpu).unwrap().score(&examples, 30).unwrap();
-    let pair = Arm::two_stage(&full, &decode, DType::F32, &Device::Cpu).unwrap().score(&examples, 30).unwrap();
+    let (alone, pair) = recipe::score(&full, &decode, &dir.path().join("held-out.jsonl")).unwrap();
     assert!(alone.exact_match >= 0.95 && pair.exact_match >= 0.95, "{alone:?} {pair:?}");
 }

@@ -4,14 +4,15 @@
 
 use std::{collections::HashMap, path::Path};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use overfill_distill::{
     demo::{data, recipe},
-    eval::Arm,
+    eval::{Score, Stages, Texts, Way},
     examples,
     prune::{Width, prune},
     train::{TrainConfig, train},
 };
+use overfill_model::LoadOptions;
 use tempfile::TempDir;
 
 /// Writes data and trains a full model for a few steps: still inaccurate, but with clear preferences between tokens.
@@ -76,24 +77,18 @@ fn the_full_model_as_its_own_decoder_equals_the_full_model_token_for_token() {
     let dir = world();
     let full = dir.path().join("trained");
     let examples = examples(&dir.path().join("held-out.jsonl"), &full, 2048).unwrap();
-    let prompts: Vec<&[u32]> = examples.iter().map(|e| e.last_response().0).collect();
-    let steps = vec![20; prompts.len()];
-    let two_stage = Arm::two_stage(&full, &full, DType::F32, &Device::Cpu).unwrap();
-    let outputs = two_stage.generate(&prompts, &steps).unwrap();
-    let alone = Arm::alone(&full, DType::F32, &Device::Cpu).unwrap();
-    assert_eq!(outputs, alone.generate(&prompts, &steps).unwrap());
-    // A model that recomputes the whole text for every token, one prompt at a time, gives the same output.
-    for (prompt, output) in prompts.iter().zip(&outputs).take(3) {
-        let mut text = prompt.to_vec();
-        for token in output {
-            let next = alone.generate(&[&text], &[1]).unwrap();
-            assert_eq!(next, [[*token]]);
-            text.push(*token);
-        }
+    let texts = Texts::new(&examples, 12, None).unwrap();
+    let mut stages = Stages::load(&full, Some(&full), &LoadOptions::default(), texts.kv_blocks()).unwrap();
+    let answers = texts.answers(&mut stages).unwrap();
+    let ways = [Way::Alone, Way::Draft, Way::Refresh, Way::Exact { drafts: 3 }];
+    let measured = texts.measure(&mut stages, &ways, Some(&answers)).unwrap();
+    for of_way in &measured {
+        assert_eq!(of_way.agreement.as_ref().unwrap().common_prefix_share, 1.0);
+        assert_eq!(of_way.score.exact_match, measured[0].score.exact_match);
+        assert!((of_way.score.cross_entropy - measured[0].score.cross_entropy).abs() < 1e-4);
     }
-    let (a, b) = (two_stage.score(&examples, 5).unwrap(), alone.score(&examples, 12).unwrap());
-    assert_eq!(a.exact_match, b.exact_match);
-    assert!((a.cross_entropy - b.cross_entropy).abs() < 1e-4);
+    let drafting = measured[3].drafting.unwrap();
+    assert!(drafting.accepted_tokens == drafting.drafted_tokens && drafting.drafted_tokens > drafting.verdicts);
 }
 
 #[test]
@@ -106,11 +101,16 @@ fn a_pruned_model_learns_under_the_full_models_kv() {
     let kept = prune(&pruning).unwrap();
     assert_eq!((kept.hidden.len(), kept.layers.as_slice()), (35, [0, 2].as_slice()));
     let config = quick(recipe::training(&pruned, Some(&full), &dir.path().join("pairs.jsonl"), &out, 12, 0), 12);
-    let before = Arm::two_stage(&full, &pruned, DType::F32, &Device::Cpu).unwrap();
-    train(&config).unwrap();
-    let after = Arm::two_stage(&full, &out, DType::F32, &Device::Cpu).unwrap();
     let examples = examples(&dir.path().join("held-out.jsonl"), &full, 2048).unwrap();
-    let (before, after) = (before.score(&examples, 12).unwrap(), after.score(&examples, 12).unwrap());
+    let score = |decode: &Path| -> Score {
+        let texts = Texts::new(&examples, 12, None).unwrap();
+        let blocks = texts.kv_blocks();
+        let mut stages = Stages::load(&full, Some(decode), &LoadOptions::default(), blocks).unwrap();
+        texts.score(&mut stages, Way::Draft).unwrap()
+    };
+    let before = score(&pruned);
+    train(&config).unwrap();
+    let after = score(&out);
     assert!(after.cross_entropy < before.cross_entropy, "{before:?} {after:?}");
 }
 

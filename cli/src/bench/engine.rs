@@ -5,16 +5,14 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use overfill_distill::eval::hand_over;
 use overfill_kv::{BLOCK_TOKENS, BlockId, SamplingParams, blocks_for};
 use overfill_model::{
     Choice, DeviceSpec, Engine, LoadOptions, Model, Outputs, Rows, SamplingContext, SequenceSlice, Want,
     bench::MemoryProbe, no_layers,
 };
 
-use super::{
-    formats::hand_over,
-    report::{Report, median},
-};
+use super::report::{Report, median};
 use crate::text;
 
 /// Prompt tokens per forward pass: the default of a prefill node.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use overfill_distill::{Example, demo};
+use overfill_distill::{Example, demo, eval::hand_over};
 use overfill_kv::{BlockId, KvDtype, blocks_for};
 use overfill_model::{
     LoadOptions, Logits, Model, Outputs, Rows, SequenceSlice, Want, WeightFormat, no_layers, report, resolve,
@@ -139,15 +139,4 @@ fn follows(logits: &Logits, row: usize, token: u32, sum: &mut f64) -> bool {
     let scored = report(logits.row(row), token, 1);
     *sum -= f64::from(scored.logprob);
     scored.top.first().is_some_and(|(best, _)| *best == token)
-}
-
-/// Copies the KV layers that the decode model uses, as a handoff does.
-pub(super) fn hand_over(full: &Model, decode: &Model, blocks: &[BlockId]) -> Result<()> {
-    let (from, to) = (full.kv(), decode.kv());
-    for (wire, layer) in decode.kv_schema().layers.iter().enumerate() {
-        let mut bytes: Vec<Vec<u8>> = Vec::with_capacity(blocks.len());
-        from.read(*layer as usize, blocks, &mut |_, block| bytes.push(block.to_vec()))?;
-        to.write(wire, blocks, &mut |i, block| block.copy_from_slice(&bytes[i]))?;
-    }
-    Ok(())
 }

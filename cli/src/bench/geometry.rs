@@ -17,6 +17,12 @@ pub enum Geometry {
     Small,
     /// `small`, pruned by 45 %.
     SmallOverfill,
+    /// SmolLM2-135M.
+    #[value(name = "smollm2-135m")]
+    SmolLm2,
+    /// `smollm2-135m`, pruned by 45 %.
+    #[value(name = "smollm2-135m-overfill")]
+    SmolLm2Overfill,
     /// Llama-3.2-3B.
     #[value(name = "llama-3.2-3b")]
     Llama3b,
@@ -62,9 +68,20 @@ impl Geometry {
                 "tie_word_embeddings": true, "eos_token_id": 0, "bos_token_id": 1, "torch_dtype": "bfloat16",
             })
         };
+        let smol = |hidden: usize, intermediate: usize| {
+            json!({
+                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 30,
+                "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49_152,
+                "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 100_000.0,
+                "tie_word_embeddings": true, "eos_token_id": 2, "bos_token_id": 1, "torch_dtype": "bfloat16",
+            })
+        };
         match self {
             Self::Small => small(512, 1408),
             Self::SmallOverfill => small(281, 774),
+            Self::SmolLm2 => smol(576, 1536),
+            Self::SmolLm2Overfill => smol(316, 844),
             Self::Llama3b => llama(3072, 8192, 28, 24, 128),
             Self::Llama3bOverfill => llama(1689, 4505, 28, 24, 128),
             Self::Llama1b => llama(2048, 8192, 16, 32, 64),
@@ -202,6 +219,7 @@ mod tests {
             config.tensor_shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
         };
         // From their model cards.
+        assert_eq!(parameters(Geometry::SmolLm2), 134_515_008);
         assert_eq!(parameters(Geometry::Llama3b), 3_212_749_824);
         assert_eq!(parameters(Geometry::Llama1b), 1_235_814_400);
         assert_eq!(parameters(Geometry::Qwen05b), 494_032_768);
@@ -209,8 +227,11 @@ mod tests {
 
     #[test]
     fn pruned_geometries_are_cut_as_pruning_cuts_them() {
-        for (full, cut) in [(Geometry::Small, Geometry::SmallOverfill), (Geometry::Llama3b, Geometry::Llama3bOverfill)]
-        {
+        for (full, cut) in [
+            (Geometry::Small, Geometry::SmallOverfill),
+            (Geometry::SmolLm2, Geometry::SmolLm2Overfill),
+            (Geometry::Llama3b, Geometry::Llama3bOverfill),
+        ] {
             let (mut full, cut) = (full.config(), cut.config());
             for width in ["hidden_size", "intermediate_size"] {
                 full[width] = json!((full[width].as_f64().unwrap() * (1.0 - 0.45)) as usize);

@@ -7,6 +7,7 @@ mod gpu;
 mod handoff;
 mod kernels;
 mod models;
+mod modes;
 mod nodes;
 mod profile;
 mod report;
@@ -132,6 +133,8 @@ enum Part {
     Gpu(Box<gpu::GpuArgs>),
     /// Measure exact match and cross-entropy of a pair in each weight format.
     Formats(formats::FormatsArgs),
+    /// Measure each mode against the full model alone, at given rates of accepted drafts.
+    Modes(Box<modes::ModesArgs>),
     /// Measure what `overfill plan` needs to know about this machine and a pair of models.
     Profile(Box<profile::ProfileArgs>),
     /// Put load on a running router over its OpenAI API, and report latency and throughput.
@@ -224,6 +227,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
         Some(Part::Kernels(args)) => return kernels::run(&args),
         Some(Part::Gpu(args)) => return gpu::run(&args),
         Some(Part::Formats(args)) => return formats::run(&args),
+        Some(Part::Modes(args)) => return runtime()?.block_on(modes::run(&args)),
         Some(Part::Profile(args)) => return profile::run(&args),
         Some(Part::Serve(args)) => return runtime()?.block_on(serve::run(*args)),
     };

@@ -19,16 +19,18 @@ use crate::router_client::channel;
 
 /// Parses a prefill node's arguments, so that all other settings get their defaults.
 #[derive(Parser)]
-struct PrefillLine {
+pub struct PrefillLine {
+    /// The arguments.
     #[command(flatten)]
-    args: overfill_prefill_node::Args,
+    pub args: overfill_prefill_node::Args,
 }
 
 /// Parses a decode node's arguments.
 #[derive(Parser)]
-struct DecodeLine {
+pub struct DecodeLine {
+    /// The arguments.
     #[command(flatten)]
-    args: overfill_decode_node::Args,
+    pub args: overfill_decode_node::Args,
 }
 
 /// Size of the prefill whose KV is handed over.
@@ -180,6 +182,7 @@ pub async fn measure(
     Ok(())
 }
 
-fn first_fault(faults: Vec<overfill_cluster::ConfigError>) -> anyhow::Error {
+/// The first of the faults of a node's settings.
+pub fn first_fault(faults: Vec<overfill_cluster::ConfigError>) -> anyhow::Error {
     faults.into_iter().next().map_or_else(|| anyhow::anyhow!("unusable settings"), Into::into)
 }

@@ -32,7 +32,7 @@ pub async fn measure(runs: usize, report: &mut Report) -> Result<()> {
 
     let mut direct = Direct::connect(&prefill.url, &decode.url).await?;
     let mut routed = RouterClient::new(channel(&url).await?);
-    wait_until_served(&mut routed).await?;
+    wait_until_served(&mut routed, 1).await?;
     let mut times = [Vec::new(), Vec::new(), Vec::new(), Vec::new()];
     for _ in 0..runs.max(1) * REQUESTS {
         for (i, tokens) in [SHORT, LONG].into_iter().enumerate() {
@@ -61,10 +61,10 @@ fn prompt() -> Vec<u32> {
     (0..64).map(|i| 3 + i % 250).collect()
 }
 
-/// Waits until the router has connected to its nodes.
-async fn wait_until_served(router: &mut RouterClient<Channel>) -> Result<()> {
+/// Waits until the router has connected to the nodes of `models` models.
+pub async fn wait_until_served(router: &mut RouterClient<Channel>, models: usize) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(10);
-    while router.list_models(v1::ListModelsRequest {}).await?.into_inner().models.is_empty() {
+    while router.list_models(v1::ListModelsRequest {}).await?.into_inner().models.len() < models {
         if Instant::now() >= deadline {
             bail!("the router did not find its nodes within 10 s");
         }

@@ -7,13 +7,13 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Device};
+use overfill_model::LoadOptions;
 use serde::{Deserialize, Serialize};
 
 use super::{data, recipe, report};
 use crate::{
     data::{Example, load},
-    eval::{Arm, Score},
+    eval::{Score, Stages, Texts, Way},
     prune::prune,
     train::{TrainConfig, load_text, train},
 };
@@ -133,19 +133,14 @@ impl Run<'_> {
         let pairs = self.work.join("pairs.jsonl");
         let settings = recipe::training(self.pruned, over, &pairs, &out, steps.max(1), self.seed);
         let settings = TrainConfig { random_init: arm == ArmKind::Scratch, progress: false, ..settings };
-        let load = |folder: &Path| Arm::alone(folder, DType::F32, &Device::Cpu);
-        let (model, seconds) = match arm {
-            ArmKind::Full => (load(self.full)?, 0.0),
-            _ => {
-                let seconds = train(&settings)?.seconds;
-                let model = match over {
-                    Some(full) => Arm::two_stage(full, &out, DType::F32, &Device::Cpu)?,
-                    None => load(&out)?,
-                };
-                (model, seconds)
-            }
+        let (models, way, seconds) = match (arm, over) {
+            (ArmKind::Full, _) => ((self.full, None), Way::Alone, 0.0),
+            (_, Some(full)) => ((full, Some(out.as_path())), Way::Draft, train(&settings)?.seconds),
+            (_, None) => ((out.as_path(), None), Way::Alone, train(&settings)?.seconds),
         };
-        let score = model.score(self.held_out, 50)?;
+        let texts = Texts::new(self.held_out, 50, None)?;
+        let mut stages = Stages::load(models.0, models.1, &LoadOptions::default(), texts.kv_blocks())?;
+        let score = texts.score(&mut stages, way)?;
         Ok(Cell { arm, steps, seed: self.seed, score, seconds: (seconds * 10.0).round() / 10.0 })
     }
 }

@@ -3,14 +3,13 @@
 use std::{fs, path::Path, time::Instant};
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Device};
-use overfill_model::{DeviceSpec, WeightDtype};
+use overfill_model::{DeviceSpec, LoadOptions, WeightDtype};
 use serde_json::json;
 
 use super::data::{self, DataConfig};
 use crate::{
     data::load,
-    eval::{Arm, Score},
+    eval::{Score, Stages, Texts, Way},
     folder,
     optim::OptimConfig,
     prune::{Norm, PruneConfig, Width, prune},
@@ -109,8 +108,9 @@ pub fn data_config(seed: u64) -> DataConfig {
 /// Scores a pair on the held-out prompts. Returns the scores of the full model alone and of the two stages.
 pub fn score(full: &Path, decode: &Path, held_out: &Path) -> Result<(Score, Score)> {
     let (examples, _) = load(held_out, &load_text(full)?, usize::MAX)?;
-    let alone = Arm::alone(full, DType::F32, &Device::Cpu)?.score(&examples, 50)?;
-    Ok((alone, Arm::two_stage(full, decode, DType::F32, &Device::Cpu)?.score(&examples, 50)?))
+    let texts = Texts::new(&examples, 50, None)?;
+    let mut stages = Stages::load(full, Some(decode), &LoadOptions::default(), texts.kv_blocks())?;
+    Ok((texts.score(&mut stages, Way::Alone)?, texts.score(&mut stages, Way::Draft)?))
 }
 
 /// Makes the demo pair: `out/full`, `out/decode`, and `out/scores.json` with both scores and the seconds of each stage.
@@ -127,8 +127,8 @@ pub fn make_pair(out: &Path, seed: u64) -> Result<()> {
     train(&training(&pruned, Some(&full), &pairs, &decode, DECODE_STEPS, seed)).context("training the decode model")?;
     let of_decode = started.elapsed().as_secs_f64() - of_full;
 
-    let (alone, two_stage) = score(&full, &decode, &work.join("held-out.jsonl"))?;
-    let scores = json!({"full": alone, "overfill": two_stage,
+    let (alone, draft) = score(&full, &decode, &work.join("held-out.jsonl"))?;
+    let scores = json!({"full": alone, "draft": draft,
                         "seconds": {"full": of_full.round(), "decode": of_decode.round()}});
     println!("{scores:#}");
     folder::write_json(&out.join("scores.json"), &scores)?;
