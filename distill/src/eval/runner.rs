@@ -107,9 +107,14 @@ impl Runner {
                 Wanted::Nothing | Wanted::Choose(0) => Want::Nothing,
                 Wanted::Scores(following) => Want::Scores { following, top: 1, next: None },
                 // Greedy decoding does not look at what precedes a place.
-                Wanted::Choose(count) => {
-                    Want::Each { params: &self.greedy, prompt: &[], output: tokens, count, allowed: &[] }
-                }
+                Wanted::Choose(count) => Want::Each {
+                    params: &self.greedy,
+                    prompt: &[],
+                    output: tokens,
+                    count,
+                    allowed: &[],
+                    following: &[],
+                },
             };
             slices.push(SequenceSlice { tokens, start: *start, blocks, want });
         }
