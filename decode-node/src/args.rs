@@ -55,9 +55,9 @@ impl Args {
         let Self { node, variant, kv_listen, advertise_kv, max_running } = self;
         let f = &mut Vec::new();
         let (process, has_tls) = (node.process.clone(), node.tls.tls_ca.is_some());
-        let has_host = node.advertise_host.is_some();
+        let (has_host, served) = (node.advertise_host.is_some(), node.served_model_name.clone());
         let node = node.validate(Rows::Few, f);
-        let variants = variants(&variant, f);
+        let variants = variants(&variant, served.as_deref(), f);
         let parsed = kv_listen.parse::<SocketAddr>();
         let kv_listen = ConfigError::collect(f, parsed, "kv-listen", "an IP address and port", &kv_listen);
         let dialled = kv_listen.filter(|_| !has_host);
@@ -75,11 +75,13 @@ impl Args {
     }
 }
 
-/// Parses the values of --variant.
-fn variants(values: &[String], f: &mut Vec<ConfigError>) -> Vec<Variant> {
+/// Parses the values of --variant. `served`: the name of the node's model.
+fn variants(values: &[String], served: Option<&str>, f: &mut Vec<ConfigError>) -> Vec<Variant> {
     let mut variants: Vec<Variant> = Vec::new();
     for value in values {
-        let is_new = |name: &str| !name.trim().is_empty() && variants.iter().all(|other| other.name != name);
+        let is_new = |name: &str| {
+            !name.trim().is_empty() && served != Some(name) && variants.iter().all(|other| other.name != name)
+        };
         let Some((name, model)) = value.split_once('=').filter(|(name, _)| is_new(name)) else {
             f.push(ConfigError::new("variant", "NAME=MODEL with different names", value));
             continue;
@@ -106,13 +108,12 @@ mod tests {
 
     #[test]
     fn every_fault_is_reported_at_once() {
-        let line = "x --model /no/such --device gpu --variant a=. --variant a=. --variant b --kv-listen nowhere \
+        let line = "x --model /no/such --device gpu --served-model-name m --variant a=. --variant m=. --variant b --kv-listen nowhere \
                     --advertise-kv host --max-running 0";
         let faults = Cli::parse_from(line.split_whitespace()).args.validate().unwrap_err();
         let flags: Vec<_> = faults.iter().map(|f| f.flag).collect();
-        let expected = ["model", "device", "variant", "variant", "variant", "kv-listen", "advertise-kv", "max-running"];
-        assert_eq!(flags, expected);
-        assert_eq!(faults[3].to_string(), "--variant must be NAME=MODEL with different names, got a=.");
-        assert_eq!(faults[7].to_string(), "--max-running must be in [1, 4096], got 0");
+        assert_eq!(flags, ["model", "device", "variant", "variant", "kv-listen", "advertise-kv", "max-running"]);
+        assert_eq!(faults[2].to_string(), "--variant must be NAME=MODEL with different names, got m=.");
+        assert_eq!(faults[6].to_string(), "--max-running must be in [1, 4096], got 0");
     }
 }
