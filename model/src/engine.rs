@@ -171,6 +171,68 @@ pub(crate) mod tests {
         }
     }
 
+    /// Logits of a decode model that takes turns with its full model: `full` computes prompts, `decode` the tokens behind them.
+    /// `handed_over` is called after each prompt.
+    pub(crate) fn turns(
+        full: &mut dyn Engine,
+        decode: &mut dyn Engine,
+        mut handed_over: impl FnMut(&dyn Engine, &dyn Engine, &[BlockId]),
+    ) -> Vec<Vec<f32>> {
+        let tokens: Vec<u32> = (3..90).collect();
+        let (mut out, mut logits) = (Outputs::default(), Vec::new());
+        let tables: [Vec<BlockId>; 2] = [[4, 1, 6].map(BlockId).to_vec(), [0, 5, 2].map(BlockId).to_vec()];
+        for (turn, blocks) in tables.iter().enumerate() {
+            let prompt = SequenceSlice { tokens: &tokens[turn..35 + turn], start: 0, blocks, want: Want::Nothing };
+            full.run(&[prompt], &no_layers(), &mut out).unwrap();
+            handed_over(full, decode, blocks);
+            // Both sequences go on after the second prompt.
+            for position in 35 + turn..37 + turn {
+                let step = |(first, blocks): (usize, &'_ Vec<BlockId>)| (position - turn + first, blocks.clone());
+                let running: Vec<_> = tables[..=turn].iter().enumerate().map(step).collect();
+                let batch: Vec<_> = running
+                    .iter()
+                    .map(|(at, blocks)| SequenceSlice {
+                        tokens: &tokens[*at..=*at],
+                        start: *at,
+                        blocks,
+                        want: Want::LastLogits,
+                    })
+                    .collect();
+                decode.run(&batch, &no_layers(), &mut out).unwrap();
+                logits.extend((0..batch.len()).map(|row| out.logits().row(row).to_vec()));
+            }
+        }
+        logits
+    }
+
+    /// Copies the KV of blocks, as a handoff does.
+    pub(crate) fn hand_over(full: &dyn Engine, decode: &dyn Engine, blocks: &[BlockId]) {
+        let (from, to) = (full.kv(), decode.kv());
+        for layer in 0..to.num_layers() {
+            let mut bytes: Vec<Vec<u8>> = Vec::new();
+            from.read(layer, blocks, &mut |_, block| bytes.push(block.to_vec())).unwrap();
+            to.write(layer, blocks, &mut |i, block| block.copy_from_slice(&bytes[i])).unwrap();
+        }
+    }
+
+    /// A sibling attends to its sibling's KV as to KV that was handed over.
+    #[test]
+    fn siblings_share_their_kv() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/llama-tied/decode");
+        let (config, weights) = (ModelConfig::from_folder(&folder).unwrap(), Weights::open(&folder).unwrap());
+        let (kv, f32) = (KvDtype::Bf16, WeightFormat::F32);
+        let options = LoadOptions { weights: f32, kv_dtype: kv, ..LoadOptions::default() };
+        let kernels = CpuEngine::load(&config, &weights, f32, options.rows, kv, 7).unwrap();
+        let tensors = TensorEngine::load(&config, &weights, WeightDtype::F32, &Device::Cpu, kv, 7).unwrap();
+        let apart: [Box<dyn Engine>; 2] = [Box::new(kernels), Box::new(tensors)];
+        for (mut full, mut apart) in engines("llama-tied").1.into_iter().zip(apart) {
+            let expected = turns(&mut *full, &mut *apart, hand_over);
+            let mut sibling = full.load_sibling(&config, &weights, &options).unwrap();
+            let got = turns(&mut *full, &mut *sibling, |_, _, _| {});
+            assert_eq!((got.len(), &got), (6, &expected));
+        }
+    }
+
     /// Tokens and scores that an engine returns match the logits of the same batch.
     #[test]
     fn choices_and_scores_are_those_of_the_logits() {

@@ -13,7 +13,10 @@ use parking_lot::Mutex;
 use super::CudaEngine;
 use crate::{
     Choice, Engine, LayerSink, LoadOptions, ModelConfig, Outputs, Rows, SamplingContext, SequenceSlice, Want,
-    WeightFormat, Weights, cpu::CpuEngine, engine::tests::spoil_unneeded, no_layers,
+    WeightFormat, Weights,
+    cpu::CpuEngine,
+    engine::tests::{hand_over, spoil_unneeded, turns},
+    no_layers,
 };
 
 mod heads;
@@ -61,11 +64,14 @@ fn options(weights: WeightFormat, kv_dtype: KvDtype) -> LoadOptions {
     LoadOptions { weights, kv_dtype, max_rows: 192, max_sequences: 12, ..LoadOptions::default() }
 }
 
-fn open(pair: &str) -> (ModelConfig, Weights) {
+fn golden() -> PathBuf {
     // The tests also run where the repository is not.
     let golden = std::env::var_os("OVERFILL_GOLDEN").map(PathBuf::from);
-    let golden = golden.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden"));
-    let folder = golden.join(pair).join("full");
+    golden.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden"))
+}
+
+fn open(pair: &str) -> (ModelConfig, Weights) {
+    let folder = golden().join(pair).join("full");
     (ModelConfig::from_folder(&folder).unwrap(), Weights::open(&folder).unwrap())
 }
 
@@ -193,6 +199,21 @@ fn blocks_travel_out_of_and_into_device_memory() {
         assert_eq!(seen, [0, 1, 2, 3, 4, 5]);
     }
     assert!(kv.read(0, &[BlockId(KV_BLOCKS as u32)], &mut |_, _| ()).is_err());
+}
+
+#[test]
+fn siblings_share_their_kv() {
+    if !gpu() {
+        return;
+    }
+    let options = options(WeightFormat::Bf16, KvDtype::Bf16);
+    let decode = golden().join("llama-tied/decode");
+    let (config, weights) = (ModelConfig::from_folder(&decode).unwrap(), Weights::open(&decode).unwrap());
+    let mut full = on_gpu("llama-tied", &options);
+    let mut apart = CudaEngine::load(0, &config, &weights, &options, KV_BLOCKS).unwrap();
+    let expected = turns(&mut full, &mut apart, hand_over);
+    let mut sibling = full.load_sibling(&config, &weights, &options).unwrap();
+    assert_eq!(turns(&mut full, &mut *sibling, |_, _, _| {}), expected);
 }
 
 #[test]

@@ -270,7 +270,7 @@ pub(crate) mod tests {
         assert_eq!(chosen(&view, &gone, &affinity), Ok((2, 4, 0)));
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn nodes_that_drain_or_have_failed_are_left_alone() {
         let (prefill, decode) = (node(1, Role::Prefill, |_| {}), node(2, Role::Decode, |_| {}));
         let view = View { prefill: vec![prefill.clone()], decode: vec![decode.clone()], ..View::default() };
