@@ -449,7 +449,7 @@ mod tests {
             if count > 0 {
                 made.push((round, count));
             }
-            drafts.observe(count, if accepts(round) { count } else { 0 }, 2 * STEP);
+            drafts.observe(count, if accepts(round) { count } else { 0 }, 8 * STEP);
         }
         made
     }
