@@ -11,8 +11,11 @@ const MOST_DRAFTS: usize = 16;
 pub const MOST_CHOSEN: usize = MOST_DRAFTS + 1;
 /// Weight of one round of drafts against all earlier ones.
 const FORGET: f64 = 0.9;
-/// A sequence that drafts nothing drafts again in every such round, to find out whether drafts are accepted by now.
+/// A sequence that drafts nothing makes one draft after so many rounds, to find out whether drafts are accepted by now. After
+/// each that falls, it waits twice as long.
 const PROBE_ROUNDS: u32 = 16;
+/// Maximum number of rounds until the next such draft.
+const MOST_PROBE_ROUNDS: u32 = 128;
 /// Attempts to land a block before the request fails.
 const MOST_FAILURES: u32 = 5;
 
@@ -106,8 +109,10 @@ impl Extensions {
             Mode::Refresh => (tokens - 1) / BLOCK_TOKENS >= self.refreshed + 2,
             Mode::Exact => {
                 let (drafted, most) = (tokens - self.standing, self.drafts.best);
-                // While a verdict is under way, drafts for the next one are made, with the token that the verdict adds.
-                drafted >= if self.awaited.is_some() && most > 0 { 2 * most + 1 } else { most }
+                // While a verdict is under way, drafts for the next one are made, with the token that the verdict adds. If no
+                // drafts pay off, they would only be dropped.
+                let goes_on = self.awaited.is_some() && most > 0 && !self.drafts.is_probe;
+                drafted >= if goes_on { 2 * most + 1 } else { most }
             }
         }
     }
@@ -281,15 +286,28 @@ struct DraftLength {
     verdict_seconds: Option<f64>,
     /// Rounds since the last draft.
     rounds: u32,
+    /// Rounds without drafts until the next one is made.
+    probe_rounds: u32,
     /// The best number of drafts.
     best: usize,
+    /// Whether no drafts pay off, and one is made to find out whether it is accepted.
+    is_probe: bool,
     /// Whether a round has ended since it was chosen.
     is_stale: bool,
 }
 
 impl Default for DraftLength {
     fn default() -> Self {
-        Self { judged: 4.0, accepted: 3.0, verdict_seconds: None, rounds: 0, best: 4, is_stale: false }
+        Self {
+            judged: 4.0,
+            accepted: 3.0,
+            verdict_seconds: None,
+            rounds: 0,
+            probe_rounds: PROBE_ROUNDS,
+            best: 4,
+            is_probe: false,
+            is_stale: false,
+        }
     }
 }
 
@@ -298,8 +316,17 @@ impl DraftLength {
     fn observe(&mut self, drafted: usize, accepted: usize, took: Duration) {
         // Drafts behind the first one that fell were not judged.
         let judged = drafted.min(accepted + 1);
-        self.judged = self.judged * FORGET + judged as f64;
-        self.accepted = self.accepted * FORGET + accepted as f64;
+        // A round without drafts tells nothing about them. If it made earlier rounds count less, one lucky draft would seem to
+        // be all there is.
+        if judged > 0 {
+            self.judged = self.judged * FORGET + judged as f64;
+            self.accepted = self.accepted * FORGET + accepted as f64;
+        }
+        if std::mem::take(&mut self.is_probe) && judged > 0 {
+            // After an accepted draft, the next one follows at once.
+            let rejected = (2 * self.probe_rounds).clamp(PROBE_ROUNDS, MOST_PROBE_ROUNDS);
+            self.probe_rounds = if accepted > 0 { 0 } else { rejected };
+        }
         let took = took.as_secs_f64();
         self.verdict_seconds = Some(self.verdict_seconds.map_or(took, |mean| mean + (took - mean) / 8.0));
         self.rounds = if drafted == 0 { self.rounds + 1 } else { 0 };
@@ -310,6 +337,10 @@ impl DraftLength {
     fn choose(&mut self, step: Duration) -> usize {
         if std::mem::take(&mut self.is_stale) {
             self.best = self.length(step);
+            self.is_probe = self.best == 0 && self.rounds >= self.probe_rounds;
+            if self.is_probe {
+                self.best = 1;
+            }
         }
         self.best
     }
@@ -320,8 +351,7 @@ impl DraftLength {
         let Some(verdict) = self.verdict_seconds.filter(|_| step > 0.0) else { return 4 };
         let rate = self.accepted / self.judged.max(1e-9);
         let gain = |k: usize| (0..=k as i32).map(|i| rate.powi(i)).sum::<f64>() / (k as f64 * step + verdict);
-        let best = (0..=MOST_DRAFTS).max_by(|a, b| gain(*a).total_cmp(&gain(*b))).unwrap_or(0);
-        if best == 0 && self.rounds >= PROBE_ROUNDS { 1 } else { best }
+        (0..=MOST_DRAFTS).max_by(|a, b| gain(*a).total_cmp(&gain(*b))).unwrap_or(0)
     }
 }
 
@@ -408,11 +438,52 @@ mod tests {
         assert!((1..4).contains(&half), "{half}");
         // A decode model as slow as the full one is of no use.
         assert_eq!(length(1, 4, 4), 0);
-        let mut idle = DraftLength::default();
-        for _ in 0..50 {
-            idle.observe(0, 0, STEP);
-            idle.accepted = 0.0;
+    }
+
+    /// The rounds, of so many, in which a sequence drafts whose drafts fall unless `accepts` says otherwise, and how many.
+    fn drafted(rounds: usize, accepts: impl Fn(usize) -> bool) -> Vec<(usize, usize)> {
+        let mut drafts = DraftLength { judged: 10.0, accepted: 0.0, best: 0, ..DraftLength::default() };
+        let mut made = Vec::new();
+        for round in 0..rounds {
+            let count = drafts.choose(STEP);
+            if count > 0 {
+                made.push((round, count));
+            }
+            drafts.observe(count, if accepts(round) { count } else { 0 }, 8 * STEP);
         }
-        assert_eq!(idle.length(STEP), 1);
+        made
+    }
+
+    #[test]
+    fn a_sequence_without_drafts_asks_ever_more_rarely_whether_they_are_accepted() {
+        let asked: Vec<usize> = drafted(600, |_| false).iter().map(|(round, _)| *round).collect();
+        assert_eq!(asked, [16, 49, 114, 243, 372, 501]);
+        // One lucky draft is followed by another one, and not taken for a change.
+        assert_eq!(drafted(60, |round| round == 16), [(16, 1), (17, 1), (34, 1)]);
+        // Where drafts are accepted from then on, it soon makes more.
+        let more = drafted(40, |round| round >= 16).iter().find(|(_, count)| *count > 1).map(|(round, _)| *round);
+        assert!(more < Some(24) && more.is_some(), "{more:?}");
+    }
+
+    #[test]
+    fn nothing_is_drafted_ahead_while_drafts_do_not_pay_off() {
+        let mut extensions = Extensions::new(Mode::Exact, 3, 99);
+        extensions.drafts = DraftLength { judged: 10.0, accepted: 0.0, best: 0, ..DraftLength::default() };
+        let mut tokens = vec![0, 1, 2, 3];
+        for round in 0..17 {
+            assert_eq!(extensions.waits(tokens.len()), round > 0 || extensions.drafts.best == 0);
+            let ask = extensions.ask(&tokens, false, None, STEP, STEP);
+            if round == 16 {
+                assert_eq!((ask, extensions.drafts.best), (None, 1));
+                break;
+            }
+            assert_eq!(ask.map(|ask| ask.tokens.len()), Some(1));
+            let at = tokens.len();
+            extensions.verdict(&mut tokens, at, &[7], 3 * STEP).unwrap();
+        }
+        assert!(!extensions.waits(tokens.len()));
+        tokens.push(8);
+        assert_eq!(extensions.ask(&tokens, false, None, STEP, STEP).map(|ask| ask.tokens.len()), Some(2));
+        assert!(extensions.waits(tokens.len()));
     }
 }

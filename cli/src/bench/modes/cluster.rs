@@ -1,7 +1,11 @@
 //! A whole cluster in this process: a router, a prefill node with the full model, and two decode nodes. One has the full
 //! model itself, the other one the pruned model.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
@@ -145,8 +149,25 @@ impl Cluster {
         &self.agreement
     }
 
-    /// The counts so far.
-    pub fn counts(&self) -> Counts {
+    /// The counts so far, once nothing runs. A node may notice the end of a request later than its client.
+    ///
+    /// # Errors
+    /// A node does not come to rest.
+    pub async fn counts(&self) -> Result<Counts> {
+        let loads = || self.decode.iter().chain([&self.prefill]);
+        let is_running = |load: &Arc<LoadState>| load.metrics().requests_running.get() > 0;
+        let deadline = Instant::now() + DEADLINE;
+        while loads().any(|load| {
+            load.refresh_metrics();
+            is_running(load)
+        }) {
+            ensure!(Instant::now() < deadline, "the nodes do not come to rest");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        Ok(self.counted())
+    }
+
+    fn counted(&self) -> Counts {
         let passes = |load: &LoadState| load.metrics().step_seconds.get_sample_count();
         let [full, pruned] = &self.decode;
         let metrics = pruned.metrics();

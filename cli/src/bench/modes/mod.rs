@@ -193,14 +193,14 @@ impl ModesArgs {
             for _ in 0..self.runs.runs {
                 for (way, runs) in ways.iter().zip(&mut runs) {
                     cluster.agreement().force(way.agreement);
-                    let (before, began) = (cluster.counts(), Instant::now());
+                    let (before, began) = (cluster.counts().await?, Instant::now());
                     let found = cluster.answer(way.decoder, way.mode, prompts, self.answer_tokens).await?;
                     let seconds = began.elapsed().as_secs_f64();
                     if way.mode == Mode::Exact && found != answers {
                         bail!("mode exact has not given the full model's answers");
                     }
                     tracing::info!(batch, mode = way.name(), agreement = way.agreement, seconds, "measured");
-                    runs.push((seconds, cluster.counts().since(before)));
+                    runs.push((seconds, cluster.counts().await?.since(before)));
                 }
             }
             let tokens = (batch * self.answer_tokens) as f64;
