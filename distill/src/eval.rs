@@ -3,15 +3,14 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{D, DType, Device};
 use overfill_model::{Decoder, Provenance};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    attention::DenseAttention,
-    batch::{prefill, respond},
+    attention::RaggedAttention,
+    batch::{Flat, prefill, respond},
     data::Example,
-    fused::cross_entropy_sum,
     train::{check_pair, load_frozen},
 };
 
@@ -57,16 +56,17 @@ impl Arm {
     /// decoding.
     pub fn generate(&self, prompts: &[&[u32]], steps: &[usize]) -> Result<Vec<Vec<u32>>> {
         let prefilled = prefill(&self.prefill, prompts)?;
-        let kv = prefilled.kv.select(self.kept_layers.as_deref())?;
-        let mut attention = DenseAttention::new(prompts.len(), 1, Some(&kv)).keeping();
+        let mut kv = prefilled.kv.select(self.kept_layers.as_deref())?;
         let mut next: Vec<u32> = prefilled.logits.argmax(D::Minus1)?.to_vec1()?;
         let mut outputs: Vec<Vec<u32>> = next.iter().map(|t| vec![*t]).collect();
         let model = self.decoder();
-        for step in 1..steps.iter().copied().max().unwrap_or(0) {
-            let positions: Vec<u32> = kv.lengths.iter().map(|n| (n + step - 1) as u32).collect();
-            let tokens = Tensor::from_vec(next, prompts.len(), model.device())?;
-            let hidden = model.forward(&tokens, &positions, &mut attention, None)?;
-            attention.advance(1);
+        for _ in 1..steps.iter().copied().max().unwrap_or(0) {
+            let sequences: Vec<&[u32]> = next.chunks(1).collect();
+            let batch = Flat::new(&sequences, &kv.lengths, model.device())?;
+            let mut attention = RaggedAttention::new(&batch.lengths, Some(&kv)).keeping();
+            let hidden = model.forward(&batch.tokens, &batch.positions, &mut attention, None)?;
+            let more = attention.into_kv();
+            kv.extend(&more)?;
             next = model.logits(&hidden)?.argmax(D::Minus1)?.to_vec1()?;
             outputs.iter_mut().zip(&next).for_each(|(output, token)| output.push(*token));
         }
@@ -88,9 +88,9 @@ impl Arm {
             let outputs = self.generate(&prompts, &lengths)?;
             exact += outputs.iter().zip(&responses).filter(|(output, response)| output == *response).count();
             let kv = prefill(&self.prefill, &prompts)?.kv.select(self.kept_layers.as_deref())?;
-            let (logits, targets) = respond(self.decoder(), &kv, &responses)?;
-            tokens += targets.len();
-            loss += f64::from(cross_entropy_sum(&logits, targets)?.to_scalar::<f32>()?);
+            let (sum, count) = respond(self.decoder(), &kv, &responses)?;
+            tokens += count;
+            loss += f64::from(sum.to_scalar::<f32>()?);
         }
         Ok(Score {
             exact_match: exact as f64 / examples.len() as f64,

@@ -29,6 +29,12 @@ pub enum Geometry {
     /// Qwen2.5-0.5B.
     #[value(name = "qwen2.5-0.5b")]
     Qwen05b,
+    /// SmolLM2-135M.
+    #[value(name = "smollm2-135m")]
+    Smollm135m,
+    /// `smollm2-135m`, pruned by 45 %.
+    #[value(name = "smollm2-135m-overfill")]
+    Smollm135mOverfill,
 }
 
 /// Size of the write buffer. It bounds the memory needed to write a model of any size.
@@ -62,8 +68,19 @@ impl Geometry {
                 "tie_word_embeddings": true, "eos_token_id": 0, "bos_token_id": 1, "torch_dtype": "bfloat16",
             })
         };
+        let smollm = |hidden: usize, intermediate: usize| {
+            json!({
+                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 30,
+                "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49_152,
+                "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 100_000.0,
+                "tie_word_embeddings": true, "eos_token_id": 0, "bos_token_id": 0, "torch_dtype": "bfloat16",
+            })
+        };
         match self {
             Self::Small => small(512, 1408),
+            Self::Smollm135m => smollm(576, 1536),
+            Self::Smollm135mOverfill => smollm(316, 844),
             Self::SmallOverfill => small(281, 774),
             Self::Llama3b => llama(3072, 8192, 28, 24, 128),
             Self::Llama3bOverfill => llama(1689, 4505, 28, 24, 128),
@@ -205,12 +222,16 @@ mod tests {
         assert_eq!(parameters(Geometry::Llama3b), 3_212_749_824);
         assert_eq!(parameters(Geometry::Llama1b), 1_235_814_400);
         assert_eq!(parameters(Geometry::Qwen05b), 494_032_768);
+        assert_eq!(parameters(Geometry::Smollm135m), 134_515_008);
     }
 
     #[test]
     fn pruned_geometries_are_cut_as_pruning_cuts_them() {
-        for (full, cut) in [(Geometry::Small, Geometry::SmallOverfill), (Geometry::Llama3b, Geometry::Llama3bOverfill)]
-        {
+        for (full, cut) in [
+            (Geometry::Small, Geometry::SmallOverfill),
+            (Geometry::Llama3b, Geometry::Llama3bOverfill),
+            (Geometry::Smollm135m, Geometry::Smollm135mOverfill),
+        ] {
             let (mut full, cut) = (full.config(), cut.config());
             for width in ["hidden_size", "intermediate_size"] {
                 full[width] = json!((full[width].as_f64().unwrap() * (1.0 - 0.45)) as usize);

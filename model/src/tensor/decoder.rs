@@ -1,16 +1,17 @@
 //! The decoder block of all supported families, over a flat batch of tokens.
 //!
 //! The tokens of all sequences are concatenated in one dimension `n`; only attention knows which tokens belong
-//! together. So the same code serves (ragged batches over paged KV) and trains (rectangular batches, with gradients).
+//! together. So the same code serves (ragged batches over paged KV) and trains (ragged batches over prompts, with
+//! gradients).
 
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Error, Result, Tensor, bail};
 use candle_nn::{ops, rotary_emb};
 
-use super::{differentiable, linear::Linear};
+use super::{differentiable, linear::Linear, loss, trained::TrainedEmbedding};
 use crate::{
-    Activation, Axis, LayerSpec, ModelConfig, ModelError, Parameter,
+    Axis, LayerSpec, ModelConfig, ModelError, Parameter,
     family::{Finder, TensorRows},
 };
 
@@ -47,7 +48,7 @@ pub type Observer<'a> = dyn FnMut(Site, usize, &Tensor) -> Result<()> + 'a;
 /// Returns the weight tensor for a name and shape, or an error.
 pub type TensorSource<'a> = dyn FnMut(&str, &[usize]) -> std::result::Result<Tensor, ModelError> + 'a;
 
-/// The implementation of norm, rope and the MLP's gate.
+/// The implementation of norm, rope, the MLP's gate and the loss. In f32 on CPUs, both are the same operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ops {
     /// Fused operations, without gradients.
@@ -55,6 +56,9 @@ pub enum Ops {
     /// Operations that support gradients.
     Differentiable,
 }
+
+/// Sums of gradients by Hugging Face name, each of its parameter's shape. Backward passes add to them in place.
+pub type GradientSums = HashMap<String, Tensor>;
 
 struct Block {
     spec: LayerSpec,
@@ -82,6 +86,8 @@ pub struct Decoder {
     ropes: Vec<Vec<f32>>,
     /// `[vocab, hidden]`.
     embedding: Tensor,
+    /// Sum of the embedding's gradients, that the backward pass adds to.
+    embedding_sum: Option<Tensor>,
     blocks: Vec<Block>,
     norm: Tensor,
     head: Linear,
@@ -96,8 +102,20 @@ impl Decoder {
         tensors: &HashMap<String, Tensor>,
         ops: Ops,
     ) -> std::result::Result<Self, ModelError> {
+        Self::trained(config, tensors, ops, &GradientSums::new())
+    }
+
+    /// Like [`Self::from_tensors`]. The gradients of the embedding and of linear layers in `sums` are added there, and are
+    /// not in the result of `backward`. These parameters and the sums are f32 on the CPU, and the loss is
+    /// [`Self::cross_entropy`]'s.
+    pub fn trained(
+        config: &ModelConfig,
+        tensors: &HashMap<String, Tensor>,
+        ops: Ops,
+        sums: &GradientSums,
+    ) -> std::result::Result<Self, ModelError> {
         let compute = tensors.values().next().map_or(DType::F32, Tensor::dtype);
-        Self::build(config, ops, compute, &mut |name, shape| {
+        Self::build_with_sums(config, ops, compute, sums, &mut |name, shape| {
             let missing = || ModelError::MissingTensor {
                 file: "(in memory)".into(),
                 name: name.into(),
@@ -123,15 +141,30 @@ impl Decoder {
         compute: DType,
         get: &mut TensorSource<'_>,
     ) -> std::result::Result<Self, ModelError> {
+        Self::build_with_sums(config, ops, compute, &GradientSums::new(), get)
+    }
+
+    fn build_with_sums(
+        config: &ModelConfig,
+        ops: Ops,
+        compute: DType,
+        sums: &GradientSums,
+        get: &mut TensorSource<'_>,
+    ) -> std::result::Result<Self, ModelError> {
         let mut tensors = HashMap::new();
         for (name, shape) in config.tensor_shapes() {
             let tensor = get(&name, &shape)?;
             tensors.insert(name, tensor);
         }
-        let parameters = Parameters { find: Finder::new(config), tensors, compute };
-        let embedding = parameters.weight(Parameter::Embedding, None)?;
+        let parameters = Parameters { find: Finder::new(config), tensors, sums, compute };
+        let place = parameters.find.weight(Parameter::Embedding, None)?;
+        let embedding_sum = parameters.sum(&place)?;
+        let embedding = parameters.take(place)?;
         let head = match config.tie_word_embeddings {
-            true => Linear::new(embedding.clone(), None, compute)?,
+            true => {
+                let tied = Linear::new(embedding.clone(), None, compute)?;
+                if let Some(sum) = &embedding_sum { tied.summed(sum.clone(), None) } else { tied }
+            }
             false => parameters.linear(Parameter::Head, None)?,
         };
         let mut blocks = Vec::with_capacity(config.num_hidden_layers);
@@ -164,6 +197,7 @@ impl Decoder {
             ropes: config.inverse_frequencies(),
             head,
             embedding,
+            embedding_sum,
             blocks,
             norm,
         })
@@ -192,7 +226,10 @@ impl Decoder {
             None => Ok(()),
         };
         let rotations = (0..self.ropes.len()).map(|rope| self.rotation(rope, positions)).collect::<Result<Vec<_>>>()?;
-        let mut x = self.embedding.index_select(tokens, 0)?.to_dtype(self.compute)?;
+        let mut x = match &self.embedding_sum {
+            Some(sum) => self.embedding.apply_op1(TrainedEmbedding { tokens: tokens.to_vec1()?, sum: sum.clone() })?,
+            None => self.embedding.index_select(tokens, 0)?.to_dtype(self.compute)?,
+        };
         x = scaled(x, self.config.embedding_scale())?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let input = self.normed(&x, block.attention_norm.as_ref())?;
@@ -231,6 +268,25 @@ impl Decoder {
         }
     }
 
+    /// Negative log-probability of the targets after hidden states `[rows, hidden]`, summed over the rows: a scalar.
+    ///
+    /// Each target is below the vocabulary's size. If the decoder has sums of gradients, `backward` must start here.
+    pub fn cross_entropy(&self, hidden: &Tensor, targets: &[u32]) -> Result<Tensor> {
+        let (rows, vocab) = (hidden.dim(0)?, self.config.vocab_size);
+        if targets.len() != rows || targets.iter().any(|t| *t as usize >= vocab) {
+            bail!("cross entropy: {} targets for {rows} rows of {vocab} logits", targets.len());
+        }
+        let x = self.rms_norm(hidden, &self.norm)?;
+        let (weight, sum) = self.head.weight(&x)?;
+        if differentiable::fits(&x) && (sum.is_some() || self.ops == Ops::Fused) {
+            let scales = &self.config.scales;
+            let (scale, cap) = (scales.logits as f32, scales.logit_cap.map(|cap| cap as f32));
+            let output = loss::Output { weight: &weight.detach(), sum, scale, cap };
+            return loss::cross_entropy(&x, &output, targets);
+        }
+        loss::plain_cross_entropy(&self.logits(hidden)?, targets)
+    }
+
     /// Normalised, if there is a norm.
     fn normed(&self, x: &Tensor, norm: Option<&Tensor>) -> Result<Tensor> {
         match norm {
@@ -251,19 +307,14 @@ impl Decoder {
     }
 
     fn gated(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-        match (self.config.activation, self.ops) {
-            (Activation::Silu, Ops::Fused) => gate.silu()? * up,
-            (Activation::Silu, Ops::Differentiable) => differentiable::silu_mul(gate, up),
-            // candle's `gelu` is the approximation with tanh.
-            (Activation::GeluTanh, _) => gate.gelu()? * up,
-        }
+        differentiable::gate_mul(gate, up, self.config.activation)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         let eps = self.config.rms_norm_eps;
         match self.ops {
-            Ops::Fused => ops::rms_norm(&x.contiguous()?, weight, eps as f32),
-            Ops::Differentiable => differentiable::rms_norm(x, weight, eps),
+            Ops::Fused if !differentiable::fits(x) => ops::rms_norm(&x.contiguous()?, weight, eps as f32),
+            _ => differentiable::rms_norm(x, weight, eps),
         }
     }
 
@@ -281,19 +332,16 @@ impl Decoder {
     /// Rotates the leading channels of heads `[n, heads, head_dim]`: their first half with their second (Hugging Face's
     /// order).
     fn rope(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+        if self.ops == Ops::Differentiable || differentiable::fits(x) {
+            return differentiable::rope(x, cos, sin);
+        }
         let (head_dim, rotary_dim) = (self.config.head_dim, self.config.rotary_dim);
+        let rotated = |x: &Tensor| rotary_emb::rope_thd(&x.contiguous()?.unsqueeze(0)?, cos, sin)?.squeeze(0);
         if rotary_dim < head_dim {
-            let rotated = self.rope_all(&x.narrow(2, 0, rotary_dim)?, cos, sin)?;
-            return Tensor::cat(&[rotated, x.narrow(2, rotary_dim, head_dim - rotary_dim)?], 2);
+            let rest = x.narrow(2, rotary_dim, head_dim - rotary_dim)?;
+            return Tensor::cat(&[rotated(&x.narrow(2, 0, rotary_dim)?)?, rest], 2);
         }
-        self.rope_all(x, cos, sin)
-    }
-
-    fn rope_all(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-        match self.ops {
-            Ops::Fused => rotary_emb::rope_thd(&x.contiguous()?.unsqueeze(0)?, cos, sin)?.squeeze(0),
-            Ops::Differentiable => differentiable::rope(x, cos, sin),
-        }
+        rotated(x)
     }
 }
 
@@ -312,6 +360,7 @@ struct Parameters<'a> {
     find: Finder<'a>,
     /// Tensors by Hugging Face name.
     tensors: HashMap<String, Tensor>,
+    sums: &'a GradientSums,
     compute: DType,
 }
 
@@ -321,13 +370,24 @@ impl Parameters<'_> {
         if rows.len() == shape[0] { Ok(tensor.clone()) } else { tensor.narrow(0, rows.start, rows.len()) }
     }
 
-    fn weight(&self, parameter: Parameter, layer: Option<usize>) -> Result<Tensor> {
-        self.take(self.find.weight(parameter, layer)?)
+    /// The rows of a parameter in the sum of its tensor's gradients, if there is one.
+    fn sum(&self, TensorRows { name, shape, rows }: &TensorRows) -> Result<Option<Tensor>> {
+        let Some(sum) = self.sums.get(name) else { return Ok(None) };
+        if sum.dims() != shape.as_slice() {
+            bail!("the sum of the gradients of {name} is {:?}, expected {shape:?}", sum.dims());
+        }
+        sum.narrow(0, rows.start, rows.len()).map(Some)
     }
 
     fn linear(&self, parameter: Parameter, layer: Option<usize>) -> Result<Linear> {
-        let bias = self.find.bias(parameter, layer).map(|place| self.take(place)).transpose()?;
-        Linear::new(self.weight(parameter, layer)?, bias, self.compute)
+        let (weight, bias) = (self.find.weight(parameter, layer)?, self.find.bias(parameter, layer));
+        let of_bias = bias.as_ref().map(|place| self.sum(place)).transpose()?.flatten();
+        let of_weight = self.sum(&weight)?;
+        let linear = Linear::new(self.take(weight)?, bias.map(|place| self.take(place)).transpose()?, self.compute)?;
+        Ok(match of_weight {
+            Some(of_weight) => linear.summed(of_weight, of_bias),
+            None => linear,
+        })
     }
 
     /// The factors of a norm over the residual stream.

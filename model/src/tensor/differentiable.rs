@@ -1,13 +1,17 @@
-//! Norm, gate and rope for training, each as one pass over memory, forward and backward.
+//! Norm, gate and rope for training, each as one pass over memory, forward and backward, on all threads.
 //!
 //! Written in basic operations, a norm takes about six element-wise passes, and each of them costs two more passes when
 //! gradients are accumulated. For small models on a CPU, these passes dominate the training time, not the matrix
 //! products. Other devices and types use the plain form. Tests compare the two.
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::lanes::{self, AddProduct3, AddSquare, add_column_sums, each, each_in_parallel, lanes, rows, total};
+use crate::Activation;
 
 /// The `f32` data of a contiguous CPU tensor.
-fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+pub(super) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let data = storage.as_slice::<f32>()?;
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&data[start..end]),
@@ -15,7 +19,7 @@ fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     }
 }
 
-fn fits(x: &Tensor) -> bool {
+pub(super) fn fits(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
@@ -23,9 +27,23 @@ struct RmsNorm {
     eps: f32,
 }
 
-fn inverse_rms(x: &[f32], eps: f32) -> f32 {
-    1.0 / (x.iter().map(|v| v * v).sum::<f32>() / x.len() as f32 + eps).sqrt()
+impl RmsNorm {
+    fn inverse_rms(&self, x: &[f32]) -> f32 {
+        1.0 / (total(&AddSquare {}, [x]) / x.len() as f32 + self.eps).sqrt()
+    }
 }
+
+lanes!(
+    /// `x w factor`.
+    Normed { factor } 2, |self, _, [x, w]| S::mul(S::mul(x, S::splat(self.factor)), w)
+);
+lanes!(
+    /// The gradient of a norm by its input: `g w inverse - x pull`.
+    NormedBack { inverse, pull } 3, |self, _, [x, w, g]| {
+        let direct = S::mul(S::mul(g, w), S::splat(self.inverse));
+        S::sub(direct, S::mul(x, S::splat(self.pull)))
+    }
+);
 
 impl CustomOp2 for RmsNorm {
     fn name(&self) -> &'static str {
@@ -34,11 +52,12 @@ impl CustomOp2 for RmsNorm {
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout, ws: &CpuStorage, wl: &Layout) -> Result<(CpuStorage, Shape)> {
         let (x, w) = (slice(s, l)?, slice(ws, wl)?);
-        let mut out = Vec::with_capacity(x.len());
-        for row in x.chunks_exact(w.len()) {
-            let inverse = inverse_rms(row, self.eps);
-            out.extend(row.iter().zip(w).map(|(x, w)| x * inverse * w));
-        }
+        let width = w.len();
+        let mut out = vec![0.0; x.len()];
+        rows(&mut out, width, |i, out| {
+            let row = &x[i * width..][..width];
+            each(&Normed { factor: self.inverse_rms(row) }, out, [row, w]);
+        });
         Ok((CpuStorage::F32(out), l.shape().clone()))
     }
 
@@ -70,27 +89,39 @@ impl CustomOp3 for RmsNormGrad {
         gl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (x, w, g) = (slice(s, l)?, slice(ws, wl)?, slice(gs, gl)?);
-        let width = w.len();
+        let (width, norm) = (w.len(), RmsNorm { eps: self.eps });
         if self.of_weight {
-            let mut out = vec![0f32; width];
-            for (x, g) in x.chunks_exact(width).zip(g.chunks_exact(width)) {
-                let inverse = inverse_rms(x, self.eps);
-                for ((o, x), g) in out.iter_mut().zip(x).zip(g) {
-                    *o += x * inverse * g;
+            // Partial sums over fixed numbers of rows, so that the result does not depend on the threads.
+            const ROWS: usize = 64;
+            let part = |(x, g): (&[f32], &[f32])| {
+                let mut sums = vec![0.0; width];
+                for (x, g) in x.chunks_exact(width).zip(g.chunks_exact(width)) {
+                    let inverse = norm.inverse_rms(x);
+                    each(&AddScaledProduct { factor: inverse }, &mut sums, [x, g]);
                 }
-            }
+                sums
+            };
+            let parts: Vec<f32> =
+                x.par_chunks(ROWS * width).zip(g.par_chunks(ROWS * width)).map(part).collect::<Vec<_>>().concat();
+            let mut out = vec![0.0; width];
+            add_column_sums(&mut out, &parts);
             return Ok((CpuStorage::F32(out), wl.shape().clone()));
         }
-        let mut out = Vec::with_capacity(x.len());
-        for (x, g) in x.chunks_exact(width).zip(g.chunks_exact(width)) {
-            let inverse = inverse_rms(x, self.eps);
-            let dot = x.iter().zip(g).zip(w).map(|((x, g), w)| x * g * w).sum::<f32>();
-            let pull = dot * inverse * inverse * inverse / width as f32;
-            out.extend(x.iter().zip(g).zip(w).map(|((x, g), w)| g * w * inverse - x * pull));
-        }
+        let mut out = vec![0.0; x.len()];
+        rows(&mut out, width, |i, out| {
+            let (x, g) = (&x[i * width..][..width], &g[i * width..][..width]);
+            let inverse = norm.inverse_rms(x);
+            let pull = total(&AddProduct3 {}, [x, g, w]) * inverse * inverse * inverse / width as f32;
+            each(&NormedBack { inverse, pull }, out, [x, w, g]);
+        });
         Ok((CpuStorage::F32(out), l.shape().clone()))
     }
 }
+
+lanes!(
+    /// `target + x y factor`.
+    AddScaledProduct { factor } 2, |self, target, [x, y]| S::mul_add(S::mul(x, S::splat(self.factor)), y, target)
+);
 
 /// Root-mean-square norm over the last axis of `x` (any rank), times `weight`.
 pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -106,32 +137,73 @@ fn plain_rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     wide.broadcast_div(&scale)?.to_dtype(x.dtype())?.broadcast_mul(weight)
 }
 
-struct SiluMul;
+// Both activations are `x sigmoid(u(x))`: with u(x) = x, or with u(x) = linear x + cubic x^3.
+lanes!(
+    /// `x sigmoid(linear x + cubic x^3) y`.
+    Gated { linear, cubic } 2, |self, _, [x, y]| {
+        let square = S::mul(x, x);
+        let u = S::mul(x, S::mul_add(square, S::splat(self.cubic), S::splat(self.linear)));
+        // `S::exp` is accurate up to x = 88. The sigmoid of values below -88 is 0 anyway.
+        let exp = S::exp(S::sub(S::splat(0.0), S::max(u, S::splat(-88.0))));
+        S::mul(S::div(x, S::add(S::splat(1.0), exp)), y)
+    }
+);
+lanes!(
+    /// The gradient of [`Gated`] by `x`, times `g`.
+    GatedBack { linear, cubic } 3, |self, _, [x, y, g]| {
+        let (one, square) = (S::splat(1.0), S::mul(x, x));
+        let u = S::mul(x, S::mul_add(square, S::splat(self.cubic), S::splat(self.linear)));
+        let slope = S::mul_add(square, S::splat(3.0 * self.cubic), S::splat(self.linear));
+        let exp = S::exp(S::sub(S::splat(0.0), S::max(u, S::splat(-88.0))));
+        let sigmoid = S::div(one, S::add(one, exp));
+        let bend = S::mul(S::mul(x, slope), S::sub(one, sigmoid));
+        S::mul(S::mul(S::mul_add(sigmoid, bend, sigmoid), y), g)
+    }
+);
 
-impl CustomOp2 for SiluMul {
+#[derive(Clone, Copy)]
+struct GateMul {
+    activation: Activation,
+}
+
+impl GateMul {
+    /// `linear` and `cubic` of [`Gated`].
+    fn argument(self) -> (f32, f32) {
+        // 2 sqrt(2 / pi)
+        const FACTOR: f32 = 1.595_769;
+        match self.activation {
+            Activation::Silu => (1.0, 0.0),
+            Activation::GeluTanh => (FACTOR, 0.044_715 * FACTOR),
+        }
+    }
+}
+
+impl CustomOp2 for GateMul {
     fn name(&self) -> &'static str {
-        "silu-mul"
+        "gate-mul"
     }
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout, us: &CpuStorage, ul: &Layout) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (slice(s, l)?, slice(us, ul)?);
-        let out = gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+        let (linear, cubic) = self.argument();
+        let mut out = vec![0.0; gate.len()];
+        each_in_parallel(&Gated { linear, cubic }, &mut out, [gate, up]);
         Ok((CpuStorage::F32(out), l.shape().clone()))
     }
 
     fn bwd(&self, gate: &Tensor, up: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
-        let of_gate = gate.apply_op3_no_bwd(up, &grad, &SiluMulGrad)?;
-        let of_up = gate.apply_op2_no_bwd(&grad, &SiluMul)?;
+        let of_gate = gate.apply_op3_no_bwd(up, &grad, &GateMulGrad(*self))?;
+        let of_up = gate.apply_op2_no_bwd(&grad, self)?;
         Ok((Some(of_gate), Some(of_up)))
     }
 }
 
-struct SiluMulGrad;
+struct GateMulGrad(GateMul);
 
-impl CustomOp3 for SiluMulGrad {
+impl CustomOp3 for GateMulGrad {
     fn name(&self) -> &'static str {
-        "silu-mul-grad"
+        "gate-mul-grad"
     }
 
     fn cpu_fwd(
@@ -144,21 +216,27 @@ impl CustomOp3 for SiluMulGrad {
         gl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, up, grad) = (slice(s, l)?, slice(us, ul)?, slice(gs, gl)?);
-        let slope = |g: f32| {
-            let sigmoid = 1.0 / (1.0 + (-g).exp());
-            sigmoid * (1.0 + g * (1.0 - sigmoid))
-        };
-        let out = gate.iter().zip(up).zip(grad).map(|((g, u), d)| slope(*g) * u * d).collect();
+        let (linear, cubic) = self.0.argument();
+        let mut out = vec![0.0; gate.len()];
+        each_in_parallel(&GatedBack { linear, cubic }, &mut out, [gate, up, grad]);
         Ok((CpuStorage::F32(out), l.shape().clone()))
     }
 }
 
-/// `silu(gate) * up`, element by element.
-pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+/// `activation(gate) * up`, element by element.
+pub(crate) fn gate_mul(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
     if fits(gate) && fits(up) {
-        return gate.contiguous()?.apply_op2(&up.contiguous()?, SiluMul);
+        return gate.contiguous()?.apply_op2(&up.contiguous()?, GateMul { activation });
     }
-    gate.silu()? * up
+    plain_gate_mul(gate, up, activation)
+}
+
+pub(super) fn plain_gate_mul(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    match activation {
+        Activation::Silu => gate.silu()? * up,
+        // candle's `gelu` is the approximation with tanh.
+        Activation::GeluTanh => gate.gelu()? * up,
+    }
 }
 
 struct Rope {
@@ -180,17 +258,25 @@ impl CustomOp3 for Rope {
         sl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (x, cos, sin) = (slice(s, l)?, slice(cs, cl)?, slice(ss, sl)?);
-        let (_, heads, width) = l.shape().dims3()?;
-        let (half, sign) = (width / 2, if self.forward { 1.0 } else { -1.0 });
+        let (n, heads, width) = l.shape().dims3()?;
+        let half = cos.len() / n.max(1);
+        let sign = if self.forward { 1.0 } else { -1.0 };
         let mut out = vec![0f32; x.len()];
-        for (row, (x, out)) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).enumerate() {
-            let at = row / heads * half;
-            let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);
-            for i in 0..half {
-                out[i] = x[i] * cos[i] - sign * x[i + half] * sin[i];
-                out[i + half] = x[i + half] * cos[i] + sign * x[i] * sin[i];
+        lanes::rows(&mut out, heads * width, |token, out| {
+            let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
+            let x = &x[token * heads * width..][..heads * width];
+            for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+                let (first, rest) = x.split_at(half);
+                let (second, rest) = rest.split_at(half);
+                let (to_first, to_rest) = out.split_at_mut(half);
+                let (to_second, to_rest) = to_rest.split_at_mut(half);
+                for i in 0..half {
+                    to_first[i] = first[i] * cos[i] - sign * second[i] * sin[i];
+                    to_second[i] = second[i] * cos[i] + sign * first[i] * sin[i];
+                }
+                to_rest.copy_from_slice(rest);
             }
-        }
+        });
         Ok((CpuStorage::F32(out), l.shape().clone()))
     }
 
@@ -208,8 +294,8 @@ impl CustomOp3 for Rope {
     }
 }
 
-/// Rotates `x`, `[n, heads, head_dim]`: the first half of each head with its second. `cos` and `sin` are `[n, head_dim
-/// / 2]` and receive no gradient.
+/// Rotates the leading channels of `x`, `[n, heads, head_dim]`: their first half with their second. `cos` and `sin` are
+/// `[n, rotary_dim / 2]` and receive no gradient.
 pub(crate) fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     if fits(x) && fits(cos) && fits(sin) {
         return x.contiguous()?.apply_op3(cos, sin, Rope { forward: true });
@@ -218,12 +304,15 @@ pub(crate) fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 }
 
 fn plain_rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    let half = x.dim(2)? / 2;
+    let (half, width) = (cos.dim(1)?, x.dim(2)?);
     let (a, b) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
     let (cos, sin) = (cos.unsqueeze(1)?, sin.unsqueeze(1)?);
     let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
     let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[first, second], 2)
+    match width - 2 * half {
+        0 => Tensor::cat(&[first, second], 2),
+        rest => Tensor::cat(&[first, second, x.narrow(2, 2 * half, rest)?], 2),
+    }
 }
 
 #[cfg(test)]
@@ -257,9 +346,14 @@ mod tests {
     fn one_pass_equals_basic_operations_gradients_included() {
         let (x, w, up) = (random(&[5, 7]), random(&[7]), random(&[5, 7]));
         same(&[&x, &w], || rms_norm(&x, &w, 1e-5), || plain_rms_norm(&x, &w, 1e-5));
-        same(&[&x, &up], || silu_mul(&x, &up), || x.silu()? * up.as_tensor());
-        let (x, angle) = (random(&[5, 3, 8]), random(&[5, 4]).as_detached_tensor());
-        let (cos, sin) = (angle.cos().unwrap(), angle.sin().unwrap());
-        same(&[&x], || rope(&x, &cos, &sin), || plain_rope(&x, &cos, &sin));
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            same(&[&x, &up], || gate_mul(&x, &up, activation), || plain_gate_mul(&x, &up, activation));
+        }
+        // All channels of a head are rotated, or only the leading ones.
+        for half in [4, 3] {
+            let (x, angle) = (random(&[5, 3, 8]), random(&[5, half]).as_detached_tensor());
+            let (cos, sin) = (angle.cos().unwrap(), angle.sin().unwrap());
+            same(&[&x], || rope(&x, &cos, &sin), || plain_rope(&x, &cos, &sin));
+        }
     }
 }
