@@ -66,6 +66,14 @@ impl<'a> RaggedAttention<'a> {
         Self { own: Some(Vec::new()), ..self }
     }
 
+    fn prompt_at(&self, layer: usize) -> Result<Option<&LayerKv>> {
+        let Some(prompt) = self.prompt else { return Ok(None) };
+        match prompt.layers.get(layer) {
+            None => bail!("no prompt KV for layer {layer}, there are {} layers", prompt.layers.len()),
+            pair => Ok(pair),
+        }
+    }
+
     /// The kept keys and values.
     pub fn into_kv(self) -> PromptKv {
         PromptKv { layers: self.own.unwrap_or_default(), lengths: self.ragged.lengths.clone() }
@@ -77,13 +85,10 @@ impl Attention for RaggedAttention<'_> {
         if let Some(own) = &mut self.own {
             own.push((k.clone(), v.clone()));
         }
-        let prompt = match self.prompt {
-            None => None,
-            Some(prompt) => match prompt.layers.get(layer) {
-                None => bail!("no prompt KV for layer {layer}, there are {} layers", prompt.layers.len()),
-                pair => pair,
-            },
-        };
-        ragged_attention(&self.ragged, spec, prompt, [q, k, v])
+        ragged_attention(&self.ragged, spec, self.prompt_at(layer)?, [q, k, v])
+    }
+
+    fn ragged(&mut self, layer: usize) -> Result<(Arc<Ragged>, Option<LayerKv>)> {
+        Ok((self.ragged.clone(), self.prompt_at(layer)?.cloned()))
     }
 }

@@ -114,7 +114,7 @@ impl DistillArgs {
             random_init: self.random_init,
             full: self.full.as_deref().map(resolve).transpose()?,
             full_weights: self.full_weights,
-            prompt_cache_bytes: self.prompt_cache_mebibytes << 20,
+            prompt_cache_bytes: self.prompt_cache_mebibytes.saturating_mul(1 << 20),
             data: self.data,
             out: self.out,
             batch: self.batch,

@@ -195,7 +195,7 @@ impl Trainer {
         let cast = |(name, var): (&String, &Var)| Ok((name.clone(), var.as_tensor().to_dtype(self.dtype)?));
         let tensors = self.params.iter().map(cast).collect::<Result<HashMap<_, _>>>()?;
         if self.device.is_cpu() && self.dtype == DType::F32 {
-            return Ok(Decoder::trained(&self.config, &tensors, Ops::Differentiable, gradients.sums())?);
+            return Ok(Decoder::trained(&self.config, &tensors, gradients.sums())?);
         }
         Ok(Decoder::from_tensors(&self.config, &tensors, Ops::Differentiable)?)
     }

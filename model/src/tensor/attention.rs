@@ -12,8 +12,8 @@ use rayon::prelude::*;
 
 use super::{
     decoder::soft_cap,
-    differentiable::{fits, slice},
     lanes::{Add, AddProduct, ExpShifted, Scale, each, greatest, lanes, rows, total},
+    passes::{fuses, slice},
     product::{Matrix, Threads, Write, multiply},
     trained::Values,
 };
@@ -32,6 +32,16 @@ pub struct Ragged {
 }
 
 impl Ragged {
+    /// Checks that the lengths add up to `n` rows after the rows of `prompt`.
+    pub(super) fn check(&self, n: usize, prompt: Option<&(Tensor, Tensor)>) -> Result<()> {
+        let sum = |lengths: &[usize]| lengths.iter().sum::<usize>();
+        let before = prompt.map_or(Ok(0), |(k, _)| k.dim(0))?;
+        if self.lengths.len() != self.prompts.len() || sum(&self.lengths) != n || sum(&self.prompts) != before {
+            bail!("attention: {n} rows after {before} rows of prompts, not {self:?}");
+        }
+        Ok(())
+    }
+
     /// The rows of each sequence in the batch, and the rows of its prompt among all prompts.
     fn places(&self) -> Vec<(Range<usize>, Range<usize>)> {
         let (mut own, mut prompt) = (0, 0);
@@ -56,25 +66,22 @@ pub fn ragged_attention(
     prompt: Option<&(Tensor, Tensor)>,
     [q, k, v]: [&Tensor; 3],
 ) -> Result<Tensor> {
-    let sum = |lengths: &[usize]| lengths.iter().sum::<usize>();
-    let (n, before) = (q.dim(0)?, prompt.map_or(Ok(0), |(k, _)| k.dim(0))?);
-    if ragged.lengths.len() != ragged.prompts.len() || sum(&ragged.lengths) != n || sum(&ragged.prompts) != before {
-        bail!("attention: {n} rows after {before} rows of prompts, not {ragged:?}");
-    }
-    let of_prompt = prompt.is_none_or(|(k, v)| fits(k) && fits(v));
-    if of_prompt && [q, k, v].iter().all(|x| fits(x)) {
+    ragged.check(q.dim(0)?, prompt)?;
+    let of_prompt = prompt.is_none_or(|(k, v)| fuses(k) && fuses(v));
+    if of_prompt && [q, k, v].iter().all(|x| fuses(x)) {
         let prompt =
             prompt.map(|(k, v)| Ok::<_, candle_core::Error>((k.contiguous()?, v.contiguous()?))).transpose()?;
         let op = Tiled { ragged: ragged.clone(), spec: spec.clone(), prompt };
-        return q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op);
+        return q.contiguous()?.apply_op3_no_bwd(&k.contiguous()?, &v.contiguous()?, &op);
     }
     plain(ragged, spec, prompt, [q, k, v])
 }
 
-struct Tiled {
-    ragged: Arc<Ragged>,
-    spec: LayerSpec,
-    prompt: Option<(Tensor, Tensor)>,
+/// Attention by tiles: which sequences, how they attend, and the keys and values of their prompts.
+pub(super) struct Tiled {
+    pub(super) ragged: Arc<Ragged>,
+    pub(super) spec: LayerSpec,
+    pub(super) prompt: Option<(Tensor, Tensor)>,
 }
 
 /// The data of a batch.
@@ -252,9 +259,65 @@ lanes!(
 );
 
 impl Tiled {
+    /// The result for queries, keys and values of as many heads of `width` values.
+    pub(super) fn forward(&self, slices: [&[f32]; 3], heads: [usize; 2], width: usize) -> Result<Vec<f32>> {
+        let mut out = vec![0.0; slices[0].len()];
+        self.with(slices, heads, width, |data| {
+            let (mut tiles, mut rest) = (Vec::new(), out.as_mut_slice());
+            for place in &self.ragged.places() {
+                let count = place.0.len();
+                for start in (0..count).step_by(TILE) {
+                    let tile = data.tile(place, start..(start + TILE).min(count));
+                    let (part, after) = rest.split_at_mut(tile.rows.len() * data.heads * data.width);
+                    rest = after;
+                    tiles.push((tile, part));
+                }
+            }
+            tiles.into_par_iter().for_each(|(tile, part)| data.forward(&tile, part));
+        })?;
+        Ok(out)
+    }
+
+    /// The gradients by queries, keys and values, from the result and its gradient.
+    pub(super) fn backward(
+        &self,
+        slices: [&[f32]; 3],
+        heads: [usize; 2],
+        width: usize,
+        [out, grad]: [&[f32]; 2],
+    ) -> Result<[Vec<f32>; 3]> {
+        let (places, kv_heads) = (self.ragged.places(), heads[1]);
+        let tasks: Vec<(usize, usize)> = (0..places.len()).flat_map(|i| (0..kv_heads).map(move |h| (i, h))).collect();
+        let parts: Vec<[Vec<f32>; 3]> = self.with(slices, heads, width, |data| {
+            let task = |(i, head): &(usize, usize)| data.backward(&places[*i], *head, out, grad);
+            tasks.par_iter().map(task).collect()
+        })?;
+        // The parts are by KV head, and the gradients by token.
+        let owner: Vec<(usize, usize)> =
+            places.iter().enumerate().flat_map(|(i, (own, _))| (0..own.len()).map(move |token| (i, token))).collect();
+        let joined = |which: usize| {
+            let mut all = vec![0.0; slices[which].len()];
+            let row = all.len() / owner.len().max(1);
+            let part = row / kv_heads;
+            rows(&mut all, row.max(1), |row, to| {
+                let (i, token) = owner[row];
+                for (head, to) in to.chunks_exact_mut(part).enumerate() {
+                    to.copy_from_slice(&parts[i * kv_heads + head][which][token * part..][..part]);
+                }
+            });
+            all
+        };
+        Ok([joined(0), joined(1), joined(2)])
+    }
+
     /// Calls `f` with the batch's data.
-    fn with<R>(&self, [q, k, v]: [&[f32]; 3], shapes: [&Shape; 2], f: impl FnOnce(&Data<'_>) -> R) -> Result<R> {
-        let ((_, heads, width), (_, kv_heads, _)) = (shapes[0].dims3()?, shapes[1].dims3()?);
+    fn with<R>(
+        &self,
+        [q, k, v]: [&[f32]; 3],
+        [heads, kv_heads]: [usize; 2],
+        width: usize,
+        f: impl FnOnce(&Data<'_>) -> R,
+    ) -> Result<R> {
         let data = Data { spec: &self.spec, q, own: [k, v], prompt: [&[], &[]], heads, kv_heads, width };
         match &self.prompt {
             None => Ok(f(&data)),
@@ -277,59 +340,9 @@ impl CustomOp3 for Tiled {
         vs: &CpuStorage,
         vl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
+        let ((_, heads, width), (_, kv_heads, _)) = (ql.shape().dims3()?, kl.shape().dims3()?);
         let slices = [slice(qs, ql)?, slice(ks, kl)?, slice(vs, vl)?];
-        let mut out = vec![0.0; slices[0].len()];
-        self.with(slices, [ql.shape(), kl.shape()], |data| {
-            let (mut tiles, mut rest) = (Vec::new(), out.as_mut_slice());
-            for place in &self.ragged.places() {
-                let count = place.0.len();
-                for start in (0..count).step_by(TILE) {
-                    let tile = data.tile(place, start..(start + TILE).min(count));
-                    let (part, after) = rest.split_at_mut(tile.rows.len() * data.heads * data.width);
-                    rest = after;
-                    tiles.push((tile, part));
-                }
-            }
-            tiles.into_par_iter().for_each(|(tile, part)| data.forward(&tile, part));
-        })?;
-        Ok((CpuStorage::F32(out), ql.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        out: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let grad = grad.contiguous()?;
-        let (places, kv_heads) = (self.ragged.places(), k.dim(1)?);
-        let tasks: Vec<(usize, usize)> = (0..places.len()).flat_map(|i| (0..kv_heads).map(move |h| (i, h))).collect();
-        let owner: Vec<(usize, usize)> =
-            places.iter().enumerate().flat_map(|(i, (own, _))| (0..own.len()).map(move |token| (i, token))).collect();
-        let (q_values, k_values, v_values) = (Values::of(q)?, Values::of(k)?, Values::of(v)?);
-        let slices: [&[f32]; 3] = [&q_values, &k_values, &v_values];
-        let (result, of_result) = (Values::of(out)?, Values::of(&grad)?);
-        let parts: Vec<[Vec<f32>; 3]> = self.with(slices, [q.shape(), k.shape()], |data| {
-            let task = |(i, head): &(usize, usize)| data.backward(&places[*i], *head, &result, &of_result);
-            tasks.par_iter().map(task).collect()
-        })?;
-        // The parts are by KV head, and the gradients by token.
-        let mut gradients = Vec::new();
-        for (which, x) in [q, k, v].into_iter().enumerate() {
-            let width = x.elem_count() / owner.len().max(1);
-            let (mut all, part) = (vec![0.0; x.elem_count()], width / kv_heads);
-            rows(&mut all, width, |row, to| {
-                let (i, token) = owner[row];
-                for (head, to) in to.chunks_exact_mut(part).enumerate() {
-                    to.copy_from_slice(&parts[i * kv_heads + head][which][token * part..][..part]);
-                }
-            });
-            gradients.push(Tensor::from_vec(all, x.shape(), x.device())?);
-        }
-        let mut gradients = gradients.into_iter();
-        Ok((gradients.next(), gradients.next(), gradients.next()))
+        Ok((CpuStorage::F32(self.forward(slices, [heads, kv_heads], width)?), ql.shape().clone()))
     }
 }
 
@@ -399,16 +412,21 @@ mod tests {
             let prompt =
                 (before > 0).then(|| (random(before, 2).as_detached_tensor(), random(before, 2).as_detached_tensor()));
             let factors = random(n, 4).as_detached_tensor();
-            let tiled = ragged_attention(&ragged, &spec, prompt.as_ref(), [&q, &k, &v]).unwrap();
+            let detached = [&q, &k, &v].map(|x| x.as_detached_tensor());
+            let tiled = ragged_attention(&ragged, &spec, prompt.as_ref(), detached.each_ref()).unwrap();
             let basic = plain(&ragged, &spec, prompt.as_ref(), [&q, &k, &v]).unwrap();
             let gap = |a: &Tensor, b: &Tensor| {
                 (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap()
             };
             assert!(gap(&tiled, &basic) < 1e-5);
-            let gradients = |out: &Tensor| (out * &factors).unwrap().sum_all().unwrap().backward().unwrap();
-            let (got, expected) = (gradients(&tiled), gradients(&basic));
-            for x in [&q, &k, &v] {
-                assert!(gap(got.get(x).unwrap(), expected.get(x).unwrap()) < 1e-4);
+            let expected = (&basic * &factors).unwrap().sum_all().unwrap().backward().unwrap();
+            let op = Tiled { ragged: ragged.clone(), spec: spec.clone(), prompt: prompt.clone() };
+            let values = detached.each_ref().map(|x| Values::of(x).unwrap());
+            let of = [&*Values::of(&tiled).unwrap(), &*Values::of(&factors).unwrap()].map(<[f32]>::to_vec);
+            let got = op.backward(values.each_ref().map(|x| &**x), [4, 2], 8, [&of[0], &of[1]]).unwrap();
+            for (x, got) in [&q, &k, &v].into_iter().zip(got) {
+                let got = Tensor::from_vec(got, x.shape(), &Device::Cpu).unwrap();
+                assert!(gap(&got, expected.get(x).unwrap()) < 1e-4);
             }
             let short = Arc::new(Ragged { lengths: vec![n - 1], prompts: vec![before] });
             assert!(ragged_attention(&short, &spec, prompt.as_ref(), [&q, &k, &v]).is_err());

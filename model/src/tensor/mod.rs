@@ -2,15 +2,16 @@
 //! the kernels.
 
 mod attention;
+mod blocks;
 #[cfg(test)]
 mod cache;
 mod decoder;
-mod differentiable;
 #[cfg(test)]
 mod engine;
 mod lanes;
 mod linear;
 mod loss;
+mod passes;
 mod product;
 mod trained;
 mod updates;

@@ -126,6 +126,20 @@ pub(crate) fn seconds_of_products(rows: usize, outputs: usize, inputs: usize, ru
 mod tests {
     use super::*;
 
+    /// Training resumed with another number of threads goes on with the same bits.
+    #[test]
+    fn a_product_does_not_depend_on_the_threads() {
+        let (m, n, k) = (150, 700, 900);
+        let values = |count: usize| (0..count).map(|i| (i as f32 * 0.7).sin()).collect::<Vec<_>>();
+        let (a, b) = (values(m * k), values(n * k));
+        let [one, all] = [Threads::One, Threads::All].map(|threads| {
+            let mut out = vec![0.5; m * n];
+            multiply(Matrix::dense(&a, m, k), Matrix::dense(&b, n, k).t(), &mut out, n, Write::Add, threads);
+            out
+        });
+        assert!(one == all);
+    }
+
     #[test]
     fn products_are_sums_of_products() {
         let (m, n, k) = (5, 7, 3);

@@ -10,8 +10,8 @@ use candle_core::{CpuStorage, CustomOp1, InplaceOp1, InplaceOp2, Layout, Result,
 use parking_lot::RwLockReadGuard;
 
 use super::{
-    differentiable::slice,
     lanes::{Add, add_column_sums, each, rows},
+    passes::slice,
     product::{Matrix, Threads, Write, multiply},
 };
 
@@ -65,58 +65,61 @@ impl InplaceOp1 for AddProductOf<'_> {
     }
 }
 
-/// Adds the sum of each column.
-struct AddColumnSums;
+/// Adds the sum of each column of rows of as many values.
+pub(super) struct AddColumnSums<'a>(pub(super) &'a [f32]);
 
-impl InplaceOp2 for AddColumnSums {
+impl InplaceOp1 for AddColumnSums<'_> {
     fn name(&self) -> &'static str {
         "add-column-sums"
     }
 
-    fn cpu_fwd(&self, sum: &mut CpuStorage, sum_l: &Layout, x: &CpuStorage, x_l: &Layout) -> Result<()> {
-        add_column_sums(slice_mut(sum, sum_l)?, slice(x, x_l)?);
+    fn cpu_fwd(&self, sum: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        add_column_sums(slice_mut(sum, layout)?, self.0);
         Ok(())
     }
 }
 
-/// `y = x W^T + b` with sums of the gradients of `W` and `b`.
-pub(super) struct TrainedLinear {
-    /// `[out, in]`, and the sum of its gradients.
-    pub(super) weight: [Tensor; 2],
-    /// `[out]`, and the sum of its gradients.
-    pub(super) bias: Option<[Tensor; 2]>,
+/// A parameter, and the sum of its gradients.
+#[derive(Clone, Debug)]
+pub(super) struct Summed {
+    pub(super) value: Tensor,
+    pub(super) sum: Tensor,
 }
 
-impl CustomOp1 for TrainedLinear {
-    fn name(&self) -> &'static str {
-        "train-linear"
+/// `x W^T + b` of rows `x` of as many values as `W` has columns.
+pub(super) fn linear(x: &[f32], weight: &Summed, bias: Option<&Summed>) -> Result<Vec<f32>> {
+    let (outputs, inputs) = weight.value.dims2()?;
+    let n = x.len() / inputs;
+    let mut out = vec![0.0; n * outputs];
+    let values = Values::of(&weight.value)?;
+    let weight = Matrix::dense(&values, outputs, inputs).t();
+    multiply(Matrix::dense(x, n, inputs), weight, &mut out, outputs, Write::Replace, Threads::All);
+    if let Some(bias) = bias {
+        let bias: &[f32] = &Values::of(&bias.value)?;
+        rows(&mut out, outputs, |_, row| each(&Add {}, row, [bias]));
     }
+    Ok(out)
+}
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let ((n, inputs), outputs) = (l.shape().dims2()?, self.weight[0].dim(0)?);
-        let (x, mut out) = (slice(s, l)?, vec![0.0; n * outputs]);
-        let weight = Values::of(&self.weight[0])?;
-        let weight = Matrix::dense(&weight, outputs, inputs).t();
-        multiply(Matrix::dense(x, n, inputs), weight, &mut out, outputs, Write::Replace, Threads::All);
-        if let Some([bias, _]) = &self.bias {
-            let bias = Values::of(bias)?;
-            rows(&mut out, outputs, |_, row| each(&Add {}, row, [&bias]));
-        }
-        Ok((CpuStorage::F32(out), (n, outputs).into()))
+/// Writes or adds the gradient of [`linear`] by `x` to `dx`, and adds those of weight and bias to their sums. `g` is that of
+/// the result.
+pub(super) fn linear_back(
+    x: &[f32],
+    weight: &Summed,
+    bias: Option<&Summed>,
+    g: &[f32],
+    (dx, write): (&mut [f32], Write),
+) -> Result<()> {
+    let (outputs, inputs) = weight.value.dims2()?;
+    let n = x.len() / inputs;
+    let (of_x, of_g) = (Matrix::dense(x, n, inputs), Matrix::dense(g, n, outputs));
+    weight.sum.inplace_op1(&AddProductOf(of_g.t(), of_x))?;
+    if let Some(bias) = bias {
+        bias.sum.inplace_op1(&AddColumnSums(g))?;
     }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let grad = grad.contiguous()?;
-        let [weight, sum] = &self.weight;
-        let ((n, outputs), inputs) = (grad.dims2()?, x.dim(1)?);
-        let (of_outputs, of_inputs) = (Values::of(&grad)?, Values::of(x)?);
-        let of_outputs = Matrix::dense(&of_outputs, n, outputs).t();
-        sum.inplace_op1(&AddProductOf(of_outputs, Matrix::dense(&of_inputs, n, inputs)))?;
-        if let Some([_, sum]) = &self.bias {
-            sum.inplace_op2(&grad, &AddColumnSums)?;
-        }
-        Ok(Some(grad.matmul(weight)?))
-    }
+    let values = Values::of(&weight.value)?;
+    multiply(of_g, Matrix::dense(&values, outputs, inputs), dx, inputs, write, Threads::All);
+    Ok(())
 }
 
 /// Selects rows of an embedding `[vocab, hidden]`, and adds their gradients to a sum. The embedding itself gets none from

@@ -4,8 +4,8 @@ use candle_core::{CpuStorage, DType, InplaceOp1, InplaceOp2, InplaceOp3, Layout,
 use rayon::prelude::*;
 
 use super::{
-    differentiable::{fits, slice},
     lanes::{AddSquare, add_column_sums, each_in_parallel, lanes, total},
+    passes::{fits, slice},
     trained::{Values, slice_mut},
 };
 
