@@ -1,24 +1,20 @@
-//! Dense, differentiable attention over rectangular batches, for training and evaluation.
+//! Attention over flat batches of sequences, each after a prompt, for training and evaluation.
 
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor, bail};
-use overfill_model::{Attention, LayerSpec, soft_cap};
+use overfill_model::{Attention, LayerSpec, Ragged, ragged_attention};
 
-use crate::fused::{Visibility, masked_softmax};
+/// Keys and values of one layer, each `[tokens, kv_heads, head_dim]`.
+pub type LayerKv = (Tensor, Tensor);
 
-/// Keys and values of one layer, each `[batch, kv_heads, columns, head_dim]`.
-type LayerKv = (Tensor, Tensor);
-
-/// Keys and values of a batch of prompts.
+/// Keys and values of a batch of prompts, one prompt after the other.
 #[derive(Clone)]
 pub struct PromptKv {
     /// One pair per layer.
     pub layers: Vec<LayerKv>,
-    /// Valid columns per batch row; the rest is padding.
+    /// Tokens of each prompt.
     pub lengths: Vec<usize>,
-    /// Number of columns, padding included.
-    pub columns: usize,
 }
 
 impl PromptKv {
@@ -31,80 +27,68 @@ impl PromptKv {
         };
         Ok(Self { layers: kept.iter().map(pick).collect::<Result<_>>()?, ..self })
     }
+
+    /// Appends to each prompt the tokens of `more`, which has as many sequences.
+    pub fn extend(&mut self, more: &Self) -> Result<()> {
+        for (old, new) in self.layers.iter_mut().zip(&more.layers) {
+            let joined = |old: &Tensor, new: &Tensor| {
+                let (mut parts, mut at) = (Vec::with_capacity(2 * self.lengths.len()), (0, 0));
+                for (before, added) in self.lengths.iter().zip(&more.lengths) {
+                    parts.extend([old.narrow(0, at.0, *before)?, new.narrow(0, at.1, *added)?]);
+                    at = (at.0 + before, at.1 + added);
+                }
+                Tensor::cat(&parts, 0)
+            };
+            *old = (joined(&old.0, &new.0)?, joined(&old.1, &new.1)?);
+        }
+        self.lengths.iter_mut().zip(&more.lengths).for_each(|(length, added)| *length += added);
+        Ok(())
+    }
 }
 
-/// Causal attention within each row of a `[batch, queries]` rectangle. All queries of a row also see the row's prompt,
-/// if there is one. Rows are padded at the end, so only padding sees padding.
-pub struct DenseAttention<'a> {
-    batch: usize,
+/// Causal attention within each sequence of a flat batch. All queries of a sequence also see its prompt, if there is one.
+pub struct RaggedAttention<'a> {
+    ragged: Arc<Ragged>,
     prompt: Option<&'a PromptKv>,
-    visibility: Arc<Visibility>,
     /// Keys and values computed so far, per layer. `None` if they are not kept.
     own: Option<Vec<LayerKv>>,
 }
 
-impl<'a> DenseAttention<'a> {
-    /// Attends with `batch` rows of `queries` tokens each, over `prompt`.
-    pub fn new(batch: usize, queries: usize, prompt: Option<&'a PromptKv>) -> Self {
-        let visibility = Visibility {
-            prompt: prompt.map_or(0, |p| p.columns),
-            prompt_lengths: prompt.map_or_else(|| vec![0; batch], |p| p.lengths.clone()),
-            past: 0,
-            queries,
-            window: usize::MAX,
-        };
-        Self { batch, prompt, visibility: Arc::new(visibility), own: None }
+impl<'a> RaggedAttention<'a> {
+    /// Attends with sequences of `lengths` tokens, over `prompt`.
+    pub fn new(lengths: &[usize], prompt: Option<&'a PromptKv>) -> Self {
+        let prompts = prompt.map_or_else(|| vec![0; lengths.len()], |p| p.lengths.clone());
+        Self { ragged: Arc::new(Ragged { lengths: lengths.to_vec(), prompts }), prompt, own: None }
     }
 
-    /// Keeps the computed keys and values, for [`DenseAttention::into_prompt`].
+    /// Keeps the computed keys and values, for [`Self::into_kv`].
     pub fn keeping(self) -> Self {
         Self { own: Some(Vec::new()), ..self }
     }
 
-    /// Turns the kept keys and values into the prompt of later queries. `lengths` is the number of valid tokens per
-    /// row.
-    pub fn into_prompt(self, lengths: Vec<usize>) -> PromptKv {
-        PromptKv { layers: self.own.unwrap_or_default(), lengths, columns: self.visibility.queries }
+    fn prompt_at(&self, layer: usize) -> Result<Option<&LayerKv>> {
+        let Some(prompt) = self.prompt else { return Ok(None) };
+        match prompt.layers.get(layer) {
+            None => bail!("no prompt KV for layer {layer}, there are {} layers", prompt.layers.len()),
+            pair => Ok(pair),
+        }
+    }
+
+    /// The kept keys and values.
+    pub fn into_kv(self) -> PromptKv {
+        PromptKv { layers: self.own.unwrap_or_default(), lengths: self.ragged.lengths.clone() }
     }
 }
 
-impl Attention for DenseAttention<'_> {
+impl Attention for RaggedAttention<'_> {
     fn attend(&mut self, layer: usize, spec: &LayerSpec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let (n, heads, width) = q.dims3()?;
-        let kv_heads = k.dim(1)?;
-        let (batch, queries) = (self.batch, self.visibility.queries);
-        let by_head = |x: &Tensor| x.reshape((batch, queries, kv_heads, width))?.transpose(1, 2)?.contiguous();
-        let (mut k, mut v) = (by_head(k)?, by_head(v)?);
         if let Some(own) = &mut self.own {
-            if let Some((past_k, past_v)) = own.get(layer) {
-                (k, v) = (Tensor::cat(&[past_k, &k], 2)?, Tensor::cat(&[past_v, &v], 2)?);
-                own[layer] = (k.clone(), v.clone());
-            } else {
-                own.push((k.clone(), v.clone()));
-            }
+            own.push((k.clone(), v.clone()));
         }
-        if let Some(prompt) = self.prompt {
-            let Some((prompt_k, prompt_v)) = prompt.layers.get(layer) else {
-                bail!("no prompt KV for layer {layer}, there are {} layers", prompt.layers.len());
-            };
-            (k, v) = (Tensor::cat(&[prompt_k, &k], 2)?, Tensor::cat(&[prompt_v, &v], 2)?);
-        }
-        // Groups the query heads of each KV head: [batch, kv_heads, groups * queries, width]. Keys need not be repeated
-        // then.
-        let groups = heads / kv_heads;
-        let q = q.reshape((batch, queries, kv_heads, groups, width))?.permute((0, 2, 3, 1, 4))?.contiguous()?;
-        let q = q.reshape((batch, kv_heads, groups * queries, width))?;
-        let scores = q.matmul(&k.transpose(2, 3)?)?;
-        let visibility = match spec.window {
-            Some(window) => &Arc::new(Visibility { window, ..self.visibility.as_ref().clone() }),
-            None => &self.visibility,
-        };
-        let scale = 1.0 / (width as f32).sqrt();
-        let weights = match spec.score_cap {
-            Some(cap) => masked_softmax(&soft_cap(&(scores * f64::from(scale))?, cap)?, visibility, 1.0)?,
-            None => masked_softmax(&scores, visibility, scale)?,
-        };
-        let out = weights.matmul(&v)?.reshape((batch, kv_heads, groups, queries, width))?;
-        out.permute((0, 3, 1, 2, 4))?.contiguous()?.reshape((n, heads, width))
+        ragged_attention(&self.ragged, spec, self.prompt_at(layer)?, [q, k, v])
+    }
+
+    fn ragged(&mut self, layer: usize) -> Result<(Arc<Ragged>, Option<LayerKv>)> {
+        Ok((self.ragged.clone(), self.prompt_at(layer)?.cloned()))
     }
 }

@@ -1,38 +1,29 @@
-//! Rectangular batches of token rows, and the forward passes shared by training and evaluation.
+//! Flat batches of token sequences, and the forward passes shared by training and evaluation.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use overfill_model::Decoder;
 
-use crate::attention::{DenseAttention, PromptKv};
+use crate::attention::{PromptKv, RaggedAttention};
 
-/// Rows of tokens, padded at the end to the same length.
-pub struct Rectangle {
-    /// Token ids, `[rows * columns]`, u32.
+/// Sequences of tokens, one after the other, without padding.
+pub struct Flat {
+    /// Token ids, `[n]`, u32.
     pub tokens: Tensor,
     /// Position of each token in its sequence.
     pub positions: Vec<u32>,
-    /// Number of rows.
-    pub rows: usize,
-    /// Tokens per row, padding included.
-    pub columns: usize,
-    /// Valid tokens per row.
+    /// Tokens of each sequence.
     pub lengths: Vec<usize>,
 }
 
-impl Rectangle {
-    /// Pads `rows`. The first token of row `i` has position `starts[i]`.
-    pub fn new(rows: &[&[u32]], starts: &[usize], device: &candle_core::Device) -> Result<Self> {
-        let lengths: Vec<usize> = rows.iter().map(|row| row.len()).collect();
-        let columns = lengths.iter().copied().max().unwrap_or(0).max(1);
-        let mut tokens = Vec::with_capacity(rows.len() * columns);
-        let mut positions = Vec::with_capacity(rows.len() * columns);
-        for (row, start) in rows.iter().zip(starts) {
-            tokens.extend_from_slice(row);
-            tokens.resize(tokens.len() + columns - row.len(), 0);
-            positions.extend((*start..start + columns).map(|p| p as u32));
-        }
+impl Flat {
+    /// Joins sequences. The first token of sequence `i` has position `starts[i]`.
+    pub fn new(sequences: &[&[u32]], starts: &[usize], device: &Device) -> Result<Self> {
+        let lengths: Vec<usize> = sequences.iter().map(|tokens| tokens.len()).collect();
+        let tokens = sequences.concat();
+        let positions =
+            lengths.iter().zip(starts).flat_map(|(n, start)| (*start..start + n).map(|p| p as u32)).collect();
         let n = tokens.len();
-        Ok(Self { tokens: Tensor::from_vec(tokens, n, device)?, positions, rows: rows.len(), columns, lengths })
+        Ok(Self { tokens: Tensor::from_vec(tokens, n, device)?, positions, lengths })
     }
 }
 
@@ -42,12 +33,12 @@ pub struct Prefilled {
     pub kv: PromptKv,
 }
 
-/// Runs prompts through a model and keeps their keys and values.
+/// Runs prompts of at least one token through a model and keeps their keys and values.
 pub fn prefill(model: &Decoder, prompts: &[&[u32]]) -> Result<Prefilled> {
-    let batch = Rectangle::new(prompts, &vec![0; prompts.len()], model.device())?;
-    let mut attention = DenseAttention::new(batch.rows, batch.columns, None).keeping();
+    let batch = Flat::new(prompts, &vec![0; prompts.len()], model.device())?;
+    let mut attention = RaggedAttention::new(&batch.lengths, None).keeping();
     model.forward(&batch.tokens, &batch.positions, &mut attention, None)?;
-    Ok(Prefilled { kv: attention.into_prompt(batch.lengths) })
+    Ok(Prefilled { kv: attention.into_kv() })
 }
 
 /// Selects rows of `hidden` by index.
@@ -56,17 +47,14 @@ pub fn pick(hidden: &Tensor, rows: Vec<u32>) -> Result<Tensor> {
     hidden.index_select(&Tensor::from_vec(rows, n, hidden.device())?, 0)
 }
 
-/// Computes teacher-forced logits of responses over the prompts' KV.
+/// Computes the loss of responses over the prompts' KV, summed over their tokens, and the number of these tokens.
 ///
 /// The model reads tokens `0..m-1` of each response and predicts tokens `1..m`. The prefilling model predicts token 0.
-/// Returns the logits of all rows, concatenated, and their targets.
-pub fn respond(model: &Decoder, prompt: &PromptKv, responses: &[&[u32]]) -> Result<(Tensor, Vec<u32>)> {
+pub fn respond(model: &Decoder, prompt: &PromptKv, responses: &[&[u32]]) -> Result<(Tensor, usize)> {
     let inputs: Vec<&[u32]> = responses.iter().map(|r| &r[..r.len().saturating_sub(1)]).collect();
-    let batch = Rectangle::new(&inputs, &prompt.lengths, model.device())?;
-    let mut attention = DenseAttention::new(batch.rows, batch.columns, Some(prompt));
+    let batch = Flat::new(&inputs, &prompt.lengths, model.device())?;
+    let mut attention = RaggedAttention::new(&batch.lengths, Some(prompt));
     let hidden = model.forward(&batch.tokens, &batch.positions, &mut attention, None)?;
-    let rows = |(r, n): (usize, &usize)| (r * batch.columns..r * batch.columns + n).map(|i| i as u32);
-    let predicting: Vec<u32> = batch.lengths.iter().enumerate().flat_map(rows).collect();
-    let targets = responses.iter().flat_map(|r| r.iter().skip(1).copied()).collect();
-    Ok((model.logits(&pick(&hidden, predicting)?)?, targets))
+    let targets: Vec<u32> = responses.iter().flat_map(|r| r.iter().skip(1).copied()).collect();
+    Ok((model.cross_entropy(&hidden, &targets)?, targets.len()))
 }

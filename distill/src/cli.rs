@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use overfill_model::{DeviceSpec, WeightDtype, resolve};
+use overfill_model::{DeviceSpec, WeightDtype, WeightFormat, resolve};
 
 use crate::{
     demo::{self, data::DataConfig},
@@ -28,6 +28,12 @@ pub struct DistillArgs {
     /// Frozen full model that prefills every prompt. Without it, the student is trained alone.
     #[arg(long, value_name = "MODEL", help_heading = "Models")]
     pub full: Option<String>,
+    /// Weight format of the full model: f32, bf16 or f16 [default: the type of its checkpoint]
+    #[arg(long, requires = "full", value_name = "FORMAT", help_heading = "Models")]
+    pub full_weights: Option<WeightFormat>,
+    /// Most MiB of the full model's KV kept for prompts that come again. 0 keeps none.
+    #[arg(long, default_value_t = 1024, value_name = "MEBIBYTES", help_heading = "Models")]
+    pub prompt_cache_mebibytes: usize,
     /// Start from random weights. The student's folder then needs no weights.
     #[arg(long, help_heading = "Models")]
     pub random_init: bool,
@@ -103,6 +109,8 @@ impl DistillArgs {
             student: resolve(&self.student)?,
             random_init: self.random_init,
             full: self.full.as_deref().map(resolve).transpose()?,
+            full_weights: self.full_weights,
+            prompt_cache_bytes: self.prompt_cache_mebibytes.saturating_mul(1 << 20),
             data: self.data,
             out: self.out,
             batch: self.batch,

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Device, Result, Tensor, Var, backprop::GradStore, bail};
+use overfill_model::{AdamStep, GradientSums, add_in_place, square_sum, zero_in_place};
 
 /// Settings of the optimiser.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -43,32 +44,35 @@ impl OptimConfig {
 /// Trainable parameters by Hugging Face name. Always f32.
 pub type Params = BTreeMap<String, Var>;
 
-/// Gradients summed over micro-batches, by parameter name.
-#[derive(Default)]
-pub struct Gradients(BTreeMap<String, Tensor>);
+/// Gradients summed over micro-batches, by parameter name. On CPUs, backward passes add to most of them in place.
+pub struct Gradients(GradientSums);
 
 impl Gradients {
-    /// Adds the gradients of one backward pass.
+    /// Starts at zero.
+    pub fn new(params: &Params) -> Result<Self> {
+        let zeros = |(name, var): (&String, &Var)| Ok((name.clone(), var.zeros_like()?));
+        Ok(Self(params.iter().map(zeros).collect::<Result<_>>()?))
+    }
+
+    /// The sums, by parameter name.
+    pub fn sums(&self) -> &GradientSums {
+        &self.0
+    }
+
+    /// Adds the gradients that a backward pass returned.
     pub fn add(&mut self, params: &Params, grads: &GradStore) -> Result<()> {
         for (name, var) in params {
-            if let Some(grad) = grads.get(var) {
-                let sum = match self.0.get(name) {
-                    Some(old) => (old + grad)?,
-                    None => grad.clone(),
-                };
-                self.0.insert(name.clone(), sum);
+            if let (Some(grad), Some(sum)) = (grads.get(var), self.0.get_mut(name)) {
+                add_in_place(sum, grad)?;
             }
         }
         Ok(())
     }
 
     /// Euclidean norm of the gradients of all parameters.
-    pub fn norm(&self) -> Result<f64> {
-        let mut sum = 0.0;
-        for grad in self.0.values() {
-            sum += f64::from(grad.sqr()?.sum_all()?.to_scalar::<f32>()?);
-        }
-        Ok(sum.sqrt())
+    fn norm(&self, params: &Params) -> Result<f64> {
+        let sums = params.keys().filter_map(|name| self.0.get(name));
+        Ok(sums.map(square_sum).sum::<Result<f64>>()?.sqrt())
     }
 }
 
@@ -92,27 +96,29 @@ impl AdamW {
         self.step
     }
 
-    /// Applies one update. The summed gradients are multiplied by `scale` first (one over the number of summed tokens).
-    /// Returns the norm of the scaled gradient before clipping.
-    pub fn update(&mut self, params: &Params, grads: &Gradients, scale: f64) -> Result<f64> {
-        let norm = grads.norm()? * scale;
+    /// Applies one update. The summed gradients are multiplied by `scale` first (one over the number of summed tokens), and
+    /// start at zero again afterwards. Returns the norm of the scaled gradient before clipping.
+    pub fn update(&mut self, params: &Params, grads: &mut Gradients, scale: f64) -> Result<f64> {
+        let norm = grads.norm(params)? * scale;
         if !norm.is_finite() {
             bail!("training diverged: gradient norm is {norm} at step {}", self.step);
         }
         let c = &self.config;
-        let factor = if c.clip > 0.0 && norm > c.clip { scale * c.clip / norm } else { scale };
         let rate = c.rate(self.step);
         self.step += 1;
-        let (bias1, bias2) = (1.0 - c.beta1.powi(self.step as i32), 1.0 - c.beta2.powi(self.step as i32));
+        let step = AdamStep {
+            factor: if c.clip > 0.0 && norm > c.clip { scale * c.clip / norm } else { scale },
+            betas: [c.beta1, c.beta2],
+            biases: [c.beta1, c.beta2].map(|beta| 1.0 - beta.powi(self.step as i32)),
+            eps: c.eps,
+            rate,
+            kept: 1.0,
+        };
         for (name, var) in params {
-            let (Some(grad), Some(moments)) = (grads.0.get(name), self.moments.get_mut(name)) else { continue };
-            let grad = (grad * factor)?;
-            let first = ((&moments.0 * c.beta1)? + (&grad * (1.0 - c.beta1))?)?;
-            let second = ((&moments.1 * c.beta2)? + (grad.sqr()? * (1.0 - c.beta2))?)?;
-            let change = ((&first / bias1)? / ((&second / bias2)?.sqrt()? + c.eps)?)?;
-            let decay = if var.rank() > 1 { 1.0 - rate * c.weight_decay } else { 1.0 };
-            var.set(&((var.as_detached_tensor() * decay)? - (change * rate)?)?)?;
-            *moments = (first, second);
+            let (Some(grad), Some(moments)) = (grads.0.get_mut(name), self.moments.get_mut(name)) else { continue };
+            let kept = if var.rank() > 1 { 1.0 - rate * c.weight_decay } else { 1.0 };
+            AdamStep { kept, ..step }.apply(var, grad, moments)?;
+            zero_in_place(grad)?;
         }
         Ok(norm)
     }
@@ -177,15 +183,16 @@ mod tests {
         let params: Params = [("w".to_string(), w.clone()), ("b".to_string(), b.clone())].into();
         let c = config();
         let mut adam = AdamW::new(c.clone(), &params).unwrap();
+        let mut grads = Gradients::new(&params).unwrap();
         let mut expected = [1.0f64, -2.0, 0.5];
         let (mut m, mut v) = ([0.0f64; 3], [0.0f64; 3]);
         for step in 0..2 {
             // loss = sum(w^2) * 3 + b * 2: gradient 6w and 2.
             let loss =
                 ((w.sqr().unwrap().sum_all().unwrap() * 3.0).unwrap() + (b.sum_all().unwrap() * 2.0).unwrap()).unwrap();
-            let mut grads = Gradients::default();
             grads.add(&params, &loss.backward().unwrap()).unwrap();
-            adam.update(&params, &grads, 1.0).unwrap();
+            adam.update(&params, &mut grads, 1.0).unwrap();
+            assert_eq!(grads.norm(&params).unwrap(), 0.0);
 
             let mut g = [6.0 * expected[0], 6.0 * expected[1], 2.0];
             let norm = g.iter().map(|x| x * x).sum::<f64>().sqrt();

@@ -10,18 +10,18 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var};
 use indicatif::{ProgressBar, ProgressStyle};
 use overfill_model::{
-    Decoder, DeviceSpec, Kind, ModelConfig, Ops, Parameter, Provenance, TensorSpec, WeightDtype, Weights,
+    Decoder, DeviceSpec, Kind, ModelConfig, Ops, Parameter, Provenance, TensorSpec, WeightDtype, WeightFormat, Weights,
 };
 use overfill_text::TextModel;
 use serde_json::json;
 
 use crate::{
-    attention::DenseAttention,
-    batch::{Rectangle, pick, prefill, respond},
+    attention::{PromptKv, RaggedAttention},
+    batch::{Flat, pick, respond},
     checkpoint::{self, LossLog},
     data::{self, Example},
     folder,
-    fused::cross_entropy_sum,
+    full::{Full, weights_of},
     optim::{AdamW, Gradients, OptimConfig, Params},
     random::Random,
 };
@@ -35,6 +35,10 @@ pub struct TrainConfig {
     pub random_init: bool,
     /// Folder of the frozen full model that prefills every prompt. `None` trains the student alone.
     pub full: Option<PathBuf>,
+    /// Weight format of the full model on CPUs: f32, bf16 or f16. `None` is its checkpoint's own type.
+    pub full_weights: Option<WeightFormat>,
+    /// Most bytes of prompt KV kept for prompts that come again, on CPUs. 0 keeps none.
+    pub prompt_cache_bytes: usize,
     /// JSONL file of examples.
     pub data: PathBuf,
     /// Folder to write the trained model to.
@@ -79,10 +83,12 @@ pub struct Trained {
 }
 
 impl TrainConfig {
-    /// Returns all settings that determine the result, for checkpoints and overfill.json.
-    fn describe(&self) -> serde_json::Value {
+    /// Returns all settings that determine the result, for checkpoints and overfill.json. `full_weights` is the weight format
+    /// that the full model has been loaded in.
+    fn describe(&self, full_weights: Option<WeightFormat>) -> serde_json::Value {
         json!({
             "mode": if self.full.is_some() { "overfill" } else { "plain" },
+            "full_weights": full_weights.map(|weights| weights.to_string()),
             "random_init": self.random_init,
             "data": self.data.file_name().map(|n| n.to_string_lossy().into_owned()),
             "steps": self.optim.total_steps, "batch": self.batch, "accumulate": self.accumulate,
@@ -141,52 +147,84 @@ fn load_params(folder: &Path, config: &ModelConfig, device: &Device) -> Result<P
     Ok(params)
 }
 
-struct Trainer {
-    config: ModelConfig,
-    params: Params,
-    full: Option<Decoder>,
+/// A student's parameters, and the full model that it is trained under.
+pub struct Trainer {
+    /// The student's configuration.
+    pub config: ModelConfig,
+    /// The student's parameters.
+    pub params: Params,
+    /// The full model. `None`: the student is trained alone.
+    pub full: Option<Full>,
     kept_layers: Option<Vec<u32>>,
     dtype: DType,
     device: Device,
 }
 
 impl Trainer {
-    /// Builds the student's differentiable model from the current parameters.
-    fn student(&self) -> Result<Decoder> {
+    /// Loads a student. `dtype` is the type of the computation.
+    pub fn load(student: &Path, full: Option<Full>, dtype: DType, device: DeviceSpec) -> Result<Self> {
+        let (config, device) = (ModelConfig::from_folder(student)?, device.open()?);
+        let params = load_params(student, &config, &device)?;
+        Self::new(student, config, params, full, dtype, device)
+    }
+
+    fn new(
+        student: &Path,
+        config: ModelConfig,
+        params: Params,
+        full: Option<Full>,
+        dtype: DType,
+        device: Device,
+    ) -> Result<Self> {
+        let kept_layers = Provenance::from_folder(student)?.and_then(|provenance| provenance.kept_layers);
+        if let Some(full) = &full {
+            check_pair(full.config(), &config, kept_layers.as_deref())?;
+        }
+        Ok(Self { config, params, full, kept_layers, dtype, device })
+    }
+
+    /// The full model's KV of prompts, in the layers that the student keeps.
+    pub fn prompts(&mut self, prompts: &[&[u32]]) -> Result<PromptKv> {
+        let full = self.full.as_mut().context("a student that is trained alone has no full model")?;
+        full.prefill(prompts, self.kept_layers.as_deref(), self.dtype)
+    }
+
+    /// Builds the student's differentiable model from the current parameters. Gradients that its backward pass can add in
+    /// place are added to `gradients`.
+    pub fn student(&self, gradients: &Gradients) -> Result<Decoder> {
         let cast = |(name, var): (&String, &Var)| Ok((name.clone(), var.as_tensor().to_dtype(self.dtype)?));
         let tensors = self.params.iter().map(cast).collect::<Result<HashMap<_, _>>>()?;
+        if self.device.is_cpu() && self.dtype == DType::F32 {
+            return Ok(Decoder::trained(&self.config, &tensors, gradients.sums())?);
+        }
         Ok(Decoder::from_tensors(&self.config, &tensors, Ops::Differentiable)?)
     }
 
     /// Returns the loss summed over the learned tokens of `examples`, and the number of these tokens.
-    fn loss(&self, student: &Decoder, examples: &[&Example]) -> Result<(Tensor, usize)> {
-        let (logits, targets) = match &self.full {
-            Some(full) => {
-                let (prompts, responses): (Vec<&[u32]>, Vec<&[u32]>) =
-                    examples.iter().map(|e| e.last_response()).unzip();
-                let kv = prefill(full, &prompts)?.kv.select(self.kept_layers.as_deref())?;
-                respond(student, &kv, &responses)?
-            }
-            None => self.whole(student, examples)?,
-        };
-        let count = targets.len();
-        Ok((cross_entropy_sum(&logits, targets)?, count))
+    fn loss(&mut self, student: &Decoder, examples: &[&Example]) -> Result<(Tensor, usize)> {
+        if self.full.is_none() {
+            return self.whole(student, examples);
+        }
+        let (prompts, responses): (Vec<&[u32]>, Vec<&[u32]>) = examples.iter().map(|e| e.last_response()).unzip();
+        let kv = self.prompts(&prompts)?;
+        Ok(respond(student, &kv, &responses)?)
     }
 
-    /// Returns logits and targets of every learned token. The student itself reads all preceding tokens.
-    fn whole(&self, student: &Decoder, examples: &[&Example]) -> Result<(Tensor, Vec<u32>)> {
+    /// Returns the loss of every learned token, and their number. The student itself reads all preceding tokens.
+    fn whole(&self, student: &Decoder, examples: &[&Example]) -> Result<(Tensor, usize)> {
         let inputs: Vec<&[u32]> = examples.iter().map(|e| &e.tokens[..e.tokens.len() - 1]).collect();
-        let batch = Rectangle::new(&inputs, &vec![0; inputs.len()], &self.device)?;
-        let (mut rows, mut targets) = (Vec::new(), Vec::new());
-        for (r, example) in examples.iter().enumerate() {
+        let batch = Flat::new(&inputs, &vec![0; inputs.len()], &self.device)?;
+        let (mut rows, mut targets, mut first) = (Vec::new(), Vec::new(), 0);
+        for example in examples {
             for i in (1..example.tokens.len()).filter(|i| example.learned[*i]) {
-                rows.push((r * batch.columns + i - 1) as u32);
+                rows.push((first + i - 1) as u32);
                 targets.push(example.tokens[i]);
             }
+            first += example.tokens.len() - 1;
         }
-        let mut attention = DenseAttention::new(batch.rows, batch.columns, None);
+        let mut attention = RaggedAttention::new(&batch.lengths, None);
         let hidden = student.forward(&batch.tokens, &batch.positions, &mut attention, None)?;
-        Ok((student.logits(&pick(&hidden, rows)?)?, targets))
+        Ok((student.cross_entropy(&pick(&hidden, rows)?, &targets)?, targets.len()))
     }
 }
 
@@ -228,12 +266,8 @@ pub fn train(config: &TrainConfig) -> Result<Trained> {
     } else {
         load_params(&config.student, &model, &device)?
     };
-    let full = config.full.as_deref().map(|full| load_frozen(full, config.dtype.dtype(), &device)).transpose()?;
-    if let Some(full) = &full {
-        check_pair(full.config(), &model, provenance.kept_layers.as_deref())?;
-    }
     let (mut examples, left_out) = data::load(&config.data, &text, config.max_tokens)?;
-    if full.is_some() {
+    if config.full.is_some() {
         // The full model predicts the first response token. The student needs a prompt and at least one more response
         // token.
         examples.retain(|e| !e.last_response().0.is_empty() && e.last_response().1.len() > 1);
@@ -241,6 +275,21 @@ pub fn train(config: &TrainConfig) -> Result<Trained> {
             bail!("{}: no example has a prompt and at least two response tokens", config.data.display());
         }
     }
+    let full_weights = match (&config.full, config.full_weights) {
+        (Some(full), None) => Some(weights_of(full)?),
+        (None, Some(weights)) => bail!("full_weights is {weights}, but there is no full model"),
+        (_, weights) => weights,
+    };
+    if let Some(weights) = full_weights
+        && ![WeightFormat::F32, WeightFormat::Bf16, WeightFormat::F16].contains(&weights)
+    {
+        bail!("full_weights is {weights}, supported: f32, bf16, f16");
+    }
+    let longest = examples.iter().map(|e| e.last_response().0.len()).max().unwrap_or(0);
+    let load = |(folder, weights)| {
+        Full::load(folder, config.device, config.dtype.dtype(), weights, longest, config.prompt_cache_bytes)
+    };
+    let full = config.full.as_deref().zip(full_weights).map(load).transpose()?;
     if let Some(token) = examples.iter().flat_map(|e| &e.tokens).find(|t| **t as usize >= model.vocab_size) {
         bail!("the tokenizer produces token {token}, but vocab_size in config.json is {}", model.vocab_size);
     }
@@ -253,10 +302,10 @@ pub fn train(config: &TrainConfig) -> Result<Trained> {
     }
 
     folder::copy_text_files(&config.student, &config.out)?;
-    let kept_layers = provenance.kept_layers.clone();
-    let trainer = Trainer { config: model, params, full, kept_layers, dtype: config.dtype.dtype(), device };
+    let mut trainer = Trainer::new(&config.student, model, params, full, config.dtype.dtype(), device)?;
     let mut adam = AdamW::new(config.optim.clone(), &trainer.params)?;
-    let described = config.describe();
+    let mut grads = Gradients::new(&trainer.params)?;
+    let described = config.describe(full_weights);
     if config.resume {
         checkpoint::restore(&config.out, &described, &trainer.params, &mut adam, &trainer.device)?;
     }
@@ -275,16 +324,16 @@ pub fn train(config: &TrainConfig) -> Result<Trained> {
         let started = Instant::now();
         let step = adam.step();
         let rate = config.optim.rate(step);
-        let (mut grads, mut sum, mut count) = (Gradients::default(), 0.0, 0);
+        let (mut sum, mut count) = (0.0, 0);
         for _ in 0..config.accumulate {
             let batch: Vec<&Example> = order.next().iter().map(|i| &examples[*i]).collect();
-            let student = trainer.student()?;
+            let student = trainer.student(&grads)?;
             let (loss, tokens) = trainer.loss(&student, &batch)?;
             grads.add(&trainer.params, &loss.backward()?)?;
             sum += f64::from(loss.to_scalar::<f32>()?);
             count += tokens;
         }
-        let norm = adam.update(&trainer.params, &grads, 1.0 / count as f64)?;
+        let norm = adam.update(&trainer.params, &mut grads, 1.0 / count as f64)?;
         let (loss, seconds) = (sum / count as f64, started.elapsed().as_secs_f64());
         log.write(&json!({"step": step + 1, "loss": loss, "learning_rate": rate, "gradient_norm": norm,
                           "tokens": count, "seconds": seconds}))?;

@@ -12,7 +12,7 @@ use overfill_distill::{
     prune::{Width, prune},
     train::{TrainConfig, train},
 };
-use overfill_model::LoadOptions;
+use overfill_model::{LoadOptions, WeightFormat};
 use tempfile::TempDir;
 
 /// Writes data and trains a full model for a few steps: still inaccurate, but with clear preferences between tokens.
@@ -54,7 +54,8 @@ fn a_resumed_run_equals_an_unbroken_one_bit_for_bit() {
         train(&run(&whole)).unwrap();
         // Stops at step 4, one after the checkpoint. Step 4 is repeated.
         train(&TrainConfig { stop_after: Some(4), ..run(&parts) }).unwrap();
-        train(&TrainConfig { resume: true, ..run(&parts) }).unwrap();
+        // Cached KV of prompts changes nothing.
+        train(&TrainConfig { resume: true, prompt_cache_bytes: 1 << 20, ..run(&parts) }).unwrap();
         assert_eq!(tensors(&whole), tensors(&parts));
         let log = |out: &Path| {
             let text = std::fs::read_to_string(out.join("loss.jsonl")).unwrap();
@@ -68,6 +69,10 @@ fn a_resumed_run_equals_an_unbroken_one_bit_for_bit() {
         other.optim.learning_rate *= 2.0;
         let refusal = train(&other).unwrap_err().to_string();
         assert!(refusal.contains("optimizer was"), "{refusal}");
+        let narrow = TrainConfig { resume: true, full_weights: Some(WeightFormat::Bf16), ..run(&parts) };
+        let refusal = train(&narrow).unwrap_err().to_string();
+        let expected = if over.is_some() { "full_weights was \"f32\"" } else { "there is no full model" };
+        assert!(refusal.contains(expected), "{refusal}");
     }
 }
 
@@ -112,6 +117,27 @@ fn a_pruned_model_learns_under_the_full_models_kv() {
     train(&config).unwrap();
     let after = score(&out);
     assert!(after.cross_entropy < before.cross_entropy, "{before:?} {after:?}");
+}
+
+/// As nodes serve it: weights and KV in bf16.
+#[test]
+fn a_student_learns_under_a_full_model_in_bf16() {
+    let dir = world();
+    let (full, pairs) = (dir.path().join("trained"), dir.path().join("pairs.jsonl"));
+    let loss = |weights| {
+        let out = dir.path().join(format!("under-{weights}"));
+        let config = TrainConfig {
+            full_weights: Some(weights),
+            prompt_cache_bytes: 1 << 20,
+            ..quick(recipe::training(&full, Some(&full), &pairs, &out, 3, 1), 3)
+        };
+        train(&config).unwrap().loss
+    };
+    let (exact, narrow) = (loss(WeightFormat::F32), loss(WeightFormat::Bf16));
+    assert!(exact != narrow && (exact - narrow).abs() < 0.05 * exact, "{exact} {narrow}");
+    let config = recipe::training(&full, Some(&full), &pairs, &dir.path().join("refused"), 3, 1);
+    let refusal = train(&TrainConfig { full_weights: Some(WeightFormat::Int8), ..config }).unwrap_err().to_string();
+    assert!(refusal.contains("full_weights is int8, supported: f32, bf16, f16"), "{refusal}");
 }
 
 #[test]

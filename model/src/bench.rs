@@ -19,6 +19,7 @@ use crate::{
             simd::{Isa, Kernel, Simd},
         },
     },
+    tensor,
 };
 
 /// Bytes read to measure memory bandwidth: more than any cache holds.
@@ -268,6 +269,30 @@ pub fn attention(
         });
     }
     Ok(figures)
+}
+
+/// Number of threads that compute.
+pub fn threads() -> usize {
+    rayon::current_num_threads()
+}
+
+/// Operations per second of f32 matrix products of `rows` tokens with a model's matrices, as training computes them: of each
+/// matrix the product itself, and both of the backward pass. One pass.
+pub fn training_products(config: &ModelConfig, rows: usize) -> Result<f64, ModelError> {
+    let (hidden, inner, d) = (config.hidden_size, config.intermediate_size, config.head_dim);
+    let (q, kv) = (config.num_attention_heads * d, config.num_key_value_heads * d);
+    let layers = config.num_hidden_layers;
+    let counted = [(q, hidden, layers), (kv, hidden, 2 * layers), (hidden, q, layers), (inner, hidden, 2 * layers)];
+    let (mut seconds, mut operations) = (0.0, 0.0);
+    for (outputs, inputs, count) in counted.into_iter().chain([(hidden, inner, layers), (config.vocab_size, hidden, 1)])
+    {
+        // As many rows of the output layer at a time as the loss computes.
+        let rows = if count == 1 { rows.min(tensor::loss_rows(outputs)) } else { rows };
+        let once = tensor::seconds_of_products(rows, outputs, inputs, 3);
+        seconds += once * count as f64;
+        operations += 6.0 * (rows * outputs * inputs * count) as f64;
+    }
+    Ok(operations / seconds)
 }
 
 fn random(weights: WeightFormat, outputs: usize, inputs: usize) -> Result<Packed, ModelError> {

@@ -36,5 +36,8 @@ pub use options::{DeviceSpec, LoadOptions, Rows, WeightDtype, WeightFormat};
 pub use provenance::{FullModel, Provenance};
 pub use rope::{Rope, RopeScaling};
 pub use sampler::{SamplingContext, TokenMask, report, sample};
-pub use tensor::{Attention, Decoder, Observer, Ops, Site, soft_cap};
+pub use tensor::{
+    AdamStep, Attention, Decoder, GradientSums, Observer, Ops, Ragged, Site, add_in_place, column_sums,
+    ragged_attention, square_sum, zero_in_place,
+};
 pub use weights::{TensorInfo, Weights};

@@ -13,6 +13,7 @@ mod profile;
 mod report;
 mod router;
 pub mod serve;
+mod train;
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
@@ -47,6 +48,11 @@ const OVERLAP_HELP: &str = "\
 Examples:
   overfill bench overlap
   overfill bench overlap --geometry small --prompt-tokens 512 --runs 5";
+
+const TRAIN_HELP: &str = "\
+Examples:
+  overfill bench train --geometry smollm2-135m,smollm2-135m-overfill
+  overfill bench train --examples 16 --prompt-tokens 64 --response-tokens 32";
 
 const ROUTER_HELP: &str = "\
 Examples:
@@ -114,6 +120,18 @@ enum Part {
         models: ModelArgs,
         #[command(flatten)]
         overlap: nodes::OverlapSize,
+        #[command(flatten)]
+        runs: Runs,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Measure training of the second model under the first one, and calibration, against this machine's matrix products.
+    #[command(after_help = TRAIN_HELP)]
+    Train {
+        #[command(flatten)]
+        models: ModelArgs,
+        #[command(flatten)]
+        size: train::TrainSize,
         #[command(flatten)]
         runs: Runs,
         #[command(flatten)]
@@ -218,6 +236,10 @@ pub fn run(args: BenchArgs) -> Result<()> {
         }
         Some(Part::Handoff { size, handoff, rounds, output }) => {
             runtime()?.block_on(handoff::measure(&size, &handoff, rounds, &mut report))?;
+            output.json
+        }
+        Some(Part::Train { models, size, runs, output }) => {
+            train::measure(&models, &size, runs.runs, &mut report)?;
             output.json
         }
         Some(Part::Router { runs, output }) => {

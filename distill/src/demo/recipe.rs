@@ -35,6 +35,8 @@ pub fn training(student: &Path, full: Option<&Path>, data: &Path, out: &Path, st
         student: student.into(),
         random_init: false,
         full: full.map(Into::into),
+        full_weights: None,
+        prompt_cache_bytes: 0,
         data: data.into(),
         out: out.into(),
         batch: BATCH,

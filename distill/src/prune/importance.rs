@@ -8,10 +8,10 @@
 use std::str::FromStr;
 
 use anyhow::Result;
-use candle_core::{DType, Tensor};
-use overfill_model::{Axis, Decoder, Site};
+use candle_core::Tensor;
+use overfill_model::{Axis, Decoder, Site, column_sums};
 
-use crate::{attention::DenseAttention, batch::Rectangle};
+use crate::{attention::RaggedAttention, batch::Flat};
 
 /// Norm that combines the scores of all samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,28 +56,33 @@ impl Importance {
         Self { norm, hidden: vec![0.0; hidden], intermediate: vec![vec![0.0; intermediate]; layers] }
     }
 
-    /// Runs one sample through the model and adds its scores.
-    pub fn observe(&mut self, model: &Decoder, tokens: &[u32]) -> Result<()> {
-        let batch = Rectangle::new(&[tokens], &[0], model.device())?;
-        let mut attention = DenseAttention::new(1, batch.columns, None);
-        let mut hidden = vec![0.0; self.hidden.len()];
+    /// Runs samples of at least one token through the model and adds their scores.
+    pub fn observe(&mut self, model: &Decoder, samples: &[&[u32]]) -> Result<()> {
+        let batch = Flat::new(samples, &vec![0; samples.len()], model.device())?;
+        let mut attention = RaggedAttention::new(&batch.lengths, None);
+        let mut hidden = vec![vec![0.0; self.hidden.len()]; samples.len()];
         let (norm, intermediate) = (self.norm, &mut self.intermediate);
         let mut see = |site: Site, layer: usize, x: &Tensor| {
-            let means = x.to_dtype(DType::F32)?.mean(0)?.to_vec1::<f32>()?;
-            match site.axis(model.config()) {
-                Some(Axis::Hidden) => {
-                    hidden.iter_mut().zip(&means).for_each(|(sum, mean)| *sum += f64::from(*mean).abs());
+            let axis = site.axis(model.config());
+            // Pruning cuts no other axis.
+            if !matches!(axis, Some(Axis::Hidden | Axis::Intermediate)) {
+                return Ok(());
+            }
+            for (sample, sums) in column_sums(x, &batch.lengths)?.into_iter().enumerate() {
+                let means = sums.into_iter().map(|sum| f64::from(sum / batch.lengths[sample] as f32));
+                match axis {
+                    Some(Axis::Hidden) => {
+                        hidden[sample].iter_mut().zip(means).for_each(|(sum, mean)| *sum += mean.abs())
+                    }
+                    _ => accumulate(norm, &mut intermediate[layer], means),
                 }
-                Some(Axis::Intermediate) => {
-                    accumulate(norm, &mut intermediate[layer], means.into_iter().map(f64::from));
-                }
-                // Pruning cuts no other axis.
-                _ => {}
             }
             Ok(())
         };
         model.forward(&batch.tokens, &batch.positions, &mut attention, Some(&mut see))?;
-        accumulate(norm, &mut self.hidden, hidden.into_iter());
+        for hidden in hidden {
+            accumulate(norm, &mut self.hidden, hidden.into_iter());
+        }
         Ok(())
     }
 

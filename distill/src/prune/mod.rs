@@ -4,7 +4,7 @@ mod cut;
 mod importance;
 mod samples;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use candle_core::DType;
@@ -15,6 +15,10 @@ pub use cut::Kept;
 pub use importance::{Importance, Norm};
 
 use crate::{folder, train::load_text};
+
+/// Samples run through the model together until they have this many tokens. It bounds the memory of activations, and one
+/// widening of the weights serves all of them.
+const BATCH_TOKENS: usize = 2048;
 
 /// Settings of a pruning run.
 #[derive(Clone, Debug)]
@@ -99,7 +103,7 @@ pub fn prune(config: &PruneConfig) -> Result<Kept> {
         bail!("samples and sample-tokens must be 1 or more");
     }
 
-    let importance = calibrate(config, &full, &weights)?;
+    let importance = calibrate(config, &full)?;
     let kept = Kept {
         hidden: importance.hidden_channels(hidden),
         intermediate: layers.iter().map(|l| importance.intermediate_channels(*l as usize, intermediate)).collect(),
@@ -131,20 +135,37 @@ pub fn prune(config: &PruneConfig) -> Result<Kept> {
     Ok(kept)
 }
 
-fn calibrate(config: &PruneConfig, full: &ModelConfig, weights: &Weights) -> Result<Importance> {
-    let device = config.device.open()?;
-    let text = load_text(&config.model)?;
+/// Loads a full model for calibration, in its stored type, and its configuration.
+pub(crate) fn calibration_model(folder: &Path, device: DeviceSpec) -> Result<(Decoder, ModelConfig)> {
+    let (full, weights, device) = (ModelConfig::from_folder(folder)?, Weights::open(folder)?, device.open()?);
     // A CPU computes in f32 and widens one matrix at a time. A GPU computes in the stored type.
     let stored = weights.info("model.norm.weight").map(|i| i.dtype);
     let stored = if stored == Some(safetensors::Dtype::BF16) { WeightDtype::Bf16.dtype() } else { DType::F32 };
     let compute = if device.is_cpu() { DType::F32 } else { stored };
-    let model = Decoder::build(full, Ops::Fused, compute, &mut |name, shape| weights.load(name, shape, &device))?;
+    let model = Decoder::build(&full, Ops::Fused, compute, &mut |name, shape| weights.load(name, shape, &device))?;
+    Ok((model, full))
+}
+
+fn calibrate(config: &PruneConfig, full: &ModelConfig) -> Result<Importance> {
+    let text = load_text(&config.model)?;
+    let (model, _) = calibration_model(&config.model, config.device)?;
     let bar = bar(config.progress, config.samples as u64, "calibrating")?;
     let mut importance = Importance::new(config.norm, full.hidden_size, full.intermediate_size, full.num_hidden_layers);
+    let mut some: Vec<Vec<u32>> = Vec::new();
+    let mut observe = |some: &mut Vec<Vec<u32>>| {
+        let samples: Vec<&[u32]> = some.iter().map(Vec::as_slice).collect();
+        if !samples.is_empty() {
+            importance.observe(&model, &samples)?;
+        }
+        bar.inc(samples.len() as u64);
+        some.clear();
+        Ok(())
+    };
     samples::stream(&config.calibration, &text, config.samples, config.sample_tokens, |tokens| {
-        bar.inc(1);
-        importance.observe(&model, tokens)
+        some.push(tokens.to_vec());
+        if some.iter().map(Vec::len).sum::<usize>() >= BATCH_TOKENS { observe(&mut some) } else { Ok(()) }
     })?;
+    observe(&mut some)?;
     bar.finish_and_clear();
     Ok(importance)
 }

@@ -1,16 +1,23 @@
 //! The decoder block of all supported families, over a flat batch of tokens.
 //!
 //! The tokens of all sequences are concatenated in one dimension `n`; only attention knows which tokens belong
-//! together. So the same code serves (ragged batches over paged KV) and trains (rectangular batches, with gradients).
+//! together. So the same code serves (ragged batches over paged KV) and trains (ragged batches over prompts, with
+//! gradients).
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use candle_core::{DType, Device, Error, Result, Tensor, bail};
 use candle_nn::{ops, rotary_emb};
 
-use super::{differentiable, linear::Linear};
+use super::{
+    attention::{Ragged, Tiled},
+    blocks::{AttentionHalf, MlpHalf, TrainedBlock},
+    linear::Linear,
+    loss, passes,
+    trained::{Summed, TrainedEmbedding},
+};
 use crate::{
-    Activation, Axis, LayerSpec, ModelConfig, ModelError, Parameter,
+    Axis, LayerSpec, ModelConfig, ModelError, Parameter,
     family::{Finder, TensorRows},
 };
 
@@ -20,6 +27,12 @@ pub trait Attention {
     /// already applied to q and k, and the factor of the scores to q: scores are the products times `1 / sqrt(head_dim)`.
     /// `spec` has the window and the soft cap. The result is `[n, heads, head_dim]`, contiguous.
     fn attend(&mut self, layer: usize, spec: &LayerSpec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
+
+    /// The sequences that the tokens belong to, and the keys and values of their prompts at a layer. A decoder with sums of
+    /// gradients computes the attention over them itself.
+    fn ragged(&mut self, layer: usize) -> Result<(Arc<Ragged>, Option<(Tensor, Tensor)>)> {
+        bail!("layer {layer}: a decoder with sums of gradients needs attention over whole sequences")
+    }
 }
 
 /// A point in a layer whose activations, `[n, channels]`, importance scores are computed from.
@@ -47,7 +60,7 @@ pub type Observer<'a> = dyn FnMut(Site, usize, &Tensor) -> Result<()> + 'a;
 /// Returns the weight tensor for a name and shape, or an error.
 pub type TensorSource<'a> = dyn FnMut(&str, &[usize]) -> std::result::Result<Tensor, ModelError> + 'a;
 
-/// The implementation of norm, rope and the MLP's gate.
+/// The implementation of norm and rope.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ops {
     /// Fused operations, without gradients.
@@ -55,6 +68,9 @@ pub enum Ops {
     /// Operations that support gradients.
     Differentiable,
 }
+
+/// Sums of gradients by Hugging Face name, each of its parameter's shape. Backward passes of [`Decoder::trained`] add to them.
+pub type GradientSums = HashMap<String, Tensor>;
 
 struct Block {
     spec: LayerSpec,
@@ -85,6 +101,15 @@ pub struct Decoder {
     blocks: Vec<Block>,
     norm: Tensor,
     head: Linear,
+    /// The same parameters with sums of their gradients.
+    trained: Option<Trained>,
+}
+
+struct Trained {
+    embedding: Summed,
+    blocks: Vec<Arc<TrainedBlock>>,
+    norm: Summed,
+    head: Summed,
 }
 
 impl Decoder {
@@ -116,6 +141,21 @@ impl Decoder {
         })
     }
 
+    /// Like [`Self::from_tensors`], for variables in f32 on the CPU. Backward passes add the gradients of all parameters to
+    /// `sums`, which has one for each, and return none. They start at [`Self::cross_entropy`].
+    pub fn trained(
+        config: &ModelConfig,
+        tensors: &HashMap<String, Tensor>,
+        sums: &GradientSums,
+    ) -> std::result::Result<Self, ModelError> {
+        let mut decoder = Self::from_tensors(config, tensors, Ops::Differentiable)?;
+        let detached = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.detach())).collect();
+        let find = Finder::new(config);
+        let parameters = Parameters { find, tensors: detached, sums: Some(sums), compute: DType::F32 };
+        decoder.trained = Some(parameters.trained(config)?);
+        Ok(decoder)
+    }
+
     /// Builds a decoder from the tensors that `get(name, shape)` returns. `compute` is the type of the activations.
     pub fn build(
         config: &ModelConfig,
@@ -128,7 +168,7 @@ impl Decoder {
             let tensor = get(&name, &shape)?;
             tensors.insert(name, tensor);
         }
-        let parameters = Parameters { find: Finder::new(config), tensors, compute };
+        let parameters = Parameters { find: Finder::new(config), tensors, sums: None, compute };
         let embedding = parameters.weight(Parameter::Embedding, None)?;
         let head = match config.tie_word_embeddings {
             true => Linear::new(embedding.clone(), None, compute)?,
@@ -164,6 +204,7 @@ impl Decoder {
             ropes: config.inverse_frequencies(),
             head,
             embedding,
+            trained: None,
             blocks,
             norm,
         })
@@ -192,6 +233,9 @@ impl Decoder {
             None => Ok(()),
         };
         let rotations = (0..self.ropes.len()).map(|rope| self.rotation(rope, positions)).collect::<Result<Vec<_>>>()?;
+        if let Some(trained) = &self.trained {
+            return self.forward_trained(trained, tokens, &rotations, attention);
+        }
         let mut x = self.embedding.index_select(tokens, 0)?.to_dtype(self.compute)?;
         x = scaled(x, self.config.embedding_scale())?;
         for (layer, block) in self.blocks.iter().enumerate() {
@@ -222,6 +266,27 @@ impl Decoder {
         Ok(x)
     }
 
+    /// [`Self::forward`] of a decoder with sums of gradients.
+    fn forward_trained(
+        &self,
+        trained: &Trained,
+        tokens: &Tensor,
+        rotations: &[(Tensor, Tensor)],
+        attention: &mut dyn Attention,
+    ) -> Result<Tensor> {
+        let op = TrainedEmbedding { tokens: tokens.to_vec1()?, sum: trained.embedding.sum.clone() };
+        let mut x = scaled(self.embedding.apply_op1(op)?, self.config.embedding_scale())?;
+        for (layer, block) in trained.blocks.iter().enumerate() {
+            let (ragged, prompt) = attention.ragged(layer)?;
+            ragged.check(x.dim(0)?, prompt.as_ref())?;
+            let tiled = Tiled { ragged, spec: block.spec.clone(), prompt };
+            let rotation = block.spec.rope.map(|rope| rotations[rope].clone());
+            x = x.contiguous()?.apply_op1(AttentionHalf::new(block, tiled, rotation))?;
+            x = x.apply_op1(MlpHalf::new(block))?;
+        }
+        Ok(x)
+    }
+
     /// Applies the final norm and the head: hidden states `[rows, hidden]` to logits `[rows, vocab]`.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let logits = scaled(self.head.forward(&self.rms_norm(hidden, &self.norm)?)?, self.config.scales.logits)?;
@@ -229,6 +294,30 @@ impl Decoder {
             Some(cap) => soft_cap(&logits, cap),
             None => Ok(logits),
         }
+    }
+
+    /// Negative log-probability of the targets after hidden states `[rows, hidden]`, summed over the rows: a scalar.
+    ///
+    /// Each target is below the vocabulary's size. If the decoder has sums of gradients, `backward` must start here.
+    pub fn cross_entropy(&self, hidden: &Tensor, targets: &[u32]) -> Result<Tensor> {
+        let (rows, vocab) = (hidden.dim(0)?, self.config.vocab_size);
+        if targets.len() != rows || targets.iter().any(|t| *t as usize >= vocab) {
+            bail!("cross entropy: {} targets for {rows} rows of {vocab} logits", targets.len());
+        }
+        let weight = self.head.weight_as(hidden)?.detach();
+        let scales = &self.config.scales;
+        let output = loss::Output {
+            norm: &self.norm.detach(),
+            eps: self.config.rms_norm_eps as f32,
+            weight: &weight,
+            sums: self.trained.as_ref().map(|trained| [&trained.norm.sum, &trained.head.sum]),
+            scale: scales.logits as f32,
+            cap: scales.logit_cap.map(|cap| cap as f32),
+        };
+        if passes::fuses(hidden) || output.sums.is_some() {
+            return loss::cross_entropy(hidden, &output, targets);
+        }
+        loss::plain_cross_entropy(&self.logits(hidden)?, targets)
     }
 
     /// Normalised, if there is a norm.
@@ -251,20 +340,15 @@ impl Decoder {
     }
 
     fn gated(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-        match (self.config.activation, self.ops) {
-            (Activation::Silu, Ops::Fused) => gate.silu()? * up,
-            (Activation::Silu, Ops::Differentiable) => differentiable::silu_mul(gate, up),
-            // candle's `gelu` is the approximation with tanh.
-            (Activation::GeluTanh, _) => gate.gelu()? * up,
-        }
+        passes::gate_mul(gate, up, self.config.activation)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         let eps = self.config.rms_norm_eps;
-        match self.ops {
-            Ops::Fused => ops::rms_norm(&x.contiguous()?, weight, eps as f32),
-            Ops::Differentiable => differentiable::rms_norm(x, weight, eps),
+        if self.ops == Ops::Differentiable || passes::fuses(x) {
+            return passes::rms_norm(x, weight, eps);
         }
+        ops::rms_norm(&x.contiguous()?, weight, eps as f32)
     }
 
     /// Cosines and sines of a rope's rotations at `positions`, each `[n, rotary_dim / 2]`.
@@ -281,19 +365,16 @@ impl Decoder {
     /// Rotates the leading channels of heads `[n, heads, head_dim]`: their first half with their second (Hugging Face's
     /// order).
     fn rope(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+        if self.ops == Ops::Differentiable || passes::fuses(x) {
+            return passes::rope(x, cos, sin);
+        }
         let (head_dim, rotary_dim) = (self.config.head_dim, self.config.rotary_dim);
+        let rotated = |x: &Tensor| rotary_emb::rope_thd(&x.contiguous()?.unsqueeze(0)?, cos, sin)?.squeeze(0);
         if rotary_dim < head_dim {
-            let rotated = self.rope_all(&x.narrow(2, 0, rotary_dim)?, cos, sin)?;
-            return Tensor::cat(&[rotated, x.narrow(2, rotary_dim, head_dim - rotary_dim)?], 2);
+            let rest = x.narrow(2, rotary_dim, head_dim - rotary_dim)?;
+            return Tensor::cat(&[rotated(&x.narrow(2, 0, rotary_dim)?)?, rest], 2);
         }
-        self.rope_all(x, cos, sin)
-    }
-
-    fn rope_all(&self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-        match self.ops {
-            Ops::Fused => rotary_emb::rope_thd(&x.contiguous()?.unsqueeze(0)?, cos, sin)?.squeeze(0),
-            Ops::Differentiable => differentiable::rope(x, cos, sin),
-        }
+        rotated(x)
     }
 }
 
@@ -312,6 +393,8 @@ struct Parameters<'a> {
     find: Finder<'a>,
     /// Tensors by Hugging Face name.
     tensors: HashMap<String, Tensor>,
+    /// Sums of gradients, if the parameters are trained with them.
+    sums: Option<&'a GradientSums>,
     compute: DType,
 }
 
@@ -328,6 +411,61 @@ impl Parameters<'_> {
     fn linear(&self, parameter: Parameter, layer: Option<usize>) -> Result<Linear> {
         let bias = self.find.bias(parameter, layer).map(|place| self.take(place)).transpose()?;
         Linear::new(self.weight(parameter, layer)?, bias, self.compute)
+    }
+
+    /// A parameter with its rows in the sum of its tensor's gradients.
+    fn summed(&self, place: TensorRows) -> Result<Summed> {
+        let TensorRows { name, shape, rows } = &place;
+        let sum = match self.sums.and_then(|sums| sums.get(name)) {
+            Some(sum) if sum.dims() == shape.as_slice() => sum.narrow(0, rows.start, rows.len())?,
+            Some(sum) => bail!("the sum of the gradients of {name} is {:?}, expected {shape:?}", sum.dims()),
+            None => bail!("there is no sum of the gradients of {name}"),
+        };
+        Ok(Summed { value: self.take(place)?, sum })
+    }
+
+    fn trained(&self, config: &ModelConfig) -> Result<Trained> {
+        let weight = |parameter, layer| self.summed(self.find.weight(parameter, layer)?);
+        let norm = |place: Option<TensorRows>| {
+            let Some(place) = place else { return Ok::<_, Error>(None) };
+            let Summed { value, sum } = self.summed(place)?;
+            let value =
+                if self.find.norm_offset() == 0.0 { value } else { (value + f64::from(self.find.norm_offset()))? };
+            Ok(Some(Summed { value, sum }))
+        };
+        let embedding = weight(Parameter::Embedding, None)?;
+        let head = if config.tie_word_embeddings { embedding.clone() } else { weight(Parameter::Head, None)? };
+        let final_norm = norm(self.find.norm(Parameter::FinalNorm, None)?)?;
+        let mut blocks = Vec::with_capacity(config.num_hidden_layers);
+        for (layer, spec) in config.layers.iter().enumerate() {
+            let at = Some(layer);
+            let linear = |parameter| {
+                let bias = self.find.bias(parameter, at).map(|place| self.summed(place)).transpose()?;
+                Ok::<_, Error>((weight(parameter, at)?, bias))
+            };
+            blocks.push(Arc::new(TrainedBlock {
+                spec: spec.clone(),
+                attention_norm: norm(self.find.norm(Parameter::AttentionNorm, at)?)?,
+                q: linear(Parameter::Query)?,
+                k: linear(Parameter::Key)?,
+                v: linear(Parameter::Value)?,
+                q_norm: norm(self.find.head_norm(Parameter::QueryNorm, at)?)?,
+                k_norm: norm(self.find.head_norm(Parameter::KeyNorm, at)?)?,
+                o: linear(Parameter::AttentionOutput)?,
+                attention_output_norm: norm(self.find.norm(Parameter::AttentionOutputNorm, at)?)?,
+                mlp_norm: norm(self.find.norm(Parameter::MlpNorm, at)?)?,
+                gate: linear(Parameter::Gate)?,
+                up: linear(Parameter::Up)?,
+                down: linear(Parameter::Down)?,
+                mlp_output_norm: norm(self.find.norm(Parameter::MlpOutputNorm, at)?)?,
+                head_dim: config.head_dim,
+                activation: config.activation,
+                eps: config.rms_norm_eps as f32,
+                residual: config.scales.residual as f32,
+            }));
+        }
+        let norm = final_norm.ok_or_else(|| Error::Msg("no final norm".into()))?;
+        Ok(Trained { embedding, blocks, norm, head })
     }
 
     /// The factors of a norm over the residual stream.

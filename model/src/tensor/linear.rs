@@ -17,6 +17,11 @@ impl Linear {
         Ok(Self { weight, bias: bias.map(|b| b.to_dtype(compute)).transpose()? })
     }
 
+    /// The weights, `[out, in]`, in the type of `x`.
+    pub(super) fn weight_as(&self, x: &Tensor) -> Result<Tensor> {
+        self.weight.to_dtype(x.dtype())
+    }
+
     /// `[rows, in]` to `[rows, out]`, in the type of `x`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         // Weights of another type than the activations are converted for this product only, so they stay in memory in
