@@ -11,8 +11,8 @@ const MOST_DRAFTS: usize = 16;
 pub const MOST_CHOSEN: usize = MOST_DRAFTS + 1;
 /// Weight of one round of drafts against all earlier ones.
 const FORGET: f64 = 0.9;
-/// A sequence that drafts nothing makes one draft after so many rounds, to find out whether drafts are accepted by now. After
-/// each that falls, it waits twice as long.
+/// A sequence that drafts nothing makes one draft after this number of rounds, to find out whether drafts are accepted by now. After
+/// each draft that is rejected, it waits twice as long.
 const PROBE_ROUNDS: u32 = 16;
 /// Maximum number of rounds until the next such draft.
 const MOST_PROBE_ROUNDS: u32 = 128;
@@ -440,7 +440,7 @@ mod tests {
         assert_eq!(length(1, 4, 4), 0);
     }
 
-    /// The rounds, of so many, in which a sequence drafts whose drafts fall unless `accepts` says otherwise, and how many.
+    /// The rounds in which a sequence drafts, with the number of drafts. They are rejected unless `accepts` says otherwise.
     fn drafted(rounds: usize, accepts: impl Fn(usize) -> bool) -> Vec<(usize, usize)> {
         let mut drafts = DraftLength { judged: 10.0, accepted: 0.0, best: 0, ..DraftLength::default() };
         let mut made = Vec::new();

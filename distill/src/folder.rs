@@ -4,7 +4,7 @@ use std::{collections::HashMap, fs, path::Path};
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
-use overfill_model::{ModelConfig, Provenance, WeightDtype};
+use overfill_model::{FullModel, ModelConfig, Provenance, WeightDtype, Weights};
 use overfill_text::TextFiles;
 use serde_json::Value;
 
@@ -13,6 +13,15 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
     let mut text = serde_json::to_string_pretty(value)?;
     text.push('\n');
     fs::write(path, text).with_context(|| format!("writing {}", path.display()))
+}
+
+/// How overfill.json names the full model in `folder`, which has these weights.
+pub fn full_model(folder: &Path, weights: &Weights) -> Result<FullModel> {
+    let name = folder.canonicalize().with_context(|| format!("reading {}", folder.display()))?;
+    Ok(FullModel {
+        name: name.file_name().map(|name| name.to_string_lossy().into_owned()),
+        fingerprint: Some(weights.fingerprint()?),
+    })
 }
 
 /// Copies the tokenizer, chat template and generation configuration of the model `from`, if present.

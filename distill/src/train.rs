@@ -356,6 +356,10 @@ pub fn train(config: &TrainConfig) -> Result<Trained> {
     folder::write_tensors(&config.out.join("model.safetensors"), &tensors.collect::<Result<_>>()?)?;
     folder::write_config(&config.out, &trainer.config, config.save_dtype)?;
     provenance.version = 1;
+    if let (Some(full), None) = (&config.full, &provenance.full_model) {
+        // An unpruned student. A node that serves it then takes the KV of this full model only.
+        provenance.full_model = Some(folder::full_model(full, &Weights::open(full)?)?);
+    }
     provenance.training = Some(described);
     folder::write_provenance(&config.out, &provenance)?;
     Ok(done)

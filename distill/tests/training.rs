@@ -12,7 +12,7 @@ use overfill_distill::{
     prune::{Width, prune},
     train::{TrainConfig, train},
 };
-use overfill_model::{LoadOptions, WeightFormat};
+use overfill_model::{LoadOptions, Provenance, WeightFormat, Weights};
 use tempfile::TempDir;
 
 /// Writes data and trains a full model for a few steps: still inaccurate, but with clear preferences between tokens.
@@ -94,6 +94,24 @@ fn the_full_model_as_its_own_decoder_equals_the_full_model_token_for_token() {
     }
     let drafting = measured[3].drafting.unwrap();
     assert!(drafting.accepted_tokens == drafting.drafted_tokens && drafting.drafted_tokens > drafting.verdicts);
+}
+
+/// An unpruned student, as for a variant of a task: it learns, and names the full model whose KV it attends to.
+#[test]
+fn the_full_model_may_be_the_student() {
+    let dir = world();
+    let (full, out) = (dir.path().join("trained"), dir.path().join("variant"));
+    let config = quick(recipe::training(&full, Some(&full), &dir.path().join("pairs.jsonl"), &out, 12, 0), 12);
+    train(&config).unwrap();
+    let provenance = Provenance::from_folder(&out).unwrap().unwrap();
+    let named = provenance.full_model.unwrap();
+    assert_eq!(named.fingerprint, Some(Weights::open(&full).unwrap().fingerprint().unwrap()));
+    assert!(provenance.kept_layers.is_none() && tensors(&out) != tensors(&full));
+    let examples = examples(&dir.path().join("held-out.jsonl"), &full, 2048).unwrap();
+    let texts = Texts::new(&examples, 12, None).unwrap();
+    let mut stages = Stages::load(&full, Some(&out), &LoadOptions::default(), texts.kv_blocks()).unwrap();
+    let [before, after] = [Way::Alone, Way::Draft].map(|way| texts.score(&mut stages, way).unwrap());
+    assert!(after.cross_entropy < before.cross_entropy, "{before:?} {after:?}");
 }
 
 #[test]

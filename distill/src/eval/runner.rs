@@ -30,7 +30,7 @@ pub enum Wanted<'a> {
     /// The log-probability of each of these tokens, and the most likely token in its place. Token `i` follows the span's
     /// token `i`. There are as many as the span has tokens.
     Scores(&'a [u32]),
-    /// The most likely token after each of the last tokens of the span, so many.
+    /// The most likely token after each of the last tokens of the span. The number of these tokens.
     Choose(usize),
 }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use candle_core::DType;
 use indicatif::{ProgressBar, ProgressStyle};
-use overfill_model::{Decoder, DeviceSpec, FullModel, ModelConfig, Ops, Provenance, WeightDtype, Weights};
+use overfill_model::{Decoder, DeviceSpec, ModelConfig, Ops, Provenance, WeightDtype, Weights};
 
 pub use cut::Kept;
 pub use importance::{Importance, Norm};
@@ -122,10 +122,7 @@ pub fn prune(config: &PruneConfig) -> Result<Kept> {
         &config.out,
         &Provenance {
             version: 1,
-            full_model: Some(FullModel {
-                name: config.model.canonicalize()?.file_name().map(|n| n.to_string_lossy().into_owned()),
-                fingerprint: Some(weights.fingerprint()?),
-            }),
+            full_model: Some(folder::full_model(&config.model, &weights)?),
             kept_layers: Some(kept.layers.clone()),
             hidden_channels: Some(kept.hidden.clone()),
             intermediate_channels: Some(kept.intermediate.clone()),
