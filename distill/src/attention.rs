@@ -3,10 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor, bail};
-use overfill_model::{Attention, LayerSpec, Ragged, ragged_attention};
-
-/// Keys and values of one layer, each `[tokens, kv_heads, head_dim]`.
-pub type LayerKv = (Tensor, Tensor);
+use overfill_model::{Attention, LayerKv, LayerSpec, Ragged, ragged_attention};
 
 /// Keys and values of a batch of prompts, one prompt after the other.
 #[derive(Clone)]

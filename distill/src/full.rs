@@ -267,8 +267,7 @@ mod tests {
             let gap = |a: &Tensor, b: &Tensor| {
                 (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap()
             };
-            for (&(ref k, ref v), of) in [(&first.layers[0], &expected.layers[0]), (&again.layers[0], &first.layers[0])]
-            {
+            for ((k, v), of) in [(&first.layers[0], &expected.layers[0]), (&again.layers[0], &first.layers[0])] {
                 let bound = if std::ptr::eq(of, &first.layers[0]) { f32::MIN_POSITIVE } else { 2e-3 };
                 assert!(gap(k, &of.0) < bound && gap(v, &of.1) < bound, "{pair}");
             }

@@ -37,7 +37,7 @@ pub use provenance::{FullModel, Provenance};
 pub use rope::{Rope, RopeScaling};
 pub use sampler::{SamplingContext, TokenMask, report, sample};
 pub use tensor::{
-    AdamStep, Attention, Decoder, GradientSums, Observer, Ops, Ragged, Site, add_in_place, column_sums,
+    AdamStep, Attention, Decoder, GradientSums, LayerKv, Observer, Ops, Ragged, Site, add_in_place, column_sums,
     ragged_attention, square_sum, zero_in_place,
 };
 pub use weights::{TensorInfo, Weights};

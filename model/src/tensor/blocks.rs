@@ -279,17 +279,17 @@ mod tests {
     use super::*;
     use crate::{
         ModelConfig, Weights,
-        tensor::{Attention, Decoder, GradientSums, Ops, Ragged, ragged_attention},
+        tensor::{Attention, Decoder, GradientSums, LayerKv, Ops, Ragged, ragged_attention},
     };
 
-    struct Sequences(Arc<Ragged>, Vec<(Tensor, Tensor)>);
+    struct Sequences(Arc<Ragged>, Vec<LayerKv>);
 
     impl Attention for Sequences {
         fn attend(&mut self, layer: usize, spec: &LayerSpec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
             ragged_attention(&self.0, spec, Some(&self.1[layer]), [q, k, v])
         }
 
-        fn ragged(&mut self, layer: usize) -> Result<(Arc<Ragged>, Option<(Tensor, Tensor)>)> {
+        fn ragged(&mut self, layer: usize) -> Result<(Arc<Ragged>, Option<LayerKv>)> {
             Ok((self.0.clone(), Some(self.1[layer].clone())))
         }
     }

@@ -21,6 +21,9 @@ use crate::{
     family::{Finder, TensorRows},
 };
 
+/// Keys and values of one layer, `[n, kv_heads, head_dim]` each.
+pub type LayerKv = (Tensor, Tensor);
+
 /// Computes attention, with keys and values from any source.
 pub trait Attention {
     /// Attention of one layer. `q` is `[n, heads, head_dim]`, `k` and `v` are `[n, kv_heads, head_dim]`, with rope
@@ -30,7 +33,7 @@ pub trait Attention {
 
     /// The sequences that the tokens belong to, and the keys and values of their prompts at a layer. A decoder with sums of
     /// gradients computes the attention over them itself.
-    fn ragged(&mut self, layer: usize) -> Result<(Arc<Ragged>, Option<(Tensor, Tensor)>)> {
+    fn ragged(&mut self, layer: usize) -> Result<(Arc<Ragged>, Option<LayerKv>)> {
         bail!("layer {layer}: a decoder with sums of gradients needs attention over whole sequences")
     }
 }

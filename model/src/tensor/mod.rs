@@ -19,7 +19,7 @@ mod updates;
 pub use attention::{Ragged, ragged_attention};
 #[cfg(test)]
 pub(crate) use decoder::soft_cap;
-pub use decoder::{Attention, Decoder, GradientSums, Observer, Ops, Site};
+pub use decoder::{Attention, Decoder, GradientSums, LayerKv, Observer, Ops, Site};
 #[cfg(test)]
 pub(crate) use engine::TensorEngine;
 pub(crate) use loss::loss_rows;
