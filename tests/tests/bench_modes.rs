@@ -40,9 +40,9 @@ fn rows_show_what_was_forced() -> Result<()> {
         ensure!((59.0 / 60.0 / batch..=1.1).contains(&number(0, "full_passes_per_token")?), "{rows:?}");
         ensure!(number(1, "full_passes_per_token")? < 0.1, "{rows:?}");
         ensure!(number(4, "accepted_share")? == 0.0 && number(5, "accepted_share")? == 1.0, "{rows:?}");
-        // At one sequence, every verdict is a pass of the full model.
-        ensure!(batch > 1.0 || number(4, "full_passes_per_token")? > 0.95, "{rows:?}");
-        ensure!(number(5, "full_passes_per_token")? < number(4, "full_passes_per_token")?, "{rows:?}");
+        // At one sequence, every verdict is a pass of the full model. The first drafts are made before it is known what they cost.
+        let passes = [number(4, "full_passes_per_token")?, number(5, "full_passes_per_token")?];
+        ensure!(batch > 1.0 || (passes[0] > 0.95 && passes[1] < passes[0]), "{rows:?}");
     }
     ensure!(std::fs::read_to_string(&plot)?.contains("batch 3"), "the plot has no line for batch 3");
     Ok(())
