@@ -77,7 +77,7 @@ def test_each_selector_is_of_one_release():
         assert all(LABELS in selector for selector in rules.selectors(query)), query
         # Without selectors, windows and label lists, only functions and numbers are left.
         rest = rules.SELECTOR.sub(" ", query)
-        rest = re.sub(r"\[[^]]*\]|(by|on) \([^)]*\)|0\.\d+", " ", rest)
+        rest = re.sub(r"\[[^]]*\]( offset \d+h)?|(by|on) \([^)]*\)|0\.\d+", " ", rest)
         assert set(re.findall(r"[a-zA-Z_:][\w:]*", rest)) <= WORDS, query
 
 

@@ -16,6 +16,7 @@ from prometheus import WINDOW, Prometheus, autoscaler_queries
 NOT_CAUSED = {
     "OverfillEngineStalled": "a signal stops a whole process, and never its engine alone",
     "OverfillNodesIncompatible": "all nodes serve the demo pair",
+    "OverfillAgreementFell": "it compares with the day before",
 }
 # The router's etcd never answers, and the certificate of its CA has expired.
 ALWAYS = {"OverfillEtcdDown", "OverfillDiscoveryFails", "OverfillCertificateExpires"}
