@@ -101,7 +101,7 @@ class Cluster:
                 self.processes.append(Process(f"blue-{role}-{pool}-{number}", role, node + more, admin, folder))
         http, grpc, etcd = ports
         self.url = f"http://127.0.0.1:{http}"
-        router = ["--http", f"127.0.0.1:{http}", "--grpc", f"127.0.0.1:{grpc}", "--max-waiting", "100",
+        router = ["--http", f"127.0.0.1:{http}", "--grpc", f"127.0.0.1:{grpc}", "--max-waiting", "100", "--watch-share", "1",
                   "--max-queue-seconds", "20", "--node-timeout-seconds", "3",
                   # Nobody listens there.
                   "--etcd-url", f"https://127.0.0.1:{etcd}", "--etcd-ca", pathlib.Path(__file__).parent / "expired.pem"]

@@ -99,7 +99,7 @@ def test_decode_nodes_that_freeze(cluster, prometheus):
 
 
 def test_long_prompts_and_broken_handoffs(cluster, prometheus):
-    cluster.load("--concurrency", "100", "--prompt-tokens", "1900", "--output-tokens", "2")
+    cluster.load("--concurrency", "160", "--prompt-tokens", "1900", "--output-tokens", "2")
     prometheus.wait_for("OverfillPrefillBehind")
     # The node that has room for many handoffs at a time.
     node = cluster.of("decode")[1]
