@@ -26,9 +26,9 @@ use crate::{
 
 /// Allowed delay from ticks, latency and a client's last read.
 const SLACK: Duration = Duration::from_secs(1);
-/// Time after the last request, or its deadline, within which all resources must be released. (A refused sender's
-/// connection is read for another half second, and an engine may be in a slow step.)
-const RELEASE: Duration = Duration::from_secs(2);
+/// Time after the last request, or its deadline, within which all resources must be released. A node that waits for a verdict writes
+/// nothing, so if a partition has swallowed the end of its connection, only unanswered pings tell it, after 20 seconds.
+const RELEASE: Duration = Duration::from_secs(22);
 /// Time after the last fault within which all nodes must be usable. A circuit breaker opens for at most 30 seconds.
 const RECOVERY: Duration = Duration::from_secs(45);
 /// Time after which discovery drops a node that does not renew its lease.
