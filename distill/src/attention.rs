@@ -24,23 +24,6 @@ impl PromptKv {
         };
         Ok(Self { layers: kept.iter().map(pick).collect::<Result<_>>()?, ..self })
     }
-
-    /// Appends to each prompt the tokens of `more`, which has as many sequences.
-    pub fn extend(&mut self, more: &Self) -> Result<()> {
-        for (old, new) in self.layers.iter_mut().zip(&more.layers) {
-            let joined = |old: &Tensor, new: &Tensor| {
-                let (mut parts, mut at) = (Vec::with_capacity(2 * self.lengths.len()), (0, 0));
-                for (before, added) in self.lengths.iter().zip(&more.lengths) {
-                    parts.extend([old.narrow(0, at.0, *before)?, new.narrow(0, at.1, *added)?]);
-                    at = (at.0 + before, at.1 + added);
-                }
-                Tensor::cat(&parts, 0)
-            };
-            *old = (joined(&old.0, &new.0)?, joined(&old.1, &new.1)?);
-        }
-        self.lengths.iter_mut().zip(&more.lengths).for_each(|(length, added)| *length += added);
-        Ok(())
-    }
 }
 
 /// Causal attention within each sequence of a flat batch. All queries of a sequence also see its prompt, if there is one.

@@ -27,18 +27,12 @@ impl Flat {
     }
 }
 
-/// Result of prefilling a batch of prompts.
-pub struct Prefilled {
-    /// Keys and values of the prompts.
-    pub kv: PromptKv,
-}
-
 /// Runs prompts of at least one token through a model and keeps their keys and values.
-pub fn prefill(model: &Decoder, prompts: &[&[u32]]) -> Result<Prefilled> {
+pub fn prefill(model: &Decoder, prompts: &[&[u32]]) -> Result<PromptKv> {
     let batch = Flat::new(prompts, &vec![0; prompts.len()], model.device())?;
     let mut attention = RaggedAttention::new(&batch.lengths, None).keeping();
     model.forward(&batch.tokens, &batch.positions, &mut attention, None)?;
-    Ok(Prefilled { kv: attention.into_kv() })
+    Ok(attention.into_kv())
 }
 
 /// Selects rows of `hidden` by index.

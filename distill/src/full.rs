@@ -51,7 +51,7 @@ impl Full {
     /// Keys and values of prompts in the layers `kept`; `None`: all.
     pub fn prefill(&mut self, prompts: &[&[u32]], kept: Option<&[u32]>, dtype: DType) -> Result<PromptKv> {
         match self {
-            Self::Dense(decoder) => Ok(prefill(decoder, prompts)?.kv.select(kept)?),
+            Self::Dense(decoder) => Ok(prefill(decoder, prompts)?.select(kept)?),
             Self::Served(served) => served.prefill(prompts, kept, dtype),
         }
     }
@@ -247,7 +247,7 @@ mod tests {
         assert!(PromptCache::new(0).get(&[1]).is_none());
     }
 
-    /// The engine's KV is that of the dense decoder, in one step, in several, and from the cache.
+    /// The engine computes the same KV as the dense decoder, in one step and in several. The cache returns the same KV again.
     #[test]
     fn the_engine_prefills_as_the_decoder_does() {
         for pair in ["llama-tied", "gemma3", "phi3"] {
@@ -258,7 +258,7 @@ mod tests {
             let prompts = [prompt(40), prompt(1100), prompt(1000), prompt(2100), prompt(1)];
             let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
             let dense = load_frozen(&folder, DType::F32, &Device::Cpu).unwrap();
-            let expected = prefill(&dense, &prompts).unwrap().kv.select(Some(&[1])).unwrap();
+            let expected = prefill(&dense, &prompts).unwrap().select(Some(&[1])).unwrap();
             let mut full =
                 Full::load(&folder, DeviceSpec::Cpu, DType::F32, WeightFormat::F32, 2100, usize::MAX).unwrap();
             let first = full.prefill(&prompts, Some(&[1]), DType::F32).unwrap();

@@ -49,7 +49,7 @@ struct Step {
 #[derive(Deserialize)]
 struct RefreshCase {
     prompt: Vec<u32>,
-    /// The token, its log-probability, and the distance to that of the second best token.
+    /// The token, its log-probability, and the difference from the log-probability of the second best token.
     refresh: Vec<(u32, f32, f32)>,
 }
 

@@ -21,7 +21,7 @@ pub struct ProtocolVersions {
 /// - Version 2: the hello of a handoff offers transports and checksums, and the answer chooses. Frames name a range of KV
 ///   heads, and the hello a rank, for prefill nodes with several GPUs.
 /// - Version 3: sampling parameters may say which tokens may be chosen ([`CONSTRAINTS`]).
-/// - Version 4: a prefill node keeps a request open, and its decode node has [`crate::Mode`]s ([`EXTEND`]). KV that no decode
+/// - Version 4: a prefill node keeps a request open, and its decode node has [`crate::Mode`]s ([`EXTEND`]). It also scores outputs. KV that no decode
 ///   step attends to, because of a layer's window, is not sent ([`WINDOWS`]).
 pub const PROTOCOL: ProtocolVersions = ProtocolVersions { oldest: 1, newest: 4 };
 
@@ -29,7 +29,7 @@ pub const PROTOCOL: ProtocolVersions = ProtocolVersions { oldest: 1, newest: 4 }
 /// earlier version would ignore them, so it gets no such request.
 pub const CONSTRAINTS: u32 = 3;
 
-/// Version in which prefill nodes have `Extend`, and decode nodes have `Verdict`. Both nodes of a request whose
+/// Version in which prefill nodes have `Extend` and `Score`, and decode nodes have `Verdict`. Both nodes of a request whose
 /// [`crate::Mode`] is not draft need it.
 pub const EXTEND: u32 = 4;
 

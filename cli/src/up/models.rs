@@ -34,7 +34,7 @@ impl FromStr for Named {
 }
 
 impl Named {
-    /// The name under which it is served: without one, that of the folder or file.
+    /// The name under which the model is served. The default is the name of its folder or file.
     pub fn served_name(&self) -> String {
         let last = self.model.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
         self.name.clone().unwrap_or_else(|| last.strip_suffix(".gguf").unwrap_or(last).to_owned())

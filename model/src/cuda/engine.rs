@@ -53,7 +53,7 @@ pub(crate) struct CudaEngine {
 enum KvOf {
     /// A new one.
     New { blocks: usize },
-    /// That of another engine of the same device.
+    /// The KV cache of another engine on the same device.
     Other(Arc<CudaKv>),
 }
 
@@ -69,7 +69,7 @@ impl CudaEngine {
         Self::load_over(index, config, weights, options, KvOf::New { blocks: kv_blocks })
     }
 
-    /// As [`Self::load`], with a new KV cache or that of another engine.
+    /// As [`Self::load`], with a new KV cache or with the KV cache of another engine.
     fn load_over(
         index: usize,
         config: &ModelConfig,

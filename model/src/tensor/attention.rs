@@ -11,7 +11,7 @@ use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor
 use rayon::prelude::*;
 
 use super::{
-    decoder::soft_cap,
+    decoder::{LayerKv, soft_cap},
     lanes::{Add, AddProduct, ExpShifted, Scale, each, greatest, lanes, rows, total},
     passes::{fuses, slice},
     product::{Matrix, Threads, Write, multiply},
@@ -33,7 +33,7 @@ pub struct Ragged {
 
 impl Ragged {
     /// Checks that the lengths add up to `n` rows after the rows of `prompt`.
-    pub(super) fn check(&self, n: usize, prompt: Option<&(Tensor, Tensor)>) -> Result<()> {
+    pub(super) fn check(&self, n: usize, prompt: Option<&LayerKv>) -> Result<()> {
         let sum = |lengths: &[usize]| lengths.iter().sum::<usize>();
         let before = prompt.map_or(Ok(0), |(k, _)| k.dim(0))?;
         if self.lengths.len() != self.prompts.len() || sum(&self.lengths) != n || sum(&self.prompts) != before {
@@ -63,7 +63,7 @@ impl Ragged {
 pub fn ragged_attention(
     ragged: &Arc<Ragged>,
     spec: &LayerSpec,
-    prompt: Option<&(Tensor, Tensor)>,
+    prompt: Option<&LayerKv>,
     [q, k, v]: [&Tensor; 3],
 ) -> Result<Tensor> {
     ragged.check(q.dim(0)?, prompt)?;
@@ -81,7 +81,7 @@ pub fn ragged_attention(
 pub(super) struct Tiled {
     pub(super) ragged: Arc<Ragged>,
     pub(super) spec: LayerSpec,
-    pub(super) prompt: Option<(Tensor, Tensor)>,
+    pub(super) prompt: Option<LayerKv>,
 }
 
 /// The data of a batch.
@@ -252,7 +252,7 @@ impl Data<'_> {
 }
 
 lanes!(
-    /// The gradient of a score from that of its weight: `weight (target - dot) scale`.
+    /// Computes the gradient of a score. `target` is the gradient of its weight: `weight (target - dot) scale`.
     SoftmaxBack { dot, scale } 1, |self, target, [weight]| {
         S::mul(S::mul(weight, S::sub(target, S::splat(self.dot))), S::splat(self.scale))
     }
@@ -346,12 +346,7 @@ impl CustomOp3 for Tiled {
     }
 }
 
-fn plain(
-    ragged: &Ragged,
-    spec: &LayerSpec,
-    prompt: Option<&(Tensor, Tensor)>,
-    [q, k, v]: [&Tensor; 3],
-) -> Result<Tensor> {
+fn plain(ragged: &Ragged, spec: &LayerSpec, prompt: Option<&LayerKv>, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
     let ((_, heads, width), kv_heads) = (q.dims3()?, k.dim(1)?);
     let group = heads / kv_heads;
     let mut outputs = Vec::with_capacity(ragged.lengths.len());

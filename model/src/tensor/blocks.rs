@@ -58,7 +58,8 @@ impl TrainedBlock {
         })
     }
 
-    /// The gradient of [`Self::normed`] by `x` from that of its result, `g`. Adds that of the weights to their sum.
+    /// Computes the gradient of the input of [`Self::normed`]. `g` is the gradient of its result. Adds the gradient of the weights
+    /// to their sum.
     fn normed_back<'a>(&self, x: &[f32], by: Option<&Summed>, g: Cow<'a, [f32]>) -> Result<Cow<'a, [f32]>> {
         let Some(by) = by else { return Ok(g) };
         let weights = Values::of(&by.value)?;
