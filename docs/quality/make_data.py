@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGES = ["debian-policy", "developers-reference"]
 SOURCES = ["usr/share/doc/debian-policy/policy.html/_sources", "usr/share/developers-reference/_sources"]
 # A paragraph of one of these lengths, in characters, says something and leaves room for an answer.
-LENGTHS = range(250, 900)
+LENGTHS = range(250, 600)
 KINDS = {
     "summary": "Summarize the following text in two sentences.",
     "explanation": "Explain the following text to a beginner.",
@@ -95,9 +95,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", required=True, help="the full model: a folder, a .gguf file or a hub id")
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--train", type=int, default=2400, help="number of training prompts")
-    parser.add_argument("--held-out", type=int, default=120, help="number of prompts in each of the other files")
-    parser.add_argument("--answer-tokens", type=int, default=200, help="longer answers are left out")
+    parser.add_argument("--train", type=int, default=1200, help="number of training prompts")
+    parser.add_argument("--held-out", type=int, default=80, help="number of prompts in each of the other files")
+    parser.add_argument("--answer-tokens", type=int, default=160, help="longer answers are left out")
     parser.add_argument("--weights", default="bf16")
     parser.add_argument("--concurrency", type=int, default=24)
     parser.add_argument("--overfill", type=pathlib.Path, default=ROOT / "target/release/overfill")

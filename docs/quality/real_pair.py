@@ -1,43 +1,60 @@
 #!/usr/bin/env python3
 """Decoders for a real checkpoint, made with equal data, and their scores: docs/quality/real_pair.py --full MODEL --data DIR --work DIR
 
-DIR is the output of make_data.py. For each share of channels that is cut, each seed and each budget of training examples, it trains
+DIR is the output of make_data.py. For each budget of training examples, each seed and each share of channels that is cut, it trains
 three decoders of the same shape:
 
 - overfill: pruned, and fine-tuned over the full model's KV; scored in the modes draft, refresh and exact,
 - pruned-only: pruned, and fine-tuned alone,
 - scratch: random weights, trained alone.
 
-All of a seed and a budget see the same examples in the same order, once each. Results are appended to WORK/cells.jsonl, and what is
-there is not done again, so the command may be stopped and started. The tables are printed at the end.
+All three see the same examples in the same order, once each, and have the same budget of response tokens. Results are appended to
+WORK/cells.jsonl, and what is there is not done again, so the command may be stopped and started. The tables are printed at the end.
 """
 
 import argparse
 import collections
+import hashlib
 import json
+import os
 import pathlib
 import random
 import shutil
 import statistics
 import subprocess
-import time
+import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILES = ["held-out", "other-kinds"]
+ARMS = ["overfill", "pruned-only", "scratch"]
+END_SECONDS = 30
 
 
 def run(args, *command):
+    """Runs a subcommand of overfill. Returns the seconds of processor time that it took."""
+    before = os.times()
     subprocess.run([str(args.overfill), *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def finished(out, make):
+    """Makes a folder once: what was interrupted is made again. Returns what `make` has returned, which stands in the folder."""
+    note = out / "cost.json"
+    if not note.exists():
+        unfinished = out.with_name(out.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        cost = make(unfinished)
+        (unfinished / note.name).write_text(json.dumps(cost))
+        unfinished.rename(out)
+    return json.loads(note.read_text())
 
 
 def pruned(args, ratio):
-    """The model that is cut, which all arms start from. It is made once."""
+    """The model that is cut, which all arms start from."""
     out = args.work / f"pruned-{ratio}"
-    if not out.exists():
-        unfinished = out.with_name(out.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        run(args, "prune", "--model", args.full, "--calibration", args.data / "train.jsonl", "--samples", 256, "--ratio", ratio, "--out", unfinished)
-        unfinished.rename(out)
+    finished(out, lambda folder: run(args, "prune", "--model", args.full, "--calibration", args.data / "train.jsonl", "--samples", 256,
+                                     "--ratio", ratio, "--out", folder))
     return out
 
 
@@ -53,66 +70,98 @@ def examples(args, seed, budget):
 
 
 def train(args, arm, ratio, seed, budget):
-    """Trains a decoder. Returns its folder and the seconds."""
+    """Trains a decoder. Returns its folder, the processor seconds and the checksum of its weights."""
     out = args.work / f"model-{arm}-{ratio}-{seed}-{budget}"
-    shutil.rmtree(out, ignore_errors=True)
     more = {"overfill": ["--full", args.full], "pruned-only": [], "scratch": ["--random-init"]}[arm]
     rate = args.scratch_learning_rate if arm == "scratch" else args.learning_rate
-    began = time.monotonic()
-    run(args, "distill", "--student", pruned(args, ratio), *more, "--data", examples(args, seed, budget), "--no-shuffle",
-        "--steps", budget // args.batch, "--batch", args.batch, "--max-tokens", 640, "--seed", seed, "--learning-rate", rate,
-        "--warmup-share", 0.06, "--final-share", 0.05, "--save-dtype", "bf16", "--out", out)
-    return out, time.monotonic() - began
+    student, data = pruned(args, ratio), examples(args, seed, budget)
+    seconds = finished(out, lambda folder: run(
+        args, "distill", "--student", student, *more, "--data", data, "--no-shuffle", "--steps", budget // args.batch,
+        "--batch", args.batch, "--max-tokens", 640, "--seed", seed, "--learning-rate", rate,
+        "--warmup-share", 0.06, "--final-share", 0.05, "--save-dtype", "bf16", "--out", folder))
+    weights = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+    return out, {"processor_seconds": round(seconds), "sha256": weights}
 
 
-def score(args, arm, model):
-    """Scores by file and way of answering."""
-    models = {"overfill": ["--full", args.full, "--decode", model, "--arms", "draft,refresh,exact"],
-              "pruned-only": ["--full", args.full, "--pruned", model, "--arms", "pruned-only"],
-              "scratch": ["--full", args.full, "--scratch", model, "--arms", "scratch"]}
+def score(args, models):
+    """Scores by file and way of answering. Without models: those of the full model."""
+    flags = ["--arms", "full"]
+    if models:
+        flags = ["--decode", models["overfill"], "--pruned", models["pruned-only"], "--scratch", models["scratch"],
+                 "--arms", "draft,refresh,exact,pruned-only,scratch"]
     scores = {}
     for file in FILES:
         out = args.work / "scores.json"
-        run(args, "eval", *(models[arm] if arm != "full" else ["--full", args.full, "--arms", "full"]), "--data", args.data / f"{file}.jsonl",
-            "--weights", "bf16", "--kv-dtype", "bf16", "--json", out)
+        run(args, "eval", "--full", args.full, *flags, "--data", args.data / f"{file}.jsonl", "--weights", "bf16", "--kv-dtype", "bf16",
+            "--json", out)
         scores[file] = json.loads(out.read_text())
     return scores
 
 
-def cells(args):
-    """All measurements, in an order in which the first ones already tell something."""
-    yield {"arm": "full", "ratio": 0, "seed": 0, "examples": 0}
-    for budget in sorted(args.examples):
-        for seed in args.seeds:
-            for ratio in args.ratios:
-                for arm in args.arms:
-                    yield {"arm": arm, "ratio": ratio, "seed": seed, "examples": budget}
+def answers(args, flags, mode):
+    """Greedy answers to the first prompts of each file."""
+    command = [args.overfill, "up", "--weights", "bf16", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--print", "json", *flags]
+    server = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
+    try:
+        line = server.stdout.readline()
+        if not line:
+            raise SystemExit("overfill up did not start")
+        url = json.loads(line)["http"]
+        found = []
+        for file in FILES:
+            for chat in (args.data / f"{file}.jsonl").read_text().splitlines()[: args.samples]:
+                body = {"model": "sample", "messages": json.loads(chat)["messages"][:1], "max_tokens": 160, "temperature": 0, "overfill_mode": mode}
+                request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+                with urllib.request.urlopen(request, timeout=600) as response:
+                    found.append(json.load(response)["choices"][0]["message"]["content"])
+        return found
+    finally:
+        server.terminate()
+        server.wait(END_SECONDS)
+
+
+def write_samples(args, models, path):
+    """Answers of the full model and of all arms side by side."""
+    pair = ["--full", f"sample={args.full}", "--decode", f"sample={models['overfill']}"]
+    columns = {"full model": answers(args, ["--full", f"sample={args.full}"], "draft"),
+               "draft": answers(args, pair, "draft"), "refresh": answers(args, pair, "refresh")}
+    for arm in ["pruned-only", "scratch"]:
+        columns[arm] = answers(args, ["--full", f"sample={models[arm]}"], "draft")
+    prompts = [json.loads(chat)["messages"][0]["content"] for file in FILES
+               for chat in (args.data / f"{file}.jsonl").read_text().splitlines()[: args.samples]]
+    path.write_text(json.dumps([{"prompt": prompt, **{name: column[i] for name, column in columns.items()}}
+                                for i, prompt in enumerate(prompts)], indent=1))
 
 
 def measure(args):
     path = args.work / "cells.jsonl"
-    key = lambda cell: (cell["arm"], cell["ratio"], cell["seed"], cell["examples"])
+    key = lambda cell: (cell["ratio"], cell["seed"], cell["examples"])
     done = {key(json.loads(line)) for line in path.read_text().splitlines()} if path.exists() else set()
-    for cell in cells(args):
+    # In an order in which the first ones already tell something.
+    wanted = [(ratio, seed, budget) for budget in sorted(args.examples) for seed in args.seeds for ratio in args.ratios]
+    for ratio, seed, budget in [(0, 0, 0), *wanted]:
+        cell = {"ratio": ratio, "seed": seed, "examples": budget}
         if key(cell) in done:
             continue
-        if cell["arm"] == "full":
-            model, seconds = args.full, 0
-        else:
-            model, seconds = train(args, cell["arm"], cell["ratio"], cell["seed"], cell["examples"])
-        cell |= {"seconds": round(seconds), "scores": score(args, cell["arm"], model)}
+        models, cell["arms"] = {}, {}
+        for arm in ARMS if budget else []:
+            models[arm], cell["arms"][arm] = train(args, arm, ratio, seed, budget)
+        cell["scores"] = score(args, models)
+        if (ratio, seed, budget) == (args.ratios[0], args.seeds[0], max(args.examples)):
+            write_samples(args, models, args.work / "samples.json")
         with path.open("a") as file:
             file.write(json.dumps(cell) + "\n")
         print(json.dumps({**cell, "scores": "..."}), flush=True)
-        if cell["arm"] != "full" and not args.keep:
-            shutil.rmtree(model)
+        if not args.keep:
+            for model in models.values():
+                shutil.rmtree(model)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def tables(all_cells):
     """Means over seeds, with the lowest and the highest."""
     for file in FILES:
-        print(f"\n### {file}\n\n| cut | examples | arm | cross-entropy | agreement | seeds |\n|---|---|---|---|---|---|")
+        print(f"\n### {file}\n\n| cut | examples | arm | cross-entropy | agreement | common prefix | seeds |\n|---|---|---|---|---|---|---|")
         rows = collections.defaultdict(list)
         for cell in all_cells:
             for arm, values in cell["scores"][file].items():
@@ -123,15 +172,18 @@ def tables(all_cells):
                 if not numbers:
                     return "-"
                 return f"{statistics.mean(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
-            print(f"| {ratio:.0%} | {budget} | {arm} | {spread('cross_entropy_nats_per_token')} | {spread('agreement')} | {len(values)} |")
+            numbers = " | ".join(map(spread, ["cross_entropy_nats_per_token", "agreement", "common_prefix_share"]))
+            print(f"| {ratio:.0%} | {budget} | {arm} | {numbers} | {len(values)} |")
 
 
 def value(scores, name):
     """A number of an arm, if it has it. Agreement is over all positions."""
-    if name != "agreement":
+    if name == "cross_entropy_nats_per_token":
         return scores[name]
     if "agreement_with_full" not in scores:
         return None
+    if name == "common_prefix_share":
+        return scores["agreement_with_full"][name]
     ranges = scores["agreement_with_full"]["by_position"]
     return sum(each["share"] * each["tokens"] for each in ranges) / sum(each["tokens"] for each in ranges)
 
@@ -141,13 +193,13 @@ def main():
     parser.add_argument("--full", required=True, help="the full model, from which the data are")
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--work", type=pathlib.Path, required=True)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.45])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.45, 0.25])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--examples", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--arms", nargs="+", default=["overfill", "pruned-only", "scratch"])
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--examples", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--scratch-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--samples", type=int, default=2, help="number of prompts of each file that are answered side by side")
     parser.add_argument("--keep", action="store_true", help="keep the trained models")
     parser.add_argument("--overfill", type=pathlib.Path, default=ROOT / "target/release/overfill")
     args = parser.parse_args()
