@@ -19,6 +19,8 @@ use tracing::debug;
 
 use crate::{
     compute::{Compute, Stepping},
+    drafts::DraftRecord,
+    extension::{Chosen, Verdict},
     flow::Flow,
     handle::{Command, EngineHandle},
     scheduler::{self, Growth, Occupancy},
@@ -77,6 +79,8 @@ pub struct Engine<C> {
     computed: Option<Step>,
     /// Recent mean of the duration of a step.
     step_mean: Duration,
+    /// What is known of the drafts of each variant.
+    records: HashMap<usize, DraftRecord>,
     /// Origin of the times of verdicts.
     origin: Instant,
     /// The device has failed. Then the engine ends, and with it the process.
@@ -120,6 +124,7 @@ impl<C: Compute> Engine<C> {
             running: Vec::new(),
             computed: None,
             step_mean: Duration::ZERO,
+            records: HashMap::new(),
             origin: Instant::now(),
             lost: false,
         };
@@ -221,7 +226,7 @@ impl<C: Compute> Engine<C> {
                     },
                 }
             }
-            Command::Verdict { arrival, position, tokens } => self.verdict(arrival, position, &tokens),
+            Command::Verdict { arrival, chosen } => self.verdict(arrival, &chosen),
             Command::Lost { arrival } => {
                 let Some(flow) = self.flow(arrival) else { return };
                 flow.tell(SequenceEvent::LandingOver);
@@ -258,25 +263,27 @@ impl<C: Compute> Engine<C> {
         self.swapped.retain(|swapped| swapped.flow.arrival != arrival);
     }
 
-    fn verdict(&mut self, arrival: u64, position: usize, tokens: &[u32]) {
+    fn verdict(&mut self, arrival: u64, chosen: &Chosen) {
         let origin = self.origin;
         let Some(flow) = self.flow(arrival) else { return };
-        let verdict = match flow.verdict(position, tokens, origin) {
+        let verdict = match flow.verdict(chosen, origin) {
             Ok(verdict) => verdict,
             Err(e) => {
                 flow.refuse(&e);
                 return self.remove(arrival);
             }
         };
+        let variant = flow.request.variant;
         if let Some(finish) = flow.finish() {
             flow.tell(SequenceEvent::Finished(finish));
             self.remove(arrival);
         }
-        if let Some(verdict) = verdict {
+        if let Some(Verdict { round, .. }) = verdict {
+            self.records.entry(variant).or_default().observe(&round);
             let metrics = self.load.metrics();
             metrics.drafts.inc();
-            metrics.draft_tokens.inc_by(verdict.drafted as u64);
-            metrics.accepted_tokens.inc_by(verdict.accepted as u64);
+            metrics.draft_tokens.inc_by(round.drafted as u64);
+            metrics.accepted_tokens.inc_by(round.accepted as u64);
         }
     }
 
@@ -289,7 +296,8 @@ impl<C: Compute> Engine<C> {
             let spare = self.pool.available() > seated;
             let place =
                 if spare && sequence.flow.wants_landing() { self.pool.allocate(1).ok().map(Arc::new) } else { None };
-            sequence.flow.ask(place, step, origin);
+            let record = self.records.entry(sequence.flow.request.variant).or_default();
+            sequence.flow.ask(place, step, record, origin);
         }
     }
 
@@ -341,7 +349,9 @@ impl<C: Compute> Engine<C> {
             match scheduler::next_growth(&seats, self.pool.available() > 0) {
                 Some(Growth::Grow(i)) => match self.pool.allocate(1) {
                     Ok(lease) if self.running[i].lacks_landing() => {
-                        self.running[i].flow.ask(Some(Arc::new(lease)), step, origin);
+                        let flow = &mut self.running[i].flow;
+                        let record = self.records.entry(flow.request.variant).or_default();
+                        flow.ask(Some(Arc::new(lease)), step, record, origin);
                     }
                     Ok(lease) => self.running[i].grow(lease),
                     Err(_) => self.swap_out(self.running.len() - 1),

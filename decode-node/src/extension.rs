@@ -5,17 +5,10 @@ use std::{sync::Arc, time::Duration};
 
 use overfill_kv::{BLOCK_TOKENS, BlockLease, Mode};
 
-/// Maximum number of drafts given to the full model at a time.
-const MOST_DRAFTS: usize = 16;
+use crate::drafts::{DraftLength, DraftRecord, MOST_DRAFTS, Round};
+
 /// Maximum number of tokens that one verdict adds.
 pub const MOST_CHOSEN: usize = MOST_DRAFTS + 1;
-/// Weight of one round of drafts against all earlier ones.
-const FORGET: f64 = 0.9;
-/// A sequence that drafts nothing makes one draft after this number of rounds, to find out whether drafts are accepted by now. After
-/// each draft that is rejected, it waits twice as long.
-const PROBE_ROUNDS: u32 = 16;
-/// Maximum number of rounds until the next such draft.
-const MOST_PROBE_ROUNDS: u32 = 128;
 /// Attempts to land a block before the request fails.
 const MOST_FAILURES: u32 = 5;
 
@@ -108,10 +101,9 @@ impl Extensions {
             Mode::Draft => false,
             Mode::Refresh => (tokens - 1) / BLOCK_TOKENS >= self.refreshed + 2,
             Mode::Exact => {
-                let (drafted, most) = (tokens - self.standing, self.drafts.best);
-                // While a verdict is under way, drafts for the next one are made, with the token that the verdict adds. If no
-                // drafts pay off, they would only be dropped.
-                let goes_on = self.awaited.is_some() && most > 0 && !self.drafts.is_probe;
+                let (drafted, most) = (tokens - self.standing, self.drafts.best());
+                // While a verdict is under way, drafts for the next one are made, with the token that the verdict adds.
+                let goes_on = self.awaited.is_some() && self.drafts.goes_on();
                 drafted >= if goes_on { 2 * most + 1 } else { most }
             }
         }
@@ -133,13 +125,15 @@ impl Extensions {
     }
 
     /// What to ask the full model for now. `tokens`: the sequence; `is_over`: the draft has ended; `place`: a block for KV,
-    /// if [`Self::wants_landing`]. An unused place is given back.
+    /// if [`Self::wants_landing`]; `step`: duration of a step; `record`: what drafts have cost and gained. An unused place is given
+    /// back.
     pub fn ask(
         &mut self,
         tokens: &[u32],
         is_over: bool,
         place: Option<Arc<BlockLease>>,
         step: Duration,
+        record: &DraftRecord,
         now: Duration,
     ) -> Option<Ask> {
         match self.mode {
@@ -155,7 +149,7 @@ impl Extensions {
             }
             Mode::Exact => {
                 let drafted = tokens.len() - self.standing;
-                if self.awaited.is_some() || (drafted < self.drafts.choose(step) && !is_over) {
+                if self.awaited.is_some() || (drafted < self.drafts.choose(step, record) && !is_over) {
                     return None;
                 }
                 let drafted = drafted.min(MOST_DRAFTS);
@@ -232,22 +226,17 @@ impl Extensions {
         Some((self.refreshed - 1, place))
     }
 
-    /// Takes the verdict: `chosen` follow the standing tokens, the first of them at `position`. Changes `tokens` accordingly.
-    /// Returns the verdict's effect; `None` if the sequence does not wait for it.
-    pub fn verdict(
-        &mut self,
-        tokens: &mut Vec<u32>,
-        position: usize,
-        chosen: &[u32],
-        now: Duration,
-    ) -> Option<Verdict> {
+    /// Takes the verdict. Changes `tokens` accordingly. Returns the verdict's effect; `None` if the sequence does not wait for it.
+    pub fn verdict(&mut self, tokens: &mut Vec<u32>, verdict: &Chosen, now: Duration) -> Option<Verdict> {
         let (drafted, asked) = self.awaited?;
+        let &Chosen { position, tokens: ref chosen, seconds_per_draft } = verdict;
         if position != self.standing || chosen.is_empty() || chosen.len() > drafted + 1 {
             return None;
         }
         self.awaited = None;
-        let accepted = chosen.len() - 1;
-        self.drafts.observe(drafted, accepted, now.saturating_sub(asked));
+        let (accepted, took) = (chosen.len() - 1, now.saturating_sub(asked));
+        let round = Round { drafted, accepted, took, seconds_per_draft };
+        self.drafts.observe(&round);
         self.standing = position + chosen.len();
         let same = tokens[position..].iter().zip(chosen).take_while(|(draft, chosen)| draft == chosen).count();
         let is_changed = same < chosen.len();
@@ -255,104 +244,30 @@ impl Extensions {
             tokens.truncate(position + same);
             tokens.extend_from_slice(&chosen[same..]);
         }
-        Some(Verdict { drafted, accepted, is_changed, valid: position + same })
+        Some(Verdict { round, is_changed, valid: position + same })
     }
 }
 
+/// The full model's verdict on drafts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Chosen {
+    /// Position of the first of `tokens`.
+    pub position: usize,
+    /// The tokens that follow the standing ones.
+    pub tokens: Vec<u32>,
+    /// Time by which one more draft of each sequence would have prolonged the full model's step; 0 if it is unknown.
+    pub seconds_per_draft: f64,
+}
+
 /// Effect of a verdict.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Verdict {
-    /// Drafts that the full model was given.
-    pub drafted: usize,
-    /// Drafts that stand.
-    pub accepted: usize,
+    /// The drafts that it judged.
+    pub round: Round,
     /// Whether tokens were dropped or added.
     pub is_changed: bool,
     /// Number of leading tokens that have not changed.
     pub valid: usize,
-}
-
-/// Chooses how many tokens to draft for a verdict.
-///
-/// If a draft is accepted with probability `a`, a round with `k` drafts gives `(1 - a^(k + 1)) / (1 - a)` tokens on average
-/// (Leviathan et al., arXiv 2211.17192). It takes `k` steps of this node and one verdict. The best `k` gives most tokens per
-/// second. It is 0 where drafts do not pay off: then the full model decodes alone.
-#[derive(Clone, Debug)]
-struct DraftLength {
-    /// Weighted numbers of drafts that were judged and accepted.
-    judged: f64,
-    accepted: f64,
-    /// Weighted mean of the time until a verdict, in seconds.
-    verdict_seconds: Option<f64>,
-    /// Rounds since the last draft.
-    rounds: u32,
-    /// Rounds without drafts until the next one is made.
-    probe_rounds: u32,
-    /// The best number of drafts.
-    best: usize,
-    /// Whether no drafts pay off, and one is made to find out whether it is accepted.
-    is_probe: bool,
-    /// Whether a round has ended since it was chosen.
-    is_stale: bool,
-}
-
-impl Default for DraftLength {
-    fn default() -> Self {
-        Self {
-            judged: 4.0,
-            accepted: 3.0,
-            verdict_seconds: None,
-            rounds: 0,
-            probe_rounds: PROBE_ROUNDS,
-            best: 4,
-            is_probe: false,
-            is_stale: false,
-        }
-    }
-}
-
-impl DraftLength {
-    /// Records a round: `accepted` of `drafted` drafts stand.
-    fn observe(&mut self, drafted: usize, accepted: usize, took: Duration) {
-        // Drafts behind the first one that fell were not judged.
-        let judged = drafted.min(accepted + 1);
-        // A round without drafts tells nothing about them. If it made earlier rounds count less, one lucky draft would seem to
-        // be all there is.
-        if judged > 0 {
-            self.judged = self.judged * FORGET + judged as f64;
-            self.accepted = self.accepted * FORGET + accepted as f64;
-        }
-        if std::mem::take(&mut self.is_probe) && judged > 0 {
-            // After an accepted draft, the next one follows at once.
-            let rejected = (2 * self.probe_rounds).clamp(PROBE_ROUNDS, MOST_PROBE_ROUNDS);
-            self.probe_rounds = if accepted > 0 { 0 } else { rejected };
-        }
-        let took = took.as_secs_f64();
-        self.verdict_seconds = Some(self.verdict_seconds.map_or(took, |mean| mean + (took - mean) / 8.0));
-        self.rounds = if drafted == 0 { self.rounds + 1 } else { 0 };
-        self.is_stale = true;
-    }
-
-    /// Number of tokens to draft. `step`: duration of a step.
-    fn choose(&mut self, step: Duration) -> usize {
-        if std::mem::take(&mut self.is_stale) {
-            self.best = self.length(step);
-            self.is_probe = self.best == 0 && self.rounds >= self.probe_rounds;
-            if self.is_probe {
-                self.best = 1;
-            }
-        }
-        self.best
-    }
-
-    /// The best number of drafts, if a step takes `step`.
-    fn length(&self, step: Duration) -> usize {
-        let step = step.as_secs_f64();
-        let Some(verdict) = self.verdict_seconds.filter(|_| step > 0.0) else { return 4 };
-        let rate = self.accepted / self.judged.max(1e-9);
-        let gain = |k: usize| (0..=k as i32).map(|i| rate.powi(i)).sum::<f64>() / (k as f64 * step + verdict);
-        (0..=MOST_DRAFTS).max_by(|a, b| gain(*a).total_cmp(&gain(*b))).unwrap_or(0)
-    }
 }
 
 #[cfg(test)]
@@ -367,17 +282,29 @@ mod tests {
         pool.allocate(1).ok().map(Arc::new)
     }
 
+    fn asks(extensions: &mut Extensions, tokens: &[u32], is_over: bool, place: Option<Arc<BlockLease>>) -> Option<Ask> {
+        extensions.ask(tokens, is_over, place, STEP, &DraftRecord::default(), STEP)
+    }
+
+    fn chosen(position: usize, tokens: &[u32]) -> Chosen {
+        Chosen { position, tokens: tokens.to_vec(), seconds_per_draft: 0.0 }
+    }
+
+    fn round(drafted: usize, accepted: usize) -> Round {
+        Round { drafted, accepted, took: 8 * STEP, seconds_per_draft: 0.0 }
+    }
+
     #[test]
     fn blocks_are_refreshed_one_block_late() {
         let pool = BlockPool::new(4);
         let mut extensions = Extensions::new(Mode::Refresh, 20, 66);
         let mut tokens: Vec<u32> = (0..21).collect();
         while !extensions.wants_landing(tokens.len()) {
-            assert_eq!(extensions.ask(&tokens, false, None, STEP, STEP), None);
+            assert_eq!(asks(&mut extensions, &tokens, false, None), None);
             tokens.push(7);
         }
         assert_eq!(tokens.len(), 32);
-        let ask = extensions.ask(&tokens, false, place(&pool), STEP, STEP).unwrap();
+        let ask = asks(&mut extensions, &tokens, false, place(&pool)).unwrap();
         assert_eq!((ask.position, ask.tokens.len(), ask.standing, ask.landing.map(|l| l.block)), (20, 12, 12, Some(1)));
         // Feeding position 48 attends to the refreshed block 1; all positions before it do not.
         extensions.landed();
@@ -386,11 +313,11 @@ mod tests {
         assert!(extensions.waits(49));
         assert_eq!(extensions.take_landed(49).map(|(block, _)| block), Some(1));
         assert!(!extensions.waits(49) && extensions.wants_landing(49));
-        let ask = extensions.ask(&tokens, false, place(&pool), STEP, STEP).unwrap();
+        let ask = asks(&mut extensions, &tokens, false, place(&pool)).unwrap();
         assert_eq!((ask.position, ask.tokens.len(), ask.landing.map(|l| l.block)), (32, 16, Some(2)));
         assert!(extensions.waits(65));
         assert!(extensions.not_landed() && extensions.wants_landing(65));
-        let again = extensions.ask(&tokens, false, place(&pool), STEP, STEP).unwrap();
+        let again = asks(&mut extensions, &tokens, false, place(&pool)).unwrap();
         assert_eq!((again.position, again.tokens.len(), again.landing.map(|l| l.block)), (47, 1, Some(2)));
         assert!(extensions.is_landing(3) && !extensions.is_landing(2));
         // No step attends to block 3 of the full model.
@@ -404,86 +331,49 @@ mod tests {
     fn drafts_stand_as_far_as_the_full_model_agrees() {
         let mut extensions = Extensions::new(Mode::Exact, 3, 99);
         let mut tokens = vec![0, 1, 2, 3, 10, 11, 12, 13];
-        let ask = extensions.ask(&tokens, false, None, STEP, STEP).unwrap();
+        let ask = asks(&mut extensions, &tokens, false, None).unwrap();
         assert_eq!((ask.position, ask.standing, &ask.tokens[..]), (3, 1, &[3, 10, 11, 12, 13][..]));
-        assert_eq!(extensions.ask(&tokens, false, None, STEP, STEP), None);
+        assert_eq!(asks(&mut extensions, &tokens, false, None), None);
         // Drafting goes on meanwhile.
         assert!(!extensions.waits(8));
         tokens.push(14);
-        assert_eq!(extensions.verdict(&mut tokens, 5, &[10], STEP), None);
-        let verdict = extensions.verdict(&mut tokens, 4, &[10, 11, 99], STEP).unwrap();
-        assert_eq!(verdict, Verdict { drafted: 4, accepted: 2, is_changed: true, valid: 6 });
+        assert_eq!(extensions.verdict(&mut tokens, &chosen(5, &[10]), 9 * STEP), None);
+        let verdict = extensions.verdict(&mut tokens, &chosen(4, &[10, 11, 99]), 9 * STEP).unwrap();
+        assert_eq!(verdict, Verdict { round: round(4, 2), is_changed: true, valid: 6 });
         assert_eq!((&tokens[..], extensions.standing(tokens.len())), (&[0, 1, 2, 3, 10, 11, 99][..], 7));
         tokens.extend([20, 21]);
-        let ask = extensions.ask(&tokens, true, None, STEP, STEP).unwrap();
+        let ask = asks(&mut extensions, &tokens, true, None).unwrap();
         assert_eq!((ask.position, &ask.tokens[..]), (6, &[99, 20, 21][..]));
         tokens.push(22);
-        let verdict = extensions.verdict(&mut tokens, 7, &[20, 21, 22], STEP).unwrap();
-        assert_eq!(verdict, Verdict { drafted: 2, accepted: 2, is_changed: false, valid: 10 });
+        let verdict = extensions.verdict(&mut tokens, &chosen(7, &[20, 21, 22]), 9 * STEP).unwrap();
+        assert_eq!(verdict, Verdict { round: round(2, 2), is_changed: false, valid: 10 });
         assert_eq!((tokens.len(), extensions.standing(tokens.len())), (10, 10));
-    }
-
-    #[test]
-    fn drafts_are_as_many_as_pay_off() {
-        let length = |accepted: usize, step: u64, verdict: u64| {
-            let mut drafts = DraftLength::default();
-            for _ in 0..50 {
-                drafts.observe(4, accepted, Duration::from_millis(verdict));
-            }
-            drafts.length(Duration::from_millis(step))
-        };
-        assert_eq!(length(4, 1, 4), MOST_DRAFTS);
-        assert_eq!(length(0, 1, 4), 0);
-        let half = length(1, 1, 4);
-        assert!((1..4).contains(&half), "{half}");
-        // A decode model as slow as the full one is of no use.
-        assert_eq!(length(1, 4, 4), 0);
-    }
-
-    /// The rounds in which a sequence drafts, with the number of drafts. They are rejected unless `accepts` says otherwise.
-    fn drafted(rounds: usize, accepts: impl Fn(usize) -> bool) -> Vec<(usize, usize)> {
-        let mut drafts = DraftLength { judged: 10.0, accepted: 0.0, best: 0, ..DraftLength::default() };
-        let mut made = Vec::new();
-        for round in 0..rounds {
-            let count = drafts.choose(STEP);
-            if count > 0 {
-                made.push((round, count));
-            }
-            drafts.observe(count, if accepts(round) { count } else { 0 }, 8 * STEP);
-        }
-        made
-    }
-
-    #[test]
-    fn a_sequence_without_drafts_asks_ever_more_rarely_whether_they_are_accepted() {
-        let asked: Vec<usize> = drafted(600, |_| false).iter().map(|(round, _)| *round).collect();
-        assert_eq!(asked, [16, 49, 114, 243, 372, 501]);
-        // One lucky draft is followed by another one, and not taken for a change.
-        assert_eq!(drafted(60, |round| round == 16), [(16, 1), (17, 1), (34, 1)]);
-        // Where drafts are accepted from then on, it soon makes more.
-        let more = drafted(40, |round| round >= 16).iter().find(|(_, count)| *count > 1).map(|(round, _)| *round);
-        assert!(more < Some(24) && more.is_some(), "{more:?}");
     }
 
     #[test]
     fn nothing_is_drafted_ahead_while_drafts_do_not_pay_off() {
         let mut extensions = Extensions::new(Mode::Exact, 3, 99);
-        extensions.drafts = DraftLength { judged: 10.0, accepted: 0.0, best: 0, ..DraftLength::default() };
+        let mut record = DraftRecord::default();
+        (0..500).for_each(|_| record.observe(&round(4, 0)));
+        let ask = |extensions: &mut Extensions, tokens: &[u32]| {
+            extensions.ask(tokens, false, None, STEP, &record, STEP).map(|ask| ask.tokens.len())
+        };
         let mut tokens = vec![0, 1, 2, 3];
-        for round in 0..17 {
-            assert_eq!(extensions.waits(tokens.len()), round > 0 || extensions.drafts.best == 0);
-            let ask = extensions.ask(&tokens, false, None, STEP, STEP);
-            if round == 16 {
-                assert_eq!((ask, extensions.drafts.best), (None, 1));
-                break;
+        // One draft shows whether drafts are accepted, and after some rounds another one.
+        for rounds in [0, 32] {
+            for _ in 0..rounds {
+                assert_eq!(ask(&mut extensions, &tokens), Some(1));
+                assert!(extensions.waits(tokens.len()));
+                let verdict = chosen(tokens.len(), &[7]);
+                extensions.verdict(&mut tokens, &verdict, 9 * STEP).unwrap();
             }
-            assert_eq!(ask.map(|ask| ask.tokens.len()), Some(1));
-            let at = tokens.len();
-            extensions.verdict(&mut tokens, at, &[7], 3 * STEP).unwrap();
+            assert_eq!(ask(&mut extensions, &tokens), None);
+            assert!(!extensions.waits(tokens.len()));
+            tokens.push(8);
+            assert_eq!(ask(&mut extensions, &tokens), Some(2));
+            assert!(extensions.waits(tokens.len()));
+            let verdict = chosen(tokens.len() - 1, &[7]);
+            extensions.verdict(&mut tokens, &verdict, 9 * STEP).unwrap();
         }
-        assert!(!extensions.waits(tokens.len()));
-        tokens.push(8);
-        assert_eq!(extensions.ask(&tokens, false, None, STEP, STEP).map(|ask| ask.tokens.len()), Some(2));
-        assert!(extensions.waits(tokens.len()));
     }
 }

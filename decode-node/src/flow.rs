@@ -8,7 +8,8 @@ use tokio::{sync::mpsc, time::Instant};
 use tracing::error;
 
 use crate::{
-    extension::{Extensions, MOST_CHOSEN, Verdict},
+    drafts::DraftRecord,
+    extension::{Chosen, Extensions, MOST_CHOSEN, Verdict},
     sequence::{Request, SequenceEvent, is_over},
 };
 
@@ -101,10 +102,11 @@ impl Flow {
     }
 
     /// Asks the full model to go on, if it is time. `place`: a block for its KV. Sends [`SequenceEvent::Extension`].
-    pub fn ask(&mut self, place: Option<Arc<BlockLease>>, step: Duration, origin: Instant) {
+    /// `step`: duration of a step; `record`: what the node knows of the model's drafts.
+    pub fn ask(&mut self, place: Option<Arc<BlockLease>>, step: Duration, record: &DraftRecord, origin: Instant) {
         let is_over = self.is_drafted();
         let now = origin.elapsed();
-        if let Some(ask) = self.extensions.ask(&self.tokens, is_over, place, step, now) {
+        if let Some(ask) = self.extensions.ask(&self.tokens, is_over, place, step, record, now) {
             let place = self.extensions.landing().filter(|_| ask.landing.is_some()).cloned();
             self.tell(SequenceEvent::Extension { ask, place });
         }
@@ -114,20 +116,15 @@ impl Flow {
     ///
     /// # Errors
     /// The grammar does not allow a token that stands, or is too complex.
-    pub fn verdict(
-        &mut self,
-        position: usize,
-        chosen: &[u32],
-        origin: Instant,
-    ) -> Result<Option<Verdict>, GrammarError> {
-        let Some(verdict) = self.extensions.verdict(&mut self.tokens, position, chosen, origin.elapsed()) else {
+    pub fn verdict(&mut self, chosen: &Chosen, origin: Instant) -> Result<Option<Verdict>, GrammarError> {
+        let Some(verdict) = self.extensions.verdict(&mut self.tokens, chosen, origin.elapsed()) else {
             return Ok(None);
         };
         if verdict.is_changed {
             self.computed = self.computed.min(verdict.valid);
         }
         if let Some(followed) = self.followed.as_mut() {
-            for token in chosen {
+            for token in &chosen.tokens {
                 followed.accept(*token)?;
             }
             if verdict.is_changed {

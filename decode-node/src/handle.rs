@@ -10,13 +10,16 @@ use overfill_kv::block_hashes;
 use overfill_node::{LoadState, Refused};
 use tokio::sync::{Notify, mpsc};
 
-use crate::sequence::{CLIENT_EVENTS, Job, Request, SequenceEvent};
+use crate::{
+    extension::Chosen,
+    sequence::{CLIENT_EVENTS, Job, Request, SequenceEvent},
+};
 
 /// A message to the engine.
 pub(crate) enum Command {
     Submit(Box<Job>),
     Ready { arrival: u64, first_token: u32 },
-    Verdict { arrival: u64, position: usize, tokens: Vec<u32> },
+    Verdict { arrival: u64, chosen: Chosen },
     Lost { arrival: u64 },
     Landed { arrival: u64, number: u64, ok: bool },
 }
@@ -69,12 +72,12 @@ impl EngineHandle {
         self.send(Command::Ready { arrival, first_token })
     }
 
-    /// Tells the engine which tokens follow the standing ones of the request `arrival`, from `position` on.
+    /// Tells the engine which tokens follow the standing ones of the request `arrival`.
     ///
     /// # Errors
     /// As [`Self::ready`].
-    pub fn verdict(&self, arrival: u64, position: usize, tokens: Vec<u32>) -> Result<(), Refused> {
-        self.send(Command::Verdict { arrival, position, tokens })
+    pub fn verdict(&self, arrival: u64, chosen: Chosen) -> Result<(), Refused> {
+        self.send(Command::Verdict { arrival, chosen })
     }
 
     /// Tells the engine that the last extension of the request `arrival` was lost.

@@ -8,6 +8,7 @@
 
 pub mod args;
 pub mod compute;
+pub mod drafts;
 pub mod engine;
 pub mod extension;
 pub mod flow;

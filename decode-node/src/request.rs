@@ -9,7 +9,10 @@ use overfill_node::{
 use overfill_proto::{InvalidField, ticket_from_wire, v1};
 use tokio::time::Instant;
 
-use crate::sequence::Request;
+use crate::{extension::Chosen, sequence::Request};
+
+/// Maximum of `seconds_per_draft` in a verdict. No node that is of use takes longer.
+const MAX_SECONDS_PER_DRAFT: f64 = 3600.0;
 
 /// Checks a request that arrived at `now`.
 ///
@@ -72,9 +75,6 @@ fn check_model(identity: &Identity, model: &str) -> Result<usize, InvalidField> 
     place.ok_or_else(|| InvalidField::new("model", format!("one of {}", names.join(", ")), model))
 }
 
-/// The position of the first token that the full model has chosen, and the tokens.
-pub type Chosen = (usize, Vec<u32>);
-
 /// Checks a verdict. Returns the ticket of its request, and what was chosen; `None` if the extension was lost.
 ///
 /// # Errors
@@ -83,13 +83,18 @@ pub fn check_verdict(
     limits: &RequestLimits,
     wire: v1::VerdictRequest,
 ) -> Result<(Ticket, Option<Chosen>), RequestError> {
-    let v1::VerdictRequest { request_id, incarnation, ticket, position, tokens, lost } = wire;
+    let v1::VerdictRequest { request_id, incarnation, ticket, position, tokens, lost, seconds_per_draft } = wire;
     let ticket = ticket_from_wire(&ticket)?;
     // Nothing was chosen then, but the other fields are checked.
     let prompt_tokens = if lost { vec![0] } else { tokens };
     let fields = CommonFields { request_id, prompt_tokens, incarnation, ..Default::default() };
     let Common { tokens, .. } = limits.check(fields, Instant::now())?;
-    Ok((ticket, (!lost).then_some((position as usize, tokens))))
+    if !(0.0..=MAX_SECONDS_PER_DRAFT).contains(&seconds_per_draft) {
+        let limit = format!("in [0, {MAX_SECONDS_PER_DRAFT}]");
+        return Err(InvalidField::new("seconds_per_draft", limit, seconds_per_draft).into());
+    }
+    let chosen = Chosen { position: position as usize, tokens, seconds_per_draft };
+    Ok((ticket, (!lost).then_some(chosen)))
 }
 
 /// Fingerprint of the full model that computes the prompt's KV: the one that the request names, else the one in this

@@ -268,7 +268,7 @@ impl v1::decode_server::Decode for DecodeService {
         let arrival = self.extended.0.lock().get(&ticket).copied();
         let arrival = arrival.ok_or_else(|| Status::not_found("no request with extensions has this ticket"))?;
         match verdict {
-            Some((position, tokens)) => self.engine.verdict(arrival, position, tokens)?,
+            Some(chosen) => self.engine.verdict(arrival, chosen)?,
             None => self.engine.lost(arrival)?,
         }
         Ok(Response::new(v1::VerdictResponse {}))

@@ -356,9 +356,12 @@ pub fn train(config: &TrainConfig) -> Result<Trained> {
     folder::write_tensors(&config.out.join("model.safetensors"), &tensors.collect::<Result<_>>()?)?;
     folder::write_config(&config.out, &trainer.config, config.save_dtype)?;
     provenance.version = 1;
-    if let (Some(full), None) = (&config.full, &provenance.full_model) {
+    match (&config.full, &provenance.full_model) {
         // An unpruned student. A node that serves it then takes the KV of this full model only.
-        provenance.full_model = Some(folder::full_model(full, &Weights::open(full)?)?);
+        (Some(full), None) => provenance.full_model = Some(folder::full_model(full, &Weights::open(full)?)?),
+        // It was fine-tuned over its own KV, so it is served alone.
+        (None, Some(_)) => provenance.full_model = None,
+        (Some(_), Some(_)) | (None, None) => {}
     }
     provenance.training = Some(described);
     folder::write_provenance(&config.out, &provenance)?;

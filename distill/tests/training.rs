@@ -114,6 +114,20 @@ fn the_full_model_may_be_the_student() {
     assert!(after.cross_entropy < before.cross_entropy, "{before:?} {after:?}");
 }
 
+/// A pruned model that was fine-tuned over its own KV no longer goes with the full model that it was cut from.
+#[test]
+fn a_pruned_model_that_learns_alone_is_served_alone() {
+    let dir = world();
+    let (full, pruned, out) = (dir.path().join("trained"), dir.path().join("pruned"), dir.path().join("alone"));
+    let mut pruning = recipe::pruning(&full, dir.path(), &pruned);
+    (pruning.samples, pruning.progress, pruning.hidden) = (8, false, Width::Ratio(0.45));
+    prune(&pruning).unwrap();
+    train(&quick(recipe::training(&pruned, None, &dir.path().join("pairs.jsonl"), &out, 3, 0), 3)).unwrap();
+    let refused = |folder: &Path| Stages::load(folder, Some(folder), &LoadOptions::default(), 16).err();
+    assert!(refused(&pruned).unwrap().to_string().contains("full_model"));
+    assert!(refused(&out).is_none());
+}
+
 #[test]
 fn a_pruned_model_learns_under_the_full_models_kv() {
     let dir = world();

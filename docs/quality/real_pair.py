@@ -73,11 +73,10 @@ def train(args, arm, ratio, seed, budget):
     """Trains a decoder. Returns its folder, the processor seconds and the checksum of its weights."""
     out = args.work / f"model-{arm}-{ratio}-{seed}-{budget}"
     more = {"overfill": ["--full", args.full], "pruned-only": [], "scratch": ["--random-init"]}[arm]
-    rate = args.scratch_learning_rate if arm == "scratch" else args.learning_rate
     student, data = pruned(args, ratio), examples(args, seed, budget)
     seconds = finished(out, lambda folder: run(
         args, "distill", "--student", student, *more, "--data", data, "--no-shuffle", "--steps", budget // args.batch,
-        "--batch", args.batch, "--max-tokens", 640, "--seed", seed, "--learning-rate", rate,
+        "--batch", args.batch, "--max-tokens", 640, "--seed", seed, "--learning-rate", args.learning_rate,
         "--warmup-share", 0.06, "--final-share", 0.05, "--save-dtype", "bf16", "--out", folder))
     weights = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
     return out, {"processor_seconds": round(seconds), "sha256": weights}
@@ -197,8 +196,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--examples", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--scratch-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--samples", type=int, default=2, help="number of prompts of each file that are answered side by side")
     parser.add_argument("--keep", action="store_true", help="keep the trained models")
     parser.add_argument("--overfill", type=pathlib.Path, default=ROOT / "target/release/overfill")

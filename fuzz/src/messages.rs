@@ -147,7 +147,10 @@ fn verdict_request(bytes: &[u8]) {
         let limits = RequestLimits::of_a_small_node(Role::Decode);
         let now = Instant::now();
         match overfill_decode_node::request::check_verdict(&limits, wire) {
-            Ok((_, Some((_, tokens)))) => check_tokens(&tokens, 0, now, now),
+            Ok((_, Some(chosen))) => {
+                check_tokens(&chosen.tokens, 0, now, now);
+                assert!(chosen.seconds_per_draft.is_finite());
+            }
             Ok((_, None)) => {}
             Err(e) => check_refusal(&e.to_string()),
         }

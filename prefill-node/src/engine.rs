@@ -22,6 +22,7 @@ use tracing::{debug, info_span};
 use crate::{
     compute::{ChunkOutput, Compute, ModelCompute, PromptChunk, StepLayers},
     extension::{ExtendError, Extension, OpenLimits, OpenPrefills},
+    gather::{self, StepTimes},
     handoff::HandoffContext,
     job::{JOB_EVENTS, Job, JobEvent, Request, Running},
     scheduler::{self, Chunk, Pace},
@@ -158,6 +159,11 @@ pub struct Engine<C> {
     /// Scores, which run while there is nothing else to compute.
     scores: Scores,
     pace: Pace,
+    step_times: StepTimes,
+    /// Duration of the last step that had extensions only.
+    extension_step: Duration,
+    /// While extensions wait for more of them: when they began to wait, and the end of their wait.
+    gathering: Option<(Instant, Instant)>,
     /// The step whose results have not been applied yet.
     computed: Option<Step>,
     /// The device has failed. Then the engine ends, and with it the process.
@@ -191,6 +197,9 @@ impl<C: Compute> Engine<C> {
             open: OpenPrefills::new(limits.open),
             scores: Scores::default(),
             pace: Pace::default(),
+            step_times: StepTimes::default(),
+            extension_step: Duration::ZERO,
+            gathering: None,
             computed: None,
             lost: false,
         };
@@ -231,12 +240,13 @@ impl<C: Compute> Engine<C> {
         self.open.settle();
         self.scores.settle();
         self.admit();
-        let mut computes = !self.running.is_empty();
+        self.gather();
+        let mut computes = !self.running.is_empty() && self.gathering.is_none();
         if computes {
             self.step();
         } else if self.load.is_draining() {
             self.scores.clear();
-        } else if self.waiting.is_empty() && !self.scores.is_empty() {
+        } else if self.running.is_empty() && self.waiting.is_empty() && !self.scores.is_empty() {
             computes = true;
             self.lost |= self.scores.step(&mut self.compute, &self.context.pool).is_err();
         }
@@ -247,12 +257,31 @@ impl<C: Compute> Engine<C> {
         }
     }
 
+    /// Decides whether the next step waits for extensions that are expected soon.
+    fn gather(&mut self) {
+        let asking = self.running.iter().filter(|job| job.extending.is_some()).count();
+        let is_full = asking >= self.limits.max_running;
+        if asking == 0 || asking < self.running.len() || is_full || !self.waiting.is_empty() || self.load.is_draining()
+        {
+            self.gathering = None;
+            return;
+        }
+        let now = Instant::now();
+        let since = self.gathering.map_or(now, |(since, _)| since);
+        let step = self.extension_step;
+        let wait = gather::wait(asking, self.open.due(), step);
+        // Those that come meanwhile may be worth a longer wait, but not without end.
+        let end = (now + wait).min(since + step);
+        self.gathering = (end > now).then_some((since, end));
+    }
+
     /// Blocks until a command arrives, or for at most [`POLL`] if prompts are waiting.
     fn wait(&mut self) {
-        let received = match (self.is_idle(), self.waiting.is_empty()) {
-            (true, _) => self.commands.recv().ok(),
-            (false, true) => self.commands.recv_timeout(OPEN_POLL).ok(),
-            (false, false) => self.commands.recv_timeout(POLL).ok(),
+        let received = match (self.gathering, self.is_idle(), self.waiting.is_empty()) {
+            (Some((_, end)), ..) => self.commands.recv_timeout(end.saturating_duration_since(Instant::now())).ok(),
+            (None, true, _) => self.commands.recv().ok(),
+            (None, false, true) => self.commands.recv_timeout(OPEN_POLL).ok(),
+            (None, false, false) => self.commands.recv_timeout(POLL).ok(),
         };
         if let Some(command) = received {
             self.take(command);
@@ -273,7 +302,7 @@ impl<C: Compute> Engine<C> {
 
     /// Begins an extension. The prefill leaves the open ones until it is computed.
     fn extend(&mut self, extension: Extension) {
-        let Some(job) = self.open.take(&extension.lease) else {
+        let Some(job) = self.open.take(&extension.lease, extension.arrived) else {
             let _ = extension.reply.send(Err(ExtendError::NotOpen(extension.position)));
             return;
         };
@@ -286,7 +315,7 @@ impl<C: Compute> Engine<C> {
             }
         };
         match job.extend(extension, &self.producer, allocate, &self.context) {
-            Ok(job) if job.is_computed() => self.keep_open(job.extended(&self.load)),
+            Ok(job) if job.is_computed() => self.keep_open(job.extended(0.0, &self.load)),
             Ok(job) => self.running.push(job),
             Err(job) => job.evict(),
         }
@@ -354,6 +383,10 @@ impl<C: Compute> Engine<C> {
             Some(Step { plan, began, result: Ok(outputs) }) => {
                 let (tokens, took) = (plan.iter().map(|chunk| chunk.tokens.len()).sum(), began.elapsed());
                 self.pace.observe(tokens, took);
+                self.step_times.record(tokens, took);
+                if plan.iter().all(|chunk| self.running[chunk.job].extending.is_some()) {
+                    self.extension_step = took;
+                }
                 self.load.prefilled(plan.len(), tokens, took);
                 self.advance(&plan, outputs);
             }
@@ -370,6 +403,8 @@ impl<C: Compute> Engine<C> {
 
     /// Applies the results of a step. The plan lists the prompts in order of arrival.
     fn advance(&mut self, plan: &[Chunk], outputs: Vec<ChunkOutput>) {
+        let extensions = plan.iter().filter(|chunk| self.running[chunk.job].extending.is_some()).count();
+        let seconds_per_draft = extensions as f64 * self.step_times.seconds_per_token();
         // In reverse order, because removing a prompt shifts the indices behind it.
         for (chunk, output) in plan.iter().zip(outputs).rev() {
             let job = &mut self.running[chunk.job];
@@ -378,7 +413,7 @@ impl<C: Compute> Engine<C> {
             if let Some(extending) = &mut job.extending {
                 extending.choices.extend(output.choices);
                 if job.is_computed() {
-                    let open = self.running.remove(chunk.job).extended(&self.load);
+                    let open = self.running.remove(chunk.job).extended(seconds_per_draft, &self.load);
                     self.keep_open(open);
                 }
             } else if let Some(token) = output.first_token {

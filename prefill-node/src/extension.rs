@@ -37,14 +37,25 @@ pub struct Extension {
     pub handoff: Option<Handoff>,
     /// End of the blocks to send.
     pub handoff_end_blocks: usize,
+    /// Time of arrival.
+    pub arrived: Instant,
     /// Time at which the extension fails if it has not ended.
     pub deadline: Instant,
     /// Receives the result.
     pub reply: ExtendReply,
 }
 
-/// Receives the tokens that an extension has chosen.
-pub type ExtendReply = oneshot::Sender<Result<Vec<OutputToken>, ExtendError>>;
+/// The result of an extension.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Extended {
+    /// The chosen tokens, if they were requested.
+    pub tokens: Vec<OutputToken>,
+    /// Seconds by which one more draft of each sequence would have prolonged the step; 0 if it is unknown.
+    pub seconds_per_draft: f64,
+}
+
+/// Receives the result of an extension.
+pub type ExtendReply = oneshot::Sender<Result<Extended, ExtendError>>;
 
 /// Why an extension has failed.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -168,9 +179,16 @@ impl OpenPrefills {
         self.blocks() > self.limits.max_blocks && distinct() > self.limits.max_blocks
     }
 
-    /// Takes the prefill with this lease, to extend it.
-    pub fn take(&mut self, lease: &Ticket) -> Option<Running> {
-        self.idle.remove(lease).map(|(job, _)| job)
+    /// Takes the prefill with this lease, for an extension that has arrived at the given time.
+    pub fn take(&mut self, lease: &Ticket, arrived: Instant) -> Option<Running> {
+        let (mut job, since) = self.idle.remove(lease)?;
+        job.pauses.record(arrived.saturating_duration_since(since));
+        Some(job)
+    }
+
+    /// Times until the next extensions are expected. A sequence that is late is not expected any more.
+    pub fn due(&self) -> impl Iterator<Item = Duration> {
+        self.idle.values().filter_map(|(job, since)| job.pauses.expected()?.checked_sub(since.elapsed()))
     }
 
     /// Ends the prefill that was idle for longest. Returns false if there is none. One whose KV is still being sent would free
@@ -178,8 +196,8 @@ impl OpenPrefills {
     pub fn evict(&mut self) -> bool {
         let free = self.idle.iter().filter(|(_, (job, _))| !job.is_being_sent());
         let oldest = free.min_by_key(|(_, (_, since))| *since).map(|(lease, _)| *lease);
-        match oldest.and_then(|lease| self.take(&lease)) {
-            Some(job) => {
+        match oldest.and_then(|lease| self.idle.remove(&lease)) {
+            Some((job, _)) => {
                 job.evict();
                 true
             }
@@ -193,7 +211,7 @@ impl OpenPrefills {
         let max_idle = self.limits.max_idle;
         let late: Vec<Ticket> =
             self.idle.iter().filter(|(_, (_, since))| since.elapsed() > max_idle).map(|(lease, _)| *lease).collect();
-        for job in late.iter().filter_map(|lease| self.take(lease)) {
+        for (job, _) in late.iter().filter_map(|lease| self.idle.remove(lease)) {
             job.evict();
         }
     }

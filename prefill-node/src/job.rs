@@ -18,7 +18,8 @@ use tokio::{
 use tracing::{Span, error, info_span};
 
 use crate::{
-    extension::{ExtendError, ExtendReply, Extending, Extension, Followed},
+    extension::{ExtendError, ExtendReply, Extended, Extending, Extension, Followed},
+    gather::Pauses,
     handoff::HandoffContext,
     scheduler::{self, PromptProgress},
 };
@@ -165,6 +166,8 @@ pub struct Running {
     pub logprobs: Vec<OutputToken>,
     /// The extension that is computed; `None` while the prompt is.
     pub extending: Option<Extending>,
+    /// The times between its extensions.
+    pub pauses: Pauses,
     /// The grammar, in an open prefill that has one.
     followed: Option<Followed>,
     arrived: Instant,
@@ -208,6 +211,7 @@ impl Running {
             computed: cached * BLOCK_TOKENS,
             logprobs: Vec::new(),
             extending: None,
+            pauses: Pauses::default(),
             followed: None,
             request,
             hashes,
@@ -374,8 +378,9 @@ impl Running {
         }
     }
 
-    /// Ends an extension: replies, commits its handoff, and drops the drafts that do not stand.
-    pub fn extended(mut self, load: &LoadState) -> Option<(Ticket, Self)> {
+    /// Ends an extension: replies, commits its handoff, and drops the drafts that do not stand. `seconds_per_draft`: see
+    /// [`Extended`].
+    pub fn extended(mut self, seconds_per_draft: f64, load: &LoadState) -> Option<(Ticket, Self)> {
         let extending = self.extending.take()?;
         if let Some(sender) = &self.sender {
             sender.commit(0);
@@ -389,9 +394,9 @@ impl Running {
             let mut tokens = extending.choices;
             tokens.truncate(accepted + 1);
             load.metrics().generation_tokens.inc_by(tokens.len() as u64);
-            let _ = extending.reply.send(Ok(tokens));
+            let _ = extending.reply.send(Ok(Extended { tokens, seconds_per_draft }));
         } else {
-            let _ = extending.reply.send(Ok(Vec::new()));
+            let _ = extending.reply.send(Ok(Extended { tokens: Vec::new(), seconds_per_draft }));
         }
         self.rest();
         Some((self.request.lease?, self))

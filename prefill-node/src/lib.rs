@@ -10,6 +10,7 @@ pub mod args;
 pub mod compute;
 pub mod engine;
 pub mod extension;
+pub mod gather;
 pub mod handoff;
 pub mod job;
 pub mod node;

@@ -92,7 +92,19 @@ pub fn check_extension(
     });
     let (handoff, lease) = (handoff.transpose()?, check_lease(&lease)?);
     let handoff_end_blocks = if handoff.is_some() { end / BLOCK_TOKENS } else { 0 };
-    Ok(Extension { id, lease, position, tokens, standing, choose, handoff, handoff_end_blocks, deadline, reply })
+    Ok(Extension {
+        id,
+        lease,
+        position,
+        tokens,
+        standing,
+        choose,
+        handoff,
+        handoff_end_blocks,
+        arrived: now,
+        deadline,
+        reply,
+    })
 }
 
 /// Checks a request to score an output that arrived at `now`.

@@ -17,7 +17,7 @@ use tracing::{debug, warn};
 
 use crate::{
     engine::EngineHandle,
-    extension::ExtendError,
+    extension::{ExtendError, Extended},
     job::JobEvent,
     request,
     score::{ScoreError, Scored},
@@ -192,8 +192,8 @@ impl v1::prefill_server::Prefill for PrefillService {
         let deadline = extension.deadline;
         self.engine.extend(extension)?;
         let late = |_| Status::deadline_exceeded("the deadline of the extension has passed");
-        let chosen = match timeout_at(deadline, answer).await.map_err(late)? {
-            Ok(Ok(chosen)) => chosen,
+        let Extended { tokens, seconds_per_draft } = match timeout_at(deadline, answer).await.map_err(late)? {
+            Ok(Ok(extended)) => extended,
             Ok(Err(e @ ExtendError::NotOpen(_))) => return Err(Status::not_found(e.to_string())),
             Ok(Err(e @ ExtendError::Evicted)) => return Err(Status::aborted(e.to_string())),
             Ok(Err(e @ ExtendError::Failed(_))) => return Err(Status::internal(e.to_string())),
@@ -201,8 +201,9 @@ impl v1::prefill_server::Prefill for PrefillService {
             // Its stream has ended.
             Err(_) => return Err(Status::not_found("the prefill was closed")),
         };
-        let tokens = chosen.into_iter().map(Into::into).collect();
-        Ok(Response::new(v1::ExtendResponse { tokens, seconds: arrived.elapsed().as_secs_f64() }))
+        let tokens = tokens.into_iter().map(Into::into).collect();
+        let seconds = arrived.elapsed().as_secs_f64();
+        Ok(Response::new(v1::ExtendResponse { tokens, seconds, seconds_per_draft }))
     }
 
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {

@@ -111,7 +111,7 @@ impl prefill_server::Prefill for Service {
                 }
             }
         }
-        Ok(Response::new(v1::ExtendResponse { tokens: chosen, seconds: 0.0 }))
+        Ok(Response::new(v1::ExtendResponse { tokens: chosen, ..Default::default() }))
     }
 
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {

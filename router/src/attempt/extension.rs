@@ -171,7 +171,10 @@ impl Extender {
         }
         let position = extension.position.saturating_add(extension.standing_tokens);
         let chosen = tokens.iter().map(|token| token.token).collect();
-        let call = self.tell(decode, plan, |request| (request.position, request.tokens) = (position, chosen));
+        let call = self.tell(decode, plan, |request| {
+            (request.position, request.tokens) = (position, chosen);
+            request.seconds_per_draft = response.seconds_per_draft;
+        });
         self.state = State::Telling(call, Some(Verdict { drafted, tokens }));
         Ok(())
     }

@@ -193,6 +193,10 @@ impl ModesArgs {
             for _ in 0..self.runs.runs {
                 for (way, runs) in ways.iter().zip(&mut runs) {
                     cluster.agreement().force(way.agreement);
+                    if way.mode == Mode::Exact {
+                        // The decode node learns what drafts are worth at this rate.
+                        cluster.answer(way.decoder, way.mode, prompts, self.answer_tokens).await?;
+                    }
                     let (before, began) = (cluster.counts().await?, Instant::now());
                     let found = cluster.answer(way.decoder, way.mode, prompts, self.answer_tokens).await?;
                     let seconds = began.elapsed().as_secs_f64();

@@ -27,6 +27,12 @@ pub(crate) trait Operand<T>: Pod + Send + Sync {
     /// The processor has the instruction set.
     #[allow(unsafe_code)]
     unsafe fn convert<S: Simd>(from: &[T], to: &mut [Self], stride: usize);
+    /// Converts `PER_LANE` rows of `dim` values, exactly, so that the values of a column are neighbours in `to`.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
+    #[allow(unsafe_code)]
+    unsafe fn convert_rows<S: Simd>(from: &[T], to: &mut [Self], dim: usize);
     /// Adds to each lane the products of its `PER_LANE` factors with the `PER_LANE` factors at `other`.
     ///
     /// # Safety
@@ -54,6 +60,12 @@ impl<T: Element> Operand<T> for f32 {
     }
     #[inline(always)]
     #[allow(unsafe_code)]
+    unsafe fn convert_rows<S: Simd>(from: &[T], to: &mut [Self], _dim: usize) {
+        // SAFETY: guaranteed by the caller.
+        unsafe { <Self as Operand<T>>::convert::<S>(from, to, 1) }
+    }
+    #[inline(always)]
+    #[allow(unsafe_code)]
     unsafe fn dot<S: Simd>(sums: S::F, lanes: *const Self, other: *const Self) -> S::F {
         // SAFETY: guaranteed by the caller.
         unsafe { S::mul_add(S::splat(*other), S::load(lanes), sums) }
@@ -70,6 +82,14 @@ impl Operand<bf16> for bf16 {
     #[allow(unsafe_code)]
     unsafe fn convert<S: Simd>(from: &[bf16], to: &mut [Self], stride: usize) {
         to.iter_mut().step_by(stride).zip(from).for_each(|(to, from)| *to = *from);
+    }
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn convert_rows<S: Simd>(from: &[bf16], to: &mut [Self], dim: usize) {
+        // In this form, the compiler uses vectors.
+        let (first, second) = from.split_at(dim);
+        let pairs = to.as_chunks_mut::<2>().0.iter_mut().zip(first.iter().zip(second));
+        pairs.for_each(|(to, (first, second))| *to = [*first, *second]);
     }
     #[inline(always)]
     #[allow(unsafe_code)]
@@ -233,10 +253,18 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
                 // SAFETY: guaranteed by the caller.
                 unsafe { O::convert::<S>(from, to, 1) }
             }
-            for (i, from) in from_values.chunks_exact(dim).enumerate().skip(skipped) {
-                let to = &mut values[at + i / O::PER_LANE * O::PER_LANE * dim..][..O::PER_LANE * dim];
-                // SAFETY: guaranteed by the caller.
-                unsafe { O::convert::<S>(from, &mut to[i % O::PER_LANE..], O::PER_LANE) }
+            let lanes = O::PER_LANE * dim;
+            for (i, (from, to)) in from_values.chunks(lanes).zip(values[at..].chunks_exact_mut(lanes)).enumerate() {
+                let skipped = skipped.saturating_sub(i * O::PER_LANE);
+                if skipped == 0 && from.len() == lanes {
+                    // SAFETY: guaranteed by the caller.
+                    unsafe { O::convert_rows::<S>(from, to, dim) }
+                    continue;
+                }
+                for (row, from) in from.chunks_exact(dim).enumerate().skip(skipped) {
+                    // SAFETY: guaranteed by the caller.
+                    unsafe { O::convert::<S>(from, &mut to[row..], O::PER_LANE) }
+                }
             }
         }
     }
