@@ -10,6 +10,7 @@ three decoders of the same shape:
 
 All three see the same examples in the same order, once each, and have the same budget of response tokens. Results are appended to
 WORK/cells.jsonl, and what is there is not done again, so the command may be stopped and started. The tables are printed at the end.
+Those of docs/quality.md: docs/quality/real_pair.py --tables docs/quality/real-pair.jsonl
 """
 
 import argparse
@@ -158,40 +159,63 @@ def measure(args):
 
 
 def tables(all_cells):
-    """Means over seeds, with the lowest and the highest."""
+    """Means over seeds, with the lowest and the highest; then what the training cost, and checksums."""
     for file in FILES:
-        print(f"\n### {file}\n\n| cut | examples | arm | cross-entropy | agreement | common prefix | seeds |\n|---|---|---|---|---|---|---|")
+        print(f"\n### {file}\n\n| cut | examples | arm | nats per token | agreement | common prefix | seeds |\n|---|---|---|---|---|---|---|")
         rows = collections.defaultdict(list)
         for cell in all_cells:
             for arm, values in cell["scores"][file].items():
-                rows[cell["ratio"], cell["examples"], arm].append(values)
+                # Mode exact writes what the full model writes.
+                if arm != "exact":
+                    rows[cell["ratio"], cell["examples"], arm].append(values)
         for (ratio, budget, arm), values in sorted(rows.items()):
-            def spread(name):
-                numbers = [found for each in values if (found := value(each, name)) is not None]
-                if not numbers:
-                    return "-"
-                return f"{statistics.mean(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
-            numbers = " | ".join(map(spread, ["cross_entropy_nats_per_token", "agreement", "common_prefix_share"]))
-            print(f"| {ratio:.0%} | {budget} | {arm} | {numbers} | {len(values)} |")
+            numbers = [spread([number(each, name) for each in values], 3) for name in ["nats", "agreement", "common_prefix"]]
+            print(f"| {ratio:.0%} | {budget} | {arm} | {' | '.join(numbers)} | {len(values)} |")
+
+    print("\n### Mode exact\n\n| cut | examples | prompts | drafts accepted | tokens per verdict | seeds |\n|---|---|---|---|---|---|")
+    rows = collections.defaultdict(list)
+    for cell in all_cells:
+        for file in FILES:
+            if "exact" in cell["scores"][file]:
+                rows[cell["ratio"], cell["examples"], file].append(cell["scores"][file]["exact"]["drafting"])
+    for (ratio, budget, file), values in sorted(rows.items()):
+        accepted = spread([each["accepted_tokens"] / each["drafted_tokens"] for each in values], 2)
+        verdict = spread([each["verdict_tokens"] / each["verdicts"] for each in values], 2)
+        print(f"| {ratio:.0%} | {budget} | {file} | {accepted} | {verdict} | {len(values)} |")
+
+    print("\n### Training\n\n| cut | examples | arm | seed | processor seconds | SHA-256 of model.safetensors |\n|---|---|---|---|---|---|")
+    for cell in sorted(all_cells, key=lambda cell: (cell["ratio"], cell["examples"], cell["seed"])):
+        for arm, made in cell["arms"].items():
+            print(f"| {cell['ratio']:.0%} | {cell['examples']} | {arm} | {cell['seed']} | {made['processor_seconds']} | `{made['sha256'][:16]}` |")
 
 
-def value(scores, name):
-    """A number of an arm, if it has it. Agreement is over all positions."""
-    if name == "cross_entropy_nats_per_token":
-        return scores[name]
-    if "agreement_with_full" not in scores:
+def spread(numbers, digits):
+    """The mean, and the lowest and the highest number."""
+    if None in numbers:
+        return "-"
+    mean, low, high = (f"{number:.{digits}f}" for number in (statistics.mean(numbers), min(numbers), max(numbers)))
+    return mean if len(numbers) == 1 else f"{mean} ({low} to {high})"
+
+
+def number(scores, name):
+    """A number of an arm; none if it has none. Agreement is over all positions."""
+    if name == "nats":
+        return scores["cross_entropy_nats_per_token"]
+    agreement = scores.get("agreement_with_full")
+    if agreement is None:
         return None
-    if name == "common_prefix_share":
-        return scores["agreement_with_full"][name]
-    ranges = scores["agreement_with_full"]["by_position"]
+    if name == "common_prefix":
+        return agreement["common_prefix_share"]
+    ranges = agreement["by_position"]
     return sum(each["share"] * each["tokens"] for each in ranges) / sum(each["tokens"] for each in ranges)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", required=True, help="the full model, from which the data are")
-    parser.add_argument("--data", type=pathlib.Path, required=True)
-    parser.add_argument("--work", type=pathlib.Path, required=True)
+    parser.add_argument("--full", help="the full model, from which the data are")
+    parser.add_argument("--data", type=pathlib.Path, help="folder of the data")
+    parser.add_argument("--work", type=pathlib.Path, help="folder for models and results")
+    parser.add_argument("--tables", type=pathlib.Path, metavar="CELLS.jsonl", help="only print the tables of these results")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.45, 0.25])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--examples", type=int, nargs="+", default=[128, 512])
@@ -201,6 +225,11 @@ def main():
     parser.add_argument("--keep", action="store_true", help="keep the trained models")
     parser.add_argument("--overfill", type=pathlib.Path, default=ROOT / "target/release/overfill")
     args = parser.parse_args()
+    if args.tables:
+        tables([json.loads(line) for line in args.tables.read_text().splitlines()])
+        return
+    if not (args.full and args.data and args.work):
+        parser.error("--full, --data and --work are needed")
     args.work.mkdir(parents=True, exist_ok=True)
     tables(measure(args))
 

@@ -104,7 +104,13 @@ fn compute(guard: &Guard, layer: usize, chunks: &[Written], layers: &dyn LayerSi
 /// Runs the engine until no work is left and no more can arrive.
 pub async fn run(mut engine: Engine<Prefiller>, guard: Arc<Guard>, late: LateLayers, pace: Pace) {
     loop {
-        match engine.turn() {
+        let turn = engine.begin();
+        if turn == Turn::Computed {
+            // So that steps have a duration, and extensions wait for others.
+            pace.step().await;
+        }
+        engine.finish();
+        match turn {
             Turn::Computed => {}
             Turn::Idle => tokio::time::sleep(POLL).await,
             Turn::Over => return,
