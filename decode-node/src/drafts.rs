@@ -27,8 +27,8 @@ pub struct Round {
     pub accepted: usize,
     /// Time until the verdict.
     pub took: Duration,
-    /// Time by which one more draft of each sequence would have prolonged the full model's step; 0 if it is unknown.
-    pub seconds_per_draft: f64,
+    /// Seconds by which one more draft of each sequence would have prolonged the full model's step, if that is known.
+    pub seconds_per_draft: Option<f64>,
 }
 
 impl Round {
@@ -46,7 +46,7 @@ pub struct DraftRecord {
     accepted: f64,
     /// Recent mean of the time until a verdict on no drafts, in seconds.
     verdict_seconds: Option<f64>,
-    /// Recent mean of [`Round::seconds_per_draft`].
+    /// Recent mean of [`Round::seconds_per_draft`]; 0 while it is unknown.
     seconds_per_draft: f64,
 }
 
@@ -63,12 +63,15 @@ impl DraftRecord {
             self.judged = self.judged * RECORD_FORGET + round.judged() as f64;
             self.accepted = self.accepted * RECORD_FORGET + round.accepted as f64;
         }
-        let verdict = (round.took.as_secs_f64() - round.drafted as f64 * round.seconds_per_draft).max(0.0);
+        if let Some(seconds) = round.seconds_per_draft {
+            match self.verdict_seconds {
+                Some(_) => self.seconds_per_draft += (seconds - self.seconds_per_draft) / 16.0,
+                None => self.seconds_per_draft = seconds,
+            }
+        }
+        let verdict = (round.took.as_secs_f64() - round.drafted as f64 * self.seconds_per_draft).max(0.0);
         let mean = self.verdict_seconds.get_or_insert(verdict);
         *mean += (verdict - *mean) / 16.0;
-        if round.seconds_per_draft > 0.0 {
-            self.seconds_per_draft += (round.seconds_per_draft - self.seconds_per_draft) / 16.0;
-        }
     }
 }
 
@@ -168,8 +171,8 @@ mod tests {
 
     const STEP: Duration = Duration::from_millis(1);
 
-    fn round(drafted: usize, accepted: usize, took: Duration, seconds_per_draft: f64) -> Round {
-        Round { drafted, accepted, took, seconds_per_draft }
+    fn round(drafted: usize, accepted: usize, took: Duration, per_draft: f64) -> Round {
+        Round { drafted, accepted, took, seconds_per_draft: Some(per_draft) }
     }
 
     /// A record after many rounds.

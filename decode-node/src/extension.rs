@@ -255,8 +255,8 @@ pub struct Chosen {
     pub position: usize,
     /// The tokens that follow the standing ones.
     pub tokens: Vec<u32>,
-    /// Time by which one more draft of each sequence would have prolonged the full model's step; 0 if it is unknown.
-    pub seconds_per_draft: f64,
+    /// Seconds by which one more draft of each sequence would have prolonged the full model's step, if that is known.
+    pub seconds_per_draft: Option<f64>,
 }
 
 /// Effect of a verdict.
@@ -287,11 +287,11 @@ mod tests {
     }
 
     fn chosen(position: usize, tokens: &[u32]) -> Chosen {
-        Chosen { position, tokens: tokens.to_vec(), seconds_per_draft: 0.0 }
+        Chosen { position, tokens: tokens.to_vec(), seconds_per_draft: None }
     }
 
     fn round(drafted: usize, accepted: usize) -> Round {
-        Round { drafted, accepted, took: 8 * STEP, seconds_per_draft: 0.0 }
+        Round { drafted, accepted, took: 8 * STEP, seconds_per_draft: None }
     }
 
     #[test]

@@ -89,9 +89,8 @@ pub fn check_verdict(
     let prompt_tokens = if lost { vec![0] } else { tokens };
     let fields = CommonFields { request_id, prompt_tokens, incarnation, ..Default::default() };
     let Common { tokens, .. } = limits.check(fields, Instant::now())?;
-    if !(0.0..=MAX_SECONDS_PER_DRAFT).contains(&seconds_per_draft) {
-        let limit = format!("in [0, {MAX_SECONDS_PER_DRAFT}]");
-        return Err(InvalidField::new("seconds_per_draft", limit, seconds_per_draft).into());
+    if let Some(seconds) = seconds_per_draft.filter(|seconds| !(0.0..=MAX_SECONDS_PER_DRAFT).contains(seconds)) {
+        return Err(InvalidField::new("seconds_per_draft", format!("in [0, {MAX_SECONDS_PER_DRAFT}]"), seconds).into());
     }
     let chosen = Chosen { position: position as usize, tokens, seconds_per_draft };
     Ok((ticket, (!lost).then_some(chosen)))

@@ -359,8 +359,8 @@ pub fn train(config: &TrainConfig) -> Result<Trained> {
     match (&config.full, &provenance.full_model) {
         // An unpruned student. A node that serves it then takes the KV of this full model only.
         (Some(full), None) => provenance.full_model = Some(folder::full_model(full, &Weights::open(full)?)?),
-        // It was fine-tuned over its own KV, so it is served alone.
-        (None, Some(_)) => provenance.full_model = None,
+        // It was fine-tuned over its own KV, so it is served alone, with all of its layers.
+        (None, Some(_)) => (provenance.full_model, provenance.kept_layers) = (None, None),
         (Some(_), Some(_)) | (None, None) => {}
     }
     provenance.training = Some(described);

@@ -45,6 +45,7 @@ def paragraphs(folder):
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", *PACKAGES], cwd=folder, check=True, stdout=sys.stderr)
     for package in sorted(folder.glob("*.deb")):
+        print(package.name, flush=True)
         subprocess.run(["dpkg", "--extract", package, folder], check=True)
     found = set()
     for source in SOURCES:
@@ -102,6 +103,8 @@ def main():
     parser.add_argument("--concurrency", type=int, default=24)
     parser.add_argument("--overfill", type=pathlib.Path, default=ROOT / "target/release/overfill")
     args = parser.parse_args()
+    if not args.overfill.exists():
+        parser.error(f"{args.overfill} is missing: cargo build --release -p overfill-cli")
 
     files = prompts(paragraphs(args.out / "debian"))
     command = [args.overfill, "up", "--full", f"full={args.full}", "--weights", args.weights, "--kv-pool-tokens", "32768",

@@ -133,7 +133,20 @@ def write_samples(args, models, path):
                                 for i, prompt in enumerate(prompts)], indent=1))
 
 
+def check_settings(args):
+    """Results with other settings must not be mixed."""
+    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
+    settings = {"full": str(args.full), "batch": args.batch, "learning_rate": args.learning_rate,
+                **{file: digest(args.data / f"{file}.jsonl") for file in ["train", *FILES]}}
+    path = args.work / "settings.json"
+    if not path.exists():
+        path.write_text(json.dumps(settings, indent=1))
+    if json.loads(path.read_text()) != settings:
+        raise SystemExit(f"{path} has other settings: choose another folder for --work")
+
+
 def measure(args):
+    check_settings(args)
     path = args.work / "cells.jsonl"
     key = lambda cell: (cell["ratio"], cell["seed"], cell["examples"])
     done = {key(json.loads(line)) for line in path.read_text().splitlines()} if path.exists() else set()
@@ -230,6 +243,10 @@ def main():
         return
     if not (args.full and args.data and args.work):
         parser.error("--full, --data and --work are needed")
+    if not args.overfill.exists():
+        parser.error(f"{args.overfill} is missing: cargo build --release -p overfill-cli")
+    if any(budget % args.batch for budget in args.examples):
+        parser.error("--batch must divide each of --examples")
     args.work.mkdir(parents=True, exist_ok=True)
     tables(measure(args))
 

@@ -161,7 +161,7 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
         ticket: vec![7; 16],
         position: 20,
         tokens: vec![3, 4],
-        seconds_per_draft: 0.25,
+        seconds_per_draft: Some(0.25),
         ..Default::default()
     };
     let generate = v1::GenerateRequest {

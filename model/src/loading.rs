@@ -139,8 +139,7 @@ impl Model {
         self.config.max_position_embeddings
     }
 
-    /// Schema of this model's KV. Without overfill.json the model produces its own KV; with it, the model consumes the
-    /// full model's KV.
+    /// Schema of this model's KV. If overfill.json names a full model, the model consumes that model's KV; otherwise its own.
     pub fn kv_schema(&self) -> KvSchema {
         self.schema.clone()
     }

@@ -13,7 +13,7 @@ use crate::{ModelError, gguf};
 pub struct Provenance {
     /// Format version, always 1.
     pub version: u32,
-    /// The model that this one was cut from.
+    /// The model that this one was cut from and whose KV it attends to; `None`: its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub full_model: Option<FullModel>,
     /// The full model's layers that were kept, ascending; all layers if absent.

@@ -260,22 +260,23 @@ impl<C: Compute> Engine<C> {
     /// Decides whether the next step waits for extensions that are expected soon.
     fn gather(&mut self) {
         let asking = self.running.iter().filter(|job| job.extending.is_some()).count();
-        let is_full = asking >= self.limits.max_running;
-        if asking == 0 || asking < self.running.len() || is_full || !self.waiting.is_empty() || self.load.is_draining()
-        {
+        let room = self.limits.max_running.saturating_sub(asking);
+        let has_prompts = asking < self.running.len() || !self.waiting.is_empty();
+        if asking == 0 || room == 0 || has_prompts || self.load.is_draining() {
             self.gathering = None;
             return;
         }
         let now = Instant::now();
         let since = self.gathering.map_or(now, |(since, _)| since);
         let step = self.extension_step;
-        let wait = gather::wait(asking, self.open.due(), step);
+        let wait = gather::wait(asking, room, self.open.due(), step);
         // Those that come meanwhile may be worth a longer wait, but not without end.
         let end = (now + wait).min(since + step);
         self.gathering = (end > now).then_some((since, end));
     }
 
-    /// Blocks until a command arrives, or for at most [`POLL`] if prompts are waiting.
+    /// Blocks until a command arrives: until the end of the wait for extensions, or for at most [`POLL`] if prompts are waiting, or
+    /// for at most [`OPEN_POLL`] if there are open prefills.
     fn wait(&mut self) {
         let received = match (self.gathering, self.is_idle(), self.waiting.is_empty()) {
             (Some((_, end)), ..) => self.commands.recv_timeout(end.saturating_duration_since(Instant::now())).ok(),
@@ -315,7 +316,7 @@ impl<C: Compute> Engine<C> {
             }
         };
         match job.extend(extension, &self.producer, allocate, &self.context) {
-            Ok(job) if job.is_computed() => self.keep_open(job.extended(0.0, &self.load)),
+            Ok(job) if job.is_computed() => self.keep_open(job.extended(None, &self.load)),
             Ok(job) => self.running.push(job),
             Err(job) => job.evict(),
         }
@@ -404,7 +405,7 @@ impl<C: Compute> Engine<C> {
     /// Applies the results of a step. The plan lists the prompts in order of arrival.
     fn advance(&mut self, plan: &[Chunk], outputs: Vec<ChunkOutput>) {
         let extensions = plan.iter().filter(|chunk| self.running[chunk.job].extending.is_some()).count();
-        let seconds_per_draft = extensions as f64 * self.step_times.seconds_per_token();
+        let seconds_per_draft = self.step_times.seconds_per_token().map(|seconds| seconds * extensions as f64);
         // In reverse order, because removing a prompt shifts the indices behind it.
         for (chunk, output) in plan.iter().zip(outputs).rev() {
             let job = &mut self.running[chunk.job];

@@ -50,8 +50,8 @@ pub struct Extension {
 pub struct Extended {
     /// The chosen tokens, if they were requested.
     pub tokens: Vec<OutputToken>,
-    /// Seconds by which one more draft of each sequence would have prolonged the step; 0 if it is unknown.
-    pub seconds_per_draft: f64,
+    /// Estimate of the seconds by which one more draft of each sequence would have prolonged the step, if there is one.
+    pub seconds_per_draft: Option<f64>,
 }
 
 /// Receives the result of an extension.

@@ -21,27 +21,36 @@ impl Pauses {
     }
 }
 
-/// Times of steps.
+/// Weight of a step against all earlier ones.
+const FORGET: f64 = 0.999;
+/// Standard deviation of the sizes of steps, in tokens, below which they tell nothing about the time of a token.
+const LEAST_SPREAD_TOKENS: f64 = 4.0;
+/// Largest steps that count. Long prompts are bound by arithmetic, and would hide that a few tokens more cost little.
+const MOST_STEP_TOKENS: usize = 128;
+/// A step that takes this many times as long as expected counts as that long: something else kept it waiting.
+const MOST_SLOWDOWN: f64 = 4.0;
+/// Weight of all steps from which on a time is expected.
+const LEAST_STEPS: f64 = 16.0;
+
+/// Sizes and times of steps, as the sums that the line with the least squares follows from.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StepTimes {
-    /// Weighted sums over steps, for the line through their sizes and times: of 1, of tokens, of seconds, and of the products.
     count: f64,
     tokens: f64,
     seconds: f64,
     tokens_tokens: f64,
     tokens_seconds: f64,
-    seconds_per_token: f64,
+    seconds_per_token: Option<f64>,
 }
-
-/// Weight of a step against all earlier ones.
-const FORGET: f64 = 0.999;
-/// Standard deviation of the sizes of steps, in tokens, below which they tell nothing about the time of a token.
-const LEAST_SPREAD_TOKENS: f64 = 4.0;
 
 impl StepTimes {
     /// Records a step.
     pub fn record(&mut self, tokens: usize, took: Duration) {
-        let (x, y) = (tokens as f64, took.as_secs_f64());
+        if tokens > MOST_STEP_TOKENS {
+            return;
+        }
+        let x = tokens as f64;
+        let y = took.as_secs_f64().min(self.expected(x).map_or(f64::INFINITY, |expected| MOST_SLOWDOWN * expected));
         let add = |sum: &mut f64, value: f64| *sum = *sum * FORGET + value;
         add(&mut self.count, 1.0);
         add(&mut self.tokens, x);
@@ -52,29 +61,34 @@ impl StepTimes {
         // What is known from earlier steps still holds.
         if spread >= (LEAST_SPREAD_TOKENS * self.count).powi(2) {
             let slope = (self.count * self.tokens_seconds - self.tokens * self.seconds) / spread;
-            self.seconds_per_token = slope.clamp(0.0, self.seconds / self.tokens);
+            self.seconds_per_token = Some(slope.clamp(0.0, self.seconds / self.tokens));
         }
     }
 
-    /// Seconds by which a token prolongs a step: the slope of the line with the least squares, between zero and a token's
-    /// share of the mean step. 0 before there were steps of different sizes.
-    pub fn seconds_per_token(&self) -> f64 {
+    /// Expected time of a step in seconds; `None` before there were enough.
+    fn expected(&self, tokens: f64) -> Option<f64> {
+        let slope = self.seconds_per_token.filter(|_| self.count >= LEAST_STEPS)?;
+        Some(self.seconds / self.count + slope * (tokens - self.tokens / self.count))
+    }
+
+    /// Seconds by which a token prolongs a step: the slope of the line, between zero and a token's share of the mean step. `None`
+    /// before there were steps of different sizes.
+    pub fn seconds_per_token(&self) -> Option<f64> {
         self.seconds_per_token
     }
 }
 
 /// Time for which `asking` sequences wait for others before their step starts. `due` has the times until the others are
-/// expected. `step` is the duration of a step.
+/// expected. `step` is the duration of a step, and `room` the number of others that fit into it.
 ///
-/// Each sequence that comes while the step waits is spared the rest of that step: without the wait, it would come during the
-/// step, and its own step would start when this one ends. So waiting for `w` costs `asking * w`, and gains `step - w` for each
-/// sequence that is due by then.
-pub fn wait(asking: usize, due: impl IntoIterator<Item = Duration>, step: Duration) -> Duration {
+/// Without the wait, those that are due during the step start when it ends. If it waits for `w`, those that are due by then are spared
+/// a whole step, and all of them, and those that already ask, end `w` later.
+pub fn wait(asking: usize, room: usize, due: impl IntoIterator<Item = Duration>, step: Duration) -> Duration {
     let mut due: Vec<Duration> = due.into_iter().filter(|due| *due < step).collect();
     due.sort_unstable();
-    let step = step.as_secs_f64();
-    let gain = |come: usize, wait: f64| come as f64 * (step - wait) - asking as f64 * wait;
-    let gains = due.iter().enumerate().map(|(i, wait)| (*wait, gain(i + 1, wait.as_secs_f64())));
+    let (all, step) = ((asking + due.len()) as f64, step.as_secs_f64());
+    let gain = |come: usize, wait: Duration| come as f64 * step - all * wait.as_secs_f64();
+    let gains = due.iter().take(room).enumerate().map(|(i, wait)| (*wait, gain(i + 1, *wait)));
     gains.filter(|(_, gain)| *gain > 0.0).max_by(|a, b| a.1.total_cmp(&b.1)).map_or(Duration::ZERO, |(wait, _)| wait)
 }
 
@@ -88,34 +102,48 @@ mod tests {
 
     #[test]
     fn a_step_waits_while_that_pays_off() {
+        let wait = |asking, due: &[u64], step| wait(asking, 8, due.iter().copied().map(ms), ms(step));
         // Alone, or with nobody expected during the step, it starts at once.
-        assert_eq!(wait(1, [], ms(10)), ms(0));
-        assert_eq!(wait(1, [ms(10), ms(50)], ms(10)), ms(0));
+        assert_eq!(wait(1, &[], 10), ms(0));
+        assert_eq!(wait(1, &[10, 50], 10), ms(0));
         // One sequence waits 4 ms so that another one is spared 6 ms. Two do not.
-        assert_eq!(wait(1, [ms(4)], ms(10)), ms(4));
-        assert_eq!(wait(2, [ms(4)], ms(10)), ms(0));
+        assert_eq!(wait(1, &[4], 10), ms(4));
+        assert_eq!(wait(2, &[4], 10), ms(0));
         // Seven are back after the time of two messages; the eighth is late.
-        let back = [2, 2, 2, 1, 2, 2, 9].map(ms);
-        assert_eq!(wait(1, back, ms(10)), ms(2));
-        assert_eq!(wait(0, [ms(9)], ms(10)), ms(9));
+        assert_eq!(wait(1, &[2, 2, 2, 1, 2, 2, 9], 10), ms(2));
+        assert_eq!(wait(0, &[9], 10), ms(9));
+        // Those that come later would lose more than one gains.
+        assert_eq!(wait(1, &[4, 9, 9, 9, 9, 9], 10), ms(0));
+        // There is no room for those that would make it worth while.
+        assert_eq!(super::wait(4, 2, [ms(3); 8], ms(10)), ms(0));
+        assert_eq!(super::wait(4, 8, [ms(3); 8], ms(10)), ms(3));
     }
 
     #[test]
     fn the_time_of_a_token_is_the_slope_of_steps_by_size() {
+        let slope_after = |times: &mut StepTimes, steps: usize, took: fn(usize) -> u64| {
+            (0..steps).for_each(|i| times.record(1 + i % 16, ms(took(1 + i % 16))));
+            times.seconds_per_token().unwrap()
+        };
         let mut times = StepTimes::default();
         // All steps have about the same size.
         (0..100).for_each(|i| times.record(8 + i % 2, ms(10 + i as u64 % 3)));
-        assert_eq!(times.seconds_per_token(), 0.0);
-        // 8 ms, and 2 ms for each token.
-        (0..9000).for_each(|i| times.record(i % 16, ms(8 + 2 * (i % 16) as u64)));
-        assert!((times.seconds_per_token() - 0.002).abs() < 1e-4, "{times:?}");
-        (0..9000).for_each(|_| times.record(8, ms(10)));
-        assert!((times.seconds_per_token() - 0.002).abs() < 1e-3, "{times:?}");
-        // Nonsense has bounds.
-        (0..9000).for_each(|i| times.record(i % 16, ms(100 - (i % 16) as u64)));
-        assert_eq!(times.seconds_per_token(), 0.0);
-        (0..9000).for_each(|i| times.record(i % 16, ms(500 * (i % 16 / 14) as u64)));
-        assert!(times.seconds_per_token() <= 0.0084, "{times:?}");
+        assert_eq!(times.seconds_per_token(), None);
+        let two = slope_after(&mut times, 9000, |tokens| 8 + 2 * tokens as u64);
+        assert!((two - 0.002).abs() < 1e-4, "{two}");
+        // Long prompts, and steps of one size, change nothing.
+        (0..9000).for_each(|_| times.record(500, ms(9000)));
+        (0..2000).for_each(|_| times.record(8, ms(24)));
+        let still = times.seconds_per_token().unwrap();
+        assert!((still - two).abs() < 2e-4, "{still}");
+        // A step that something else kept waiting hardly counts.
+        let mut times = StepTimes::default();
+        slope_after(&mut times, 100, |tokens| 8 + 2 * tokens as u64);
+        times.record(16, ms(5000));
+        let after = slope_after(&mut times, 100, |tokens| 8 + 2 * tokens as u64);
+        assert!((after - 0.002).abs() < 4e-4, "{after}");
+        // Larger steps that take less time.
+        assert_eq!(slope_after(&mut StepTimes::default(), 100, |tokens| 100 - tokens as u64), 0.0);
     }
 
     #[test]

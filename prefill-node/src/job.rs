@@ -380,7 +380,7 @@ impl Running {
 
     /// Ends an extension: replies, commits its handoff, and drops the drafts that do not stand. `seconds_per_draft`: see
     /// [`Extended`].
-    pub fn extended(mut self, seconds_per_draft: f64, load: &LoadState) -> Option<(Ticket, Self)> {
+    pub fn extended(mut self, seconds_per_draft: Option<f64>, load: &LoadState) -> Option<(Ticket, Self)> {
         let extending = self.extending.take()?;
         if let Some(sender) = &self.sender {
             sender.commit(0);

@@ -25,6 +25,9 @@ use crate::{
 /// Prefills that are opened in a row, without an extension, before the attempt fails.
 const MOST_REOPENED: u32 = 4;
 
+/// Maximum of `seconds_per_draft`, as decode nodes accept it.
+const MOST_SECONDS_PER_DRAFT: f64 = 3600.0;
+
 /// The extensions of an attempt. At most one is in progress.
 pub(super) struct Extender {
     /// Name of the request on the prefill node.
@@ -169,11 +172,15 @@ impl Extender {
         if tokens.is_empty() || tokens.len() > drafted as usize + 1 {
             return Err(Fault::unexpected(format!("{} tokens were chosen after {drafted} drafts", tokens.len())));
         }
+        let seconds_per_draft = response.seconds_per_draft;
+        if let Some(seconds) = seconds_per_draft.filter(|seconds| !(0.0..=MOST_SECONDS_PER_DRAFT).contains(seconds)) {
+            return Err(Fault::unexpected(format!("a draft takes {seconds} seconds")));
+        }
         let position = extension.position.saturating_add(extension.standing_tokens);
         let chosen = tokens.iter().map(|token| token.token).collect();
         let call = self.tell(decode, plan, |request| {
             (request.position, request.tokens) = (position, chosen);
-            request.seconds_per_draft = response.seconds_per_draft;
+            request.seconds_per_draft = seconds_per_draft;
         });
         self.state = State::Telling(call, Some(Verdict { drafted, tokens }));
         Ok(())
