@@ -1,5 +1,7 @@
 //! A step of extensions waits for others that are expected soon. The engine is the real one, its model only takes time.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{sync::Arc, time::Duration};
 
 use overfill_kv::{BlockLease, BlockPool, OutputToken, RequestId, SamplingParams, Ticket};
