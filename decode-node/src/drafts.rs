@@ -46,13 +46,13 @@ pub struct DraftRecord {
     accepted: f64,
     /// Recent mean of the time until a verdict on no drafts, in seconds.
     verdict_seconds: Option<f64>,
-    /// Recent mean of [`Round::seconds_per_draft`]; 0 while it is unknown.
-    seconds_per_draft: f64,
+    /// Recent mean of [`Round::seconds_per_draft`].
+    seconds_per_draft: Option<f64>,
 }
 
 impl Default for DraftRecord {
     fn default() -> Self {
-        Self { judged: 4.0, accepted: 3.0, verdict_seconds: None, seconds_per_draft: 0.0 }
+        Self { judged: 4.0, accepted: 3.0, verdict_seconds: None, seconds_per_draft: None }
     }
 }
 
@@ -64,14 +64,17 @@ impl DraftRecord {
             self.accepted = self.accepted * RECORD_FORGET + round.accepted as f64;
         }
         if let Some(seconds) = round.seconds_per_draft {
-            match self.verdict_seconds {
-                Some(_) => self.seconds_per_draft += (seconds - self.seconds_per_draft) / 16.0,
-                None => self.seconds_per_draft = seconds,
-            }
+            let mean = self.seconds_per_draft.get_or_insert(seconds);
+            *mean += (seconds - *mean) / 16.0;
         }
-        let verdict = (round.took.as_secs_f64() - round.drafted as f64 * self.seconds_per_draft).max(0.0);
+        let verdict = (round.took.as_secs_f64() - round.drafted as f64 * self.draft_seconds()).max(0.0);
         let mean = self.verdict_seconds.get_or_insert(verdict);
         *mean += (verdict - *mean) / 16.0;
+    }
+
+    /// Time by which a draft prolongs a verdict, in seconds; 0 while it is unknown.
+    fn draft_seconds(&self) -> f64 {
+        self.seconds_per_draft.unwrap_or(0.0)
     }
 }
 
@@ -159,7 +162,7 @@ impl DraftLength {
         let Some(verdict) = record.verdict_seconds.filter(|_| step > 0.0) else { return FIRST_DRAFTS };
         let usual = record.accepted / record.judged;
         let rate = (self.accepted + RECORD_DRAFTS * usual) / (self.judged + RECORD_DRAFTS);
-        let draft = step + record.seconds_per_draft;
+        let draft = step + record.draft_seconds();
         let gain = |k: usize| (0..=k as i32).map(|i| rate.powi(i)).sum::<f64>() / (k as f64 * draft + verdict);
         (0..=MOST_DRAFTS).max_by(|a, b| gain(*a).total_cmp(&gain(*b))).unwrap_or(0)
     }

@@ -6,13 +6,10 @@ use overfill_node::{
     Identity, RequestError, RequestLimits,
     request::{Common, CommonFields},
 };
-use overfill_proto::{InvalidField, ticket_from_wire, v1};
+use overfill_proto::{InvalidField, MAX_SECONDS_PER_DRAFT, ticket_from_wire, v1};
 use tokio::time::Instant;
 
 use crate::{extension::Chosen, sequence::Request};
-
-/// Maximum of `seconds_per_draft` in a verdict. No node that is of use takes longer.
-const MAX_SECONDS_PER_DRAFT: f64 = 3600.0;
 
 /// Checks a request that arrived at `now`.
 ///

@@ -270,7 +270,7 @@ impl<C: Compute> Engine<C> {
         let since = self.gathering.map_or(now, |(since, _)| since);
         let step = self.extension_step;
         let wait = gather::wait(asking, room, self.open.due(), step);
-        // Those that come meanwhile may be worth a longer wait, but not without end.
+        // Extensions that arrive meanwhile may make a longer wait worthwhile. The whole wait is never longer than a step.
         let end = (now + wait).min(since + step);
         self.gathering = (end > now).then_some((since, end));
     }

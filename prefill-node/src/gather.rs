@@ -81,8 +81,8 @@ impl StepTimes {
 /// Time for which `asking` sequences wait for others before their step starts. `due` has the times until the others are
 /// expected. `step` is the duration of a step, and `room` the number of others that fit into it.
 ///
-/// Without the wait, those that are due during the step start when it ends. If it waits for `w`, those that are due by then are spared
-/// a whole step, and all of them, and those that already ask, end `w` later.
+/// If the step does not wait, a sequence that is due during the step starts when the step ends. If the step waits for `w`, each
+/// sequence that is due within `w` ends a whole step earlier. In return, every sequence, asking or due, ends `w` later.
 pub fn wait(asking: usize, room: usize, due: impl IntoIterator<Item = Duration>, step: Duration) -> Duration {
     let mut due: Vec<Duration> = due.into_iter().filter(|due| *due < step).collect();
     due.sort_unstable();
@@ -112,9 +112,9 @@ mod tests {
         // Seven are back after the time of two messages; the eighth is late.
         assert_eq!(wait(1, &[2, 2, 2, 1, 2, 2, 9], 10), ms(2));
         assert_eq!(wait(0, &[9], 10), ms(9));
-        // Those that come later would lose more than one gains.
+        // Five sequences would lose more than one gains.
         assert_eq!(wait(1, &[4, 9, 9, 9, 9, 9], 10), ms(0));
-        // There is no room for those that would make it worth while.
+        // With room for only two others, the step does not wait. With room for eight, it does.
         assert_eq!(super::wait(4, 2, [ms(3); 8], ms(10)), ms(0));
         assert_eq!(super::wait(4, 8, [ms(3); 8], ms(10)), ms(3));
     }

@@ -16,3 +16,6 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "
 
 /// Maximum size in bytes of a gRPC message sent or received by a service. A tokenizer.json of 32 MiB fits.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
+
+/// Maximum of `seconds_per_draft` in extensions and verdicts. No node that is of use takes longer.
+pub const MAX_SECONDS_PER_DRAFT: f64 = 3600.0;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use overfill_kv::{OutputToken, Role};
-use overfill_proto::v1;
+use overfill_proto::{MAX_SECONDS_PER_DRAFT, v1};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use tonic::{Code, Status};
@@ -24,9 +24,6 @@ use crate::{
 
 /// Prefills that are opened in a row, without an extension, before the attempt fails.
 const MOST_REOPENED: u32 = 4;
-
-/// Maximum of `seconds_per_draft`, as decode nodes accept it.
-const MOST_SECONDS_PER_DRAFT: f64 = 3600.0;
 
 /// The extensions of an attempt. At most one is in progress.
 pub(super) struct Extender {
@@ -173,7 +170,7 @@ impl Extender {
             return Err(Fault::unexpected(format!("{} tokens were chosen after {drafted} drafts", tokens.len())));
         }
         let seconds_per_draft = response.seconds_per_draft;
-        if let Some(seconds) = seconds_per_draft.filter(|seconds| !(0.0..=MOST_SECONDS_PER_DRAFT).contains(seconds)) {
+        if let Some(seconds) = seconds_per_draft.filter(|seconds| !(0.0..=MAX_SECONDS_PER_DRAFT).contains(seconds)) {
             return Err(Fault::unexpected(format!("a draft takes {seconds} seconds")));
         }
         let position = extension.position.saturating_add(extension.standing_tokens);
