@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::trials::Trials;
+
 /// Maximum number of drafts given to the full model at a time.
 pub const MOST_DRAFTS: usize = 16;
 /// Number of drafts while nothing is known about their cost.
@@ -25,8 +27,10 @@ pub struct Round {
     pub drafted: usize,
     /// Drafts that stand.
     pub accepted: usize,
-    /// Time until the verdict.
+    /// Time from the request to the verdict.
     pub took: Duration,
+    /// Time from the last verdict to this one; `None` for the first one, and after a request was lost.
+    pub lasted: Option<Duration>,
     /// Seconds by which one more draft of each sequence would have prolonged the full model's step, if that is known.
     pub seconds_per_draft: Option<f64>,
 }
@@ -48,17 +52,19 @@ pub struct DraftRecord {
     verdict_seconds: Option<f64>,
     /// Recent mean of [`Round::seconds_per_draft`].
     seconds_per_draft: Option<f64>,
+    trials: Trials,
 }
 
 impl Default for DraftRecord {
     fn default() -> Self {
-        Self { judged: 4.0, accepted: 3.0, verdict_seconds: None, seconds_per_draft: None }
+        Self { judged: 4.0, accepted: 3.0, verdict_seconds: None, seconds_per_draft: None, trials: Trials::default() }
     }
 }
 
 impl DraftRecord {
-    /// Records a round of a sequence.
-    pub fn observe(&mut self, round: &Round) {
+    /// Records a round of a sequence that has ended at `now`. `sequences`: number of sequences that run together.
+    pub fn observe(&mut self, round: &Round, sequences: usize, now: Duration) {
+        self.trials.observe(round, sequences, now);
         if round.drafted > 0 {
             self.judged = self.judged * RECORD_FORGET + round.judged() as f64;
             self.accepted = self.accepted * RECORD_FORGET + round.accepted as f64;
@@ -82,7 +88,8 @@ impl DraftRecord {
 ///
 /// If a draft is accepted with probability `a`, a round with `k` drafts gives `(1 - a^(k + 1)) / (1 - a)` tokens on average
 /// (Leviathan et al., arXiv 2211.17192). It takes `k` steps of this node and one verdict, which `k` drafts prolong. The best `k`
-/// gives most tokens per second. It is 0 where drafts do not pay off: then the full model decodes alone.
+/// gives most tokens per second. It is 0 where drafts do not pay off: then the full model decodes alone. It is also 0 while sequences
+/// that run together are faster without drafts ([`Trials`]).
 #[derive(Clone, Debug)]
 pub struct DraftLength {
     /// Weighted numbers of this sequence's drafts that were judged and accepted.
@@ -147,8 +154,9 @@ impl DraftLength {
     /// Number of tokens to draft. `step`: duration of a step.
     pub fn choose(&mut self, step: Duration, record: &DraftRecord) -> usize {
         if std::mem::take(&mut self.is_stale) {
-            self.best = self.length(step, record);
-            self.is_probe = self.best == 0 && self.rounds >= self.probe_rounds;
+            let drafts = record.trials.drafts();
+            self.best = if drafts { self.length(step, record) } else { 0 };
+            self.is_probe = drafts && self.best == 0 && self.rounds >= self.probe_rounds;
             if self.is_probe {
                 self.best = 1;
             }
@@ -175,13 +183,13 @@ mod tests {
     const STEP: Duration = Duration::from_millis(1);
 
     fn round(drafted: usize, accepted: usize, took: Duration, per_draft: f64) -> Round {
-        Round { drafted, accepted, took, seconds_per_draft: Some(per_draft) }
+        Round { drafted, accepted, took, lasted: None, seconds_per_draft: Some(per_draft) }
     }
 
     /// A record after many rounds.
     fn record(round: Round) -> DraftRecord {
         let mut record = DraftRecord::default();
-        (0..500).for_each(|_| record.observe(&round));
+        (0..500).for_each(|_| record.observe(&round, 1, STEP));
         record
     }
 
@@ -215,6 +223,23 @@ mod tests {
         let mut drafts = DraftLength::default();
         (0..4).for_each(|_| drafts.observe(&round(4, 0, 8 * STEP, 0.0)));
         assert!(drafts.choose(STEP, &record(round(4, 4, 8 * STEP, 0.0))) <= 1);
+    }
+
+    #[test]
+    fn nothing_is_drafted_while_sequences_are_faster_without_drafts() {
+        let mut record = record(round(4, 4, 8 * STEP, 0.0));
+        let mut drafts = DraftLength::default();
+        assert!(drafts.choose(STEP, &record) > 0);
+        let rounds = |record: &mut DraftRecord, lasted: Duration| {
+            (1..=70).for_each(|i| {
+                record.observe(&Round { lasted: Some(lasted), ..round(4, 4, STEP, 0.0) }, 1, 1000 * STEP + i * lasted)
+            })
+        };
+        // A phase with drafts, which takes long, and a trial without.
+        rounds(&mut record, 80 * STEP);
+        rounds(&mut record, STEP);
+        drafts.observe(&round(4, 4, STEP, 0.0));
+        assert!(drafts.choose(STEP, &record) == 0 && !drafts.goes_on());
     }
 
     /// The rounds in which a sequence drafts, with the number of drafts. They are rejected unless `accepts` says otherwise.

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use overfill_kv::{BlockLease, BlockPool, KvStore, OutputToken, Role, Windows};
+use overfill_kv::{BlockLease, BlockPool, KvStore, Mode, OutputToken, Role, Windows};
 use overfill_model::ModelError;
 use overfill_node::{LoadState, Turn, spawn_engine};
 use tokio::{
@@ -279,7 +279,9 @@ impl<C: Compute> Engine<C> {
             self.remove(arrival);
         }
         if let Some(Verdict { round, .. }) = verdict {
-            self.records.entry(variant).or_default().observe(&round);
+            let requests = self.running.iter().map(|sequence| &sequence.flow.request);
+            let sequences = requests.filter(|other| other.mode == Mode::Exact && other.variant == variant).count();
+            self.records.entry(variant).or_default().observe(&round, sequences, origin.elapsed());
             let metrics = self.load.metrics();
             metrics.drafts.inc();
             metrics.draft_tokens.inc_by(round.drafted as u64);

@@ -50,6 +50,8 @@ pub struct Extensions {
     given: usize,
     /// Drafts in the verdict that the sequence waits for, and the time of the request.
     awaited: Option<(usize, Duration)>,
+    /// The time of the last verdict, unless a request was lost since.
+    judged: Option<Duration>,
     /// The number of the last landing.
     number: u64,
     /// The block that the full model's KV for block `refreshed` is on its way to.
@@ -71,6 +73,7 @@ impl Extensions {
             refreshed: prompt / BLOCK_TOKENS,
             given: prompt,
             awaited: None,
+            judged: None,
             number: 0,
             landing: None,
             landed: None,
@@ -198,7 +201,7 @@ impl Extensions {
 
     /// The last request to the full model was lost. It is made again. Returns false if the request must not go on.
     pub fn lost(&mut self) -> bool {
-        self.awaited = None;
+        (self.awaited, self.judged) = (None, None);
         self.landing.is_none() || self.not_landed()
     }
 
@@ -235,7 +238,8 @@ impl Extensions {
         }
         self.awaited = None;
         let (accepted, took) = (chosen.len() - 1, now.saturating_sub(asked));
-        let round = Round { drafted, accepted, took, seconds_per_draft };
+        let lasted = self.judged.replace(now).map(|last| now.saturating_sub(last));
+        let round = Round { drafted, accepted, took, lasted, seconds_per_draft };
         self.drafts.observe(&round);
         self.standing = position + chosen.len();
         let same = tokens[position..].iter().zip(chosen).take_while(|(draft, chosen)| draft == chosen).count();
@@ -291,7 +295,7 @@ mod tests {
     }
 
     fn round(drafted: usize, accepted: usize) -> Round {
-        Round { drafted, accepted, took: 8 * STEP, seconds_per_draft: None }
+        Round { drafted, accepted, took: 8 * STEP, lasted: None, seconds_per_draft: None }
     }
 
     #[test]
@@ -346,7 +350,10 @@ mod tests {
         assert_eq!((ask.position, &ask.tokens[..]), (6, &[99, 20, 21][..]));
         tokens.push(22);
         let verdict = extensions.verdict(&mut tokens, &chosen(7, &[20, 21, 22]), 9 * STEP).unwrap();
-        assert_eq!(verdict, Verdict { round: round(2, 2), is_changed: false, valid: 10 });
+        assert_eq!(
+            verdict,
+            Verdict { round: Round { lasted: Some(Duration::ZERO), ..round(2, 2) }, is_changed: false, valid: 10 }
+        );
         assert_eq!((tokens.len(), extensions.standing(tokens.len())), (10, 10));
     }
 
@@ -354,7 +361,7 @@ mod tests {
     fn nothing_is_drafted_ahead_while_drafts_do_not_pay_off() {
         let mut extensions = Extensions::new(Mode::Exact, 3, 99);
         let mut record = DraftRecord::default();
-        (0..500).for_each(|_| record.observe(&round(4, 0)));
+        (0..500).for_each(|_| record.observe(&round(4, 0), 1, STEP));
         let ask = |extensions: &mut Extensions, tokens: &[u32]| {
             extensions.ask(tokens, false, None, STEP, &record, STEP).map(|ask| ask.tokens.len())
         };

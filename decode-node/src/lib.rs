@@ -18,6 +18,7 @@ pub mod request;
 pub mod scheduler;
 pub mod sequence;
 pub mod service;
+pub mod trials;
 
 use std::process::ExitCode;
 

@@ -8,7 +8,9 @@
 //! however a prompt is split.
 
 mod decode;
+mod operand;
 mod prefill;
+mod product;
 mod segment;
 #[cfg(test)]
 mod tests;
@@ -16,7 +18,7 @@ mod tile;
 
 use overfill_kv::BLOCK_TOKENS;
 
-pub(crate) use self::tile::Operand;
+pub(crate) use self::operand::Operand;
 use super::{
     element::Element,
     packed::{Arithmetic, Rows},

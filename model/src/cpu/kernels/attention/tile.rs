@@ -1,153 +1,105 @@
 //! The prefill kernel: a tile's queries over all keys that they attend to.
 
 use bytemuck::Pod;
-use half::bf16;
 use overfill_kv::{BLOCK_TOKENS, BlockId};
 
-use super::{Heads, PADDING, Scoring};
+use super::{
+    Heads, PADDING, Scoring,
+    operand::Operand,
+    product::{Kept, Product},
+};
 use crate::cpu::kernels::{
     element::Element,
-    inputs::{round_bf16, tile_rows},
     rows::soft_cap,
-    simd::{Kernel, Simd, load_tile, store_tile},
+    simd::{Kernel, Simd},
 };
 
 /// Keys per update of the softmax.
 const CHUNK_TOKENS: usize = 64;
+/// Size of a cache line.
+const LINE_BYTES: usize = 64;
+/// With at most this many queries, lanes hold keys or elements of values in place of queries. Each sum is the same, bit for bit.
+const FEW_QUERIES: usize = PADDING / 2;
 
-/// Operand type of the products, for KV of type `T`.
-pub(crate) trait Operand<T>: Pod + Send + Sync {
-    /// Number of consecutive factors in one lane.
-    const PER_LANE: usize;
-    /// Converts from f32, rounding to nearest.
-    fn round(value: f32) -> Self;
-    /// Converts values, exactly, into every `stride`th element of `to`.
-    ///
-    /// # Safety
-    /// The processor has the instruction set.
-    #[allow(unsafe_code)]
-    unsafe fn convert<S: Simd>(from: &[T], to: &mut [Self], stride: usize);
-    /// Converts `PER_LANE` rows of `dim` values, exactly, so that the values of a column are neighbours in `to`.
-    ///
-    /// # Safety
-    /// The processor has the instruction set.
-    #[allow(unsafe_code)]
-    unsafe fn convert_rows<S: Simd>(from: &[T], to: &mut [Self], dim: usize);
-    /// Adds to each lane the products of its `PER_LANE` factors with the `PER_LANE` factors at `other`.
-    ///
-    /// # Safety
-    /// `lanes` points to `PER_LANE * LANES` factors, `other` to `PER_LANE`, and the processor has the instruction set.
-    #[allow(unsafe_code)]
-    unsafe fn dot<S: Simd>(sums: S::F, lanes: *const Self, other: *const Self) -> S::F;
-}
-
-impl<T: Element> Operand<T> for f32 {
-    const PER_LANE: usize = 1;
-    #[inline(always)]
-    fn round(value: f32) -> Self {
-        value
-    }
-    #[inline(always)]
-    #[allow(unsafe_code)]
-    unsafe fn convert<S: Simd>(from: &[T], to: &mut [Self], stride: usize) {
-        let in_vectors = if stride == 1 { from.len().min(to.len()) / S::LANES * S::LANES } else { 0 };
-        for i in (0..in_vectors).step_by(S::LANES) {
-            // SAFETY: both slices have a whole vector at `i`.
-            unsafe { S::store(to.as_mut_ptr().add(i), T::load::<S>(from.as_ptr().add(i))) }
-        }
-        let rest = to.iter_mut().step_by(stride).zip(from).skip(in_vectors);
-        rest.for_each(|(to, from)| *to = from.to_f32());
-    }
-    #[inline(always)]
-    #[allow(unsafe_code)]
-    unsafe fn convert_rows<S: Simd>(from: &[T], to: &mut [Self], _dim: usize) {
-        // SAFETY: guaranteed by the caller.
-        unsafe { <Self as Operand<T>>::convert::<S>(from, to, 1) }
-    }
-    #[inline(always)]
-    #[allow(unsafe_code)]
-    unsafe fn dot<S: Simd>(sums: S::F, lanes: *const Self, other: *const Self) -> S::F {
-        // SAFETY: guaranteed by the caller.
-        unsafe { S::mul_add(S::splat(*other), S::load(lanes), sums) }
-    }
-}
-
-impl Operand<bf16> for bf16 {
-    const PER_LANE: usize = 2;
-    #[inline(always)]
-    fn round(value: f32) -> Self {
-        round_bf16(value)
-    }
-    #[inline(always)]
-    #[allow(unsafe_code)]
-    unsafe fn convert<S: Simd>(from: &[bf16], to: &mut [Self], stride: usize) {
-        to.iter_mut().step_by(stride).zip(from).for_each(|(to, from)| *to = *from);
-    }
-    #[inline(always)]
-    #[allow(unsafe_code)]
-    unsafe fn convert_rows<S: Simd>(from: &[bf16], to: &mut [Self], dim: usize) {
-        // In this form, the compiler uses vectors.
-        let (first, second) = from.split_at(dim);
-        let pairs = to.as_chunks_mut::<2>().0.iter_mut().zip(first.iter().zip(second));
-        pairs.for_each(|(to, (first, second))| *to = [*first, *second]);
-    }
-    #[inline(always)]
-    #[allow(unsafe_code)]
-    unsafe fn dot<S: Simd>(sums: S::F, lanes: *const Self, other: *const Self) -> S::F {
-        // SAFETY: guaranteed by the caller.
-        unsafe { S::dot_bf16(sums, lanes, other) }
-    }
-}
-
-/// Memory of a tile. `rows` is the number of queries, padded to whole vectors; `dim` is the head width.
+/// Memory of a tile. `rows` is the number of queries, padded to whole vectors; `dim` is the head width, and `width` the same, padded.
 pub(super) struct Memory<'a, O> {
     /// `[dim / PER_LANE][rows][PER_LANE]`, already scaled.
     queries: &'a mut [O],
     /// Keys of a chunk, `[64][dim]`.
     keys: &'a mut [O],
-    /// Values of a chunk, `[64 / PER_LANE][dim][PER_LANE]`.
+    /// The same with keys in lanes if there are few queries, `[dim / PER_LANE][64][PER_LANE]`.
+    turned: &'a mut [O],
+    /// Values of a chunk, `[64 / PER_LANE][width][PER_LANE]`.
     values: &'a mut [O],
     /// Numerators of the softmax, `[64 / PER_LANE][rows][PER_LANE]`.
     weights: &'a mut [O],
     /// `[64][rows]`.
     scores: &'a mut [f32],
+    /// The same with keys in lanes, if there are few queries: `[queries][64]`.
+    turned_scores: &'a mut [f32],
     /// `[rows]`: greatest score so far.
     greatest: &'a mut [f32],
     /// `[rows]`: sum of the weights, relative to the greatest score.
     total: &'a mut [f32],
     /// `[rows]`: factor for the weights of earlier chunks.
     shrink: &'a mut [f32],
-    /// `[dim][rows]`: weighted sum of the values.
+    /// Weighted sum of the values: `[queries][width]` if there are few queries, `[dim][rows]` otherwise.
     attended: &'a mut [f32],
+    count: usize,
     rows: usize,
     dim: usize,
+    width: usize,
 }
 
 impl<'a, O> Memory<'a, O> {
-    /// Splits `memory` into the buffers, and resets the softmax.
-    pub(super) fn prepare<T>(memory: &'a mut Vec<f32>, rows: usize, head_dim: usize) -> Self
+    /// Splits `memory` into the buffers for `count` queries, and resets the softmax.
+    pub(super) fn prepare<T>(memory: &'a mut Vec<f32>, count: usize, dim: usize) -> Self
     where
         O: Operand<T>,
     {
-        let rows = rows.next_multiple_of(PADDING);
-        let dim = head_dim;
-        let most = dim * rows + CHUNK_TOKENS * (2 * dim + rows) + CHUNK_TOKENS * rows + 3 * rows + dim * rows;
+        let [rows, width] = [count, dim].map(|size| size.next_multiple_of(PADDING));
+        let (sums, few) = if count <= FEW_QUERIES { (count * width, count) } else { (dim * rows, 0) };
+        let turned = if few > 0 { dim } else { 0 };
+        let most = dim * rows + CHUNK_TOKENS * (dim + turned + width + 2 * rows + few) + 3 * rows + sums;
         memory.resize(memory.len().max(most), 0.0);
         let rest = &mut memory[..];
         let (queries, rest) = cut(rest, dim * rows);
         let (keys, rest) = cut(rest, CHUNK_TOKENS * dim);
-        let (values, rest) = cut(rest, CHUNK_TOKENS * dim);
+        let (turned, rest) = cut(rest, CHUNK_TOKENS * turned);
+        let (values, rest) = cut(rest, CHUNK_TOKENS * width);
         let (weights, rest) = cut(rest, CHUNK_TOKENS * rows);
         let (scores, rest) = rest.split_at_mut(CHUNK_TOKENS * rows);
+        let (turned_scores, rest) = rest.split_at_mut(CHUNK_TOKENS * few);
         let (greatest, rest) = rest.split_at_mut(rows);
         let (total, rest) = rest.split_at_mut(rows);
         let (shrink, rest) = rest.split_at_mut(rows);
-        let attended = &mut rest[..dim * rows];
+        let attended = &mut rest[..sums];
         // Not -inf: a query may attend to none of the first keys, and its score less this one must be a number.
         greatest.fill(f32::MIN);
         total.fill(0.0);
         attended.fill(0.0);
-        Self { queries, keys, values, weights, scores, greatest, total, shrink, attended, rows, dim }
+        Self {
+            queries,
+            keys,
+            turned,
+            values,
+            weights,
+            scores,
+            turned_scores,
+            greatest,
+            total,
+            shrink,
+            attended,
+            count,
+            rows,
+            dim,
+            width,
+        }
+    }
+
+    /// Whether lanes hold keys or elements of values.
+    fn is_few(&self) -> bool {
+        self.count <= FEW_QUERIES
     }
 
     /// Arranges queries in lanes, multiplied by the scale of the scores.
@@ -167,7 +119,21 @@ impl<'a, O> Memory<'a, O> {
     /// The result of attention for one query.
     pub(super) fn result(&self, row: usize) -> impl Iterator<Item = f32> {
         let total = self.total[row];
-        self.attended[row..].iter().step_by(self.rows).map(move |value| value / total)
+        let (first, step) = if self.is_few() { (row * self.width, 1) } else { (row, self.rows) };
+        self.attended[first..].iter().step_by(step).take(self.dim).map(move |value| value / total)
+    }
+}
+
+/// Prefetches what will be needed soon.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn prefetch<S: Simd, T>(values: &[T]) {
+    for line in (0..size_of_val(values)).step_by(LINE_BYTES) {
+        // SAFETY: prefetching is allowed for any address.
+        unsafe { S::prefetch_far(values.as_ptr().cast::<u8>().wrapping_add(line)) }
     }
 }
 
@@ -203,18 +169,19 @@ impl<T: Element, O: Operand<T>> Kernel for Tile<'_, '_, T, O> {
             let start = self.scoring.first_visible(self.position) / CHUNK_TOKENS * CHUNK_TOKENS;
             for first in (start..self.end).step_by(CHUNK_TOKENS) {
                 let count = CHUNK_TOKENS.min(self.end - first);
-                self.take_chunk::<S>(first, count);
+                self.take_keys::<S>(first, count);
                 // Skips whole vectors of queries that attend to none of these keys.
                 let first_row = self.unseeing(first) / PADDING * PADDING;
                 self.score::<S>(count, first_row);
                 self.weigh::<S>(first, count, first_row);
+                self.take_values::<S>(first, count);
                 self.gather::<S>(count, first_row);
             }
         }
     }
 }
 
-impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
+impl<'a, T: Element, O: Operand<T>> Tile<'a, '_, T, O> {
     /// Number of leading queries that do not attend to `key`. Queries are in token order.
     fn unseeing(&self, key: usize) -> usize {
         key.saturating_sub(self.position) * self.sizes.group()
@@ -226,44 +193,74 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
         tokens.saturating_mul(self.sizes.group()).min(self.memory.rows)
     }
 
-    /// Loads the keys and values of `count` tokens, and zeros past the last token and before the first token that any
-    /// query attends to, where the cache may hold data of another sequence.
+    /// Keys or values of a block of the sequence, `[16][dim]`. There are none past the last block.
+    fn block(&self, index: usize, part: usize) -> &'a [T] {
+        let Some(block) = self.blocks.get(index) else { return &[] };
+        let each = BLOCK_TOKENS * self.sizes.head_dim;
+        let at = ((block.0 as usize * 2 + part) * self.sizes.kv_heads + self.kv_head) * each;
+        &self.cache[at..at + each]
+    }
+
+    /// Number of tokens from position `first` on that no query attends to.
+    fn hidden(&self, first: usize) -> usize {
+        self.scoring.first_visible(self.position).saturating_sub(first)
+    }
+
+    /// Loads the keys of `count` tokens, and zeros past the last token and before the first token that any query attends to, where
+    /// the cache may hold data of another sequence. Prefetches their values.
     ///
     /// # Safety
     /// The processor has the instruction set.
     #[inline(always)]
     #[allow(unsafe_code)]
-    unsafe fn take_chunk<S: Simd>(&mut self, first: usize, count: usize) {
-        let hidden = self.scoring.first_visible(self.position).saturating_sub(first);
-        let Memory { keys, values, dim, .. } = &mut *self.memory;
-        let dim = *dim;
+    unsafe fn take_keys<S: Simd>(&mut self, first: usize, count: usize) {
+        let (dim, hidden) = (self.memory.dim, self.hidden(first));
         if count < CHUNK_TOKENS || hidden > 0 {
-            keys.fill(O::zeroed());
-            values.fill(O::zeroed());
+            self.memory.keys.fill(O::zeroed());
         }
-        for (i, block) in self.blocks[first / BLOCK_TOKENS..].iter().take(count.div_ceil(BLOCK_TOKENS)).enumerate() {
-            let filled = BLOCK_TOKENS.min(count - i * BLOCK_TOKENS);
-            let [from_keys, from_values] = [0, 1].map(|part| {
-                let at = ((block.0 as usize * 2 + part) * self.sizes.kv_heads + self.kv_head) * BLOCK_TOKENS * dim;
-                &self.cache[at..at + filled * dim]
-            });
-            let at = i * BLOCK_TOKENS * dim;
-            let skipped = hidden.saturating_sub(i * BLOCK_TOKENS);
-            for (from, to) in from_keys.chunks_exact(dim).zip(keys[at..].chunks_exact_mut(dim)).skip(skipped) {
+        for at in (0..count).step_by(BLOCK_TOKENS) {
+            let index = (first + at) / BLOCK_TOKENS;
+            let (from, next) = (self.block(index, 0), self.block(index, 1));
+            let to = self.memory.keys[at * dim..].chunks_exact_mut(dim);
+            let rows = from.chunks_exact(dim).zip(next.chunks_exact(dim)).zip(to).take(count - at);
+            for ((from, next), to) in rows.skip(hidden.saturating_sub(at)) {
                 // SAFETY: guaranteed by the caller.
-                unsafe { O::convert::<S>(from, to, 1) }
-            }
-            let lanes = O::PER_LANE * dim;
-            for (i, (from, to)) in from_values.chunks(lanes).zip(values[at..].chunks_exact_mut(lanes)).enumerate() {
-                let skipped = skipped.saturating_sub(i * O::PER_LANE);
-                if skipped == 0 && from.len() == lanes {
-                    // SAFETY: guaranteed by the caller.
-                    unsafe { O::convert_rows::<S>(from, to, dim) }
-                    continue;
+                unsafe {
+                    prefetch::<S, T>(next);
+                    O::convert::<S>(from, to, 1);
                 }
-                for (row, from) in from.chunks_exact(dim).enumerate().skip(skipped) {
-                    // SAFETY: guaranteed by the caller.
-                    unsafe { O::convert::<S>(from, &mut to[row..], O::PER_LANE) }
+            }
+        }
+    }
+
+    /// As [`Self::take_keys`], for values. Prefetches the keys of the next chunk.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn take_values<S: Simd>(&mut self, first: usize, count: usize) {
+        let (dim, width, hidden) = (self.memory.dim, self.memory.width, self.hidden(first));
+        if count < CHUNK_TOKENS || hidden > 0 {
+            self.memory.values.fill(O::zeroed());
+        }
+        for at in (0..count).step_by(BLOCK_TOKENS) {
+            let index = (first + at) / BLOCK_TOKENS;
+            let from = &self.block(index, 1)[..BLOCK_TOKENS.min(count - at) * dim];
+            let mut next = self.block(index + CHUNK_TOKENS / BLOCK_TOKENS, 0).chunks(O::PER_LANE * dim);
+            let to = self.memory.values[at * width..].chunks_exact_mut(O::PER_LANE * width);
+            for (i, (from, to)) in from.chunks(O::PER_LANE * dim).zip(to).enumerate() {
+                let skipped = hidden.saturating_sub(at + i * O::PER_LANE);
+                // SAFETY: guaranteed by the caller.
+                unsafe {
+                    prefetch::<S, T>(next.next().unwrap_or_default());
+                    if skipped == 0 && from.len() == O::PER_LANE * dim {
+                        O::convert_rows::<S>(from, to, dim);
+                        continue;
+                    }
+                    for (row, from) in from.chunks_exact(dim).enumerate().skip(skipped) {
+                        O::convert::<S>(from, &mut to[row..], O::PER_LANE);
+                    }
                 }
             }
         }
@@ -276,6 +273,10 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn score<S: Simd>(&mut self, count: usize, first_row: usize) {
+        if self.memory.is_few() {
+            // SAFETY: guaranteed by the caller.
+            return unsafe { self.score_few::<S>(count) };
+        }
         let Memory { queries, keys, scores, rows, dim, .. } = &mut *self.memory;
         let product = Product {
             lanes: queries,
@@ -284,11 +285,53 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
             next_other: *dim,
             next_step: O::PER_LANE,
             outputs: count,
-            kept: None,
+            kept: Kept::None,
             rows: *rows,
         };
         // SAFETY: guaranteed by the caller.
         unsafe { product.run::<S, T>(first_row, scores) }
+    }
+
+    /// [`Self::score`] with keys in lanes, for all queries.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn score_few<S: Simd>(&mut self, count: usize) {
+        let Memory { queries, keys, turned, scores, turned_scores, count: few, rows, dim, .. } = &mut *self.memory;
+        let steps = *dim / O::PER_LANE;
+        let [keys, words]: [&mut [u32]; 2] = [keys, turned].map(|part| bytemuck::cast_slice_mut(part));
+        assert!(
+            keys.len() == CHUNK_TOKENS * steps && words.len() == keys.len() && CHUNK_TOKENS.is_multiple_of(S::LANES)
+        );
+        let whole = steps / S::LANES * S::LANES;
+        for key in (0..CHUNK_TOKENS).step_by(S::LANES) {
+            for step in (0..whole).step_by(S::LANES) {
+                let (from, to) = (&keys[key * steps + step..], &mut words[step * CHUNK_TOKENS + key..]);
+                // SAFETY: `from` and `to` have LANES rows of LANES words, as keys and steps are multiples of LANES.
+                unsafe { S::transpose(from.as_ptr(), steps, to.as_mut_ptr(), CHUNK_TOKENS) }
+            }
+        }
+        for step in whole..steps {
+            let to = &mut words[step * CHUNK_TOKENS..][..CHUNK_TOKENS];
+            to.iter_mut().zip(keys[step..].iter().step_by(steps)).for_each(|(to, from)| *to = *from);
+        }
+        let product = Product {
+            lanes: turned,
+            steps,
+            others: queries,
+            next_other: O::PER_LANE,
+            next_step: *rows * O::PER_LANE,
+            outputs: *few,
+            kept: Kept::None,
+            rows: CHUNK_TOKENS,
+        };
+        // SAFETY: guaranteed by the caller.
+        unsafe { product.run::<S, T>(0, turned_scores) }
+        for (row, from) in turned_scores.chunks_exact(CHUNK_TOKENS).enumerate() {
+            scores[row..].iter_mut().step_by(*rows).zip(&from[..count]).for_each(|(to, from)| *to = *from);
+        }
     }
 
     /// Turns the scores of `count` keys, starting at `first`, into weights: zero for keys that a query does not attend
@@ -302,8 +345,8 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
         let seeing = |key: usize| (self.unseeing(first + key), self.remembering(first + key));
         let seeing: [(usize, usize); CHUNK_TOKENS] = std::array::from_fn(seeing);
         let cap = self.scoring.cap;
-        let Memory { scores, weights, greatest, total, shrink, rows, .. } = &mut *self.memory;
-        let rows = *rows;
+        let Memory { scores, weights, greatest, total, shrink, count: queries, rows, .. } = &mut *self.memory;
+        let (queries, rows) = (*queries, *rows);
         // Replaces the scores of queries that do not attend to a key.
         let hide = |scores: &mut [f32], value: f32| {
             for ((unseeing, remembering), scores) in seeing[..count].iter().zip(scores.chunks_exact_mut(rows)) {
@@ -355,7 +398,7 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
         for (from, to) in lines {
             for (i, from) in from.chunks_exact(rows).enumerate() {
                 let to = to[i..].iter_mut().step_by(O::PER_LANE);
-                to.zip(from).for_each(|(to, from)| *to = O::round(*from));
+                to.zip(from).take(queries).for_each(|(to, from)| *to = O::round(*from));
             }
         }
     }
@@ -367,118 +410,36 @@ impl<T: Element, O: Operand<T>> Tile<'_, '_, T, O> {
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn gather<S: Simd>(&mut self, count: usize, first_row: usize) {
-        let Memory { weights, values, shrink, attended, rows, dim, .. } = &mut *self.memory;
-        let product = Product {
-            lanes: weights,
-            steps: count.div_ceil(O::PER_LANE),
-            others: values,
-            next_other: O::PER_LANE,
-            next_step: *dim * O::PER_LANE,
-            outputs: *dim,
-            kept: Some(&**shrink),
-            rows: *rows,
-        };
-        // SAFETY: guaranteed by the caller.
-        unsafe { product.run::<S, T>(first_row, attended) }
-    }
-}
-
-/// `out[i][row] = out[i][row] * kept[row] + sum over steps of lanes[step][row] * others[i * next_other + step *
-/// next_step]`. A step has `PER_LANE` factors. Without `kept`, the first term is left out.
-struct Product<'a, O> {
-    /// `[steps][rows][PER_LANE]`.
-    lanes: &'a [O],
-    steps: usize,
-    others: &'a [O],
-    next_other: usize,
-    next_step: usize,
-    outputs: usize,
-    kept: Option<&'a [f32]>,
-    rows: usize,
-}
-
-impl<O: Pod> Product<'_, O> {
-    /// Computes all outputs for rows starting at `first_row`.
-    ///
-    /// # Safety
-    /// The processor has the instruction set.
-    #[inline(always)]
-    #[allow(unsafe_code)]
-    unsafe fn run<S: Simd, T>(&self, first_row: usize, out: &mut [f32])
-    where
-        O: Operand<T>,
-    {
-        let rows = self.rows;
-        let last = (self.outputs - 1) * self.next_other + (self.steps - 1) * self.next_step + O::PER_LANE;
-        assert!(self.lanes.len() >= self.steps * rows * O::PER_LANE && self.others.len() >= last);
-        assert!(out.len() >= self.outputs * rows && self.kept.is_none_or(|kept| kept.len() == rows));
-        assert!(rows.is_multiple_of(PADDING) && first_row.is_multiple_of(PADDING));
-        // As many outputs as there are registers for their sums.
-        let most = if S::LANES == 8 { 6 } else { 12 };
-        let mut at = first_row;
-        while at < rows {
-            let vectors = if at + 2 * S::LANES <= rows { 2 } else { 1 };
-            let mut first = 0;
-            while first < self.outputs {
-                let n = tile_rows(self.outputs - first, most);
-                // SAFETY: the asserts guarantee that all elements of a tile exist.
-                unsafe {
-                    match vectors {
-                        2 => with_rows!(n, self.tile, S, T, 2, (at, first, out), 1 2 3 4 5 6 7 8 9 10 11 12),
-                        _ => with_rows!(n, self.tile, S, T, 1, (at, first, out), 1 2 3 4 5 6 7 8 9 10 11 12),
-                    }
-                }
-                first += n;
-            }
-            at += vectors * S::LANES;
-        }
-    }
-
-    /// Computes OUTPUTS outputs starting at `first`, for VECS vectors of rows starting at `at`.
-    ///
-    /// # Safety
-    /// These outputs and rows exist, and the asserts of `run` have passed. The processor has the instruction set.
-    #[inline(always)]
-    #[allow(unsafe_code)]
-    unsafe fn tile<S: Simd, T, const OUTPUTS: usize, const VECS: usize>(&self, at: usize, first: usize, out: &mut [f32])
-    where
-        O: Operand<T>,
-    {
+        let is_few = self.memory.is_few();
+        let Memory { weights, values, shrink, attended, count: queries, rows, dim, width, .. } = &mut *self.memory;
+        let steps = count.div_ceil(O::PER_LANE);
         // SAFETY: guaranteed by the caller.
         unsafe {
-            let out = out.as_mut_ptr().add(first * self.rows + at);
-            let mut sums = [[S::splat(0.0); VECS]; OUTPUTS];
-            if let Some(kept) = self.kept {
-                let [kept] = load_tile::<S, 1, VECS>(kept.as_ptr().add(at), 0);
-                sums = load_tile::<S, OUTPUTS, VECS>(out, self.rows);
-                for sums in &mut sums {
-                    for (sum, kept) in sums.iter_mut().zip(kept) {
-                        *sum = S::mul(*sum, kept);
-                    }
-                }
+            if is_few {
+                let product = Product {
+                    lanes: values,
+                    steps,
+                    others: weights,
+                    next_other: O::PER_LANE,
+                    next_step: *rows * O::PER_LANE,
+                    outputs: *queries,
+                    kept: Kept::OfOutput(shrink),
+                    rows: *width,
+                };
+                product.run::<S, T>(0, attended);
+            } else {
+                let product = Product {
+                    lanes: weights,
+                    steps,
+                    others: values,
+                    next_other: O::PER_LANE,
+                    next_step: *width * O::PER_LANE,
+                    outputs: *dim,
+                    kept: Kept::OfRow(shrink),
+                    rows: *rows,
+                };
+                product.run::<S, T>(first_row, attended);
             }
-            for step in 0..self.steps {
-                let lanes = self.lanes.as_ptr().add((step * self.rows + at) * O::PER_LANE);
-                let others = self.others.as_ptr().add(first * self.next_other + step * self.next_step);
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    for (v, sum) in sums.iter_mut().enumerate() {
-                        let lanes = lanes.add(v * S::LANES * O::PER_LANE);
-                        *sum = O::dot::<S>(*sum, lanes, others.add(i * self.next_other));
-                    }
-                }
-            }
-            store_tile::<S, OUTPUTS, VECS>(out, self.rows, sums);
         }
     }
 }
-
-/// Calls `$self.$f::<S, T, OUTPUTS, VECS>` with OUTPUTS = `$n`, which must be one of the literals.
-macro_rules! with_rows {
-    ($n:expr, $self:ident.$f:ident, $s:ty, $t:ty, $vecs:literal, $args:tt, $($literal:literal)+) => {
-        match $n {
-            $($literal => $self.$f::<$s, $t, $literal, $vecs> $args,)+
-            _ => unreachable!("a tile of {} outputs", $n),
-        }
-    };
-}
-use with_rows;

@@ -137,6 +137,34 @@ impl Simd for Avx2 {
     unsafe fn prefetch_far(from: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
     }
+    #[inline(always)]
+    unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
+        unsafe {
+            // Without closures: the compiler would not inline the instructions in them.
+            let mut rows = [_mm256_setzero_ps(); 8];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = _mm256_loadu_ps(from.add(i * from_stride).cast());
+            }
+            let mut pairs = [_mm256_setzero_pd(); 8];
+            for i in (0..8).step_by(2) {
+                pairs[i] = _mm256_castps_pd(_mm256_unpacklo_ps(rows[i], rows[i + 1]));
+                pairs[i + 1] = _mm256_castps_pd(_mm256_unpackhi_ps(rows[i], rows[i + 1]));
+            }
+            // Each fours[4 * i + j] has rows 4 * i to 4 * i + 3 of the columns j and 4 + j.
+            let mut fours = pairs;
+            for i in [0, 4] {
+                fours[i] = _mm256_unpacklo_pd(pairs[i], pairs[i + 2]);
+                fours[i + 1] = _mm256_unpackhi_pd(pairs[i], pairs[i + 2]);
+                fours[i + 2] = _mm256_unpacklo_pd(pairs[i + 1], pairs[i + 3]);
+                fours[i + 3] = _mm256_unpackhi_pd(pairs[i + 1], pairs[i + 3]);
+            }
+            for j in 0..4 {
+                let to = to.add(j * to_stride);
+                _mm256_storeu_pd(to.cast(), _mm256_permute2f128_pd::<0x20>(fours[j], fours[4 + j]));
+                _mm256_storeu_pd(to.add(4 * to_stride).cast(), _mm256_permute2f128_pd::<0x31>(fours[j], fours[4 + j]));
+            }
+        }
+    }
 
     #[inline(always)]
     unsafe fn int8(from: *const u8) -> Self::Int8 {

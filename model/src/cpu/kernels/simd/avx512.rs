@@ -168,6 +168,40 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     unsafe fn prefetch_far(from: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
     }
+    #[inline(always)]
+    unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
+        unsafe {
+            // Without closures: the compiler would not inline the instructions in them.
+            let mut rows = [_mm512_setzero_si512(); 16];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = _mm512_loadu_si512(from.add(i * from_stride).cast());
+            }
+            let mut pairs = rows;
+            for i in (0..16).step_by(2) {
+                pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+                pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+            }
+            // Each fours[4 * i + j] has rows 4 * i to 4 * i + 3 of the columns j, 4 + j, 8 + j and 12 + j.
+            let mut fours = pairs;
+            for i in (0..16).step_by(4) {
+                fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+                fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+                fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+                fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+            }
+            for j in 0..4 {
+                let even = _mm512_shuffle_i32x4::<0x88>(fours[j], fours[4 + j]);
+                let even_end = _mm512_shuffle_i32x4::<0x88>(fours[8 + j], fours[12 + j]);
+                let odd = _mm512_shuffle_i32x4::<0xdd>(fours[j], fours[4 + j]);
+                let odd_end = _mm512_shuffle_i32x4::<0xdd>(fours[8 + j], fours[12 + j]);
+                let to = to.add(j * to_stride);
+                _mm512_storeu_si512(to.cast(), _mm512_shuffle_i32x4::<0x88>(even, even_end));
+                _mm512_storeu_si512(to.add(4 * to_stride).cast(), _mm512_shuffle_i32x4::<0x88>(odd, odd_end));
+                _mm512_storeu_si512(to.add(8 * to_stride).cast(), _mm512_shuffle_i32x4::<0xdd>(even, even_end));
+                _mm512_storeu_si512(to.add(12 * to_stride).cast(), _mm512_shuffle_i32x4::<0xdd>(odd, odd_end));
+            }
+        }
+    }
 
     #[inline(always)]
     unsafe fn int8(from: *const u8) -> __m512i {

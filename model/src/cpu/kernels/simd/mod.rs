@@ -94,6 +94,17 @@ pub(crate) trait Simd: Copy + 'static {
     /// Prefetches into the second-level cache, which supports more outstanding requests than the first.
     unsafe fn prefetch_far(from: *const u8);
 
+    /// Transposes a square of `LANES` rows and columns of 32-bit words. Strides are in words.
+    #[inline(always)]
+    unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
+        for row in 0..Self::LANES {
+            for column in 0..Self::LANES {
+                // SAFETY: guaranteed by the caller.
+                unsafe { *to.add(column * to_stride + row) = *from.add(row * from_stride + column) }
+            }
+        }
+    }
+
     /// Loads `4 * LANES` int8 weights.
     unsafe fn int8(from: *const u8) -> Self::Int8;
     /// Loads four inputs from one of the pointers: as bytes, or as 16-bit numbers with the second and third swapped.
@@ -321,6 +332,37 @@ mod tests {
                 // SAFETY: a chunk holds LANES values.
                 unsafe { S::store(chunk.as_mut_ptr(), S::exp(S::load(chunk.as_ptr()))) }
             }
+        }
+    }
+
+    /// Transposes `[16][18]` words, the last two of which are left alone, into `[16][17]`.
+    struct Transpose<'a>(&'a [u32], &'a mut [u32]);
+
+    impl Kernel for Transpose<'_> {
+        type Output = ();
+        #[inline(always)]
+        #[allow(unsafe_code)]
+        unsafe fn run<S: Simd>(self) {
+            for row in (0..16).step_by(S::LANES) {
+                for column in (0..16).step_by(S::LANES) {
+                    // SAFETY: both have 16 rows of at least 16 words.
+                    unsafe {
+                        let to = self.1.as_mut_ptr().add(column * 17 + row);
+                        S::transpose(self.0.as_ptr().add(row * 18 + column), 18, to, 17);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_become_columns() {
+        let from: Vec<u32> = (0..16 * 18).collect();
+        let expected: Vec<u32> = (0..16 * 17).map(|i| if i % 17 < 16 { i % 17 * 18 + i / 17 } else { 7 }).collect();
+        for isa in Isa::available() {
+            let mut to = vec![7; 16 * 17];
+            isa.run(Transpose(&from, &mut to));
+            assert_eq!(to, expected, "{isa:?}");
         }
     }
 
