@@ -230,14 +230,16 @@ mod tests {
         let mut record = record(round(4, 4, 8 * STEP, 0.0));
         let mut drafts = DraftLength::default();
         assert!(drafts.choose(STEP, &record) > 0);
-        let rounds = |record: &mut DraftRecord, lasted: Duration| {
-            (1..=70).for_each(|i| {
-                record.observe(&Round { lasted: Some(lasted), ..round(4, 4, STEP, 0.0) }, 1, 1000 * STEP + i * lasted)
-            })
+        let mut now = 1000 * STEP;
+        let mut rounds = |count: usize, lasted: Duration, drafted: usize| {
+            for _ in 0..count {
+                now += lasted;
+                record.observe(&Round { lasted: Some(lasted), ..round(drafted, drafted, STEP, 0.0) }, 1, now);
+            }
         };
-        // A phase with drafts, which takes long, and a trial without.
-        rounds(&mut record, 80 * STEP);
-        rounds(&mut record, STEP);
+        // A phase with drafts, which takes long, a trial without, and more rounds without.
+        rounds(70, 80 * STEP, 4);
+        rounds(100, STEP, 0);
         drafts.observe(&round(4, 4, STEP, 0.0));
         assert!(drafts.choose(STEP, &record) == 0 && !drafts.goes_on());
     }

@@ -265,6 +265,9 @@ impl<C: Compute> Engine<C> {
 
     fn verdict(&mut self, arrival: u64, chosen: &Chosen) {
         let origin = self.origin;
+        let Some(variant) = self.flow(arrival).map(|flow| flow.request.variant) else { return };
+        let requests = self.running.iter().map(|sequence| &sequence.flow.request);
+        let sequences = requests.filter(|other| other.mode == Mode::Exact && other.variant == variant).count();
         let Some(flow) = self.flow(arrival) else { return };
         let verdict = match flow.verdict(chosen, origin) {
             Ok(verdict) => verdict,
@@ -273,14 +276,11 @@ impl<C: Compute> Engine<C> {
                 return self.remove(arrival);
             }
         };
-        let variant = flow.request.variant;
         if let Some(finish) = flow.finish() {
             flow.tell(SequenceEvent::Finished(finish));
             self.remove(arrival);
         }
         if let Some(Verdict { round, .. }) = verdict {
-            let requests = self.running.iter().map(|sequence| &sequence.flow.request);
-            let sequences = requests.filter(|other| other.mode == Mode::Exact && other.variant == variant).count();
             self.records.entry(variant).or_default().observe(&round, sequences, origin.elapsed());
             let metrics = self.load.metrics();
             metrics.drafts.inc();

@@ -12,11 +12,16 @@ const PHASE_ROUNDS: usize = 64;
 const PHASE_ROUNDS_PER_SEQUENCE: usize = 8;
 /// Rounds of each sequence that do not count after a change: sequences go on with the drafts that they have.
 const SETTLING_ROUNDS_PER_SEQUENCE: usize = 2;
-/// Phases until the next trial, after a change and at most. They double with each trial that was lost.
+/// Rounds, for each sequence, after which a new number of sequences counts. One sequence often ends just before another one comes.
+const NEW_NUMBER_ROUNDS_PER_SEQUENCE: usize = 8;
+/// Phases until the next trial after a change. They double with each trial that is lost, up to a maximum.
 const TRIAL_PHASES: u32 = 4;
 const MOST_TRIAL_PHASES: u32 = 64;
-/// A round that takes this many times as long as the mean counts as that long: something else kept it waiting.
-const MOST_SLOWDOWN: f64 = 4.0;
+/// A trial is won if it is faster by this factor.
+const LEAST_GAIN: f64 = 1.03;
+/// A round that takes this many times as long as the mean counts as that long: something else kept it waiting. Rounds with many
+/// drafts are longer than others, but not by as much.
+const MOST_SLOWDOWN: f64 = 16.0;
 /// Numbers of sequences are told apart by their binary logarithm, up to 2 to the power of this.
 const LEVELS: usize = 10;
 
@@ -35,11 +40,14 @@ struct Level {
     rounds: usize,
     tokens: f64,
     seconds: f64,
+    /// Mean duration of the rounds of the last phase in seconds.
+    round_seconds: Option<f64>,
 }
 
 impl Level {
     fn new(drafts: bool) -> Self {
-        Self { drafts, speed: None, phases: 1, lost_phases: TRIAL_PHASES, rounds: 0, tokens: 0.0, seconds: 0.0 }
+        let (phases, lost_phases) = (1, TRIAL_PHASES);
+        Self { drafts, speed: None, phases, lost_phases, rounds: 0, tokens: 0.0, seconds: 0.0, round_seconds: None }
     }
 
     fn drafts_now(&self) -> bool {
@@ -48,25 +56,27 @@ impl Level {
 
     fn add(&mut self, tokens: usize, lasted: Duration) {
         let lasted = lasted.as_secs_f64();
-        let most = if self.rounds == 0 { f64::INFINITY } else { MOST_SLOWDOWN * self.seconds / self.rounds as f64 };
+        let mean = if self.rounds == 0 { self.round_seconds } else { Some(self.seconds / self.rounds as f64) };
         self.rounds += 1;
         self.tokens += tokens as f64;
-        self.seconds += lasted.min(most);
+        self.seconds += lasted.min(mean.map_or(f64::INFINITY, |mean| MOST_SLOWDOWN * mean));
     }
 
     /// Ends the phase, and chooses what the next one does.
     fn end_phase(&mut self) {
-        let speed = self.tokens / self.seconds.max(f64::MIN_POSITIVE);
+        let (speed, round_seconds) = (self.tokens / self.seconds, self.seconds / self.rounds as f64);
         if self.phases > 0 {
             let mean = self.speed.get_or_insert(speed);
             *mean += (speed - *mean) / 4.0;
             self.phases -= 1;
-        } else if self.speed.is_none_or(|mean| speed > mean) {
-            *self = Self { speed: Some(speed), phases: TRIAL_PHASES, ..Self::new(!self.drafts) };
+        } else if self.speed.is_none_or(|mean| speed > LEAST_GAIN * mean) {
+            let lost_phases = 2 * TRIAL_PHASES;
+            *self = Self { speed: Some(speed), phases: TRIAL_PHASES, lost_phases, ..Self::new(!self.drafts) };
         } else {
             self.phases = self.lost_phases;
             self.lost_phases = (2 * self.lost_phases).min(MOST_TRIAL_PHASES);
         }
+        self.round_seconds = Some(round_seconds);
         (self.rounds, self.tokens, self.seconds) = (0, 0.0, 0.0);
     }
 }
@@ -76,6 +86,9 @@ impl Level {
 #[derive(Clone, Debug)]
 pub struct Trials {
     levels: [Option<Level>; LEVELS + 1],
+    /// The level that counts now, and the number of rounds in a row with another one.
+    level: usize,
+    strays: usize,
     /// Whether drafts are made now, and since when.
     drafts: bool,
     since: Duration,
@@ -85,7 +98,7 @@ pub struct Trials {
 
 impl Default for Trials {
     fn default() -> Self {
-        Self { levels: [None; LEVELS + 1], drafts: true, since: Duration::ZERO, settling: 0 }
+        Self { levels: [None; LEVELS + 1], level: 0, strays: 0, drafts: true, since: Duration::ZERO, settling: 0 }
     }
 }
 
@@ -99,14 +112,20 @@ impl Trials {
     pub fn observe(&mut self, round: &Round, sequences: usize, now: Duration) {
         let sequences = sequences.max(1);
         let drafts = self.drafts;
-        let level = self.levels[(sequences.ilog2() as usize).min(LEVELS)].get_or_insert_with(|| Level::new(drafts));
+        let level = (sequences.ilog2() as usize).min(LEVELS);
+        self.strays = if level == self.level { 0 } else { self.strays + 1 };
+        if self.strays >= NEW_NUMBER_ROUNDS_PER_SEQUENCE * sequences {
+            (self.level, self.strays) = (level, 0);
+        }
+        let level = self.levels[self.level].get_or_insert_with(|| Level::new(drafts));
         if level.drafts_now() == drafts && self.settling == 0 {
             // A round that began before the last change does not count.
-            if let Some(lasted) = round.lasted.filter(|lasted| *lasted <= now.saturating_sub(self.since)) {
+            let counts = |lasted: &Duration| !lasted.is_zero() && *lasted <= now.saturating_sub(self.since);
+            if let Some(lasted) = round.lasted.filter(counts) {
                 level.add(round.accepted + 1, lasted);
             }
         }
-        self.settling = self.settling.saturating_sub(1);
+        self.settling = self.settling.saturating_sub(1).min(SETTLING_ROUNDS_PER_SEQUENCE * sequences);
         if level.rounds >= PHASE_ROUNDS.max(PHASE_ROUNDS_PER_SEQUENCE * sequences) {
             level.end_phase();
         }
@@ -175,10 +194,34 @@ mod tests {
         let mut shares = [0.0; 2];
         for _ in 0..100 {
             for (share, (sequences, with)) in shares.iter_mut().zip([(2, 90.0), (16, 30.0)]) {
-                *share = run(&mut trials, &mut now, sequences, 300, |_| (with, 100.0));
+                *share = run(&mut trials, &mut now, sequences, 1000, |_| (with, 100.0));
             }
         }
         assert!(shares[0] > 0.7 && shares[1] < 0.3, "{shares:?}");
+    }
+
+    #[test]
+    fn a_number_that_changes_often_does_not_keep_the_trials_from_an_end() {
+        for rounds in [5, 14] {
+            let (mut trials, mut now, mut shares) = (Trials::default(), Duration::ZERO, Vec::new());
+            for _ in 0..400 {
+                for sequences in [8, 7] {
+                    shares.push(run(&mut trials, &mut now, sequences, rounds, |_| (30.0, 100.0)));
+                }
+            }
+            let share = shares[400..].iter().sum::<f64>() / 400.0;
+            assert!(share < 0.2, "{rounds} rounds: {share}");
+        }
+    }
+
+    #[test]
+    fn a_round_without_duration_does_not_count() {
+        let (mut trials, mut now) = (Trials::default(), Duration::ZERO);
+        let none = Round { drafted: 0, accepted: 0, took: now, lasted: Some(now), seconds_per_draft: None };
+        (0..1000).for_each(|_| trials.observe(&none, 1, now));
+        run(&mut trials, &mut now, 1, 1000, |_| (40.0, 100.0));
+        let share = run(&mut trials, &mut now, 1, 1000, |_| (40.0, 100.0));
+        assert!(share < 0.2, "{share}");
     }
 
     #[test]

@@ -83,7 +83,7 @@ impl Operand<bf16> for bf16 {
         let (first, second) = from.split_at(dim);
         let to = &mut to.as_chunks_mut::<2>().0[..dim];
         let (whole, rest) = to.as_chunks_mut::<PADDING>();
-        // With arrays, the compiler uses vectors, and nothing else.
+        // Over arrays of fixed length, the compiler emits only vector instructions.
         for (to, (first, second)) in
             whole.iter_mut().zip(first.as_chunks::<PADDING>().0.iter().zip(second.as_chunks::<PADDING>().0))
         {

@@ -22,6 +22,7 @@ const LINE_BYTES: usize = 64;
 const FEW_QUERIES: usize = PADDING / 2;
 
 /// Memory of a tile. `rows` is the number of queries, padded to whole vectors; `dim` is the head width, and `width` the same, padded.
+/// Padding holds anything: each lane is computed by itself, so padding reaches no result.
 pub(super) struct Memory<'a, O> {
     /// `[dim / PER_LANE][rows][PER_LANE]`, already scaled.
     queries: &'a mut [O],
@@ -58,10 +59,14 @@ impl<'a, O> Memory<'a, O> {
         O: Operand<T>,
     {
         let [rows, width] = [count, dim].map(|size| size.next_multiple_of(PADDING));
-        let (sums, few) = if count <= FEW_QUERIES { (count * width, count) } else { (dim * rows, 0) };
-        let turned = if few > 0 { dim } else { 0 };
-        let most = dim * rows + CHUNK_TOKENS * (dim + turned + width + 2 * rows + few) + 3 * rows + sums;
+        let (sums, turned_rows) = if count <= FEW_QUERIES { (count * width, count) } else { (dim * rows, 0) };
+        let turned = if turned_rows > 0 { dim } else { 0 };
+        let most = dim * rows + CHUNK_TOKENS * (dim + turned + width + 2 * rows + turned_rows) + 3 * rows + sums;
         memory.resize(memory.len().max(most), 0.0);
+        if cfg!(test) {
+            // What earlier tiles have left must not matter.
+            memory.fill(f32::NAN);
+        }
         let rest = &mut memory[..];
         let (queries, rest) = cut(rest, dim * rows);
         let (keys, rest) = cut(rest, CHUNK_TOKENS * dim);
@@ -69,7 +74,7 @@ impl<'a, O> Memory<'a, O> {
         let (values, rest) = cut(rest, CHUNK_TOKENS * width);
         let (weights, rest) = cut(rest, CHUNK_TOKENS * rows);
         let (scores, rest) = rest.split_at_mut(CHUNK_TOKENS * rows);
-        let (turned_scores, rest) = rest.split_at_mut(CHUNK_TOKENS * few);
+        let (turned_scores, rest) = rest.split_at_mut(CHUNK_TOKENS * turned_rows);
         let (greatest, rest) = rest.split_at_mut(rows);
         let (total, rest) = rest.split_at_mut(rows);
         let (shrink, rest) = rest.split_at_mut(rows);
@@ -98,7 +103,7 @@ impl<'a, O> Memory<'a, O> {
     }
 
     /// Whether lanes hold keys or elements of values.
-    fn is_few(&self) -> bool {
+    fn has_few_queries(&self) -> bool {
         self.count <= FEW_QUERIES
     }
 
@@ -119,7 +124,7 @@ impl<'a, O> Memory<'a, O> {
     /// The result of attention for one query.
     pub(super) fn result(&self, row: usize) -> impl Iterator<Item = f32> {
         let total = self.total[row];
-        let (first, step) = if self.is_few() { (row * self.width, 1) } else { (row, self.rows) };
+        let (first, step) = if self.has_few_queries() { (row * self.width, 1) } else { (row, self.rows) };
         self.attended[first..].iter().step_by(step).take(self.dim).map(move |value| value / total)
     }
 }
@@ -273,9 +278,9 @@ impl<'a, T: Element, O: Operand<T>> Tile<'a, '_, T, O> {
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn score<S: Simd>(&mut self, count: usize, first_row: usize) {
-        if self.memory.is_few() {
+        if self.memory.has_few_queries() {
             // SAFETY: guaranteed by the caller.
-            return unsafe { self.score_few::<S>(count) };
+            return unsafe { self.score_few_queries::<S>(count) };
         }
         let Memory { queries, keys, scores, rows, dim, .. } = &mut *self.memory;
         let product = Product {
@@ -298,7 +303,7 @@ impl<'a, T: Element, O: Operand<T>> Tile<'a, '_, T, O> {
     /// The processor has the instruction set.
     #[inline(always)]
     #[allow(unsafe_code)]
-    unsafe fn score_few<S: Simd>(&mut self, count: usize) {
+    unsafe fn score_few_queries<S: Simd>(&mut self, count: usize) {
         let Memory { queries, keys, turned, scores, turned_scores, count: few, rows, dim, .. } = &mut *self.memory;
         let steps = *dim / O::PER_LANE;
         let [keys, words]: [&mut [u32]; 2] = [keys, turned].map(|part| bytemuck::cast_slice_mut(part));
@@ -403,19 +408,20 @@ impl<'a, T: Element, O: Operand<T>> Tile<'a, '_, T, O> {
         }
     }
 
-    /// `attended[d][row] = attended[d][row] * shrink[row] + weights[row] . values[d]` for rows starting at `first_row`.
+    /// `attended[d][row] = attended[d][row] * shrink[row] + weights[row] . values[d]` for rows starting at `first_row`; for all
+    /// queries, as `attended[row][d]`, if there are few.
     ///
     /// # Safety
     /// The processor has the instruction set.
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn gather<S: Simd>(&mut self, count: usize, first_row: usize) {
-        let is_few = self.memory.is_few();
+        let has_few = self.memory.has_few_queries();
         let Memory { weights, values, shrink, attended, count: queries, rows, dim, width, .. } = &mut *self.memory;
         let steps = count.div_ceil(O::PER_LANE);
         // SAFETY: guaranteed by the caller.
         unsafe {
-            if is_few {
+            if has_few {
                 let product = Product {
                     lanes: values,
                     steps,

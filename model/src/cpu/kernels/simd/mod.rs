@@ -94,7 +94,8 @@ pub(crate) trait Simd: Copy + 'static {
     /// Prefetches into the second-level cache, which supports more outstanding requests than the first.
     unsafe fn prefetch_far(from: *const u8);
 
-    /// Transposes a square of `LANES` rows and columns of 32-bit words. Strides are in words.
+    /// Transposes a square of `LANES` rows and columns of 32-bit words. Strides are in words. The two squares must
+    /// not overlap.
     #[inline(always)]
     unsafe fn transpose(from: *const u32, from_stride: usize, to: *mut u32, to_stride: usize) {
         for row in 0..Self::LANES {
