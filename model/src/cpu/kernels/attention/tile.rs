@@ -304,7 +304,8 @@ impl<'a, T: Element, O: Operand<T>> Tile<'a, '_, T, O> {
     #[inline(always)]
     #[allow(unsafe_code)]
     unsafe fn score_few_queries<S: Simd>(&mut self, count: usize) {
-        let Memory { queries, keys, turned, scores, turned_scores, count: few, rows, dim, .. } = &mut *self.memory;
+        let Memory { queries, keys, turned, scores, turned_scores, count: query_count, rows, dim, .. } =
+            &mut *self.memory;
         let steps = *dim / O::PER_LANE;
         let [keys, words]: [&mut [u32]; 2] = [keys, turned].map(|part| bytemuck::cast_slice_mut(part));
         assert!(
@@ -328,7 +329,7 @@ impl<'a, T: Element, O: Operand<T>> Tile<'a, '_, T, O> {
             others: queries,
             next_other: O::PER_LANE,
             next_step: *rows * O::PER_LANE,
-            outputs: *few,
+            outputs: *query_count,
             kept: Kept::None,
             rows: CHUNK_TOKENS,
         };
