@@ -136,18 +136,18 @@ impl Host {
     /// Silently drops a percentage of packets in both directions. If `ports` is not empty, only connections to these
     /// ports are affected.
     pub fn drop_packets(&self, percent: u32, ports: &[String]) -> Result<()> {
-        self.run("nft", &["add", "table", "inet", "faults"])?;
         let chance = if percent < 100 { format!("numgen random mod 100 < {percent}") } else { String::new() };
+        let these = if ports.is_empty() { String::new() } else { format!("{{ {} }}", ports.join(", ")) };
+        let sides = if ports.is_empty() { &[""][..] } else { &["tcp dport", "tcp sport"] };
+        let mut rules = String::from("add table inet faults\n");
         for hook in ["input", "output"] {
-            let chain = format!("{{ type filter hook {hook} priority 0 ; }}");
-            self.run("nft", &["add", "chain", "inet", "faults", hook, &chain])?;
-            let sides = if ports.is_empty() { &[""][..] } else { &["tcp dport", "tcp sport"] };
+            rules += &format!("add chain inet faults {hook} {{ type filter hook {hook} priority 0 ; }}\n");
             for side in sides {
-                let these = if ports.is_empty() { String::new() } else { format!("{{ {} }}", ports.join(", ")) };
-                self.run("nft", &["add", "rule", "inet", "faults", hook, &format!("{side} {these} {chance} drop")])?;
+                rules += &format!("add rule inet faults {hook} {side} {these} {chance} drop\n");
             }
         }
-        Ok(())
+        // All rules at once: with one direction open for some milliseconds more, answers on their way would still arrive.
+        self.run("nft", &[&rules])
     }
 
     /// Limits the bandwidth in each direction.

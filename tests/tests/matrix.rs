@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use overfill_tests::rig::{HANDING_OVER, Load, RUNNING, Role, wait_phase};
 use overfill_tests::{Completion, Network, Rig, wait_for};
 
@@ -62,22 +62,33 @@ impl Fault {
 
 const FAULTS: [Fault; 6] = [Fault::Killed, Fault::Frozen, Fault::Unreachable, Fault::KvLost, Fault::Lossy, Fault::Slow];
 
+/// Number of times that a fault is tried until it meets a request in its phase.
+const TRIES: usize = 10;
+
 fn cell(rig: &mut Rig, answers: &[Completion], fault: Fault, role: Role, phase: &str) -> Result<()> {
     let started = Instant::now();
     let before = rig.migrations()?;
+    let moves = fault.takes_out() && role == Role::Decode && phase == RUNNING;
     let pauses = rig.under_load(answers, |rig, load: &Load| {
-        wait_phase(rig.node(role), phase)?;
-        fault.begin(rig, role)?;
-        if fault.takes_out() {
-            rig.wait_up(role, 1)?;
+        for _ in 0..TRIES {
+            wait_phase(rig.node(role), phase)?;
+            fault.begin(rig, role)?;
+            if fault.takes_out() {
+                rig.wait_up(role, 1)?;
+            }
+            if fault == Fault::KvLost {
+                wait_for("migrations", || Ok((rig.migrations()? == before).then(|| "none".into())))?;
+            }
+            for _ in 0..5 {
+                load.wait_progress().context("while it lasted")?;
+            }
+            fault.end(rig, role)?;
+            // A request may end between the look at the gauge and the fault.
+            if !moves || rig.migrations()? > before {
+                return Ok(());
+            }
         }
-        if fault == Fault::KvLost || fault.takes_out() && role == Role::Decode && phase == RUNNING {
-            wait_for("migrations", || Ok((rig.migrations()? == before).then(|| "none".into())))?;
-        }
-        for _ in 0..5 {
-            load.wait_progress().context("while it lasted")?;
-        }
-        fault.end(rig, role)
+        bail!("the node decoded no request when the fault began, {TRIES} times")
     })?;
     let (moved, seconds) = (rig.migrations()? - before, started.elapsed().as_secs_f64());
     eprintln!("{fault:?} {role:?} at {phase}: {seconds:.1} s, {moved} moved, {pauses}");
@@ -94,7 +105,10 @@ fn no_fault_at_any_phase_costs_an_answer() -> Result<()> {
         for (role, phase) in
             [Role::Decode, Role::Prefill].iter().flat_map(|role| [RUNNING, HANDING_OVER].map(|phase| (*role, phase)))
         {
-            cell(&mut rig, &answers, fault, role, phase).with_context(|| format!("{fault:?}, {role:?} at {phase}"))?;
+            cell(&mut rig, &answers, fault, role, phase)
+                .with_context(|| format!("{fault:?}, {role:?} at {phase}"))
+                // Before the logs of the processes, which are long.
+                .inspect_err(|error| eprintln!("{error:#}"))?;
         }
     }
     Ok(())
