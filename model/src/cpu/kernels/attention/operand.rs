@@ -46,7 +46,8 @@ impl<T: Element> Operand<T> for f32 {
             // SAFETY: both slices have a whole vector at `i`.
             unsafe { S::store(to.as_mut_ptr().add(i), T::load::<S>(from.as_ptr().add(i))) }
         }
-        let rest = to.iter_mut().step_by(stride).zip(from).skip(in_vectors);
+        // Slices, not `skip`: that would step over all the elements one by one.
+        let rest = to[in_vectors..].iter_mut().step_by(stride).zip(&from[in_vectors..]);
         rest.for_each(|(to, from)| *to = from.to_f32());
     }
     #[inline(always)]
