@@ -3,10 +3,9 @@
 //!
 //! Each lane holds a query, so scores, softmax and weighted sums never need sums across lanes. Keys and values are
 //! broadcast to all lanes in the cache's order. A tile with few queries, such as a token that extends a sequence, would
-//! leave most lanes empty: there, lanes hold keys, then elements of values;
-//! the softmax has queries in its lanes in both cases. The order of each sum, and so the result,
-//! is the same. If products of bf16 are faster than products of f32, and KV is bf16,
-//! then queries and softmax weights are rounded to bf16; sums are f32.
+//! leave most lanes empty: there, lanes hold keys, then elements of values. The softmax has queries in its lanes in both
+//! cases. The order of each sum, and so the result, is the same. If products of bf16 are faster than products of f32, and
+//! KV is bf16, then queries and softmax weights are rounded to bf16; sums are f32.
 
 use std::cell::RefCell;
 
